@@ -1,0 +1,37 @@
+"""The one exception that a user can cause, and how a command line ends.
+
+In: any exception that a command raises. Out: an exit status — 0 done, 1 the work itself failed (a cache that is not
+sound, a loss that did not fall), 2 the input was bad, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """One sentence: what is wrong, where, and which command or setting mends it. Exit status 2, no traceback."""
+
+
+class WorkFailed(Exception):
+    """The input was fine and the work was not (an unsound cache, too many failures). Exit status 1, no traceback."""
+
+
+def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call ``command(argv)`` and turn what it raises into an exit status and one line on standard error."""
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WorkFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `… | head` closed the pipe: leave quietly, as other Unix tools do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
