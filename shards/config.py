@@ -58,7 +58,9 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
     except FileNotFoundError:
-        raise UserError(f"no configuration file at '{path}': name one with --config (examples stand in configs/)") from None
+        raise UserError(
+            f"no configuration file at '{path}': name one with --config (examples stand in configs/)"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration file '{path}': {_one_line(error)}") from None
     except yaml.YAMLError as error:

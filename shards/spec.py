@@ -83,7 +83,9 @@ class FeatureSpec(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{where} holds no feature spec: {field}: {first['msg']}; run `make verify` on the cache") from None
+            raise UserError(
+                f"{where} holds no feature spec: {field}: {first['msg']}; run `make verify` on the cache"
+            ) from None
 
 
 def canonical_json(tree: Any) -> str:

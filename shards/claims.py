@@ -1,0 +1,154 @@
+"""Who is making which shard: claims that survive crashes and ignore clocks.
+
+In: the path of a claim file. Out: a :class:`Claim` held by this process, or nothing. The holder touches its file every
+third of the lease; a contender that sees the same file untouched for one lease *by its own monotonic clock* takes it
+over, so clocks that disagree do no harm. A dead holder on the same machine is recognised at once. A claim only saves
+work: two owners of one shard write the same bytes under different temporary names, and the commit is a rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+LEASE = 60.0  # seconds
+
+
+def process_identity() -> dict[str, str | int]:
+    """Which process this is, precisely enough to ask later whether it still runs."""
+    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()) or ""}
+
+
+def _host() -> str:
+    """Machine, boot and process-id namespace: pids are comparable only where all three agree."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()}/{uuid.getnode()}"
+
+
+def _started(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot (a reused pid has another), None when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def new_owner() -> str:
+    """A tag for this process's files: unique, short, safe in a file name."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+class Claims:
+    """The claims of one process: takes, refreshes in a background thread, releases."""
+
+    def __init__(self, owner: str, lease: float = LEASE) -> None:
+        self.owner = owner
+        self.lease = lease
+        self._held: dict[Path, int] = {}
+        self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Claims:
+        self._thread = threading.Thread(target=self._refresh, name="claims", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        for path in list(self._held):
+            self.release(path)
+
+    def take(self, path: Path) -> bool:
+        """Claim ``path``; False while another live owner holds it."""
+        if self._create(path):
+            return True
+        dead = self._dead(path)
+        return dead is not None and self._remove(path, dead) and self._create(path)
+
+    def release(self, path: Path) -> None:
+        """Give a claim back; a claim that was taken over meanwhile is left to its new owner."""
+        with self._lock:
+            fd = self._held.pop(path, None)
+        if fd is None:
+            return
+        try:
+            if path.stat().st_ino == os.fstat(fd).st_ino:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(fd)
+
+    def _create(self, path: Path) -> bool:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            return False
+        os.write(fd, json.dumps({"owner": self.owner, **process_identity()}).encode())
+        with self._lock:
+            self._held[path] = fd
+        self._seen.pop(path, None)
+        return True
+
+    def _refresh(self) -> None:
+        while not self._stop.wait(self.lease / 3):
+            with self._lock:
+                for fd in self._held.values():
+                    os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's file stays untouched
+
+    def _dead(self, path: Path) -> bytes | None:
+        """The claim's text if its holder died on this machine, or did not touch it for one lease of our watching."""
+        try:
+            state = path.stat()
+            text = path.read_bytes()
+        except FileNotFoundError:
+            return None  # just released: the next call creates it
+        if _died_here(text):
+            return text
+        mark, now = (state.st_ino, state.st_mtime_ns), time.monotonic()
+        before = self._seen.get(path)
+        if before is None or before[0] != mark:
+            self._seen[path] = (mark, now)
+            return None
+        return text if now - before[1] >= self.lease else None
+
+    def _remove(self, path: Path, dead: bytes) -> bool:
+        """Move the dead claim aside; put it back if it turns out to be a fresh one that came in between."""
+        aside = path.with_name(f"{path.name}.{self.owner}")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return True
+        try:
+            if aside.read_bytes() == dead:  # the owner tag inside is unique to a process
+                return True
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _died_here(text: bytes) -> bool:
+    """True when the claim names a process of this machine that no longer runs."""
+    try:
+        held = json.loads(text)
+        return bool(held["host"] == _host() and _started(int(held["pid"])) != held["started"])
+    except (ValueError, KeyError, TypeError):
+        return False

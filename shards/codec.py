@@ -1,0 +1,140 @@
+"""Features to bytes and back: how a frame is stored.
+
+In: float32 [frames, channels]. Out: a NumPy array that ``.npy`` can hold (bfloat16 and fp8 have no NumPy type and are
+stored as uint16 and uint8), for scaled codecs float32 scales [channels], and the relative RMS error of the round trip.
+
+| codec | bits a value | scale | stored as |
+|-------|--------------|-------|-----------|
+| f16   | 16 | none                        | float16 |
+| bf16  | 16 | none                        | uint16  |
+| int8  |  8 | absmax / 127 of each channel | int8    |
+| fp8   |  8 | absmax / 448 of each channel | uint8, e4m3 without infinities (OCP 8-bit floating point, 2023) |
+
+Encoder features have outlier channels, so scales are per channel (and utterance), not per frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+STORED_DTYPE: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype("<f2"),
+    "bf16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+    "fp8": np.dtype("u1"),
+}
+SCALED = frozenset({"int8", "fp8"})
+FP8_MAX = 448.0
+
+
+class CodecError(ValueError):
+    """These features cannot be stored: the reason becomes a row of ``failures.parquet``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """payload [frames, channels] of the codec's stored dtype, scale float32 [channels] or None, relative RMS error."""
+
+    payload: Array
+    scale: Array | None
+    error: float
+
+
+def encode(codec: str, features: Array) -> Encoded:
+    """Store float32 ``features`` [frames, channels].
+
+    Raises:
+        CodecError: a value is NaN or infinite, or does not fit the codec (float16 ends at 65504).
+    """
+    features = np.ascontiguousarray(features, dtype=np.float32)
+    peak = float(np.abs(features).max(initial=0.0))
+    if not np.isfinite(peak):
+        raise CodecError("the features hold NaN or infinite values")
+    scale: Array | None = None
+    if codec == "f16":
+        if peak > 65504.0:
+            raise CodecError(f"a feature of {peak:.4g} overflows float16: use codec=bf16")
+        payload = features.astype("<f2")
+    elif codec == "bf16":
+        payload = _to_bfloat16(features)
+    elif codec == "int8":
+        scale = _scales(features, 127.0)
+        payload = np.rint(features / scale).astype(np.int8)
+    elif codec == "fp8":
+        scale = _scales(features, FP8_MAX)
+        payload = _fp8_codes()[(features / scale).astype(np.float16).view(np.uint16)]
+    else:
+        raise CodecError(f"there is no codec '{codec}'")
+    return Encoded(payload, scale, relative_rms(decode(codec, payload, scale), features))
+
+
+def decode(codec: str, payload: Array, scale: Array | None = None, out: Array | None = None) -> Array:
+    """The features of a stored array, float32 [frames, channels], written into ``out`` (float32 or float16) if given."""
+    if out is None:
+        out = np.empty(payload.shape, dtype=np.float32)
+    if codec == "f16":
+        np.copyto(out, payload, casting="same_kind")
+    elif codec == "bf16":
+        wide = payload.astype(np.uint32)
+        wide <<= 16
+        np.copyto(out, wide.view(np.float32), casting="same_kind")
+    elif codec == "int8":
+        np.multiply(payload, scale, out=out, casting="same_kind", dtype=np.float32)
+    elif codec == "fp8":
+        np.multiply(_fp8_values()[payload], scale, out=out, casting="same_kind")
+    else:
+        raise CodecError(f"there is no codec '{codec}'")
+    return out
+
+
+def relative_rms(measured: Array, reference: Array) -> float:
+    """‖measured − reference‖ / ‖reference‖ in float64; 0 where both are zero."""
+    norm = float(np.linalg.norm(np.asarray(reference, dtype=np.float64)))
+    gap = float(np.linalg.norm(np.asarray(measured, dtype=np.float64) - reference))
+    return gap / norm if norm else gap
+
+
+def _scales(features: Array, top: float) -> Array:
+    """float32 [channels]: each channel's absmax over ``top``; 1 for a channel that is all zero."""
+    scale = (np.abs(features).max(axis=0) / np.float32(top)).astype(np.float32)
+    scale[scale < np.finfo(np.float32).tiny] = 1.0  # a subnormal scale would divide to infinity
+    return scale
+
+
+def _to_bfloat16(features: Array) -> Array:
+    """Round to nearest even on the upper 16 bits of float32."""
+    bits = features.view(np.uint32)
+    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")
+
+
+@cache
+def _fp8_values() -> Array:
+    """float32 [256]: the value of each e4m3 code (bias 7, no infinities, 0x7F and 0xFF are NaN)."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
+    value = np.where(exponent == 0, np.ldexp(mantissa / 8.0, -6), normal)
+    value = np.where(code & 128, -value, value).astype(np.float32)
+    value[[127, 255]] = np.nan
+    return value
+
+
+@cache
+def _fp8_codes() -> Array:
+    """uint8 [65536]: the nearest e4m3 code (ties to even) of each float16 bit pattern; beyond ±448 saturates."""
+    with np.errstate(invalid="ignore"):
+        half = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    positive = _fp8_values()[:127]
+    middle = (positive[1:] + positive[:-1]) / 2
+    size = np.nan_to_num(np.abs(half), nan=FP8_MAX, posinf=FP8_MAX)
+    low = np.searchsorted(middle, size, side="left")  # a tie stays below …
+    tie = (low < 126) & (size == middle[np.minimum(low, 125)])
+    code = low + (tie & (low % 2 == 1))  # … unless the code above is the even one
+    return (code + np.where(np.signbit(half), 128, 0)).astype(np.uint8)

@@ -1,0 +1,95 @@
+"""Writing so that a power loss cannot lie: temporary file, fsync, rename, fsync of the folder.
+
+In: bytes and a path. Out: the whole file under its name, or nothing under its name. Every temporary file carries its
+writer's owner tag, so that whoever cleans up can tell a live writer's file from a dead one's.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.errors import UserError
+
+TEMPORARY = ".tmp-"
+
+
+def temporary(path: Path, owner: str) -> Path:
+    """The name that ``owner`` writes under before the rename to ``path``."""
+    return path.with_name(f"{path.name}{TEMPORARY}{owner}")
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """``os.write`` until everything is written."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def atomic_write(path: Path, data: bytes, owner: str) -> None:
+    """Put ``data`` under ``path`` durably: a reader sees the old file or the new one, also after a power loss."""
+    partial = temporary(path, owner)
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Rename a file whose bytes are already synced, and sync the folder that holds the name."""
+    fsync_folder(path.parent)
+    os.replace(partial, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the folder's entries durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def file_sha256(path: Path) -> str:
+    """64 hex digits: sha256 of the file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def told(doing: str, where: Path) -> Iterator[None]:
+    """Turn the storage errors that a user can mend into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        mend = _MENDS.get(error.errno or 0)
+        if mend is None:
+            raise
+        reason, cure = mend
+        raise UserError(f"{doing} failed in '{where}': {reason}; {cure}") from error
+
+
+_AGAIN = "then run the same command again: what is committed is kept"
+_MENDS = {
+    errno.ENOSPC: ("the disk is full", f"free space, {_AGAIN}"),
+    errno.EDQUOT: ("the disk quota is used up", f"free space or raise the quota, {_AGAIN}"),
+    errno.EFBIG: ("the file is larger than allowed here", f"use a smaller shard_mb, {_AGAIN}"),
+    errno.EROFS: ("the file system is read-only", f"remount it writable or choose another root, {_AGAIN}"),
+    errno.EACCES: ("permission denied", f"make the folder writable or choose another root, {_AGAIN}"),
+    errno.EPERM: ("operation not permitted", f"make the folder writable or choose another root, {_AGAIN}"),
+    errno.EIO: ("the device reports an input/output error", f"check the disk, {_AGAIN}"),
+    errno.ESTALE: ("the network file handle went stale", f"remount the share, {_AGAIN}"),
+    errno.ENOTDIR: ("a part of the path is a file", "choose another root"),
+}

@@ -1,0 +1,92 @@
+"""USTAR, the part a shard needs: pack a member's header, walk a tar that nobody has vouched for.
+
+In: names and sizes, or the bytes of a file. Out: 512-byte headers; members with the offset of their data. Headers are
+packed by hand because they must be the same bytes on every machine (mtime 0, fixed owner and mode) and because a walk
+that refuses everything but plain files needs no general tar reader.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+BLOCK = 512
+RECORD = 20 * BLOCK  # tar programs write whole records of 20 blocks
+MAX_NAME = 100
+MAX_MEMBER = 1 << 33  # 8 GiB: what USTAR's eleven octal digits can say
+
+_NAME = re.compile(rb"[A-Za-z0-9_-]{1,90}\.(npy|scale\.npy|json)")
+_OCTAL = re.compile(rb"[0-7]{1,12}")
+_TAIL = b"ustar\x0000" + b"earshard".ljust(32, b"\0") + b"earshard".ljust(32, b"\0") + b"0000000\0" * 2 + b"\0" * 167
+
+
+class TarError(ValueError):
+    """These bytes are not a shard of this format: one phrase that tells why, and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A plain file in a tar; ``offset`` and ``length`` bound its data in bytes."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def header(name: str, length: int) -> bytes:
+    """The 512-byte USTAR header of a regular file; mode 0444, owner earshard (0), mtime 0."""
+    encoded = name.encode("ascii")
+    if not _NAME.fullmatch(encoded) or len(encoded) > MAX_NAME or not 0 <= length < MAX_MEMBER:
+        raise TarError(f"a member named {name!r} of {length} bytes does not fit this format")
+    head = encoded.ljust(MAX_NAME, b"\0") + b"0000444\0" + b"0000000\0" * 2 + b"%011o\0" % length + b"00000000000\0"
+    rest = b"0" + b"\0" * 100 + _TAIL
+    checksum = sum(head) + 8 * 32 + sum(rest)
+    return head + b"%06o\0 " % checksum + rest
+
+
+def padding(length: int) -> bytes:
+    """Zeros from ``length`` to the next block."""
+    return b"\0" * (-length % BLOCK)
+
+
+def closing(length: int) -> bytes:
+    """The end of an archive that is ``length`` bytes long: two zero blocks, filled up to a record."""
+    return b"\0" * (2 * BLOCK + -(length + 2 * BLOCK) % RECORD)
+
+
+def walk(data: memoryview) -> Iterator[Member]:
+    """The members of the tar in ``data``, in order.
+
+    Raises:
+        TarError: anything that :func:`header` would not have written — links, devices, directories, sparse or
+            extended headers, other names, a wrong checksum, data beyond the end, an early or dirty end.
+    """
+    position, total = 0, len(data)
+    while True:
+        block = bytes(data[position : position + BLOCK])
+        if len(block) < BLOCK:
+            raise TarError(f"the tar ends at byte {total} without its closing blocks")
+        if not block.strip(b"\0"):
+            tail = data[position:]
+            if len(tail) != len(closing(position)) or bytes(tail).strip(b"\0"):
+                raise TarError(f"the tar's closing blocks at byte {position} are not as written")
+            return
+        member = _member(block, position)
+        end = member.offset + member.length
+        if end + len(padding(member.length)) > total:
+            raise TarError(f"member {member.name} at byte {position} runs past the end of the tar")
+        if bytes(data[end : end + len(padding(member.length))]).strip(b"\0"):
+            raise TarError(f"member {member.name} at byte {position} has data in its padding")
+        yield member
+        position = end + len(padding(member.length))
+
+
+def _member(block: bytes, position: int) -> Member:
+    name, length = block[:MAX_NAME].rstrip(b"\0"), block[124:135]
+    if not _NAME.fullmatch(name) or not _OCTAL.fullmatch(length):
+        raise TarError(f"the header at byte {position} names no member of a shard")
+    member = Member(name.decode("ascii"), position + BLOCK, int(length, 8))
+    if block != header(member.name, member.length):  # links, devices, modes, owners, checksum: all in one comparison
+        raise TarError(f"the header of {member.name} at byte {position} is not one that a shard has")
+    return member

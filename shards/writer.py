@@ -1,0 +1,192 @@
+"""Write one shard and commit it.
+
+In: utterances with their float32 features, in row order. Out: ``000042.tar``, ``000042.parquet`` and, last,
+``000042.json``. Until the commit everything stands under a temporary name; leaving the ``with`` block without
+:meth:`ShardWriter.commit`, by an exception or not, removes it: abort never equals close.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards import tar
+from shards.codec import Array, encode
+from shards.disk import TEMPORARY, atomic_write, publish, temporary
+from shards.manifest import MANIFEST_SCHEMA, Layout, parquet_bytes, seal
+from shards.spec import SCHEMA_VERSION, FeatureSpec
+
+
+class CommitError(RuntimeError):
+    """What was read back from the disk is not what was written."""
+
+
+class ShardWriter:
+    """Writes shard ``shard`` of the cache at ``layout``; one thread."""
+
+    def __init__(self, layout: Layout, shard: int, spec: FeatureSpec, plan_id: str, owner: str) -> None:
+        self.layout, self.shard, self.spec, self.plan_id, self.owner = layout, shard, spec, plan_id, owner
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self.path = temporary(layout.tar(shard), owner)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._size = 0
+        self._hash = hashlib.sha256()
+        self._open = True
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def add(self, utterance: dict[str, Any], features: Array, *, samples: int, audio_sha256: str) -> None:
+        """Append one utterance.
+
+        Args:
+            utterance: its row of the plan (``UTTERANCE_SCHEMA``).
+            features: float32 [frames, channels], frames ≥ 1.
+            samples: length of the decoded audio at the spec's sampling rate.
+            audio_sha256: of the encoded audio file.
+
+        Raises:
+            CodecError: the features cannot be stored; nothing was written for this utterance.
+            OSError: the disk is full, or the like.
+        """
+        if features.ndim != 2 or features.shape[1] != self.spec.channels or not len(features):
+            raise ValueError(f"features of shape {features.shape}, wanted [frames ≥ 1, {self.spec.channels}]")
+        encoded = encode(self.spec.codec, features)
+        key = utterance["key"]
+        payload = npy(encoded.payload)
+        row = {
+            **utterance,
+            "samples": samples,
+            "frames": len(features),
+            "codec": self.spec.codec,
+            "scale_offset": -1,
+            "scale_length": 0,
+            "crc32": zlib.crc32(payload),
+            "error": encoded.error,
+            "audio_sha256": audio_sha256,
+        }
+        row["offset"], row["length"] = self._member(f"{key}.npy", payload), len(payload)
+        if encoded.scale is not None:
+            scale = npy(encoded.scale)
+            row["crc32"] = zlib.crc32(scale, row["crc32"])
+            row["scale_offset"], row["scale_length"] = self._member(f"{key}.scale.npy", scale), len(scale)
+        self._member(f"{key}.json", describe(row, self.spec))
+        self.rows.append(row)
+
+    def fail(self, key: str, stage: str, error: str, attempt: int = 1) -> None:
+        """Record an utterance that has no features."""
+        self.failures.append({"key": key, "stage": stage, "error": error, "attempt": attempt})
+
+    def commit(self, timings: dict[str, float]) -> dict[str, Any]:
+        """Sync, read back, compare, rename; the commit record last. Returns the record."""
+        os.write(self._fd, end := tar.closing(self._size))
+        self._hash.update(end)
+        self._size += len(end)
+        os.fsync(self._fd)
+        digest = self._hash.hexdigest()
+        self._read_back(digest)
+        os.close(self._fd)
+        self._open = False
+        rows = parquet_bytes(pa.Table.from_pylist(self.rows, schema=MANIFEST_SCHEMA))
+        publish(self.path, self.layout.tar(self.shard))
+        atomic_write(self.layout.rows(self.shard), rows, self.owner)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "shard": self.shard,
+            "feature_id": self.spec.feature_id,
+            "plan_id": self.plan_id,
+            "tar": {"bytes": self._size, "sha256": digest},
+            "parquet": {"bytes": len(rows), "sha256": hashlib.sha256(rows).hexdigest()},
+            "rows": len(self.rows),
+            "frames": sum(row["frames"] for row in self.rows),
+            "failures": self.failures,
+            "timings": timings,
+        }
+        atomic_write(self.layout.record(self.shard), seal(record), self.owner)
+        return record
+
+    def abort(self) -> None:
+        """Remove what is not committed. Harmless after a commit."""
+        if self._open:
+            self._open = False
+            os.close(self._fd)
+        self.path.unlink(missing_ok=True)
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Append a tar member; returns the offset of its data."""
+        offset = self._size + tar.BLOCK
+        parts = [tar.header(name, len(data)), data, tar.padding(len(data))]
+        written = os.writev(self._fd, parts)
+        total = sum(map(len, parts))
+        while written < total:  # a nearly full disk or a signal can cut a write short
+            written += os.pwrite(self._fd, b"".join(parts)[written:], self._size + written)
+            os.lseek(self._fd, self._size + written, os.SEEK_SET)
+        for part in parts:
+            self._hash.update(part)
+        self._size += total
+        return offset
+
+    def _read_back(self, digest: str) -> None:
+        size = os.fstat(self._fd).st_size
+        with mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+            members = sum(1 for _ in tar.walk(view))
+            found = hashlib.sha256(view).hexdigest()
+        wanted = len(self.rows) * (3 if self.rows and self.rows[0]["scale_offset"] >= 0 else 2)
+        if found != digest or members != wanted or size != self._size:
+            raise CommitError(f"{self.path.name}: {members} of {wanted} members, sha256 {found[:8]} not {digest[:8]}")
+
+
+def npy(array: Array) -> bytes:
+    """``array`` as a version 1.0 ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def describe(row: dict[str, Any], spec: FeatureSpec) -> bytes:
+    """The ``<key>.json`` member: what a plain WebDataset reader sees beside the features."""
+    about = {
+        "key": row["key"],
+        "id": row["id"],
+        "text": row["text"],
+        "speaker": row["speaker"],
+        "split": row["split"],
+        "duration": row["samples"] / spec.sampling_rate,
+        "samples": row["samples"],
+        "frames": row["frames"],
+        "channels": spec.channels,
+        "codec": spec.codec,
+        "layer": spec.layer,
+        "feature_id": spec.feature_id,
+    }
+    return json.dumps(about, ensure_ascii=False).encode()
+
+
+def clean(layout: Layout, shard: int) -> None:
+    """Remove what dead owners left of a shard. Only for the holder of the shard's claim."""
+    prefix = f"{shard:06d}."
+    for path in list(layout.shards.iterdir()):
+        if path.name.startswith(prefix) and TEMPORARY in path.name:
+            path.unlink(missing_ok=True)
+
+
+def remove_shard(layout: Layout, shard: int) -> None:
+    """Take a shard back, its record first, so that no moment shows a record without its tar."""
+    for path in (layout.record(shard), layout.rows(shard), layout.tar(shard)):
+        Path(path).unlink(missing_ok=True)
