@@ -21,21 +21,21 @@ class MlpConfig(Config):
     """concat ``stack`` frames -> [norm] -> ``hidden`` -> GELU -> width -> [norm]. The defaults are W1's projector."""
 
     kind: Literal["mlp"] = "mlp"
-    stack: int = Field(1, ge=1)  # frames concatenated into one soft token; the tail is zero-padded
-    hidden: int | None = Field(None, ge=1)  # None: the LM's width
+    stack: int = Field(default=1, ge=1)  # frames concatenated into one soft token; the tail is zero-padded
+    hidden: int | None = Field(default=None, ge=1)  # None: the LM's width
     bias: bool = False
     input_norm: Literal["none", "layer"] = "none"  # over the concatenated frames
     norm: Norm = "none"  # over the soft tokens; its gain starts at the RMS of the LM's embeddings
 
 
 class ResidualConfig(Config):
-    """tiny-audio's projector: concat ``stack`` frames -> width -> RMSNorm -> ``blocks`` × (residual GELU MLP, RMSNorm)."""
+    """tiny-audio's projector: concat ``stack`` frames -> width -> RMSNorm -> ``blocks`` × (residual MLP, RMSNorm)."""
 
     kind: Literal["residual"] = "residual"
-    stack: int = Field(4, ge=1)
-    blocks: int = Field(2, ge=1)
-    hidden: int | None = Field(None, ge=1)  # None: 4 × the LM's width
-    dropout: float = Field(0.0, ge=0, lt=1)
+    stack: int = Field(default=4, ge=1)
+    blocks: int = Field(default=2, ge=1)
+    hidden: int | None = Field(default=None, ge=1)  # None: 4 × the LM's width
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     norm: Norm = "none"  # none: the last block ends as tiny-audio's does, in an RMSNorm of gain 1
 
 
@@ -44,8 +44,10 @@ KINDS: dict[str, type[MlpConfig] | type[ResidualConfig]] = {"mlp": MlpConfig, "r
 
 def _choose(value: Any) -> Any:
     """The model of ``value["kind"]`` (``mlp`` when not told), so that an error names the keys of that kind alone."""
-    if not isinstance(value, dict):
+    if isinstance(value, Config):
         return value
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a mapping with the key 'kind' ({', '.join(KINDS)}) and that kind's own keys")
     kind = value.get("kind", "mlp")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"there is no projector kind {kind!r}; the kinds are {', '.join(KINDS)}")
