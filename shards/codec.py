@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,9 @@ def encode(codec: str, features: Array) -> Encoded:
 
 
 def decode(codec: str, payload: Array, scale: Array | None = None, out: Array | None = None) -> Array:
-    """The features of a stored array, float32 [frames, channels], written into ``out`` (float32 or float16) if given."""
+    """The features of a stored array, float32 [frames, channels], or written into ``out`` (float32 or float16)."""
+    if (codec in SCALED) != (scale is not None):
+        raise CodecError(f"codec {codec} is stored {'with' if codec in SCALED else 'without'} a scale")
     if out is None:
         out = np.empty(payload.shape, dtype=np.float32)
     if codec == "f16":
@@ -86,9 +88,9 @@ def decode(codec: str, payload: Array, scale: Array | None = None, out: Array | 
         wide <<= 16
         np.copyto(out, wide.view(np.float32), casting="same_kind")
     elif codec == "int8":
-        np.multiply(payload, scale, out=out, casting="same_kind", dtype=np.float32)
+        np.multiply(payload, cast(Array, scale), out=out, casting="same_kind", dtype=np.float32)
     elif codec == "fp8":
-        np.multiply(_fp8_values()[payload], scale, out=out, casting="same_kind")
+        np.multiply(_fp8_values()[payload], cast(Array, scale), out=out, casting="same_kind")
     else:
         raise CodecError(f"there is no codec '{codec}'")
     return out
@@ -103,7 +105,7 @@ def relative_rms(measured: Array, reference: Array) -> float:
 
 def _scales(features: Array, top: float) -> Array:
     """float32 [channels]: each channel's absmax over ``top``; 1 for a channel that is all zero."""
-    scale = (np.abs(features).max(axis=0) / np.float32(top)).astype(np.float32)
+    scale: Array = (np.abs(features).max(axis=0) / np.float32(top)).astype(np.float32)
     scale[scale < np.finfo(np.float32).tiny] = 1.0  # a subnormal scale would divide to infinity
     return scale
 
@@ -111,7 +113,8 @@ def _scales(features: Array, top: float) -> Array:
 def _to_bfloat16(features: Array) -> Array:
     """Round to nearest even on the upper 16 bits of float32."""
     bits = features.view(np.uint32)
-    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")
+    rounded: Array = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")
+    return rounded
 
 
 @cache
@@ -137,4 +140,5 @@ def _fp8_codes() -> Array:
     low = np.searchsorted(middle, size, side="left")  # a tie stays below …
     tie = (low < 126) & (size == middle[np.minimum(low, 125)])
     code = low + (tie & (low % 2 == 1))  # … unless the code above is the even one
-    return (code + np.where(np.signbit(half), 128, 0)).astype(np.uint8)
+    codes: Array = (code + np.where(np.signbit(half), 128, 0)).astype(np.uint8)
+    return codes

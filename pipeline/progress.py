@@ -1,0 +1,59 @@
+"""What a person sees while an extraction runs: utterances, audio-hours per hour, time left.
+
+On a terminal a bar that moves; elsewhere (SLURM, a pipe) the same line twice a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pipeline.extract import Job
+
+
+class Progress:
+    """A tqdm bar over the planned utterances; shards that stand already count as done."""
+
+    def __init__(self, job: Job) -> None:
+        self._sizes: dict[int, int] = {}
+        for shard in job.plan.table["shard"].to_pylist():
+            self._sizes[shard] = self._sizes.get(shard, 0) + 1
+        self._total = len(job.plan.table)
+        self._seconds, self._began, self._kept = 0.0, time.perf_counter(), 0
+        self._counted: set[int] = set()
+
+    def __enter__(self) -> Progress:
+        slow = {} if sys.stderr.isatty() else {"mininterval": 30.0}
+        self._bar = tqdm(total=self._total, desc="extract", unit=" utt", dynamic_ncols=True, smoothing=0.1, **slow)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def step(self, utterances: int, audio_seconds: float) -> None:
+        """More utterances went through the encoder."""
+        self._seconds += audio_seconds
+        rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} audio-h/h", refresh=False)
+        self._bar.update(utterances)
+
+    def made(self, shard: int) -> None:
+        """This process committed ``shard``; its utterances are counted already."""
+        self._counted.add(shard)
+
+    def found(self, shard: int) -> None:
+        """``shard`` was committed before, or by another process: it counts as done but not towards the rate."""
+        if shard not in self._counted:
+            self._counted.add(shard)
+            self._bar.update(self._sizes[shard])
+
+    def waiting(self, shards: int) -> None:
+        """Only shards that other processes hold are left."""
+        self._bar.set_postfix_str(f"waiting for {shards} shards of other processes")
