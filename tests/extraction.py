@@ -1,0 +1,99 @@
+"""Real extractions in processes of their own, which tests start, kill and compare.
+
+A fork server imports torch and transformers once; every extraction is then a process of its own in a fraction of a second,
+runs ``python -m pipeline``'s own entry point, and can be told to SIGKILL itself at its n-th file operation: before it,
+after it, or in the middle of a write.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "transformers.models.whisper.modeling_whisper", "pipeline.engines", "pipeline"])
+
+OPERATIONS = ("open", "writev", "write", "fsync", "replace", "link", "unlink", "rename", "utime")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL at the ``at``-th file operation, ``when`` = before, after or inside (half of a write is done)."""
+
+    at: int
+    when: str
+
+
+def start(argv: list[str], kill: Kill | None = None, log: Path | None = None, count: Path | None = None) -> Any:
+    """Start ``python -m pipeline <argv>`` and return the process; its output goes to ``log``, operations to ``count``."""
+    process = _context.Process(target=_child, args=(argv, kill, log, count))
+    process.start()
+    return process
+
+
+def run(argv: list[str], kill: Kill | None = None, log: Path | None = None, count: Path | None = None) -> int:
+    """Run to the end; a process that was killed gives -9."""
+    process = start(argv, kill, log, count)
+    process.join()
+    code: int = process.exitcode
+    return code
+
+
+def _child(argv: list[str], kill: Kill | None, log: Path | None, count: Path | None) -> None:
+    os.setsid()
+    out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    done = [0]
+    for name in OPERATIONS:
+        setattr(os, name, _counted(name, getattr(os, name), done, kill))
+    from pipeline.__main__ import main
+
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    if count is not None:
+        count.write_text(str(done[0]))
+    os._exit(code)
+
+
+def _counted(name: str, real: Any, done: list[int], kill: Kill | None) -> Any:
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        done[0] += 1
+        mine = kill is not None and done[0] == kill.at
+        if mine and kill.when == "inside" and name == "writev":
+            data = b"".join(args[1])
+            os.pwrite(args[0], data[: len(data) // 2], os.lseek(args[0], 0, os.SEEK_CUR))
+        if mine and kill.when != "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return operation
+
+
+def snapshot(root: Path) -> dict[str, Any]:
+    """Every file below ``root`` by relative path: bytes, or for JSON the tree without what a clock decides."""
+    files: dict[str, Any] = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            name = str(path.relative_to(root))
+            files[name] = _untimed(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+    return files
+
+
+def _untimed(tree: dict[str, Any]) -> dict[str, Any]:
+    tree = {key: value for key, value in tree.items() if key not in ("timings", "sha256", "seconds")}
+    if "provenance" in tree:
+        tree["provenance"] = {
+            key: value for key, value in tree["provenance"].items() if key not in ("finished", "last_run_seconds", "config")
+        }
+    return tree
