@@ -60,9 +60,10 @@ def walk(data: memoryview) -> Iterator[Member]:
 
     Raises:
         TarError: anything that :func:`header` would not have written — links, devices, directories, sparse or
-            extended headers, other names, a wrong checksum, data beyond the end, an early or dirty end.
+            extended headers, other names, a name twice, a wrong checksum, data beyond the end, an early or dirty end.
     """
     position, total = 0, len(data)
+    seen: set[str] = set()
     while True:
         block = bytes(data[position : position + BLOCK])
         if len(block) < BLOCK:
@@ -78,6 +79,9 @@ def walk(data: memoryview) -> Iterator[Member]:
             raise TarError(f"member {member.name} at byte {position} runs past the end of the tar")
         if bytes(data[end : end + len(padding(member.length))]).strip(b"\0"):
             raise TarError(f"member {member.name} at byte {position} has data in its padding")
+        if member.name in seen:
+            raise TarError(f"member {member.name} at byte {position} stands twice")
+        seen.add(member.name)
         yield member
         position = end + len(padding(member.length))
 

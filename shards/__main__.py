@@ -1,0 +1,140 @@
+"""Look at a cache.
+
+    python -m shards info CACHE [--json]     what it holds, how large, how exact, where from
+    python -m shards ls CACHE --limit 20     one line an utterance
+    python -m shards head CACHE --n 3        the first utterances with statistics of their features
+    python -m shards verify CACHE --deep     is it what was written?
+
+In: a cache folder. Out: text, or JSON with ``--json``. Exit status 0 done, 1 not sound, 2 no such cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shards.errors import WorkFailed, run_command
+
+SHOWN = 40  # problems that `verify` prints without --all
+
+
+def main(argv: Sequence[str]) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = _command(commands, "info", "counts, size, codec error and provenance of a cache", "--json")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    ls = _command(commands, "ls", "one line an utterance: key, frames, seconds, speaker, text", "--limit 20")
+    ls.add_argument("--limit", type=_count, default=None, metavar="N", help="stop after N utterances")
+    head = _command(commands, "head", "the first utterances with statistics of their features", "--n 3")
+    head.add_argument("--n", type=_count, default=5, metavar="N", help="utterances to show (default 5)")
+    verify = _command(commands, "verify", "compare sizes, records and hashes; exit status 1 when not sound", "--deep")
+    verify.add_argument("--deep", action="store_true", help="also re-hash every tar and check every member in it")
+    verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {SHOWN}")
+    args = parser.parse_args(argv)
+    return {"info": _info, "ls": _ls, "head": _head, "verify": _verify}[args.command](args)
+
+
+def _command(commands: Any, name: str, about: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=about[:1].upper() + about[1:] + ".",
+        epilog=f"example: python -m shards {name} caches/speech-0a1b2c3d/whisper-base-L6-f16-4e5f6a7b {example}",
+    )
+    parser.add_argument("cache", type=Path, metavar="CACHE", help="a cache folder")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no count")
+    return int(text)
+
+
+def _info(args: argparse.Namespace) -> None:
+    import json
+
+    from shards.info import describe_cache, lines
+
+    about = describe_cache(args.cache)
+    print(json.dumps(about, indent=2, ensure_ascii=False) if args.json else "\n".join(lines(about)))
+
+
+def _ls(args: argparse.Namespace) -> None:
+    from shards.reader import Cache
+
+    cache = Cache.open(args.cache)
+    rate, shown = cache.spec.sampling_rate, 0
+    columns = ["key", "frames", "samples", "speaker", "text"]
+    for batch in cache.manifest.select(columns).slice(0, args.limit).to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            seconds, text = row["samples"] / rate, _printable(row["text"])
+            print(f"{row['key']}\t{row['frames']}\t{seconds:.2f}\t{_printable(row['speaker']) or '-'}\t{text}")
+            shown += 1
+    if shown < len(cache):
+        print(f"({shown} of {len(cache)} utterances)", file=sys.stderr)
+
+
+def _head(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from shards.reader import Cache
+
+    cache = Cache.open(args.cache)
+    for index in range(min(args.n, len(cache))):
+        row, x = cache.row(index), cache.features(index).astype(np.float64)
+        seconds = row["samples"] / cache.spec.sampling_rate
+        print(
+            f"{row['key']}  {row['frames']} frames × {cache.spec.channels}  {seconds:.2f} s  {_printable(row['text'])}"
+        )
+        print(
+            f"  mean {x.mean():+.4f}  std {x.std():.4f}  min {x.min():+.4f}  max {x.max():+.4f}  "
+            f"RMS {np.sqrt(np.mean(x * x)):.4f}  codec error {row['error']:.2e}"
+        )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from shards.verify import verify
+
+    with tqdm(desc="verify", unit="B", unit_scale=True, delay=0.5, disable=None, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        problems = verify(args.cache, args.deep, progress)
+    if not problems:
+        depth = "every byte of every shard" if args.deep else "sizes, records and hashes of records; --deep reads all"
+        print(f"{args.cache}: sound ({depth})")
+        return
+    shown = problems if args.all else problems[:SHOWN]
+    table = [("shard", "file", "utterance", "problem")]
+    table += [(f"{p.shard:06d}" if p.shard is not None else "-", p.file, p.key or "-", p.what) for p in shown]
+    table = [tuple(map(_printable, row)) for row in table]
+    widths = [*(max(len(row[column]) for row in table) for column in range(3)), 0]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    if len(shown) < len(problems):
+        print(f"… and {len(problems) - len(shown)} more (--all)")
+    raise WorkFailed(f"'{args.cache}' is not sound: {len(problems)} problem{'s'[: len(problems) != 1]}")
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: a text must not steer the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def console() -> None:
+    """Entry point of ``earshard-shards``."""
+    sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,105 @@
+"""What a cache holds, how large and how exact it is, where it is from: the text of ``python -m shards info``.
+
+In: a cache folder, complete or not. Out: a mapping that JSON can hold, and the lines that show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from shards.manifest import Layout, RecordError, read_plan, unseal
+from shards.spec import FeatureSpec
+
+
+def describe_cache(path: Path) -> dict[str, Any]:
+    """Identity, counts, sizes and provenance of the cache at ``path``.
+
+    Returns:
+        ``complete``, ``path``, ``counts``; of a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
+        ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (all bytes of the tars over all values),
+        ``codec_error``, ``seconds`` (spent extracting, all shards) and ``provenance``.
+
+    Raises:
+        UserError: there is no cache, or CACHE.json is damaged.
+    """
+    layout = Layout(path)
+    try:
+        info = unseal(layout.cache)
+    except (FileNotFoundError, NotADirectoryError):
+        return _incomplete(layout)
+    except (RecordError, OSError) as error:
+        raise UserError(f"'{layout.cache}' is damaged ({error}): run `python -m shards verify {path}`") from None
+    spec = FeatureSpec.parse(info.get("spec"), f"'{layout.cache}'")
+    try:
+        counts = info["counts"]
+        hours = counts["samples"] / spec.sampling_rate / 3600
+        values = counts["frames"] * spec.channels
+        return {
+            "complete": True,
+            "path": str(path),
+            "feature_id": info["feature_id"],
+            "manifest_id": info["manifest_id"],
+            "plan_id": info["plan_id"],
+            "spec": spec.model_dump(),
+            "counts": counts,
+            "hours": hours,
+            "bytes_per_audio_hour": counts["bytes"] / hours if hours else 0.0,
+            "bits_per_value": 8 * counts["bytes"] / values if values else 0.0,
+            "codec_error": {name: info["codec_error"][name] for name in ("mean", "max")},
+            "seconds": info["seconds"],
+            "provenance": info["provenance"],
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"'{layout.cache}' lacks or garbles {error}: run `python -m shards verify {path}`") from None
+
+
+def _incomplete(layout: Layout) -> dict[str, Any]:
+    plan = read_plan(layout)
+    records = []
+    for shard in range(plan.shards):
+        try:
+            records.append(unseal(layout.record(shard)))
+        except (OSError, RecordError):
+            continue
+    counts = {
+        "planned": len(plan.table),
+        "utterances": sum(record.get("rows", 0) for record in records),
+        "failures": sum(len(record.get("failures", ())) for record in records),
+        "shards": plan.shards,
+        "committed": len(records),
+    }
+    return {"complete": False, "path": str(layout.path), "plan_id": plan.id, "counts": counts}
+
+
+def lines(about: dict[str, Any]) -> Iterator[str]:
+    """The mapping of :func:`describe_cache` for people."""
+    counts = about["counts"]
+    yield about["path"]
+    if not about["complete"]:
+        yield f"  not complete: {counts['committed']} of {counts['shards']} shards committed"
+        yield f"  {counts['utterances']} of {counts['planned']} utterances, {counts['failures']} failures"
+        yield "  run the same extraction again to finish it"
+        return
+    spec, error, provenance = about["spec"], about["codec_error"], about["provenance"]
+    source, encoder = provenance.get("source", {}), provenance.get("encoder", {})
+    yield f"  features      {spec['family']} layer {spec['layer']}, {spec['channels']} channels, codec {spec['codec']}"
+    yield (
+        f"  computed      {spec['dtype']}, window {spec['window']}, overlap {spec['overlap']} s, trim {spec['trim']}, "
+        f"{spec['sampling_rate'] / spec['hop']:g} frames a second"
+    )
+    yield f"  feature id    {about['feature_id']}"
+    yield f"  manifest id   {about['manifest_id']}"
+    yield f"  source        {source.get('name', '?')} (fingerprint {str(source.get('fingerprint', '?'))[:8]})"
+    yield f"  encoder       {encoder.get('reference', '?')} on {encoder.get('device', '?')}, tensors {spec['tensors'][:8]}"
+    yield (
+        f"  utterances    {counts['utterances']:,} of {counts['planned']:,} planned, {counts['failures']:,} failed, "
+        f"in {counts['shards']:,} shards"
+    )
+    yield f"  audio         {about['hours']:.3f} h, {counts['frames']:,} frames"
+    yield f"  bytes         {counts['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
+    yield f"  bits a value  {about['bits_per_value']:.2f} with tar headers and texts"
+    yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
+    yield f"  spent         {about['seconds']:,.1f} s of extraction"

@@ -1,0 +1,332 @@
+"""Is a cache what was written? Compare every file with what the others say about it, and name what does not fit.
+
+    python -m shards verify CACHE --deep
+
+In: a cache folder, trusted in nothing. Out: a list of :class:`Problem`, empty when the cache is sound and complete. The
+fast check reads everything but the tars, of which it compares the sizes; the deep one also re-hashes every tar, walks
+its members and compares each with its manifest row. A file is parsed only after its sha256 is found right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from shards.checks import TarFile, first_bad_row, first_bad_utterance
+from shards.errors import UserError
+from shards.manifest import (
+    FAILURE_SCHEMA,
+    MANIFEST_SCHEMA,
+    UTTERANCE_SCHEMA,
+    Layout,
+    RecordError,
+    manifest_id,
+    read_parquet,
+    unseal,
+)
+from shards.records import CacheInfo, FileInfo, ShardRecord
+from shards.spec import SCHEMA_VERSION, FeatureSpec
+
+Progress = Callable[[int, int], None]
+CHUNK = 8 << 20
+PLANNED = [name for name in UTTERANCE_SCHEMA.names if name != "samples"]  # what a manifest row keeps of its plan row
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as written; ``file`` is relative to the cache folder, ``key`` names an utterance."""
+
+    shard: int | None
+    file: str
+    key: str | None
+    what: str
+
+
+def verify(path: str | Path, deep: bool = False, progress: Progress | None = None) -> list[Problem]:
+    """Everything that is wrong with the cache at ``path``; an incomplete cache has at least that problem.
+
+    Args:
+        deep: also re-hash every tar and compare every member with its row.
+        progress: called with (bytes read, bytes to read in all).
+
+    Raises:
+        UserError: there is no such folder, it is no cache, or it is of a newer format.
+    """
+    layout = Layout(Path(path))
+    if not layout.path.is_dir():
+        raise UserError(f"there is no folder '{layout.path}': name a cache folder, such as caches/CORPUS/ENCODER")
+    if not (layout.cache.exists() or layout.plan.exists() or any(layout.shards.glob("*.json"))):
+        raise UserError(
+            f"'{layout.path}' is no cache: it has neither CACHE.json nor plan.parquet; make one with `make extract`"
+        )
+    return _Audit(layout, deep, progress).run()
+
+
+class _Audit:
+    def __init__(self, layout: Layout, deep: bool, progress: Progress | None) -> None:
+        self.layout, self.deep, self.progress = layout, deep, progress
+        self.problems: list[Problem] = []
+        self.spec: FeatureSpec | None = None
+        self.done = self.total = 0
+
+    def run(self) -> list[Problem]:
+        info = self._info()
+        records = self._records()
+        plan_ids = Counter(record.plan_id for record in records.values())
+        plan_id = info.plan_id if info else max(plan_ids, key=lambda found: plan_ids[found], default=None)
+        plan = self._plan(plan_id)
+        shards: Sequence[int] = sorted(records)
+        if plan is not None:
+            shards = range(plan["shard"][-1].as_py() + 1 if len(plan) else 0)
+        self._measure(shards)
+        feature_id = self._feature_id(info, records)
+        manifest = self._table(info, self.layout.manifest, MANIFEST_SCHEMA)
+        at = 0
+        for shard in shards:
+            record = records.pop(shard, None)
+            if record is None:
+                self._absent(shard)
+                continue
+            rows = self._shard(shard, record, feature_id, plan_id, plan)
+            if rows is not None and manifest is not None and not manifest.slice(at, len(rows)).equals(rows):
+                self._tell(None, self.layout.manifest, f"does not hold the rows of shard {shard:06d}")
+                manifest = None  # told once
+            at += record.rows
+            records[shard] = record
+        self._strangers(shards)
+        if info:
+            self._summary(info, {shard: records[shard] for shard in shards if shard in records}, shards, plan)
+        return self.problems
+
+    def _tell(self, shard: int | None, file: Path, what: str, key: str | None = None) -> None:
+        self.problems.append(Problem(shard, str(file.relative_to(self.layout.path)), key, what))
+
+    def _measure(self, shards: Sequence[int]) -> None:
+        """Bytes to read, for the progress bar."""
+        paths = [self.layout.manifest, self.layout.failures, *map(self.layout.rows, shards)]
+        if self.deep:
+            paths += map(self.layout.tar, shards)
+        for path in paths:
+            try:
+                self.total += path.stat().st_size
+            except OSError:
+                continue
+
+    def _step(self, size: int) -> None:
+        self.done += size
+        if self.progress:
+            self.progress(self.done, self.total)
+
+    def _sealed(self, path: Path, shard: int | None) -> dict[str, Any] | None:
+        try:
+            tree = unseal(path)
+        except FileNotFoundError:
+            return None
+        except (RecordError, OSError) as error:
+            self._tell(shard, path, _phrase(error, path))
+            return None
+        version = tree.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise UserError(
+                f"'{path}' is of cache format {version} and this earshard reads up to {SCHEMA_VERSION}: update earshard"
+            )
+        return tree
+
+    def _info(self) -> CacheInfo | None:
+        path = self.layout.cache
+        tree = self._sealed(path, None)
+        if tree is None:
+            if not path.exists():
+                self._tell(None, path, "is missing: the extraction is not complete")
+            return None
+        try:
+            info = CacheInfo.model_validate(tree)
+            self.spec = FeatureSpec.parse(info.spec, f"'{path}'")
+        except (ValidationError, UserError) as error:
+            self._tell(None, path, f"lacks what a cache says: {_first(error)}")
+            return None
+        if info.schema_version != self.spec.schema_version or self.spec.feature_id != info.feature_id:
+            self._tell(None, path, "has a feature id that is not that of its spec")
+        return info
+
+    def _records(self) -> dict[int, ShardRecord]:
+        records: dict[int, ShardRecord] = {}
+        for path in sorted(self.layout.shards.glob("*.json")):
+            shard = int(path.stem) if path.stem.isascii() and path.stem.isdigit() else -1
+            if path.name != self.layout.record(shard).name or not path.is_file():
+                continue
+            tree = self._sealed(path, shard)
+            if tree is None:
+                continue
+            try:
+                records[shard] = ShardRecord.model_validate(tree)
+            except ValidationError as error:
+                self._tell(shard, path, f"lacks what a record says: {_first(error)}")
+        return records
+
+    def _plan(self, plan_id: str | None) -> pa.Table | None:
+        """The plan, sorted by shard and row as it is written, or None."""
+        path = self.layout.plan
+        try:
+            found = self._digest(path, count=False)
+        except OSError as error:
+            self._tell(None, path, _phrase(error, path))
+            return None
+        if plan_id is not None and found != plan_id:
+            self._tell(None, path, "is not the plan that the cache was made by (its sha256 differs)")
+            return None
+        try:
+            plan = read_parquet(path, UTTERANCE_SCHEMA)
+        except (RecordError, OSError) as error:
+            self._tell(None, path, _phrase(error, path))
+            return None
+        if bad := first_bad_utterance(plan):
+            self._tell(None, path, bad)
+            return None
+        return plan
+
+    def _feature_id(self, info: CacheInfo | None, records: dict[int, ShardRecord]) -> str | None:
+        if info:
+            return info.feature_id
+        found = Counter(record.feature_id for record in records.values())
+        return max(found, key=lambda name: found[name], default=None)
+
+    def _absent(self, shard: int) -> None:
+        path = self.layout.record(shard)
+        if not path.exists():
+            self._tell(shard, path, "is missing: the shard is not committed")
+        elif not path.is_file():
+            self._tell(shard, path, "is no file")
+
+    def _shard(
+        self, shard: int, record: ShardRecord, feature_id: str | None, plan_id: str | None, plan: pa.Table | None
+    ) -> pa.Table | None:
+        """Check one shard; its rows when they can be trusted."""
+        layout, path = self.layout, self.layout.record(shard)
+        if record.shard != shard:
+            self._tell(shard, path, f"is the record of shard {record.shard:06d}")
+        if record.feature_id != feature_id:
+            self._tell(shard, path, f"is of other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})")
+        if record.plan_id != plan_id:
+            self._tell(shard, path, f"is of another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
+        rows = self._hashed(layout.rows(shard), record.parquet, MANIFEST_SCHEMA, shard)
+        tar = layout.tar(shard)
+        try:
+            size = tar.stat().st_size
+        except OSError as error:
+            self._tell(shard, tar, _phrase(error, tar))
+            return rows
+        sound_size = size == record.tar.bytes
+        if not sound_size:
+            self._tell(shard, tar, f"has {size} bytes, not {record.tar.bytes}")
+        if rows is not None:
+            if rows.num_rows != record.rows or (pc.sum(rows["frames"]).as_py() or 0) != record.frames:
+                self._tell(shard, path, "counts other rows or frames than its parquet file holds")
+            if bad := first_bad_row(rows, shard, self.spec, record.tar.bytes):
+                self._tell(shard, layout.rows(shard), bad[1], bad[0])
+                rows = None
+            elif plan is not None and not self._as_planned(shard, record, rows, plan):
+                self._tell(shard, layout.rows(shard), "and the failures of its record do not make up the planned rows")
+        if self.deep:
+            with TarFile(tar) as file:
+                found = file.sha256(self._step)
+                if sound_size and found != record.tar.sha256:
+                    self._tell(shard, tar, "does not match its sha256")
+                for key, what in file.problems(rows, self.spec):
+                    self._tell(shard, tar, what, key)
+        return rows
+
+    def _as_planned(self, shard: int, record: ShardRecord, rows: pa.Table, plan: pa.Table) -> bool:
+        """Every planned utterance is a row or a failure, and none is both."""
+        failed = pa.array([failure.key for failure in record.failures], pa.string())
+        planned = plan.filter(pc.equal(plan["shard"], shard)).select(PLANNED)
+        lost = pc.is_in(planned["key"], value_set=failed)
+        same: bool = planned.filter(pc.invert(lost)).equals(rows.select(PLANNED))
+        return same and (pc.sum(lost).as_py() or 0) == len(failed)
+
+    def _table(self, info: CacheInfo | None, path: Path, schema: pa.Schema) -> pa.Table | None:
+        if info is None:
+            return None
+        if path.name not in info.files:
+            self._tell(None, self.layout.cache, f"says nothing about {path.name}")
+            return None
+        return self._hashed(path, info.files[path.name], schema, None)
+
+    def _hashed(self, path: Path, wanted: FileInfo, schema: pa.Schema, shard: int | None) -> pa.Table | None:
+        """A parquet file of the right size and sha256, parsed; else None, and told."""
+        try:
+            size = path.stat().st_size
+            if size != wanted.bytes:
+                self._tell(shard, path, f"has {size} bytes, not {wanted.bytes}")
+            elif self._digest(path) != wanted.sha256:
+                self._tell(shard, path, "does not match its sha256")
+            else:
+                return read_parquet(path, schema)
+        except (RecordError, OSError) as error:
+            self._tell(shard, path, _phrase(error, path))
+        return None
+
+    def _digest(self, path: Path, count: bool = True) -> str:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                if count:
+                    self._step(len(chunk))
+        return digest.hexdigest()
+
+    def _strangers(self, shards: Sequence[int]) -> None:
+        """Tars that are not of the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
+        for path in sorted(self.layout.shards.glob("*.tar")):
+            if not (path.stem.isascii() and path.stem.isdigit() and int(path.stem) in shards):
+                self._tell(None, path, "is no shard of this cache")
+
+    def _summary(
+        self, info: CacheInfo, records: dict[int, ShardRecord], shards: Sequence[int], plan: pa.Table | None
+    ) -> None:
+        """CACHE.json against the sum of the records."""
+        path = self.layout.cache
+        failures = self._table(info, self.layout.failures, FAILURE_SCHEMA)
+        if len(records) < len(shards):
+            return
+        told = [failure.model_dump() for shard in shards for failure in records[shard].failures]
+        if failures is not None and failures.to_pylist() != told:
+            self._tell(None, self.layout.failures, "does not hold the failures of the records")
+        found = {
+            "shards": len(shards),
+            "utterances": sum(record.rows for record in records.values()),
+            "failures": len(told),
+            "frames": sum(record.frames for record in records.values()),
+            "bytes": sum(record.tar.bytes for record in records.values()),
+        }
+        if plan is not None:
+            found["planned"] = len(plan)
+        for name, value in found.items():
+            if info.counts.get(name) != value:
+                self._tell(None, path, f"counts {info.counts.get(name)} {name}, the shards have {value}")
+        tars = [records[shard].tar.sha256 for shard in shards]
+        if manifest_id(info.feature_id, info.plan_id, tars) != info.manifest_id:
+            self._tell(None, path, "has a manifest id that is not that of its shards")
+
+
+def _phrase(error: Exception, path: Path) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror}"
+    return str(error).removeprefix(path.name).strip()
+
+
+def _first(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
