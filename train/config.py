@@ -1,0 +1,150 @@
+"""The settings of a training run: one YAML file and ``key=value`` words in, one :class:`TrainConfig` out.
+
+The keys are a contract with users' scripts. Nothing here imports torch. :meth:`TrainConfig.differences` says which
+keys a resumed run may not change.
+
+    python -m train fit --config configs/train/demo.yaml lr=5e-4 projector.stack=4
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shards.config import Config
+from shards.order import Rules
+from train.options import LmConfig, MlpConfig, ProjectorConfig, PromptConfig
+
+# Keys that leave the losses of a run alone: a resumed run may change them.
+FREE_KEYS = frozenset(
+    {
+        "caches",  # a cache may be moved: the checkpoint compares manifest ids instead
+        "extract",
+        "runs",
+        "name",
+        "device",
+        "eval_every",
+        "eval_limit",
+        "eval_batch",
+        "decode_limit",
+        "decode_samples",
+        "max_new_tokens",
+        "checkpoint_every",
+        "min_loss_drop",
+    }
+)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Strings = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class ValConfig(Config):
+    """Which utterances are held out.
+
+    Rows that the extraction marked ``val`` are never trained on. ``caches`` names what is evaluated instead of them,
+    whole caches; else ``fraction`` holds out further speakers until that part of each cache is held out.
+    """
+
+    caches: Strings = Field(default_factory=list)
+    fraction: float = Field(default=0.0, ge=0, lt=1)
+    limit: int | None = Field(default=None, ge=1)  # most utterances in a final evaluation; None: all held out
+    seed: int = 0  # apart from the run's seed: runs that differ in seed are judged on the same utterances
+
+
+class BatchConfig(Config):
+    """How utterances form batches (``shards/order.py``). With neither ``size`` nor ``max_frames``, ``size`` is 8."""
+
+    size: int | None = Field(default=None, ge=1)
+    max_frames: int | None = Field(default=None, ge=1)  # padded frames of a batch
+    window_shards: int = Field(default=8, ge=1)
+    shuffle: Literal["none", "shard", "window", "global"] = "window"
+
+    def rules(self) -> Rules:
+        """The same as the stream's rules; no batch is dropped."""
+        size = 8 if self.size is None and self.max_frames is None else self.size
+        return Rules(
+            batch_size=size, max_frames=self.max_frames, window_shards=self.window_shards, shuffle=self.shuffle
+        )
+
+
+class TrainConfig(Config):
+    """Every key of ``python -m train fit``; see ``configs/train/`` for files."""
+
+    caches: Strings = Field(min_length=1)  # cache folders or glob patterns that match one complete cache each
+    # extraction configs that make the caches: one each in order, or all for any
+    extract: Strings = Field(default_factory=list)
+    val: ValConfig = ValConfig()
+
+    runs: str = "runs"
+    # None: the time and the projector's kind
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+    projector: ProjectorConfig = MlpConfig()
+    lm: LmConfig = LmConfig()
+    prompt: PromptConfig = PromptConfig()
+
+    steps: int = Field(default=1000, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)  # where the cosine ends
+    warmup: float = Field(default=0.03, ge=0)  # steps, or a fraction of ``steps`` when below 1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)  # of matrices alone: norms' gains and biases are not decayed
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = Field(default=1.0, gt=0)  # largest norm of a step's gradient
+
+    batch: BatchConfig = BatchConfig()
+    accumulate: int = Field(default=1, ge=1)  # batches in a step; every target token of the step weighs the same
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    eval_every: int | None = Field(default=None, ge=0)  # steps; None: only at the end; 0: never, not even at the end
+    eval_limit: int | None = Field(default=64, ge=1)  # most utterances in an evaluation on the way
+    eval_batch: int = Field(default=16, ge=1)  # utterances in a batch of an evaluation
+    decode_limit: int = Field(default=200, ge=1)  # most utterances decoded for WER and CER in a final evaluation
+    decode_samples: int = Field(default=4, ge=0)  # utterances decoded in an evaluation on the way
+    max_new_tokens: int = Field(default=64, ge=1)
+    checkpoint_every: int | None = Field(default=500, ge=1)  # steps; None: only at the end
+    min_loss_drop: float | None = None  # first minus last training loss below this: the run fails (exit status 1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}: the cosine falls from lr to min_lr")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup={self.warmup} is neither whole steps nor a fraction below 1")
+        if self.name == "latest":
+            raise ValueError("name=latest is the link to the newest run: choose another name")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        return self
+
+    @property
+    def warmup_steps(self) -> int:
+        """``warmup`` in steps."""
+        return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """``key: mine, not theirs`` for each key that differs and changes the numbers of a run."""
+        mine, theirs = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
+        return [
+            f"{key}: {mine.get(key)}, not {theirs.get(key)}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if key.split(".")[0] not in FREE_KEYS and mine.get(key) != theirs.get(key)
+        ]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
