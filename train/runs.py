@@ -1,0 +1,158 @@
+"""Run folders: where a run stands, what is in it, and how its trained model comes back.
+
+    runs/demo/   config.yaml  caches.json  metrics.jsonl  evaluations.jsonl  checkpoints/  projector.safetensors
+                 summary.json  report.html
+    runs/latest -> demo
+
+In: a config, or the path of a run. Out: a new folder, the config of a run, its trained model. ``caches.json`` says
+which features the run was trained on (spec, manifest ids, the encoder's reference), so that a run needs no cache to be
+used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from shards.config import load_config
+from shards.disk import atomic_write, fsync_folder, told
+from shards.errors import UserError
+from shards.spec import FeatureSpec
+from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from shards.reader import Cache
+    from train.model import AudioLM
+
+LATEST = "latest"
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Where a new run goes; UserError when a run stands there already."""
+    name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.projector.kind}"
+    folder = Path(config.runs) / name
+    if folder.exists() or folder.is_symlink():
+        raise UserError(
+            f"'{folder}' exists already: choose another name=…, go on with it by --resume {folder}, or delete it"
+        )
+    return folder
+
+
+def create(folder: Path, config: TrainConfig, caches: Sequence[Cache]) -> None:
+    """Make the folder with ``config.yaml`` (``name`` filled in) and ``caches.json``, and point ``latest`` at it."""
+    named = config.model_copy(update={"name": folder.name})
+    with told("making the run folder", folder):
+        (folder / "checkpoints").mkdir(parents=True)
+        text = yaml.safe_dump(named.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        atomic_write(folder / "config.yaml", text.encode(), str(os.getpid()))
+        write_json(folder / "caches.json", describe(caches))
+        link = folder.parent / f".{LATEST}-{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        os.replace(link, folder.parent / LATEST)
+        fsync_folder(folder.parent)
+
+
+def describe(caches: Sequence[Cache]) -> dict[str, Any]:
+    """The content of ``caches.json``: one feature spec, the caches' ids and counts, the encoder's reference."""
+    first = caches[0]
+    encoder = (first.info.get("provenance") or {}).get("encoder") or {}
+    return {
+        "spec": first.spec.model_dump(),
+        "feature_id": first.feature_id,
+        "encoder": encoder.get("reference"),
+        "caches": [
+            {"path": os.path.abspath(cache.path), "manifest_id": cache.manifest_id, "utterances": len(cache)}
+            for cache in caches
+        ],
+    }
+
+
+def find_run(word: str | None, runs: str | Path = "runs") -> Path:
+    """The folder of a run from its path, its name below ``runs``, or ``None`` for the newest; links are followed.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    places = [Path(runs) / LATEST] if word is None else [Path(word), Path(runs) / word]
+    for place in places:
+        if (place / "config.yaml").is_file():
+            return place.parent / os.readlink(place) if place.is_symlink() else place
+    if word is None:
+        raise UserError(f"there is no run under '{runs}' yet: train one with `make train`")
+    raise UserError(f"'{word}' is not a run: it has no config.yaml; the runs stand under '{runs}'")
+
+
+def run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The settings that a run was made with, with ``overrides`` applied."""
+    return load_config(TrainConfig, run / "config.yaml", overrides)
+
+
+def run_caches(run: Path) -> dict[str, Any]:
+    """``caches.json`` of a run; its ``spec`` as a FeatureSpec."""
+    about = read_json(run / "caches.json")
+    return {**about, "spec": FeatureSpec.parse(about.get("spec"), str(run / "caches.json"))}
+
+
+def build_model(config: TrainConfig, channels: int, device: torch.device, dtype: torch.dtype) -> AudioLM:
+    """The model of ``config`` for features of ``channels``, at its start values, on ``device``."""
+    import torch
+
+    from train.lms import load_lm
+    from train.model import AudioLM
+    from train.projectors import build_projector
+    from train.prompt import Prompt
+
+    torch.manual_seed(config.seed)  # dropout draws from the global generator
+    lm = load_lm(config.lm.model, device=device, dtype=dtype, train=config.lm.train, seed=config.seed)
+    projector = build_projector(config.projector, channels, lm.width, lm.embedding_rms, seed=config.seed)
+    return AudioLM(projector, lm, Prompt(config.prompt, lm.tokenizer)).to(device)
+
+
+def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> AudioLM:
+    """The trained model of a run, in evaluation mode.
+
+    Raises:
+        UserError: the run was not finished, or its weights do not fit the model that its config describes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from train.checkpoint import restore_parameters
+
+    weights = run / "projector.safetensors"
+    if not weights.is_file():
+        raise UserError(f"'{run}' holds no trained projector yet: finish it with python -m train fit --resume {run}")
+    model = build_model(config, run_caches(run)["spec"].channels, device, dtype)
+    try:
+        restore_parameters(model, load_file(weights), str(weights))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{weights}' cannot be read ({error}): train the run again") from None
+    return model.eval()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a run folder; UserError when it is missing or damaged."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"'{path}' is missing: the run is not whole, train it again under another name=…") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): train the run again") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"'{path}' holds no JSON object: train the run again")
+    return tree
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Put ``tree`` under ``path`` at once."""
+    with told("writing a run's file", path):
+        atomic_write(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), str(os.getpid()))
