@@ -1,0 +1,105 @@
+"""What a run tells while it runs: ``metrics.jsonl``, ``evaluations.jsonl``, the progress bar.
+
+In: the figures of a step or an evaluation. Out: one JSON line each, flushed at once, and a bar with loss, audio gain at
+the last evaluation, frames a second and time left. A resumed run first drops the lines past its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from shards.disk import atomic_write, told
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+TOLD = 10  # lines with the loss that a whole run prints
+
+
+class Tracker:
+    """Writes a run's figures; a context manager that closes the bar and the files."""
+
+    def __init__(self, run: Path, steps: int, step: int = 0, evaluated: int = 0) -> None:
+        """``step``, ``evaluated``: where a resumed run stands; lines after these steps are dropped from the files."""
+        with told("writing metrics", run):
+            for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
+                kept = [line for line in read_lines(run / name) if line["step"] <= last]
+                atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
+        self._metrics = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._evaluations = open(run / EVALUATIONS, "a", encoding="utf-8")  # noqa: SIM115
+        self._steps = steps
+        self._gain: float | None = None
+        # no bar in a log: the lines of `step` tell the same
+        self._bar = tqdm(total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=None)
+        self._seconds = 0.0
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._metrics.close()
+        self._evaluations.close()
+
+    def step(self, figures: dict[str, Any], frames_per_second: float) -> None:
+        """One training step: ``step``, ``loss`` and the rest go to ``metrics.jsonl`` and the bar."""
+        self._append(self._metrics, figures)
+        gain: dict[str, str] = {} if self._gain is None else {"gain": f"{self._gain:.2f}"}
+        self._bar.set_postfix({"loss": f"{figures['loss']:.3f}", **gain, "frames/s": f"{frames_per_second:.0f}"}, False)
+        self._bar.update()
+        step = figures["step"]
+        self._seconds = figures["seconds"] if not self._seconds else 0.9 * self._seconds + 0.1 * figures["seconds"]
+        if step in (1, self._steps) or step % max(1, self._steps // TOLD) == 0:
+            left = (self._steps - step) * self._seconds
+            self.say(
+                f"step {step:>6}/{self._steps}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  "
+                f"{frames_per_second:.0f} frames/s  {left:.0f} s left"
+            )
+
+    def evaluation(self, step: int, record: dict[str, Any]) -> None:
+        """One evaluation with its samples goes to ``evaluations.jsonl``; its audio gain stays on the bar."""
+        self._append(self._evaluations, {"step": step, **record})
+        self._gain = record["audio_gain"]
+        self.say(
+            f"step {step:>6}/{self._steps}  held-out loss {record['val_loss']:.4f}  "
+            f"shuffled {figure(record['val_loss_shuffled'])}  audio gain {figure(record['audio_gain'])}"
+        )
+
+    def say(self, line: str) -> None:
+        """A line on standard output that does not tear the bar."""
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _append(self, file: Any, tree: dict[str, Any]) -> None:
+        with told("writing metrics", Path(file.name)):
+            file.write(_line(tree))
+            file.flush()
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """``value`` for people; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of ``path``; none when it is absent. A last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            tree = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(tree, dict) and isinstance(tree.get("step"), int):
+            lines.append(tree)
+    return lines
+
+
+def _line(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, ensure_ascii=False) + "\n"
