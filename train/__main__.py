@@ -1,0 +1,241 @@
+"""Command line of the training stage: ``python -m train fit|evaluate|transcribe|needs|projectors|report``.
+
+In: a config or a run folder. Out: a run folder with a trained projector, its figures, its report. Heavy libraries are
+imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+EXAMPLES = """examples:
+  python -m train fit --config configs/train/demo.yaml
+  python -m train fit --config configs/train/demo.yaml name=small projector.stack=8 lr=5e-4
+  python -m train fit --resume runs/demo
+  python -m train evaluate runs/demo --cache cache/librispeech-…/whisper-base-… --json figures.json
+  python -m train transcribe runs/demo hello.wav
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line as argparse sees it."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train a projector from cached speech features into a language model, and judge it.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, formatter_class=raw, epilog=f"example:\n  python -m train {example}"
+        )
+
+    def overrides(to: argparse.ArgumentParser) -> None:
+        to.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
+
+    fit = add("fit", "train a projector", "fit --config configs/train/demo.yaml steps=100 lr=1e-3")
+    fit.add_argument("--config", metavar="FILE", help="YAML file (see configs/train/)")
+    fit.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a run (default: that of --config, or the newest)",
+    )
+    overrides(fit)
+
+    evaluate = add("evaluate", "judge a trained run", "evaluate runs/demo --json figures.json")
+    evaluate.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: that of --config, or the newest)")
+    evaluate.add_argument("--config", metavar="FILE", help="take the run that this config made")
+    evaluate.add_argument(
+        "--cache", metavar="CACHE", help="judge on this cache instead of the run's held-out utterances"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="write the figures there")
+    overrides(evaluate)
+
+    transcribe = add("transcribe", "audio files to text", "transcribe runs/demo hello.wav")
+    transcribe.add_argument("run", metavar="RUN", help="run folder")
+    transcribe.add_argument("audio", nargs="+", metavar="WAV", help="WAV, FLAC, OGG or MP3 files")
+    transcribe.add_argument(
+        "--encoder", metavar="REFERENCE", help="where the run's encoder is now, such as path:/models/x"
+    )
+
+    needs = add(
+        "needs", "list the extraction configs whose caches are absent", "needs --config configs/train/demo.yaml"
+    )
+    needs.add_argument("--config", metavar="FILE", required=True)
+    overrides(needs)
+
+    projectors = add("projectors", "list the projectors with their parameter counts", "projectors --channels 512")
+    projectors.add_argument("--channels", type=int, default=512, help="of the features (default: 512, whisper-base)")
+    projectors.add_argument("--width", type=int, default=576, help="of the LM (default: 576, SmolLM2-135M)")
+
+    report = add("report", "write report.html of a run anew", "report runs/demo")
+    report.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
+    return top
+
+
+def command(argv: Sequence[str]) -> int:
+    args = parser().parse_args(argv)
+    jobs = {
+        "fit": _fit,
+        "evaluate": _evaluate,
+        "transcribe": _transcribe,
+        "needs": _needs,
+        "projectors": _projectors,
+        "report": _report,
+    }
+    return jobs[args.command](args)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from shards.config import load_config
+    from train import runs
+    from train.config import TrainConfig
+
+    words = list(args.overrides)
+    if args.resume is None:
+        if args.config is None:
+            raise UserError("name a configuration with --config (see configs/train/), or a run with --resume")
+        config, resume = load_config(TrainConfig, args.config, words), None
+    else:
+        word = args.resume
+        if "=" in word:  # `--resume key=value`: the run is the default one
+            word, words = "", [word, *words]
+        config, resume = _config_and_run(word or None, args.config, words)
+
+    from train.loop import Interrupted, fit
+    from train.report import REPORT
+
+    try:
+        run = fit(config, resume)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    print(_table(runs.read_json(run / "summary.json")))
+    print(f"report: {run / REPORT}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    words = list(args.overrides)
+    if args.run is not None and "=" in args.run and not Path(args.run).exists():
+        words, args.run = [args.run, *words], None
+    run = _config_and_run(args.run, args.config, [])[1]
+
+    from train.runs import run_config
+
+    config = run_config(run, words)
+
+    from train.evaluate import evaluate_run
+
+    figures = evaluate_run(run, config, args.cache)
+    text = json.dumps(figures, indent=1, ensure_ascii=False)
+    if args.json is not None:
+        from train.runs import write_json
+
+        target = Path(args.json)
+        if not target.parent.is_dir():
+            raise UserError(f"--json names '{target}' and there is no folder '{target.parent}': make it first")
+        write_json(target, figures)
+    print(text)
+    return 0
+
+
+def _transcribe(args: argparse.Namespace) -> int:
+    from train import runs
+
+    run = runs.find_run(args.run)
+    config = runs.run_config(run)
+
+    from train.transcribe import transcribe
+
+    for path, text in transcribe(run, config, [Path(word) for word in args.audio], args.encoder):
+        print(f"{path}\t{text}", flush=True)
+    return 0
+
+
+def _needs(args: argparse.Namespace) -> int:
+    from shards.config import load_config
+    from train.config import TrainConfig
+    from train.data import needed
+
+    for file in needed(load_config(TrainConfig, args.config, args.overrides)):
+        print(file)
+    return 0
+
+
+def _projectors(args: argparse.Namespace) -> int:
+    from train.projectors import list_kinds
+
+    print(f"from {args.channels} channels to width {args.width}, at default settings")
+    for kind in list_kinds(args.channels, args.width):
+        print(f"{kind.name:<10} stack {kind.stack}  {kind.parameters:>12,} parameters  {kind.formula}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from train.report import write_report
+    from train.runs import find_run
+
+    print(f"report: {write_report(find_run(args.run))}")
+    return 0
+
+
+def _config_and_run(word: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:
+    """The run that ``word`` names, or that ``file`` made, or the newest; with its settings and ``overrides``."""
+    from shards.config import load_config
+    from train import runs
+    from train.config import TrainConfig
+
+    if file is None:
+        run = runs.find_run(word)
+        return runs.run_config(run, overrides), run
+    config = load_config(TrainConfig, file, overrides)
+    run = runs.find_run(word or (config.name and str(Path(config.runs) / config.name)), config.runs)
+    return config.model_copy(update={"name": run.name}), run
+
+
+def _table(summary: dict[str, Any]) -> str:
+    """The figures of a finished run, for people."""
+    from train.track import figure
+
+    def percent(key: str) -> str:
+        return "–" if summary[key] is None else f"{100 * summary[key]:.1f} %"
+
+    lines = [
+        (
+            "training loss, first to last",
+            f"{figure(summary['train_loss_first'])} -> {figure(summary['train_loss_last'])}",
+        ),
+        ("held-out loss, nats a token", figure(summary["val_loss"])),
+        ("the same, other audio", figure(summary["val_loss_shuffled"])),
+        ("audio gain", figure(summary["audio_gain"])),
+        ("WER / CER", f"{percent('wer')} / {percent('cer')}"),
+        ("steps, seconds", f"{summary['steps']}, {summary['seconds']:.1f}"),
+        ("frames a second", f"{summary['frames_per_second']:,.0f}"),
+        ("waiting for data, padding", f"{percent('data_wait_fraction')}, {percent('padding_fraction')}"),
+    ]
+    return "\n".join(f"{name:<30} {value}" for name, value in lines)
+
+
+def console() -> None:
+    """Entry point of ``earshard-train``."""
+    sys.exit(run_command(command))
+
+
+if __name__ == "__main__":
+    console()
