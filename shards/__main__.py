@@ -117,10 +117,10 @@ def _verify(args: argparse.Namespace) -> None:
     shown = problems if args.all else problems[:SHOWN]
     table = [("shard", "file", "utterance", "problem")]
     table += [(f"{p.shard:06d}" if p.shard is not None else "-", p.file, p.key or "-", p.what) for p in shown]
-    table = [tuple(map(_printable, row)) for row in table]
-    widths = [*(max(len(row[column]) for row in table) for column in range(3)), 0]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    lines = [[_printable(cell) for cell in row] for row in table]
+    widths = [*(max(len(line[column]) for line in lines) for column in range(3)), 0]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     if len(shown) < len(problems):
         print(f"… and {len(problems) - len(shown)} more (--all)")
     raise WorkFailed(f"'{args.cache}' is not sound: {len(problems)} problem{'s'[: len(problems) != 1]}")

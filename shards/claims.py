@@ -18,7 +18,10 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 
+from shards.disk import temporary, write_all
+
 LEASE = 60.0  # seconds
+MAX_CLAIM = 4096  # bytes
 
 
 def process_identity() -> dict[str, str | int]:
@@ -36,10 +39,11 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot (a reused pid has another), None when there is none."""
+    """Start time of a process in clock ticks since boot (a reused pid has another), None when /proc does not tell."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "ended" if state in "ZX" else fields[18]  # a zombie has ended: its parent has yet to look
+    except (OSError, IndexError, ValueError):
         return None
 
 
@@ -100,7 +104,12 @@ class Claims:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
             return False
-        os.write(fd, json.dumps({"owner": self.owner, **process_identity()}).encode())
+        try:
+            write_all(fd, json.dumps({"owner": self.owner, **process_identity()}).encode())
+        except BaseException:  # a full disk must not leave a claim that nobody holds
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
         with self._lock:
             self._held[path] = fd
         self._seen.pop(path, None)
@@ -110,13 +119,14 @@ class Claims:
         while not self._stop.wait(self.lease / 3):
             with self._lock:
                 for fd in self._held.values():
-                    os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's file stays untouched
+                    with contextlib.suppress(OSError):  # a share that is gone for a moment must not end the refreshing
+                        os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's stays untouched
 
     def _dead(self, path: Path) -> bytes | None:
         """The claim's text if its holder died on this machine, or did not touch it for one lease of our watching."""
         try:
-            state = path.stat()
-            text = path.read_bytes()
+            with open(path, "rb") as file:  # opened first: over NFS only that brings fresh times
+                state, text = os.fstat(file.fileno()), file.read(MAX_CLAIM)
         except FileNotFoundError:
             return None  # just released: the next call creates it
         if _died_here(text):
@@ -130,7 +140,7 @@ class Claims:
 
     def _remove(self, path: Path, dead: bytes) -> bool:
         """Move the dead claim aside; put it back if it turns out to be a fresh one that came in between."""
-        aside = path.with_name(f"{path.name}.{self.owner}")
+        aside = temporary(path, self.owner)  # a name that is cleaned up should this process die here
         try:
             os.rename(path, aside)
         except FileNotFoundError:
@@ -141,6 +151,8 @@ class Claims:
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
             return False
+        except FileNotFoundError:  # another owner that holds the shard by now cleaned up
+            return False
         finally:
             aside.unlink(missing_ok=True)
 
@@ -149,6 +161,14 @@ def _died_here(text: bytes) -> bool:
     """True when the claim names a process of this machine that no longer runs."""
     try:
         held = json.loads(text)
-        return bool(held["host"] == _host() and _started(int(held["pid"])) != held["started"])
-    except (ValueError, KeyError, TypeError):
+        if held["host"] != _host():
+            return False
+        pid, started = int(held["pid"]), _started(int(held["pid"]))
+        if started is not None and held["started"]:
+            return bool(started != held["started"])
+        os.kill(pid, 0)  # where /proc is absent, or hides the processes of others
+        return False
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError):
         return False

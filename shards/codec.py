@@ -32,6 +32,7 @@ STORED_DTYPE: dict[str, np.dtype[Any]] = {
 }
 SCALED = frozenset({"int8", "fp8"})
 FP8_MAX = 448.0
+BF16_MAX = float(2.0**127 * (2 - 2.0**-7))  # float32 goes on a little further, and would round up to infinity
 
 
 class CodecError(ValueError):
@@ -63,6 +64,8 @@ def encode(codec: str, features: Array) -> Encoded:
             raise CodecError(f"a feature of {peak:.4g} overflows float16: use codec=bf16")
         payload = features.astype("<f2")
     elif codec == "bf16":
+        if peak > BF16_MAX:
+            raise CodecError(f"a feature of {peak:.4g} overflows bfloat16")
         payload = _to_bfloat16(features)
     elif codec == "int8":
         scale = _scales(features, 127.0)

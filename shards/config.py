@@ -40,7 +40,7 @@ def load_config(model: type[M], path: str | os.PathLike[str] | None, overrides: 
             raise UserError(f"'{word}' is not an override: write it as key=value, such as source.limit=100")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
             raise UserError(f"the value of '{key}' on the command line is not YAML: {_one_line(error)}") from None
         _set(tree, key.split("."), value, word)
     return validate_config(model, tree, str(path) if path is not None else "the command line", overrides)
@@ -64,7 +64,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration file '{path}': {_one_line(error)}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not YAML: {_one_line(error)}") from None
     if tree is None:
         return {}

@@ -93,7 +93,7 @@ def lines(about: dict[str, Any]) -> Iterator[str]:
     yield f"  feature id    {about['feature_id']}"
     yield f"  manifest id   {about['manifest_id']}"
     yield f"  source        {source.get('name', '?')} (fingerprint {str(source.get('fingerprint', '?'))[:8]})"
-    yield f"  encoder       {encoder.get('reference', '?')} on {encoder.get('device', '?')}, tensors {spec['tensors'][:8]}"
+    yield f"  encoder       {encoder.get('reference', '?')} ({encoder.get('device', '?')}, {spec['tensors'][:8]})"
     yield (
         f"  utterances    {counts['utterances']:,} of {counts['planned']:,} planned, {counts['failures']:,} failed, "
         f"in {counts['shards']:,} shards"

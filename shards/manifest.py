@@ -1,14 +1,13 @@
 """The cache folder: plan, commit records, manifest, and the file that says "complete".
 
 In: utterances with their shards (the plan) and the rows of committed shards. Out: the files of ``docs/format.md``.
-A record is trusted only whole: its JSON is canonical, carries its own sha256, and names the feature id and the plan that
-it was made for.
+A record is trusted only whole: its JSON is canonical, carries its own sha256, and names the feature id and the plan
+that it was made for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,48 +16,32 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from shards.disk import atomic_write, file_sha256
+from shards.disk import TEMPORARY, atomic_write, file_sha256, fsync_folder, make_folder
 from shards.errors import UserError
+from shards.records import RecordError, seal, unseal
 from shards.spec import SCHEMA_VERSION, FeatureSpec, canonical_json
+from shards.tables import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, parquet_bytes, read_parquet
 
-UTTERANCE_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("id", pa.string()),
-        ("audio", pa.string()),
-        ("samples", pa.int64()),
-        ("text", pa.string()),
-        ("speaker", pa.string()),
-        ("split", pa.string()),
-        ("shard", pa.int32()),
-        ("row", pa.int32()),
-    ]
-)
-MANIFEST_SCHEMA = pa.schema(
-    [
-        *UTTERANCE_SCHEMA,
-        ("frames", pa.int32()),
-        ("codec", pa.string()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-        ("scale_offset", pa.int64()),
-        ("scale_length", pa.int64()),
-        ("crc32", pa.uint32()),
-        ("error", pa.float32()),
-        ("audio_sha256", pa.string()),
-    ]
-)
-FAILURE_SCHEMA = pa.schema(
-    [("key", pa.string()), ("stage", pa.string()), ("error", pa.string()), ("attempt", pa.int32())]
-)
-
-MAX_JSON = 64 << 20  # a record or CACHE.json larger than this is no file of ours
-
-
-class RecordError(ValueError):
-    """A JSON or parquet file of a cache is not as it was written: one phrase."""
+__all__ = [
+    "FAILURE_SCHEMA",
+    "MANIFEST_SCHEMA",
+    "UTTERANCE_SCHEMA",
+    "Layout",
+    "Plan",
+    "RecordError",
+    "committed",
+    "finalise",
+    "is_complete",
+    "manifest_id",
+    "parquet_bytes",
+    "read_parquet",
+    "read_plan",
+    "seal",
+    "stray_files",
+    "unseal",
+    "write_plan",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,77 +83,6 @@ class Layout:
         return self.shards / f"{shard:06d}.claim"
 
 
-def seal(tree: dict[str, Any]) -> bytes:
-    """Canonical JSON of ``tree`` with a ``sha256`` of itself, one line."""
-    digest = hashlib.sha256(canonical_json(tree).encode()).hexdigest()
-    return (canonical_json({**tree, "sha256": digest}) + "\n").encode()
-
-
-def unseal(path: Path) -> dict[str, Any]:
-    """Read what :func:`seal` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RecordError: it is too large, not JSON, not canonical, or its sha256 does not match.
-    """
-    if path.stat().st_size > MAX_JSON:
-        raise RecordError(f"{path.name} is larger than {MAX_JSON >> 20} MiB")
-    data = path.read_bytes()
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
-        raise RecordError(f"{path.name} is not JSON") from None
-    if not isinstance(tree, dict):
-        raise RecordError(f"{path.name} holds no JSON object")
-    tree.pop("sha256", None)
-    try:
-        whole = seal(tree) == data
-    except (ValueError, RecursionError):
-        whole = False
-    if not whole:
-        raise RecordError(f"{path.name} does not match its own sha256")
-    return tree
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """``table`` as parquet: one file for one table on one pyarrow version."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=False)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
-    """A parquet file that must have exactly ``schema`` and no nulls; RecordError otherwise."""
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            found = file.schema_arrow.remove_metadata()
-            if not found.equals(schema):
-                raise RecordError(f"{path.name} has other columns than this format: {_first_difference(found, schema)}")
-            table = file.read()
-        table.validate(full=True)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError(f"{path.name} is not a readable parquet file ({type(error).__name__})") from None
-    for name in schema.names:
-        if table[name].null_count:
-            raise RecordError(f"{path.name} has empty values in column '{name}'")
-    return table.replace_schema_metadata(None)
-
-
-def _first_difference(found: pa.Schema, wanted: pa.Schema) -> str:
-    for field in wanted:
-        index = found.get_field_index(field.name)
-        if index < 0:
-            return f"'{field.name}' is missing"
-        if found.field(index).type != field.type:
-            return f"'{field.name}' is {found.field(index).type}, not {field.type}"
-    return f"{found.names} instead of {wanted.names}"
-
-
 @dataclass(frozen=True)
 class Plan:
     """The fixed assignment of utterances to shards: ``table`` (UTTERANCE_SCHEMA, by shard and row) and its id."""
@@ -190,8 +102,8 @@ class Plan:
 
 def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
     """Write the plan if there is none; a plan that stands is never replaced. Returns the plan that counts."""
+    make_folder(layout.shards)
     if not layout.plan.exists():
-        layout.shards.mkdir(parents=True, exist_ok=True)
         partial = layout.plan.with_name(f"{layout.plan.name}.new-{owner}")
         atomic_write(partial, parquet_bytes(table.cast(UTTERANCE_SCHEMA)), owner)
         try:
@@ -202,6 +114,7 @@ def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
             pass
         finally:
             partial.unlink(missing_ok=True)
+        fsync_folder(layout.path)
     return read_plan(layout)
 
 
@@ -240,12 +153,13 @@ def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: d
         UserError: a shard has no valid commit record.
     """
     records = []
+    tables = []
     for shard in range(plan.shards):
         record = committed(layout, shard, spec.feature_id, plan.id)
         if record is None:
             raise UserError(f"shard {shard:06d} of '{layout.path}' is not committed: run the same extraction again")
         records.append(record)
-    tables = [read_parquet(layout.rows(shard), MANIFEST_SCHEMA) for shard in range(plan.shards)]
+        tables.append(_committed_rows(layout, shard, record))
     manifest = pa.concat_tables(tables) if tables else MANIFEST_SCHEMA.empty_table()
     failures = [failure for record in records for failure in record["failures"]]
     files = {
@@ -281,6 +195,20 @@ def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: d
     return info
 
 
+def _committed_rows(layout: Layout, shard: int, record: dict[str, Any]) -> pa.Table:
+    """The rows of a committed shard, as hashed: what is merged into the manifest is never looked at again."""
+    path = layout.rows(shard)
+    try:
+        if file_sha256(path) != record["parquet"]["sha256"]:
+            raise RecordError(f"{path.name} does not match its sha256")
+        return read_parquet(path, MANIFEST_SCHEMA)
+    except RecordError as error:
+        raise UserError(
+            f"shard {shard:06d} of '{layout.path}' is damaged: {error}; delete '{layout.record(shard)}' and run the "
+            "same extraction again"
+        ) from None
+
+
 def manifest_id(feature_id: str, plan_id: str, tars: list[str]) -> str:
     """64 hex digits that stand for the content of a cache: the ids and every tar's sha256, in shard order."""
     return hashlib.sha256(canonical_json([feature_id, plan_id, tars]).encode()).hexdigest()
@@ -297,8 +225,6 @@ def is_complete(layout: Layout, feature_id: str, plan_id: str | None = None) -> 
 
 def stray_files(layout: Layout) -> Iterator[Path]:
     """Temporary files in the cache folder: none stand in a complete cache that nobody is writing."""
-    from shards.disk import TEMPORARY
-
     for folder in (layout.path, layout.shards):
         if folder.is_dir():
             yield from sorted(path for path in folder.iterdir() if TEMPORARY in path.name or ".new-" in path.name)

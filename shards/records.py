@@ -1,14 +1,66 @@
-"""The shapes of a commit record and of ``CACHE.json``, for those who must not believe them.
+"""The JSON files of a cache: sealed so that a changed byte shows, and read without believing them.
 
-In: a decoded JSON object whose seal was found whole. Out: the fields that a check relies on, of the right types; other
-fields are left alone. pydantic's ValidationError for anything else.
+In: a JSON object, or the path of a file. Out: canonical JSON with its own sha256 inside; the object of a file whose
+seal is whole; :class:`ShardRecord` and :class:`CacheInfo`, the fields that a check relies on, of the right types.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from shards.spec import canonical_json
+
+MAX_JSON = 16 << 20  # a larger record or CACHE.json is no file of ours; small JSON values take 30 times their text
+
+
+class RecordError(ValueError):
+    """A JSON or parquet file of a cache is not as it was written: one phrase."""
+
+
+def seal(tree: dict[str, Any]) -> bytes:
+    """Canonical JSON of ``tree`` with a ``sha256`` of itself, one line."""
+    digest = hashlib.sha256(canonical_json(tree).encode()).hexdigest()
+    return (canonical_json({**tree, "sha256": digest}) + "\n").encode()
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """Read what :func:`seal` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordError: it is too large, not JSON, not canonical, or its sha256 does not match.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe or a device has no size to go by
+            raise RecordError(f"{path.name} is no regular file")
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise RecordError(f"{path.name} is larger than {MAX_JSON >> 20} MiB")
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        raise RecordError(f"{path.name} is not JSON") from None
+    if not isinstance(tree, dict):
+        raise RecordError(f"{path.name} holds no JSON object")
+    tree.pop("sha256", None)
+    try:
+        whole = seal(tree) == data
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise RecordError(f"{path.name} does not match its own sha256")
+    return tree
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe that nobody writes would never return
 
 
 class _Part(BaseModel):

@@ -74,10 +74,9 @@ class FeatureSpec(BaseModel):
     def parse(cls, tree: Any, where: str) -> FeatureSpec:
         """Validate a decoded JSON object read from ``where``; raises UserError."""
         version = tree.get("schema_version") if isinstance(tree, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise UserError(
-                f"{where} is of cache format {version} and this earshard reads up to {SCHEMA_VERSION}: update earshard"
-            )
+        if isinstance(version, int) and version != SCHEMA_VERSION:
+            mend = "update earshard" if version > SCHEMA_VERSION else "extract again"
+            raise UserError(f"{where} is of cache format {version} and this earshard reads {SCHEMA_VERSION}: {mend}")
         try:
             return cls.model_validate(tree)
         except ValidationError as error:

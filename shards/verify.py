@@ -136,7 +136,7 @@ class _Audit:
         version = tree.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise UserError(
-                f"'{path}' is of cache format {version} and this earshard reads up to {SCHEMA_VERSION}: update earshard"
+                f"'{path}' is of cache format {version} and this earshard reads {SCHEMA_VERSION}: update earshard"
             )
         return tree
 

@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import zlib
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +21,7 @@ import pyarrow as pa
 
 from shards import tar
 from shards.codec import Array, encode
-from shards.disk import TEMPORARY, atomic_write, publish, temporary
+from shards.disk import TEMPORARY, atomic_write, fsync_folder, publish, temporary, write_all
 from shards.manifest import MANIFEST_SCHEMA, Layout, parquet_bytes, seal
 from shards.spec import SCHEMA_VERSION, FeatureSpec
 
@@ -81,12 +80,13 @@ class ShardWriter:
             "error": encoded.error,
             "audio_sha256": audio_sha256,
         }
+        about = describe(row, self.spec)  # before the first byte: what cannot be described is not half written
         row["offset"], row["length"] = self._member(f"{key}.npy", payload), len(payload)
         if encoded.scale is not None:
             scale = npy(encoded.scale)
             row["crc32"] = zlib.crc32(scale, row["crc32"])
             row["scale_offset"], row["scale_length"] = self._member(f"{key}.scale.npy", scale), len(scale)
-        self._member(f"{key}.json", describe(row, self.spec))
+        self._member(f"{key}.json", about)
         self.rows.append(row)
 
     def fail(self, key: str, stage: str, error: str, attempt: int = 1) -> None:
@@ -95,7 +95,7 @@ class ShardWriter:
 
     def commit(self, timings: dict[str, float]) -> dict[str, Any]:
         """Sync, read back, compare, rename; the commit record last. Returns the record."""
-        os.write(self._fd, end := tar.closing(self._size))
+        write_all(self._fd, end := tar.closing(self._size))
         self._hash.update(end)
         self._size += len(end)
         os.fsync(self._fd)
@@ -187,6 +187,8 @@ def clean(layout: Layout, shard: int) -> None:
 
 
 def remove_shard(layout: Layout, shard: int) -> None:
-    """Take a shard back, its record first, so that no moment shows a record without its tar."""
-    for path in (layout.record(shard), layout.rows(shard), layout.tar(shard)):
-        Path(path).unlink(missing_ok=True)
+    """Take a shard back, its record first and durably, so that no moment shows a record without its tar."""
+    layout.record(shard).unlink(missing_ok=True)
+    fsync_folder(layout.shards)
+    for path in (layout.rows(shard), layout.tar(shard)):
+        path.unlink(missing_ok=True)
