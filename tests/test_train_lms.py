@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_lm import save_tiny_lm, save_tiny_tokenizer
+
+from shards.errors import UserError
+from train.lms import load_lm
+from train.lms.hf import load_folder
+from train.lms.splice import lay_out
+
+BEFORE, AFTER, TARGETS = [[5, 6], [7], []], [[8], [], [9, 10]], [[20, 21, 2], [22, 2], [2]]
+
+
+def load(folder, *, dtype=torch.float32, train=False):
+    return load_folder(folder, reference="tiny", identity="tiny", device="cpu", dtype=dtype, train=train)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_lm(tmp_path_factory.mktemp("lm") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return load(folder)
+
+
+def soft_batch(width=32, lengths=(3, 1, 4), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    soft = torch.randn(len(lengths), max(lengths), width, generator=generator)
+    return soft, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def reference_nats(lm, soft, mask, before, after, targets):
+    """One row at a time through the model's own forward, every logit computed."""
+    nats = []
+    embed = lm.model.get_input_embeddings()
+    for i, ids in enumerate(targets):
+        parts = [embed(torch.tensor(before[i]).long()), soft[i][mask[i]], embed(torch.tensor([*after[i], *ids]).long())]
+        logits = lm.model(inputs_embeds=torch.cat(parts)[None]).logits[0].float()
+        nats.append(F.cross_entropy(logits[-len(ids) - 1 : -1], torch.tensor(ids), reduction="sum"))
+    return torch.stack(nats)
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_rows_are_packed_without_gaps_and_padded_on_one_side(pad):
+    layout = lay_out(torch.tensor([3, 1, 4]), BEFORE, AFTER, TARGETS, pad=pad)
+    for i in range(3):
+        inputs = [*BEFORE[i], *[0] * [3, 1, 4][i], *AFTER[i], *TARGETS[i][:-1]]
+        columns = layout.valid[i].nonzero()[:, 0]
+        assert layout.ids[i][layout.valid[i]].tolist() == inputs
+        assert columns.tolist() == list(range(columns[0], columns[0] + len(inputs)))
+        assert columns[0] == 0 if pad == "right" else columns[-1] == layout.ids.shape[1] - 1
+        assert layout.last[i] == columns[-1]
+        assert layout.predicts[i].nonzero()[:, 0].tolist() == columns[-len(TARGETS[i]) :].tolist()
+    assert layout.targets.tolist() == [20, 21, 2, 22, 2, 2]
+    assert layout.is_soft.sum(1).tolist() == [3, 1, 4]
+
+
+def test_a_row_that_nothing_could_predict_is_refused():
+    with pytest.raises(ValueError, match="nothing to predict"):
+        lay_out(torch.tensor([0]), [[]], [[]], [[2]])
+
+
+def test_batched_nats_equal_a_row_by_row_reference(lm):
+    soft, mask = soft_batch()
+    expected = reference_nats(lm, soft, mask, BEFORE, AFTER, TARGETS)
+    torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_valid_soft_tokens_and_nothing_of_a_frozen_model(lm):
+    soft, mask = soft_batch()
+    soft.requires_grad_()
+    lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
+    reached = soft.grad.abs().sum(-1) > 0
+    assert torch.equal(reached, mask)
+    assert all(p.grad is None for p in lm.parameters())
+
+
+def test_a_frozen_model_stays_in_eval_when_its_owner_trains(lm, folder):
+    assert not lm.train().training
+    assert not lm.model.training
+    assert load(folder, train=True).train().training
+
+
+def test_cached_batched_generation_equals_uncached_argmax_of_single_rows(lm):
+    soft, mask = soft_batch(seed=3)
+    got = lm.generate(soft, mask, BEFORE, AFTER, 12)
+    for i in range(3):
+        ids: list[int] = []
+        embed = lm.model.get_input_embeddings()
+        while len(ids) < 12:
+            tail = torch.tensor([*AFTER[i], *ids]).long()
+            x = torch.cat([embed(torch.tensor(BEFORE[i]).long()), soft[i][mask[i]], embed(tail)])[None]
+            token = int(lm.model(inputs_embeds=x).logits[0, -1].argmax())
+            if token == lm.tokenizer.eos:
+                break
+            ids.append(token)
+        assert got[i] == ids
+    assert any(got)
+
+
+def test_generation_ends_each_row_at_its_own_eos(lm):
+    soft, mask = soft_batch()
+    free = lm.generate(soft, mask, BEFORE, AFTER, 8)
+    eos, lm.tokenizer.eos = lm.tokenizer.eos, free[0][3]
+    try:
+        stopped = lm.generate(soft, mask, BEFORE, AFTER, 8)
+    finally:
+        lm.tokenizer.eos = eos
+    for row, full in zip(stopped, free, strict=True):
+        assert row == (full[: full.index(free[0][3])] if free[0][3] in full else full)
+    assert lm.generate(soft, mask, BEFORE, AFTER, 0) == [[], [], []]
+
+
+def test_embedding_rms_is_that_of_the_table(lm):
+    table = lm.model.get_input_embeddings().weight
+    assert lm.embedding_rms == pytest.approx(table.square().mean().sqrt().item(), rel=1e-5)
+    assert lm.width == 32
+
+
+def test_bfloat16_runs_near_float32(folder, lm):
+    soft, mask = soft_batch()
+    half = load(folder, dtype=torch.bfloat16)
+    nats = half.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
+    assert nats.dtype == torch.float32
+    torch.testing.assert_close(nats, lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), rtol=0.05, atol=0.05)
+
+
+def test_a_training_model_keeps_float32_masters_and_gets_gradients(folder):
+    lm = load(folder, dtype=torch.bfloat16, train=True)
+    soft, mask = soft_batch()
+    lm.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS).sum().backward()
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+    assert all(p.grad is not None for p in lm.parameters())
+    assert lm.generate(soft.bfloat16(), mask, BEFORE, AFTER, 2)
+
+
+def test_tokens_round_trip_and_special_tokens_count_only_in_prompts(lm):
+    ids = lm.tokenizer.encode("seven o'clock, é")
+    assert lm.tokenizer.decode([*ids, lm.tokenizer.eos]) == "seven o'clock, é"
+    assert lm.tokenizer.encode("<|im_end|>", special=True) == [2]
+    assert 2 not in lm.tokenizer.encode("<|im_end|>")
+
+
+def test_a_softcapped_family_is_followed(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.5, final_logit_softcapping=3.0, eos_token_id=2,
+    )  # fmt: skip
+    lm = load(save_tiny_lm(tmp_path / "gemma", model=Gemma2ForCausalLM(config)))
+    soft, mask = soft_batch()
+    expected = reference_nats(lm, soft, mask, BEFORE, AFTER, TARGETS)
+    torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, logits_scaling=8.0,
+    )  # fmt: skip
+    folder = save_tiny_lm(tmp_path / "granite", model=GraniteForCausalLM(config))
+    with pytest.raises(UserError, match="choose another"):
+        load(folder)
+
+
+def test_a_folder_without_a_model_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="cannot be read as a causal language model"):
+        load(tmp_path)
+
+
+def test_a_tokenizer_without_eos_is_refused(folder, tmp_path):
+    import shutil
+
+    other = tmp_path / "no-eos"
+    shutil.copytree(folder, other)
+    save_tiny_tokenizer(other, eos=None)
+    with pytest.raises(UserError, match="no end-of-text token"):
+        load(other)
+
+
+def test_a_reference_to_a_folder_is_loaded_with_its_identity(folder):
+    lm = load_lm(f"path:{folder}", device="cpu", dtype=torch.float32)
+    assert lm.reference == f"path:{folder}"
+    assert lm.identity == load_lm(f"path:{folder}", device="cpu", dtype=torch.bfloat16).identity
+    assert lm.identity.startswith("sha256:")
+    assert not lm.trainable

@@ -1,0 +1,127 @@
+"""Language models that read soft tokens: what a run asks of one, and how a reference becomes one.
+
+In: soft tokens [B, S, D] of a projector, prompt and target token ids. Out: nats of the targets, or generated ids.
+``hf.py`` wraps any Hugging Face causal LM that takes ``inputs_embeds``; ``nanochat.py`` holds nanochat's GPT.
+
+Letters: B rows, S soft tokens, T positions, D the LM's width, N target tokens of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.lms.splice import Ids, Layout, lay_out
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. With ``special``, special tokens written in the text count as such (prompts alone)."""
+
+    eos: int
+    bos: int | None
+
+    def encode(self, text: str, special: bool = False) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def chat(self, user: str) -> str:
+        """One user turn and the opening of the answer, as this model's chat template writes them."""
+        ...
+
+
+class LanguageModel(nn.Module):
+    """Base of the language models. Frozen (``eval()``, no gradients) unless ``trainable``.
+
+    A subclass computes ``hidden`` and ``logits``; this class splices, selects the target positions and sums the nats.
+    There is no ``no_grad`` around a frozen model: the projector's gradient flows through it.
+    """
+
+    reference: str  # as the user wrote it
+    identity: str  # what a run records: equal weights, equal identity
+    tokenizer: Tokenizer
+    width: int  # D
+    embedding_rms: float  # RMS of the rows that tokens become; where an output norm's gain starts
+    dtype: torch.dtype  # of the activations
+    trainable: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """As ``nn.Module.train``, but a frozen model stays in ``eval()`` when its owner enters training."""
+        super().train(mode and self.trainable)
+        return self
+
+    def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
+        """The rows of ``layout`` with ``soft_ND`` [all valid soft tokens, D] in place -> [B, T, D] before the head."""
+        raise NotImplementedError
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, D] -> [N, V] float32."""
+        raise NotImplementedError
+
+    def target_nats(self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, targets: Ids) -> Tensor:
+        """Summed cross-entropy of each row's targets, in nats, float32 [B]; differentiable in ``soft``.
+
+        soft [B, S, D], soft_mask [B, S] bool (soft tokens that it excludes are never read). Logits exist at target
+        positions only.
+        """
+        layout = lay_out(soft_mask.sum(1), before, after, targets)
+        logits_NV = self.logits(self.hidden(layout, soft[soft_mask])[layout.predicts])
+        nats_N = F.cross_entropy(logits_NV, layout.targets, reduction="none")
+        counts = layout.predicts.sum(1)
+        slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+        return nats_N.new_zeros(slots.shape).masked_scatter(slots, nats_N).sum(1)
+
+    @torch.no_grad()
+    def generate(
+        self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy continuation of each row until eos (not returned) or ``max_new_tokens``; a step reads whole rows."""
+        flat, lengths = soft[soft_mask], soft_mask.sum(1)
+        rows, done = [list(ids) for ids in after], [False] * len(after)
+        for _ in range(max_new_tokens):
+            layout = lay_out(lengths, before, rows)
+            hidden = self.hidden(layout, flat)
+            chosen = self.logits(hidden[torch.arange(len(rows), device=hidden.device), layout.last]).argmax(-1).tolist()
+            for i, token in enumerate(chosen):
+                done[i] = done[i] or token == self.tokenizer.eos
+                if not done[i]:
+                    rows[i].append(token)
+            if all(done):
+                break
+        return [row[len(ids) :] for row, ids in zip(rows, after, strict=True)]
+
+
+def load_lm(
+    reference: str, *, device: str | torch.device, dtype: torch.dtype, train: bool = False, seed: int = 0
+) -> LanguageModel:
+    """The language model of ``reference``: ``nanochat:d<depth>`` (random, from ``seed``) or what ``weights`` resolves.
+
+    ``dtype`` is that of the activations; a model that trains keeps float32 masters.
+
+    Raises:
+        UserError: the reference cannot be resolved, or the model lacks what a run needs (see ``hf.py``).
+    """
+    if reference.startswith("nanochat:"):
+        from train.lms.nanochat import load_nanochat
+
+        return load_nanochat(reference, device=device, dtype=dtype, train=train, seed=seed)
+    from pipeline.weights import resolve
+    from train.lms.hf import files_identity, load_folder
+
+    weights = resolve(reference, what="lm")
+    lm: LanguageModel = load_folder(
+        weights.folder,
+        reference=reference,
+        identity=weights.revision or files_identity(weights.folder),
+        device=device,
+        dtype=dtype,
+        train=train,
+    )
+    return lm

@@ -1,0 +1,176 @@
+"""Any Hugging Face causal LM that takes ``inputs_embeds``, from a local folder.
+
+In: a transformers folder (config, safetensors, tokenizer). Out: a ``LanguageModel``. Nothing here asks a hub.
+Rows are padded on the right for nats: under causal attention what follows a row cannot reach it, so no mask is needed
+and positions are natural. Generation pads on the left, with a mask and position ids, and keeps a KV cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shards.errors import UserError
+from train.lms import LanguageModel
+from train.lms.splice import Ids, Layout, lay_out
+
+_EMBEDDING_ROWS = 8192  # rows embedded at a time when their RMS is taken: a 150k vocabulary must not blow memory
+
+
+class HfTokenizer:
+    """A transformers tokenizer behind the four things a run asks for."""
+
+    def __init__(self, tokenizer: Any, reference: str) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of '{reference}' has no end-of-text token, so its answers would never end")
+        self._tokenizer, self._reference = tokenizer, reference
+        self.eos: int = tokenizer.eos_token_id
+        self.bos: int | None = tokenizer.bos_token_id
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids without added special tokens; those written in ``text`` count only with ``special``."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``; special tokens leave no trace."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def chat(self, user: str) -> str:
+        """The user turn ``user`` in the model's chat template, up to where the answer begins."""
+        if not self._tokenizer.chat_template:
+            raise UserError(f"'{self._reference}' has no chat template: set prompt.template to plain or slam")
+        turn = [{"role": "user", "content": user}]
+        return str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+class HfLanguageModel(LanguageModel):
+    """A causal LM and its tokenizer; build it with ``load_folder``.
+
+    Tokens pass through the model's own embedding module, so a family that scales there is scaled; soft tokens are put
+    beside them as they are.
+    """
+
+    def __init__(self, model: Any, tokenizer: HfTokenizer, reference: str, identity: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.reference, self.identity, self.dtype = reference, identity, dtype
+        self.trainable = any(parameter.requires_grad for parameter in model.parameters())
+        self.width = model.get_input_embeddings().embedding_dim
+        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.embedding_rms = self._embedding_rms()
+        self._check_head()
+
+    def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
+        with self._autocast():
+            out = self.model.base_model(inputs_embeds=self._embed(layout, soft_ND), use_cache=False)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = self.model.get_output_embeddings()(hidden_ND)
+        logits = logits.float()
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    @torch.no_grad()
+    def generate(
+        self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy, batched, with a KV cache; eos ends a row and is not returned."""
+        layout = lay_out(soft_mask.sum(1), before, after, pad="left")
+        inputs, mask, cache = self._embed(layout, soft[soft_mask]), layout.valid.long(), None
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        steps: list[Tensor] = []
+        done = torch.zeros(len(before), dtype=torch.bool, device=mask.device)
+        for _ in range(max_new_tokens):
+            with self._autocast():
+                out = self.model(
+                    inputs_embeds=inputs,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            chosen = out.logits[:, -1].float().argmax(-1).masked_fill(done, self.tokenizer.eos)
+            steps.append(chosen)
+            done |= chosen == self.tokenizer.eos
+            if bool(done.all()):
+                break
+            cache = out.past_key_values
+            inputs = self.model.get_input_embeddings()(chosen[:, None])
+            mask = torch.cat([mask, mask.new_ones(len(before), 1)], 1)
+            positions = positions[:, -1:] + 1
+        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in before]
+        return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
+
+    def _embed(self, layout: Layout, soft_ND: Tensor) -> Tensor:
+        x_BTD: Tensor = self.model.get_input_embeddings()(layout.ids)
+        return x_BTD.masked_scatter(layout.is_soft[..., None], soft_ND.to(x_BTD.dtype))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Float32 masters that train in a smaller dtype run under autocast; a frozen model simply is of that dtype."""
+        mixed = self.trainable and self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype if mixed else torch.bfloat16, enabled=mixed)
+
+    @torch.no_grad()
+    def _embedding_rms(self) -> float:
+        embed, total = self.model.get_input_embeddings(), 0.0
+        rows = embed.num_embeddings
+        for start in range(0, rows, _EMBEDDING_ROWS):
+            ids = torch.arange(start, min(start + _EMBEDDING_ROWS, rows), device=self.device)
+            total += float(embed(ids).float().square().sum())
+        return math.sqrt(total / (rows * self.width))
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Refuse a family that does more between its hidden states and its logits than ``logits`` knows of."""
+        ids = torch.arange(4, device=self.device)[None]
+        with self._autocast():
+            theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if not torch.allclose(self.logits(states[0]), theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
+            raise UserError(
+                f"'{self.reference}' ({type(self.model).__name__}) does not make its logits by its output matrix "
+                "alone, which earshard cannot read yet: choose another lm.model"
+            )
+
+
+def files_identity(folder: Path) -> str:
+    """``sha256:…`` over the names and bytes of a folder's weights and configuration, wherever the folder stands."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def load_folder(
+    folder: Path, *, reference: str, identity: str, device: str | torch.device, dtype: torch.dtype, train: bool = False
+) -> HfLanguageModel:
+    """The causal LM in the transformers folder ``folder``, frozen unless ``train`` (then with float32 masters).
+
+    Raises:
+        UserError: the folder holds no causal LM, no end-of-text token, or a head that is not understood.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32 if train else dtype, local_files_only=True, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"'{reference}' (folder {folder}) cannot be read as a causal language model: {told}") from None
+    model.to(device).requires_grad_(train).eval()
+    lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference), reference, identity, dtype)
+    lm.train(train)
+    return lm
