@@ -1,0 +1,60 @@
+"""The model of a run: features -> projector -> soft tokens -> prompt -> frozen language model -> nats of the text.
+
+In: features [B, T, C] of the encoder, their mask, and texts. Out: nats and token counts per utterance (the caller's
+loss is ``out.nats.sum() / out.tokens.sum()``), or decoded texts. Gradients exist in the projector
+alone, unless the LM trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from train.lms import LanguageModel
+from train.projectors import Projector
+from train.prompt import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class NatsOutput:
+    """What one batch costs."""
+
+    nats: Tensor  # [B] float32, summed over an utterance's targets; carries the gradient
+    tokens: Tensor  # [B] int64, targets of each utterance: text and eos
+    soft_rms: Tensor  # scalar float32, RMS of the valid soft tokens; detached
+
+
+class AudioLM(nn.Module):
+    """A projector, a language model and a prompt; ``nats`` for training and evaluation, ``generate`` for decoding."""
+
+    def __init__(self, projector: Projector, lm: LanguageModel, prompt: Prompt) -> None:
+        super().__init__()
+        self.projector, self.lm, self.prompt = projector, lm, prompt
+
+    def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """features [B, T, C] of any float dtype, mask [B, T] bool -> soft [B, S, D] in the LM's dtype, soft_mask."""
+        features = features.to(self.lm.device, self.lm.dtype)
+        soft, soft_mask = self.projector(features, mask.to(self.lm.device))
+        return soft.to(self.lm.dtype), soft_mask
+
+    def nats(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> NatsOutput:
+        """Nats of ``texts`` [B] given the audio. Padding frames and the other rows of the batch change nothing."""
+        soft, soft_mask = self.soft_tokens(features, mask)
+        targets = [self.prompt.target(text) for text in texts]
+        before, after = self._around(len(texts))
+        nats = self.lm.target_nats(soft, soft_mask, before, after, targets)
+        tokens = torch.tensor([len(ids) for ids in targets], device=nats.device)
+        return NatsOutput(nats, tokens, soft.detach()[soft_mask].float().square().mean().sqrt())
+
+    @torch.no_grad()
+    def generate(self, features: Tensor, mask: Tensor, max_new_tokens: int = 64) -> list[str]:
+        """What the LM says to each utterance, greedily, without its eos."""
+        soft, soft_mask = self.soft_tokens(features, mask)
+        ids = self.lm.generate(soft, soft_mask, *self._around(len(soft)), max_new_tokens)
+        return [self.lm.tokenizer.decode(row) for row in ids]
+
+    def _around(self, batch: int) -> tuple[list[list[int]], list[list[int]]]:
+        return [self.prompt.before] * batch, [self.prompt.after] * batch
