@@ -34,8 +34,8 @@ def repair(path: Path, *, source: str | None = None, progress: Progress | None =
         info = unseal(layout.cache)
     except (FileNotFoundError, RecordError) as error:
         raise UserError(
-            f"'{layout.cache}' cannot be read ({error}), so the cache does not say how it was made: delete that file and "
-            "run `python -m pipeline extract --verify --config …` with its configuration"
+            f"'{layout.cache}' cannot be read ({error}), so the cache does not say how it was made: delete that file "
+            "and run `python -m pipeline extract --verify --config …` with its configuration"
         ) from None
     layer = info["spec"]["layer"]
     config = recorded_config(info, path, source)
