@@ -4,7 +4,7 @@ In: a complete cache folder (``CACHE.json`` stands). Out: :class:`Cache`, which 
 read-only view or copies them once into a buffer of yours.
 
 ```
-CACHE.json -> spec, ids, counts     manifest.parquet -> numeric columns as NumPy, at once; strings a row group at a time
+CACHE.json -> spec, ids, counts     manifest.parquet -> frames and shards at once, the rest a row group at a time
 shards/000042.tar -> mmap (bounded, least recently used leaves) -> payload view --decode--> out
 ```
 
@@ -17,8 +17,13 @@ from __future__ import annotations
 import mmap
 import threading
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +39,11 @@ from shards.manifest import MANIFEST_SCHEMA, Layout, RecordError, read_parquet, 
 from shards.spec import FeatureSpec
 
 MAPPINGS = 64  # shards mapped at once: each keeps one file descriptor
-STRING_GROUPS = 16  # row groups whose keys and texts are kept: about as many as two windows of shards touch
+GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
 HASHED_AT_OPEN = 64 << 20  # a larger manifest is hashed by `verify` alone: opening must stay quick
-NUMBERS = ["frames", "shard", "offset", "length", "scale_offset", "scale_length", "crc32"]
+PLACES = ["offset", "length", "scale_offset", "scale_length", "crc32"]
+
+Group = dict[str, Any]  # of a row group: "key" and "text" as pyarrow arrays, PLACES as NumPy arrays
 
 
 class Cache:
@@ -51,18 +58,20 @@ class Cache:
         bounds: int64 [shards that hold rows + 1]: the shard at place s holds the rows ``bounds[s]:bounds[s + 1]``.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any], spec: FeatureSpec, columns: dict[str, Array], verify: bool):
+    def __init__(
+        self, path: Path, info: dict[str, Any], spec: FeatureSpec, frames: Array, shards: Array, verify: bool
+    ) -> None:
         self.path, self.info, self.spec = path, info, spec
         self.feature_id: str = spec.feature_id
         self.manifest_id: str = info["manifest_id"]
-        self.frames: NDArray[np.int32] = columns["frames"]
-        self._columns, self._verify = columns, verify
-        shard = columns["shard"]
-        edges = np.flatnonzero(np.diff(shard)) + 1
-        self.bounds: NDArray[np.int64] = np.concatenate([[0], edges, [len(shard)]] if len(shard) else [[0]]).astype(
+        self._dtype = STORED_DTYPE[spec.codec]
+        self.frames: NDArray[np.int32] = frames
+        self._shards, self._verify = shards, verify
+        edges = np.flatnonzero(np.diff(shards)) + 1
+        self.bounds: NDArray[np.int64] = np.concatenate([[0], edges, [len(shards)]] if len(shards) else [[0]]).astype(
             np.int64
         )
-        self._checked = np.zeros(len(shard), dtype=bool)
+        self._checked = np.zeros(len(shards), dtype=bool)
         self.detach()
 
     @classmethod
@@ -81,10 +90,10 @@ class Cache:
             declared = (info["feature_id"], int(info["counts"]["utterances"]), int(written["bytes"]))
             if not isinstance(info["manifest_id"], str) or spec.feature_id != declared[0]:
                 raise _broken(layout.path, f"the feature id in {layout.cache.name} is not that of its spec")
-            columns = _read_numbers(layout, spec, declared[1], declared[2], str(written["sha256"]))
+            frames, shards = _read_index(layout, declared[1], declared[2], str(written["sha256"]))
         except (KeyError, TypeError, ValueError) as error:
             raise _broken(layout.path, f"{layout.cache.name} lacks or garbles {error}") from None
-        return cls(layout.path, info, spec, columns, verify)
+        return cls(layout.path, info, spec, frames, shards, verify)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache.open, (self.path, self._verify)  # a worker process maps for itself
@@ -96,8 +105,8 @@ class Cache:
         """Forget mappings, cached strings and locks: for a process that was forked while threads were reading."""
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self._strings: OrderedDict[int, dict[str, pa.Array]] = OrderedDict()
-        self._parquet: tuple[pq.ParquetFile, NDArray[np.int64]] | None = None
+        self._groups: OrderedDict[int, Group] = OrderedDict()
+        self._parquet: tuple[pq.ParquetFile, list[int]] | None = None
 
     @cached_property
     def manifest(self) -> pa.Table:
@@ -114,14 +123,11 @@ class Cache:
 
     def strings(self, column: str, rows: ArrayLike) -> list[str]:
         """``key`` or ``text`` of ``rows``, without reading the strings of the whole manifest."""
-        places = np.asarray(rows, dtype=np.int64)
-        with self._lock:
-            file, starts = self._open_parquet()
-            groups = np.searchsorted(starts, places, side="right") - 1
-            found: list[str] = []
-            for place, group in zip(places.tolist(), groups.tolist(), strict=True):
-                found.append(self._group(file, group)[column][place - starts.item(group)].as_py())
-            return found
+        found: list[str] = []
+        for row in np.asarray(rows, dtype=np.int64).tolist():
+            group, at = self._find(row)
+            found.append(group[column][at].as_py())
+        return found
 
     def features(self, index: int) -> Array:
         """Utterance ``index`` [frames, channels]: the stored float16 as a read-only view, other codecs as float32.
@@ -147,15 +153,20 @@ class Cache:
     def stored(self, index: int) -> tuple[Array, Array | None]:
         """The bytes as stored: [frames, channels] of the codec's dtype, and float32 [channels] scales or None."""
         index = self._place(index)
-        data = self._map(self._columns["shard"].item(index))
-        shape = (self.frames.item(index), self.spec.channels)
-        payload = self._member(data, index, "offset", "length", STORED_DTYPE[self.spec.codec], shape)
-        scale = None
-        if self.spec.codec in SCALED:
-            scale = self._member(data, index, "scale_offset", "scale_length", np.dtype("<f4"), shape[1:])
+        group, at = self._find(index)
+        data = self._map(self._shards.item(index))
+        for start, size in (("offset", "length"), ("scale_offset", "scale_length")):
+            end = group[start].item(at) + group[size].item(at)
+            if end > len(data):
+                raise self._unsound(index, f"ends at byte {end} of a file of {len(data)}")
         if self._verify and not self._checked[index]:
             self._check(data, index)
-        return payload, scale
+        shape = (self.frames.item(index), self.spec.channels)
+        payload = _array(data, group["offset"].item(at) + group["length"].item(at), shape, self._dtype)
+        if self.spec.codec not in SCALED:
+            return payload, None
+        end = group["scale_offset"].item(at) + group["scale_length"].item(at)
+        return payload, _array(data, end, shape[1:], np.dtype("<f4"))
 
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
@@ -163,30 +174,20 @@ class Cache:
             raise IndexError(f"utterance {index} of {len(self)}")
         return place
 
-    def _member(
-        self, data: mmap.mmap, index: int, start: str, size: str, dtype: np.dtype[Any], shape: tuple[int, ...]
-    ) -> Array:
-        """A view of the array at the end of a ``.npy`` member: its header is bounded here and hashed in the check."""
-        end = self._columns[start].item(index) + self._columns[size].item(index)
-        if end > len(data):
-            raise self._unsound(index, f"ends at byte {end} of a file of {len(data)}")
-        count = int(np.prod(shape))
-        view: Array = np.frombuffer(data, dtype=dtype, count=count, offset=end - count * dtype.itemsize)
-        return view.reshape(shape)
-
     def _check(self, data: mmap.mmap, index: int) -> None:
+        group, at = self._find(index)
         crc = 0
         with memoryview(data) as view:
             for start, size in (("offset", "length"), ("scale_offset", "scale_length")):
-                at = self._columns[start].item(index)
-                crc = zlib.crc32(view[at : at + self._columns[size].item(index)] if at >= 0 else b"", crc)
-        if crc != self._columns["crc32"].item(index):
+                begin = group[start].item(at)
+                crc = zlib.crc32(view[begin : begin + group[size].item(at)] if begin >= 0 else b"", crc)
+        if crc != group["crc32"].item(at):
             raise self._unsound(index, "does not match its checksum")
         self._checked[index] = True
 
     def _unsound(self, index: int, what: str) -> UserError:
         (key,) = self.strings("key", [index])
-        shard = self._columns["shard"].item(index)
+        shard = self._shards.item(index)
         return _broken(self.path, f"utterance '{key}' in shards/{shard:06d}.tar {what}")
 
     def _map(self, shard: int) -> mmap.mmap:
@@ -206,28 +207,60 @@ class Cache:
                 self._maps.popitem(last=False)
             return data
 
-    def _open_parquet(self) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
-        if self._parquet is None:
-            try:
-                file = pq.ParquetFile(Layout(self.path).manifest, memory_map=True)
-            except (OSError, pa.ArrowException) as error:
-                raise _broken(self.path, f"manifest.parquet cannot be read ({error})") from None
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._parquet = file, np.cumsum([0, *sizes], dtype=np.int64)[:-1]
-        return self._parquet
+    def _find(self, row: int) -> tuple[Group, int]:
+        """The row group of a row of the manifest, and its place there."""
+        with self._lock:
+            if self._parquet is None:
+                with _readable(self.path):
+                    file = pq.ParquetFile(Layout(self.path).manifest, memory_map=True)
+                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+                self._parquet = file, [0, *accumulate(sizes)]
+            file, starts = self._parquet
+            number = bisect_right(starts, row) - 1
+            if number not in self._groups:
+                self._groups[number] = self._read_group(file, number, starts[number])
+                held = sum(group["bytes"] for group in self._groups.values())
+                while held > GROUP_BYTES and len(self._groups) > 1:
+                    held -= self._groups.popitem(last=False)[1]["bytes"]
+            self._groups.move_to_end(number)
+            return self._groups[number], row - starts[number]
 
-    def _group(self, file: pq.ParquetFile, group: int) -> dict[str, pa.Array]:
-        if group not in self._strings:
+    def _read_group(self, file: pq.ParquetFile, number: int, start: int) -> Group:
+        with _readable(self.path):
             # One thread: pyarrow's own pool is no company for a forked DataLoader worker.
-            try:
-                table = file.read_row_group(group, columns=["key", "text"], use_threads=False).combine_chunks()
-            except (OSError, pa.ArrowException) as error:
-                raise _broken(self.path, f"manifest.parquet cannot be read ({error})") from None
-            self._strings[group] = {name: table[name].chunk(0) for name in table.column_names}
-            if len(self._strings) > STRING_GROUPS:
-                self._strings.popitem(last=False)
-        self._strings.move_to_end(group)
-        return self._strings[group]
+            table = file.read_row_group(number, columns=["key", "text", *PLACES], use_threads=False).combine_chunks()
+        group: Group = {name: table[name].chunk(0) for name in ("key", "text")}
+        if any(table[name].null_count for name in table.column_names):
+            raise _broken(self.path, "manifest.parquet has empty values")
+        group.update((name, table[name].to_numpy()) for name in PLACES)
+        width, most = self.spec.channels * self._dtype.itemsize, 1 << 48
+        frames = self.frames[start : start + len(table)].astype(np.int64)
+        sound = (group["offset"] >= 0) & (group["offset"] < most) & (group["length"] < most)
+        sound &= frames * width <= group["length"]
+        if self.spec.codec in SCALED:
+            sound &= (group["scale_offset"] >= 0) & (group["scale_offset"] < most)
+            sound &= (group["scale_length"] >= 4 * self.spec.channels) & (group["scale_length"] < most)
+        else:
+            sound &= (group["scale_offset"] == -1) & (group["scale_length"] == 0)
+        if not sound.all():
+            raise _broken(self.path, f"manifest.parquet: row {start + int(sound.argmin())} is out of bounds")
+        group["bytes"] = table.nbytes
+        return group
+
+
+def _array(data: mmap.mmap, end: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """A view of the array at the end of a ``.npy`` member: the check has hashed the header before it."""
+    count = prod(shape)
+    view: Array = np.frombuffer(data, dtype=dtype, count=count, offset=end - count * dtype.itemsize)
+    return view.reshape(shape)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise _broken(path, f"manifest.parquet cannot be read ({error})") from None
 
 
 def _broken(path: Path, what: str) -> UserError:
@@ -249,10 +282,10 @@ def _read_info(layout: Layout) -> dict[str, Any]:
         raise _broken(layout.path, str(error)) from None
 
 
-def _read_numbers(layout: Layout, spec: FeatureSpec, rows: int, size: int, sha256: str) -> dict[str, Array]:
-    """The numeric columns, checked: as many rows as declared, shards ascending, each array inside its member."""
+def _read_index(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Array, Array]:
+    """Frames and shard of every row, int32 [rows]: as many as declared, in order of shards."""
     path = layout.manifest
-    try:
+    with _readable(layout.path):
         found = path.stat().st_size
         if found != size:
             raise _broken(layout.path, f"{path.name} has {found} bytes, not {size}")
@@ -263,25 +296,10 @@ def _read_numbers(layout: Layout, spec: FeatureSpec, rows: int, size: int, sha25
                 raise _broken(layout.path, f"{path.name} has other columns than this format")
             if file.metadata.num_rows != rows:
                 raise _broken(layout.path, f"{path.name} has {file.metadata.num_rows} rows, not {rows}")
-            table = file.read(columns=NUMBERS)
-        columns: dict[str, Array] = {name: table[name].to_numpy() for name in NUMBERS if not table[name].null_count}
-    except (OSError, pa.ArrowException) as error:
-        raise _broken(layout.path, f"{path.name} cannot be read ({error})") from None
-    if len(columns) != len(NUMBERS):
+            table = file.read(columns=["frames", "shard"])
+    if table["frames"].null_count or table["shard"].null_count:
         raise _broken(layout.path, f"{path.name} has empty values")
-    width = spec.channels * STORED_DTYPE[spec.codec].itemsize
-    sound = (
-        (columns["frames"] >= 1)
-        & (columns["shard"] >= 0)
-        & (columns["offset"] >= 0)
-        & (columns["frames"].astype(np.int64) * width <= columns["length"])
-        & (columns["length"] < 1 << 48)
-        & (columns["offset"] < 1 << 48)
-    )
-    if spec.codec in SCALED:
-        scale = columns["scale_length"]
-        sound &= (columns["scale_offset"] >= 0) & (scale >= 4 * spec.channels) & (scale < 1 << 48)
-        sound &= columns["scale_offset"] < 1 << 48
-    if not sound.all() or np.any(np.diff(columns["shard"]) < 0):
-        raise _broken(layout.path, f"{path.name} has rows out of order or out of bounds")
-    return columns
+    frames, shards = table["frames"].to_numpy(), table["shard"].to_numpy()
+    if len(frames) and (frames.min() < 1 or shards[0] < 0 or np.any(shards[1:] < shards[:-1])):
+        raise _broken(layout.path, f"{path.name} has rows without frames or out of order")
+    return frames, shards
