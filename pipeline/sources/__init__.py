@@ -1,0 +1,110 @@
+"""Where utterances come from: a ``SourceConfig`` in, a lazy list of utterances and the bytes of their audio out.
+
+One module for each kind: ``librispeech`` (OpenSLR tree or archives), ``parquet`` (the ``openslr/librispeech_asr``
+layout, local or streamed), ``manifest`` (JSONL, CSV, NeMo, lhotse), ``tones`` and ``speech`` (made on demand). Every
+kind takes ``limit``, ``min_duration``, ``max_duration`` and ``val_fraction`` (``selection.py``).
+
+    python -m pipeline extract --config configs/extract/librispeech.yaml source.path=… source.splits=[dev-clean]
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.sources.base import Source, Utterance, safe_name
+from pipeline.sources.grammar import MAX_SENTENCES
+from pipeline.sources.keys import decode_key, encode_key
+from shards.config import Config
+
+__all__ = ["Source", "SourceConfig", "Utterance", "decode_key", "encode_key", "open_source"]
+
+_SENTENCES = 400
+
+
+class SourceConfig(Config):
+    """The ``source`` part of an extraction's configuration.
+
+    Attributes:
+        kind: which module reads it.
+        path: file or folder; ``hf:owner/name`` for a parquet dataset that is streamed. tones and speech have none.
+        splits: which splits of the corpus; empty means all that are there.
+        limit: at most so many utterances, the first ones.
+        min_duration, max_duration: seconds; a recording of unknown length is kept.
+        seed: of the validation split, and of what tones and speech make.
+        val_fraction: share of the utterances whose split becomes ``val``, the others ``train``; by speaker where known.
+        name: folder-name part of the caches; made from the source when not given.
+        n: sentences to speak (speech only).
+        config: configuration of a streamed dataset (``hf:`` only), such as ``clean``.
+    """
+
+    kind: Literal["librispeech", "parquet", "manifest", "tones", "speech"]
+    path: str | None = None
+    splits: list[str] = Field(default_factory=list)
+    limit: int | None = Field(default=None, ge=1)
+    min_duration: float | None = Field(default=None, ge=0)
+    max_duration: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    val_fraction: float = Field(default=0.0, ge=0, lt=1)
+    name: str | None = None
+    n: int = Field(default=_SENTENCES, ge=1, le=MAX_SENTENCES)
+    config: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> SourceConfig:
+        made = self.kind in ("tones", "speech")
+        if made and (self.path is not None or self.splits):
+            raise ValueError(f"kind {self.kind} is made on demand: it has no path and no splits")
+        if not made and not self.path:
+            raise ValueError(f"kind {self.kind} needs a path: set source.path")
+        if self.n != _SENTENCES and self.kind != "speech":
+            raise ValueError(f"n belongs to kind speech, not to {self.kind}: use limit")
+        if self.config is not None and not (self.kind == "parquet" and str(self.path).startswith("hf:")):
+            raise ValueError("config belongs to a streamed dataset: kind parquet with a path such as hf:owner/name")
+        if self.min_duration and self.max_duration and self.min_duration > self.max_duration:
+            raise ValueError(f"min_duration {self.min_duration} is above max_duration {self.max_duration}")
+        return self
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The source that ``config`` describes, filtered; nothing is read but the names of files.
+
+    Raises:
+        UserError: the path or a split does not exist. ``utterances`` raises it for what only reading can show.
+    """
+    from pipeline.sources.selection import Selection
+
+    source = _open_kind(config)
+    return Selection(
+        source,
+        name=safe_name(config.name if config.name is not None else source.name, config.kind),
+        limit=config.limit,
+        min_duration=config.min_duration,
+        max_duration=config.max_duration,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
+
+
+def _open_kind(config: SourceConfig) -> Source:
+    path = config.path or ""
+    if config.kind == "librispeech":
+        from pipeline.sources import librispeech
+
+        return librispeech.open_librispeech(path, config.splits)
+    if config.kind == "parquet":
+        from pipeline.sources import parquet
+
+        return parquet.open_parquet(path, config.splits, config.config)
+    if config.kind == "manifest":
+        from pipeline.sources import manifest
+
+        return manifest.Manifest(path, config.splits)
+    if config.kind == "tones":
+        from pipeline.sources import tones
+
+        return tones.Tones(config.seed)
+    from pipeline.sources import speech
+
+    return speech.Speech(config.n, config.seed)

@@ -1,0 +1,107 @@
+"""What every kind of source shares: the utterance, the protocol, and the tally of what was odd on the way.
+
+In: nothing. Out: types. A kind (``librispeech.py`` …) yields utterances with the source's own ``id`` and an empty
+``key``; ``selection.py`` wraps it, makes the keys and applies the filters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shards.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One recording with its text.
+
+    Attributes:
+        key: name in the cache, ``[A-Za-z0-9_-]{1,90}``, unique in a source.
+        id: the source's own name, before it was rewritten to a key.
+        audio: uri that the source's ``read`` understands, relative to its root.
+        text: the transcript as the source has it.
+        speaker: "" when unknown.
+        split: "" when unknown.
+        samples: length at 16 kHz from the header; 0 when unknown or unreadable.
+    """
+
+    key: str
+    id: str
+    audio: str
+    text: str
+    speaker: str = ""
+    split: str = ""
+    samples: int = 0
+
+
+class Source(Protocol):
+    """Where utterances come from.
+
+    Attributes:
+        name: part of the cache's folder name, ``[A-Za-z0-9_-]``.
+        sequential: reading out of order is expensive (archives, streams): a plan keeps the source's order.
+        root: the folder that uris are relative to; None when there is none.
+        version: what else decides the bytes of the audio (the synthesiser's version); "" where the files do.
+        speaker_split: ``val_fraction`` keeps a speaker on one side; False where each utterance stands for itself.
+        problems: what was odd in the last pass over ``utterances``, one sentence each with a count and the first few.
+    """
+
+    name: str
+    sequential: bool
+    root: Path | None
+    version: str
+    speaker_split: bool
+
+    @property
+    def problems(self) -> list[str]: ...
+
+    def utterances(self) -> Iterator[Utterance]:
+        """All utterances, lazily, in an order that never changes."""
+        ...
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        """The encoded audio file of each uri, in the order given; what went wrong stands in place of the bytes."""
+        ...
+
+
+class Tally:
+    """Counts by kind of problem, with the first few names of each."""
+
+    SHOWN = 5
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, problem: str, name: str) -> None:
+        """Count one ``name`` under ``problem``, a plural such as "transcript lines without audio"."""
+        count, names = self._found.get(problem, (0, []))
+        self._found[problem] = (count + 1, [*names, name] if len(names) < self.SHOWN else names)
+
+    def clear(self) -> None:
+        self._found.clear()
+
+    def sentences(self) -> list[str]:
+        """``3 transcript lines without audio: a, b, c``, one for each problem, in the order first met."""
+        return [
+            f"{count} {problem}: {', '.join(names)}{', …' if count > len(names) else ''}"
+            for problem, (count, names) in self._found.items()
+        ]
+
+
+def safe_name(text: str, otherwise: str) -> str:
+    """``text`` with every run of other characters than ``[A-Za-z0-9_-]`` as one dash, at most 80 characters."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:80] or otherwise
+
+
+def missing_splits(missing: Sequence[str], where: str, present: Sequence[str]) -> UserError:
+    """The error for splits that were asked for and are not there; it lists those that are."""
+    return UserError(f"no split {listed(missing)} in {where}, which holds {listed(present)}: set source.splits")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names for a sentence: sorted, with commas, or "none"."""
+    return ", ".join(sorted(names)) or "none"

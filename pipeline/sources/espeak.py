@@ -1,0 +1,113 @@
+"""espeak-ng by ctypes: a sentence and a voice in, int16 samples out, the same ones each time.
+
+The library keeps state between sentences (noise, flutter, the oscillators' phases) that neither ``espeak_Terminate``
+nor its random seed resets: the same sentence sounds different after another one. So the library is loaded anew for
+each sentence, which gives fresh static memory and takes about 5 ms.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from shards.errors import UserError
+
+_SYNCHRONOUS, _DONT_EXIT = 2, 0x8000  # espeak_AUDIO_OUTPUT, espeakINITIALIZE_DONT_EXIT
+_RATE, _PITCH = 1, 3  # espeak_PARAMETER
+_CHARACTERS, _UTF8 = 1, 1  # espeak_POSITION_TYPE, espeakCHARS_UTF8
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_lock = threading.Lock()  # the library is one per process
+
+
+class EspeakError(Exception):
+    """A call of the library failed; the message names it."""
+
+
+def version() -> str:
+    """Such as ``espeak-ng 1.52.0``."""
+    with _lock, _library() as (library, _):
+        library.espeak_Info.restype = ctypes.c_char_p
+        library.espeak_Info.argtypes = [ctypes.c_void_p]
+        number: bytes = library.espeak_Info(None)
+        return f"espeak-ng {number.decode()}"
+
+
+def say(text: str, voice: str, rate: int, pitch: int) -> tuple[np.ndarray, int]:
+    """int16 [samples] and their sampling rate in Hz.
+
+    Args:
+        text: what to say.
+        voice: such as ``en-us`` or ``en-us+f2`` (a language with a variant).
+        rate: words a minute, 80 to 450.
+        pitch: 0 to 100.
+
+    Raises:
+        EspeakError: a call failed (an unknown voice) or nothing was spoken.
+    """
+    spoken: list[bytes] = []
+
+    def collect(samples: ctypes._Pointer[ctypes.c_short], count: int, _events: int | None) -> int:
+        if samples and count > 0:
+            spoken.append(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    callback = _CALLBACK(collect)  # the library keeps no reference
+    line = text.encode()
+    with _lock, _library() as (library, sampling_rate):
+        library.espeak_SetSynthCallback.argtypes = [_CALLBACK]
+        library.espeak_SetSynthCallback.restype = None
+        library.espeak_SetSynthCallback(callback)
+        library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
+        _check(library.espeak_SetVoiceByName(voice.encode()), f"espeak_SetVoiceByName('{voice}')")
+        library.espeak_SetParameter.argtypes = [ctypes.c_int] * 3
+        _check(library.espeak_SetParameter(_RATE, rate, 0), f"espeak_SetParameter(rate, {rate})")
+        _check(library.espeak_SetParameter(_PITCH, pitch, 0), f"espeak_SetParameter(pitch, {pitch})")
+        # without argument types the size is passed as a 32-bit integer and the library crashes
+        library.espeak_Synth.argtypes = [
+            *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int),
+            *(ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p),
+        ]
+        _check(library.espeak_Synth(line, len(line) + 1, 0, _CHARACTERS, 0, _UTF8, None, None), "espeak_Synth")
+        _check(library.espeak_Synchronize(), "espeak_Synchronize")
+    if not spoken:
+        raise EspeakError(f"espeak-ng said nothing for '{text}'")
+    return np.frombuffer(b"".join(spoken), dtype=np.int16), sampling_rate
+
+
+def _check(status: int, call: str) -> None:
+    if status != 0:
+        raise EspeakError(f"{call} failed with status {status}")
+
+
+@contextmanager
+def _library() -> Iterator[tuple[ctypes.CDLL, int]]:
+    """A fresh copy of the library, initialised, and its sampling rate; unloaded at the end."""
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise UserError("source.kind speech needs the package espeakng-loader: run `make setup`") from None
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    try:
+        library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+        data = espeakng_loader.get_data_path().encode()
+        rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DONT_EXIT)
+        if rate <= 0:
+            raise EspeakError(f"espeak_Initialize failed with status {rate}")
+        library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        _check(library.espeak_ng_SetRandSeed(1), "espeak_ng_SetRandSeed")  # it takes the time of day otherwise
+        try:
+            yield library, rate
+        finally:
+            library.espeak_Terminate()
+    finally:
+        import _ctypes
+
+        if sys.platform == "win32":
+            _ctypes.FreeLibrary(library._handle)
+        else:
+            _ctypes.dlclose(library._handle)

@@ -1,0 +1,114 @@
+"""A dataset on a hub, streamed: rows of the ``openslr/librispeech_asr`` layout without a copy on disk.
+
+In: ``owner/name``, a configuration and splits; ``datasets`` fetches (``HF_ENDPOINT`` and ``HF_TOKEN`` are its own
+settings). Out: utterances with the uri ``split#row``. The list is one pass over the stream, the audio another: a
+recording's length stands inside the audio, and a plan needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.audio import AudioError
+from pipeline.sources.base import Tally, Utterance, missing_splits, safe_name
+from pipeline.sources.parquet import check_columns, first_line, utterance_of
+from shards.errors import UserError
+
+
+class HubStream:
+    """The source of kind ``parquet`` with a path ``hf:owner/name``."""
+
+    sequential = True
+    version = ""
+    speaker_split = True
+
+    def __init__(self, dataset: str, config: str | None, splits: Sequence[str]) -> None:
+        self.root: Path | None = None
+        parts = [dataset.rpartition("/")[2], *([config] if config else []), *splits]
+        self.name = safe_name("-".join(parts), "parquet")
+        self._dataset, self._config, self._splits = dataset, config, list(dict.fromkeys(splits))
+        self._tally = Tally()
+        self._streams: dict[str, Any] | None = None
+        self._cursor: tuple[str, int, Iterator[dict[str, Any]]] | None = None  # split, next row, rows
+
+    @property
+    def problems(self) -> list[str]:
+        return self._tally.sentences()
+
+    def utterances(self) -> Iterator[Utterance]:
+        self._tally.clear()
+        streams = self._open()
+        for split in self._splits or streams:
+            rows = iter(streams[split])
+            row = 0
+            while (record := self._next(rows)) is not None:
+                if row == 0:
+                    check_columns(list(record), f"hf:{self._dataset}")
+                yield utterance_of(record, f"{split}#{row}", split, self._tally)
+                row += 1
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        """Uris in the stream's order cost one pass over all calls together; one behind starts it anew."""
+        for uri in uris:
+            split, _, row = uri.rpartition("#")
+            try:
+                yield uri, self._read(split, int(row))
+            except (AudioError, UserError, ValueError) as error:
+                self._cursor = None
+                yield uri, error
+
+    def _read(self, split: str, row: int) -> bytes:
+        streams = self._open()
+        if split not in streams:
+            raise AudioError(f"no split {split} in the dataset")
+        if self._cursor is None or self._cursor[0] != split or self._cursor[1] > row:
+            self._cursor = (split, row, iter(streams[split].skip(row)))
+        _, at, rows = self._cursor
+        record: dict[str, Any] | None = None
+        while at <= row:
+            record = self._next(rows)
+            if record is None:
+                raise AudioError(f"no row {row} in the stream")
+            at += 1
+        self._cursor = (split, at, rows)
+        audio = record["audio"] if record is not None else None
+        data = audio.get("bytes") if isinstance(audio, dict) else audio
+        if not data:
+            raise AudioError("no audio bytes in the row")
+        return bytes(data)
+
+    def _next(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        try:
+            return next(rows, None)
+        except Exception as error:  # whatever the network, the hub's client or the parquet reader throws
+            raise UserError(f"reading hf:{self._dataset} broke off ({first_line(error)}): run it again") from error
+
+    def _open(self) -> dict[str, Any]:
+        """One ``IterableDataset`` for each split, its audio left encoded."""
+        if self._streams is None:
+            import datasets
+
+            try:
+                found = datasets.load_dataset(self._dataset, self._config, streaming=True)
+            except Exception as error:  # the hub's client and datasets raise many types
+                raise UserError(
+                    f"cannot open the dataset hf:{self._dataset}"
+                    f"{f' ({self._config})' if self._config else ''}: {first_line(error)}; see source.config"
+                ) from error
+            missing = [split for split in self._splits if split not in found]
+            if missing:
+                raise missing_splits(missing, f"hf:{self._dataset}", list(found))
+            self._streams = {split: _undecoded(stream) for split, stream in found.items()}
+        return self._streams
+
+
+def _undecoded(stream: Any) -> Any:
+    """The stream with the bytes of the audio; decoding in ``datasets`` needs torchcodec and FFmpeg."""
+    datasets = sys.modules["datasets"]
+    features = stream.features
+    if features is not None and not isinstance(features.get("audio"), datasets.Audio):
+        return stream
+    return stream.cast_column("audio", datasets.Audio(decode=False))

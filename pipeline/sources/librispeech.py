@@ -1,0 +1,292 @@
+"""LibriSpeech as OpenSLR ships it: the unpacked tree, or its ``.tar.gz`` archives read straight through.
+
+In: ``…/LibriSpeech`` (or its parent, or one split folder) with ``train-clean-100/19/198/19-198-0000.flac`` and
+``19-198.trans.txt`` (lines ``19-198-0000 THE TEXT``); or an archive, or a folder of archives, with the same inside.
+Out: utterances whose uri is ``train-clean-100/19/198/19-198-0000.flac``, or for archives
+``train-clean-100.tar.gz#LibriSpeech/train-clean-100/19/198/19-198-0000.flac``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import re
+import tarfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from pipeline.audio import AudioError, probe
+from pipeline.sources.base import Source, Tally, Utterance, missing_splits, safe_name
+from shards.errors import UserError
+
+_NO_AUDIO = "transcript lines without audio"
+_NO_TEXT = "recordings without a transcript"
+_ARCHIVE = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$")
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
+
+
+def open_librispeech(path: str, splits: Sequence[str]) -> Source:
+    """The tree or the archives at ``path``; raises UserError when there are none, or not all of ``splits``."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UserError(f"source.path '{path}' does not exist: give the LibriSpeech folder or an archive of it")
+    if place.is_file():
+        if not _ARCHIVE.search(place.name):
+            raise UserError(f"source.path '{path}' is no LibriSpeech archive: give a .tar.gz file or a folder")
+        return Archives([place], splits)
+    for root, names in ((place, _split_folders(place)), (place / "LibriSpeech", _split_folders(place / "LibriSpeech"))):
+        if names:
+            return Tree(root, _choose(splits, names, root))
+    if _is_split(place):
+        return Tree(place.resolve().parent, _choose(splits, [place.resolve().name], place))
+    archives = {_stem(file): file for file in sorted(place.iterdir()) if _ARCHIVE.search(file.name)}
+    if archives:
+        return Archives([archives[name] for name in _choose(splits, list(archives), place)], splits)
+    raise UserError(
+        f"no LibriSpeech splits and no .tar.gz archives in '{path}': give the folder that holds train-clean-100 …"
+    )
+
+
+class Tree:
+    """The unpacked folders; ``root`` holds the split folders."""
+
+    sequential = False
+    version = ""
+    speaker_split = True
+
+    def __init__(self, root: Path, splits: Sequence[str]) -> None:
+        self.root: Path | None = root
+        self.name = _name(splits)
+        self._root, self._splits, self._tally = root, splits, Tally()
+
+    @property
+    def problems(self) -> list[str]:
+        return self._tally.sentences()
+
+    def utterances(self) -> Iterator[Utterance]:
+        self._tally.clear()
+        for split in self._splits:
+            for speaker in _folders(self._root / split):
+                for chapter in _folders(speaker):
+                    yield from self._chapter(split, speaker.name, chapter)
+
+    def _chapter(self, split: str, speaker: str, chapter: Path) -> Iterator[Utterance]:
+        texts: dict[str, str] = {}
+        for file in sorted(chapter.glob("*.trans.txt")):
+            texts |= _parse(file.read_bytes(), str(file), texts)
+        for audio in sorted(chapter.glob("*.flac")):
+            uri = audio.relative_to(self._root).as_posix()
+            if audio.stem not in texts:
+                self._tally.add(_NO_TEXT, uri)
+                continue
+            yield Utterance("", audio.stem, uri, texts.pop(audio.stem), speaker, split, probe(audio))
+        for identifier in texts:
+            self._tally.add(_NO_AUDIO, identifier)
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        for uri in uris:
+            try:
+                yield uri, (self._root / uri).read_bytes()
+            except OSError as error:
+                yield uri, AudioError(f"cannot read the file: {error.strerror}")
+
+
+class Archives:
+    """``.tar.gz`` files, each read from its start to its end: once to list it, once more for the audio."""
+
+    sequential = True
+    version = ""
+    speaker_split = True
+
+    def __init__(self, archives: Sequence[Path], splits: Sequence[str]) -> None:
+        self.root: Path | None = archives[0].parent
+        self.name = _name(splits or [_stem(file) for file in archives])
+        self._root, self._archives, self._splits = archives[0].parent, archives, splits
+        self._tally = Tally()
+        self._cursor: _Cursor | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        return self._tally.sentences()
+
+    def utterances(self) -> Iterator[Utterance]:
+        self._tally.clear()
+        found: set[str] = set()
+        for archive in self._archives:
+            try:
+                yield from self._archive(archive, found)
+            except _DAMAGED as error:
+                raise UserError(f"the archive '{archive}' is cut short or damaged ({error}): fetch it again") from None
+        missing = [split for split in self._splits if split not in found]
+        if missing:
+            raise missing_splits(missing, f"'{self._root}'", list(found))
+
+    def _archive(self, archive: Path, found: set[str]) -> Iterator[Utterance]:
+        """Utterances in the order of their audio; a transcript may stand before or after it."""
+        waiting: deque[Utterance] = deque()  # audio in archive order, until the text of the first is known
+        texts: dict[str, str] = {}
+        with tarfile.open(archive, "r|*") as tar:
+            for member in _members(tar):
+                name = PurePosixPath(member.name)
+                if not member.isfile() or len(name.parts) < 4:
+                    continue
+                split, speaker = name.parts[-4], name.parts[-3]
+                if name.name.endswith(".trans.txt") or name.suffix == ".flac":
+                    found.add(split)
+                    if self._splits and split not in self._splits:
+                        continue
+                if name.name.endswith(".trans.txt"):
+                    texts |= _parse(_content(tar, member), f"{archive}#{name}", texts)
+                elif name.suffix == ".flac":
+                    uri = f"{archive.name}#{name}"
+                    waiting.append(Utterance("", name.stem, uri, "", speaker, split, probe(_content(tar, member))))
+                while waiting and waiting[0].id in texts:
+                    yield _with_text(waiting.popleft(), texts)
+        for utterance in waiting:
+            if utterance.id in texts:
+                yield _with_text(utterance, texts)
+            else:
+                self._tally.add(_NO_TEXT, utterance.audio)
+        for identifier in texts:
+            self._tally.add(_NO_AUDIO, identifier)
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        start = 0
+        while start < len(uris):
+            archive = uris[start].partition("#")[0]
+            stop = start
+            while stop < len(uris) and uris[stop].partition("#")[0] == archive:
+                stop += 1
+            yield from self._read_archive(archive, uris[start:stop])
+            start = stop
+
+    def _read_archive(self, archive: str, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        """One pass where the uris follow the archive, going on where the last call ended; what comes early is held."""
+        held: dict[str, bytes] = {}
+        wanted = Counter(uri.partition("#")[2] for uri in uris)
+        for uri in uris:
+            name = uri.partition("#")[2]
+            try:
+                from_start = False
+                while name not in held:
+                    if self._cursor is None or not self._cursor.may_reach(archive, name):
+                        if from_start:
+                            raise AudioError(f"no such file in the archive {archive}")
+                        self._rewind(archive)
+                        from_start = True
+                    assert self._cursor is not None
+                    for member, data in self._cursor.forward(wanted):
+                        held[member] = data
+                        if member == name:
+                            break
+            except AudioError as error:
+                self.close()
+                yield uri, error
+            except _DAMAGED as error:
+                self.close()
+                yield uri, AudioError(f"the archive {archive} is cut short or damaged ({error})")
+            else:
+                yield uri, held[name]
+                wanted[name] -= 1
+                if not wanted[name]:
+                    del held[name], wanted[name]
+
+    def _rewind(self, archive: str) -> None:
+        self.close()
+        self._cursor = _Cursor(self._root / archive)
+
+    def close(self) -> None:
+        """Let go of the archive that is being read."""
+        if self._cursor is not None:
+            self._cursor.tar.close()
+        self._cursor = None
+
+
+class _Cursor:
+    """A place in an archive that moves forward only."""
+
+    def __init__(self, file: Path) -> None:
+        self.archive = file.name
+        self.tar = tarfile.open(file, "r|*")  # noqa: SIM115 closed by Archives.close
+        self._passed: set[str] = set()
+        self._ended = False
+
+    def may_reach(self, archive: str, name: str) -> bool:
+        return archive == self.archive and not self._ended and name not in self._passed
+
+    def forward(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
+        for member in _members(self.tar):
+            self._passed.add(member.name)
+            if member.name in wanted:
+                yield member.name, _content(self.tar, member)
+        self._ended = True
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members from here on; ``for member in tar`` would remember every one of them."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]
+        yield member
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    data = file.read() if file is not None else b""
+    if len(data) != member.size:
+        raise EOFError(f"{member.name} is cut short")
+    return data
+
+
+def _with_text(utterance: Utterance, texts: dict[str, str]) -> Utterance:
+    u = utterance
+    return Utterance("", u.id, u.audio, texts.pop(u.id), u.speaker, u.split, u.samples)
+
+
+def _parse(data: bytes, where: str, known: dict[str, str]) -> dict[str, str]:
+    """``{id: text}`` of a .trans.txt file."""
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the transcript '{where}' is not UTF-8 ({error.reason}): fetch it again") from None
+    texts: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        identifier, _, text = line.strip().partition(" ")
+        if not identifier:
+            continue
+        if identifier in texts or identifier in known:
+            raise UserError(f"key '{identifier}' stands twice in the transcripts, again in line {number} of '{where}'")
+        texts[identifier] = text.strip()
+    return texts
+
+
+def _choose(wanted: Sequence[str], present: Sequence[str], where: Path) -> list[str]:
+    missing = [split for split in wanted if split not in present]
+    if missing:
+        raise missing_splits(missing, f"'{where}'", present)
+    return list(dict.fromkeys(wanted)) or sorted(present)
+
+
+def _split_folders(root: Path) -> list[str]:
+    return [folder.name for folder in sorted(root.iterdir()) if _is_split(folder)] if root.is_dir() else []
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether ``folder`` holds speaker folders that hold chapter folders, both named by numbers."""
+    return any(_folders(speaker) for speaker in _folders(folder))
+
+
+def _folders(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return []
+    return sorted(folder for folder in place.iterdir() if folder.name.isdigit() and folder.is_dir())
+
+
+def _stem(archive: Path) -> str:
+    return _ARCHIVE.sub("", archive.name)
+
+
+def _name(splits: Sequence[str]) -> str:
+    name = safe_name("-".join(["librispeech", *splits]), "librispeech")
+    return name if len(name) <= 48 else f"librispeech-{len(splits)}-splits"

@@ -1,0 +1,265 @@
+"""A list of recordings with their texts, in a file: JSONL, CSV or TSV, NeMo's JSONL, or lhotse's pair of files.
+
+In: rows with ``audio``, ``file``, ``wav`` or ``audio_filepath`` (NeMo), and ``text``; optional ``duration`` and
+``offset`` in seconds, ``speaker``, ``key`` or ``id``, ``split``. Or the folder, the recordings or the supervisions of
+lhotse (``lhotse.py``). Relative paths are relative to the manifest. Out: utterances whose uri is the path, with
+``#t=1.5,3.25`` where only these seconds of it are meant (and ``&c=1`` for one channel), ``read`` as a WAV file of
+their own.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO
+
+from pipeline.audio import SAMPLING_RATE, AudioError, cut, probe
+from pipeline.sources.base import Tally, Utterance, listed, missing_splits, safe_name
+from shards.errors import UserError
+
+AUDIO_COLUMNS = ("audio", "file", "wav", "audio_filepath")
+NO_FILE = "recordings that do not exist (each becomes a failure)"
+_NO_HEADER = "recordings with no readable header"
+_SEGMENT = re.compile(r"#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)?(?:&c=(\d+))?$")
+_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row, checked: ``audio`` as written, seconds, and the place for a message. ``whole``: all of the file."""
+
+    audio: str
+    text: str
+    place: str
+    id: str = ""
+    speaker: str = ""
+    split: str = ""
+    start: float = 0.0
+    duration: float | None = None
+    channel: int | None = None
+    whole: bool = True
+
+
+class Manifest:
+    """The source of kind ``manifest``."""
+
+    sequential = False
+    version = ""
+    speaker_split = True
+
+    def __init__(self, path: str, splits: Sequence[str]) -> None:
+        self._path = Path(path).expanduser()
+        if not self._path.exists():
+            raise UserError(f"source.path '{path}' does not exist: give a .jsonl, .csv or .tsv file or a lhotse folder")
+        self._root = self._path if self._path.is_dir() else self._path.parent
+        self.root: Path | None = self._root
+        self.name = safe_name(self._path.resolve().name.split(".")[0], "manifest")
+        self._splits, self._tally = list(splits), Tally()
+
+    @property
+    def problems(self) -> list[str]:
+        return self._tally.sentences()
+
+    def utterances(self) -> Iterator[Utterance]:
+        self._tally.clear()
+        seen: set[str] = set()
+        for entry in self._entries():
+            seen.add(entry.split)
+            if not self._splits or entry.split in self._splits:
+                yield self._utterance(entry)
+        missing = [split for split in self._splits if split not in seen]
+        if missing:
+            raise missing_splits(missing, f"'{self._path}'", [split for split in seen if split])
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        for uri in uris:
+            try:
+                yield uri, self._read(uri)
+            except (AudioError, OSError) as error:
+                yield uri, error
+
+    def _read(self, uri: str) -> bytes:
+        segment = _SEGMENT.search(uri)
+        file = self._root / (uri[: segment.start()] if segment else uri)
+        if not file.is_file():
+            raise AudioError("the file does not exist")
+        if not segment:
+            return file.read_bytes()
+        start, stop, channel = segment.groups()
+        return cut(file, float(start), float(stop) if stop else None, int(channel) if channel else None)
+
+    def _entries(self) -> Iterator[Entry]:
+        from pipeline.sources import lhotse
+
+        pairs = lhotse.pairs_at(self._path)
+        if pairs:
+            for pair in pairs:
+                yield from lhotse.entries(pair, self._tally)
+            return
+        name = self._path.name.lower()
+        if self._path.is_dir():
+            raise UserError(
+                f"no lhotse manifests (recordings.jsonl.gz and supervisions.jsonl.gz) in the folder '{self._path}': "
+                "give the manifest file itself"
+            )
+        if name.endswith(_JSON_SUFFIXES):
+            rows = json_rows(self._path)
+        elif self._path.suffix.lower() in _TABLES:
+            rows = _table_rows(self._path, _TABLES[self._path.suffix.lower()])
+        else:
+            raise UserError(f"'{self._path}' is no manifest by its name: call it .jsonl, .json, .csv or .tsv")
+        for row, place in rows:
+            yield _entry(row, place)
+
+    def _utterance(self, entry: Entry) -> Utterance:
+        audio = self._relative(entry.audio)
+        file = self._root / audio
+        samples = 0
+        if not file.is_file():
+            self._tally.add(NO_FILE, audio)
+        elif entry.duration is not None:
+            samples = round(entry.duration * SAMPLING_RATE)
+        else:
+            samples = max(0, probe(file) - round(entry.start * SAMPLING_RATE))
+            if not samples:
+                self._tally.add(_NO_HEADER, audio)
+        uri = audio if entry.whole else f"{audio}#t={_seconds(entry.start)},{_stop(entry)}"
+        if entry.channel is not None:
+            uri = (f"{audio}#t=0," if entry.whole else uri) + f"&c={entry.channel}"
+        return Utterance(
+            "", entry.id or _default_id(audio, entry), uri, entry.text, entry.speaker, entry.split, samples
+        )
+
+    def _relative(self, audio: str) -> str:
+        """An absolute path below the root becomes relative, so that the folder can be moved."""
+        root = f"{self._root.absolute()}{os.sep}"
+        return audio.removeprefix(root) if audio != root else audio
+
+
+def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every object of a JSONL file (``.gz`` too) with its place for a message; raises UserError."""
+    with _open_text(path) as file:
+        for number, line in _lines(file, path):
+            if not line.strip():
+                continue
+            place = f"line {number} of '{path}'"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{place} is not JSON ({error}): a manifest has one JSON object in each line") from None
+            if not isinstance(row, dict):
+                raise UserError(
+                    f'{place} is a JSON {type(row).__name__}, not an object such as {{"audio": …, "text": …}}'
+                )
+            yield row, place
+
+
+def number_of(row: dict[str, Any], name: str, place: str) -> float | None:
+    """The seconds in column ``name``, None when absent or empty; raises UserError."""
+    value = row.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0) or isinstance(value, bool):
+        raise UserError(f"{name} in {place} is {value!r}: it must be a number of seconds, not negative")
+    return number
+
+
+def word_of(row: dict[str, Any], names: Sequence[str], place: str) -> str:
+    """The first of ``names`` that has a value, as text; "" when none; raises UserError for a list or an object."""
+    for name in names:
+        value = row.get(name)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{name} in {place} is {value!r}: it must be text")
+        return str(value)
+    return ""
+
+
+def _entry(row: dict[str, Any], place: str) -> Entry:
+    audio = word_of(row, AUDIO_COLUMNS, place)
+    if not audio:
+        raise UserError(f"no audio in {place}, only {listed(list(row))}: it needs one of {', '.join(AUDIO_COLUMNS)}")
+    if row.get("text") is None:
+        raise UserError(f"no text in {place}, which has {listed(list(row))}: every utterance needs its transcript")
+    start = number_of(row, "offset", place)
+    return Entry(
+        audio=audio,
+        text=word_of(row, ["text"], place),
+        place=place,
+        id=word_of(row, ["key", "id"], place),
+        speaker=word_of(row, ["speaker"], place),
+        split=word_of(row, ["split"], place),
+        start=start or 0.0,
+        duration=number_of(row, "duration", place),
+        whole=start is None,
+    )
+
+
+def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every row of a CSV or TSV file by its header, with its place; raises UserError."""
+    with _open_text(path, newline="") as file:
+        reader = csv.DictReader((line for _, line in _lines(file, path)), delimiter=delimiter)
+        try:
+            names = reader.fieldnames or []
+            if "text" not in names or not set(AUDIO_COLUMNS) & set(names):
+                raise UserError(
+                    f"line 1 of '{path}' names the columns {listed(list(names))}: it needs text and one of "
+                    f"{', '.join(AUDIO_COLUMNS)}, with '{delimiter!r}' between them"
+                )
+            for row in reader:
+                place = f"line {reader.line_num} of '{path}'"
+                if None in row:
+                    raise UserError(f"{place} has more fields than line 1 names: quote a text that holds a comma")
+                yield row, place
+        except csv.Error as error:
+            raise UserError(f"line {reader.line_num} of '{path}' is not CSV: {error}") from None
+
+
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
+    try:
+        if path.suffix == ".gz":
+            return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+        return open(path, encoding="utf-8-sig", newline=newline)
+    except OSError as error:
+        raise UserError(f"cannot read the manifest '{path}': {error.strerror}") from None
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(file, 1):
+            yield number, line
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 after line {number} ({error.reason}): save it as UTF-8") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"'{path}' is cut short or no gzip file ({error}): fetch it again") from None
+
+
+def _stop(entry: Entry) -> str:
+    return "" if entry.duration is None else _seconds(entry.start + entry.duration)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def _default_id(audio: str, entry: Entry) -> str:
+    """The path without its ending, and for a segment its milliseconds."""
+    name = str(PurePosixPath(audio.lstrip("/")).with_suffix("")) if PurePosixPath(audio).name else audio
+    if entry.whole:
+        return name
+    stop = "" if entry.duration is None else f"-{round(1000 * (entry.start + entry.duration))}"
+    return f"{name}-{round(1000 * entry.start)}{stop}"

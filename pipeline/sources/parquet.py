@@ -1,0 +1,209 @@
+"""Parquet files in the layout of ``openslr/librispeech_asr`` and its mirrors: audio inside the rows.
+
+In: a file, a folder or a glob of parquet files with ``audio`` (``{bytes, path}`` or plain bytes) and ``text``, and
+where they stand ``id`` (else ``file``, else the name inside ``audio``) and ``speaker_id``; or ``hf:owner/name``, a
+dataset that is streamed from a hub (``hub.py``). Out: utterances with the uri ``relative.parquet#row``.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.audio import AudioError, probe
+from pipeline.sources.base import Source, Tally, Utterance, listed, missing_splits, safe_name
+from shards.errors import UserError
+
+NO_AUDIO = "rows without audio bytes"
+COLUMNS = ("audio", "text", "id", "speaker_id", "file")
+_BATCH = 32  # rows decoded at a time while listing: audio is large
+_PART = re.compile(r"-\d+-of-\d+$")
+
+
+def open_parquet(path: str, splits: Sequence[str], config: str | None) -> Source:
+    """Local files, or a streamed dataset when ``path`` starts with ``hf:``; raises UserError."""
+    if path.startswith("hf:"):
+        from pipeline.sources.hub import HubStream
+
+        return HubStream(path.removeprefix("hf:"), config, splits)
+    return ParquetFiles(path, splits)
+
+
+class ParquetFiles:
+    """Local files. Audio is read by row group: one that a call of ``read`` needs is read once in that call."""
+
+    sequential = False
+    version = ""
+    speaker_split = True
+
+    def __init__(self, path: str, splits: Sequence[str]) -> None:
+        root, files = _find(path)
+        by_split: dict[str, list[Path]] = {}
+        for file in files:
+            by_split.setdefault(_split(file, root), []).append(file)
+        missing = [split for split in splits if split not in by_split]
+        if missing:
+            raise missing_splits(missing, f"'{path}'", list(by_split))
+        chosen = list(dict.fromkeys(splits)) or sorted(by_split)
+        self.root: Path | None = root
+        self.name = safe_name("-".join([safe_name(_stem(path), "parquet"), *splits]), "parquet")
+        self._root, self._tally = root, Tally()
+        self._files = [(split, file) for split in chosen for file in by_split[split]]
+        self._held: tuple[tuple[str, int], Any] | None = None  # the last row group's audio column
+
+    @property
+    def problems(self) -> list[str]:
+        return self._tally.sentences()
+
+    def utterances(self) -> Iterator[Utterance]:
+        import pyarrow
+
+        self._tally.clear()
+        for split, file in self._files:
+            uri = file.relative_to(self._root).as_posix()
+            try:
+                parquet = open_file(file)
+                names = [name for name in COLUMNS if name in parquet.schema_arrow.names]
+                row = 0
+                for batch in parquet.iter_batches(batch_size=_BATCH, columns=names):
+                    for record in batch.to_pylist():
+                        yield utterance_of(record, f"{uri}#{row}", split, self._tally)
+                        row += 1
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"'{file}' cannot be read as parquet ({first_line(error)}): fetch it again") from None
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        import pyarrow
+
+        places: dict[str, tuple[str, int, int]] = {}  # uri: file, row group, row in it
+        groups: dict[tuple[str, int], list[str]] = {}
+        failed: dict[str, Exception] = {}
+        starts: dict[str, list[int]] = {}
+        for uri in uris:
+            name, _, row = uri.rpartition("#")
+            try:
+                if name not in starts:
+                    starts[name] = _group_starts(open_file(self._root / name))
+                if not row.isdigit() or int(row) >= starts[name][-1]:
+                    raise AudioError(f"no row {row} in {name}")
+                group = next(g for g in range(len(starts[name])) if int(row) < starts[name][g + 1])
+                places[uri] = (name, group, int(row) - starts[name][group])
+                groups.setdefault((name, group), []).append(uri)
+            except (AudioError, UserError, OSError) as error:
+                failed[uri] = error
+        ready: dict[str, bytes | Exception] = {}
+        for uri in uris:
+            if uri in failed:
+                yield uri, failed[uri]
+                continue
+            if uri not in ready:
+                name, group, _ = places[uri]
+                try:
+                    column = self._row_group(name, group)
+                    for other in dict.fromkeys(groups[name, group]):
+                        ready[other] = _bytes_at(column, places[other][2])
+                except (pyarrow.ArrowException, OSError, UserError) as error:
+                    reason = AudioError(f"cannot read row group {group} of {name}: {first_line(error)}")
+                    ready |= dict.fromkeys(groups[name, group], reason)
+            groups[places[uri][:2]].remove(uri)
+            again = uri in groups[places[uri][:2]]
+            yield uri, ready[uri] if again else ready.pop(uri)
+
+    def _row_group(self, name: str, group: int) -> Any:
+        if self._held is None or self._held[0] != (name, group):
+            self._held = None  # not two at a time
+            table = open_file(self._root / name).read_row_group(group, columns=["audio"])
+            self._held = ((name, group), table.column("audio"))
+        return self._held[1]
+
+
+def open_file(file: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile`` with the columns that are needed; raises UserError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"'{file}' cannot be read as parquet ({first_line(error)}): fetch it again") from None
+    check_columns(parquet.schema_arrow.names, str(file))
+    return parquet
+
+
+def check_columns(names: Sequence[str], where: str) -> None:
+    """Raises UserError unless audio and text are there."""
+    missing = [name for name in ("audio", "text") if name not in names]
+    if missing:
+        raise UserError(f"no column {listed(missing)} in '{where}', which has {listed(names)}: it needs audio and text")
+
+
+def utterance_of(record: dict[str, Any], uri: str, split: str, tally: Tally) -> Utterance:
+    """One row of the layout as an utterance."""
+    audio = record["audio"]
+    data, name = (audio.get("bytes"), audio.get("path")) if isinstance(audio, dict) else (audio, None)
+    identifier = record.get("id")
+    if identifier is None:
+        file = name or record.get("file")
+        identifier = PurePosixPath(str(file)).stem if file else uri
+    if not data:
+        tally.add(NO_AUDIO, uri)
+    speaker = record.get("speaker_id")
+    text = record["text"]
+    return Utterance(
+        key="",
+        id=str(identifier),
+        audio=uri,
+        text="" if text is None else str(text),
+        speaker="" if speaker is None else str(speaker),
+        split=split,
+        samples=probe(bytes(data)) if data else 0,
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _bytes_at(column: Any, row: int) -> bytes | Exception:
+    value = column[row].as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return data if data else AudioError("no audio bytes in the row")
+
+
+def _group_starts(parquet: Any) -> list[int]:
+    """First row of each row group, and the number of rows at the end."""
+    starts = [0]
+    for group in range(parquet.metadata.num_row_groups):
+        starts.append(starts[-1] + parquet.metadata.row_group(group).num_rows)
+    return starts
+
+
+def _find(path: str) -> tuple[Path, list[Path]]:
+    """The folder that uris are relative to, and the files, sorted."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return place.parent, [place]
+    if place.is_dir():
+        root, files = place, sorted(place.rglob("*.parquet"))
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
+        plain = [part for part in place.parts if not glob.has_magic(part)]
+        root = Path(*place.parts[: next(i for i, part in enumerate([*place.parts, "*"]) if part not in plain)])
+    if not files:
+        raise UserError(f"no parquet files at '{path}': give a .parquet file, a folder, a glob or hf:owner/name")
+    return root, files
+
+
+def _split(file: Path, root: Path) -> str:
+    """``train`` of ``train-00000-of-00014.parquet``, ``train/0000.parquet`` and ``train.parquet``."""
+    name = _PART.sub("", file.stem)
+    inside = file.relative_to(root).parts
+    return inside[-2] if name.isdigit() and len(inside) > 1 else name
+
+
+def _stem(path: str) -> str:
+    stem = Path(path).expanduser().resolve().stem
+    return "parquet" if glob.has_magic(stem) else _PART.sub("", stem)
