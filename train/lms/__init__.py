@@ -119,7 +119,7 @@ def load_lm(
     lm: LanguageModel = load_folder(
         weights.folder,
         reference=reference,
-        identity=weights.revision or files_identity(weights.folder),
+        identity=files_identity(weights.folder),
         device=device,
         dtype=dtype,
         train=train,

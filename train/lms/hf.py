@@ -143,9 +143,9 @@ class HfLanguageModel(LanguageModel):
 
 
 def files_identity(folder: Path) -> str:
-    """``sha256:…`` over the names and bytes of a folder's weights and configuration, wherever the folder stands."""
+    """``sha256:…`` over a folder's safetensors: a hub's revision can be a branch that moves, and a folder has none."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+    for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
