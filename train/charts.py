@@ -77,7 +77,7 @@ def smooth(points: Sequence[Point], span: int = 0) -> list[Point]:
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round values that cover ``low`` to ``high``: steps of 1, 2 or 5 times a power of ten, at most about ``most``."""
     if high <= low:
-        high = low + 1
+        high = low + max(1.0, abs(low))
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)

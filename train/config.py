@@ -53,7 +53,9 @@ class ValConfig(Config):
     caches: Strings = Field(default_factory=list)
     fraction: float = Field(default=0.0, ge=0, lt=1)
     limit: int | None = Field(default=None, ge=1)  # most utterances in a final evaluation; None: all held out
-    seed: int = 0  # apart from the run's seed: runs that differ in seed are judged on the same utterances
+    seed: int = Field(
+        default=0, ge=0
+    )  # apart from the run's seed: runs that differ in seed are judged on the same utterances
 
 
 class BatchConfig(Config):
@@ -99,7 +101,7 @@ class TrainConfig(Config):
 
     batch: BatchConfig = BatchConfig()
     accumulate: int = Field(default=1, ge=1)  # batches in a step; every target token of the step weighs the same
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

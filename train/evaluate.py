@@ -210,7 +210,8 @@ def make_sample(key: str, reference: str, hypothesis: str) -> Sample:
 
     normalise = _normaliser()
     said = normalise(reference)
-    return Sample(key, reference, hypothesis, jiwer.wer(said, normalise(hypothesis)) if said else None)
+    has_words = any(letter.isalnum() for letter in said)  # the normaliser makes "…" a lone point
+    return Sample(key, reference, hypothesis, jiwer.wer(said, normalise(hypothesis)) if has_words else None)
 
 
 _NORMALISER: list[Callable[[str], str]] = []
