@@ -164,7 +164,7 @@ def _transcribe(args: argparse.Namespace) -> int:
     from train.transcribe import transcribe
 
     for path, text in transcribe(run, config, [Path(word) for word in args.audio], args.encoder):
-        print(f"{path}\t{text}", flush=True)
+        print(f"{path}\t{' '.join(text.split())}", flush=True)
     return 0
 
 

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tiny_corpus import wav
+from tiny_lm import save_tiny_lm
+from tiny_run import make_config
+from tiny_whisper import write_tiny_whisper
+
+from pipeline.__main__ import command as pipeline_command
+from pipeline.audio import decode
+from shards.errors import UserError, run_command
+from shards.reader import Cache
+from train.__main__ import command
+from train.loop import fit
+from train.runs import run_caches
+from train.transcribe import features_of, open_encoder, transcribe
+
+SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last takes two windows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder, config, run): recordings extracted by the command line with a tiny Whisper, and a run on them."""
+    folder = tmp_path_factory.mktemp("transcribe")
+    rows = []
+    for number, (key, samples) in enumerate(SAMPLES.items()):
+        (folder / f"{key}.wav").write_bytes(wav(samples, seed=number))
+        rows.append(json.dumps({"audio": f"{key}.wav", "text": f"text {number}", "key": key}))
+    (folder / "manifest.jsonl").write_text("\n".join(rows) + "\n")
+    whisper = write_tiny_whisper(folder / "whisper")
+    (folder / "extract.yaml").write_text(
+        json.dumps(
+            {
+                "root": str(folder / "caches"),
+                "source": {"kind": "manifest", "path": str(folder / "manifest.jsonl")},
+                "encoder": {"model": f"path:{whisper}", "dtype": "float32", "device": "cpu", "layers": [1, 2]},
+                "codec": "int8",
+            }
+        )
+    )
+    assert run_command(pipeline_command, ["extract", "--config", str(folder / "extract.yaml")]) == 0
+    caches = f"{folder}/caches/*/*-L2-*"
+    lm = f"path:{save_tiny_lm(folder / 'lm')}"
+    config = make_config(folder, caches, lm, steps=2, val={"caches": [caches]}, eval_every=0)
+    return folder, config, fit(config)
+
+
+@pytest.mark.parametrize("key", SAMPLES)
+def test_audio_becomes_the_very_features_that_extraction_stored(world, key):
+    folder, _, run = world
+    about = run_caches(run)
+    cache = Cache.open(about["caches"][0]["path"])
+    row = cache.manifest["key"].to_pylist().index(key)
+    encoder = open_encoder(about["spec"], about["encoder"])
+    ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, about["spec"])
+    assert ours.shape == (-(-SAMPLES[key] // 320), 32)
+    assert np.array_equal(ours, cache.features(row))
+
+
+def test_the_command_prints_path_and_text_in_the_order_given(world, capsys):
+    folder, _, run = world
+    paths = [str(folder / f"{key}.wav") for key in ("middle", "short")]
+    assert run_command(command, ["transcribe", str(run), *paths]) == 0
+    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert [line.split("\t")[0] for line in lines] == paths
+
+
+def test_a_text_stays_on_its_line(world, monkeypatch, capsys):
+    monkeypatch.setattr("train.model.AudioLM.generate", lambda *_: ["one\ntwo\tthree"])
+    assert run_command(command, ["transcribe", str(world[2]), str(world[0] / "short.wav")]) == 0
+    assert capsys.readouterr().out.endswith("short.wav\tone two three\n")
+
+
+def test_other_encoder_weights_are_refused(world, tmp_path):
+    folder, config, run = world
+    other = write_tiny_whisper(tmp_path / "whisper", seed=1)
+    with pytest.raises(UserError, match=r"other weights .* --encoder"):
+        next(transcribe(run, config, [folder / "short.wav"], f"path:{other}"))
+
+
+def test_a_moved_encoder_can_be_named(world, tmp_path):
+    folder, config, run = world
+    moved = write_tiny_whisper(tmp_path / "elsewhere", whole=False)
+    assert next(transcribe(run, config, [folder / "short.wav"], f"path:{moved}"))[0] == folder / "short.wav"
+
+
+def test_a_missing_file_is_told_before_anything_is_loaded(world):
+    folder, config, run = world
+    with pytest.raises(UserError, match=r"no audio file at '.*gone\.wav'"):
+        next(transcribe(run, config, [folder / "short.wav", folder / "gone.wav"], "path:nothing"))
+
+
+def test_a_file_that_cannot_be_read_does_not_lose_the_others(world, tmp_path, capsys):
+    folder, _, run = world
+    (tmp_path / "bad.wav").write_bytes(b"no audio")
+    words = ["transcribe", str(run), str(tmp_path / "bad.wav"), str(folder / "short.wav")]
+    assert run_command(command, words) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(str(folder / "short.wav"))
+    assert "bad.wav" in err.splitlines()[-1]
