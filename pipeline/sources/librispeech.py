@@ -8,23 +8,20 @@ Out: utterances whose uri is ``train-clean-100/19/198/19-198-0000.flac``, or for
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import re
-import tarfile
-import zlib
 from collections import Counter, deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 
 from pipeline.audio import AudioError, probe
+from pipeline.sources.archive import DAMAGED, ArchivePass
 from pipeline.sources.base import Source, Tally, Utterance, missing_splits, safe_name
 from shards.errors import UserError
 
 _NO_AUDIO = "transcript lines without audio"
 _NO_TEXT = "recordings without a transcript"
 _ARCHIVE = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$")
-_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
 
 
 def open_librispeech(path: str, splits: Sequence[str]) -> Source:
@@ -105,7 +102,7 @@ class Archives:
         self.name = _name(splits or [_stem(file) for file in archives])
         self._root, self._archives, self._splits = archives[0].parent, archives, splits
         self._tally = Tally()
-        self._cursor: _Cursor | None = None
+        self._cursor: ArchivePass | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -117,7 +114,7 @@ class Archives:
         for archive in self._archives:
             try:
                 yield from self._archive(archive, found)
-            except _DAMAGED as error:
+            except DAMAGED as error:
                 raise UserError(f"the archive '{archive}' is cut short or damaged ({error}): fetch it again") from None
         missing = [split for split in self._splits if split not in found]
         if missing:
@@ -127,8 +124,8 @@ class Archives:
         """Utterances in the order of their audio; a transcript may stand before or after it."""
         waiting: deque[Utterance] = deque()  # audio in archive order, until the text of the first is known
         texts: dict[str, str] = {}
-        with tarfile.open(archive, "r|*") as tar:
-            for member in _members(tar):
+        with closing(ArchivePass(archive)) as tar:
+            for member in tar.members():
                 name = PurePosixPath(member.name)
                 if not member.isfile() or len(name.parts) < 4:
                     continue
@@ -138,10 +135,10 @@ class Archives:
                     if self._splits and split not in self._splits:
                         continue
                 if name.name.endswith(".trans.txt"):
-                    texts |= _parse(_content(tar, member), f"{archive}#{name}", texts)
+                    texts |= _parse(tar.content(member), f"{archive}#{name}", texts)
                 elif name.suffix == ".flac":
                     uri = f"{archive.name}#{name}"
-                    waiting.append(Utterance("", name.stem, uri, "", speaker, split, probe(_content(tar, member))))
+                    waiting.append(Utterance("", name.stem, uri, "", speaker, split, probe(tar.content(member))))
                 while waiting and waiting[0].id in texts:
                     yield _with_text(waiting.popleft(), texts)
         for utterance in waiting:
@@ -184,7 +181,7 @@ class Archives:
             except AudioError as error:
                 self.close()
                 yield uri, error
-            except _DAMAGED as error:
+            except DAMAGED as error:
                 self.close()
                 yield uri, AudioError(f"the archive {archive} is cut short or damaged ({error})")
             else:
@@ -195,48 +192,13 @@ class Archives:
 
     def _rewind(self, archive: str) -> None:
         self.close()
-        self._cursor = _Cursor(self._root / archive)
+        self._cursor = ArchivePass(self._root / archive)
 
     def close(self) -> None:
         """Let go of the archive that is being read."""
         if self._cursor is not None:
-            self._cursor.tar.close()
+            self._cursor.close()
         self._cursor = None
-
-
-class _Cursor:
-    """A place in an archive that moves forward only."""
-
-    def __init__(self, file: Path) -> None:
-        self.archive = file.name
-        self.tar = tarfile.open(file, "r|*")  # noqa: SIM115 closed by Archives.close
-        self._passed: set[str] = set()
-        self._ended = False
-
-    def may_reach(self, archive: str, name: str) -> bool:
-        return archive == self.archive and not self._ended and name not in self._passed
-
-    def forward(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
-        for member in _members(self.tar):
-            self._passed.add(member.name)
-            if member.name in wanted:
-                yield member.name, _content(self.tar, member)
-        self._ended = True
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members from here on; ``for member in tar`` would remember every one of them."""
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]
-        yield member
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    data = file.read() if file is not None else b""
-    if len(data) != member.size:
-        raise EOFError(f"{member.name} is cut short")
-    return data
 
 
 def _with_text(utterance: Utterance, texts: dict[str, str]) -> Utterance:

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from tiny_corpus import librispeech_files, write_archive, write_tree
+
+from pipeline.audio import AudioError, decode
+from pipeline.sources import Source, SourceConfig, open_source
+from shards.errors import UserError
+
+
+def opened(path, **settings) -> Source:
+    return open_source(SourceConfig(kind="librispeech", path=str(path), **settings))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return write_tree(tmp_path / "LibriSpeech", librispeech_files())
+
+
+@pytest.fixture
+def archives(tmp_path):
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    files = librispeech_files()
+    for split in ("dev-clean", "train-clean-100"):
+        write_archive(folder / f"{split}.tar.gz", {n: d for n, d in files.items() if n.startswith((split, "README"))})
+    return folder
+
+
+def test_the_tree_gives_every_utterance_with_text_speaker_split_and_length(tree):
+    made = list(opened(tree).utterances())
+    assert len(made) == 24
+    first = made[0]
+    assert (first.key, first.audio) == ("1-100-0000", "dev-clean/1/100/1-100-0000.flac")
+    assert (first.text, first.speaker, first.split, first.samples) == ("TEXT OF 1 100 0", "1", "dev-clean", 1601)
+
+
+def test_parent_tree_and_split_folder_name_the_same_utterances(tree):
+    whole = [u for u in opened(tree).utterances() if u.split == "dev-clean"]
+    assert list(opened(tree.parent, splits=["dev-clean"]).utterances()) == whole
+    assert list(opened(tree / "dev-clean").utterances()) == whole
+
+
+def test_read_gives_the_bytes_in_the_order_asked_and_an_exception_for_what_is_gone(tree):
+    source = opened(tree)
+    uris = [u.audio for u in source.utterances()][::-1]
+    (tree / uris[3]).unlink()
+    answers = list(source.read(uris))
+    assert [uri for uri, _ in answers] == uris
+    assert isinstance(answers[3][1], AudioError)
+    assert all(data == (tree / uri).read_bytes() for uri, data in answers if uri != uris[3])
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_missing_split_is_an_error_that_lists_those_there(tree, archives, archived):
+    with pytest.raises(UserError, match=r"no split test-clean in .*which holds dev-clean, train-clean-100"):
+        opened(archives if archived else tree, splits=["dev-clean", "test-clean"])
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_text_without_audio_and_audio_without_text_are_counted_and_listed(tmp_path, archived):
+    files = librispeech_files(["dev-clean"])
+    del files["dev-clean/1/100/1-100-0001.flac"]
+    files["dev-clean/2/200/2-200.trans.txt"] = b"2-200-0001 ONLY ONE\n"
+    path = write_archive(tmp_path / "dev-clean.tar.gz", files) if archived else write_tree(tmp_path, files)
+    source = opened(path)
+    assert len(list(source.utterances())) == 10
+    problems = "\n".join(source.problems)
+    assert "1 transcript lines without audio: 1-100-0001" in problems
+    assert "1 recordings without a transcript: " in problems
+    assert "2-200-0000.flac" in problems
+
+
+@pytest.mark.parametrize("order", ["given", "reversed", "transcripts first", "transcripts last"])
+def test_an_archive_gives_what_the_tree_gives_wherever_the_transcripts_stand(tmp_path, tree, order):
+    files = {name: data for name, data in librispeech_files().items() if "train-clean-100" in name}
+    names = list(files)
+    if order == "reversed":
+        names.reverse()
+    elif order != "given":
+        names.sort(key=lambda name: name.endswith(".trans.txt") is (order == "transcripts last"))
+    archive = write_archive(tmp_path / "train-clean-100.tar.gz", {name: files[name] for name in names})
+    source = opened(archive)
+    assert source.sequential
+    made = {u.id: u for u in source.utterances()}
+    expected = {u.id: u for u in opened(tree, splits=["train-clean-100"]).utterances()}
+    assert made.keys() == expected.keys()
+    for identifier, utterance in made.items():
+        other = expected[identifier]
+        assert utterance.audio == f"train-clean-100.tar.gz#LibriSpeech/{other.audio}"
+        assert (utterance.text, utterance.speaker, utterance.split) == (other.text, other.speaker, other.split)
+        assert utterance.samples == other.samples
+    positions = [names.index(u.audio.partition("#LibriSpeech/")[2]) for u in made.values()]
+    assert positions == sorted(positions)
+    assert source.problems == []
+
+
+def test_archives_are_opened_once_when_read_in_order_over_several_calls(archives, monkeypatch):
+    import gzip
+
+    source = opened(archives)
+    uris = [u.audio for u in source.utterances()]
+    files = librispeech_files()
+    passes = []
+    real = gzip.open
+    monkeypatch.setattr(gzip, "open", lambda *words, **more: passes.append(words[0]) or real(*words, **more))
+    for start in range(0, 24, 5):
+        for uri, data in source.read(uris[start : start + 5]):
+            assert data == files[uri.partition("#LibriSpeech/")[2]]
+    assert len(passes) == 2
+
+
+def test_archives_answer_in_any_order_and_say_what_is_not_there(archives):
+    source = opened(archives)
+    uris = [u.audio for u in source.utterances()]
+    absent = "dev-clean.tar.gz#LibriSpeech/dev-clean/9/9/9-9-0000.flac"
+    asked = [*uris[::-1], absent, uris[3], uris[3], uris[0]]
+    files = librispeech_files()
+    answers = list(source.read(asked))
+    assert [uri for uri, _ in answers] == asked
+    for uri, data in answers:
+        if uri == absent:
+            assert isinstance(data, AudioError)
+        else:
+            assert data == files[uri.partition("#LibriSpeech/")[2]]
+
+
+def test_splits_choose_inside_one_archive_and_a_missing_one_is_told(tmp_path):
+    archive = write_archive(tmp_path / "both.tar.gz", librispeech_files())
+    assert {u.split for u in opened(archive, splits=["dev-clean"]).utterances()} == {"dev-clean"}
+    with pytest.raises(UserError, match="no split test-other"):
+        list(opened(archive, splits=["test-other"]).utterances())
+
+
+def test_an_archive_that_was_cut_short_is_told_and_its_audio_is_an_exception(archives):
+    source = opened(archives / "dev-clean.tar.gz")
+    uris = [u.audio for u in source.utterances()]
+    archive = archives / "dev-clean.tar.gz"
+    whole = archive.read_bytes()
+    for size in (0, 10, 3000, 8000, len(whole) - 9):
+        archive.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"dev-clean\.tar\.gz' is cut short or damaged"):
+            list(opened(archive).utterances())
+    archive.write_bytes(whole[:8000])
+    answers = [data for _, data in source.read(uris)]
+    assert isinstance(answers[-1], AudioError)
+    assert len(decode(answers[0])) == 1601
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.bz2", ".tar.xz", ".tgz"])
+def test_other_compressions_are_read_and_a_cut_is_told_everywhere(archives, ending):
+    import tarfile
+
+    files = {name: data for name, data in librispeech_files(["dev-clean"]).items() if "/1/" in name}
+    archive = archives / f"small{ending}"
+    with tarfile.open(archive, f"w:{ending.rpartition('.')[2].replace('tgz', 'gz').replace('tar', '')}") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+            end = tar.offset
+    assert len(list(opened(archive).utterances())) == 4
+    whole = archive.read_bytes()
+    cuts = [512, 700, end, end - 700] if ending == ".tar" else [len(whole) // 2, len(whole) - 20]
+    for size in cuts:
+        archive.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cut short or damaged"):
+            list(opened(archive).utterances())
+
+
+def test_an_id_in_two_splits_is_told_with_both_places(tree):
+    write_tree(
+        tree, {"test-x/1/100/" + n.rpartition("/")[2]: d for n, d in librispeech_files().items() if "/1/100/" in n}
+    )
+    with pytest.raises(UserError, match=r"'1-100-0000' stands twice.*dev-clean/1.*test-x/1"):
+        list(opened(tree).utterances())
+
+
+def test_a_transcript_that_names_an_utterance_twice_is_told_with_its_line(tree):
+    (tree / "dev-clean/1/100/1-100.trans.txt").write_text("1-100-0000 A\n\n1-100-0000 B\n")
+    with pytest.raises(UserError, match=r"'1-100-0000' stands twice.*line 3"):
+        list(opened(tree).utterances())
+
+
+def test_an_unreadable_recording_has_length_zero(tree):
+    (tree / "dev-clean/1/100/1-100-0000.flac").write_bytes(b"")
+    assert next(opened(tree).utterances()).samples == 0
+
+
+def test_a_folder_without_speech_is_told(tmp_path):
+    with pytest.raises(UserError, match="no LibriSpeech splits"):
+        opened(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="no LibriSpeech archive"):
+        opened(tmp_path / "notes.txt")
