@@ -36,6 +36,8 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
         nonlocal at
         length = number("H")  # counts a final NUL
         at += length
+        if at > len(data):
+            raise struct.error("a name is cut off")
         return data[at - length : at - 1].decode()
 
     try:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from shards.errors import UserError
 
@@ -31,6 +34,8 @@ CONFIG_FILES = [
 # Exact names: a repository may hold float32 or framework twins of the same weights under others.
 SAFETENSORS_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 TORCH_FILES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
+CONNECT_TIMEOUT = 5.0  # seconds; a hub that cannot be reached must not hold up the next reference
+MEND = "check the name, the network and the token, or name a folder (path:…) or a wheel (wheel:…)"
 
 
 def download_hf(repo: str, revision: str | None) -> tuple[Path, str]:
@@ -42,8 +47,7 @@ def download_hf(repo: str, revision: str | None) -> tuple[Path, str]:
     where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
     def fetch(patterns: list[str]) -> Path:
-        # etag_timeout bounds each attempt to ask; a hub that cannot be reached must not hold up the next reference.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=8))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=CONNECT_TIMEOUT))
 
     folder = _fetch(fetch, f"hf:{repo}", where)
     return folder, folder.name  # …/snapshots/<commit>
@@ -59,11 +63,26 @@ def download_modelscope(repo: str, revision: str | None) -> tuple[Path, str]:
             "install it with `pip install 'earshard[modelscope]'`, or name another reference such as hf:… or wheel:…"
         ) from None
     where = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+    _check_reachable(f"modelscope:{repo}", where)
 
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
     return _fetch(fetch, f"modelscope:{repo}", where), revision or "master"
+
+
+def _check_reachable(reference: str, where: str) -> None:
+    """One connection attempt: the modelscope library itself retries an unreachable hub for 7 s to minutes."""
+    url = urlsplit(where if "://" in where else f"https://{where}")
+    if getproxies().get(url.scheme) and not proxy_bypass(url.hostname or ""):
+        return  # a proxy connects for us
+    try:
+        address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+        socket.create_connection(address, timeout=CONNECT_TIMEOUT).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{reference} could not be downloaded from {redact(where)}: {one_sentence(error)}; {MEND}"
+        ) from None
 
 
 def _fetch(fetch: Callable[[list[str]], Path], reference: str, where: str) -> Path:
@@ -74,8 +93,7 @@ def _fetch(fetch: Callable[[list[str]], Path], reference: str, where: str) -> Pa
             folder = fetch(CONFIG_FILES + TORCH_FILES)
     except Exception as error:  # the libraries raise their own, requests', httpx' and the system's errors
         raise UserError(
-            f"{reference} could not be downloaded from {redact(where)}: {one_sentence(error)}; "
-            "check the name, the network and the token, or name a local folder (path:…) or wheel (wheel:…)"
+            f"{reference} could not be downloaded from {redact(where)}: {one_sentence(error)}; {MEND}"
         ) from None
     return folder
 

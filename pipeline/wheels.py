@@ -8,6 +8,7 @@ The wheels are never imported: only their recorded files are read.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -162,8 +163,6 @@ def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, a
 
 
 def _check_hash(file: InstalledFile, name: str) -> None:
-    import base64
-
     with file.path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").digest()
     if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.sha256:
