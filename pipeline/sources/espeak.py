@@ -18,7 +18,8 @@ import numpy as np
 from shards.errors import UserError
 
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000  # espeak_AUDIO_OUTPUT, espeakINITIALIZE_DONT_EXIT
-_RATE, _PITCH = 1, 3  # espeak_PARAMETER
+_RATE, _VOLUME, _PITCH = 1, 2, 3  # espeak_PARAMETER
+_HALF = 50  # percent; at 100 loud vowels are clipped
 _CHARACTERS, _UTF8 = 1, 1  # espeak_POSITION_TYPE, espeakCHARS_UTF8
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 _lock = threading.Lock()  # the library is one per process
@@ -65,8 +66,8 @@ def say(text: str, voice: str, rate: int, pitch: int) -> tuple[np.ndarray, int]:
         library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
         _check(library.espeak_SetVoiceByName(voice.encode()), f"espeak_SetVoiceByName('{voice}')")
         library.espeak_SetParameter.argtypes = [ctypes.c_int] * 3
-        _check(library.espeak_SetParameter(_RATE, rate, 0), f"espeak_SetParameter(rate, {rate})")
-        _check(library.espeak_SetParameter(_PITCH, pitch, 0), f"espeak_SetParameter(pitch, {pitch})")
+        for parameter, value in ((_RATE, rate), (_VOLUME, _HALF), (_PITCH, pitch)):
+            _check(library.espeak_SetParameter(parameter, value, 0), f"espeak_SetParameter({parameter}, {value})")
         # without argument types the size is passed as a 32-bit integer and the library crashes
         library.espeak_Synth.argtypes = [
             *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int),

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tiny_corpus import wav
+
+from pipeline.audio import AudioError, decode
+from pipeline.sources import Source, SourceConfig, open_source
+from shards.errors import UserError
+
+
+def opened(path: Path, **settings) -> Source:
+    return open_source(SourceConfig(kind="manifest", path=str(path), **settings))
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> Path:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def write_table(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def clips(tmp_path):
+    for number, name in enumerate(("a.wav", "sub/b c.wav", "sub/größe 你好.wav")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(wav(1600 * (number + 1), number))
+    return tmp_path
+
+
+@pytest.mark.parametrize("column", ["audio", "file", "wav", "audio_filepath"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv"])
+def test_every_form_gives_the_same_utterances_with_paths_relative_to_the_manifest(clips, column, suffix):
+    rows = [
+        {column: "a.wav", "text": "one, two", "speaker": "s1", "split": "train", "key": "k1"},
+        {column: "sub/b c.wav", "text": 'three "four"', "speaker": "s2", "split": "test", "key": "k2"},
+    ]
+    path = clips / f"my list{suffix}"
+    if suffix in (".csv", ".tsv"):
+        write_table(path, rows, "," if suffix == ".csv" else "\t")
+    else:
+        write_json_lines(path, rows)
+    source = opened(path)
+    made = list(source.utterances())
+    assert [(u.key, u.audio, u.text, u.speaker, u.split, u.samples) for u in made] == [
+        ("k1", "a.wav", "one, two", "s1", "train", 1600),
+        ("k2", "sub/b c.wav", 'three "four"', "s2", "test", 3200),
+    ]
+    assert source.name == "my-list"
+    assert source.problems == []
+    assert dict(source.read([u.audio for u in made])) == {u.audio: (clips / u.audio).read_bytes() for u in made}
+    assert [u.key for u in opened(path, splits=["test"]).utterances()] == ["k2"]
+    with pytest.raises(UserError, match=r"no split dev in .*which holds test, train"):
+        list(opened(path, splits=["dev"]).utterances())
+
+
+def test_without_a_key_the_path_is_the_id_and_any_file_name_works(clips):
+    path = write_json_lines(
+        clips / "m.jsonl", [{"audio": name, "text": "x"} for name in ("sub/b c.wav", "sub/größe 你好.wav")]
+    )
+    source = opened(path)
+    made = list(source.utterances())
+    assert [u.id for u in made] == ["sub/b c", "sub/größe 你好"]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,90}", u.key) for u in made)
+    assert all(isinstance(data, bytes) for _, data in source.read([u.audio for u in made]))
+
+
+def test_an_absolute_path_below_the_manifest_becomes_relative_and_one_elsewhere_stays(clips):
+    (clips / "lists").mkdir()
+    rows = [{"audio": str(clips / "a.wav"), "text": "x"}]
+    assert [u.audio for u in opened(write_json_lines(clips / "m.jsonl", rows)).utterances()] == ["a.wav"]
+    source = opened(write_json_lines(clips / "lists/m.jsonl", rows))
+    made = list(source.utterances())
+    assert [u.audio for u in made] == [str(clips / "a.wav")]
+    assert dict(source.read([made[0].audio])) == {made[0].audio: (clips / "a.wav").read_bytes()}
+
+
+def test_a_duration_in_the_manifest_saves_opening_the_file(clips):
+    (clips / "a.wav").write_bytes(b"not opened")
+    rows = [{"audio": "a.wav", "text": "x", "duration": 1.25}]
+    assert next(opened(write_json_lines(clips / "m.jsonl", rows)).utterances()).samples == 20_000
+
+
+def test_a_recording_that_does_not_exist_is_told_and_stays_as_a_failure_to_come(clips):
+    rows = [{"audio": name, "text": "x", "duration": 1} for name in ("gone.wav", "a.wav")]
+    source = opened(write_json_lines(clips / "m.jsonl", rows))
+    made = list(source.utterances())
+    assert [(u.audio, u.samples) for u in made] == [("gone.wav", 0), ("a.wav", 16_000)]
+    assert source.problems == ["1 recordings that do not exist (each becomes a failure): gone.wav"]
+    answers = dict(source.read(["gone.wav", "a.wav"]))
+    assert isinstance(answers["gone.wav"], AudioError)
+    assert isinstance(answers["a.wav"], bytes)
+
+
+def test_a_recording_without_a_readable_header_is_told(clips):
+    (clips / "a.wav").write_bytes(b"noise")
+    source = opened(write_json_lines(clips / "m.jsonl", [{"audio": "a.wav", "text": "x"}]))
+    assert next(source.utterances()).samples == 0
+    assert source.problems == ["1 recordings with no readable header: a.wav"]
+
+
+def test_nemo_offsets_are_segments_of_a_recording(clips):
+    long = np.random.RandomState(0).uniform(-0.3, 0.3, 32_000).astype(np.float32)
+    soundfile.write(clips / "long.wav", long, 16_000, subtype="FLOAT")
+    rows = [
+        {"audio_filepath": "long.wav", "offset": 0.5, "duration": 0.25, "text": "one"},
+        {"audio_filepath": "long.wav", "offset": 1.5, "text": "two"},
+        {"audio_filepath": "long.wav", "offset": 1.9, "duration": 9, "text": "three"},
+    ]
+    source = opened(write_json_lines(clips / "nemo.json", rows))
+    made = list(source.utterances())
+    assert [(u.audio, u.samples) for u in made[:2]] == [("long.wav#t=0.5,0.75", 4000), ("long.wav#t=1.5,", 8000)]
+    assert [u.id for u in made[:2]] == ["long-500-750", "long-1500"]
+    answers = [data for _, data in source.read([u.audio for u in made])]
+    np.testing.assert_array_equal(decode(answers[0]), long[8000:12_000])
+    np.testing.assert_array_equal(decode(answers[1]), long[24_000:])
+    assert isinstance(answers[2], AudioError)
+
+
+def lhotse_recording(identifier: str, source: str, seconds: float, channels: list[int]) -> dict:
+    return {
+        "id": identifier,
+        "sources": [{"type": "file", "channels": channels, "source": source}],
+        "sampling_rate": 16_000,
+        "num_samples": round(seconds * 16_000),
+        "duration": seconds,
+    }
+
+
+def lhotse_supervision(identifier: str, recording: str, start: float, duration: float, **more) -> dict:
+    row = {"id": identifier, "recording_id": recording, "start": start, "duration": duration, "channel": 0}
+    return {**row, "text": f"text of {identifier}", "language": "en", "speaker": "s", **more}
+
+
+@pytest.fixture
+def lhotse_folder(tmp_path):
+    stereo = np.random.RandomState(1).uniform(-0.3, 0.3, (16_000, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "stereo.wav", stereo, 16_000, subtype="FLOAT")
+    (tmp_path / "mono.wav").write_bytes(wav(8000))
+    recordings = [
+        lhotse_recording("r1", "stereo.wav", 1.0, [0, 1]),
+        lhotse_recording("r2", "mono.wav", 0.5, [0]),
+        lhotse_recording("r3", "mono.wav", 0.5, [0]),
+    ]
+    supervisions = [
+        lhotse_supervision("r1-a", "r1", 0.25, 0.5, channel=1),
+        lhotse_supervision("r1-b", "r1", 0.0, 1.0, channel=0),
+        lhotse_supervision("r2-whole", "r2", 0.0, 0.5),
+        lhotse_supervision("lost", "r9", 0.0, 0.5),
+    ]
+    write_json_lines(tmp_path / "recordings.jsonl.gz", recordings)
+    write_json_lines(tmp_path / "supervisions.jsonl.gz", supervisions)
+    return tmp_path, stereo
+
+
+@pytest.mark.parametrize("name", ["", "recordings.jsonl.gz", "supervisions.jsonl.gz"])
+def test_lhotse_supervisions_are_segments_of_one_channel_of_their_recordings(lhotse_folder, name):
+    folder, stereo = lhotse_folder
+    source = opened(folder / name)
+    made = {u.id: u for u in source.utterances()}
+    assert {u.id: u.audio for u in made.values()} == {
+        "r1-a": "stereo.wav#t=0.25,0.75&c=1",
+        "r1-b": "stereo.wav#t=0,&c=0",
+        "r2-whole": "mono.wav",
+    }
+    assert [u.samples for u in made.values()] == [8000, 16_000, 8000]
+    assert made["r1-a"].speaker == "s"
+    answers = dict(source.read([u.audio for u in made.values()]))
+    np.testing.assert_array_equal(decode(answers[made["r1-a"].audio]), stereo[4000:12_000, 1])
+    np.testing.assert_array_equal(decode(answers[made["r1-b"].audio]), stereo[:, 0])
+    assert answers["mono.wav"] == (folder / "mono.wav").read_bytes()
+    assert source.problems == ["1 supervisions without a recording: lost", "1 recordings without a supervision: r3"]
+
+
+def test_lhotse_pairs_name_their_splits(lhotse_folder):
+    folder, _ = lhotse_folder
+    for kind in ("recordings", "supervisions"):
+        (folder / f"{kind}.jsonl.gz").rename(folder / f"libri_{kind}_dev-clean.jsonl.gz")
+    assert {u.split for u in opened(folder, splits=["dev-clean"]).utterances()} == {"dev-clean"}
+
+
+def test_lhotse_files_that_do_not_fit_are_told(lhotse_folder):
+    folder, _ = lhotse_folder
+    write_json_lines(folder / "supervisions.jsonl.gz", [{"id": "x", "text": "y"}])
+    with pytest.raises(UserError, match=r"line 1 of .*supervisions.*no supervision"):
+        list(opened(folder).utterances())
+    (folder / "supervisions.jsonl.gz").unlink()
+    with pytest.raises(UserError, match="no supervisions manifest beside it"):
+        list(opened(folder).utterances())
+    (folder / "recordings.jsonl.gz").unlink()
+    with pytest.raises(UserError, match="no lhotse manifests"):
+        list(opened(folder).utterances())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.jsonl", '{"audio": "a.wav", "text": "x"}\n{"audio": ', "line 2 of '{path}' is not JSON"),
+        ("m.jsonl", "[1]\n", "line 1 of '{path}' is a JSON list"),
+        ("m.jsonl", '\n{"text": "x"}\n', "no audio in line 2 of '{path}', only text"),
+        ("m.jsonl", '{"audio": "a.wav"}\n', "no text in line 1 of '{path}'"),
+        ("m.jsonl", '{"audio": "a.wav", "text": ["x"]}\n', "text in line 1 of '{path}' is ['x']"),
+        (
+            "m.jsonl",
+            '{"audio": "a.wav", "text": "x", "duration": "long"}\n',
+            "duration in line 1 of '{path}' is 'long'",
+        ),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "offset": -1}\n', "offset in line 1 of '{path}' is -1"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "duration": NaN}\n', "duration in line 1 of '{path}' is nan"),
+        ("m.jsonl", b'{"audio": "a.wav", "text": "\xff"}\n', "'{path}' is not UTF-8"),
+        ("m.jsonl.gz", b"no gzip", "'{path}' is cut short or no gzip file"),
+        ("m.csv", "audio,words\na.wav,x\n", "line 1 of '{path}' names the columns audio, words: it needs text"),
+        ("m.csv", "", "line 1 of '{path}' names the columns none"),
+        ("m.csv", "audio,text\na.wav,x\na.wav,x, y\n", "line 3 of '{path}' has more fields"),
+        ("m.csv", "audio,text\na.wav,x\na.wav\n", "no text in line 3 of '{path}'"),
+        ("m.txt", "a.wav x\n", "'{path}' is no manifest by its name"),
+    ],
+)
+def test_a_manifest_that_is_none_is_told_with_file_and_line(clips, name, content, message):
+    path = clips / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=re.escape(message.format(path=path))) as caught:
+        list(opened(path).utterances())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recording_listed_twice_is_told_with_both_places(clips):
+    path = write_json_lines(clips / "m.jsonl", [{"audio": "a.wav", "text": "x"}] * 2)
+    with pytest.raises(UserError, match="'a' stands twice"):
+        list(opened(path).utterances())
+
+
+def test_a_segment_is_the_same_bytes_each_time(clips):
+    soundfile.write(clips / "long.wav", np.zeros(16_000), 16_000)
+    source = opened(
+        write_json_lines(clips / "m.jsonl", [{"audio": "long.wav", "text": "x", "offset": 0.1, "duration": 0.2}])
+    )
+    uris = [u.audio for u in source.utterances()]
+    assert list(source.read(uris)) == list(source.read(uris))
+    assert soundfile.info(io.BytesIO(dict(source.read(uris))[uris[0]])).subtype == "FLOAT"
