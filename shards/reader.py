@@ -37,6 +37,7 @@ from shards.disk import file_sha256
 from shards.errors import UserError
 from shards.manifest import MANIFEST_SCHEMA, Layout, RecordError, read_parquet, unseal
 from shards.spec import FeatureSpec
+from shards.tables import BATCH, ROWS_PER_BYTE, TEXT_GROWTH, TEXT_ROOM
 
 MAPPINGS = 64  # shards mapped at once: each keeps one file descriptor
 GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
@@ -65,6 +66,7 @@ class Cache:
         self.feature_id: str = spec.feature_id
         self.manifest_id: str = info["manifest_id"]
         self._dtype = STORED_DTYPE[spec.codec]
+        self._manifest_bytes = int(info["files"]["manifest.parquet"]["bytes"])
         self.frames: NDArray[np.int32] = frames
         self._shards, self._verify = shards, verify
         edges = np.flatnonzero(np.diff(shards)) + 1
@@ -227,8 +229,16 @@ class Cache:
 
     def _read_group(self, file: pq.ParquetFile, number: int, start: int) -> Group:
         with _readable(self.path):
+            batches, room = [], TEXT_ROOM + TEXT_GROWTH * self._manifest_bytes
             # One thread: pyarrow's own pool is no company for a forked DataLoader worker.
-            table = file.read_row_group(number, columns=["key", "text", *PLACES], use_threads=False).combine_chunks()
+            for batch in file.iter_batches(
+                BATCH, row_groups=[number], columns=["key", "text", *PLACES], use_threads=False
+            ):
+                room -= batch.nbytes
+                if room < 0:
+                    raise _broken(self.path, "manifest.parquet unpacks to more than its size can hold")
+                batches.append(batch)
+            table = pa.Table.from_batches(batches).combine_chunks()
         group: Group = {name: table[name].chunk(0) for name in ("key", "text")}
         if any(table[name].null_count for name in table.column_names):
             raise _broken(self.path, "manifest.parquet has empty values")
@@ -294,8 +304,8 @@ def _read_index(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Arra
         with pq.ParquetFile(path, memory_map=True) as file:
             if not file.schema_arrow.remove_metadata().equals(MANIFEST_SCHEMA):
                 raise _broken(layout.path, f"{path.name} has other columns than this format")
-            if file.metadata.num_rows != rows:
-                raise _broken(layout.path, f"{path.name} has {file.metadata.num_rows} rows, not {rows}")
+            if file.metadata.num_rows != rows or rows > ROWS_PER_BYTE * size:
+                raise _broken(layout.path, f"{path.name} has {file.metadata.num_rows} rows in {size} bytes, not {rows}")
             table = file.read(columns=["frames", "shard"])
     if table["frames"].null_count or table["shard"].null_count:
         raise _broken(layout.path, f"{path.name} has empty values")

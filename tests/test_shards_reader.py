@@ -237,3 +237,13 @@ def test_a_cache_file_that_lies_about_its_features_is_refused(path):
     layout.cache.write_text(json.dumps(info))
     with pytest.raises(UserError, match="sha256"):
         Cache.open(path)
+
+
+def test_a_manifest_that_unpacks_without_end_is_refused(path, monkeypatch):
+    monkeypatch.setattr(reader, "TEXT_ROOM", 100)
+    monkeypatch.setattr(reader, "TEXT_GROWTH", 0)
+    with pytest.raises(UserError, match="unpacks to more than its size can hold"):
+        Cache.open(path).strings("text", [0])
+    monkeypatch.setattr(reader, "ROWS_PER_BYTE", 0.001)
+    with pytest.raises(UserError, match=r"has 12 rows in \d+ bytes"):
+        Cache.open(path)

@@ -1,0 +1,148 @@
+"""Time and memory to the first batch, and to a restore at 80 % of an epoch, with 10 million rows in 20,000 shards.
+
+    python bench/order_scale.py                                   # about a minute, 1 GB of temporary disk
+    python bench/order_scale.py --rows 100000 --shards 200        # a small run
+
+Writes a cache folder without payload (CACHE.json and manifest.parquet, as the extraction would), then measures in a
+fresh process each time: opening the cache, the stream over it, the rows, keys and texts of the batch. The import of
+torch is told apart. The strings of a batch cost what the manifest's row groups cost: see ``--group``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def write(folder: Path, rows: int, shards: int, group: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from shards.disk import file_sha256
+    from shards.manifest import MANIFEST_SCHEMA, Layout, seal
+    from shards.spec import FeatureSpec
+
+    spec = FeatureSpec(
+        family="whisper", tensors="0" * 64, frontend={"n_mels": 80}, layer=6, channels=512, hop=320,
+        sampling_rate=16000, window="full30", overlap=0.0, trim="valid", dtype="float32", codec="f16",
+    )  # fmt: skip
+    layout, rng = Layout(folder), np.random.default_rng(0)
+    words = [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "he",
+        "was",
+        "that",
+        "his",
+        "with",
+        "had",
+        "as",
+        "for",
+        "at",
+        "not",
+        "said",
+    ]
+    texts = [" ".join(rng.choice(words, size=35)) for _ in range(5000)]
+    with pq.ParquetWriter(layout.manifest, MANIFEST_SCHEMA, compression="zstd", store_schema=False) as writer:
+        for start in range(0, rows, group):
+            place = np.arange(start, min(start + group, rows))
+            shard = place * shards // rows
+            frames = ((2 + 15 * rng.beta(2.5, 0.9, len(place))) * 50).astype(np.int32)
+            length = frames.astype(np.int64) * 1024 + 128
+            offset = np.cumsum(length) - length
+            keys = [f"utterance-{i:09d}" for i in place.tolist()]
+            empty = pa.array([""] * len(place))
+            columns = {
+                "key": keys, "id": keys, "audio": keys, "samples": frames.astype(np.int64) * 320,
+                "text": [texts[i] for i in rng.integers(0, 5000, len(place))], "speaker": empty, "split": empty,
+                "shard": shard.astype(np.int32), "row": np.zeros(len(place), np.int32), "frames": frames,
+                "codec": ["f16"] * len(place), "offset": offset, "length": length,
+                "scale_offset": np.full(len(place), -1), "scale_length": np.zeros(len(place), np.int64),
+                "crc32": rng.integers(0, 2**32, len(place), dtype=np.uint32),
+                "error": np.zeros(len(place), np.float32), "audio_sha256": empty,
+            }  # fmt: skip
+            writer.write_table(pa.table(columns, schema=MANIFEST_SCHEMA))
+    written = {"bytes": layout.manifest.stat().st_size, "sha256": file_sha256(layout.manifest)}
+    info = {
+        "feature_id": spec.feature_id,
+        "spec": spec.model_dump(),
+        "manifest_id": "0" * 64,
+        "files": {layout.manifest.name: written},
+        "counts": {"utterances": rows},
+    }
+    layout.cache.write_bytes(seal(info))
+
+
+def peak_mb() -> float:
+    """Most resident memory of this process so far, MiB (``ru_maxrss`` would count the parent's before exec)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def measure(folder: Path, part: float, shuffle: str) -> dict[str, float]:
+    import torch  # noqa: F401  (its import is no part of the figure)
+
+    from shards.order import Position, Rules
+    from shards.reader import Cache
+    from shards.stream import FeatureStream
+
+    before = peak_mb()
+    begin = time.perf_counter()
+    cache = Cache.open(folder)
+    opened = time.perf_counter()
+    stream = FeatureStream([cache], Rules(batch_size=64, shuffle=shuffle), seed=1)  # type: ignore[arg-type]
+    at = Position(0, int(part * stream.order.windows), 3 if part else 0, 1_000_000 if part else 0)
+    stream.load_state_dict({**stream.state_dict(), **{name: getattr(at, name) for name in at.__slots__}})
+    rows, _, _ = next(stream.order.walk(at))
+    ordered = time.perf_counter()
+    cache.strings("key", rows)
+    cache.strings("text", rows)
+    end = time.perf_counter()
+    return {
+        "open": opened - begin,
+        "order": ordered - opened,
+        "strings": end - ordered,
+        "total": end - begin,
+        "peak_mb": peak_mb(),
+        "torch_mb": before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--shards", type=int, default=20_000)
+    parser.add_argument("--group", type=int, default=16_384, help="rows in a row group of the manifest")
+    parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "PART", "SHUFFLE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        folder, part, shuffle = arguments.measure
+        print(json.dumps(measure(Path(folder), float(part), shuffle)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        begin = time.perf_counter()
+        write(Path(name), arguments.rows, arguments.shards, arguments.group)
+        size = (Path(name) / "manifest.parquet").stat().st_size
+        print(f"{arguments.rows:,} rows, {arguments.shards:,} shards: a manifest of {size / 1e6:.0f} MB, "
+              f"written in {time.perf_counter() - begin:.0f} s")  # fmt: skip
+        print(f"{'':34}{'open s':>9}{'order s':>9}{'strings s':>11}{'total s':>9}{'peak MB':>9}{'of it torch':>13}")
+        for shuffle, part in (("window", 0.0), ("window", 0.8), ("global", 0.0)):
+            command = [sys.executable, __file__, "--measure", name, str(part), shuffle]
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            label = f"shuffle={shuffle}, " + (f"restore at {part:.0%}" if part else "first batch")
+            print(f"{label:34}{found['open']:9.2f}{found['order']:9.2f}{found['strings']:11.2f}{found['total']:9.2f}"
+                  f"{found['peak_mb']:9.0f}{found['torch_mb']:13.0f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
