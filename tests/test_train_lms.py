@@ -129,6 +129,17 @@ def test_bfloat16_runs_near_float32(folder, lm):
     torch.testing.assert_close(nats, lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), rtol=0.05, atol=0.05)
 
 
+def test_float32_attention_changes_a_bfloat16_model_no_more_than_rounding_does(folder):
+    soft, mask = soft_batch()
+    half = load(folder, dtype=torch.bfloat16)
+    assert half.model.config._attn_implementation == "sdpa_float32"
+    fast = half.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
+    assert len(half.generate(soft.bfloat16(), mask, BEFORE, AFTER, 3)) == 3
+    half.model.set_attn_implementation("sdpa")
+    plain = half.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
+    torch.testing.assert_close(fast, plain, rtol=0.03, atol=0.03)
+
+
 def test_a_training_model_keeps_float32_masters_and_gets_gradients(folder):
     lm = load(folder, dtype=torch.bfloat16, train=True)
     soft, mask = soft_batch()

@@ -142,6 +142,30 @@ class HfLanguageModel(LanguageModel):
             )
 
 
+def _attend_in_float32(model: Any) -> None:
+    """On a CPU, PyTorch's fused attention is slower in bfloat16 than in float32: 2 to 3 × for rows of 50 to 150 tokens.
+
+    Measured with SmolLM2 and batch 8, forward and backward: a quarter less time than all in bfloat16, and exacter.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def forward(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        out, _ = sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask, **kwargs)
+        return out.to(q.dtype), None
+
+    if model.config._attn_implementation != "sdpa":  # the family cannot, or its configuration says otherwise
+        return
+    AttentionInterface.register("sdpa_float32", forward)
+    AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
+    model.set_attn_implementation("sdpa_float32")
+
+
 def files_identity(folder: Path) -> str:
     """``sha256:…`` over a folder's safetensors: a hub's revision can be a branch that moves, and a folder has none."""
     digest = hashlib.sha256()
@@ -171,6 +195,8 @@ def load_folder(
         told = " ".join(str(error).split())[:300]
         raise UserError(f"'{reference}' (folder {folder}) cannot be read as a causal language model: {told}") from None
     model.to(device).requires_grad_(train).eval()
+    if dtype == torch.bfloat16 and not train and model.device.type == "cpu":
+        _attend_in_float32(model)
     lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference), reference, identity, dtype)
     lm.train(train)
     return lm
