@@ -13,7 +13,7 @@ from pipeline.extract import Job, Tally, Target, check_failures, extract_shard, 
 from pipeline.progress import Progress
 from shards.claims import Claims
 from shards.disk import told
-from shards.manifest import committed
+from shards.manifest import committed, is_complete, sweep
 
 POLL = 0.5  # seconds between two looks at shards that other processes hold
 
@@ -52,8 +52,23 @@ def run_local(job: Job) -> Tally:
             if waiting:
                 progress.waiting(len(waiting))
                 time.sleep(POLL)
-    finish(job, time.perf_counter() - started)
+        _finish(job, claims, started)
     return tally
+
+
+def _finish(job: Job, claims: Claims, started: float) -> None:
+    """Merge each cache that nobody has merged yet; one process at a time, the others find it done."""
+    for target in job.targets:
+        while not is_complete(target.layout, target.spec.feature_id, job.plan.id):
+            with told("finishing the cache", target.layout.path):
+                if claims.take(target.layout.finishing):
+                    try:
+                        sweep(target.layout)
+                        finish(job, target, time.perf_counter() - started)
+                    finally:
+                        claims.release(target.layout.finishing)
+                else:
+                    time.sleep(POLL)
 
 
 def _claim(job: Job, claims: Claims, shard: int, targets: list[Target]) -> list[Target]:

@@ -403,11 +403,9 @@ def _short(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
 
 
-def finish(job: Job, seconds: float) -> None:
-    """Merge every cache whose shards are all committed: manifest, failures, and CACHE.json last."""
-    for target in job.targets:
-        with told("finishing the cache", target.layout.path):
-            finalise(target.layout, target.spec, job.plan, job.owner, _provenance(job, seconds))
+def finish(job: Job, target: Target, seconds: float) -> None:
+    """Merge a cache whose shards are all committed: manifest, failures, and CACHE.json last."""
+    finalise(target.layout, target.spec, job.plan, job.owner, _provenance(job, seconds))
 
 
 def _provenance(job: Job, seconds: float) -> dict[str, Any]:

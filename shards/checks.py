@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from shards import tar
 from shards.codec import SCALED, STORED_DTYPE
+from shards.disk import open_file
 from shards.npy import NpyError, read_header
 from shards.spec import MAX_CHANNELS, FeatureSpec
 from shards.writer import describe
@@ -84,9 +85,9 @@ class TarFile:
     """A tar on disk, mapped for reading."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        size = os.fstat(self._fd).st_size
-        self._map = mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) if size else None
+        with open_file(path) as file:  # a mapping outlives its file descriptor
+            size = os.fstat(file.fileno()).st_size
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else None
         self.data = memoryview(self._map if self._map is not None else b"")
 
     def __enter__(self) -> TarFile:
@@ -98,7 +99,6 @@ class TarFile:
         self.data.release()
         if self._map is not None:
             self._map.close()
-        os.close(self._fd)
 
     def sha256(self, step: Callable[[int], None]) -> str:
         """64 hex digits; ``step`` is told of the bytes as they are hashed."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,16 +36,35 @@ def atomic_write(path: Path, data: bytes, owner: str) -> None:
     """Put ``data`` under ``path`` durably: a reader sees the old file or the new one, also after a power loss."""
     partial = temporary(path, owner)
     try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            write_all(fd, data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _write_synced(partial, data)
         publish(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, data: bytes, owner: str) -> bool:
+    """Like :func:`atomic_write`, but a file that stands is left as it is; False when there was one."""
+    partial = temporary(path, owner)
+    try:
+        _write_synced(partial, data)
+        fsync_folder(path.parent)
+        os.link(partial, path)  # unlike a rename, a link cannot replace what another process just wrote
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -70,9 +91,22 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def open_file(path: Path) -> io.FileIO:
+    """Open for reading what must be a regular file: a pipe would wait for ever, a device has no end. Else OSError."""
+    file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 def file_sha256(path: Path) -> str:
     """64 hex digits: sha256 of the file's bytes."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,7 +8,6 @@ that it was made for.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.disk import TEMPORARY, atomic_write, file_sha256, fsync_folder, make_folder
+from shards.disk import TEMPORARY, atomic_write, file_sha256, make_folder, write_new
 from shards.errors import UserError
 from shards.records import RecordError, seal, unseal
 from shards.spec import SCHEMA_VERSION, FeatureSpec, canonical_json
@@ -39,6 +38,7 @@ __all__ = [
     "read_plan",
     "seal",
     "stray_files",
+    "sweep",
     "unseal",
     "write_plan",
 ]
@@ -82,6 +82,11 @@ class Layout:
     def claim(self, shard: int) -> Path:
         return self.shards / f"{shard:06d}.claim"
 
+    @property
+    def finishing(self) -> Path:
+        """The claim of the process that merges the shards."""
+        return self.path / "finish.claim"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -104,17 +109,7 @@ def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
     """Write the plan if there is none; a plan that stands is never replaced. Returns the plan that counts."""
     make_folder(layout.shards)
     if not layout.plan.exists():
-        partial = layout.plan.with_name(f"{layout.plan.name}.new-{owner}")
-        atomic_write(partial, parquet_bytes(table.cast(UTTERANCE_SCHEMA)), owner)
-        try:
-            os.link(
-                partial, layout.plan
-            )  # unlike a rename, a link cannot replace a plan that another process just wrote
-        except FileExistsError:
-            pass
-        finally:
-            partial.unlink(missing_ok=True)
-        fsync_folder(layout.path)
+        write_new(layout.plan, parquet_bytes(table.cast(UTTERANCE_SCHEMA)), owner)
     return read_plan(layout)
 
 
@@ -224,7 +219,13 @@ def is_complete(layout: Layout, feature_id: str, plan_id: str | None = None) -> 
 
 
 def stray_files(layout: Layout) -> Iterator[Path]:
-    """Temporary files in the cache folder: none stand in a complete cache that nobody is writing."""
+    """What killed processes left: temporary files, and claims moved aside. A complete cache has none."""
     for folder in (layout.path, layout.shards):
         if folder.is_dir():
-            yield from sorted(path for path in folder.iterdir() if TEMPORARY in path.name or ".new-" in path.name)
+            yield from sorted(path for path in folder.iterdir() if TEMPORARY in path.name or ".claim." in path.name)
+
+
+def sweep(layout: Layout) -> None:
+    """Remove stray files. Only for the holder of the finishing claim, when every shard is committed."""
+    for path in stray_files(layout):
+        path.unlink(missing_ok=True)

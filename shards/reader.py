@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from shards.codec import SCALED, STORED_DTYPE, Array, decode
-from shards.disk import file_sha256
+from shards.disk import file_sha256, open_file
 from shards.errors import UserError
 from shards.manifest import MANIFEST_SCHEMA, Layout, RecordError, read_parquet, unseal
 from shards.spec import FeatureSpec
@@ -199,7 +199,7 @@ class Cache:
                 return self._maps[shard]
             path = Layout(self.path).tar(shard)
             try:
-                with open(path, "rb") as file:
+                with open_file(path) as file:
                     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:  # ValueError: an empty file
                 raise _broken(self.path, f"shards/{path.name} cannot be read ({error})") from None

@@ -7,14 +7,14 @@ seal is whole; :class:`ShardRecord` and :class:`CacheInfo`, the fields that a ch
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shards.disk import open_file
 from shards.spec import canonical_json
 
 MAX_JSON = 16 << 20  # a larger record or CACHE.json is no file of ours; small JSON values take 30 times their text
@@ -35,12 +35,15 @@ def unseal(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RecordError: it is too large, not JSON, not canonical, or its sha256 does not match.
+        RecordError: it cannot be read, is too large, not JSON, not canonical, or its sha256 does not match.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe or a device has no size to go by
-            raise RecordError(f"{path.name} is no regular file")
-        data = file.read(MAX_JSON + 1)
+    try:
+        with io.BufferedReader(open_file(path)) as file:
+            data = file.read(MAX_JSON + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecordError(f"{path.name} cannot be read: {error.strerror}") from None
     if len(data) > MAX_JSON:
         raise RecordError(f"{path.name} is larger than {MAX_JSON >> 20} MiB")
     try:
@@ -57,10 +60,6 @@ def unseal(path: Path) -> dict[str, Any]:
     if not whole:
         raise RecordError(f"{path.name} does not match its own sha256")
     return tree
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe that nobody writes would never return
 
 
 class _Part(BaseModel):

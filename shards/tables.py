@@ -6,12 +6,14 @@ What a file declares is bounded by its size before anything is allocated.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.disk import open_file
 from shards.records import RecordError
 
 UTTERANCE_SCHEMA = pa.schema(
@@ -62,7 +64,7 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
         RecordError: other columns, nulls, no parquet, or far more rows or text than a file of its size can honestly
             hold (a few bytes can declare, and a repeated string unpack to, more than any memory).
     """
-    size = path.stat().st_size
+    size = _size(path)
     rows, room, batches = 0, TEXT_ROOM + TEXT_GROWTH * size, []
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
@@ -89,6 +91,16 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
         if table[name].null_count:
             raise RecordError(f"{path.name} has empty values in column '{name}'")
     return table.replace_schema_metadata(None)
+
+
+def _size(path: Path) -> int:
+    try:
+        with open_file(path) as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecordError(f"{path.name} cannot be read: {error.strerror}") from None
 
 
 BATCH = 8192  # rows unpacked at once

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from shards.checks import TarFile, first_bad_row, first_bad_utterance
+from shards.disk import open_file
 from shards.errors import UserError
 from shards.manifest import (
     FAILURE_SCHEMA,
@@ -236,12 +237,15 @@ class _Audit:
             elif plan is not None and not self._as_planned(shard, record, rows, plan):
                 self._tell(shard, layout.rows(shard), "and the failures of its record do not make up the planned rows")
         if self.deep:
-            with TarFile(tar) as file:
-                found = file.sha256(self._step)
-                if sound_size and found != record.tar.sha256:
-                    self._tell(shard, tar, "does not match its sha256")
-                for key, what in file.problems(rows, self.spec):
-                    self._tell(shard, tar, what, key)
+            try:
+                with TarFile(tar) as file:
+                    found = file.sha256(self._step)
+                    if sound_size and found != record.tar.sha256:
+                        self._tell(shard, tar, "does not match its sha256")
+                    for key, what in file.problems(rows, self.spec):
+                        self._tell(shard, tar, what, key)
+            except OSError as error:
+                self._tell(shard, tar, _phrase(error, tar))
         return rows
 
     def _as_planned(self, shard: int, record: ShardRecord, rows: pa.Table, plan: pa.Table) -> bool:
@@ -276,7 +280,7 @@ class _Audit:
 
     def _digest(self, path: Path, count: bool = True) -> str:
         digest = hashlib.sha256()
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 if count:

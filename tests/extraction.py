@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers.models.whisper.modeling_whisper", "pipeline.engines", "pipeline"])
+_context.set_forkserver_preload(
+    ["torch", "transformers.models.whisper.modeling_whisper", "pipeline.engines", "pipeline"]
+)
 
 OPERATIONS = ("open", "writev", "write", "fsync", "replace", "link", "unlink", "rename", "utime")
 
@@ -94,6 +96,8 @@ def _untimed(tree: dict[str, Any]) -> dict[str, Any]:
     tree = {key: value for key, value in tree.items() if key not in ("timings", "sha256", "seconds")}
     if "provenance" in tree:
         tree["provenance"] = {
-            key: value for key, value in tree["provenance"].items() if key not in ("finished", "last_run_seconds", "config")
+            key: value
+            for key, value in tree["provenance"].items()
+            if key not in ("finished", "last_run_seconds", "config")
         }
     return tree
