@@ -159,14 +159,14 @@ def test_a_clock_that_is_off_neither_keeps_a_dead_claim_nor_loses_a_live_one(pat
 def test_the_owner_gives_signs_of_life_by_itself(path, clock):
     with Claims("a", lease=0.06) as a, Claims("b", lease=0.06) as b:
         assert a.take(path)
+        look_foreign(path)
         for _ in range(4):
             before = path.stat().st_mtime_ns
             assert not b.take(path)
-            give_up = threading.Event()
-            while path.stat().st_mtime_ns == before and not give_up.wait(0.005):
-                pass
+            pause = threading.Event()
+            while path.stat().st_mtime_ns == before:
+                pause.wait(0.005)
             clock.now += 1000  # far beyond the lease, and yet the claim was touched meanwhile
-            look_foreign(path)
             assert not b.take(path)
 
 
