@@ -222,7 +222,7 @@ def stray_files(layout: Layout) -> Iterator[Path]:
     """What killed processes left: temporary files, and claims moved aside. A complete cache has none."""
     for folder in (layout.path, layout.shards):
         if folder.is_dir():
-            yield from sorted(path for path in folder.iterdir() if TEMPORARY in path.name or ".claim." in path.name)
+            yield from sorted(path for path in folder.iterdir() if TEMPORARY in path.name)
 
 
 def sweep(layout: Layout) -> None:

@@ -182,7 +182,7 @@ def clean(layout: Layout, shard: int) -> None:
     """Remove what dead owners left of a shard. Only for the holder of the shard's claim."""
     prefix = f"{shard:06d}."
     for path in list(layout.shards.iterdir()):
-        if path.name.startswith(prefix) and (TEMPORARY in path.name or ".claim." in path.name):
+        if path.name.startswith(prefix) and TEMPORARY in path.name:
             path.unlink(missing_ok=True)
 
 
