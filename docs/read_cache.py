@@ -27,27 +27,25 @@ def read_cache(folder):
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             parts = {member.name: io.BytesIO(tar.extractfile(member).read()) for member in tar}
         for about in (json.load(data) for name, data in parts.items() if name.endswith(".json")):
-            names = [f"{about['key']}{kind}" for kind in (".npy", ".scale.npy")]
+            names = (f"{about['key']}{kind}" for kind in (".npy", ".scale.npy"))
             arrays = [np.load(parts[name], allow_pickle=False) for name in names if name in parts]
             yield about["key"], decode(about["codec"], *arrays), about
 
 
 def sealed(path):
-    tree = json.loads(path.read_bytes())
-    digest = tree.pop("sha256")
+    digest = (tree := json.loads(path.read_bytes())).pop("sha256")
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise ValueError(f"{path} is damaged")
     return tree
 
 
-def decode(codec, x, scale=np.float32(1)):
+def decode(codec, x, scale=1):
     if codec == "bf16":
         return (x.astype(np.uint32) << 16).view(np.float32)
     if codec == "fp8":
-        exponent, mantissa = (x >> 3 & 15).astype(int), x & 7
-        size = np.where(exponent, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
-        x = np.where(x & 128, -size, size)
+        exponent, mantissa, sign = (x >> 3 & 15).astype(int), x & 7, np.where(x & 128, -1.0, 1.0)
+        x = sign * np.where(exponent, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
     return x.astype(np.float32) * scale
 
 
