@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from shards.errors import UserError
 from shards.manifest import Layout, RecordError, read_plan, unseal
+from shards.records import CacheInfo, ShardRecord
 from shards.spec import FeatureSpec
 
 
@@ -34,7 +37,9 @@ def describe_cache(path: Path) -> dict[str, Any]:
         raise UserError(f"'{layout.cache}' is damaged ({error}): run `python -m shards verify {path}`") from None
     spec = FeatureSpec.parse(info.get("spec"), f"'{layout.cache}'")
     try:
-        counts = info["counts"]
+        counts = CacheInfo.model_validate(info).counts
+        if not isinstance(info["provenance"], dict):
+            raise TypeError("its provenance")
         hours = counts["samples"] / spec.sampling_rate / 3600
         values = counts["frames"] * spec.channels
         return {
@@ -48,12 +53,13 @@ def describe_cache(path: Path) -> dict[str, Any]:
             "hours": hours,
             "bytes_per_audio_hour": counts["bytes"] / hours if hours else 0.0,
             "bits_per_value": 8 * counts["bytes"] / values if values else 0.0,
-            "codec_error": {name: info["codec_error"][name] for name in ("mean", "max")},
-            "seconds": info["seconds"],
+            "codec_error": {name: float(info["codec_error"][name]) for name in ("mean", "max")},
+            "seconds": float(info["seconds"]),
             "provenance": info["provenance"],
         }
-    except (KeyError, TypeError) as error:
-        raise UserError(f"'{layout.cache}' lacks or garbles {error}: run `python -m shards verify {path}`") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        what = "what a cache says" if isinstance(error, ValidationError) else error
+        raise UserError(f"'{layout.cache}' lacks or garbles {what}: run `python -m shards verify {path}`") from None
 
 
 def _incomplete(layout: Layout) -> dict[str, Any]:
@@ -61,13 +67,13 @@ def _incomplete(layout: Layout) -> dict[str, Any]:
     records = []
     for shard in range(plan.shards):
         try:
-            records.append(unseal(layout.record(shard)))
-        except (OSError, RecordError):
+            records.append(ShardRecord.model_validate(unseal(layout.record(shard))))
+        except (OSError, RecordError, ValidationError):
             continue
     counts = {
         "planned": len(plan.table),
-        "utterances": sum(record.get("rows", 0) for record in records),
-        "failures": sum(len(record.get("failures", ())) for record in records),
+        "utterances": sum(record.rows for record in records),
+        "failures": sum(len(record.failures) for record in records),
         "shards": plan.shards,
         "committed": len(records),
     }
@@ -84,7 +90,8 @@ def lines(about: dict[str, Any]) -> Iterator[str]:
         yield "  run the same extraction again to finish it"
         return
     spec, error, provenance = about["spec"], about["codec_error"], about["provenance"]
-    source, encoder = provenance.get("source", {}), provenance.get("encoder", {})
+    told = [provenance.get(name) for name in ("source", "encoder")]  # free form: a field may be missing or anything
+    source, encoder = (part if isinstance(part, dict) else {} for part in told)
     yield f"  features      {spec['family']} layer {spec['layer']}, {spec['channels']} channels, codec {spec['codec']}"
     yield (
         f"  computed      {spec['dtype']}, window {spec['window']}, overlap {spec['overlap']} s, trim {spec['trim']}, "

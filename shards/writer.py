@@ -22,7 +22,8 @@ import pyarrow as pa
 from shards import tar
 from shards.codec import Array, encode
 from shards.disk import TEMPORARY, atomic_write, fsync_folder, publish, temporary, write_all
-from shards.manifest import MANIFEST_SCHEMA, Layout, parquet_bytes, seal
+from shards.errors import WorkFailed
+from shards.manifest import MANIFEST_SCHEMA, Layout, committed, parquet_bytes, seal
 from shards.spec import SCHEMA_VERSION, FeatureSpec
 
 
@@ -94,7 +95,12 @@ class ShardWriter:
         self.failures.append({"key": key, "stage": stage, "error": error, "attempt": attempt})
 
     def commit(self, timings: dict[str, float]) -> dict[str, Any]:
-        """Sync, read back, compare, rename; the commit record last. Returns the record."""
+        """Sync, read back, compare, rename; the commit record last. Returns the record.
+
+        Raises:
+            CommitError: the disk gave back other bytes than were written.
+            WorkFailed: another process took the shard over and has not committed it yet.
+        """
         write_all(self._fd, end := tar.closing(self._size))
         self._hash.update(end)
         self._size += len(end)
@@ -104,8 +110,6 @@ class ShardWriter:
         os.close(self._fd)
         self._open = False
         rows = parquet_bytes(pa.Table.from_pylist(self.rows, schema=MANIFEST_SCHEMA))
-        publish(self.path, self.layout.tar(self.shard))
-        atomic_write(self.layout.rows(self.shard), rows, self.owner)
         record = {
             "schema_version": SCHEMA_VERSION,
             "shard": self.shard,
@@ -118,7 +122,20 @@ class ShardWriter:
             "failures": self.failures,
             "timings": timings,
         }
-        atomic_write(self.layout.record(self.shard), seal(record), self.owner)
+        try:
+            publish(self.path, self.layout.tar(self.shard))
+            atomic_write(self.layout.rows(self.shard), rows, self.owner)
+            atomic_write(self.layout.record(self.shard), seal(record), self.owner)
+        except (
+            FileNotFoundError
+        ):  # a process that stood still for a lease lost its claim, and its files were cleaned up
+            theirs = committed(self.layout, self.shard, self.spec.feature_id, self.plan_id)
+            if theirs is None:
+                raise WorkFailed(
+                    f"shard {self.shard:06d} of '{self.layout.path}' was taken over by another extraction while this "
+                    "one stood still: run the same command again"
+                ) from None
+            return theirs
         return record
 
     def abort(self) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tiny_faults import make_small_cache
 
 from shards.errors import UserError
+from shards.info import describe_cache, lines
 from shards.manifest import (
     FAILURE_SCHEMA,
     MANIFEST_SCHEMA,
@@ -154,9 +155,9 @@ def fuzz_cache(layout: Layout, cases: int) -> None:
         else:
             changed[place[0]][place[1]] = value
         layout.cache.write_bytes(seal(changed))
-        for read in (lambda: verify(layout.path), lambda: Cache.open(layout.path).features(0)):
+        for read in (verify, lambda path: Cache.open(path).features(0), lambda path: list(lines(describe_cache(path)))):
             try:
-                read()
+                read(layout.path)
             except UserError as error:
                 check_sentence(error)
 

@@ -17,6 +17,7 @@ from tiny_cache import make_cache, make_spec
 
 from shards.codec import CodecError, decode
 from shards.disk import TEMPORARY
+from shards.errors import WorkFailed
 from shards.manifest import MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, committed, read_parquet, stray_files, write_plan
 from shards.verify import verify
 from shards.writer import CommitError, ShardWriter, clean, remove_shard
@@ -156,6 +157,24 @@ def test_two_writers_of_one_shard_do_not_touch_each_other(tmp_path):
     del once["000000.tar" + TEMPORARY + "two"]
     assert files(layout.shards) == once
     assert committed(layout, 0, SPEC.feature_id, plan_id) == first
+
+
+def test_an_owner_that_stood_still_while_its_shard_was_taken_over_harms_nothing(tmp_path):
+    layout, plan_id = planned(tmp_path)
+    slow = ShardWriter(layout, 0, SPEC, plan_id, "slow")
+    slower = ShardWriter(layout, 0, SPEC, plan_id, "slower")
+    for row in range(3):
+        for writer in (slow, slower):
+            writer.add(utterance(row), features(row), samples=960, audio_sha256="0" * 64)
+    clean(layout, 0)  # the new owner of the claim begins
+    with pytest.raises(WorkFailed, match=r"shard 000000 .* was taken over .* run the same command again"), slow:
+        slow.commit({"seconds": 9.0})
+    assert files(layout.shards) == {}
+    record = write(layout, plan_id, "new")
+    whole = files(layout.shards)
+    with slower:
+        assert slower.commit({"seconds": 9.0}) == record
+    assert files(layout.shards) == whole
 
 
 @pytest.mark.parametrize("call", CHANGING)
