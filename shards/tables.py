@@ -43,6 +43,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("audio_sha256", pa.string()),
     ]
 )
+ROW_GROUP = 16_384  # rows: a reader fetches the strings of a window of shards without those of the whole manifest
 FAILURE_SCHEMA = pa.schema(
     [("key", pa.string()), ("stage", pa.string()), ("error", pa.string()), ("attempt", pa.int32())]
 )
@@ -51,7 +52,7 @@ FAILURE_SCHEMA = pa.schema(
 def parquet_bytes(table: pa.Table) -> bytes:
     """``table`` as parquet: one file for one table on one pyarrow version."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=False)
+    pq.write_table(table, sink, compression="zstd", store_schema=False, row_group_size=ROW_GROUP)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 

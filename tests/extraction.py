@@ -1,8 +1,8 @@
 """Real extractions in processes of their own, which tests start, kill and compare.
 
-A fork server imports torch and transformers once; every extraction is then a process of its own in a fraction of a second,
-runs ``python -m pipeline``'s own entry point, and can be told to SIGKILL itself at its n-th file operation: before it,
-after it, or in the middle of a write.
+A fork server imports torch once; every extraction is then a process of its own in a fraction of a second, runs
+``python -m pipeline``'s own entry point, and can be told to SIGKILL itself at its n-th file operation: before it, after
+it, or in the middle of a write.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Kill:
 
 
 def start(argv: list[str], kill: Kill | None = None, log: Path | None = None, count: Path | None = None) -> Any:
-    """Start ``python -m pipeline <argv>`` and return the process; its output goes to ``log``, operations to ``count``."""
+    """Start ``python -m pipeline <argv>``: its output goes to ``log``, how many operations it made to ``count``."""
     process = _context.Process(target=_child, args=(argv, kill, log, count))
     process.start()
     return process
