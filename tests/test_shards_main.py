@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +19,14 @@ from shards.manifest import Layout
 from shards.reader import Cache
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("main") / "cache", n=12, channels=8, shards=2)
+
+
 @pytest.fixture
-def cache(tmp_path):
-    return make_cache(tmp_path / "cache", n=12, channels=8, shards=2)
+def cache(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "cache"))
 
 
 def test_help_comes_at_once_and_loads_no_heavy_library():
