@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline.sources import SourceConfig
 from shards.claims import LEASE
 from shards.config import Config
-from shards.spec import Codec
+from shards.spec import Codec, Window
 
 
 class EncoderConfig(Config):
@@ -29,7 +29,8 @@ class ExtractConfig(Config):
     source: SourceConfig
     encoder: EncoderConfig = EncoderConfig()
     limit: int | None = Field(default=None, ge=1)  # utterances; the smaller of this and source.limit
-    window: Literal["full30"] = "full30"
+    window: Window = "full30"  # tight: contexts cut to the utterance, faster on short clips and other features
+    margin: float = Field(default=2.0, ge=0, le=30)  # seconds of silence that a tight context keeps after the utterance
     overlap: float = Field(default=4.0, ge=0, le=20)  # seconds that neighbouring windows of long audio share
     trim: Literal["valid", "none"] = "valid"
     codec: Codec = "f16"
@@ -37,3 +38,10 @@ class ExtractConfig(Config):
     workers: int = Field(default=2, ge=1)  # threads that decode audio
     max_failures: float = Field(default=0.01, ge=0)  # below 1 a fraction of the utterances, else a count
     lease: float = Field(default=LEASE, gt=0)  # seconds without a sign of life before a shard's owner counts as dead
+
+    @field_validator("trim")
+    @classmethod
+    def _tight_is_trimmed(cls, trim: str, info: ValidationInfo) -> str:
+        if trim == "none" and info.data.get("window") == "tight":
+            raise ValueError("window=tight keeps valid frames alone, use trim=valid")
+        return trim

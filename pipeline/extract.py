@@ -88,7 +88,12 @@ def prepare(config: ExtractConfig) -> Job:
     """
     weights = resolve(config.encoder.model, what="encoder")
     encoder = load_encoder(
-        weights, device=config.encoder.device, dtype=config.encoder.dtype, batch_size=config.encoder.batch_size
+        weights,
+        device=config.encoder.device,
+        dtype=config.encoder.dtype,
+        batch_size=config.encoder.batch_size,
+        window=config.window,
+        margin=config.margin if config.window == "tight" else 0.0,
     )
     if config.overlap * encoder.sampling_rate >= encoder.window_samples:
         raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window")
@@ -132,7 +137,8 @@ def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> Feature
         channels=encoder.channels,
         hop=encoder.hop,
         sampling_rate=encoder.sampling_rate,
-        window=config.window,
+        window=encoder.window,
+        margin=encoder.margin,
         overlap=config.overlap,
         trim=config.trim,
         dtype=encoder.dtype,  # type: ignore[arg-type]

@@ -62,9 +62,13 @@ def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto")
     """The encoder that made features of ``spec``; UserError when ``reference`` leads to another one."""
     if not reference:
         raise UserError("nothing says which encoder these features come from: name it with --encoder")
-    if spec.window != "full30":
-        raise UserError(f"these features are of window={spec.window}, and this earshard encodes full30 alone")
-    encoder = load_encoder(resolve(reference, what="encoder"), device=device, dtype=spec.dtype)
+    encoder = load_encoder(
+        resolve(reference, what="encoder"),
+        device=device,
+        dtype=spec.dtype,
+        window=spec.window,
+        margin=spec.margin,
+    )
     for name, wanted, found in (
         ("weights (sha256 of the tensors)", spec.tensors, encoder.tensors),
         ("spectrogram settings", spec.frontend, encoder.frontend),

@@ -91,8 +91,12 @@ class LogMel:
         self.window = torch.hann_window(settings.n_fft, device=device)
         self.filters = torch.from_numpy(mel_filters(settings)).to(device, torch.float32)
 
-    def __call__(self, audio: torch.Tensor) -> torch.Tensor:
-        """float32 [clips, n <= settings.samples] -> float32 [clips, n_mels, settings.frames]."""
+    def __call__(self, audio: torch.Tensor, frames: int | None = None) -> torch.Tensor:
+        """float32 [clips, n <= settings.samples] -> float32 [clips, n_mels, frames], by default ``settings.frames``.
+
+        Fewer ``frames`` are the first of the whole window's, the very same values: the clamp is below the loudest value
+        of the window, and padding is never that.
+        """
         import torch
         import torch.nn.functional as F
 
@@ -106,6 +110,6 @@ class LogMel:
         power = torch.view_as_real(spectrum).square().sum(-1)
         log_mel = (self.filters @ power).clamp(min=MEL_FLOOR).log10()
         silence = log_mel.new_tensor(MEL_FLOOR).log10().item()
-        log_mel = F.pad(log_mel, (0, settings.frames - heard), value=silence)
         loudest = log_mel.amax(dim=(1, 2), keepdim=True)
+        log_mel = F.pad(log_mel, (0, (frames or settings.frames) - heard), value=silence)
         return (torch.maximum(log_mel, loudest - 8.0) + 4.0) / 4.0

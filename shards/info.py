@@ -92,9 +92,10 @@ def lines(about: dict[str, Any]) -> Iterator[str]:
     spec, error, provenance = about["spec"], about["codec_error"], about["provenance"]
     told = [provenance.get(name) for name in ("source", "encoder")]  # free form: a field may be missing or anything
     source, encoder = (part if isinstance(part, dict) else {} for part in told)
+    window = f"{spec['window']} with {spec['margin']} s of margin" if "margin" in spec else spec["window"]
     yield f"  features      {spec['family']} layer {spec['layer']}, {spec['channels']} channels, codec {spec['codec']}"
     yield (
-        f"  computed      {spec['dtype']}, window {spec['window']}, overlap {spec['overlap']} s, trim {spec['trim']}, "
+        f"  computed      {spec['dtype']}, window {window}, overlap {spec['overlap']} s, trim {spec['trim']}, "
         f"{spec['sampling_rate'] / spec['hop']:g} frames a second"
     )
     yield f"  feature id    {about['feature_id']}"

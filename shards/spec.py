@@ -11,13 +11,22 @@ import json
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from shards.errors import UserError
 
 SCHEMA_VERSION = 1
 MAX_CHANNELS = 65_536
 
+Window = Literal["full30", "tight"]
 Codec = Literal["f16", "bf16", "int8", "fp8"]
 
 
@@ -33,7 +42,9 @@ class FeatureSpec(BaseModel):
         channels: width of a frame.
         hop: samples of audio a frame stands for (Whisper: 320, 20 ms at 16 kHz).
         sampling_rate: Hz.
-        window: ``full30`` pads each window to 30 s, ``tight`` cuts the context to the utterance.
+        window: ``full30`` pads each window to 30 s, ``tight`` cuts the context to the utterance and ``margin``, rounded
+            up to a multiple of 5 s.
+        margin: seconds of silence that a tight context keeps after the utterance; 0 with full30.
         overlap: seconds that neighbouring windows of long audio share.
         trim: ``valid`` keeps ceil(samples / hop) frames, ``none`` keeps the padded window.
         dtype: arithmetic of the encoder pass.
@@ -50,11 +61,25 @@ class FeatureSpec(BaseModel):
     channels: int = Field(ge=1, le=MAX_CHANNELS)
     hop: int = Field(ge=1, le=1_000_000)
     sampling_rate: int = Field(ge=1, le=1_000_000)
-    window: Literal["full30", "tight"]
+    window: Window
+    margin: float = Field(default=0.0, ge=0, le=30)
     overlap: float = Field(ge=0)
     trim: Literal["valid", "none"]
     dtype: Literal["float32", "bfloat16", "float16"]
     codec: Codec
+
+    @model_validator(mode="after")
+    def _margin_is_of_tight(self) -> FeatureSpec:
+        if self.margin and self.window != "tight":
+            raise ValueError("a margin belongs to window tight")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_margin_of_zero(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = serialise(self)
+        if not self.margin:
+            del tree["margin"]
+        return tree
 
     @cached_property
     def feature_id(self) -> str:
@@ -67,8 +92,8 @@ class FeatureSpec(BaseModel):
 
     def differences(self, other: FeatureSpec) -> list[str]:
         """``field: mine, theirs`` for every field that differs; empty when the ids are equal."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return [f"{name}: {mine[name]}, not {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields)
+        return [f"{name}: {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
     @classmethod
     def parse(cls, tree: Any, where: str) -> FeatureSpec:

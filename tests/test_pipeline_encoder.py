@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_whisper import write_tiny_whisper
 
-from pipeline.encoder import attend, encoder_name, load_encoder
+from pipeline.encoder import context_samples, encoder_name, load_encoder
 from pipeline.logmel import LogMel, MelSettings, mel_filters
 from pipeline.weights import Weights
+from pipeline.whisper import attend
 from shards.errors import UserError
 from shards.spec import FeatureSpec
 
@@ -74,6 +75,43 @@ def test_a_clip_gives_the_same_bytes_in_any_batch(tiny):
         alone = [load(tiny, batch_size=1, dtype=dtype).encode([clip], [2, 1])[0] for clip in clips]
         for one, other in zip(together, alone, strict=True):
             assert [one[layer].tobytes() for layer in (1, 2)] == [other[layer].tobytes() for layer in (1, 2)]
+
+
+def tight(folder: Path, **settings):
+    return load(folder, window="tight", margin=1.0, **settings)
+
+
+def test_a_tight_context_is_the_clip_and_its_margin_in_steps_of_five_seconds(tiny):
+    encoder = tight(tiny)
+    seconds = {0: 5, 1: 5, 64_000: 5, 64_001: 10, 300_000: 20, 400_000: 30, 470_000: 30, 480_000: 30}
+    assert {n: context_samples(n, encoder) // 16_000 for n in seconds} == seconds
+    frames = encoder.encode(noise(*seconds), [2], trim="none")
+    assert [len(each[2]) for each in frames] == [50 * s for s in seconds.values()]
+    assert [len(each[2]) for each in encoder.encode(noise(*seconds), [2])] == [-(-n // 320) for n in seconds]
+
+
+def test_tight_frames_equal_full30_where_the_clip_fills_the_window_and_no_shorter(tiny):
+    full, cut = load(tiny), tight(tiny)
+    clips = noise(450_000, 40_000)
+    filled, short = zip(full.encode(clips, [2]), cut.encode(clips, [2]), strict=True)
+    np.testing.assert_array_equal(filled[0][2], filled[1][2])
+    assert short[0][2].shape == short[1][2].shape
+    assert not np.array_equal(short[0][2], short[1][2])
+
+
+def test_tight_features_of_a_clip_are_the_same_bytes_in_any_order_and_batch(tiny):
+    clips = noise(100_000, 20_000, 90_000, 470_000)
+    there = tight(tiny).encode(clips, [1, 2])
+    back = tight(tiny, batch_size=1).encode(clips[::-1], [1, 2])[::-1]
+    for one, other in zip(there, back, strict=True):
+        assert [one[layer].tobytes() for layer in (1, 2)] == [other[layer].tobytes() for layer in (1, 2)]
+
+
+def test_the_log_mel_of_a_tight_context_is_cut_from_that_of_the_whole_window():
+    log_mel = LogMel(MelSettings(80), torch.device("cpu"))
+    for clip in (*noise(79_900, 80_000, 30_000), np.zeros(100, np.float32)):
+        audio = torch.from_numpy(clip)[None]
+        assert torch.equal(log_mel(audio, 500), log_mel(audio)[..., :500])
 
 
 def test_layers_above_the_highest_asked_for_are_not_computed(tiny):

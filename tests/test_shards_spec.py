@@ -61,6 +61,16 @@ def test_every_field_changes_the_feature_id_and_is_told_as_the_difference(field,
     assert difference.startswith(f"{field}: ")
 
 
+def test_the_margin_of_a_tight_window_is_part_of_the_identity_and_belongs_to_no_other():
+    bare = FeatureSpec.model_validate({**make_spec().model_dump(), "window": "tight"})
+    wide = FeatureSpec.model_validate({**bare.model_dump(), "margin": 2})
+    assert wide.feature_id != bare.feature_id
+    assert bare.differences(wide) == ["margin: 0.0, not 2.0"]
+    assert FeatureSpec.parse(json.loads(wide.canonical()), "here") == wide
+    with pytest.raises(UserError, match="margin"):
+        FeatureSpec.parse({**make_spec().model_dump(), "margin": 2}, "here")
+
+
 def test_the_feature_id_of_a_known_spec_never_changes():
     assert make_spec().feature_id == "0e217eb6705a11773cac41a5e04ebe87aeef00d50175967f2d070dab10263ecb"
 

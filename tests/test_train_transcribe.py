@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ from tiny_whisper import write_tiny_whisper
 
 from pipeline.__main__ import command as pipeline_command
 from pipeline.audio import decode
+from pipeline.frames import open_encoder
 from shards.errors import UserError, run_command
 from shards.reader import Cache
 from train.__main__ import command
 from train.loop import fit
 from train.runs import run_caches
-from train.transcribe import features_of, open_encoder, transcribe
+from train.transcribe import features_of, transcribe
 
 SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last takes two windows
 
@@ -58,6 +61,24 @@ def test_audio_becomes_the_very_features_that_extraction_stored(world, key):
     ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, about["spec"])
     assert ours.shape == (-(-SAMPLES[key] // 320), 32)
     assert np.array_equal(ours, cache.features(row))
+
+
+def test_tight_features_are_extracted_checked_and_transcribed_alike(world, capsys):
+    folder, _, _ = world
+    settings = ["extract", "--config", str(folder / "extract.yaml"), "encoder.layers=[2]", "window=tight", "margin=1"]
+    assert run_command(pipeline_command, settings) == 0
+    (path,) = set((folder / "caches").glob("*/*-L2-*")) - {Path(run_caches(world[2])["caches"][0]["path"])}
+    cache = Cache.open(path)
+    assert (cache.spec.window, cache.spec.margin) == ("tight", 1.0)
+    assert run_command(pipeline_command, ["check", str(path)]) == 0
+    assert "3 utterances compared, 0 above" in capsys.readouterr().out
+    encoder = open_encoder(cache.spec, cache.info["provenance"]["encoder"]["reference"])
+    for row, key in enumerate(cache.manifest["key"].to_pylist()):
+        ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, cache.spec)
+        assert np.array_equal(ours, cache.features(row))
+    assert run_command(pipeline_command, [*settings, "trim=none"]) == 2
+    assert "trim=valid" in capsys.readouterr().err
+    shutil.rmtree(path)
 
 
 def test_the_command_prints_path_and_text_in_the_order_given(world, capsys):

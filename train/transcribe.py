@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.audio import AudioError, decode, stitch, windows
-from pipeline.encoder import Encoder, load_encoder
-from pipeline.weights import resolve
+from pipeline.audio import AudioError, decode
+from pipeline.encoder import Encoder
+from pipeline.frames import NotFinite, encode_recording, open_encoder
 from shards import codec
 from shards.errors import UserError
 from shards.spec import FeatureSpec
@@ -58,7 +58,7 @@ def transcribe(
         for path in paths[start : start + batch_size]:
             try:
                 heard.append((path, features_of(decode(path.read_bytes()), ears, spec)))
-            except (AudioError, OSError, codec.CodecError) as error:
+            except (AudioError, OSError, NotFinite, codec.CodecError) as error:
                 failures.append(f"'{path}' ({error})")
         if heard:
             features, mask = pad([frames for _, frames in heard])
@@ -68,34 +68,8 @@ def transcribe(
         raise UserError(f"could not read {', '.join(failures)}: give audio that soundfile can decode")
 
 
-def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto") -> Encoder:
-    """The encoder that made features of ``spec``; UserError when ``reference`` leads to another one."""
-    if reference is None:
-        raise UserError("the run does not say which encoder its features come from: name it with --encoder")
-    encoder = load_encoder(resolve(reference, what="encoder"), device=device, dtype=spec.dtype)
-    for name, wanted, found in (
-        ("weights (sha256 of the tensors)", spec.tensors, encoder.tensors),
-        ("spectrogram settings", spec.frontend, encoder.frontend),
-        ("channels", spec.channels, encoder.channels),
-    ):
-        if wanted != found:
-            raise UserError(
-                f"the encoder '{reference}' has other {name} than the run's features were made with ({found}, not "
-                f"{wanted}): name the same encoder with --encoder"
-            )
-    if spec.window != "full30":
-        raise UserError(
-            f"this earshard encodes windows of full30 alone, and the run was trained on window={spec.window}"
-        )
-    return encoder
-
-
 def features_of(audio: npt.NDArray[np.float32], encoder: Encoder, spec: FeatureSpec) -> Features:
     """float32 [samples] at 16 kHz to the frames [frames, channels] that extraction would have stored and read back."""
-    spans = windows(len(audio), encoder.window_samples, int(spec.overlap * spec.sampling_rate))
-    outputs = encoder.encode([audio[start:stop] for start, stop in spans], [spec.layer], spec.trim)
-    parts = [output[spec.layer] for output in outputs]
-    if len(parts) > 1:  # untrimmed windows of long audio lose their padding: it would lie inside the speech
-        parts = [part[: -(-(stop - start) // spec.hop)] for part, (start, stop) in zip(parts, spans, strict=True)]
-    stored = codec.encode(spec.codec, stitch(parts, spans, spec.hop))
+    frames = encode_recording(audio, encoder, [spec.layer], overlap=spec.overlap, trim=spec.trim)[spec.layer]
+    stored = codec.encode(spec.codec, frames)
     return codec.decode(spec.codec, stored.payload, stored.scale)
