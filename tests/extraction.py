@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "transformers.models.whisper.modeling_whisper", "pipeline.engines", "pipeline"]
@@ -80,6 +83,39 @@ def _counted(name: str, real: Any, done: list[int], kill: Kill | None) -> Any:
         return result
 
     return operation
+
+
+def write_corpus(folder: Path, n: int, seconds: float = 0.2) -> None:
+    """``n`` short clips of noise, and ``clips.csv``, the manifest of kind ``manifest``."""
+    rng = np.random.default_rng(7)
+    with open(folder / "clips.csv", "w") as manifest:
+        manifest.write("audio,text,speaker\n")
+        for i in range(n):
+            noise = rng.normal(0, 0.1, int(16000 * seconds) + 997 * i).astype(np.float32)
+            soundfile.write(folder / f"clip {i:02d}.flac", noise, 16000)
+            manifest.write(f"clip {i:02d}.flac,text number {i},s{i % 4}\n")
+
+
+def words(root: Path, corpus: Path, whisper: Path, *more: str) -> list[str]:
+    """The command line that extracts ``corpus`` into small shards below ``root``."""
+    return [
+        "extract",
+        f"root={root}",
+        "source.kind=manifest",
+        f"source.path={corpus}/clips.csv",
+        f"encoder.model=path:{whisper}",
+        "encoder.dtype=float32",
+        "encoder.batch_size=2",
+        "shard_mb=0.02",
+        "lease=3",
+        *more,
+    ]
+
+
+def only_cache(root: Path) -> Path:
+    """The one cache below ``root``."""
+    (cache,) = root.glob("*/*")
+    return cache
 
 
 def snapshot(root: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from extraction import Kill, run, snapshot, start
+from extraction import Kill, only_cache, run, snapshot, start, words, write_corpus
 from tiny_whisper import write_tiny_whisper
 
 from shards.manifest import FAILURE_SCHEMA, Layout, read_parquet, read_plan, stray_files, unseal
@@ -30,36 +30,6 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("some audio")
     write_corpus(folder, 24)
     return folder
-
-
-def write_corpus(folder: Path, n: int, seconds: float = 0.2) -> None:
-    rng = np.random.default_rng(7)
-    with open(folder / "clips.csv", "w") as manifest:
-        manifest.write("audio,text,speaker\n")
-        for i in range(n):
-            noise = rng.normal(0, 0.1, int(16000 * seconds) + 997 * i).astype(np.float32)
-            soundfile.write(folder / f"clip {i:02d}.flac", noise, 16000)
-            manifest.write(f"clip {i:02d}.flac,text number {i},s{i % 4}\n")
-
-
-def words(root: Path, corpus: Path, whisper: Path, *more: str) -> list[str]:
-    return [
-        "extract",
-        f"root={root}",
-        "source.kind=manifest",
-        f"source.path={corpus}/clips.csv",
-        f"encoder.model=path:{whisper}",
-        "encoder.dtype=float32",
-        "encoder.batch_size=2",
-        "shard_mb=0.02",
-        "lease=3",
-        *more,
-    ]
-
-
-def only_cache(root: Path) -> Path:
-    (cache,) = root.glob("*/*")
-    return cache
 
 
 @pytest.fixture(scope="module")
