@@ -106,7 +106,8 @@ def prepare(config: ExtractConfig) -> Job:
     targets = []
     for layer in layers:
         spec = feature_spec(config, encoder, layer)
-        folder = corpus / f"{encoder.name}-L{layer}-{spec.codec}-{spec.feature_id[:8]}"
+        tight = "-tight" if spec.window == "tight" else ""
+        folder = corpus / f"{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
         targets.append(Target(layer, Layout(folder), spec))
     plan = _fix_plan(config, encoder, source, utterances, targets, mark)
     job = Job(config, source, encoder, weights, targets, plan, mark)

@@ -1,0 +1,128 @@
+"""What ``window: tight`` gains and costs against ``full30``: speed, likeness of the features, and a trained projector.
+
+    python bench/tight.py                                                        # 400 sentences, no training: 4 minutes
+    python bench/tight.py --steps 300 --margins 0,2,8                            # and a projector for each: 25 minutes
+    python bench/tight.py --extract configs/extract/librispeech.yaml --set source.path=/data/LibriSpeech limit=500
+
+Makes one cache for full30 and one for each margin (seconds of silence that a tight context keeps), kept in ``--root``
+for the next time. Prints for each the encoder's time on the same ``--clips`` clips (all variants in turn, best of five),
+the cosine and relative RMS error of all stored features against full30's, and with ``--steps`` what ``python -m train
+fit`` reports for a projector trained on it with the same seed: held-out loss, audio gain, word error rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.audio import decode
+from pipeline.check import recorded_config
+from pipeline.frames import open_encoder
+from pipeline.sources import open_source
+from shards.codec import relative_rms
+from shards.reader import Cache
+
+
+def extract(config: str, words: list[str], root: Path, window: list[str]) -> Cache:
+    """The cache of ``config`` below ``root``, made now if it is not there."""
+    argv = [sys.executable, "-m", "pipeline", "extract", "--config", config, f"root={root}", *words, *window]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    caches = [path.parent for path in root.glob("*/*/CACHE.json")]
+    return Cache.open(max(caches, key=lambda path: path.stat().st_mtime))
+
+
+def encode_times(caches: dict[str, Cache], clips: int) -> dict[str, float]:
+    """Seconds that each variant's encoder takes for the same clips, the variants in turn, best of five."""
+    first = next(iter(caches.values()))
+    config = recorded_config(first.info, first.path)
+    reference = first.info["provenance"]["encoder"]["reference"]
+    uris = first.manifest["audio"].to_pylist()[:clips]
+    audio = [decode(data) for _, data in open_source(config.source).read(uris) if isinstance(data, bytes)]
+    encoders = {name: open_encoder(cache.spec, reference) for name, cache in caches.items()}
+    audio = [clip[: encoders["full30"].window_samples] for clip in audio]
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    for _ in range(5):
+        for name, encoder in encoders.items():
+            since = time.perf_counter()
+            encoder.encode(audio, [caches[name].spec.layer])
+            times[name].append(time.perf_counter() - since)
+    return {name: min(found) for name, found in times.items()}
+
+
+def likeness(cache: Cache, reference: Cache) -> tuple[float, float, float]:
+    """Mean and lowest cosine over utterances, and relative RMS error over all, against ``reference``'s features."""
+    at = {key: i for i, key in enumerate(reference.manifest["key"].to_pylist())}
+    cosines, gaps, norms = [], 0.0, 0.0
+    for i, key in enumerate(cache.manifest["key"].to_pylist()):
+        ours, theirs = (np.asarray(x, np.float64) for x in (cache.features(i), reference.features(at[key])))
+        norm = np.linalg.norm(theirs)
+        cosines.append(float((ours * theirs).sum() / np.linalg.norm(ours) / norm))
+        gaps, norms = gaps + (relative_rms(ours, theirs) * norm) ** 2, norms + norm**2
+    return statistics.mean(cosines), min(cosines), float(np.sqrt(gaps / norms))
+
+
+def train(config: str, cache: Cache, name: str, steps: int, root: Path) -> dict[str, Any]:
+    """``summary.json`` of a run of ``config`` on ``cache``."""
+    words = [f"caches=[{cache.path}]", "extract=[]", f"runs={root / 'runs'}", f"name={name}", f"steps={steps}"]
+    argv = [
+        sys.executable,
+        "-m",
+        "train",
+        "fit",
+        "--config",
+        config,
+        *words,
+        "eval_every=null",
+        "checkpoint_every=null",
+    ]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    tree: dict[str, Any] = json.loads((root / "runs" / name / "summary.json").read_text())
+    return tree
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extract", default="configs/extract/speech.yaml", metavar="FILE")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings of the extraction")
+    parser.add_argument("--margins", default="0,2,8", help="seconds, with commas (default: 0,2,8)")
+    parser.add_argument("--clips", type=int, default=16, help="clips that the encoder is timed on")
+    parser.add_argument("--train", default="configs/train/demo.yaml", metavar="FILE")
+    parser.add_argument("--steps", type=int, default=0, help="training steps for each variant; 0 trains nothing")
+    parser.add_argument("--root", type=Path, default=Path("build/bench-tight"))
+    args = parser.parse_args()
+
+    variants = {"full30": ["window=full30"]}
+    for margin in args.margins.split(","):
+        variants[f"tight-{margin}"] = ["window=tight", f"margin={margin}"]
+    caches = {name: extract(args.extract, args.set, args.root / name, words) for name, words in variants.items()}
+    times = encode_times(caches, args.clips)
+    hours = sum(caches["full30"].manifest["samples"].to_pylist()) / 16000 / 3600
+    print(f"{len(caches['full30'])} utterances, {hours:.2f} h, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+    print(f"{'window':<10} {'ms/clip':>8} {'faster':>7} {'cosine':>8} {'lowest':>8} {'rel.err':>8}", end="")
+    print(f" {'loss':>6} {'gain':>6} {'WER':>6}" if args.steps else "", flush=True)
+    for name, cache in caches.items():
+        mean, low, error = likeness(cache, caches["full30"])
+        speed = times["full30"] / times[name]
+        line = (
+            f"{name:<10} {1000 * times[name] / args.clips:>8.1f} {speed:>6.2f}x {mean:>8.4f} {low:>8.4f} {error:>8.4f}"
+        )
+        print(line, end="", flush=True)
+        if args.steps:
+            found = train(args.train, cache, f"{name}-{args.steps}-{os.getpid()}", args.steps, args.root)
+            wer = found.get("wer")
+            told = f"{found['val_loss']:>6.3f} {found['audio_gain']:>6.3f} {'-' if wer is None else f'{wer:.3f}':>6}"
+            print(f" {told}", end="")
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
