@@ -1,12 +1,27 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from shards.config import Config, load_config
 from shards.errors import UserError
-from train.options import MlpConfig, ProjectorConfig, ResidualConfig
-from train.projectors import Mlp, Residual, build_projector, list_kinds
+from train.options import (
+    KINDS,
+    ConvConfig,
+    LinearConfig,
+    MlpConfig,
+    MoeConfig,
+    PoolConfig,
+    ProjectorConfig,
+    QformerConfig,
+    ResidualConfig,
+    SwigluConfig,
+    TransformerConfig,
+)
+from train.projectors import LayerMixer, MixedProjector, Projector, build_projector, list_kinds
+from train.projectors.mlp import Mlp, Residual
 
 CONFIGS = [
     MlpConfig(),
@@ -15,8 +30,24 @@ CONFIGS = [
     ResidualConfig(),
     ResidualConfig(stack=1, blocks=1, hidden=20, norm="rms"),
     ResidualConfig(stack=2, norm="layer"),
+    LinearConfig(hidden=24),
+    LinearConfig(stack=1, hidden=24, norm="rms"),
+    ConvConfig(hidden=24),
+    ConvConfig(variant="mosa", hidden=24, norm="layer"),
+    ConvConfig(variant="mosa", stack=8, hidden=24),
+    SwigluConfig(hidden=24),
+    SwigluConfig(stack=3, hidden=24, mid_norm=False, norm="rms"),
+    QformerConfig(dropout=0.0),
+    QformerConfig(stack=2, window=3, queries=2, layers=1, hidden=20, heads=2, intermediate=12, dropout=0.0, norm="rms"),
+    MoeConfig(hidden=24, experts=3),
+    MoeConfig(routing="top2", stack=2, experts=3, norm="layer"),
+    PoolConfig(),
+    PoolConfig(pool=3, stack=2, hidden=24, norm="rms"),
+    PoolConfig(pool=1),
+    TransformerConfig(hidden=32, heads=4),
+    TransformerConfig(stack=1, layers=1, hidden=32, norm="rms"),
 ]
-IDS = [f"{c.kind}-{c.stack}-{c.norm}" for c in CONFIGS]
+IDS = [f"{i}-{c.kind}-{c.norm}" for i, c in enumerate(CONFIGS)]
 
 
 class Holder(Config):
@@ -78,6 +109,22 @@ def test_residual_starts_as_tiny_audio_does():
         (MlpConfig(stack=3, hidden=24, bias=True, norm="layer"), 18 * 24 + 24 * 8 + 24 + 8 + 2 * 8),
         (ResidualConfig(), (24 + 1) * 8 + 8 + 2 * (2 * 8 * 32 + 32 + 2 * 8)),
         (ResidualConfig(stack=2, norm="layer"), (12 + 1) * 8 + 8 + 2 * (2 * 8 * 32 + 32 + 2 * 8) + 8),
+        (LinearConfig(), (30 + 1) * 2048 + 2049 * 8),
+        (ConvConfig(), (30 + 1) * 6 + 7 * 2048 + 2049 * 8),
+        (ConvConfig(variant="mosa", norm="layer"), 19 * 6 + 19 * 8 + 9 * 4096 + 4097 * 8 + 16),
+        (ConvConfig(variant="mosa", stack=8, hidden=24), 2 * 19 * 6 + 19 * 8 + 9 * 24 + 25 * 8),
+        (SwigluConfig(), 48 + 48 * 4096 + 2048 * 8 + 2048),
+        (SwigluConfig(mid_norm=False, norm="rms", hidden=24), 48 + 48 * 24 + 12 * 8 + 8),
+        (QformerConfig(), 3 * 6 + 12 + 2 * (8 * 7 * 6 + 7 * 24 + 25 * 6 + 36) + 7 * 8),
+        (
+            QformerConfig(stack=2, queries=2, layers=1, hidden=20, intermediate=12, norm="rms"),
+            2 * 20 + 40 + (6 * 21 * 20 + 2 * 13 * 20 + 21 * 12 + 13 * 20 + 120) + 21 * 8 + 8,
+        ),
+        (MoeConfig(), 19 * 6 + 19 * 8 + 9 * 512 + 513 * 4 + 4 * (9 * 4096 + 4097 * 8)),
+        (MoeConfig(routing="top2", norm="rms"), 24 + 24 * 4 + 5 * (25 * 8 + 9 * 8) + 8),
+        (PoolConfig(), 7 * 8),
+        (PoolConfig(stack=2, hidden=24, norm="layer"), 13 * 24 + 25 * 8 + 16),
+        (TransformerConfig(), 25 * 1024 + 2 * (12 * 1024**2 + 13 * 1024) + 2048 + 1025 * 8),
     ],
 )
 def test_parameter_count_follows_the_formula(config, count):
@@ -86,39 +133,47 @@ def test_parameter_count_follows_the_formula(config, count):
 
 def test_kinds_are_listed_with_the_counts_that_are_built():
     kinds = {kind.name: kind for kind in list_kinds(6, 8)}
-    assert set(kinds) == {"mlp", "residual"}
+    assert set(kinds) == set(KINDS)
     for kind in kinds.values():
         built = build(load_config(Holder, None, [f"projector.kind={kind.name}"]).projector)
         assert kind.parameters == sum(p.numel() for p in built.parameters())
-        assert (kind.stack, bool(kind.formula)) == (built.stack, True)
+        assert kind.stack * built.soft_frames(3000) == 3000
+        assert kind.formula
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_shapes_and_masks_are_right_for_odd_lengths(config):
-    projector, lengths = build(config), [7, 1, 4]
-    soft, soft_mask = projector(torch.randn(3, 7, 6), mask_of(lengths, 7))
-    assert soft.shape == (3, projector.soft_frames(7), 8)
-    assert soft_mask.sum(1).tolist() == [projector.soft_frames(n) for n in lengths]
-    assert projector.soft_frames(7) == -(-7 // config.stack)
+    projector, lengths = build(config), [17, 1, 4, 16]
+    soft, soft_mask = projector(torch.randn(4, 17, 6), mask_of(lengths, 17))
+    assert soft.shape == (4, projector.soft_frames(17), 8)
+    assert torch.equal(soft_mask, mask_of([projector.soft_frames(n) for n in lengths], soft.shape[1]))
+    per_token = {"qformer": 5, "conv": 5, "pool": 2}.get(config.kind, config.stack)
+    if config == type(config)():
+        assert projector.soft_frames(30) == -(-30 // per_token)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_soft_tokens_do_not_depend_on_padding_or_on_what_stands_in_it(config):
-    projector = shake(build(config))
+    projector = shake(build(config)).eval()
     features, lengths = torch.randn(2, 7, 6), [7, 4]
     soft, soft_mask = projector(features, mask_of(lengths, 7))
-    filled = torch.cat([features, torch.full((2, 6, 6), 9.0)], 1)
+    filled = torch.cat([features, torch.full((2, 30, 6), 9.0)], 1)
     filled[1, 4:] = -5.0
-    other, other_mask = projector(filled, mask_of(lengths, 13))
+    other, other_mask = projector(filled, mask_of(lengths, 37))
     torch.testing.assert_close(soft[soft_mask], other[other_mask])
+    alone, alone_mask = projector(features[1:, :4], mask_of([4], 4))
+    torch.testing.assert_close(soft[1][soft_mask[1]], alone[0][alone_mask[0]])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_gradient_reaches_every_parameter(config):
+def test_gradient_reaches_every_parameter_and_every_valid_frame_alone(config):
     projector = shake(build(config))
-    soft, soft_mask = projector(torch.randn(2, 7, 6), mask_of([7, 4], 7))
+    features = torch.randn(2, 17, 6, requires_grad=True)
+    soft, soft_mask = projector(features, mask_of([17, 14], 17))
     (soft[soft_mask] * torch.randn(8)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
+    assert all(p.grad.isfinite().all() for p in projector.parameters())
+    assert torch.equal(features.grad.abs().sum(-1) > 0, mask_of([17, 14], 17))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -129,11 +184,11 @@ def test_masters_stay_float32_while_bfloat16_flows_through(config):
     assert {p.dtype for p in projector.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", ["mlp", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_an_output_norm_starts_soft_tokens_at_the_embedding_rms(kind, norm):
-    model = {"mlp": MlpConfig, "residual": ResidualConfig}[kind]
-    soft, _ = build_projector(model(norm=norm), 6, 64, 0.136)(torch.randn(2, 8, 6), mask_of([8, 8], 8))
+    config = KINDS[kind](norm=norm, init="torch")
+    soft, _ = build_projector(config, 6, 64, 0.136)(torch.randn(2, 8, 6), mask_of([8, 8], 8))
     assert soft.pow(2).mean().sqrt().item() == pytest.approx(0.136, rel=0.02)
 
 
@@ -146,16 +201,42 @@ def test_the_same_seed_gives_the_same_start_whatever_ran_before(config):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_building_leaves_the_global_generator_alone():
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_building_leaves_the_global_generator_alone(config):
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
-    build(ResidualConfig())
+    build(config)
     assert torch.equal(torch.randn(3), expected)
 
 
-def test_dropout_acts_in_training_only():
-    projector = shake(build(ResidualConfig(dropout=0.5)))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("init", "std", "bias"),
+    [("torch", (3 * 1024) ** -0.5, (3 * 1024) ** -0.5), ("normal", 0.02, 0), ("xavier", (2 / 1536) ** 0.5, 0)],
+)
+def test_an_initialisation_by_name_reaches_the_matrices_of_every_kind(kind, init, std, bias):
+    keys = {"hidden": 512} if "hidden" in KINDS[kind].model_fields else {}
+    with torch.no_grad():
+        made = build_projector(KINDS[kind](init=init, **keys), 1024, 512, 1.0)
+    square = [m for m in made.modules() if isinstance(m, torch.nn.Linear) and m.weight.shape == (512, 1024)]
+    for linear in square:
+        assert linear.weight.std().item() == pytest.approx(std, rel=0.02)
+        if linear.bias is not None:
+            assert linear.bias.std().item() == pytest.approx(bias, rel=0.2)
+    drawn = [m for m in made.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv1d)]
+    if init != "torch":
+        assert not any(m.bias.any() for m in drawn if m.bias is not None)
+    assert all(m.weight.std() > 0 for m in drawn)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ResidualConfig(dropout=0.5), QformerConfig(dropout=0.5), TransformerConfig(dropout=0.5, hidden=32)],
+    ids=lambda c: c.kind,
+)
+def test_dropout_acts_in_training_only(config):
+    projector = shake(build(config))
     features, mask = torch.randn(1, 8, 6), mask_of([8], 8)
     assert not torch.equal(projector(features, mask)[0], projector(features, mask)[0])
     projector.eval()
@@ -165,9 +246,22 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["projector.kind=residual", "projector.stak=4"], "the residual projector takes kind, stack, blocks"),
-        (["projector.bloks=4"], "the mlp projector takes kind, stack, hidden, bias, input_norm, norm"),
-        (["projector.kind=lstm"], "the kinds are mlp, residual"),
+        (
+            ["projector.kind=residual", "projector.stak=4"],
+            "the residual projector takes kind, stack, blocks, hidden, dropout, norm, init",
+        ),
+        (["projector.bloks=4"], "the mlp projector takes kind, stack, hidden, bias, input_norm, norm, init"),
+        (
+            ["projector.kind=lstm"],
+            "the kinds are mlp, residual, linear, conv, swiglu, qformer, moe, pool, transformer, or my",
+        ),
+        (["projector.kind=conv", "projector.variant=mosa", "projector.stack=6"], "stack=6 must be a power of 2"),
+        (["projector.kind=moe", "projector.stack=5"], "stack=5 must be a power of 2"),
+        (["projector.kind=moe", "projector.balance=0.1"], "only routing=top2 reads it"),
+        (["projector.kind=swiglu", "projector.hidden=5"], "multiple of 2"),
+        (["projector.kind=transformer", "projector.heads=7"], "does not divide into heads=7"),
+        (["projector.kind=my_module:Mine", "projector.stack=2"], "the my_module:Mine projector takes kind, settings"),
+        (["projector.kind=my module:Mine"], "string should match"),
         (["projector.stack=0"], "key 'projector.stack' in 'projector.stack=0' on the command line"),
         (["projector=5"], "a mapping"),
     ],
@@ -181,3 +275,154 @@ def test_a_bad_projector_key_names_the_allowed_ones(words, told):
 def test_a_projector_without_channels_is_refused():
     with pytest.raises(UserError, match="0 channels"):
         build_projector(MlpConfig(), 0, 8, 1.0)
+
+
+def test_attention_heads_must_divide_the_width():
+    with pytest.raises(UserError, match="5 heads"):
+        build(QformerConfig(heads=5))
+
+
+def test_a_top2_mixture_hands_out_its_losses_once_and_only_those_of_training():
+    projector = build(MoeConfig(routing="top2", jitter=0.0, balance=0.5, router_z=2.0))
+    features, mask = torch.randn(2, 9, 6), mask_of([9, 3], 9)
+    projector(features, mask)
+    losses = projector.take_losses()
+    stacked = torch.nn.functional.pad(features.masked_fill(~mask[..., None], 0), (0, 0, 0, 3)).reshape(2, 3, 24)
+    logits = projector.router(projector.input_norm(stacked[mask_of([3, 1], 3)]))
+    spread = logits.softmax(-1).mean(0) - 0.25
+    torch.testing.assert_close(losses["balance"], 0.5 * 4 * spread.square().mean())
+    torch.testing.assert_close(losses["router_z"], 2.0 * logits.logsumexp(-1).square().mean())
+    sum(losses.values()).backward()
+    assert projector.router.weight.grad.any()
+    assert projector.take_losses() == {}
+    projector.eval()(features, mask)
+    assert projector.take_losses() == {}
+
+
+def test_an_expert_that_no_token_chose_has_a_gradient_of_zero_and_not_none():
+    projector = build(MoeConfig(routing="top2", stack=2, experts=8))
+    projector(torch.randn(1, 2, 6), mask_of([2], 2))[0].sum().backward()
+    grads = [expert.fc2.weight.grad for expert in projector.experts]
+    assert all(grad is not None for grad in grads)
+    assert sum(bool(grad.any()) for grad in grads) == 2
+
+
+def test_most_projectors_have_no_losses_of_their_own():
+    projector = build(MlpConfig())
+    projector(torch.randn(1, 2, 6), mask_of([2], 2))
+    assert projector.take_losses() == {}
+
+
+OWN = """
+import torch
+from torch import nn
+from train.projectors import Projector
+
+class Mine(Projector):
+    def __init__(self, channels, width, embedding_rms, *, scale=1.0):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(channels, width), scale * embedding_rms
+
+    def soft_frames(self, frames):
+        return frames
+
+    def forward(self, features, mask):
+        return self.scale * self.linear(features), mask
+
+class Other:
+    pass
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "own_projectors.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield "own_projectors"
+    sys.modules.pop("own_projectors", None)
+
+
+def test_a_projector_of_the_users_comes_in_by_its_import_path(own_module):
+    words = [f"projector.kind={own_module}:Mine", "projector.settings.scale=2.0"]
+    config = load_config(Holder, None, words).projector
+    torch.manual_seed(3)
+    projector, follows = build(config, seed=5), torch.randn(2)
+    torch.manual_seed(3)
+    assert torch.equal(follows, torch.randn(2))
+    assert isinstance(projector, Projector)
+    assert projector.scale == 2.0 * 0.136
+    assert torch.equal(projector.linear.weight, build(config, seed=5).linear.weight)
+    assert not torch.equal(projector.linear.weight, build(config, seed=6).linear.weight)
+    soft, mask = projector(torch.randn(2, 3, 6), mask_of([3, 2], 3))
+    assert (soft.shape, mask.shape, projector.soft_frames(3)) == ((2, 3, 8), (2, 3), 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("no_such_module:Mine", {}, "cannot be imported"),
+        ("own_projectors:Absent", {}, "is no class derived from"),
+        ("own_projectors:Other", {}, "is no class derived from"),
+        ("own_projectors:Mine", {"size": 3}, "cannot be made with projector.settings"),
+    ],
+)
+def test_a_projector_of_the_users_that_cannot_be_is_one_sentence(own_module, kind, settings, told):
+    config = Holder.model_validate({"projector": {"kind": kind, "settings": settings}}).projector
+    with pytest.raises(UserError, match=told):
+        build(config)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_mixer_starts_at_the_mean_of_its_layers_and_learns_which_to_hear(normalise):
+    mixer, layers = LayerMixer(3, normalise), [torch.randn(2, 4, 6) * 10**i for i in range(3)]
+    seen = [torch.nn.functional.layer_norm(x, (6,)) for x in layers] if normalise else layers
+    torch.testing.assert_close(mixer(layers), sum(seen) / 3)
+    torch.testing.assert_close(mixer.weights(), torch.full((3,), 1 / 3))
+    with torch.no_grad():
+        mixer.logits.copy_(torch.tensor([0.0, 50.0, 0.0]))
+    torch.testing.assert_close(mixer(layers), seen[1])
+    assert mixer([x.bfloat16() for x in layers]).dtype == torch.bfloat16
+    optimiser = torch.optim.Adam(mixer.parameters(), lr=0.5)
+    with torch.no_grad():
+        mixer.logits.zero_()
+    for _ in range(60):
+        optimiser.zero_grad()
+        (mixer(layers) - seen[0]).square().mean().backward()
+        optimiser.step()
+    assert mixer.weights().argmax() == 0
+    assert mixer.weights()[0] > 0.9
+
+
+def test_a_mixer_refuses_another_number_of_layers():
+    with pytest.raises(ValueError, match="2 layers was given 1"):
+        LayerMixer(2)([torch.randn(1, 2, 6)])
+    with pytest.raises(UserError, match="at least one cache"):
+        LayerMixer(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixer_goes_in_front_of_any_projector(kind):
+    inner = build(KINDS[kind]())
+    mixed, layers, mask = MixedProjector(LayerMixer(2), inner), torch.randn(2, 2, 9, 6), mask_of([9, 5], 9)
+    mixed.eval()
+    soft, soft_mask = mixed(list(layers), mask)
+    expected, expected_mask = inner(layers.mean(0), mask)
+    torch.testing.assert_close(soft, expected)
+    assert torch.equal(soft_mask, expected_mask)
+    assert mixed.soft_frames(9) == inner.soft_frames(9)
+    shake(mixed).train()
+    (mixed(list(layers), mask)[0][soft_mask] * torch.randn(8)).sum().backward()
+    assert mixed.mixer.logits.grad.abs().sum() > 0
+
+
+def test_a_mixed_projector_hands_on_the_losses_of_the_one_it_holds():
+    mixed = MixedProjector(LayerMixer(1), build(MoeConfig(routing="top2")))
+    mixed([torch.randn(1, 8, 6)], mask_of([8], 8))
+    assert mixed.take_losses().keys() == {"balance", "router_z"}
+
+
+def test_the_same_seed_starts_a_mixed_projector_as_the_one_it_holds():
+    mixed, alone = MixedProjector(LayerMixer(2), build(LinearConfig(hidden=24), seed=1)), build(LinearConfig(hidden=24))
+    mixed.initialise(torch.Generator().manual_seed(0))
+    assert torch.equal(mixed.projector.fc1.weight, alone.fc1.weight)

@@ -1,6 +1,6 @@
 """The settings of the parts of a model: which projector, which language model, which prompt.
 
-In: mappings from a YAML file. Out: frozen models that ``train/projectors.py``, ``train/lms/`` and ``train/prompt.py``
+In: mappings from a YAML file. Out: frozen models that ``train/projectors/``, ``train/lms/`` and ``train/prompt.py``
 read. ``train/config.py`` holds them as its keys ``projector``, ``lm`` and ``prompt``. Nothing here imports torch, so
 that ``--help`` and a refusal of a bad key cost nothing.
 """
@@ -9,15 +9,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from shards.config import Config
 
 Norm = Literal["none", "rms", "layer"]
+Init = Literal["source", "torch", "normal", "xavier"]
 AUDIO_MARK = "<|audio|>"
 
 
-class MlpConfig(Config):
+class KindConfig(Config):
+    """What every projector of ours takes, beside its ``kind`` and its ``stack``."""
+
+    norm: Norm = "none"  # over the soft tokens; its gain starts at the RMS of the LM's embeddings
+    # matrices and biases: the source's own, U(±1/sqrt(fan_in)), N(0, 0.02) or Glorot's; the last two with zero biases
+    init: Init = "source"
+
+
+class MlpConfig(KindConfig):
     """concat ``stack`` frames -> [norm] -> ``hidden`` -> GELU -> width -> [norm]. The defaults are W1's projector."""
 
     kind: Literal["mlp"] = "mlp"
@@ -25,21 +34,148 @@ class MlpConfig(Config):
     hidden: int | None = Field(default=None, ge=1)  # None: the LM's width
     bias: bool = False
     input_norm: Literal["none", "layer"] = "none"  # over the concatenated frames
-    norm: Norm = "none"  # over the soft tokens; its gain starts at the RMS of the LM's embeddings
 
 
-class ResidualConfig(Config):
-    """tiny-audio's projector: concat ``stack`` frames -> width -> RMSNorm -> ``blocks`` × (residual MLP, RMSNorm)."""
+class ResidualConfig(KindConfig):
+    """tiny-audio's projector: concat ``stack`` frames -> width -> RMSNorm -> ``blocks`` × (residual MLP, RMSNorm).
+
+    Without ``norm`` the last block ends as tiny-audio's does, in an RMSNorm of gain 1.
+    """
 
     kind: Literal["residual"] = "residual"
     stack: int = Field(default=4, ge=1)
     blocks: int = Field(default=2, ge=1)
     hidden: int | None = Field(default=None, ge=1)  # None: 4 × the LM's width
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    norm: Norm = "none"  # none: the last block ends as tiny-audio's does, in an RMSNorm of gain 1
 
 
-KINDS: dict[str, type[MlpConfig] | type[ResidualConfig]] = {"mlp": MlpConfig, "residual": ResidualConfig}
+class LinearConfig(KindConfig):
+    """SLAM-LLM's ``linear``: concat ``stack`` frames -> ``hidden`` -> ReLU -> width."""
+
+    kind: Literal["linear"] = "linear"
+    stack: int = Field(default=5, ge=1)
+    hidden: int = Field(default=2048, ge=1)
+
+
+class ConvConfig(KindConfig):
+    """A convolution over time, then ``hidden`` -> ReLU -> width: SLAM-LLM's one wide stride or MOSA's strides of 2."""
+
+    kind: Literal["conv"] = "conv"
+    variant: Literal["slam", "mosa"] = "slam"
+    stack: int | None = Field(default=None, ge=2)  # frames a soft token; None: slam 5, mosa 4 (a power of 2)
+    hidden: int | None = Field(default=None, ge=1)  # None: slam 2048, mosa 4096
+
+    @model_validator(mode="after")
+    def _powers(self) -> ConvConfig:
+        _check_power("variant=mosa", self.stack if self.variant == "mosa" else None)
+        return self
+
+
+class SwigluConfig(KindConfig):
+    """Ultravox's projector: concat ``stack`` frames -> RMSNorm -> ``hidden`` -> SwiGLU -> [RMSNorm] -> width."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    stack: int = Field(default=8, ge=1)
+    hidden: int = Field(default=4096, ge=2, multiple_of=2)  # both halves of the SwiGLU together
+    mid_norm: bool = True  # Ultravox from 0.5; without it and with norm=rms as up to 0.4.1
+    norm_init: float = Field(default=0.4, gt=0)  # start of the gains of the norms before and amid
+
+
+class QformerConfig(KindConfig):
+    """A Q-Former over windows: ``queries`` attend to each other and to the frames of one window, ``layers`` times.
+
+    The defaults are Granite Speech's; SALMONN's are window=17, queries=1, query_std=0.02.
+    """
+
+    kind: Literal["qformer"] = "qformer"
+    stack: int = Field(default=1, ge=1)  # frames concatenated before the windows are cut
+    window: int = Field(default=15, ge=1)  # (stacked) frames
+    queries: int = Field(default=3, ge=1)  # soft tokens a window
+    layers: int = Field(default=2, ge=1)
+    hidden: int | None = Field(default=None, ge=1)  # None: the encoder's channels
+    heads: int | None = Field(default=None, ge=1)  # None: one for each 64 of hidden
+    intermediate: int | None = Field(default=None, ge=1)  # None: 4 × hidden
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    query_std: float = Field(default=1.0, gt=0)
+
+
+class MoeConfig(KindConfig):
+    """A mixture of experts: MOSA's dense one over a convolution, or tiny-audio's top-2 beside a shared expert."""
+
+    kind: Literal["moe"] = "moe"
+    routing: Literal["dense", "top2"] = "dense"
+    stack: int = Field(default=4, ge=2)  # dense: a power of 2
+    experts: int = Field(default=4, ge=2)
+    hidden: int | None = Field(default=None, ge=1)  # of each expert; None: dense 4096, top2 the LM's width
+    balance: float = Field(default=0.01, ge=0)  # top2: weight of the load-balancing loss
+    router_z: float = Field(default=1e-4, ge=0)  # top2: weight of the loss on large router logits
+    jitter: float = Field(default=0.01, ge=0, lt=1)  # top2: relative noise on router logits in training
+
+    @model_validator(mode="after")
+    def _routing(self) -> MoeConfig:
+        given = {"balance", "router_z", "jitter"} & self.model_fields_set
+        if self.routing == "dense":
+            _check_power("routing=dense", self.stack)
+            defaults = {name: type(self).model_fields[name].default for name in given}
+            if any(getattr(self, name) != value for name, value in defaults.items()):
+                raise ValueError(
+                    f"{', '.join(sorted(given))}: only routing=top2 reads it, a dense router has no losses"
+                )
+        return self
+
+
+class PoolConfig(KindConfig):
+    """The mean of ``pool`` frames, then a linear layer (Qwen2-Audio) or, with ``hidden``, two (Audio Flamingo 3)."""
+
+    kind: Literal["pool"] = "pool"
+    pool: int = Field(default=2, ge=1)  # frames averaged
+    stack: int = Field(default=1, ge=1)  # means concatenated
+    hidden: int | None = Field(default=None, ge=1)
+
+
+class TransformerConfig(KindConfig):
+    """NeMo SALM's adapter with transformer layers: concat ``stack`` -> ``hidden`` -> ``layers`` layers -> width."""
+
+    kind: Literal["transformer"] = "transformer"
+    stack: int = Field(default=4, ge=1)  # four 20 ms frames: SALM's encoder emits one frame in 80 ms
+    layers: int = Field(default=2, ge=1)
+    hidden: int = Field(default=1024, ge=2, multiple_of=2)
+    heads: int = Field(default=8, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads(self) -> TransformerConfig:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} does not divide into heads={self.heads}")
+        return self
+
+
+class OwnConfig(Config):
+    """A projector of yours: ``kind`` is the import path of its class, ``settings`` its keyword arguments.
+
+    See ``train/projectors/base.py`` for the class to derive from and its signature.
+    """
+
+    kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # my_module:MyProjector
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+def _check_power(what: str, stack: int | None) -> None:
+    if stack is not None and stack & (stack - 1):
+        raise ValueError(f"{what} halves the frame rate again and again: stack={stack} must be a power of 2")
+
+
+KINDS: dict[str, type[KindConfig]] = {
+    "mlp": MlpConfig,
+    "residual": ResidualConfig,
+    "linear": LinearConfig,
+    "conv": ConvConfig,
+    "swiglu": SwigluConfig,
+    "qformer": QformerConfig,
+    "moe": MoeConfig,
+    "pool": PoolConfig,
+    "transformer": TransformerConfig,
+}
 
 
 def _choose(value: Any) -> Any:
@@ -49,19 +185,37 @@ def _choose(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"it must be a mapping with the key 'kind' ({', '.join(KINDS)}) and that kind's own keys")
     kind = value.get("kind", "mlp")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"there is no projector kind {kind!r}; the kinds are {', '.join(KINDS)}")
-    model = KINDS[kind]
+    if not isinstance(kind, str) or (kind not in KINDS and ":" not in kind):
+        raise ValueError(
+            f"there is no projector kind {kind!r}; the kinds are {', '.join(KINDS)}, or my_module:MyProjector for one "
+            "of yours"
+        )
+    model = KINDS.get(kind, OwnConfig)
     for key in value:
         if key not in model.model_fields:
-            raise ValueError(f"unknown key '{key}'; the {kind} projector takes {', '.join(model.model_fields)}")
+            raise ValueError(f"unknown key '{key}'; the {kind} projector takes {', '.join(_keys(model))}")
     return model.model_validate(value)
 
 
+def _keys(model: type[Config]) -> list[str]:
+    """``kind`` and the model's own keys, then those that all kinds share."""
+    shared = [key for key in KindConfig.model_fields if key in model.model_fields]
+    return [key for key in model.model_fields if key not in shared] + shared
+
+
 ProjectorConfig = Annotated[
-    MlpConfig | ResidualConfig,
+    MlpConfig
+    | ResidualConfig
+    | LinearConfig
+    | ConvConfig
+    | SwigluConfig
+    | QformerConfig
+    | MoeConfig
+    | PoolConfig
+    | TransformerConfig
+    | OwnConfig,
     BeforeValidator(_choose),
-    WithJsonSchema({"oneOf": [m.model_json_schema() for m in KINDS.values()]}),
+    WithJsonSchema({"oneOf": [m.model_json_schema() for m in [*KINDS.values(), OwnConfig]]}),
 ]
 
 

@@ -37,7 +37,7 @@ LATEST = "latest"
 
 def run_folder(config: TrainConfig) -> Path:
     """Where a new run goes; UserError when a run stands there already."""
-    name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.projector.kind}"
+    name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.projector.kind.replace(':', '.')}"
     folder = Path(config.runs) / name
     if folder.exists() or folder.is_symlink():
         raise UserError(

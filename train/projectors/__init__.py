@@ -1,0 +1,111 @@
+"""Projectors: encoder frames in, soft tokens (rows of a language model's input) out.
+
+In: features [B, T, C] in the run's dtype and their mask [B, T]. Out: soft tokens [B, S, D] in the same dtype and their
+mask [B, S]. Weights are float32 masters, cast to the input's dtype in ``forward``. ``base.py`` says what a projector is
+and how one of yours comes in; ``mixer.py`` puts several layers in front of one.
+
+    python -m train projectors        # the kinds with their parameter counts
+
+Letters: B utterances, T frames, C encoder channels, k frames stacked, S soft tokens, H hidden width, D the LM's width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from shards.errors import UserError
+from train.options import KINDS, OwnConfig, ProjectorConfig
+from train.projectors.base import Projector, draw
+from train.projectors.conv import Conv
+from train.projectors.mixer import LayerMixer, MixedProjector
+from train.projectors.mlp import ConcatLinear, Mlp, Pool, Residual, SwiGlu
+from train.projectors.moe import make_moe
+from train.projectors.qformer import Qformer
+from train.projectors.transformer import Transformer
+
+__all__ = ["REGISTRY", "Kind", "LayerMixer", "MixedProjector", "Projector", "build_projector", "list_kinds"]
+
+# each takes its own configuration model, C, D and the RMS of the LM's embeddings
+REGISTRY: dict[str, Callable[..., Projector]] = {
+    "mlp": Mlp,
+    "residual": Residual,
+    "linear": ConcatLinear,
+    "conv": Conv,
+    "swiglu": SwiGlu,
+    "qformer": Qformer,
+    "moe": make_moe,
+    "pool": Pool,
+    "transformer": Transformer,
+}
+
+
+def build_projector(
+    config: ProjectorConfig, channels: int, width: int, embedding_rms: float, *, seed: int = 0
+) -> Projector:
+    """The projector of ``config`` from ``channels`` to ``width``; an output norm's gain starts at ``embedding_rms``.
+
+    Start values come from a generator of their own: the same seed gives the same bytes, whatever ran before.
+
+    Raises:
+        UserError: the sizes cannot be, or a projector of the user's cannot be found or made.
+    """
+    if channels < 1 or width < 1:
+        raise UserError(f"a projector from {channels} channels to width {width} cannot be: both must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(config, OwnConfig):
+        projector = _build_own(config, channels, width, embedding_rms, seed)
+        projector.initialise(generator)
+        return projector
+    projector = REGISTRY[config.kind](config, channels, width, embedding_rms)
+    projector.initialise(generator)
+    if config.init != "source":
+        draw(projector, config.init, generator)
+    return projector
+
+
+def _build_own(config: OwnConfig, channels: int, width: int, embedding_rms: float, seed: int) -> Projector:
+    """The user's class at ``module:Class``, constructed under ``seed``; the global generator is left as it was."""
+    module, name = config.kind.split(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that it hides nothing; console scripts do not have it
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UserError(f"projector.kind={config.kind}: '{module}' cannot be imported ({error})") from None
+    if not (isinstance(found, type) and issubclass(found, Projector)):
+        raise UserError(f"projector.kind={config.kind} is no class derived from train.projectors.Projector")
+    make: type = found
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            made: Projector = make(channels, width, embedding_rms, **config.settings)
+            return made
+        except TypeError as error:
+            raise UserError(f"projector.kind={config.kind} cannot be made with projector.settings: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One line of ``python -m train projectors``: a kind at its default settings."""
+
+    name: str
+    stack: int  # frames a soft token, on average
+    parameters: int
+    formula: str
+
+
+def list_kinds(channels: int, width: int) -> list[Kind]:
+    """Every kind with its parameter count at its defaults, from ``channels`` to ``width``. Allocates no weights."""
+    kinds = []
+    for name, model in KINDS.items():
+        with torch.device("meta"):
+            projector = REGISTRY[name](model(), channels, width, 1.0)
+        count = sum(parameter.numel() for parameter in projector.parameters())
+        kinds.append(Kind(name, round(3000 / projector.soft_frames(3000)), count, projector.formula))
+    return kinds

@@ -1,0 +1,70 @@
+"""A layer mixer in front of a projector: which layers of the encoder a task wants, learned.
+
+In: a list of features [B, T, C], one a layer (caches of one corpus, joined row by row), and their mask. Out: their
+weighted sum, softmax weights learned, as in SUPERB (Yang et al. 2021, arXiv 2105.01051; s3prl's ``Featurizer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from train.projectors.base import Projector
+
+
+class LayerMixer(nn.Module):
+    """L × [B, T, C] -> sum over l of softmax(w)_l · x_l [B, T, C]. L parameters, w = 0 at the start: the plain mean.
+
+    With ``normalise`` each x_l is first brought to mean 0 and variance 1 over C (s3prl's ``normalize``): layers of one
+    encoder can differ in scale by a factor of ten, and the weights would have to make up for it.
+    """
+
+    def __init__(self, layers: int, normalise: bool = False) -> None:
+        super().__init__()
+        if layers < 1:
+            raise UserError(f"a layer mixer over {layers} layers cannot be: name at least one cache")
+        self.normalise = normalise
+        self.logits = nn.Parameter(torch.zeros(layers))
+
+    def weights(self) -> Tensor:
+        """float32 [L], sums to 1: what a report shows."""
+        return self.logits.softmax(0)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """L tensors [B, T, C] of one shape and float dtype -> [B, T, C] in that dtype."""
+        if len(features) != len(self.logits):
+            raise ValueError(f"a mixer of {len(self.logits)} layers was given {len(features)}")
+        if self.normalise:
+            features = [F.layer_norm(x, x.shape[-1:]) for x in features]
+        weights = self.weights().to(features[0].dtype)
+        mixed = weights[0] * features[0]
+        for weight, x in zip(weights[1:], features[1:], strict=True):
+            mixed = mixed + weight * x
+        return mixed
+
+
+class MixedProjector(Projector):
+    """A ``LayerMixer`` and the projector behind it, as one: ``forward`` takes the list instead of one tensor."""
+
+    def __init__(self, mixer: LayerMixer, projector: Projector) -> None:
+        super().__init__()
+        self.mixer, self.projector = mixer, projector
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """The projector's own start; the mixer's is the mean, whatever the seed."""
+        self.projector.initialise(generator)
+
+    def soft_frames(self, frames: int) -> int:
+        return self.projector.soft_frames(frames)
+
+    def take_losses(self) -> dict[str, Tensor]:
+        return self.projector.take_losses()
+
+    def forward(self, features: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """L × [B, T, C], mask [B, T] bool -> soft [B, S, D], soft_mask [B, S] bool."""
+        soft, soft_mask = self.projector(self.mixer(features), mask)
+        return soft, soft_mask

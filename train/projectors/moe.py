@@ -1,0 +1,128 @@
+"""Mixtures of experts: every expert weighted by a softmax (MOSA), or the best two beside a shared one (tiny-audio).
+Letters as in ``base.py``; E experts, N valid soft tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.options import MoeConfig
+from train.projectors.base import Framewise, Linear, Projector, RMSNorm, draw, make_norm
+from train.projectors.conv import Downsampler
+
+_TOP = 2
+_ROUTER_HIDDEN = 512
+
+
+class Expert(nn.Module):
+    """fc1 [H] -> activation -> fc2 [D], with biases."""
+
+    def __init__(self, inputs: int, hidden: int, width: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc1 = Linear(inputs, hidden)
+        self.fc2 = Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., D]."""
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return y
+
+
+class DenseMoe(Projector):
+    """Downsampler [D] -> sum over e of softmax(router)_e · expert_e -> [norm]: MOSA-Base (arXiv 2508.18998).
+
+    Router D -> 512 -> ReLU -> E, experts D -> H -> ReLU -> D with H = 4096, E = 4, k = 4; the cross-entropy is the only
+    loss. PyTorch's default start, but the router's last layer N(0, 0.02) with bias 0: all experts near 1/E at first.
+    """
+
+    formula = (
+        "(log2 k - 1)·(3·C + 1)·C + (3·C + 1)·D + (D + 1)·512 + 513·E + E·((D + 1)·H + (H + 1)·D) "
+        "(norm: rms + D, layer + 2·D)"
+    )
+
+    def __init__(self, config: MoeConfig, channels: int, width: int, embedding_rms: float) -> None:
+        super().__init__()
+        self.stack = config.stack
+        self.down = Downsampler(channels, width, config.stack)
+        self.router = nn.Sequential(Linear(width, _ROUTER_HIDDEN), nn.ReLU(), Linear(_ROUTER_HIDDEN, config.experts))
+        hidden = config.hidden or 4096
+        self.experts = nn.ModuleList(Expert(width, hidden, width, F.relu) for _ in range(config.experts))
+        self.norm = make_norm(config.norm, width, embedding_rms)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        draw(self, "torch", generator)
+        draw(self.router[-1], "normal", generator)
+
+    def soft_frames(self, frames: int) -> int:
+        return -(-frames // self.stack)
+
+    def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x, soft_mask = self.down(features, mask)
+        weights_BSE = self.router(x).float().softmax(-1).to(x.dtype)
+        total = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            total = total + weights_BSE[..., i, None] * expert(x)
+        return self.norm(total), soft_mask
+
+
+class TopMoe(Framewise):
+    """[k·C] -> RMSNorm -> shared expert + the best two of E, weighted to sum to 1 -> [norm]: tiny-audio's ``moe``
+    (alexkroman/tiny-audio, ``projectors.py``; shared experts: DeepSeekMoE, arXiv 2401.06066).
+
+    Router k·C -> E without bias; experts k·C -> H -> GELU -> D, H = D, E = 4, k = 4. Start: router N(0, 0.02), fc1
+    Glorot-uniform, fc2 N(0, 0.01), biases 0. In training the router's logits get a relative noise of ``jitter``, and
+    ``take_losses`` gives ``balance`` (E · mean of (mean probability of e - 1/E)², over valid soft tokens) and
+    ``router_z`` (mean of logsumexp², ST-MoE, arXiv 2202.08906), times their weights.
+    """
+
+    formula = "k·C + k·C·E + (E + 1)·((k·C + 1)·H + (H + 1)·D) (norm: rms + D, layer + 2·D)"
+
+    def __init__(self, config: MoeConfig, channels: int, width: int, embedding_rms: float) -> None:
+        super().__init__()
+        self.stack = config.stack
+        self.balance, self.router_z, self.jitter = config.balance, config.router_z, config.jitter
+        inputs, hidden = config.stack * channels, config.hidden or width
+        self.input_norm = RMSNorm(inputs)
+        self.router = Linear(inputs, config.experts, bias=False)
+        self.shared = Expert(inputs, hidden, width, F.gelu)
+        self.experts = nn.ModuleList(Expert(inputs, hidden, width, F.gelu) for _ in range(config.experts))
+        self.norm = make_norm(config.norm, width, embedding_rms)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        draw(self, "xavier", generator)
+        draw(self.router, "normal", generator)
+        for expert in (self.shared, *self.experts):
+            expert.fc2.weight.normal_(0, 0.01, generator=generator)
+
+    def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
+        x_NK = self.input_norm(x_BSK[mask_BS])  # padding is not routed: it would count in the losses
+        logits_NE = self.router(x_NK).float()
+        if self.training and self.jitter:
+            logits_NE = logits_NE * torch.empty_like(logits_NE).uniform_(1 - self.jitter, 1 + self.jitter)
+        probabilities_NE = logits_NE.softmax(-1)
+        best, chosen = probabilities_NE.topk(_TOP, -1)
+        weights = torch.zeros_like(probabilities_NE).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
+        total = self.shared(x_NK)
+        for i, expert in enumerate(self.experts):  # one that no token chose still runs, so that it has a gradient of 0
+            rows = (chosen == i).any(-1).nonzero()[:, 0]
+            total = total.index_add(0, rows, (weights[rows, i, None] * expert(x_NK[rows])).to(total.dtype))
+        if self.training:
+            spread = probabilities_NE.mean(0) - 1 / len(self.experts)
+            self._losses = {
+                "balance": self.balance * len(self.experts) * spread.square().mean(),
+                "router_z": self.router_z * logits_NE.logsumexp(-1).square().mean(),
+            }
+        soft_ND: Tensor = self.norm(total)
+        return soft_ND.new_zeros(*mask_BS.shape, soft_ND.shape[-1]).masked_scatter(mask_BS[..., None], soft_ND)
+
+
+def make_moe(config: MoeConfig, channels: int, width: int, embedding_rms: float) -> Projector:
+    """The mixture that ``routing`` names; see ``DenseMoe`` and ``TopMoe``."""
+    make = DenseMoe if config.routing == "dense" else TopMoe
+    return make(config, channels, width, embedding_rms)

@@ -1,0 +1,72 @@
+"""``transformer``: stacked frames that read each other before they become soft tokens. Letters as in ``base.py``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.options import TransformerConfig
+from train.projectors.base import Attention, Framewise, LayerNorm, Linear, draw, make_norm
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(LayerNorm x), then x + fc2(GELU(fc1(LayerNorm x))), H -> 4·H -> H."""
+
+    def __init__(self, hidden: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(hidden)
+        self.attention = Attention(hidden, heads, dropout=dropout)
+        self.mlp_norm = LayerNorm(hidden)
+        self.fc1 = Linear(hidden, 4 * hidden)
+        self.fc2 = Linear(4 * hidden, hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[B, S, H], [B, S] -> [B, S, H]."""
+        normed = self.attention_norm(x)
+        x = x + self.dropout(self.attention(normed, normed, mask))
+        y: Tensor = x + self.dropout(self.fc2(F.gelu(self.fc1(self.mlp_norm(x)))))
+        return y
+
+
+class Transformer(Framewise):
+    """[k·C] -> fc1 [H] -> + positions -> L × TransformerLayer -> LayerNorm -> fc2 [D] -> [norm].
+
+    The adapter of NeMo's SALM (arXiv 2310.09424; NVIDIA/NeMo, ``speechlm2/conf/salm.yaml``: L = 2, H = 1024, 8 heads,
+    then a linear layer), with pre-norm transformer layers where NeMo has Conformer layers, and sinusoidal positions
+    (Vaswani et al. 2017) where it has relative ones. PyTorch's default start.
+    """
+
+    formula = "(k·C + 1)·H + L·(12·H² + 13·H) + 2·H + (H + 1)·D (norm: rms + D, layer + 2·D)"
+
+    def __init__(self, config: TransformerConfig, channels: int, width: int, embedding_rms: float) -> None:
+        super().__init__()
+        self.stack = config.stack
+        self.fc1 = Linear(config.stack * channels, config.hidden)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config.hidden, config.heads, config.dropout) for _ in range(config.layers)
+        )
+        self.last_norm = LayerNorm(config.hidden)
+        self.fc2 = Linear(config.hidden, width)
+        self.norm = make_norm(config.norm, width, embedding_rms)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        draw(self, "torch", generator)
+
+    def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
+        x = self.fc1(x_BSK)
+        x = x + positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, mask_BS)
+        soft: Tensor = self.norm(self.fc2(self.last_norm(x)))
+        return soft
+
+
+def positions(count: int, width: int, device: torch.device) -> Tensor:
+    """Sinusoidal positions float32 [count, width], ``width`` even: sines in even columns, cosines in odd ones."""
+    frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
+    angle = torch.outer(torch.arange(count, device=device), frequency)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
