@@ -5,9 +5,9 @@
     python bench/tight.py --extract configs/extract/librispeech.yaml --set source.path=/data/LibriSpeech limit=500
 
 Makes one cache for full30 and one for each margin (seconds of silence that a tight context keeps), kept in ``--root``
-for the next time. Prints for each the encoder's time on the same ``--clips`` clips (all variants in turn, best of five),
-the cosine and relative RMS error of all stored features against full30's, and with ``--steps`` what ``python -m train
-fit`` reports for a projector trained on it with the same seed: held-out loss, audio gain, word error rate.
+for the next time. Prints for each the encoder's time on the same ``--clips`` clips (in turn, best of five), the cosine
+and relative RMS error of all stored features against full30's, and with ``--steps`` what ``python -m train fit``
+reports for a projector trained on it with the same seed: held-out loss, audio gain, word error rate.
 """
 
 from __future__ import annotations
