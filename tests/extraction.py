@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,39 @@ class Kill:
     when: str
 
 
-def start(argv: list[str], kill: Kill | None = None, log: Path | None = None, count: Path | None = None) -> Any:
-    """Start ``python -m pipeline <argv>``: its output goes to ``log``, how many operations it made to ``count``."""
-    process = _context.Process(target=_child, args=(argv, kill, log, count))
+def start(
+    argv: list[str],
+    kill: Kill | None = None,
+    log: Path | None = None,
+    count: Path | None = None,
+    before: Callable[[], object] | None = None,
+) -> Any:
+    """Start ``python -m pipeline <argv>``: its output goes to ``log``, how many operations it made to ``count``.
+
+    ``before`` (a module's function, or a partial of one) is called in the new process first.
+    """
+    process = _context.Process(target=_child, args=(argv, kill, log, count, before))
     process.start()
     return process
 
 
-def run(argv: list[str], kill: Kill | None = None, log: Path | None = None, count: Path | None = None) -> int:
-    """Run to the end; a process that was killed gives -9."""
-    process = start(argv, kill, log, count)
+def run(argv: list[str], *args: Any, **kwargs: Any) -> int:
+    """Run to the end, with the arguments of :func:`start`; a process that was killed gives -9."""
+    process = start(argv, *args, **kwargs)
     process.join()
     code: int = process.exitcode
     return code
 
 
-def _child(argv: list[str], kill: Kill | None, log: Path | None, count: Path | None) -> None:
+def _child(
+    argv: list[str], kill: Kill | None, log: Path | None, count: Path | None, before: Callable[[], object] | None
+) -> None:
     os.setsid()
     out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    if before is not None:
+        before()
     done = [0]
     for name in OPERATIONS:
         setattr(os, name, _counted(name, getattr(os, name), done, kill))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,8 +56,8 @@ def save_checkpoint(
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     path = folder / f"step-{step:06d}{SUFFIX}"
     metadata = {"state": json.dumps({**state, "format": FORMAT, "step": step}, allow_nan=False)}
-    with told("saving a checkpoint", path):
-        write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, metadata, "saving a checkpoint")
+    with told("removing an older checkpoint", folder):
         for old in checkpoints(folder)[KEEP:]:
             old.unlink(missing_ok=True)
     return path
@@ -120,16 +121,29 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-*{SUFFIX}"), key=lambda path: int(path.stem.split("-")[1]), reverse=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file under ``path``, durably and at once."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], doing: str = "saving trained tensors"
+) -> None:
+    """A safetensors file under ``path``, durably and at once; UserError when it cannot be stored."""
     partial = temporary(path, str(os.getpid()))
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        fd = os.open(partial, os.O_RDONLY)
+    with told(doing, path):
         try:
-            os.fsync(fd)
+            _write(partial, tensors, metadata)
+            publish(partial, path)
         finally:
-            os.close(fd)
-        publish(partial, path)
+            partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # the library has no other way to say what the system said
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(fd)

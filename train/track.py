@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.disk import atomic_write, told
+from shards.disk import atomic_write, told, write_all
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -30,8 +30,9 @@ class Tracker:
             for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
                 kept = [line for line in read_lines(run / name) if line["step"] <= last]
                 atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
-        self._metrics = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._evaluations = open(run / EVALUATIONS, "a", encoding="utf-8")  # noqa: SIM115
+            # unbuffered: what a full disk refused must not be tried again when the file is closed
+            self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
+            self._evaluations = open(run / EVALUATIONS, "ab", buffering=0)  # noqa: SIM115
         self._steps = steps
         self._gain: float | None = None
         # no bar in a log: the lines of `step` tell the same
@@ -77,8 +78,7 @@ class Tracker:
 
     def _append(self, file: Any, tree: dict[str, Any]) -> None:
         with told("writing metrics", Path(file.name)):
-            file.write(_line(tree))
-            file.flush()
+            write_all(file.fileno(), _line(tree).encode())
 
 
 def figure(value: float | None, digits: int = 4) -> str:
