@@ -18,6 +18,7 @@ used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -32,7 +33,7 @@ from shards.errors import UserError
 Rows = NDArray[np.int64]
 
 # What a stretch of Philox words is used for: the highest word of the counter, so that no two uses overlap.
-SHARDS, ROWS, JITTER, BATCHES = range(4)
+SHARDS, ROWS, JITTER, BATCHES, DRAW = range(5)
 
 
 class Rules(Config):
@@ -45,6 +46,9 @@ class Rules(Config):
         shuffle: ``none`` nothing is random; ``shard`` the order of shards; ``window`` also the rows and batches inside
             a window; ``global`` one window spans the epoch. Every mode groups the rows of a window by length.
         drop_last: leave out, at random in each window and epoch, the rows that would not fill a last batch.
+        weights: how often an epoch takes the rows of each cache, ``None`` once each. Weight 2 takes every row twice,
+            0.25 a quarter of the rows of every shard, another quarter in the next epoch: after E epochs each row of
+            the cache was taken floor(E × weight) or ceil(E × weight) times. Second copies are visits of their own.
     """
 
     batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -52,6 +56,7 @@ class Rules(Config):
     window_shards: Annotated[int, Field(ge=1)] = 8
     shuffle: Literal["none", "shard", "window", "global"] = "window"
     drop_last: bool = False
+    weights: tuple[Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)], ...] | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Rules:
@@ -95,6 +100,7 @@ class Order:
         seed: 0 … 2**64 - 1.
         rows: eligible rows (any order, no repeats); ``None`` is every row.
         name: how an error calls a row (the stream gives the utterance's key).
+        caches: int64 [caches + 1], for ``rules.weights``: cache c holds the rows ``caches[c]:caches[c + 1]``.
 
     Raises:
         UserError: no row is eligible, or one alone is longer than ``max_frames``.
@@ -109,6 +115,7 @@ class Order:
         seed: int,
         rows: ArrayLike | None = None,
         name: Callable[[int], str] = "row {}".format,
+        caches: ArrayLike | None = None,
     ) -> None:
         self.frames: NDArray[np.int32] = np.asarray(frames, dtype=np.int32)
         self.rules, self.seed = rules, seed
@@ -142,7 +149,30 @@ class Order:
         self._first, self._last = edges[:-1][filled], edges[1:][filled]
         # A filter thins the shards: a window takes more of them, to hold the rows of `window_shards` whole shards.
         width = -(-rules.window_shards * total // self.total)
-        self.windows = 1 if rules.shuffle == "global" else -(-len(filled) // width)
+        self._weights = np.ones(len(filled))  # of each shard
+        self._visits = np.arange(len(filled))  # an epoch's: the shard
+        self._copies = np.zeros(len(filled), dtype=np.int64)  # and the how manieth time
+        if rules.weights is not None:
+            self._weigh(edges[:-1][filled], [0, total] if caches is None else caches, rules.weights)
+            # Visits that take a part of a shard's rows thin the windows, as a filter does.
+            taken = float((self._weights * (self._last - self._first)).sum()) / len(self._visits)
+            width = math.ceil(rules.window_shards * (total / len(filled)) / taken)
+        self.windows = 1 if rules.shuffle == "global" else -(-len(self._visits) // width)
+
+    def _weigh(self, starts: Rows, caches: ArrayLike, weights: tuple[float, ...]) -> None:
+        edges = np.asarray(caches, dtype=np.int64)
+        if len(weights) != len(edges) - 1:
+            raise UserError(f"weights has {len(weights)} numbers for {len(edges) - 1} caches: give one for each cache")
+        edges = edges if self.rows is None else np.searchsorted(self.rows, edges)
+        self._weights = np.asarray(weights)[np.searchsorted(edges, starts, side="right") - 1]
+        most = np.ceil(self._weights).astype(np.int64)
+        self._visits = np.repeat(np.arange(len(most)), most)
+        self._copies = np.arange(len(self._visits)) - np.repeat(np.cumsum(most) - most, most)
+
+    def reads(self, epoch: int, window: int) -> Rows:
+        """One row of each shard that the window reads, in the order of visits, none twice."""
+        first = self._first[list(dict.fromkeys(self._visits[self._chosen(epoch, window)].tolist()))]
+        return first if self.rows is None else self.rows[first]
 
     def window(self, epoch: int, window: int) -> Window:
         """The global batches of one window of one epoch."""
@@ -178,7 +208,7 @@ class Order:
             if at.batch and at.batch >= len(window):
                 raise UserError(f"{at} is no position of this order: its window has {len(window)} batches")
             idle = 0 if len(window) else idle + 1
-            if idle == self.windows:
+            if idle == self.windows and self.rules.drop_last:
                 raise UserError("drop_last leaves no batch in an epoch: lower batch_size or set drop_last=false")
             end = Position(at.epoch, at.window + 1, 0, at.count + len(window) - at.batch)
             if end.window == self.windows:
@@ -194,12 +224,27 @@ class Order:
 
     def _rows_of(self, epoch: int, window: int) -> Rows:
         """Rows of the window's shards, in stored order of the (permuted) shards."""
-        count = len(self._first)
-        shards = np.arange(count) if self.rules.shuffle == "none" else self._shuffle(epoch, 0, SHARDS, count)
-        chosen = shards[window * count // self.windows : (window + 1) * count // self.windows]
-        spans = [np.arange(self._first[shard], self._last[shard]) for shard in chosen]
-        places = np.concatenate(spans)
+        places = np.concatenate([self._rows_at(epoch, visit) for visit in self._chosen(epoch, window).tolist()])
         return places if self.rows is None else self.rows[places]
+
+    def _chosen(self, epoch: int, window: int) -> Rows:
+        """The visits of a window."""
+        count = len(self._visits)
+        visits = np.arange(count) if self.rules.shuffle == "none" else self._shuffle(epoch, 0, SHARDS, count)
+        return visits[window * count // self.windows : (window + 1) * count // self.windows]
+
+    def _rows_at(self, epoch: int, visit: int) -> Rows:
+        shard = int(self._visits[visit])
+        rows = np.arange(self._first[shard], self._last[shard])
+        weight = float(self._weights[shard])
+        if weight == 1.0:
+            return rows
+        # Row i of n, in an order drawn once, is taken floor((e + 1) w + i / n) - floor(e w + i / n) times in epoch e.
+        at = np.empty(len(rows))
+        at[self._shuffle(0, shard, DRAW, len(rows))] = np.arange(len(rows)) / len(rows)
+        times = np.floor((epoch + 1) * weight + at) - np.floor(epoch * weight + at)
+        taken: Rows = rows[times > self._copies[visit]]
+        return taken
 
     def _shuffle(self, epoch: int, window: int, purpose: int, count: int) -> Rows:
         return np.argsort(random_words(self.seed, epoch, window, purpose, count), kind="stable")

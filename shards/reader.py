@@ -1,7 +1,7 @@
 """Read committed features: rows found from the manifest, bytes from memory-mapped shards, no copy before yours.
 
-In: a complete cache folder (``CACHE.json`` stands). Out: :class:`Cache`, which gives any utterance's features as a
-read-only view or copies them once into a buffer of yours.
+In: a complete cache folder (``CACHE.json`` stands), or its URL (``shards/mirror.py``). Out: :class:`Cache`, which gives
+any utterance's features as a read-only view or copies them once into a buffer of yours.
 
 ```
 CACHE.json -> spec, ids, counts     manifest.parquet -> frames and shards at once, the rest a row group at a time
@@ -19,7 +19,7 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
@@ -36,12 +36,15 @@ from shards.codec import SCALED, STORED_DTYPE, Array, decode
 from shards.disk import file_sha256, open_file
 from shards.errors import UserError
 from shards.manifest import MANIFEST_SCHEMA, Layout, RecordError, read_parquet, unseal
+from shards.mirror import Mirror
 from shards.spec import FeatureSpec
+from shards.storage import is_url
 from shards.tables import BATCH, ROWS_PER_BYTE, TEXT_GROWTH, TEXT_ROOM
 
 MAPPINGS = 64  # shards mapped at once: each keeps one file descriptor
 GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
 HASHED_AT_OPEN = 64 << 20  # a larger manifest is hashed by `verify` alone: opening must stay quick
+ADVICE = 256 << 10  # bytes the kernel is asked to read at once: some kernels cut off a longer request
 PLACES = ["offset", "length", "scale_offset", "scale_length", "crc32"]
 
 Group = dict[str, Any]  # of a row group: "key" and "text" as pyarrow arrays, PLACES as NumPy arrays
@@ -51,7 +54,9 @@ class Cache:
     """One committed cache. Make it with :meth:`open`.
 
     Attributes:
-        path: the cache folder.
+        path: the cache folder; of a far cache, the local folder that mirrors it.
+        location: the cache folder, or the URL of a far cache.
+        mirror: what fetches the shards of a far cache; ``None`` of a local one.
         spec: what the features are; ``feature_id`` is its hash.
         info: ``CACHE.json``.
         manifest_id: 64 hex digits that stand for the content of the cache.
@@ -60,9 +65,17 @@ class Cache:
     """
 
     def __init__(
-        self, path: Path, info: dict[str, Any], spec: FeatureSpec, frames: Array, shards: Array, verify: bool
+        self,
+        path: Path,
+        info: dict[str, Any],
+        spec: FeatureSpec,
+        frames: Array,
+        shards: Array,
+        verify: bool,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.path, self.info, self.spec = path, info, spec
+        self.path, self.info, self.spec, self.mirror = path, info, spec, mirror
+        self.location = str(path) if mirror is None else mirror.url
         self.feature_id: str = spec.feature_id
         self.manifest_id: str = info["manifest_id"]
         self._dtype = STORED_DTYPE[spec.codec]
@@ -77,13 +90,18 @@ class Cache:
         self.detach()
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = True) -> Cache:
-        """The cache at ``path``; ``verify=False`` skips the checksum of rows.
+    def open(cls, path: str | Path | Mirror, verify: bool = True) -> Cache:
+        """The cache at ``path``, a folder or a URL; ``verify=False`` skips the checksum of rows.
+
+        A :class:`~shards.storage.Mirror` in place of a URL sets the local folder and its size.
 
         Raises:
-            UserError: there is no complete cache, it is of another format, or its files do not fit each other.
+            UserError: there is no complete cache, it is of another format, its files do not fit each other, or a far
+                one cannot be reached.
         """
-        layout = Layout(Path(path))
+        if not isinstance(path, Mirror) and is_url(path):
+            path = Mirror.open(str(path))
+        mirror, layout = (path, path.layout) if isinstance(path, Mirror) else (None, Layout(Path(path)))
         info = _read_info(layout)
         where = f"'{layout.cache}'"
         try:
@@ -95,10 +113,10 @@ class Cache:
             frames, shards = _read_index(layout, declared[1], declared[2], str(written["sha256"]))
         except (KeyError, TypeError, ValueError) as error:
             raise _broken(layout.path, f"{layout.cache.name} lacks or garbles {error}") from None
-        return cls(layout.path, info, spec, frames, shards, verify)
+        return cls(layout.path, info, spec, frames, shards, verify, mirror)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cache.open, (self.path, self._verify)  # a worker process maps for itself
+        return Cache.open, (self.mirror or self.path, self._verify)  # a worker process maps for itself
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -109,6 +127,12 @@ class Cache:
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._groups: OrderedDict[int, Group] = OrderedDict()
         self._parquet: tuple[pq.ParquetFile, list[int]] | None = None
+        self._most_maps = MAPPINGS
+        if self.mirror is not None:
+            self.mirror.detach()
+            # What is mapped cannot make room: at most half of the local folder.
+            fit = int(self.mirror.budget / 2 / max(self.mirror.shard_bytes, 1))
+            self._most_maps = max(1, min(MAPPINGS, fit))
 
     @cached_property
     def manifest(self) -> pa.Table:
@@ -170,6 +194,19 @@ class Cache:
         end = group["scale_offset"].item(at) + group["scale_length"].item(at)
         return payload, _array(data, end, shape[1:], np.dtype("<f4"))
 
+    def shard_of(self, index: int) -> int:
+        """The number of the shard that holds utterance ``index``."""
+        return int(self._shards[index])
+
+    def will_need(self, rows: Sequence[int]) -> None:
+        """Ask the kernel to read these utterances' pages from the disk while the caller does other things."""
+        for index in rows:
+            data = self._map(self._shards.item(index))
+            group, at = self._find(index)
+            start, size = group["offset"].item(at), group["length"].item(at)
+            for place in range(start - start % mmap.PAGESIZE, min(start + size, len(data)), ADVICE):
+                data.madvise(mmap.MADV_WILLNEED, place, min(ADVICE, start + size - place))
+
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
@@ -197,14 +234,15 @@ class Cache:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
                 return self._maps[shard]
-            path = Layout(self.path).tar(shard)
-            try:
-                with open_file(path) as file:
-                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # ValueError: an empty file
-                raise _broken(self.path, f"shards/{path.name} cannot be read ({error})") from None
-            self._maps[shard] = data
-            if len(self._maps) > MAPPINGS:
+        path = Layout(self.path).tar(shard)
+        try:  # without the lock: a far shard may take a while, and others wait for other shards
+            with open_file(path) if self.mirror is None else self.mirror.open_shard(shard) as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise _broken(self.path, f"shards/{path.name} cannot be read ({error})") from None
+        with self._lock:
+            data = self._maps.setdefault(shard, data)
+            if len(self._maps) > self._most_maps:
                 # Not closed: views that are still in use keep it alive, the last of them frees it.
                 self._maps.popitem(last=False)
             return data

@@ -44,21 +44,26 @@ def unseal(path: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise RecordError(f"{path.name} cannot be read: {error.strerror}") from None
+    return parse(data, path.name)
+
+
+def parse(data: bytes, name: str) -> dict[str, Any]:
+    """The object that :func:`seal` made ``data`` of; RecordError, which calls it ``name``, when it is not whole."""
     if len(data) > MAX_JSON:
-        raise RecordError(f"{path.name} is larger than {MAX_JSON >> 20} MiB")
+        raise RecordError(f"{name} is larger than {MAX_JSON >> 20} MiB")
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
-        raise RecordError(f"{path.name} is not JSON") from None
+        raise RecordError(f"{name} is not JSON") from None
     if not isinstance(tree, dict):
-        raise RecordError(f"{path.name} holds no JSON object")
+        raise RecordError(f"{name} holds no JSON object")
     tree.pop("sha256", None)
     try:
         whole = seal(tree) == data
     except (ValueError, RecursionError):
         whole = False
     if not whole:
-        raise RecordError(f"{path.name} does not match its own sha256")
+        raise RecordError(f"{name} does not match its own sha256")
     return tree
 
 

@@ -35,10 +35,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from shards.buffers import Pool
 from shards.codec import decode
 from shards.errors import UserError
+from shards.mirror import Mirror, require_room
 from shards.order import Order, Position, Rows, Rules
 from shards.reader import Cache
 
 STATE_VERSION = 1
+NEEDED = 4  # batches beyond those being read whose pages the kernel is asked for
+Step = tuple[Rows, Position, Position]  # of a walk: a batch's rows, its position, the one after it
 
 
 @dataclass
@@ -133,6 +136,7 @@ class FeatureStream(IterableDataset[Batch]):
             seed,
             rows,
             lambda row: "utterance '{}'".format(*self._strings("key", [row])),
+            self._offsets,
         )
         chosen = "all" if self.order.rows is None else hashlib.sha256(self.order.rows.tobytes()).hexdigest()[:16]
         # A state names what it belongs to by 16 hex digits each, so that it stays a few hundred bytes.
@@ -189,7 +193,9 @@ class FeatureStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         if self._ended:
             self._at, self._origin, self._ended = Position(), None, False
-        walk = self.order.walk(self._at, self.epochs)
+        walk: Iterator[Step] = self.order.walk(self._at, self.epochs)
+        if any(cache.mirror for cache in self.caches):
+            walk = self._fetch_ahead(walk)
         worker = get_worker_info()
         if worker is not None:
             # DataLoader takes from its workers in turn: worker w of n reads the batches w, w + n … from the origin on.
@@ -202,25 +208,72 @@ class FeatureStream(IterableDataset[Batch]):
             yield batch
         self._ended = True
 
-    def _read_ahead(self, walk: Iterator[tuple[Rows, Position, Position]]) -> Iterator[tuple[Batch, Position]]:
+    def _fetch_ahead(self, walk: Iterator[Step]) -> Iterator[Step]:
+        """The same steps; at each new window, far caches are told which shards come next."""
+        seen, mirrors = None, [cache.mirror for cache in self.caches if cache.mirror is not None]
+        try:
+            for step in walk:
+                window = step[1].epoch, step[1].window
+                if window != seen:
+                    seen = window
+                    self._want(*window)
+                yield step
+        finally:
+            for mirror in mirrors:
+                mirror.want_nothing()
+
+    def _want(self, epoch: int, window: int) -> None:
+        now = self._far_shards(epoch, window)
+        require_room([(mirror, len(shards)) for mirror, shards in now.items()], "window_shards")
+        after = (epoch, window + 1) if window + 1 < self.order.windows else (epoch + 1, 0)
+        later = self._far_shards(*after) if self.epochs is None or after[0] < self.epochs else {}
+        for mirror in now.keys() | later.keys():
+            mirror.want([*now.get(mirror, []), *later.get(mirror, [])])
+
+    def _far_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
+        """The shards of far caches that a window reads, in order of need."""
+        found: dict[Mirror, list[int]] = {}
+        for cache, index in map(self.locate, self.order.reads(epoch, window).tolist()):
+            if cache.mirror is not None:
+                found.setdefault(cache.mirror, []).append(cache.shard_of(index))
+        return found
+
+    def _read_ahead(self, walk: Iterator[Step]) -> Iterator[tuple[Batch, Position]]:
         """Batches in the walk's order, ``prefetch`` of them being read by threads while the loop works."""
         if not self.prefetch:
             for rows, here, after in walk:
                 yield self._read(rows, here, after), after
             return
         executor = ThreadPoolExecutor(self.threads, thread_name_prefix="earshard-read")
+        # One thread of its own asks the kernel for pages: asking waits for a busy disk's queue.
+        needer = ThreadPoolExecutor(1, thread_name_prefix="earshard-need")
         try:
             waiting: deque[tuple[Future[Batch], Position]] = deque()
-            for rows, here, after in islice(walk, self.prefetch):
-                waiting.append((executor.submit(self._read, rows, here, after), after))
+            coming: deque[Step] = deque()
+
+            def look(count: int) -> None:
+                for step in islice(walk, count):
+                    coming.append(step)
+                    needer.submit(self._need, step[0])
+
+            look(self.prefetch + NEEDED)
+            while coming and len(waiting) < self.prefetch:
+                waiting.append((executor.submit(self._read, *coming[0]), coming.popleft()[2]))
             while waiting:
                 future, after = waiting.popleft()
                 batch = future.result()
-                for step in islice(walk, 1):
-                    waiting.append((executor.submit(self._read, *step), step[2]))
+                look(1)
+                if coming:
+                    waiting.append((executor.submit(self._read, *coming[0]), coming.popleft()[2]))
                 yield batch, after
         finally:
+            needer.shutdown(wait=True, cancel_futures=True)
             executor.shutdown(wait=True, cancel_futures=True)
+
+    def _need(self, rows: Rows) -> None:
+        for cache, index in map(self.locate, rows[self.rank :: self.world].tolist()):
+            if cache.mirror is None:  # what was just fetched is in memory
+                cache.will_need([index])
 
     def _read(self, rows: Rows, here: Position, after: Position) -> Batch:
         """Fill a buffer with this rank's part of a global batch."""

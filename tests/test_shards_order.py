@@ -220,3 +220,80 @@ def test_a_position_that_the_order_does_not_have_is_refused():
 
 GOLDEN_WORDS = [12219508911059832398, 17188035296609076471]
 GOLDEN_ORDER = "4a9a07adb216e6ca4c64859570ec1146d5876ae580806e7bed52c6106946418e"
+
+
+@st.composite
+def weighted(draw):
+    frames = np.asarray(draw(st.lists(st.integers(1, 50), min_size=4, max_size=60)))
+    edges = sorted({0, len(frames), *draw(st.lists(st.integers(0, len(frames)), max_size=8))})
+    caches = sorted({0, len(frames), *draw(st.lists(st.sampled_from(edges), max_size=2))})
+    weight = st.one_of(st.sampled_from([0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]), st.floats(0.05, 3.0))
+    rules = Rules(
+        batch_size=draw(st.integers(1, 8)),
+        window_shards=draw(st.integers(1, 4)),
+        shuffle=draw(st.sampled_from(["none", "shard", "window", "global"])),
+        weights=tuple(draw(weight) for _ in caches[1:]),
+    )
+    return Order(frames, edges, rules, draw(st.integers(0, 9)), caches=caches), caches
+
+
+@given(weighted(), st.integers(1, 12))
+def test_weights_take_every_row_of_a_cache_as_often_as_any_other_up_to_once(given_, epochs):
+    order, caches = given_
+    times = np.zeros(len(order.frames), dtype=int)
+    for epoch in range(epochs):
+        before = times.copy()
+        for batch in epoch_of(order, epoch):
+            np.add.at(times, batch, 1)
+        for cache, weight in enumerate(order.rules.weights):
+            mine = slice(caches[cache], caches[cache + 1])
+            taken = (times - before)[mine]
+            assert taken.min() >= np.floor(weight)
+            assert taken.max() <= np.ceil(weight)
+    for cache, weight in enumerate(order.rules.weights):
+        mine = times[caches[cache] : caches[cache + 1]]
+        assert np.floor(epochs * weight - 1e-9) <= mine.min()
+        assert mine.max() <= np.ceil(epochs * weight + 1e-9)
+
+
+def test_an_epoch_holds_the_weighted_part_of_each_cache_up_to_one_row_a_shard():
+    rules = Rules(batch_size=8, window_shards=2, weights=(0.3, 1.0, 2.5))
+    order = Order(durations(3000), np.arange(0, 3001, 100), rules, seed=4, caches=[0, 1000, 2000, 3000])
+    for epoch in range(4):
+        rows = np.concatenate(epoch_of(order, epoch))
+        for cache, weight in enumerate(rules.weights):
+            assert abs((rows // 1000 == cache).sum() - weight * 1000) <= 10
+
+
+@given(weighted(), st.data())
+def test_a_weighted_walk_from_any_position_is_the_rest_of_the_walk(given_, data):
+    order, _ = given_
+    steps = list(order.walk(Position(), epochs=3))
+    if steps:
+        at = data.draw(st.integers(0, len(steps) - 1))
+        rest = [rows.tolist() for rows, _, _ in order.walk(steps[at][1], epochs=3)]
+        assert rest == [rows.tolist() for rows, _, _ in steps[at:]]
+
+
+@given(orders(), st.integers(0, 3))
+def test_the_shards_a_window_is_said_to_read_are_those_of_its_rows(order, epoch):
+    for number in range(order.windows):
+        window = order.window(epoch, number)
+        rows = np.concatenate([window[i] for i in range(len(window))]) if len(window) else np.array([], dtype=int)
+        said = order.reads(epoch, number)
+        assert len(set(said.tolist())) == len(said)
+        assert len(said) <= max(len(rows), 1)
+        if not order.rules.drop_last:
+            assert set(said.tolist()) <= set(rows.tolist())
+
+
+def test_weights_of_one_are_the_order_without_weights():
+    arguments = (durations(300), [0, 100, 200, 300])
+    plain = Order(*arguments, Rules(batch_size=8, window_shards=2), 5)
+    same = Order(*arguments, Rules(batch_size=8, window_shards=2, weights=(1.0, 1.0)), 5, caches=[0, 100, 300])
+    assert epoch_of(plain, 1) == epoch_of(same, 1)
+
+
+def test_as_many_weights_as_caches_are_wanted():
+    with pytest.raises(UserError, match="weights has 1 numbers for 2 caches: give one for each cache"):
+        Order([1, 2], [0, 1, 2], Rules(batch_size=2, weights=(2.0,)), 0, caches=[0, 1, 2])

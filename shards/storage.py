@@ -1,0 +1,147 @@
+"""Files that are far away: one connection type, two ways there, and patience.
+
+In: the URL of a folder, of any scheme that fsspec or plain HTTP knows. Out: :class:`Remote`, which streams parts of the
+files below it, and :func:`insist`, which tries again for as long as that may help and then tells why in one sentence.
+Nothing is listed, so a plain web server will do.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from shards.errors import UserError
+
+T = TypeVar("T")
+CHUNK = 8 << 20  # bytes asked for at once from an object store
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt; progress starts the row anew
+SILENCE = 30.0  # seconds without a byte after which an HTTP transfer is given up
+
+
+def is_url(path: str | Path) -> bool:
+    """True for ``scheme://…`` as text."""
+    return isinstance(path, str) and "://" in path
+
+
+class Broken(Exception):
+    """A transfer failed and may succeed when repeated: one phrase."""
+
+
+class Remote(Protocol):
+    """Where the files of a cache come from."""
+
+    def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        """Bytes ``start:end`` of a file, or less where it is shorter."""
+
+
+def connect(url: str) -> Remote:
+    """The remote of a URL's scheme.
+
+    Raises:
+        UserError: no installed package knows the scheme.
+    """
+    if url.startswith(("http://", "https://")):
+        return _Http(url)
+    return _Store(url)
+
+
+class _Http:
+    """A plain web server. Not through fsspec: its HTTP wants aiohttp, an event loop, and has no limit on silence."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        from http.client import HTTPException
+        from urllib.error import HTTPError
+        from urllib.parse import quote
+        from urllib.request import Request, urlopen
+
+        headers = {"User-Agent": "earshard", "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-{end - 1}"
+        try:
+            with urlopen(Request(f"{self.url}/{quote(name)}", headers=headers), timeout=SILENCE) as answer:
+                skip, left = (0 if answer.status == 206 else start), end - start  # 200: it knows no ranges
+                while left and (chunk := answer.read(min(1 << 20, skip or left))):
+                    if skip:
+                        skip -= len(chunk)
+                        continue
+                    left -= len(chunk)
+                    yield chunk
+        except HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(name) from None
+            if error.code in (401, 403):
+                raise PermissionError(f"HTTP {error.code}") from None
+            raise Broken(f"HTTP {error.code} {error.reason}") from None
+        except (HTTPException, OSError) as error:
+            raise Broken(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
+
+
+class _Store:
+    """Any other scheme, by fsspec. Opened in the process that reads: fsspec's filesystems do not survive a fork."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        scheme = url.split("://")[0]
+        try:
+            self.files, self.path = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+        except ImportError as error:
+            raise UserError(f"reading '{scheme}://' needs another package ({error}): install it with pip") from None
+        except ValueError as error:
+            raise UserError(f"'{url}' names no cache ({error}): write scheme://bucket/folder") from None
+
+    def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        while start < end:
+            wanted = min(end, start + CHUNK)
+            chunk: bytes = self.files.cat_file(f"{self.path.rstrip('/')}/{name}", start=start, end=wanted)
+            yield chunk
+            start += len(chunk)
+            if start < wanted:
+                return
+
+
+def insist(attempt: Callable[[], T], what: str, progressed: Callable[[], bool] = lambda: False) -> T:
+    """``attempt()`` until it succeeds, waiting longer each time; UserError when it is no use."""
+    begun, failures = time.monotonic(), 0
+    while True:
+        try:
+            return attempt()
+        except FileNotFoundError:
+            raise UserError(f"there is no '{what}': name the folder of a complete cache, copied whole") from None
+        except PermissionError as error:
+            raise UserError(f"'{what}' may not be read ({error}): check credentials and rights") from None
+        except Broken as error:
+            reason = str(error)
+        failures = 0 if progressed() else failures + 1
+        if failures > len(WAITS):
+            raise UserError(
+                f"'{what}' could not be fetched in {failures} attempts and {time.monotonic() - begun:.0f} s "
+                f"({_one_line(reason)}): check the connection and the files there, then run the same command again"
+            )
+        time.sleep(WAITS[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # not all ranks at the same moment
+
+
+def read_small(remote: Remote, name: str, most: int) -> bytes:
+    """A whole file of at most ``most`` bytes, or its beginning; Broken when it may come another time."""
+    source = remote.stream(name, 0, most)
+    return b"".join(iter(lambda: next_chunk(source), None))
+
+
+def next_chunk(source: Iterator[bytes]) -> bytes | None:
+    """The next chunk; whatever a filesystem raises besides absence and refusal may pass."""
+    try:
+        return next(source, None)
+    except (FileNotFoundError, PermissionError, Broken, UserError):
+        raise
+    except Exception as error:
+        raise Broken(str(error) or type(error).__name__) from error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
