@@ -1,0 +1,116 @@
+"""What a codec does to training: the same short run on the same features stored in each codec.
+
+    python bench/codec_training.py --out /tmp/codecs
+    python bench/codec_training.py source.path=/data/LibriSpeech limit=400 \\
+        --extract configs/extract/librispeech.yaml --out /tmp/codecs --steps 600 --seeds 0 1 2
+
+One encoder pass; its float32 features go into a cache of each codec, all of one plan, so every run sees the same
+batches. Then each cache is trained on with the same configuration, once a seed. Prints the held-out loss and the audio
+gain of each, the change against f16, and how far the seeds of one codec lie apart: a change below that is none.
+Caches that stand under --out are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.audio import decode
+from pipeline.config import ExtractConfig
+from pipeline.extract import Job, finish, prepare
+from pipeline.frames import encode_recording
+from shards.codec import STORED_DTYPE
+from shards.config import load_config
+from shards.writer import ShardWriter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="caches and runs go there")
+    parser.add_argument("--extract", default="configs/extract/speech.yaml")
+    parser.add_argument("--train", default="configs/train/demo.yaml")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--codecs", nargs="+", default=list(STORED_DTYPE), choices=list(STORED_DTYPE))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the extraction")
+    args = parser.parse_args()
+
+    caches = extract(args.out, args.extract, args.overrides, args.codecs)
+    figures = {
+        codec: [train(args.train, cache, args.out, codec, seed, args.steps) for seed in args.seeds]
+        for codec, cache in caches.items()
+    }
+    print(f"{args.steps} steps of {args.train}, seeds {', '.join(map(str, args.seeds))}")
+    print(f"{'codec':<6} {'val_loss':>9} {'change':>8} {'seeds ±':>8} {'audio_gain':>11} {'change':>8} {'seeds ±':>8}")
+    base = {name: mean(run[name] for run in next(iter(figures.values()))) for name in ("val_loss", "audio_gain")}
+    for codec, runs in figures.items():
+        cells = []
+        for name in ("val_loss", "audio_gain"):
+            found = [run[name] for run in runs]
+            cells += [f"{mean(found):.4f}", f"{mean(found) - base[name]:+.4f}", f"{(max(found) - min(found)) / 2:.4f}"]
+        print("{:<6} {:>9} {:>8} {:>8} {:>11} {:>8} {:>8}".format(codec, *cells))
+
+
+def extract(out: Path, config: str, overrides: list[str], codecs: list[str]) -> dict[str, Path]:
+    """A complete cache of each codec below ``out``, all of one plan (one shard) and one encoder pass."""
+    jobs = {}
+    for codec in codecs:
+        words = [*overrides, f"root={out}/caches", f"codec={codec}", "shard_mb=1e6"]
+        jobs[codec] = prepare(load_config(ExtractConfig, config, words))
+    caches = {codec: job.targets[0].layout.path for codec, job in jobs.items()}
+    todo = [job for job in jobs.values() if not job.complete()]
+    if todo:
+        fill(todo)
+    return caches
+
+
+def fill(jobs: list[Job]) -> None:
+    first, started = jobs[0], time.perf_counter()
+    assert {job.plan.id for job in jobs} == {first.plan.id}
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(ShardWriter(job.targets[0].layout, 0, job.targets[0].spec, job.plan.id, job.owner))
+            for job in jobs
+        ]
+        rows, spec = first.plan.shard(0), first.targets[0].spec
+        audio = first.source.read([row["audio"] for row in rows])
+        for row, (_, data) in zip(tqdm(rows, desc="encode"), audio, strict=True):
+            if isinstance(data, Exception):
+                raise data
+            samples = decode(data)
+            found = encode_recording(samples, first.encoder, [spec.layer], overlap=spec.overlap, trim=spec.trim)
+            for writer in writers:
+                digest = hashlib.sha256(data).hexdigest()
+                writer.add(row, found[spec.layer], samples=len(samples), audio_sha256=digest)
+        for writer in writers:
+            writer.commit({"seconds": time.perf_counter() - started})
+    for job in jobs:
+        finish(job, job.targets[0], time.perf_counter() - started)
+
+
+def train(config: str, cache: Path, out: Path, codec: str, seed: int, steps: int) -> dict[str, float]:
+    """``summary.json`` of one run; made unless it stands."""
+    run = out / "runs" / f"{codec}-{steps}-{seed}"
+    if not (run / "summary.json").is_file():
+        words = [f"caches=[{cache}]", "extract=[]", f"runs={run.parent}", f"name={run.name}", f"seed={seed}"]
+        words += [f"steps={steps}", "eval_every=null", "checkpoint_every=100000"]
+        subprocess.run([sys.executable, "-m", "train", "fit", "--config", config, *words], check=True)
+    figures: dict[str, float] = json.loads((run / "summary.json").read_text())
+    return figures
+
+
+def mean(values) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+if __name__ == "__main__":
+    main()
