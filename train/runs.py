@@ -112,7 +112,9 @@ def build_model(config: TrainConfig, channels: int, device: torch.device, dtype:
     from train.prompt import Prompt
 
     torch.manual_seed(config.seed)  # dropout draws from the global generator
-    lm = load_lm(config.lm.model, device=device, dtype=dtype, train=config.lm.train, seed=config.seed)
+    lm = load_lm(
+        config.lm.model, device=device, dtype=dtype, train=config.lm.train, seed=config.seed, options=config.lm
+    )
     projector = build_projector(config.projector, channels, lm.width, lm.embedding_rms, seed=config.seed)
     return AudioLM(projector, lm, Prompt(config.prompt, lm.tokenizer)).to(device)
 

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.errors import UserError
 from train.lms.splice import Ids, Layout, lay_out
+from train.options import LmConfig
 
 
 class Tokenizer(Protocol):
@@ -99,19 +101,33 @@ class LanguageModel(nn.Module):
 
 
 def load_lm(
-    reference: str, *, device: str | torch.device, dtype: torch.dtype, train: bool = False, seed: int = 0
+    reference: str,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    train: bool = False,
+    seed: int = 0,
+    options: LmConfig | None = None,
 ) -> LanguageModel:
-    """The language model of ``reference``: ``nanochat:d<depth>`` (random, from ``seed``) or what ``weights`` resolves.
+    """The language model of ``reference``: ``nanochat:d<depth>`` (random, from ``seed``), ``nanochat:FOLDER`` or what
+    ``weights`` resolves, with the other settings of ``options`` (its ``model`` and ``train`` are not read).
 
     ``dtype`` is that of the activations; a model that trains keeps float32 masters.
 
     Raises:
         UserError: the reference cannot be resolved, or the model lacks what a run needs (see ``hf.py``).
     """
+    options = options or LmConfig()
     if reference.startswith("nanochat:"):
         from train.lms.nanochat import load_nanochat
 
-        return load_nanochat(reference, device=device, dtype=dtype, train=train, seed=seed)
+        return load_nanochat(
+            reference, device=device, dtype=dtype, train=train, seed=seed, audio_value=options.audio_value
+        )
+    if options.audio_value != "id0":
+        raise UserError(
+            f"lm.audio_value={options.audio_value}: '{reference}' has no value embeddings, nanochat alone does"
+        )
     from pipeline.weights import resolve
     from train.lms.hf import files_identity, load_folder
 

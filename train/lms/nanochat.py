@@ -1,6 +1,7 @@
-"""nanochat behind the questions of a run, and the byte tokenizer of the W1 smoke run.
+"""nanochat behind the questions of a run.
 
-In: ``nanochat:d6`` (a depth; random initialisation from a seed). Out: a ``LanguageModel`` over ``gpt.py``.
+In: ``nanochat:d6`` (a depth; random initialisation from a seed) or ``nanochat:FOLDER`` (a checkpoint, see
+``checkpoint.py``). Out: a ``LanguageModel`` over ``gpt.py``.
 """
 
 from __future__ import annotations
@@ -8,53 +9,36 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from train.lms import LanguageModel
-from train.lms.gpt import GPT, GPTConfig
-from train.lms.splice import Layout
+from train.lms import LanguageModel, Tokenizer
+from train.lms.checkpoint import find_model, read_config, read_gpt
+from train.lms.gpt import GPT
+from train.lms.gptconfig import GPTConfig
+from train.lms.splice import Ids, Layout, lay_out
+from train.lms.tokenizers import ByteTokenizer, TiktokenTokenizer, find_tokenizer, read_encoding
+from train.options import AudioValue
 
 _REFERENCE = re.compile(r"nanochat:d([1-9]\d?)(?:-h(\d+))?")
 
 
-class ByteTokenizer:
-    """256 bytes and BOS (id 256), which also ends a text: nanochat has no other delimiter."""
-
-    bos: int | None = 256
-    eos: int = 256
-    vocab_size = 257
-    _mark = "<|bos|>"
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """UTF-8 bytes; with ``special``, a written ``<|bos|>`` becomes id 256."""
-        pieces = text.split(self._mark) if special else [text]
-        ids = list(pieces[0].encode())
-        for piece in pieces[1:]:
-            ids += [self.eos, *piece.encode()]
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of the bytes among ``ids``; what is not UTF-8 becomes U+FFFD."""
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
-
-    def chat(self, user: str) -> str:
-        """None: bytes have no chat template."""
-        raise UserError("the byte tokenizer of nanochat has no chat template: set prompt.template to plain or slam")
-
-
 class NanochatLanguageModel(LanguageModel):
-    """``GPT`` and the byte tokenizer behind what a run asks of a language model. Decoding is uncached."""
+    """``GPT`` and a tokenizer behind what a run asks of a language model."""
 
-    def __init__(self, gpt: GPT, reference: str, dtype: torch.dtype, train: bool) -> None:
+    def __init__(
+        self, gpt: GPT, tokenizer: Tokenizer, reference: str, identity: str, dtype: torch.dtype, train: bool
+    ) -> None:
         super().__init__()
-        self.gpt, self.tokenizer = gpt, ByteTokenizer()
-        self.reference, self.identity, self.dtype = reference, f"nanochat-{tensors_sha256(gpt)[:16]}", dtype
+        self.gpt, self.tokenizer = gpt, tokenizer
+        self.reference, self.identity, self.dtype = reference, identity, dtype
         self.width, self.embedding_rms = gpt.config.n_embd, 1.0  # embeddings and audio are RMS-normed on entry
         self.trainable = train
-        gpt.requires_grad_(train)
+        for name, parameter in gpt.named_parameters():
+            parameter.requires_grad_(train and name not in gpt.absent)
         self.train(train)
 
     def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
@@ -63,6 +47,28 @@ class NanochatLanguageModel(LanguageModel):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         return self.gpt.head(hidden_ND)
+
+    @torch.no_grad()
+    def generate(
+        self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy, batched, with a KV cache: audio and prompt once, then one position a step; eos is not returned."""
+        layout = lay_out(soft_mask.sum(1), before, after)
+        batch, width = layout.ids.shape
+        cache = self.gpt.cache(batch, width + max_new_tokens, self.dtype)
+        hidden = self.gpt(layout, soft[soft_mask], self.dtype, cache)
+        hidden = hidden[torch.arange(batch, device=hidden.device), layout.last]
+        done = torch.zeros(batch, dtype=torch.bool, device=hidden.device)
+        steps: list[Tensor] = []
+        while len(steps) < max_new_tokens:
+            chosen = self.logits(hidden).argmax(-1).masked_fill(done, self.tokenizer.eos)
+            steps.append(chosen)
+            done |= chosen == self.tokenizer.eos
+            if bool(done.all()):
+                break
+            hidden = self.gpt.step(chosen, cache, self.dtype)
+        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in before]
+        return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
 
 
 def tensors_sha256(gpt: GPT) -> str:
@@ -75,20 +81,57 @@ def tensors_sha256(gpt: GPT) -> str:
 
 
 def load_nanochat(
-    reference: str, *, device: str | torch.device, dtype: torch.dtype, train: bool, seed: int
+    reference: str,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    train: bool,
+    seed: int,
+    audio_value: AudioValue = "id0",
 ) -> NanochatLanguageModel:
-    """``nanochat:d<depth>`` at random initialisation; heads of 64 as in the W1 smoke, or ``nanochat:d6-h128``.
+    """``nanochat:d<depth>`` at random initialisation (heads of 64 as in the W1 smoke, or ``nanochat:d6-h128``), or the
+    checkpoint at ``nanochat:FOLDER``. A frozen checkpoint's matrices are held in ``dtype``.
 
     Raises:
-        UserError: the reference is not of that form.
+        UserError: the reference is of neither form, or the checkpoint cannot be read (see ``checkpoint.py``).
     """
     match = _REFERENCE.fullmatch(reference)
-    head_size = int(match[2] or 64) if match else 0
-    if not match or head_size % 2 or head_size < 8:
-        raise UserError(
-            f"'{reference}' names no nanochat: write nanochat:d<depth>, such as nanochat:d6, or nanochat:d6-h128 "
-            "for another (even) head size"
-        )
-    gpt = GPT(GPTConfig.from_depth(int(match[1]), head_size))
-    gpt.initialise(seed)
-    return NanochatLanguageModel(gpt.to(device), reference, dtype, train)
+    place = Path(reference.removeprefix("nanochat:")).expanduser()
+    tokenizer: ByteTokenizer | TiktokenTokenizer
+    if match is None and place.exists():
+        path = find_model(place)
+        gpt, tokenizer = read_gpt(path), _tokenizer(path, reference)
+        if tokenizer.vocab_size != gpt.config.vocab_size:
+            raise UserError(
+                f"the tokenizer of '{reference}' knows {tokenizer.vocab_size} tokens, its model "
+                f"{gpt.config.vocab_size}: put the tokenizer.pkl that it was trained with beside {path.name}"
+            )
+        with path.open("rb") as file:
+            identity = f"nanochat-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        if not train:
+            for parameter in gpt.parameters():
+                if parameter.ndim == 2:
+                    parameter.data = parameter.data.to(dtype)
+    else:
+        head_size = int(match[2] or 64) if match else 0
+        if not match or head_size % 2 or head_size < 8:
+            raise UserError(
+                f"'{reference}' names no nanochat: write nanochat:d<depth>, such as nanochat:d6, nanochat:d6-h128 for "
+                "another (even) head size, or nanochat:FOLDER for a checkpoint"
+            )
+        gpt, tokenizer = GPT(GPTConfig.from_depth(int(match[1]), head_size)), ByteTokenizer()
+        gpt.initialise(seed)
+        identity = f"nanochat-{tensors_sha256(gpt)[:16]}"
+    gpt.audio_value, gpt.bos = audio_value, tokenizer.bos or 0
+    return NanochatLanguageModel(gpt.to(device), tokenizer, reference, identity, dtype, train)
+
+
+def _tokenizer(path: Path, reference: str) -> ByteTokenizer | TiktokenTokenizer:
+    """The tokenizer of the model at ``path``: its pickle, or bytes where the vocabulary is that of bytes."""
+    found = find_tokenizer(path)
+    if found is not None:
+        chat = path.resolve().parent.parent.name.startswith("chat")  # chatsft_checkpoints, chatrl_checkpoints
+        return TiktokenTokenizer(read_encoding(found), chat, reference)
+    if read_config(path).vocab_size == ByteTokenizer.vocab_size:
+        return ByteTokenizer()
+    raise UserError(f"'{reference}' has no tokenizer.pkl: copy it from nanochat's tokenizer/ to beside {path.name}")
