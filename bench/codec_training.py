@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,10 +30,15 @@ from pipeline.extract import Job, finish, prepare
 from pipeline.frames import encode_recording
 from shards.codec import STORED_DTYPE
 from shards.config import load_config
+from shards.errors import run_command
 from shards.writer import ShardWriter
 
 
-def main() -> None:
+def main() -> int:
+    return run_command(command)
+
+
+def command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="caches and runs go there")
     parser.add_argument("--extract", default="configs/extract/speech.yaml")
@@ -41,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--codecs", nargs="+", default=list(STORED_DTYPE), choices=list(STORED_DTYPE))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the extraction")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     caches = extract(args.out, args.extract, args.overrides, args.codecs)
     figures = {
@@ -57,6 +63,7 @@ def main() -> None:
             found = [run[name] for run in runs]
             cells += [f"{mean(found):.4f}", f"{mean(found) - base[name]:+.4f}", f"{(max(found) - min(found)) / 2:.4f}"]
         print("{:<6} {:>9} {:>8} {:>8} {:>11} {:>8} {:>8}".format(codec, *cells))
+    return 0
 
 
 def extract(out: Path, config: str, overrides: list[str], codecs: list[str]) -> dict[str, Path]:
@@ -113,4 +120,4 @@ def mean(values) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Codecs on real features: bits a value, error, cosine, speed, size against FLAC, and what encoding costs extraction.
 
     python bench/codecs.py /data/LibriSpeech --n 40
-    python bench/codecs.py some/wavs --n 8 --encoder wheel:whisper-tiny-en
+    python bench/codecs.py some/wavs --n 8 --encoder wheel:whisper-tiny.en
 
 Takes n recordings (FLAC or WAV) spread over a folder, encodes each with the encoder, and stores its last layer's
 float32 features in every codec with the code that extraction uses. Speeds are MB/s of the same features as float16, one

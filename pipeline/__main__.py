@@ -165,6 +165,8 @@ def _tell_caches(job: Job) -> None:
 
 
 def _summary(job: Job, tally: Tally, seconds: float) -> None:
+    from shards.info import cost, describe_cache
+
     _tell_problems(job)
     busy = tally.encode_seconds / seconds if seconds else 0.0
     size = sum(target.layout.tar(shard).stat().st_size for target in job.targets for shard in range(job.plan.shards))
@@ -178,7 +180,9 @@ def _summary(job: Job, tally: Tally, seconds: float) -> None:
     if len(tally.failures) > 5:
         print(f"  … and {len(tally.failures) - 5} more in failures.parquet", file=sys.stderr)
     print("complete:")
-    _tell_caches(job)
+    for target in job.targets:
+        print(f"  {target.layout.path}")
+        print("\n".join(f"  {line}" for line in cost(describe_cache(target.layout.path))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ In: a cache folder, complete or not. Out: a mapping that JSON can hold, and the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from pydantic import ValidationError
 
 from shards.errors import UserError
 from shards.manifest import Layout, RecordError, read_plan, unseal
+from shards.reader import Cache
 from shards.records import CacheInfo, ShardRecord
 from shards.spec import FeatureSpec
+from shards.worth import Worth, measure, sentence
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -23,7 +26,8 @@ def describe_cache(path: Path) -> dict[str, Any]:
     Returns:
         ``complete``, ``path``, ``counts``; of a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
         ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (all bytes of the tars over all values),
-        ``codec_error``, ``seconds`` (spent extracting, all shards) and ``provenance``.
+        ``codec_error``, ``seconds`` (spent extracting, all shards), ``worth`` (measured by reading now,
+        ``shards/worth.py``; None when the shards are not sound) and ``provenance``.
 
     Raises:
         UserError: there is no cache, or CACHE.json is damaged.
@@ -55,11 +59,19 @@ def describe_cache(path: Path) -> dict[str, Any]:
             "bits_per_value": 8 * counts["bytes"] / values if values else 0.0,
             "codec_error": {name: float(info["codec_error"][name]) for name in ("mean", "max")},
             "seconds": float(info["seconds"]),
+            "worth": _worth(path),
             "provenance": info["provenance"],
         }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = "what a cache says" if isinstance(error, ValidationError) else error
         raise UserError(f"'{layout.cache}' lacks or garbles {what}: run `python -m shards verify {path}`") from None
+
+
+def _worth(path: Path) -> dict[str, Any] | None:
+    try:
+        return asdict(measure(Cache.open(path)))
+    except UserError:
+        return None
 
 
 def _incomplete(layout: Layout) -> dict[str, Any]:
@@ -90,8 +102,8 @@ def lines(about: dict[str, Any]) -> Iterator[str]:
         yield "  run the same extraction again to finish it"
         return
     spec, error, provenance = about["spec"], about["codec_error"], about["provenance"]
-    told = [provenance.get(name) for name in ("source", "encoder")]  # free form: a field may be missing or anything
-    source, encoder = (part if isinstance(part, dict) else {} for part in told)
+    parts = [provenance.get(name) for name in ("source", "encoder")]  # free form: a field may be missing or anything
+    source, encoder = (part if isinstance(part, dict) else {} for part in parts)
     window = f"{spec['window']} with {spec['margin']} s of margin" if "margin" in spec else spec["window"]
     yield f"  features      {spec['family']} layer {spec['layer']}, {spec['channels']} channels, codec {spec['codec']}"
     yield (
@@ -107,7 +119,18 @@ def lines(about: dict[str, Any]) -> Iterator[str]:
         f"in {counts['shards']:,} shards"
     )
     yield f"  audio         {about['hours']:.3f} h, {counts['frames']:,} frames"
-    yield f"  bytes         {counts['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
     yield f"  bits a value  {about['bits_per_value']:.2f} with tar headers and texts"
     yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
-    yield f"  spent         {about['seconds']:,.1f} s of extraction"
+    yield from cost(about)
+
+
+def cost(about: dict[str, Any]) -> Iterator[str]:
+    """What a complete cache takes, what it took to make, and from when on that pays."""
+    counts, worth = about["counts"], about["worth"]
+    yield f"  bytes         {counts['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
+    encoding = f", of which the encoder {worth['encoding']:,.1f} s" if worth and worth["encoding"] else ""
+    yield f"  spent         {about['seconds']:,.1f} s of extraction{encoding}"
+    told = (
+        sentence(Worth(**worth)) if worth else "not measured: the shards are not sound, run `python -m shards verify`"
+    )
+    yield f"  worth         {told}"

@@ -184,6 +184,7 @@ def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: d
         },
         "codec_error": {"mean": pc.mean(error).as_py() or 0.0, "max": pc.max(error).as_py() or 0.0},
         "seconds": sum(record["timings"]["seconds"] for record in records),
+        "encode_seconds": sum(record["timings"].get("encode_seconds", 0.0) for record in records),
         "provenance": about,
     }
     atomic_write(layout.cache, seal(info), owner)

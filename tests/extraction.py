@@ -143,7 +143,7 @@ def snapshot(root: Path) -> dict[str, Any]:
 
 
 def _untimed(tree: dict[str, Any]) -> dict[str, Any]:
-    tree = {key: value for key, value in tree.items() if key not in ("timings", "sha256", "seconds")}
+    tree = {key: value for key, value in tree.items() if key not in ("timings", "sha256", "seconds", "encode_seconds")}
     if "provenance" in tree:
         tree["provenance"] = {
             key: value
