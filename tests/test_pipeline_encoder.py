@@ -114,6 +114,19 @@ def test_the_log_mel_of_a_tight_context_is_cut_from_that_of_the_whole_window():
         assert torch.equal(log_mel(audio, 500), log_mel(audio)[..., :500])
 
 
+def test_features_are_the_same_bytes_on_any_number_of_threads(tiny):
+    clips = noise(40_000, 90_001, 480_000)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(load(tiny, dtype="bfloat16").encode(clips, [2]))
+        finally:
+            torch.set_num_threads(before)
+    assert [each[2].tobytes() for each in found[0]] == [each[2].tobytes() for each in found[1]]
+
+
 def test_layers_above_the_highest_asked_for_are_not_computed(tiny):
     encoder = load(tiny)
     expected = encoder.encode(noise(5000), [1])[0][1]
