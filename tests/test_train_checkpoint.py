@@ -23,7 +23,8 @@ def make(width: int = 3):
 
 
 def work(model, optimizer, steps: int) -> None:
-    for _ in range(steps):
+    for step in range(steps):
+        torch.manual_seed(step)
         optimizer.zero_grad()
         model.lm(model.projector(torch.randn(4, 3))).square().mean().backward()
         optimizer.step()
@@ -47,9 +48,7 @@ def test_frozen_parameters_are_not_saved(tmp_path):
     model, optimizer = make()
     path = save_checkpoint(tmp_path, 0, model, optimizer, {})
     with safe_open(path, "pt") as file:
-        assert set(file.keys()) == {"projector.weight", "projector.bias", "rng.cpu"} | (
-            {"rng.cuda"} if torch.cuda.is_available() else set()
-        )
+        assert set(file.keys()) == {"projector.weight", "projector.bias"}
 
 
 def test_the_newest_two_are_kept_and_nothing_temporary(tmp_path):

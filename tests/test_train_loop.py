@@ -18,8 +18,11 @@ from tiny_run import losses, make_config, write_config
 from shards.errors import UserError, WorkFailed
 from train.config import TrainConfig
 from train.data import open_data, pad
-from train.loop import Trainer, fit, learning_rate
+from train.distributed import Group
+from train.loop import Trainer, fit
 from train.runs import build_model, create, run_folder
+from train.schedule import learning_rate
+from train.state import RunState
 from train.track import Tracker
 
 CPU = torch.device("cpu")
@@ -119,9 +122,9 @@ def test_the_gradient_of_a_step_is_that_of_its_tokens_together(tmp_path, cache, 
     config = make_config(tmp_path, cache, lm, accumulate=3, clip=1e9)
     data = open_data(config)
     model = build_model(config, 8, CPU, torch.float32)
-    trainer = Trainer(config, data, model, CPU, torch.float32, run_folder(config))
-    create(trainer.run, config, data.caches)
-    other = Trainer(config, data, model, CPU, torch.float32, trainer.run)
+    run = run_folder(config)
+    create(run, config, data.caches)
+    state, other = (RunState(config, data, model, torch.float32, run, Group()) for _ in range(2))
     batches = [batch for batch, _ in zip(other.stream, range(3), strict=False)]
     arrays = [batch.features[i, :n].numpy() for batch in batches for i, n in enumerate(batch.lengths)]
     features, mask = pad(arrays)
@@ -129,9 +132,9 @@ def test_the_gradient_of_a_step_is_that_of_its_tokens_together(tmp_path, cache, 
     loss = out.nats.sum() / out.tokens.sum()
     loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    with Tracker(trainer.run, 8) as tracker:
-        trainer._step(iter(trainer.stream), tracker)
-    assert losses(trainer.run)[0] == pytest.approx(float(loss.detach()), rel=1e-6)
+    with Tracker(run, 8) as tracker:
+        Trainer(config, state, CPU)._step(iter(state.stream), tracker)
+    assert losses(run)[0] == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, parameter in model.named_parameters():
         if name in wanted:
             torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-7)

@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   python -m train fit --config configs/train/demo.yaml
   python -m train fit --config configs/train/demo.yaml name=small projector.stack=8 lr=5e-4
   python -m train fit --resume runs/demo
+  torchrun --nproc-per-node 4 -m train fit --config configs/train/demo.yaml
   python -m train evaluate runs/demo --cache cache/librispeech-…/whisper-base-… --json figures.json
   python -m train transcribe runs/demo hello.wav
 """
@@ -102,32 +103,42 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    from train.distributed import join
+
+    with join() as group:
+        with group.together():
+            config, resume = _what_to_fit(args)
+
+        from train.loop import Interrupted, fit
+
+        try:
+            run = fit(config, resume, group)
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            return 130
+        if group.is_first:
+            from train.report import REPORT
+            from train.runs import read_json
+
+            print(_table(read_json(run / "summary.json")))
+            print(f"report: {run / REPORT}", flush=True)
+    return 0
+
+
+def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
+    """The settings, and the run to go on with."""
     from shards.config import load_config
-    from train import runs
     from train.config import TrainConfig
 
     words = list(args.overrides)
     if args.resume is None:
         if args.config is None:
             raise UserError("name a configuration with --config (see configs/train/), or a run with --resume")
-        config, resume = load_config(TrainConfig, args.config, words), None
-    else:
-        word = args.resume
-        if "=" in word:  # `--resume key=value`: the run is the default one
-            word, words = "", [word, *words]
-        config, resume = _config_and_run(word or None, args.config, words)
-
-    from train.loop import Interrupted, fit
-    from train.report import REPORT
-
-    try:
-        run = fit(config, resume)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 130
-    print(_table(runs.read_json(run / "summary.json")))
-    print(f"report: {run / REPORT}")
-    return 0
+        return load_config(TrainConfig, args.config, words), None
+    word = args.resume
+    if "=" in word:  # `--resume key=value`: the run is the default one
+        word, words = "", [word, *words]
+    return _config_and_run(word or None, args.config, words)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -183,7 +194,7 @@ def _projectors(args: argparse.Namespace) -> int:
 
     print(f"from {args.channels} channels to width {args.width}, at default settings")
     for kind in list_kinds(args.channels, args.width):
-        print(f"{kind.name:<10} stack {kind.stack}  {kind.parameters:>12,} parameters  {kind.formula}")
+        print(f"{kind.name:<12} stack {kind.stack}  {kind.parameters:>12,} parameters  {kind.formula}")
     return 0
 
 

@@ -1,14 +1,14 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 In: the model, its optimizer and the loop's state. Out: ``checkpoints/step-000500.safetensors``, whole or absent: the
-trained tensors, Adam's moments and the generators' states as tensors, everything else as JSON in the file's metadata.
-No pickle. The newest two are kept; a damaged one is told and passed over.
+trained tensors and Adam's moments, everything else as JSON in the file's metadata. No pickle. No generator's state
+either: what a step draws is a function of its number (``train/step.py``). The newest two are kept; a damaged one is
+told and passed over.
 
 | tensor                        | what                                            |
 |-------------------------------|-------------------------------------------------|
 | ``projector.…`` ``lm.…``      | trained parameters, float32 (``lm`` if trained) |
 | ``optimizer.<name>.exp_avg`` … | AdamW's state of that parameter                 |
-| ``rng.cpu`` ``rng.cuda``      | uint8, ``torch.get_rng_state``                  |
 """
 
 from __future__ import annotations
@@ -51,9 +51,6 @@ def save_checkpoint(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value.detach()
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
     path = folder / f"step-{step:06d}{SUFFIX}"
     metadata = {"state": json.dumps({**state, "format": FORMAT, "step": step}, allow_nan=False)}
     write_tensors(path, tensors, metadata, "saving a checkpoint")
@@ -84,7 +81,7 @@ def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, An
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Put parameters, AdamW's state and the generators' states back; UserError when a tensor does not fit."""
+    """Put parameters and AdamW's state back; UserError when a tensor does not fit."""
     restore_parameters(model, tensors, where)
     states: dict[int, dict[str, Tensor]] = {}
     names = {id(parameter): name for name, parameter in trained_parameters(model).items()}
@@ -97,9 +94,6 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
                 states[index] = found
             index += 1
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

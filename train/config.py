@@ -92,9 +92,9 @@ class TrainConfig(Config):
 
     steps: int = Field(default=1000, ge=1)
     lr: float = Field(default=1e-3, gt=0)
-    min_lr: float = Field(default=0.0, ge=0)  # where the cosine ends
+    min_lr: float = Field(default=0.0, ge=0)  # where cosine and linear end
     warmup: float = Field(default=0.03, ge=0)  # steps, or a fraction of ``steps`` when below 1
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)  # of matrices alone: norms' gains and biases are not decayed
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = Field(default=1.0, gt=0)  # largest norm of a step's gradient
@@ -117,7 +117,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}: the cosine falls from lr to min_lr")
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}: the rate falls from lr to min_lr")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup} is neither whole steps nor a fraction below 1")
         if self.name == "latest":

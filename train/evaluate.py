@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from train import runs
 from train.config import TrainConfig
 from train.data import Utterances, find_cache, judged_on, open_data, pad
 from train.device import choose_device, choose_dtype
+from train.distributed import Group
 from train.model import AudioLM
 
 JUDGE_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and judging
@@ -88,12 +90,17 @@ def evaluate(
     decode: int = 200,
     max_new_tokens: int = 64,
     stop: Callable[[], bool] = lambda: False,
+    group: Group | None = None,
 ) -> Evaluation:
     """Judge ``model`` on ``utterances``; decodes at most ``decode`` of them. Draws no random numbers.
 
+    Every process of ``group`` calls this with the same arguments, does its part of the batches, and gets the same
+    figures, those of a single process.
+
     Raises:
-        Stopped: ``stop()`` became true.
+        Stopped: ``stop()`` became true on any rank.
     """
+    group = group or Group()
     if not len(utterances):
         raise ValueError("nothing to evaluate on")
     start = time.perf_counter()
@@ -101,7 +108,7 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            reader = _Reader(utterances, batch_size, max_frames, stop)
+            reader = _Reader(utterances, batch_size, max_frames, stop, group)
             own = list(range(len(utterances)))
             loss, rms = _loss(model, reader, own)
             other = derangement(reader.texts)
@@ -235,25 +242,44 @@ class _Reader:
         batch_size: int,
         max_frames: int | None,
         stop: Callable[[], bool],
+        group: Group,
     ) -> None:
         columns = utterances.columns("key", "text", "frames")
         self.keys, self.texts, self.frames = columns["key"], columns["text"], columns["frames"]
         self.place = {int(row): index for index, row in enumerate(utterances.rows)}
-        self.utterances, self.batch_size, self.max_frames, self.stop = utterances, batch_size, max_frames, stop
+        self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
+        self.stop, self.group = stop, group
 
-    def batches(self, heard: Sequence[int], readers: Sequence[int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """(readers, features [B, T, C], mask [B, T]): utterance ``readers[i]`` hears the audio of ``heard[i]``."""
-        order = sorted(range(len(heard)), key=lambda i: (self.frames[heard[i]], i))
-        batch: list[int] = []
-        for i in order:
+    def each(
+        self, heard: Sequence[int], readers: Sequence[int], work: Callable[[list[int], Tensor, Tensor], Any]
+    ) -> list[Any]:
+        """``work(readers, features [B, T, C], mask [B, T])`` of every batch, in the order of the batches.
+
+        Utterance ``readers[i]`` hears the audio of ``heard[i]``. Each rank works on its share of the batches, and all
+        get all results, which must be what JSON can hold.
+        """
+        mine = self._batches(heard)[self.group.rank :: self.group.world]
+        share: list[Any] | None
+        try:
+            share = [work(*self._read(batch, heard, readers)) for batch in mine]
+        except Stopped:
+            share = None  # the others learn it where they wait for this rank
+        shares = self.group.gather(share)
+        if any(part is None for part in shares):
+            raise Stopped
+        turns = zip_longest(*shares)  # batch i was the turn of rank i % world
+        return [result for turn in turns for result in turn if result is not None]
+
+    def _batches(self, heard: Sequence[int]) -> list[list[int]]:
+        """Places in ``heard`` of like lengths."""
+        batches: list[list[int]] = [[]]
+        for i in sorted(range(len(heard)), key=lambda i: (self.frames[heard[i]], i)):
             longest = self.frames[heard[i]]  # the order ascends
-            too_wide = self.max_frames is not None and longest * (len(batch) + 1) > self.max_frames
-            if batch and (len(batch) == self.batch_size or too_wide):
-                yield self._read(batch, heard, readers)
-                batch = []
-            batch.append(i)
-        if batch:
-            yield self._read(batch, heard, readers)
+            too_wide = self.max_frames is not None and longest * (len(batches[-1]) + 1) > self.max_frames
+            if batches[-1] and (len(batches[-1]) == self.batch_size or too_wide):
+                batches.append([])
+            batches[-1].append(i)
+        return batches
 
     def _read(self, batch: list[int], heard: Sequence[int], readers: Sequence[int]) -> tuple[list[int], Tensor, Tensor]:
         if self.stop():
@@ -263,19 +289,21 @@ class _Reader:
 
 def _loss(model: AudioLM, reader: _Reader, heard: Sequence[int]) -> tuple[float, float]:
     """(nats per target token, mean RMS of the soft tokens) with utterance i hearing the audio of ``heard[i]``."""
-    nats, tokens, rms = 0.0, 0, 0.0
-    for readers, features, mask in reader.batches(heard, range(len(heard))):
+
+    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[float]:
         out = model.nats(features, mask, [reader.texts[i] for i in readers])
-        nats += float(out.nats.double().sum())
-        tokens += int(out.tokens.sum())
-        rms += float(out.soft_rms) * len(readers)
+        return [float(out.nats.double().sum()), int(out.tokens.sum()), float(out.soft_rms) * len(readers)]
+
+    nats, tokens, rms = map(sum, zip(*reader.each(heard, range(len(heard)), work), strict=True))
     return nats / tokens, rms / len(heard)
 
 
 def _decode(model: AudioLM, chosen: Utterances, reader: _Reader, max_new_tokens: int) -> list[Sample]:
     """Greedy decoding of ``chosen``, in their own order."""
+
+    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[tuple[int, str]]:
+        return list(zip(readers, model.generate(features, mask, max_new_tokens), strict=True))
+
     wanted = [reader.place[int(row)] for row in chosen.rows]
-    decoded: dict[int, str] = {}
-    for readers, features, mask in reader.batches(wanted, wanted):
-        decoded |= zip(readers, model.generate(features, mask, max_new_tokens), strict=True)
+    decoded = dict(pair for batch in reader.each(wanted, wanted, work) for pair in batch)
     return [make_sample(reader.keys[i], reader.texts[i], decoded[i].strip()) for i in wanted]

@@ -81,6 +81,25 @@ class Tracker:
             write_all(file.fileno(), _line(tree).encode())
 
 
+class Silence(Tracker):
+    """The tracker of the ranks that do not write."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, figures: dict[str, Any], frames_per_second: float) -> None:
+        pass
+
+    def evaluation(self, step: int, record: dict[str, Any]) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+
 def figure(value: float | None, digits: int = 4) -> str:
     """``value`` for people; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,105 @@
+"""What a run is at a step, and how it is saved and comes back: model, optimizer, place in the data, counters.
+
+In: a config, opened caches, a built model. Out: checkpoints that rank 0 writes and every rank takes up again, under any
+number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards.errors import UserError
+from shards.stream import FeatureStream
+from train.checkpoint import load_checkpoint, restore, save_checkpoint, trained_parameters
+from train.config import TrainConfig
+from train.counters import Counters
+from train.data import Data
+from train.distributed import Group
+from train.model import AudioLM
+from train.step import StepFigures
+
+
+class RunState:
+    """A run between two steps.
+
+    Attributes:
+        step: steps done.
+        named, parameters: what is trained.
+        stream: this rank's batches; ``iter`` it once.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: Data, model: AudioLM, dtype: torch.dtype, run: Path, group: Group
+    ) -> None:
+        self.data, self.model, self.dtype, self.run, self.group = data, model, dtype, run, group
+        self.step = 0
+        self.counters = Counters()
+        self.named = trained_parameters(model)
+        self.parameters = list(self.named.values())
+        groups = [  # norms' gains and biases are not decayed
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        self.stream = FeatureStream(
+            data.caches, config.batch.rules(), config.seed, rows=data.train_rows, rank=group.rank, world=group.world
+        )
+        self._position = self.stream.state_dict()
+
+    def advance(self, done: StepFigures, seconds: float) -> None:
+        """Count a step that is done and took ``seconds``."""
+        self.step += 1
+        self.counters.add(done, seconds)
+        # Kept for `save`: a step that breaks off has taken batches from the stream already.
+        self._position = self.stream.state_dict()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on: the features and the language model."""
+        return {
+            "feature id": self.data.caches[0].feature_id,
+            "manifest ids": [cache.manifest_id for cache in self.data.caches],
+            "language model": self.model.lm.identity,
+            "dtype": str(self.dtype),
+        }
+
+    def save(self) -> None:
+        """Rank 0 writes the checkpoint of the last whole step."""
+        if self.group.is_first:
+            state = {"stream": self._position, "counters": asdict(self.counters), "identity": self.identity()}
+            save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state)
+
+    def share_start(self) -> None:
+        """Take rank 0's start values: another kind of CPU may draw others in the last bit."""
+        for name, tensor in self.group.broadcast_tensors(self.named).items():
+            self.named[name].data.copy_(tensor)
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint of the run folder, which rank 0 reads for all.
+
+        Raises:
+            UserError: there is none, or it belongs to other features, weights or settings of the stream.
+        """
+        group = self.group
+        tensors: Any = {}
+        state, where = None, ""
+        with group.together():
+            if group.is_first:
+                path, tensors, state = load_checkpoint(self.run / "checkpoints")
+                where = str(path)
+        state, where = group.broadcast([state, where])
+        tensors = group.broadcast_tensors(tensors)
+        with group.together():
+            for name, value in self.identity().items():
+                if state["identity"].get(name) != value:
+                    raise UserError(
+                        f"'{self.run}' was trained with another {name} ({state['identity'].get(name)}, now {value}): "
+                        "give back what it was trained on, or train a new run"
+                    )
+            restore(self.model, self.optimizer, tensors, where)
+            self.stream.load_state_dict(state["stream"])
+        self._position = state["stream"]
+        self.step, self.counters = state["step"], Counters(**state["counters"])

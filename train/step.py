@@ -1,0 +1,110 @@
+"""One step of the optimizer: this rank's batches in, the same new weights on every rank out.
+
+```
+batches -> soft tokens -> frozen LM -> nats of the target tokens -> gradient of
+(all nats of the step, over batches and ranks / all target tokens of the step) -> sum over ranks -> clip -> AdamW
+```
+
+Every target token of a step weighs the same, whichever batch and rank it is in: not the mean of the ranks' means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shards.stream import Batch
+from train.distributed import Group
+from train.model import AudioLM
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """What one step did, over all ranks."""
+
+    loss: float  # nats a target token
+    grad_norm: float  # before clipping
+    soft_rms: float  # RMS of the soft tokens, the mean over the step's batches
+    tokens: int  # target tokens
+    frames: int  # valid frames
+    padded_frames: int  # with padding
+    utterances: int
+    waited: float  # seconds for data, on the rank that waited longest
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are numbers; if not, no weight was changed."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make what torch draws in a step (dropout) a function of the run's seed, the step and the rank alone.
+
+    A resumed run then draws what it would have drawn, without a generator's state in its checkpoint.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
+    """The next ``count`` batches and the seconds that they were waited for."""
+    begun = time.perf_counter()
+    return [next(batches) for _ in range(count)], time.perf_counter() - begun
+
+
+def take_step(
+    model: AudioLM,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    batches: Sequence[Batch],
+    *,
+    clip: float,
+    group: Group,
+    waited: float = 0.0,
+) -> StepFigures:
+    """Gradient of the step and one update of ``parameters``; none where the gradient is not finite.
+
+    ``batches`` is this rank's part of each global batch of the step; a part may be empty, and takes part all the same.
+    """
+    mine = [
+        sum(len(model.prompt.target(text)) for batch in batches for text in batch.texts),
+        sum(int(batch.lengths.sum()) for batch in batches),
+        sum(len(batch.lengths) * batch.features.shape[1] for batch in batches),
+        sum(len(batch.texts) for batch in batches),
+    ]
+    waits = [waited if rank == group.rank else 0.0 for rank in range(group.world)]
+    tokens, frames, padded, utterances, *waits = group.total([*mine, *waits])
+    optimizer.zero_grad(set_to_none=True)
+    nats = 0.0
+    soft = [0] * len(batches)  # soft tokens of each batch
+    squares = [0.0] * len(batches)  # their mean square, times their number
+    for i, batch in enumerate(batches):
+        if not batch.texts:  # a global batch of fewer utterances than ranks
+            continue
+        out = model.nats(batch.features, batch.mask(), batch.texts)
+        (out.nats.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+        nats += float(out.nats.detach().double().sum())
+        soft[i] = sum(map(model.projector.soft_frames, batch.lengths.tolist()))
+        squares[i] = soft[i] * float(out.soft_rms) ** 2
+    group.sum_gradients(parameters)
+    nats, *sums = group.total([nats, *soft, *squares])
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+    pairs = zip(sums[: len(batches)], sums[len(batches) :], strict=True)
+    figures = StepFigures(
+        loss=nats / tokens,
+        grad_norm=norm,
+        soft_rms=sum(math.sqrt(square / count) for count, square in pairs) / len(batches),
+        tokens=int(tokens),
+        frames=int(frames),
+        padded_frames=int(padded),
+        utterances=int(utterances),
+        waited=max(waits),
+    )
+    if figures.finite:
+        optimizer.step()
+    return figures
