@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,21 @@ def _attend_in_float32(model: Any) -> None:
     model.set_attn_implementation("sdpa_float32")
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar over the tensors it reads: it is over at once, and every process would draw one."""
+    from transformers.utils import logging as library
+
+    logging: Any = library  # untyped functions
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def files_identity(folder: Path) -> str:
     """``sha256:…`` over a folder's safetensors: a hub's revision can be a branch that moves, and a folder has none."""
     digest = hashlib.sha256()
@@ -187,9 +203,10 @@ def load_folder(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32 if train else dtype, local_files_only=True, use_safetensors=True
-        )
+        with _no_progress_bar():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32 if train else dtype, local_files_only=True, use_safetensors=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         told = " ".join(str(error).split())[:300]
