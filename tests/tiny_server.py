@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 # What may happen to one answer: the connection is cut in the middle, trickles, is refused, ends early with a length to
 # match, carries a flipped byte, or is an error page with status 200.
@@ -16,11 +18,11 @@ FAULTS = ("cut", "slow", "503", "truncated", "corrupt", "page")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder. ``faults[name]`` are used up one an answer, the last of ``always[name]`` never."""
+    """Serves a folder, or stands before a server; ``faults[name]`` are used up one an answer, ``always`` never."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, ranges: bool) -> None:
+    def __init__(self, folder: Path | str, ranges: bool) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.ranges = folder, ranges
         self.faults: dict[str, list[str]] = defaultdict(list)
@@ -46,38 +48,26 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        status, headers, _ = self._ask("HEAD")
+        self._head(status, headers)
+
     def do_GET(self) -> None:
-        name = self.path.lstrip("/")
-        wanted = self.headers.get("Range")
-        self.server.asked.append((name, wanted))
-        path = self.server.folder / name
-        fault = next(
-            (self.server.faults[n].pop(0) for n in self.server.faults if name.endswith(n) and self.server.faults[n]),
-            None,
-        )
-        fault = fault or next((f for n, f in self.server.always.items() if name.endswith(n)), None)
-        if fault == "503":
-            self.send_error(503)
+        server, name = self.server, self.path.lstrip("/").split("?")[0]
+        server.asked.append((name, self.headers.get("Range")))
+        queue = next((server.faults[n] for n in server.faults if name.endswith(n) and server.faults[n]), None)
+        fault = queue.pop(0) if queue else next((f for n, f in server.always.items() if name.endswith(n)), None)
+        if fault in ("503", "403"):
+            self.send_error(int(fault))
             return
-        if fault == "403":
-            self.send_error(403)
-            return
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data, start = path.read_bytes(), 0
+        status, headers, data = self._ask("GET")
         if fault == "page":
             data = b"<html>please log in</html>"
-        elif wanted and self.server.ranges:
-            start, end = (int(part) for part in wanted.removeprefix("bytes=").split("-"))
-            data = data[start : end + 1]
-        if fault == "corrupt":
+        elif fault == "corrupt":
             data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-        if fault == "truncated":
+        elif fault == "truncated":
             data = data[: len(data) // 2]
-        self.send_response(206 if wanted and self.server.ranges and fault != "page" else 200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self._head(status, {**headers, "Content-Length": str(len(data))})
         if fault == "cut":
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
@@ -89,15 +79,41 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "hang":
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
-            self.server.waiting.set()
-            self.server.go_on.wait(60)
+            server.waiting.set()
+            server.go_on.wait(60)
         else:
             self.wfile.write(data)
 
+    def _ask(self, method: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body, whole and right."""
+        folder, wanted = self.server.folder, self.headers.get("Range")
+        if isinstance(folder, str):
+            request = Request(folder + self.path, headers=dict(self.headers), method=method)
+            try:
+                with urlopen(request) as answer:
+                    return answer.status, dict(answer.headers), answer.read()
+            except HTTPError as error:
+                return error.code, dict(error.headers), error.read()
+        path = folder / self.path.lstrip("/")
+        if not path.is_file():
+            return 404, {}, b""
+        data = path.read_bytes()
+        if wanted and self.server.ranges:
+            start, end = (int(part) for part in wanted.removeprefix("bytes=").split("-"))
+            return 206, {}, data[start : end + 1]
+        return 200, {}, data
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                self.send_header(name, value)
+        self.end_headers()
+
 
 @contextmanager
-def serve(folder: Path, ranges: bool = True) -> Iterator[Server]:
-    """Serve ``folder`` until the end of the block."""
+def serve(folder: Path | str, ranges: bool = True) -> Iterator[Server]:
+    """Serve ``folder``, or stand before the server at that URL, until the end of the block."""
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
     with Server(folder, ranges) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
