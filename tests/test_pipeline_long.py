@@ -1,0 +1,65 @@
+"""Recordings longer than the encoder's window keep every frame through a real extraction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+from extraction import only_cache, run, words
+from tiny_whisper import write_tiny_whisper
+
+from pipeline.audio import windows
+from pipeline.check import check
+from pipeline.encoder import load_encoder
+from pipeline.weights import resolve
+from shards.reader import Cache
+
+HOP, WINDOW, OVERLAP = 320, 480_000, 2 * 16_000
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(30.0, 30.02, 35.0, 61.0), pytest.param((600.0,), marks=pytest.mark.slow)],
+    ids=["around the window", "10 min"],
+)
+def long(tmp_path_factory, request):
+    """A cache of recordings of so many seconds, their samples, and the encoder."""
+    folder, root = tmp_path_factory.mktemp("long"), tmp_path_factory.mktemp("root")
+    whisper = write_tiny_whisper(tmp_path_factory.mktemp("model") / "whisper")
+    audio = {}
+    with open(folder / "clips.csv", "w") as manifest:
+        manifest.write("audio,text\n")
+        for seconds in request.param:
+            noise = np.random.default_rng(int(seconds)).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
+            soundfile.write(folder / f"{seconds}.wav", noise, 16_000, subtype="FLOAT")
+            audio[f"{seconds}.wav"] = noise
+            manifest.write(f"{seconds}.wav,{seconds} seconds\n")
+    assert run(words(root, folder, whisper, "overlap=2.0")) == 0
+    encoder = load_encoder(resolve(f"path:{whisper}", what="encoder"), device="cpu", dtype="float32", batch_size=1)
+    return Cache.open(only_cache(root)), audio, encoder
+
+
+def test_every_recording_has_a_frame_for_every_20_ms_of_it(long):
+    cache, audio, _ = long
+    rows = {cache.row(i)["audio"]: cache.row(i) for i in range(len(cache))}
+    assert rows.keys() == audio.keys()
+    for name, samples in audio.items():
+        assert rows[name]["frames"] == -(-len(samples) // HOP)
+        assert rows[name]["samples"] == len(samples)
+
+
+def test_each_frame_is_that_of_the_window_in_which_it_lies_farther_from_an_edge(long):
+    cache, audio, encoder = long
+    for index in range(len(cache)):
+        samples, features = audio[cache.row(index)["audio"]], cache.features(index)
+        spans = windows(len(samples), WINDOW, OVERLAP)
+        assert len(spans) == max(1, -(-(len(samples) - OVERLAP) // (WINDOW - OVERLAP)))
+        joins = [0, *(stop // HOP - OVERLAP // HOP // 2 for _, stop in spans[:-1]), len(features)]
+        for (start, stop), first, last in zip(spans, joins[:-1], joins[1:], strict=True):
+            (own,) = encoder.encode([samples[start:stop]], [encoder.n_layers])
+            wanted = own[encoder.n_layers][first - start // HOP : last - start // HOP]
+            assert np.array_equal(features[first:last], wanted.astype(np.float16))
+
+
+def test_stored_long_recordings_pass_the_check_against_their_encoder(long):
+    assert [row.problem for row in check(long[0], 9)] == [""] * len(long[1])
