@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from shards import tar
-from shards.codec import Array, encode
+from shards.codec import Array, Encoded, encode
 from shards.disk import TEMPORARY, atomic_write, fsync_folder, publish, temporary, write_all
 from shards.errors import WorkFailed
+from shards.hashing import BackgroundHash
 from shards.manifest import MANIFEST_SCHEMA, Layout, committed, parquet_bytes, seal
 from shards.spec import SCHEMA_VERSION, FeatureSpec
 
@@ -32,7 +33,7 @@ class CommitError(RuntimeError):
 
 
 class ShardWriter:
-    """Writes shard ``shard`` of the cache at ``layout``; one thread."""
+    """Writes shard ``shard`` of the cache at ``layout``; used by one thread, hashes in another."""
 
     def __init__(self, layout: Layout, shard: int, spec: FeatureSpec, plan_id: str, owner: str) -> None:
         self.layout, self.shard, self.spec, self.plan_id, self.owner = layout, shard, spec, plan_id, owner
@@ -41,7 +42,7 @@ class ShardWriter:
         self.path = temporary(layout.tar(shard), owner)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._size = 0
-        self._hash = hashlib.sha256()
+        self._hash = BackgroundHash()
         self._open = True
 
     def __enter__(self) -> ShardWriter:
@@ -67,13 +68,16 @@ class ShardWriter:
         """
         if features.ndim != 2 or features.shape[1] != self.spec.channels or not len(features):
             raise ValueError(f"features of shape {features.shape}, wanted [frames ≥ 1, {self.spec.channels}]")
-        encoded = encode(self.spec.codec, features)
+        self.add_encoded(utterance, encode(self.spec.codec, features), samples=samples, audio_sha256=audio_sha256)
+
+    def add_encoded(self, utterance: dict[str, Any], encoded: Encoded, *, samples: int, audio_sha256: str) -> None:
+        """:meth:`add` of features that went through the spec's codec already."""
         key = utterance["key"]
         payload = npy(encoded.payload)
         row = {
             **utterance,
             "samples": samples,
-            "frames": len(features),
+            "frames": len(encoded.payload),
             "codec": self.spec.codec,
             "scale_offset": -1,
             "scale_length": 0,
@@ -102,7 +106,7 @@ class ShardWriter:
             WorkFailed: another process took the shard over and has not committed it yet.
         """
         write_all(self._fd, end := tar.closing(self._size))
-        self._hash.update(end)
+        self._hash.update([end])
         self._size += len(end)
         os.fsync(self._fd)
         digest = self._hash.hexdigest()
@@ -140,6 +144,7 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Remove what is not committed. Harmless after a commit."""
+        self._hash.close()
         if self._open:
             self._open = False
             os.close(self._fd)
@@ -154,8 +159,7 @@ class ShardWriter:
         while written < total:  # a nearly full disk or a signal can cut a write short
             written += os.pwrite(self._fd, b"".join(parts)[written:], self._size + written)
             os.lseek(self._fd, self._size + written, os.SEEK_SET)
-        for part in parts:
-            self._hash.update(part)
+        self._hash.update(parts)
         self._size += total
         return offset
 
