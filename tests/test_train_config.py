@@ -38,6 +38,7 @@ def test_warmup_is_a_fraction_below_one_and_steps_from_one_on(warmup, steps):
     [
         ({"warmup": 2.5}, "neither whole steps nor a fraction"),
         ({"min_lr": 1.0}, "is above lr"),
+        ({"patience": 2}, "set eval_every"),
         ({"name": "latest"}, "choose another name"),
         ({"name": "../up"}, "pattern"),
         ({"betas": [0.9, 1.0]}, "must lie in"),

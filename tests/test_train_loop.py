@@ -228,6 +228,11 @@ def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_a_linear_rate_falls_by_the_same_amount_each_step():
+    rates = schedule(warmup=10, min_lr=0.1, schedule="linear")
+    assert rates[9:] == pytest.approx([1.0] + [1.0 - 0.01 * i for i in range(90)])
+
+
 def test_a_constant_rate_stays_after_warm_up():
     assert schedule(warmup=2, schedule="constant") == [0.5] + [1.0] * 99
     assert schedule(warmup=0, schedule="constant") == [1.0] * 100

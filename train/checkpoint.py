@@ -9,6 +9,8 @@ told and passed over.
 |-------------------------------|-------------------------------------------------|
 | ``projector.…`` ``lm.…``      | trained parameters, float32 (``lm`` if trained) |
 | ``optimizer.<name>.exp_avg`` … | AdamW's state of that parameter                 |
+| ``ema.<name>``                | its moving average (with ``ema``)               |
+| ``best.<name>``               | its best values so far (with ``patience``)      |
 """
 
 from __future__ import annotations
@@ -40,17 +42,24 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    further: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` (see the module) and delete all but the newest two.
 
-    ``state`` is what JSON can hold. Raises UserError when the disk is full or the folder cannot be written.
+    ``state`` is what JSON can hold, ``further`` tensors beside those of model and optimizer. Raises UserError when the
+    disk is full or the folder cannot be written.
     """
     parameters = trained_parameters(model)
     tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value.detach()
+    tensors.update(further or {})
     path = folder / f"step-{step:06d}{SUFFIX}"
     metadata = {"state": json.dumps({**state, "format": FORMAT, "step": step}, allow_nan=False)}
     write_tensors(path, tensors, metadata, "saving a checkpoint")

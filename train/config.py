@@ -98,6 +98,9 @@ class TrainConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)  # of matrices alone: norms' gains and biases are not decayed
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = Field(default=1.0, gt=0)  # largest norm of a step's gradient
+    ema: float = Field(default=0.0, ge=0, lt=1)  # decay of a moving average of the weights, judged and kept; 0: none
+    mask_frames: float = Field(default=0.0, ge=0, lt=1)  # part of the frames set to zero in training (0.1 works well)
+    noise: float = Field(default=0.0, ge=0)  # Gaussian, in standard deviations of each channel, in training
 
     batch: BatchConfig = BatchConfig()
     accumulate: int = Field(default=1, ge=1)  # batches in a step; every target token of the step weighs the same
@@ -106,6 +109,8 @@ class TrainConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     eval_every: int | None = Field(default=None, ge=0)  # steps; None: only at the end; 0: never, not even at the end
+    # evaluations on the way without a lower held-out loss before the run ends; the best weights are kept
+    patience: int | None = Field(default=None, ge=1)
     eval_limit: int | None = Field(default=64, ge=1)  # most utterances in an evaluation on the way
     eval_batch: int = Field(default=16, ge=1)  # utterances in a batch of an evaluation
     decode_limit: int = Field(default=200, ge=1)  # most utterances decoded for WER and CER in a final evaluation
@@ -120,6 +125,8 @@ class TrainConfig(Config):
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}: the rate falls from lr to min_lr")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup} is neither whole steps nor a fraction below 1")
+        if self.patience is not None and not self.eval_every:
+            raise ValueError("patience counts evaluations on the way: set eval_every to a number of steps")
         if self.name == "latest":
             raise ValueError("name=latest is the link to the newest run: choose another name")
         if not all(0 <= beta < 1 for beta in self.betas):

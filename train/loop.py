@@ -22,6 +22,7 @@ import torch
 from shards.errors import UserError, WorkFailed
 from shards.stream import Batch
 from train import report, runs
+from train.augment import augment
 from train.checkpoint import write_tensors
 from train.config import TrainConfig, flatten
 from train.data import Utterances, open_data
@@ -100,21 +101,18 @@ class Trainer:
                 while self.state.step < config.steps:
                     if self._due(config.eval_every) and self.state.counters.evaluated < self.state.step:
                         self._evaluate_on_the_way(tracker)
+                    if self.state.patience.ended:
+                        break
                     self._check_stop()
                     self._step(batches, tracker)
                     if self._due(config.checkpoint_every) and self.state.step < config.steps:
                         self.state.save()
                 self.state.save()
                 self._check_stop()
-                final = None if config.eval_every == 0 else self._evaluate(self.data.held_out, config.decode_limit)
+                final = self._evaluate_at_the_end(tracker)
             except Stopped:
                 self.state.save()
-                self.group.leave(
-                    Interrupted(
-                        f"stopped at step {self.state.step} of {config.steps}, saved; go on with: {self._go_on()}"
-                    ),
-                    130,
-                )
+                self.group.leave(Interrupted(f"stopped at {self._place()}, saved; go on with: {self._go_on()}"), 130)
             except RankLost as lost:
                 self.state.save()
                 where = f"{self._place()} is saved" if self.group.is_first else "the last checkpoint stands"
@@ -126,6 +124,8 @@ class Trainer:
     def _step(self, batches: Generator[Batch, None, None], tracker: Tracker) -> None:
         config, begun = self.config, time.perf_counter()
         held, waited = take(batches, config.accumulate)
+        for batch in held:
+            augment(batch, config.seed, config.mask_frames, config.noise)
         rate = learning_rate(config, self.state.step)
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
@@ -199,16 +199,29 @@ class Trainer:
 
     def _evaluate_on_the_way(self, tracker: Tracker) -> None:
         part = self.data.held_out.first(self.config.eval_limit)
-        tracker.evaluation(self.state.step, self._evaluate(part, self.config.decode_samples).record())
+        with self.state.judged():
+            result = self._evaluate(part, self.config.decode_samples)
+            self.state.patience.judge(result.val_loss, self.state.step, self.state.named)
+        tracker.evaluation(self.state.step, result.record())
         if self.group.is_first:
             report.write_report(self.run)
+
+    def _evaluate_at_the_end(self, tracker: Tracker) -> Evaluation | None:
+        if self.config.eval_every == 0:
+            return None
+        if self.config.patience is not None and self.state.counters.evaluated < self.state.step:
+            self._evaluate_on_the_way(tracker)  # the last weights may be the best
+        with self.state.kept():
+            return self._evaluate(self.data.held_out, self.config.decode_limit)
 
     def _finish(self, final: Evaluation | None, tracker: Tracker) -> None:
         if self.group.is_first:
             if final is not None:
                 tracker.evaluation(self.state.step, final.record())
-            trained = {name: parameter.detach() for name, parameter in self.state.named.items()}
-            write_tensors(self.run / "projector.safetensors", trained, {"feature_id": self.data.caches[0].feature_id})
+            with self.state.kept():
+                trained = {name: parameter.detach() for name, parameter in self.state.named.items()}
+                metadata = {"feature_id": self.data.caches[0].feature_id}
+                write_tensors(self.run / "projector.safetensors", trained, metadata)
             runs.write_json(self.run / "summary.json", self._summary(final))
             report.write_report(self.run)
         first, last, drop = self.state.counters.first_loss, self.state.counters.last_loss, self.config.min_loss_drop
@@ -221,6 +234,7 @@ class Trainer:
         return {
             **(dict.fromkeys(keys) if final is None else final.figures()),
             "steps": self.state.step,
+            "best_step": self.state.patience.step,
             **self.state.counters.summary(),
             "trained_parameters": sum(parameter.numel() for parameter in self.state.parameters),
             "device": str(self.device),

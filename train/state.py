@@ -6,6 +6,7 @@ number of processes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from train.config import TrainConfig
 from train.counters import Counters
 from train.data import Data
 from train.distributed import Group
+from train.ema import Ema, stand_in
 from train.model import AudioLM
+from train.patience import Patience
 from train.step import StepFigures
 
 
@@ -48,14 +51,25 @@ class RunState:
         self.stream = FeatureStream(
             data.caches, config.batch.rules(), config.seed, rows=data.train_rows, rank=group.rank, world=group.world
         )
+        self.ema = Ema(self.named, config.ema)
+        self.patience = Patience(config.patience)
         self._position = self.stream.state_dict()
 
     def advance(self, done: StepFigures, seconds: float) -> None:
         """Count a step that is done and took ``seconds``."""
         self.step += 1
+        self.ema.update(self.step)
         self.counters.add(done, seconds)
         # Kept for `save`: a step that breaks off has taken batches from the stream already.
         self._position = self.stream.state_dict()
+
+    def judged(self) -> AbstractContextManager[None]:
+        """Inside it, the weights are those that an evaluation on the way judges: their averages, or the last."""
+        return stand_in(self.named, self.ema.averages)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Inside it, the weights are those that a finished run keeps: the best judged, their averages, or the last."""
+        return stand_in(self.named, self.patience.best or self.ema.averages)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: the features and the language model."""
@@ -69,13 +83,20 @@ class RunState:
     def save(self) -> None:
         """Rank 0 writes the checkpoint of the last whole step."""
         if self.group.is_first:
-            state = {"stream": self._position, "counters": asdict(self.counters), "identity": self.identity()}
-            save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state)
+            state = {
+                "stream": self._position,
+                "counters": asdict(self.counters),
+                "patience": self.patience.state(),
+                "identity": self.identity(),
+            }
+            further = self.ema.tensors() | self.patience.tensors()
+            save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state, further)
 
     def share_start(self) -> None:
         """Take rank 0's start values: another kind of CPU may draw others in the last bit."""
         for name, tensor in self.group.broadcast_tensors(self.named).items():
             self.named[name].data.copy_(tensor)
+        self.ema = Ema(self.named, self.ema.decay)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run folder, which rank 0 reads for all.
@@ -100,6 +121,8 @@ class RunState:
                         "give back what it was trained on, or train a new run"
                     )
             restore(self.model, self.optimizer, tensors, where)
+            self.ema.load(tensors)
+            self.patience.load(state["patience"], tensors, self.named)
             self.stream.load_state_dict(state["stream"])
         self._position = state["stream"]
         self.step, self.counters = state["step"], Counters(**state["counters"])
