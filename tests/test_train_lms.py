@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny_lm import save_tiny_lm, save_tiny_tokenizer
 
 from shards.errors import UserError
-from train.lms import load_lm
+from train.lms import LanguageModel, load_lm
 from train.lms.hf import load_folder
 from train.lms.splice import lay_out
 
@@ -168,6 +168,54 @@ def test_a_softcapped_family_is_followed(tmp_path):
     soft, mask = soft_batch()
     expected = reference_nats(lm, soft, mask, BEFORE, AFTER, TARGETS)
     torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-4, atol=1e-4)
+
+
+def gemma(kind):
+    """A tiny random model of a family that scales its embeddings by the root of its width."""
+    import transformers
+
+    config = getattr(transformers, {"gemma3": "Gemma3TextConfig"}.get(kind, f"{kind.title()}Config"))(
+        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.3, eos_token_id=2, pad_token_id=0, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ) if kind != "gemma" else transformers.GemmaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.3, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
+def scaled(request, tmp_path_factory):
+    return load(save_tiny_lm(tmp_path_factory.mktemp("lm") / request.param, model=gemma(request.param)))
+
+
+def test_soft_tokens_that_equal_scaled_embeddings_are_heard_as_those_tokens(scaled):
+    ids = [[30, 31, 32, 33, 34, 35], [40], [50, 51]]
+    with torch.no_grad():
+        rows = [scaled.model.get_input_embeddings()(torch.tensor(row)) for row in ids]
+    mask = torch.arange(6) < torch.tensor([6, 1, 2])[:, None]
+    soft = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    as_text = [[*b, *row] for b, row in zip(BEFORE, ids, strict=True)]
+    expected = scaled.target_nats(soft[:, :0], mask[:, :0], as_text, AFTER, TARGETS)
+    torch.testing.assert_close(scaled.target_nats(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-4, atol=1e-4)
+    for i, row in enumerate(as_text):
+        whole = torch.tensor([*row, *AFTER[i], *TARGETS[i]])
+        logits = scaled.model(input_ids=whole[None]).logits[0, -len(TARGETS[i]) - 1 : -1]
+        torch.testing.assert_close(
+            expected[i], F.cross_entropy(logits, whole[-len(TARGETS[i]) :], reduction="sum"), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_an_output_norm_aims_at_the_rms_of_the_scaled_embeddings(scaled):
+    table = scaled.model.get_input_embeddings().weight
+    assert scaled.embedding_rms == pytest.approx(32**0.5 * table.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_cached_generation_of_a_sliding_window_family_equals_uncached(scaled):
+    soft, mask = soft_batch(lengths=(9, 1, 6))
+    assert scaled.generate(soft, mask, BEFORE, AFTER, 8) == LanguageModel.generate(scaled, soft, mask, BEFORE, AFTER, 8)
 
 
 def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path):

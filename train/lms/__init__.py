@@ -13,10 +13,13 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute  # this package has a module of that name
 
 from shards.errors import UserError
 from train.lms.splice import Ids, Layout, lay_out
 from train.options import LmConfig
+
+LOGITS = 2**25  # float32 numbers held at once: 128 MiB, and as much again for their gradient
 
 
 class Tokenizer(Protocol):
@@ -45,6 +48,7 @@ class LanguageModel(nn.Module):
     identity: str  # what a run records: equal weights, equal identity
     tokenizer: Tokenizer
     width: int  # D
+    vocabulary: int  # V, of the logits
     embedding_rms: float  # RMS of the rows that tokens become; where an output norm's gain starts
     dtype: torch.dtype  # of the activations
     trainable: bool = False
@@ -71,14 +75,26 @@ class LanguageModel(nn.Module):
         """Summed cross-entropy of each row's targets, in nats, float32 [B]; differentiable in ``soft``.
 
         soft [B, S, D], soft_mask [B, S] bool (soft tokens that it excludes are never read). Logits exist at target
-        positions only.
+        positions only, and of those at most ``LOGITS`` numbers at a time.
         """
         layout = lay_out(soft_mask.sum(1), before, after, targets)
-        logits_NV = self.logits(self.hidden(layout, soft[soft_mask])[layout.predicts])
-        nats_N = F.cross_entropy(logits_NV, layout.targets, reduction="none")
+        nats_N = self._nats(self.hidden(layout, soft[soft_mask])[layout.predicts], layout.targets)
         counts = layout.predicts.sum(1)
         slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
         return nats_N.new_zeros(slots.shape).masked_scatter(slots, nats_N).sum(1)
+
+    def _nats(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """[N, D], [N] -> [N] nats. Pieces whose logits would be too many are computed again in the backward pass."""
+
+        def nats(hidden: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+        rows = max(1, LOGITS // self.vocabulary)
+        if len(targets_N) <= rows:
+            return nats(hidden_ND, targets_N)
+        starts = range(0, len(targets_N), rows)
+        pieces = [(hidden_ND[i : i + rows], targets_N[i : i + rows]) for i in starts]
+        return torch.cat([recompute(nats, hidden, targets, use_reentrant=False) for hidden, targets in pieces])
 
     @torch.no_grad()
     def generate(
@@ -121,9 +137,7 @@ def load_lm(
     if reference.startswith("nanochat:"):
         from train.lms.nanochat import load_nanochat
 
-        return load_nanochat(
-            reference, device=device, dtype=dtype, train=train, seed=seed, audio_value=options.audio_value
-        )
+        return load_nanochat(reference, device=device, dtype=dtype, train=train, seed=seed, options=options)
     if options.audio_value != "id0":
         raise UserError(
             f"lm.audio_value={options.audio_value}: '{reference}' has no value embeddings, nanochat alone does"
@@ -139,5 +153,7 @@ def load_lm(
         device=device,
         dtype=dtype,
         train=train,
+        seed=seed,
+        options=options,
     )
     return lm

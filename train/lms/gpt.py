@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shards.errors import UserError
 from train.lms.gptconfig import TODAY, Generation, GPTConfig
@@ -38,6 +39,7 @@ class GPT(nn.Module):
         self.config, self.generation = config, generation
         self.audio_value: AudioValue = "id0"
         self.bos = 0  # what audio positions look up with ``audio_value`` bos
+        self.checkpointing = False  # layers are computed again in the backward pass
         self.absent: frozenset[str] = frozenset()  # parameters that a checkpoint lacked: neutral, never trained
         width, layers = config.n_embd, config.n_layer
         rows = rows or -(-config.vocab_size // 64) * 64
@@ -110,7 +112,8 @@ class GPT(nn.Module):
         if cache is not None:
             last = layout.is_text.sum(1).cumsum(0) - 1  # each row's last text token among all of them
             none = ~layout.is_text.any(1)
-            cache.previous = plain_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
+            padded_ND = F.pad(plain_ND, (0, 0, 0, 1))  # a batch may hold no text token at all
+            cache.previous = padded_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
             cache.lengths, cache.used = layout.valid.sum(1), width
         return hidden
 
@@ -147,8 +150,10 @@ class GPT(nn.Module):
             ve = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
             if ve is not None and voiced is not None:
                 ve = ve.masked_fill(~voiced[..., None], 0)
-            x = x + block.attn(norm(x), ve, cos, sin, window, cache)
-            x = x + block.mlp(norm(x))
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, ve, cos, sin, window, use_reentrant=False)
+            else:
+                x = block(x, ve, cos, sin, window, cache)
             if i == self.config.n_layer // 2:
                 kept = x
         return norm(x - self.backout_lambda.to(x.dtype) * kept)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train.lms import LanguageModel
+from train.lms.adapt import add_lora, checkpoint_layers, keep_gradients, quantization
 from train.lms.splice import Ids, Layout, lay_out
+from train.options import LmConfig
 
 _EMBEDDING_ROWS = 8192  # rows embedded at a time when their RMS is taken: a 150k vocabulary must not blow memory
 
@@ -63,13 +65,15 @@ class HfLanguageModel(LanguageModel):
         self.reference, self.identity, self.dtype = reference, identity, dtype
         self.trainable = any(parameter.requires_grad for parameter in model.parameters())
         self.width = model.get_input_embeddings().embedding_dim
+        self.vocabulary = model.get_output_embeddings().out_features
+        self._compiled: Callable[..., Any] | None = None
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.embedding_rms = self._embedding_rms()
         self._check_head()
 
     def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
         with self._autocast():
-            out = self.model.base_model(inputs_embeds=self._embed(layout, soft_ND), use_cache=False)
+            out = (self._compiled or self.model.base_model)(inputs_embeds=self._embed(layout, soft_ND), use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -111,13 +115,17 @@ class HfLanguageModel(LanguageModel):
         columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in before]
         return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
 
+    def compile_forward(self) -> None:
+        """From here on ``hidden`` runs through torch.compile, once for all shapes; generation stays as it is."""
+        self._compiled = torch.compile(self.model.base_model.__call__, dynamic=True)
+
     def _embed(self, layout: Layout, soft_ND: Tensor) -> Tensor:
         x_BTD: Tensor = self.model.get_input_embeddings()(layout.ids)
         return x_BTD.masked_scatter(layout.is_soft[..., None], soft_ND.to(x_BTD.dtype))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Float32 masters that train in a smaller dtype run under autocast; a frozen model simply is of that dtype."""
-        mixed = self.trainable and self.dtype != torch.float32
+        mixed = self.trainable and self.model.get_input_embeddings().weight.dtype != self.dtype
         return torch.autocast(self.device.type, dtype=self.dtype if mixed else torch.bfloat16, enabled=mixed)
 
     @torch.no_grad()
@@ -193,27 +201,52 @@ def files_identity(folder: Path) -> str:
 
 
 def load_folder(
-    folder: Path, *, reference: str, identity: str, device: str | torch.device, dtype: torch.dtype, train: bool = False
+    folder: Path,
+    *,
+    reference: str,
+    identity: str,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    train: bool = False,
+    seed: int = 0,
+    options: LmConfig | None = None,
 ) -> HfLanguageModel:
     """The causal LM in the transformers folder ``folder``, frozen unless ``train`` (then with float32 masters).
 
+    ``options`` tells ``compile``, ``bits``, ``lora`` (its start from ``seed``) and ``checkpointing``; see ``adapt.py``.
+
     Raises:
-        UserError: the folder holds no causal LM, no end-of-text token, or a head that is not understood.
+        UserError: the folder holds no causal LM, no end-of-text token, or a head that is not understood; or a library
+            that ``options`` needs is not installed.
     """
+    options = options or LmConfig()
+    loading: dict[str, Any] = {"dtype": torch.float32 if train else dtype}
+    if options.bits is not None:
+        loading |= {"quantization_config": quantization(options.bits, dtype), "device_map": {"": str(device)}}
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with _no_progress_bar():
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32 if train else dtype, local_files_only=True, use_safetensors=True
+                folder, local_files_only=True, use_safetensors=True, **loading
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         told = " ".join(str(error).split())[:300]
         raise UserError(f"'{reference}' (folder {folder}) cannot be read as a causal language model: {told}") from None
-    model.to(device).requires_grad_(train).eval()
+    if options.bits is None:
+        model.to(device)
+    else:  # device_map has put it there, and packed matrices do not move
+        keep_gradients(model)
+    model.requires_grad_(train).eval()
     if dtype == torch.bfloat16 and not train and model.device.type == "cpu":
         _attend_in_float32(model)
+    if options.lora is not None:
+        add_lora(model, options.lora, seed)
+    if options.checkpointing:
+        checkpoint_layers(model)
     lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference), reference, identity, dtype)
     lm.train(train)
+    if options.compile:
+        lm.compile_forward()
     return lm

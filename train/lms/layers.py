@@ -150,12 +150,20 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Parameters of one layer; ``GPT.forward`` runs it."""
+    """x + attention(norm x), then x + MLP(norm x)."""
 
     def __init__(self, config: GPTConfig, generation: Generation, layer: int) -> None:
         super().__init__()
         self.attn = Attention(config, generation, layer)
         self.mlp = Mlp(config.n_embd)
+
+    def forward(
+        self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int, cache: KvCache | None = None
+    ) -> Tensor:
+        """As ``Attention.forward``, but x is not normed."""
+        x = x + self.attn(norm(x), ve, cos, sin, window, cache)
+        y: Tensor = x + self.mlp(norm(x))
+        return y
 
 
 class Transformer(nn.Module):

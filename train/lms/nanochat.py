@@ -21,7 +21,7 @@ from train.lms.gpt import GPT
 from train.lms.gptconfig import GPTConfig
 from train.lms.splice import Ids, Layout, lay_out
 from train.lms.tokenizers import ByteTokenizer, TiktokenTokenizer, find_tokenizer, read_encoding
-from train.options import AudioValue
+from train.options import LmConfig
 
 _REFERENCE = re.compile(r"nanochat:d([1-9]\d?)(?:-h(\d+))?")
 
@@ -35,6 +35,7 @@ class NanochatLanguageModel(LanguageModel):
         super().__init__()
         self.gpt, self.tokenizer = gpt, tokenizer
         self.reference, self.identity, self.dtype = reference, identity, dtype
+        self.vocabulary = gpt.config.vocab_size
         self.width, self.embedding_rms = gpt.config.n_embd, 1.0  # embeddings and audio are RMS-normed on entry
         self.trainable = train
         for name, parameter in gpt.named_parameters():
@@ -87,7 +88,7 @@ def load_nanochat(
     dtype: torch.dtype,
     train: bool,
     seed: int,
-    audio_value: AudioValue = "id0",
+    options: LmConfig | None = None,
 ) -> NanochatLanguageModel:
     """``nanochat:d<depth>`` at random initialisation (heads of 64 as in the W1 smoke, or ``nanochat:d6-h128``), or the
     checkpoint at ``nanochat:FOLDER``. A frozen checkpoint's matrices are held in ``dtype``.
@@ -95,6 +96,9 @@ def load_nanochat(
     Raises:
         UserError: the reference is of neither form, or the checkpoint cannot be read (see ``checkpoint.py``).
     """
+    options = options or LmConfig()
+    if options.lora or options.bits or options.compile:
+        raise UserError(f"'{reference}': lm.lora, lm.bits and lm.compile are for Hugging Face models alone")
     match = _REFERENCE.fullmatch(reference)
     place = Path(reference.removeprefix("nanochat:")).expanduser()
     tokenizer: ByteTokenizer | TiktokenTokenizer
@@ -122,7 +126,7 @@ def load_nanochat(
         gpt, tokenizer = GPT(GPTConfig.from_depth(int(match[1]), head_size)), ByteTokenizer()
         gpt.initialise(seed)
         identity = f"nanochat-{tensors_sha256(gpt)[:16]}"
-    gpt.audio_value, gpt.bos = audio_value, tokenizer.bos or 0
+    gpt.audio_value, gpt.bos, gpt.checkpointing = options.audio_value, tokenizer.bos or 0, options.checkpointing
     return NanochatLanguageModel(gpt.to(device), tokenizer, reference, identity, dtype, train)
 
 
