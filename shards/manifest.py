@@ -32,6 +32,7 @@ __all__ = [
     "committed",
     "finalise",
     "is_complete",
+    "is_tidy",
     "manifest_id",
     "parquet_bytes",
     "read_parquet",
@@ -227,6 +228,14 @@ def stray_files(layout: Layout) -> Iterator[Path]:
 
 
 def sweep(layout: Layout) -> None:
-    """Remove stray files. Only for the holder of the finishing claim, when every shard is committed."""
-    for path in stray_files(layout):
+    """Remove stray files and claims of shards. Only for the holder of the finishing claim, all shards being committed.
+
+    The claim of a live process may go too: its shard is committed, so that releasing it finds nothing left to do.
+    """
+    for path in (*stray_files(layout), *layout.shards.glob("*.claim*")):
         path.unlink(missing_ok=True)
+
+
+def is_tidy(layout: Layout) -> bool:
+    """False when something that :func:`sweep` removes, or the finishing claim itself, still stands."""
+    return not (any(stray_files(layout)) or any(layout.shards.glob("*.claim*")) or layout.finishing.exists())
