@@ -19,7 +19,7 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
@@ -198,14 +198,13 @@ class Cache:
         """The number of the shard that holds utterance ``index``."""
         return int(self._shards[index])
 
-    def will_need(self, rows: Sequence[int]) -> None:
-        """Ask the kernel to read these utterances' pages from the disk while the caller does other things."""
-        for index in rows:
-            data = self._map(self._shards.item(index))
-            group, at = self._find(index)
-            start, size = group["offset"].item(at), group["length"].item(at)
-            for place in range(start - start % mmap.PAGESIZE, min(start + size, len(data)), ADVICE):
-                data.madvise(mmap.MADV_WILLNEED, place, min(ADVICE, start + size - place))
+    def will_need(self, index: int) -> None:
+        """Ask the kernel to read an utterance's pages from the disk while the caller does other things."""
+        data = self._map(self._shards.item(index))
+        group, at = self._find(index)
+        start, size = group["offset"].item(at), group["length"].item(at)
+        for place in range(start - start % mmap.PAGESIZE, min(start + size, len(data)), ADVICE):
+            data.madvise(mmap.MADV_WILLNEED, place, min(ADVICE, start + size - place))
 
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index

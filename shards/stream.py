@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from resource import RUSAGE_THREAD, getrusage
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from shards.reader import Cache
 
 STATE_VERSION = 1
 NEEDED = 4  # batches beyond those being read whose pages the kernel is asked for
+RESIDENT = 8  # such batches found in memory: from then on, each eighth is looked at
 Step = tuple[Rows, Position, Position]  # of a walk: a batch's rows, its position, the one after it
 
 
@@ -151,6 +153,7 @@ class FeatureStream(IterableDataset[Batch]):
         self._at, self._ended = Position(), False
         self._origin: int | None = None  # in a DataLoader worker: the batch that worker 0 began with
         self._pool = Pool(prefetch + 2)
+        self._resident = 0  # batches in a row whose pages were all in memory
 
     def locate(self, row: int) -> tuple[Cache, int]:
         """The cache of a row of the joined manifest, and its row there."""
@@ -254,7 +257,7 @@ class FeatureStream(IterableDataset[Batch]):
             def look(count: int) -> None:
                 for step in islice(walk, count):
                     coming.append(step)
-                    needer.submit(self._need, step[0])
+                    needer.submit(self._need, step[0], step[1].count)
 
             look(self.prefetch + NEEDED)
             while coming and len(waiting) < self.prefetch:
@@ -270,10 +273,14 @@ class FeatureStream(IterableDataset[Batch]):
             needer.shutdown(wait=True, cancel_futures=True)
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _need(self, rows: Rows) -> None:
-        for cache, index in map(self.locate, rows[self.rank :: self.world].tolist()):
-            if cache.mirror is None:  # what was just fetched is in memory
-                cache.will_need([index])
+    def _need(self, rows: Rows, number: int) -> None:
+        """Ask for the pages of a batch; while asking turns out to read nothing, only now and then."""
+        if self._resident < RESIDENT or number % RESIDENT == 0:
+            before = getrusage(RUSAGE_THREAD).ru_inblock
+            for cache, index in map(self.locate, rows[self.rank :: self.world].tolist()):
+                if cache.mirror is None:  # what was just fetched is in memory
+                    cache.will_need(index)
+            self._resident = self._resident + 1 if getrusage(RUSAGE_THREAD).ru_inblock == before else 0
 
     def _read(self, rows: Rows, here: Position, after: Position) -> Batch:
         """Fill a buffer with this rank's part of a global batch."""
@@ -304,6 +311,8 @@ class FeatureStream(IterableDataset[Batch]):
 
     def _strings(self, column: str, rows: ArrayLike) -> list[str]:
         joined = np.asarray(rows, dtype=np.int64)
+        if len(self.caches) == 1:
+            return self.caches[0].strings(column, joined)
         caches = np.searchsorted(self._offsets, joined, side="right") - 1
         found = np.empty(len(joined), dtype=object)
         for place in np.unique(caches).tolist():

@@ -1,0 +1,119 @@
+"""Seconds a training step with cached features, against the same step with the encoder in the loop.
+
+    python bench/online.py                          # whisper-base + SmolLM2-135M, 16 steps of 8; minutes
+    python bench/online.py --window tight --steps 8
+
+Both sides take the same batches in the same order from the same start: projector, frozen language model, AdamW. The
+cached side reads what an extraction stored; the other decodes the audio, computes log-mel and runs the frozen encoder,
+as trainers without a cache do. The losses must agree to what float16 storage loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOLERANCE = 0.02  # relative, of a step's loss: bfloat16 arithmetic after features rounded to float16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--window", choices=["full30", "tight"], default="full30", help="context of the encoder")
+    parser.add_argument("--utterances", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"root={folder}", f"source.n={arguments.utterances}", "source.val_fraction=0"]
+        words += [f"window={arguments.window}", f"encoder.device={arguments.device}"]
+        command = [sys.executable, "-m", "pipeline", "extract", "--config", "configs/extract/speech.yaml", *words]
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        extraction = time.perf_counter() - begin
+        (cache,) = (str(path.parent) for path in Path(folder).glob("*/*/CACHE.json"))
+        measure(cache, arguments, extraction)
+
+
+def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None:
+    import torch
+    import transformers
+
+    from pipeline.audio import decode
+    from pipeline.check import recorded_config
+    from pipeline.frames import open_encoder
+    from pipeline.sources import open_source
+    from shards.config import load_config
+    from shards.order import Rules
+    from shards.reader import Cache
+    from shards.stream import Batch, FeatureStream
+    from train.config import TrainConfig
+    from train.data import pad
+    from train.device import choose_device, choose_dtype
+    from train.runs import build_model
+
+    cache = Cache.open(path)
+    config = load_config(TrainConfig, "configs/train/demo.yaml", [f"caches={path}"])
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(config.dtype, device)
+    source = open_source(recorded_config(cache.info, cache.path).source)
+    encoder = open_encoder(cache.spec, cache.info["provenance"]["encoder"]["reference"], arguments.device)
+    layer = cache.spec.layer
+
+    def cached(batch: Batch) -> tuple[Any, Any]:
+        return batch.features, batch.mask()
+
+    def online(batch: Batch) -> tuple[Any, Any]:
+        uris = [cache.row(row)["audio"] for row in batch.rows]
+        clips = [decode(data) for _, data in source.read(uris) if isinstance(data, bytes)]
+        return pad([frames[layer] for frames in encoder.encode(clips, [layer], cache.spec.trim)])
+
+    def run(features_of: Callable[[Batch], tuple[Any, Any]]) -> tuple[list[float], list[float]]:
+        model = build_model(config, cache.spec.channels, device, dtype)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        batches = iter(FeatureStream([cache], Rules(batch_size=arguments.batch), seed=1))
+        losses, seconds = [], []
+        for _ in range(arguments.steps):
+            begin = time.perf_counter()
+            batch = next(batches)
+            out = model.nats(*features_of(batch), batch.texts)
+            loss = out.nats.sum() / out.tokens.sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())  # waits for the device, too
+            seconds.append(time.perf_counter() - begin)
+        return losses, seconds[1:] or seconds  # the first step warms up
+
+    a, with_cache = run(cached)
+    b, with_encoder = run(online)
+    gap = max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+    slow, fast = statistics.median(with_encoder), statistics.median(with_cache)
+    hours = np.sum(cache.frames) / 50 / 3600
+    print(f"{cache.info['provenance']['encoder']['reference']} (window {cache.spec.window}, {cache.spec.dtype}) + "
+          f"{config.lm.model} ({str(dtype).removeprefix('torch.')}) on {device}, batches of {arguments.batch}, "
+          f"{arguments.steps} steps, {hours * 3600:.0f} s of audio; torch {torch.__version__}, "
+          f"transformers {transformers.__version__}, Python {platform.python_version()}")  # fmt: skip
+    print(f"encoder in the loop   {slow:8.3f} s a step (median)")
+    print(f"cached features       {fast:8.3f} s a step (median)")
+    print(f"ratio                 {slow / fast:8.2f}")
+    print(f"extraction            {extraction:8.1f} s once, for {len(cache)} utterances, start of the process included")
+    print(f"losses                first {a[0]:.4f} and {b[0]:.4f}, last {a[-1]:.4f} and {b[-1]:.4f}, "
+          f"largest difference {gap:.2%}")  # fmt: skip
+    if gap > TOLERANCE:
+        raise SystemExit(f"failed: the losses differ by more than {TOLERANCE:.0%}")
+
+
+if __name__ == "__main__":
+    main()

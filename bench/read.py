@@ -1,0 +1,181 @@
+"""Payload MB/s as tensors and as padded batches of 16, ours and the peers', page cache warm, medians.
+
+    make bench                                             # peers in a venv of their own, then this and resume.py
+    python bench/read.py --megabytes 300 --repeats 1       # a small run; libraries that are absent are listed
+
+The last column divides by processor seconds, workers included: it says the same on a busy machine, and what is left
+for the step on any. A tensor counts once a byte of each of its pages has been touched: some libraries hand out views
+that nothing has read. Ceilings: ``cat`` of the tars, and memcpy of the same rows into the same padded buffers.
+``--cold`` measures bucketed reading against sequential reading of the same tars, the pages dropped before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import BATCH, CHANNELS, PEERS, Earshard, FirstEpoch, LitDataBucketed, write_cache
+
+
+def touched(tensors: Iterator[Any]) -> int:
+    """Payload bytes; one byte of every page is read."""
+    total = 0
+    for tensor in tensors:
+        array = tensor.numpy()
+        array.reshape(-1).view(np.uint8)[::4096].sum()
+        total += len(array) * CHANNELS * 2
+    return total
+
+
+def median(work: Callable[[], int], repeats: int) -> tuple[float, float]:
+    """MB/s of ``work``, which returns its payload bytes, by the clock and by processor seconds."""
+    rates = []
+    for _ in range(repeats + 1):
+        begin, used = time.perf_counter(), os.times()
+        size = work()
+        spent = sum(os.times()[:4]) - sum(used[:4])  # of this process and of the workers it has waited for
+        rates.append((size / 1e6 / (time.perf_counter() - begin), size / 1e6 / max(spent, 0.01)))
+    clock, processor = zip(*rates[1:], strict=True)
+    return statistics.median(clock), statistics.median(processor)
+
+
+def cat(urls: list[str]) -> int:
+    with open(os.devnull, "wb") as sink:
+        # A pipe between: to /dev/null itself, cat may not copy at all.
+        first = subprocess.Popen(["cat", *urls], stdout=subprocess.PIPE)
+        subprocess.run(["dd", "of=/dev/null", "bs=1M"], stdin=first.stdout, stderr=sink, check=True)
+        first.wait()
+    return sum(os.path.getsize(url) for url in urls)
+
+
+def memcpy(ours: Earshard, threads: int) -> Callable[[], int]:
+    """Copy rows that are in memory into padded buffers that are reused: the batches of our order."""
+    rows = [np.array(row) for row in ours.rows()]
+    stream = ours.stream()
+    batches = [batch.tolist() for batch, _, _ in stream.order.walk(stream._at, 1)]
+    longest = max(sum(max(len(rows[i]) for i in batch) for _ in batch) for batch in batches)
+    buffers = [np.ones((longest, CHANNELS), np.float16) for _ in range(threads)]
+
+    def fill(number: int) -> int:
+        batch, buffer = batches[number], buffers[number % threads]
+        width, size = max(len(rows[i]) for i in batch), 0
+        for place, i in enumerate(batch):
+            slot = buffer[place * width : (place + 1) * width]
+            slot[: len(rows[i])] = rows[i]
+            slot[len(rows[i]) :] = 0
+            size += rows[i].nbytes
+        return size
+
+    def work() -> int:
+        if threads == 1:
+            return sum(map(fill, range(len(batches))))
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(fill, range(len(batches))))
+
+    return work
+
+
+def drop(urls: list[str]) -> None:
+    """Forget the pages of these files."""
+    for url in urls:
+        fd = os.open(url, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def cold(ours: FirstEpoch, repeats: int) -> None:
+    urls, rates = ours.urls(), {"sequential": [], "bucketed": []}
+    buffer = bytearray(4 << 20)
+    for _ in range(max(repeats, 1)):
+        drop(urls)
+        begin, size = time.perf_counter(), 0
+        for url in urls:
+            with open(url, "rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    size += count
+        rates["sequential"].append(size / 1e6 / (time.perf_counter() - begin))
+        drop(urls)
+        begin = time.perf_counter()
+        size = sum(size for _, size in ours.batches())
+        rates["bucketed"].append(size / 1e6 / (time.perf_counter() - begin))
+    found = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"\ncold cache: sequential read {found['sequential']:,.0f} MB/s, bucketed padded batches "
+          f"{found['bucketed']:,.0f} MB/s: {found['bucketed'] / found['sequential']:.2f} of it")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="peers whose names contain this")
+    parser.add_argument("--cold", action="store_true", help="also with a cold page cache")
+    parser.add_argument("--folder", default=None, help="where the temporary data goes")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        cache = write_cache(Path(name) / "cache", arguments.megabytes)
+        ours, rates, absent = Earshard(cache, Path(name)), {}, []
+        print(f"{arguments.megabytes} MB of float16 [100…800, {CHANNELS}], {len(ours.urls())} shards, batches of "
+              f"{BATCH}; {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+              f"medians of {arguments.repeats}")  # fmt: skip
+        print(f"{'payload MB/s':32}{'tensors':>10}{'padded':>10}{'padded, MB per CPU s':>24}")
+        print(f"{'cat':32}{median(lambda: cat(ours.urls()), arguments.repeats)[0]:10,.0f}", flush=True)
+        for threads in (1, 2):
+            clock, processor = rates[f"memcpy {threads}"] = median(memcpy(ours, threads), arguments.repeats)
+            label = f"memcpy, {threads} thread{'s' * (threads > 1)}"
+            print(f"{label:32}{'':10}{clock:10,.0f}{processor:24,.0f}", flush=True)
+        for kind in PEERS:
+            if arguments.only.lower() not in kind.label.lower():
+                continue
+            if kind.version() is None:
+                absent.append(kind.label)
+                continue
+            folder = Path(name) / ("LitData" if kind is LitDataBucketed else kind.label)
+            prepared = folder.exists()
+            folder.mkdir(exist_ok=True)
+            try:
+                peer = kind(cache, folder)
+                if not prepared:
+                    peer.prepare()
+                tensors = median(lambda: touched(peer.tensors()), arguments.repeats)  # noqa: B023
+                rates[kind.label] = median(lambda: sum(size for _, size in peer.batches()), arguments.repeats)  # noqa: B023
+            except Exception:  # a peer that fails is told, and the others are measured
+                print(f"{kind.label} {kind.version()} failed: {traceback.format_exc(limit=-1).splitlines()[-1]}")
+                continue
+            label = f"{kind.label} {kind.version() if kind.package != 'earshard' else ''}"
+            clock, processor = rates[kind.label]
+            print(f"{label:32}{tensors[0]:10,.0f}{clock:10,.0f}{processor:24,.0f}", flush=True)
+        for label in absent:
+            print(f"{label:32}{'not installed':>20}")
+        if "earshard" in rates:
+            mine = rates["earshard"]
+            for label, aim in (("webdataset", 12.0), ("LitData", 3.0), ("LitData, by length", None), ("memcpy 2", 0.7)):
+                if label in rates:
+                    told = f" (aim ≥ {aim})" if aim else ""
+                    clock, processor = (mine[i] / rates[label][i] for i in range(2))
+                    print(
+                        f"earshard's padded batches / {label}: {clock:.2f}{told}, by processor seconds {processor:.2f}"
+                    )
+        if arguments.cold:
+            cold(FirstEpoch(cache, Path(name)), arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Seconds to the first padded batch of a resumed run at 1 %, 50 % and 99 % of an epoch, ours and the peers'.
+
+    python bench/resume.py                    # 2 GB, medians of 3
+    python bench/resume.py --megabytes 300 --repeats 1
+
+Every run opens its data anew, as a restarted process does; imports are not counted. A library without a state of its
+own does what its users do: it skips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import BATCH, PEERS, FirstEpoch, LitDataBucketed, OneThread, WebdatasetWorkers, write_cache
+
+PLACES = (0.01, 0.5, 0.99)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="peers whose names contain this")
+    parser.add_argument("--folder", default=None, help="where the temporary data goes")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        cache = write_cache(Path(name) / "cache", arguments.megabytes)
+        ours = FirstEpoch(cache, Path(name))
+        batches = sum(1 for _ in ours.stream().order.walk(ours.stream()._at, 1))
+        places = [min(int(part * batches), batches - 1) for part in PLACES]
+        print(f"{arguments.megabytes} MB, {batches} batches of {BATCH}, medians of {arguments.repeats}")
+        print(f"{'seconds to the first batch at':34}" + "".join(f"{part:>10.0%}" for part in PLACES))
+        for kind in PEERS:
+            if (
+                kind in (OneThread, WebdatasetWorkers, LitDataBucketed)
+                or arguments.only.lower() not in kind.label.lower()
+            ):
+                continue
+            if kind.label == "earshard":  # opened anew is what a restart is
+                continue
+            if kind.version() is None:
+                print(f"{kind.label:34}{'not installed':>20}")
+                continue
+            folder = Path(name) / kind.label
+            folder.mkdir(exist_ok=True)
+            try:
+                peer = kind(cache, folder)
+                peer.prepare()
+                next(iter(peer.batches()))  # imports
+                if isinstance(peer, FirstEpoch):
+                    peer.remember(places)
+                found = []
+                for place in places:
+                    seconds = []
+                    for _ in range(arguments.repeats):
+                        begin = time.perf_counter()
+                        next(iter(peer.resumed(place)))
+                        seconds.append(time.perf_counter() - begin)
+                    found.append(statistics.median(seconds))
+            except Exception:  # a peer that fails is told, and the others are measured
+                print(f"{kind.label} {kind.version()} failed: {traceback.format_exc(limit=-1).splitlines()[-1]}")
+                continue
+            label = "earshard" if kind is FirstEpoch else f"{kind.label} {kind.version()}"
+            print(f"{label:34}" + "".join(f"{value:10.3f}" for value in found), flush=True)
+            if kind is FirstEpoch:
+                print(f"{'  (aim: under 0.2, flat)':34}")
+
+
+if __name__ == "__main__":
+    main()
