@@ -6,6 +6,7 @@ batches -> soft tokens -> frozen LM -> nats of the target tokens -> gradient of
 ```
 
 Every target token of a step weighs the same, whichever batch and rank it is in: not the mean of the ranks' means.
+Losses of the projector's own (a router's) are added to what is differentiated, not to the loss that is told.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ def take_step(
         if not batch.texts:  # a global batch of fewer utterances than ranks
             continue
         out = model.nats(batch.features, batch.mask(), batch.texts)
-        (out.nats.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+        loss = out.nats.sum() / tokens
+        for own in model.projector.take_losses().values():  # weigh as much as their batch does in the step
+            loss = loss + own * (int(out.tokens.sum()) / tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
         nats += float(out.nats.detach().double().sum())
         soft[i] = sum(map(model.projector.soft_frames, batch.lengths.tolist()))
         squares[i] = soft[i] * float(out.soft_rms) ** 2

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tiny_cache import make_cache
+from tiny_run import losses, make_config
+
+from shards.stream import Batch
+from train.distributed import Group
+from train.lms import load_lm
+from train.loop import fit
+from train.model import AudioLM
+from train.options import MoeConfig, PromptConfig
+from train.projectors import build_projector
+from train.prompt import Prompt
+from train.runs import load_model, run_config
+from train.step import take_step
+
+
+def make_batch(lengths, texts, seed):
+    features = torch.randn(len(lengths), max(lengths), 6, generator=torch.Generator().manual_seed(seed))
+    keys = [str(i) for i in range(len(lengths))]
+    return Batch(features, torch.tensor(lengths), keys, texts, list(range(len(lengths))), 0, 0, {})
+
+
+def router_gradient(batches, **keys):
+    lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32)
+    projector = build_projector(MoeConfig(routing="top2", stack=2, jitter=0, **keys), 6, lm.width, 1.0)
+    model = AudioLM(projector, lm, Prompt(PromptConfig(template="<|audio|><|bos|>"), lm.tokenizer))
+    parameters = list(projector.parameters())
+    figures = take_step(model, torch.optim.SGD(parameters, lr=0.0), parameters, batches, clip=1e9, group=Group())
+    assert projector.take_losses() == {}
+    return projector, projector.router.weight.grad, figures.loss
+
+
+def test_a_projectors_own_losses_weigh_as_much_as_their_batch_does():
+    batches = [make_batch([8, 4], ["six", "a"], 0), make_batch([6], ["seven"], 1)]
+    _, without, told = router_gradient(batches, balance=0.0, router_z=0.0)
+    projector, grad, told_too = router_gradient(batches, balance=3.0, router_z=0.5)
+    assert told == told_too
+    assert (grad - without).abs().max() > 1e-4
+    projector.router.weight.grad = None
+    for batch, tokens in zip(batches, (6, 6), strict=True):
+        projector(batch.features, batch.mask())
+        (sum(projector.take_losses().values()) * tokens / 12).backward()
+    torch.testing.assert_close(grad - without, projector.router.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("step") / "cache", 12, val_every=4)
+
+
+OWN = """
+from torch import nn
+from train.projectors import Projector
+
+class Mine(Projector):
+    def __init__(self, channels, width, embedding_rms, *, hidden):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+    def soft_frames(self, frames):
+        return frames
+
+    def forward(self, features, mask):
+        return self.layers(features), mask
+"""
+
+
+def test_a_run_with_a_projector_of_the_users_is_named_after_it_and_comes_back(tmp_path, cache, monkeypatch):
+    (tmp_path / "run_projectors.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = {"kind": "run_projectors:Mine", "settings": {"hidden": 8}}
+    run = fit(make_config(tmp_path, cache, "nanochat:d1", projector=own, name=None))
+    assert run.name.endswith("-run_projectors.Mine")
+    assert len(losses(run)) == 8
+    model = load_model(run, run_config(run), torch.device("cpu"), torch.float32)
+    assert model.projector.layers[0].out_features == 8
+    sys.modules.pop("run_projectors")
+
+
+@pytest.mark.parametrize("projector", [{"kind": "moe", "routing": "top2"}, {"kind": "qformer", "norm": "rms"}])
+def test_runs_of_other_projectors_resume_to_the_very_losses(tmp_path, cache, projector):
+    keys = {"projector": projector, "checkpoint_every": 3, "eval_every": 0}
+    whole = fit(make_config(tmp_path / "a", cache, "nanochat:d1", **keys))
+    again = fit(make_config(tmp_path / "b", cache, "nanochat:d1", **keys))
+    (again / "summary.json").unlink()
+    checkpoints = sorted((again / "checkpoints").iterdir())
+    checkpoints[-1].unlink()
+    resumed = fit(run_config(again), again)
+    assert losses(resumed) == losses(whole)
