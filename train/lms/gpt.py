@@ -112,7 +112,7 @@ class GPT(nn.Module):
         if cache is not None:
             last = layout.is_text.sum(1).cumsum(0) - 1  # each row's last text token among all of them
             none = ~layout.is_text.any(1)
-            padded_ND = F.pad(plain_ND, (0, 0, 0, 1))  # a batch may hold no text token at all
+            padded_ND = torch.cat([plain_ND, x.new_zeros(1, x.shape[-1])])  # a batch may hold no text token at all
             cache.previous = padded_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
             cache.lengths, cache.used = layout.valid.sum(1), width
         return hidden
