@@ -246,7 +246,8 @@ def test_the_head_size_can_be_named():
 @pytest.mark.parametrize("generation", [TODAY, EARLY_MARCH, FIRST], ids=lambda g: g.name)
 @pytest.mark.parametrize("value", ["id0", "zero", "bos"])
 @pytest.mark.parametrize(
-    ("before", "after"), [(BEFORE, AFTER), ([[40, 41], [], [256]], [[], [50], []]), ([[], [7], []], [[], [], []])]
+    ("before", "after"),
+    [(BEFORE, AFTER), ([[40, 41], [], [256]], [[], [50], []]), ([[], [7], []], [[], [], []]), ([[]] * 3, [[]] * 3)],
 )
 def test_cached_decoding_behind_audio_equals_uncached(generation, value, before, after):
     config = GPTConfig(sequence_len=16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
