@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
-from pipeline.extract import Job, finish, prepare
 from pipeline.frames import encode_recording
+from pipeline.job import Job, finish, prepare
 from shards.codec import STORED_DTYPE
 from shards.config import load_config
 from shards.errors import run_command

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from pipeline.extract import Job, Tally
+    from pipeline.extract import Tally
+    from pipeline.job import Job
 
 EXAMPLES = """\
 examples:
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--config", metavar="FILE", help="YAML file (see configs/extract/)")
     extract.add_argument("--verify", action="store_true", help="re-hash committed shards and make damaged ones again")
     extract.add_argument("--retry-failed", action="store_true", help="make the shards with failed utterances again")
+    extract.add_argument("--profile", metavar="FILE", help="write seconds of each stage and a trace for Perfetto there")
     extract.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
     check = commands.add_parser("check", help="encode some utterances again and compare with the stored features")
     check.add_argument("cache", metavar="CACHE")
@@ -122,7 +124,7 @@ def _extract(args: argparse.Namespace) -> int:
     config = load_config(ExtractConfig, args.config, args.overrides)
 
     from pipeline.engines import run_local
-    from pipeline.extract import estimate_bytes, prepare, schedule
+    from pipeline.job import estimate_bytes, prepare, schedule
 
     signal.signal(signal.SIGTERM, _stop)
     job = prepare(config)
@@ -141,12 +143,25 @@ def _extract(args: argparse.Namespace) -> int:
     )
     started = time.perf_counter()
     try:
-        tally = run_local(job)
+        tally = run_local(job, trace=args.profile is not None)
     except (KeyboardInterrupt, SystemExit):
         print("stopped: committed shards are kept, run the same command to go on", file=sys.stderr)
         raise
     _summary(job, tally, time.perf_counter() - started)
+    if args.profile is not None:
+        _profile(job, tally, args.profile)
     return 0
+
+
+def _profile(job: Job, tally: Tally, file: str) -> None:
+    from pathlib import Path
+
+    from shards.disk import told
+
+    for line in tally.stages.table(job.config.workers):
+        print(f"  {line}")
+    with told("writing the profile", Path(file)):
+        tally.stages.write(Path(file), job.config.workers)
 
 
 def _stop(signum: int, frame: Any) -> None:
@@ -168,7 +183,7 @@ def _summary(job: Job, tally: Tally, seconds: float) -> None:
     from shards.info import cost, describe_cache
 
     _tell_problems(job)
-    busy = tally.encode_seconds / seconds if seconds else 0.0
+    busy = tally.stages.seconds["encode"] / seconds if seconds else 0.0
     size = sum(target.layout.tar(shard).stat().st_size for target in job.targets for shard in range(job.plan.shards))
     rate = tally.audio_seconds / seconds if seconds else 0.0
     print(

@@ -42,6 +42,7 @@ class Encoder(Protocol):
         margin: 0 with ``full30``.
         tensors: sha256 of the encoder's tensors, see :func:`tensors_hash`.
         frontend: settings of the spectrogram, part of the feature spec.
+        batch_size: clips that a call should hold to keep the device busy.
         dtype: arithmetic, one of ``DTYPES``.
         device: torch's name of it.
     """
@@ -57,6 +58,7 @@ class Encoder(Protocol):
     margin: float
     tensors: str
     frontend: dict[str, int | float | str | bool | None]
+    batch_size: int
     dtype: str
     device: str
 

@@ -1,6 +1,6 @@
 """Who makes which shard: one process, or several of them on one cache.
 
-In: a :class:`pipeline.extract.Job`. Out: every shard committed and the caches finished. Processes that share the folder
+In: a :class:`pipeline.job.Job`. Out: every shard committed and the caches finished. Processes that share the folder
 divide the work by claims (``shards/claims.py``): each takes the next shard that nobody holds, waits for the others at
 the end, and whoever finds everything committed finishes the cache, which is idempotent.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 
-from pipeline.extract import Job, Tally, Target, check_failures, extract_shard, finish
+from pipeline.extract import Tally, check_failures, extract_shard
+from pipeline.job import Job, Target, finish
 from pipeline.progress import Progress
+from pipeline.stages import Stages
 from shards.claims import Claims
 from shards.disk import told
 from shards.manifest import committed, is_complete, sweep
@@ -18,17 +20,19 @@ from shards.manifest import committed, is_complete, sweep
 POLL = 0.5  # seconds between two looks at shards that other processes hold
 
 
-def run_local(job: Job) -> Tally:
+def run_local(job: Job, *, trace: bool = False) -> Tally:
     """Extract with this process's encoder until every shard of every target is committed, then finish.
+
+    ``trace`` keeps every block of work in ``Tally.stages`` for a profile.
 
     Raises:
         WorkFailed: too many failures.
         UserError: the disk is full, read-only, or the like; what is committed stays.
     """
     started = time.perf_counter()
-    tally = Tally()
+    tally = Tally(stages=Stages(trace=trace))
     _count_committed_failures(job, tally)
-    with Claims(job.owner, job.config.lease) as claims, Progress(job) as progress:
+    with Claims(job.owner, job.config.lease) as claims, Progress(job, tally.stages) as progress:
         waiting = list(range(job.plan.shards))
         while waiting:
             held_by_others = []

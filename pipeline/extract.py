@@ -2,243 +2,45 @@
 
     python -m pipeline extract --config configs/extract/speech.yaml source.limit=100
 
-In: a source, a frozen encoder, the caches (one a layer) to fill. Out: for each cache a folder of committed shards and,
-last, ``CACHE.json``. :func:`prepare` decides everything before the first frame, :func:`extract_shard` makes one shard
-for every layer that lacks it in one encoder pass, :func:`finish` merges. Who calls ``extract_shard`` for which shard is
-the engine's business (``pipeline/engines.py``).
+```
+reads audio -> threads decode -> main thread encodes -> one thread joins windows, stores (codec, tar, hash) -> commit
+```
+
+In: a :class:`pipeline.job.Job`. Out: for each cache a folder of committed shards. :func:`extract_shard` makes one shard
+for every layer that lacks it in one encoder pass. Each stage hands on through a short queue, so that all others hide
+behind the slowest and memory does not grow with the corpus. Who calls ``extract_shard`` for which shard is the engine's
+business (``pipeline/engines.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-import platform
 import re
-import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.audio import AudioError, decode
-from pipeline.config import ExtractConfig
-from pipeline.encoder import Encoder, load_encoder
 from pipeline.frames import NotFinite, join, spans_of
-from pipeline.plan import fingerprint, frames_of, list_source, make_plan
-from pipeline.sources import Source, Utterance, open_source
-from pipeline.weights import Weights, resolve
-from shards.claims import new_owner
-from shards.codec import STORED_DTYPE, CodecError
-from shards.disk import file_sha256, told
-from shards.errors import UserError, WorkFailed
-from shards.manifest import Layout, Plan, RecordError, committed, finalise, is_complete, unseal, write_plan
-from shards.spec import FeatureSpec
+from pipeline.job import Job, Target
+from pipeline.stages import Stages
+from pipeline.threads import Background
+from shards import codec
+from shards.codec import CodecError
+from shards.disk import told
+from shards.errors import WorkFailed
 from shards.writer import ShardWriter, clean
 
 Samples = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One cache to fill: a layer, its folder and its spec."""
-
-    layer: int
-    layout: Layout
-    spec: FeatureSpec
-
-
-@dataclass
-class Job:
-    """Everything that is decided before the first frame."""
-
-    config: ExtractConfig
-    source: Source
-    encoder: Encoder
-    weights: Weights
-    targets: list[Target]
-    plan: Plan
-    fingerprint: str
-    owner: str = field(default_factory=new_owner)
-    attempts: dict[str, int] = field(default_factory=dict)  # key -> failed attempts before this run
-    redo: set[int] = field(default_factory=set)  # shards to make again although they are committed
-
-    def missing(self, shard: int) -> list[Target]:
-        """The targets that have no trusted record of ``shard``."""
-        if shard in self.redo:
-            return list(self.targets)
-        return [t for t in self.targets if committed(t.layout, shard, t.spec.feature_id, self.plan.id) is None]
-
-    def complete(self) -> bool:
-        return not self.redo and all(is_complete(t.layout, t.spec.feature_id, self.plan.id) for t in self.targets)
-
-
-def prepare(config: ExtractConfig) -> Job:
-    """Resolve weights, list the source, fix the plan, check the disk.
-
-    Raises:
-        UserError: weights, source or folder are not as they must be, or the disk is too small.
-    """
-    weights = resolve(config.encoder.model, what="encoder")
-    encoder = load_encoder(
-        weights,
-        device=config.encoder.device,
-        dtype=config.encoder.dtype,
-        batch_size=config.encoder.batch_size,
-        window=config.window,
-        margin=config.margin if config.window == "tight" else 0.0,
-    )
-    if config.overlap * encoder.sampling_rate >= encoder.window_samples:
-        raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window")
-    layers = chosen_layers(config.encoder.layers, encoder.n_layers)
-    limits = [n for n in (config.limit, config.source.limit) if n is not None]
-    source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
-    utterances = list_source(source)
-    mark = fingerprint(utterances, source.version)
-    corpus = Path(config.root) / f"{source.name}-{mark[:8]}"
-    targets = []
-    for layer in layers:
-        spec = feature_spec(config, encoder, layer)
-        tight = "-tight" if spec.window == "tight" else ""
-        folder = corpus / f"{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
-        targets.append(Target(layer, Layout(folder), spec))
-    plan = _fix_plan(config, encoder, source, utterances, targets, mark)
-    job = Job(config, source, encoder, weights, targets, plan, mark)
-    if not job.complete():
-        _check_disk(job)
-    return job
-
-
-def chosen_layers(layers: list[int] | None, n: int) -> list[int]:
-    """Configured layers as 0 … n, sorted, each once; none means the last. UserError for one that the encoder lacks."""
-    chosen = set()
-    for layer in layers if layers is not None else [n]:
-        if not -n - 1 <= layer <= n:
-            raise UserError(f"encoder.layers names layer {layer} and this encoder has layers 0 to {n}")
-        chosen.add(layer if layer >= 0 else n + 1 + layer)
-    if not chosen:
-        raise UserError("encoder.layers is empty: name at least one layer, or leave the key out for the last")
-    return sorted(chosen)
-
-
-def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> FeatureSpec:
-    """The identity of the features that this configuration makes at ``layer``."""
-    return FeatureSpec(
-        family=encoder.family,
-        tensors=encoder.tensors,
-        frontend=encoder.frontend,
-        layer=layer,
-        channels=encoder.channels,
-        hop=encoder.hop,
-        sampling_rate=encoder.sampling_rate,
-        window=encoder.window,
-        margin=encoder.margin,
-        overlap=config.overlap,
-        trim=config.trim,
-        dtype=encoder.dtype,  # type: ignore[arg-type]
-        codec=config.codec,
-    )
-
-
-def _fix_plan(
-    config: ExtractConfig,
-    encoder: Encoder,
-    source: Source,
-    utterances: Sequence[Utterance],
-    targets: list[Target],
-    mark: str,
-) -> Plan:
-    """The plan of every target: an existing one counts, a new one is written to all."""
-    for target in targets:
-        _refuse_other_spec(target)
-    standing = next((t.layout for t in targets if t.layout.plan.exists()), None)
-    padded = encoder.window_samples // encoder.hop if config.trim == "none" else None
-    table = None
-    plans = []
-    owner = new_owner()
-    for target in targets:
-        if target.layout.plan.exists():
-            plans.append(write_plan(target.layout, table, owner))
-            continue
-        if table is None and standing is not None:
-            table = write_plan(standing, None, owner).table
-        elif table is None:
-            table = make_plan(
-                utterances,
-                shuffle=not source.sequential,
-                seed=config.source.seed,
-                frame_bytes=encoder.channels * STORED_DTYPE[config.codec].itemsize,
-                hop=encoder.hop,
-                padded=padded,
-                shard_mb=config.shard_mb,
-            )
-        with told("writing the plan", target.layout.path):
-            plans.append(write_plan(target.layout, table, owner))
-    for target, plan in zip(targets, plans, strict=True):
-        if plan.id != plans[0].id:
-            raise UserError(
-                f"'{target.layout.path}' has another plan than '{targets[0].layout.path}': "
-                "extract these layers separately"
-            )
-        planned = plan.table.select(_PLANNED).to_pylist()
-        found = fingerprint((Utterance(**row) for row in planned), source.version)
-        if found != mark:
-            raise UserError(
-                f"the plan in '{target.layout.path}' is of another corpus ({found[:8]}, not {mark[:8]}): "
-                "move the folder away"
-            )
-    return plans[0]
-
-
-_PLANNED = ["key", "id", "audio", "samples", "text", "speaker", "split"]
-
-
-def _refuse_other_spec(target: Target) -> None:
-    try:
-        info = unseal(target.layout.cache)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except RecordError as error:
-        raise UserError(
-            f"'{target.layout.cache}' is damaged ({error}): delete that file and extract again, shards are kept"
-        ) from None
-    found = FeatureSpec.parse(info.get("spec"), f"'{target.layout.cache}'")
-    if found.feature_id != target.spec.feature_id:
-        raise UserError(
-            f"'{target.layout.path}' holds features of another spec ({'; '.join(found.differences(target.spec))}): "
-            "choose another root or move the folder away"
-        )
-
-
-def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
-    """Bytes that the tars of ``shards`` will take in all targets."""
-    padded = job.encoder.window_samples // job.encoder.hop if job.config.trim == "none" else None
-    wanted = set(shards)
-    total = 0
-    itemsize = STORED_DTYPE[job.config.codec].itemsize
-    for shard, samples in zip(job.plan.table["shard"].to_pylist(), job.plan.table["samples"].to_pylist(), strict=True):
-        if shard in wanted:
-            total += frames_of(samples, job.encoder.hop, padded) * job.encoder.channels * itemsize + 2600
-    return total * len(job.targets)
-
-
-def _check_disk(job: Job) -> None:
-    folder = job.targets[0].layout.path
-    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
-    need = estimate_bytes(job, todo)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(
-            f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
-            "choose another root, set limit, or use codec=int8 for half the size"
-        )
+Step = Callable[[int, float], None]  # utterances, audio seconds
 
 
 @dataclass
@@ -247,59 +49,93 @@ class Tally:
 
     utterances: int = 0
     audio_seconds: float = 0.0
-    encode_seconds: float = 0.0
     failures: list[tuple[str, str, str]] = field(default_factory=list)  # key, stage, reason
+    stages: Stages = field(default_factory=Stages)
 
 
-def extract_shard(job: Job, shard: int, targets: Sequence[Target], tally: Tally, step: Any = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Failure:
+    stage: str
+    reason: str
+
+
+@dataclass
+class Heard:
+    """An utterance whose windows are on their way through the encoder, or the failure that ended it."""
+
+    row: dict[str, Any]  # of the plan
+    digest: str  # sha256 of the audio file
+    samples: int = 0
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    parts: list[Mapping[int, Samples]] = field(default_factory=list)  # a window's output by layer
+    failure: Failure | None = None
+
+    def ready(self) -> bool:
+        return len(self.parts) == len(self.spans)
+
+
+def extract_shard(job: Job, shard: int, targets: Sequence[Target], tally: Tally, step: Step | None = None) -> None:
     """Make ``shard`` for ``targets`` (whose claims the caller holds) in one encoder pass, and commit it.
 
-    ``step(utterances, audio_seconds)`` is told of progress. Batches never cross a shard's edge, so that a shard's
-    bytes do not depend on which shards were made before it.
+    ``step`` is told of progress. Batches never cross a shard's edge, so that a shard's bytes do not depend on which
+    shards were made before it.
 
     Raises:
         WorkFailed: more failures than ``max_failures`` allows; nothing of this shard is committed.
     """
-    started, encode_before, audio_before = time.perf_counter(), tally.encode_seconds, tally.audio_seconds
+    started, encode_before, audio_before = time.perf_counter(), tally.stages.seconds["encode"], tally.audio_seconds
     with ExitStack() as stack:
         writers = []
         for target in targets:
             with told("writing a shard", target.layout.path):
                 clean(target.layout, shard)
-                writers.append(stack.enter_context(_writer(job, target, shard)))
-        for row, samples, digest, features in _features(job, shard, [t.layer for t in targets], tally):
-            stage, reason = "", ""
-            if isinstance(features, Failure):
-                stage, reason = features.stage, features.reason
-            else:
-                try:
-                    for target, writer in zip(targets, writers, strict=True):
-                        with told("writing a shard", target.layout.path):
-                            writer.add(row, features[target.layer], samples=samples, audio_sha256=digest)
-                except CodecError as error:
-                    stage, reason = "store", str(error)
-            if stage:
-                attempt = job.attempts.get(row["key"], 0) + 1
+                writer = ShardWriter(target.layout, shard, target.spec, job.plan.id, job.owner)
+                writers.append(stack.enter_context(writer))
+
+        def keep(heard: Heard) -> None:
+            failure = heard.failure or _store(job, targets, writers, heard, tally.stages)
+            if failure is not None:
+                attempt = job.attempts.get(heard.row["key"], 0) + 1
                 for writer in writers:
-                    writer.fail(row["key"], stage, reason, attempt)
-                tally.failures.append((row["key"], stage, reason))
+                    writer.fail(heard.row["key"], failure.stage, failure.reason, attempt)
+                tally.failures.append((heard.row["key"], failure.stage, failure.reason))
                 check_failures(job, tally)
-            seconds = samples / job.encoder.sampling_rate
+            seconds = heard.samples / job.encoder.sampling_rate
             tally.utterances, tally.audio_seconds = tally.utterances + 1, tally.audio_seconds + seconds
             if step:
                 step(1, seconds)
+
+        storing = stack.enter_context(Background(keep, job.encoder.batch_size))
+        for heard in _heard(job, shard, [t.layer for t in targets], tally.stages):
+            with tally.stages.waiting("store"):
+                storing.put(heard)
+        storing.finish()
         timings = {
             "seconds": round(time.perf_counter() - started, 3),
-            "encode_seconds": round(tally.encode_seconds - encode_before, 3),
+            "encode_seconds": round(tally.stages.seconds["encode"] - encode_before, 3),
             "audio_seconds": round(tally.audio_seconds - audio_before, 3),
         }
         for target, writer in zip(targets, writers, strict=True):
-            with told("committing a shard", target.layout.path):
+            with tally.stages.busy("commit"), told("committing a shard", target.layout.path):
                 writer.commit(timings)
 
 
-def _writer(job: Job, target: Target, shard: int) -> ShardWriter:
-    return ShardWriter(target.layout, shard, target.spec, job.plan.id, job.owner)
+def _store(
+    job: Job, targets: Sequence[Target], writers: Sequence[ShardWriter], heard: Heard, stages: Stages
+) -> Failure | None:
+    """Append an utterance to every target's tar, or to none."""
+    try:
+        with stages.busy("codec"):
+            features = join(heard.parts, heard.spans, [t.layer for t in targets], job.encoder.hop)
+            encoded = [codec.encode(target.spec.codec, features[target.layer]) for target in targets]
+    except NotFinite as error:
+        return Failure("encode", str(error))
+    except CodecError as error:
+        return Failure("store", str(error))
+    for target, writer, values in zip(targets, writers, encoded, strict=True):
+        with stages.busy("write"), told("writing a shard", target.layout.path):
+            writer.add_encoded(heard.row, values, samples=heard.samples, audio_sha256=heard.digest)
+    return None
 
 
 def check_failures(job: Job, tally: Tally) -> None:
@@ -314,93 +150,72 @@ def check_failures(job: Job, tally: Tally) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    stage: str
-    reason: str
-
-
-@dataclass
-class _Pending:
-    """An utterance whose windows are on their way through the encoder."""
-
-    row: dict[str, Any]
-    digest: str
-    samples: int
-    spans: list[tuple[int, int]]
-    parts: list[dict[int, Samples] | None]
-    failure: Failure | None = None
-
-    def ready(self) -> bool:
-        return all(part is not None for part in self.parts)
-
-
-def _features(
-    job: Job, shard: int, layers: Sequence[int], tally: Tally
-) -> Iterator[tuple[dict[str, Any], int, str, dict[int, Samples] | Failure]]:
-    """Plan row, samples, audio sha256 and float32 features by layer (or the failure) of a shard, in row order."""
-    encoder, queue, windows_waiting = job.encoder, deque[_Pending](), deque[tuple[_Pending, int, Samples]]()
+def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages) -> Iterator[Heard]:
+    """The utterances of a shard, encoded or failed, in row order."""
+    encoder, batch_size = job.encoder, job.encoder.batch_size
+    queue, windows = deque[Heard](), deque[tuple[Heard, Samples]]()
 
     def encode(least: int) -> None:
-        while len(windows_waiting) >= least and windows_waiting:
-            batch = [windows_waiting.popleft() for _ in range(min(job.config.encoder.batch_size, len(windows_waiting)))]
-            since = time.perf_counter()
-            outputs = encoder.encode([clip for _, _, clip in batch], layers, job.config.trim)
-            tally.encode_seconds += time.perf_counter() - since
-            for (pending, index, _), output in zip(batch, outputs, strict=True):
-                pending.parts[index] = output
+        while len(windows) >= least and windows:
+            batch = [windows.popleft() for _ in range(min(batch_size, len(windows)))]
+            with stages.busy("encode"):
+                outputs = encoder.encode([clip for _, clip in batch], layers, job.config.trim)
+            for (heard, _), output in zip(batch, outputs, strict=True):
+                heard.parts.append(output)
 
-    def finished() -> Iterator[tuple[dict[str, Any], int, str, dict[int, Samples] | Failure]]:
+    def ready() -> Iterator[Heard]:
         while queue and queue[0].ready():
-            done = queue.popleft()
-            yield done.row, done.samples, done.digest, done.failure or _joined(done, layers, encoder.hop)
+            yield queue.popleft()
 
-    for row, digest, audio in _decoded(job, job.plan.shard(shard)):
+    for row, digest, audio in _decoded(job, job.plan.shard(shard), stages):
+        heard = Heard(row, digest)
         if isinstance(audio, Failure):
-            queue.append(_Pending(row, digest, 0, [], [], audio))
+            heard.failure = audio
         else:
-            spans = spans_of(len(audio), encoder, job.config.overlap)
-            pending = _Pending(row, digest, len(audio), spans, [None] * len(spans))
-            queue.append(pending)
-            windows_waiting.extend((pending, i, audio[start:stop]) for i, (start, stop) in enumerate(spans))
-        encode(job.config.encoder.batch_size)
-        yield from finished()
+            heard.samples, heard.spans = len(audio), spans_of(len(audio), encoder, job.config.overlap)
+            windows.extend((heard, audio[start:stop]) for start, stop in heard.spans)
+        queue.append(heard)
+        encode(batch_size)
+        yield from ready()
     encode(1)
-    yield from finished()
+    yield from ready()
 
 
-def _joined(done: _Pending, layers: Sequence[int], hop: int) -> dict[int, Samples] | Failure:
-    try:
-        return join([part for part in done.parts if part is not None], done.spans, layers, hop)
-    except NotFinite as error:
-        return Failure("encode", str(error))
-
-
-def _decoded(job: Job, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, Samples | Failure]]:
+def _decoded(
+    job: Job, rows: Sequence[dict[str, Any]], stages: Stages
+) -> Iterator[tuple[dict[str, Any], str, Samples | Failure]]:
     """Plan row, sha256 of the audio file and its samples, in order; ``workers`` threads decode a little ahead."""
 
     def prepare_one(data: bytes) -> tuple[str, Samples | Failure]:
-        digest = hashlib.sha256(data).hexdigest()
-        try:
-            return digest, decode(data)
-        except AudioError as error:
-            return digest, Failure("decode", str(error))
+        with stages.busy("decode"):
+            digest = hashlib.sha256(data).hexdigest()
+            try:
+                return digest, decode(data)
+            except AudioError as error:
+                return digest, Failure("decode", str(error))
 
     ahead: deque[tuple[dict[str, Any], Future[tuple[str, Samples | Failure]]]] = deque()
+
+    def first() -> tuple[dict[str, Any], str, Samples | Failure]:
+        row, future = ahead.popleft()
+        with stages.waiting("decode"):
+            return row, *future.result()
+
     with ThreadPoolExecutor(job.config.workers, thread_name_prefix="decode") as pool:
-        for row, (_, data) in zip(rows, job.source.read([row["audio"] for row in rows]), strict=True):
+        read = job.source.read([row["audio"] for row in rows])
+        for row in rows:
+            with stages.busy("read"):
+                _, data = next(read)
             if isinstance(data, Exception):
                 failed: Future[tuple[str, Samples | Failure]] = Future()
                 failed.set_result(("", Failure("read", _short(data))))
                 ahead.append((row, failed))
             else:
                 ahead.append((row, pool.submit(prepare_one, data)))
-            while len(ahead) > 2 * job.config.workers + job.config.encoder.batch_size:
-                first, future = ahead.popleft()
-                yield first, *future.result()
+            while len(ahead) > 2 * job.config.workers + job.encoder.batch_size:
+                yield first()
         while ahead:
-            first, future = ahead.popleft()
-            yield first, *future.result()
+            yield first()
 
 
 def _short(error: Exception) -> str:
@@ -408,63 +223,3 @@ def _short(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
-
-
-def finish(job: Job, target: Target, seconds: float) -> None:
-    """Merge a cache whose shards are all committed: manifest, failures, and CACHE.json last."""
-    finalise(target.layout, target.spec, job.plan, job.owner, _provenance(job, seconds))
-
-
-def _provenance(job: Job, seconds: float) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    import shards
-
-    return {
-        "source": {
-            "kind": job.config.source.kind,
-            "name": job.source.name,
-            "root": str(job.source.root.resolve()) if job.source.root else None,
-            "fingerprint": job.fingerprint,
-            "problems": job.source.problems,
-        },
-        "encoder": {
-            "name": job.encoder.name,
-            "reference": job.weights.reference,
-            "revision": job.weights.revision,
-            "device": str(job.encoder.device),
-            "batch_size": job.config.encoder.batch_size,
-        },
-        "config": job.config.model_dump(mode="json"),
-        "earshard": shards.VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "last_run_seconds": round(seconds, 1),
-    }
-
-
-def schedule(job: Job, *, verify: bool, retry_failed: bool) -> None:
-    """Mark committed shards that must be made again: damaged ones (``verify``), ones with failures (``retry_failed``).
-
-    A cache that loses a shard is no longer complete, so its ``CACHE.json`` goes first.
-    """
-    for target in job.targets:
-        for shard in range(job.plan.shards):
-            record = committed(target.layout, shard, target.spec.feature_id, job.plan.id)
-            if record is None:
-                continue
-            damaged = verify and any(
-                file_sha256(path) != record[kind]["sha256"]
-                for kind, path in (("tar", target.layout.tar(shard)), ("parquet", target.layout.rows(shard)))
-            )
-            if damaged or (retry_failed and record["failures"]):
-                job.redo.add(shard)
-    if job.redo:
-        for target in job.targets:
-            with told("reopening the cache", target.layout.path):
-                target.layout.cache.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a person sees while an extraction runs: utterances, audio-hours per hour, time left.
+"""What a person sees while an extraction runs: utterances, audio-hours per hour, the bottleneck stage, time left.
 
 On a terminal a bar that moves; elsewhere (SLURM, a pipe) the same line twice a minute.
 """
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from pipeline.extract import Job
+    from pipeline.job import Job
+    from pipeline.stages import Stages
 
 
 class Progress:
     """A tqdm bar over the planned utterances; shards that stand already count as done."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, stages: Stages) -> None:
+        self._stages, self._workers = stages, job.config.workers
         self._sizes: dict[int, int] = {}
         for shard in job.plan.table["shard"].to_pylist():
             self._sizes[shard] = self._sizes.get(shard, 0) + 1
@@ -41,7 +43,7 @@ class Progress:
         """More utterances went through the encoder."""
         self._seconds += audio_seconds
         rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
-        self._bar.set_postfix_str(f"{rate:.1f} audio-h/h", refresh=False)
+        self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._stages.bottleneck(self._workers)}", refresh=False)
         self._bar.update(utterances)
 
     def made(self, shard: int) -> None:

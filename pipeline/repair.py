@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.check import recorded_config
 from pipeline.engines import run_local
-from pipeline.extract import prepare, schedule
+from pipeline.job import prepare, schedule
 from shards.disk import told
 from shards.errors import UserError, WorkFailed
 from shards.manifest import Layout, RecordError, unseal

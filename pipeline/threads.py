@@ -1,8 +1,10 @@
-"""Many clips at once on a CPU, each on one thread.
+"""Threads of an extraction: many clips at once on a CPU, each on one thread; work behind the main thread's back.
 
-In: a function and its arguments, one call a clip. Out: when all calls are done. Torch's own way, all threads inside
-each operation, waits at a barrier after every one of them, a thousand times a clip: on cores that are shared with
-anything else a call then takes many times as long.
+:class:`Threads` — in: a function and its arguments, one call a clip. Out: when all calls are done. Torch's own way, all
+threads inside each operation, waits at a barrier after every one of them, a thousand times a clip: on cores that are
+shared with anything else a call then takes many times as long.
+
+:class:`Background` — in: items, in order. Out: when one thread has taken them all.
 """
 
 from __future__ import annotations
@@ -10,7 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from queue import Queue
+from threading import Thread
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class Threads:
@@ -57,3 +64,53 @@ def _use_one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)  # OpenMP keeps the number of threads for each thread that calls it
+
+
+class Background(Generic[T]):
+    """Calls ``function`` with each item in a thread of its own, in order; at most ``room`` items wait.
+
+    An exception of ``function`` ends the work and is raised by the next :meth:`put` or :meth:`finish`. Leaving the
+    ``with`` block by an exception drops what waits.
+    """
+
+    def __init__(self, function: Callable[[T], None], room: int) -> None:
+        self._function = function
+        self._error: BaseException | None = None
+        self._dropping = False
+        self._items: Queue[tuple[T] | None] = Queue(room)
+        self._thread = Thread(target=self._work, name="store", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Background[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._dropping = self._dropping or kind is not None
+        self._end()
+
+    def put(self, item: T) -> None:
+        """Hand over; waits while there is no room."""
+        if self._error is not None:
+            raise self._error
+        self._items.put((item,))
+
+    def finish(self) -> None:
+        """Wait until everything is done."""
+        self._end()
+        if self._error is not None:
+            raise self._error
+
+    def _end(self) -> None:
+        if self._thread.is_alive():
+            self._items.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._items.get()) is not None:
+            if not self._dropping:
+                try:
+                    self._function(*item)
+                except BaseException as error:
+                    self._error, self._dropping = error, True

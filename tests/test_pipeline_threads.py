@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from pipeline.threads import Threads
+from pipeline.threads import Background, Threads
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -33,3 +33,62 @@ def test_a_failed_call_is_raised(n):
 
     with pytest.raises(ZeroDivisionError):
         Threads(n).run(divide, [(1,), (0,), (2,)])
+
+
+def test_background_work_is_done_in_order_and_all_of_it():
+    done: list[int] = []
+    with Background(done.append, 2) as background:
+        for i in range(50):
+            background.put(i)
+        background.finish()
+        assert done == list(range(50))
+    assert not background._thread.is_alive()
+
+
+def test_no_more_than_the_room_waits():
+    go, done = threading.Event(), []
+    with Background(lambda i: (go.wait(20), done.append(i)), 3) as background:
+        for i in range(4):  # one is under way, three wait
+            background.put(i)
+        late = threading.Thread(target=background.put, args=(4,))
+        late.start()
+        late.join(0.05)
+        assert late.is_alive()
+        go.set()
+        late.join(20)
+        background.finish()
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_an_error_of_background_work_reaches_the_giver_and_ends_the_work():
+    done: list[int] = []
+
+    def work(i: int) -> None:
+        done.append(1 // (3 - i))
+
+    def give(background: Background[int]) -> None:
+        with background:
+            for i in range(50):
+                background.put(i)
+            background.finish()
+
+    background = Background(work, 1)
+    with pytest.raises(ZeroDivisionError):
+        give(background)
+    assert done == [0, 0, 1]
+    assert not background._thread.is_alive()
+
+
+def test_leaving_by_an_exception_drops_what_waits():
+    go, done = threading.Event(), []
+
+    def give(background: Background[int]) -> None:
+        with background:
+            for i in range(5):
+                background.put(i)
+            threading.Timer(0.05, go.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give(Background(lambda i: (go.wait(20), done.append(i)), 9))
+    assert len(done) <= 1

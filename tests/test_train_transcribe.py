@@ -66,7 +66,10 @@ def test_audio_becomes_the_very_features_that_extraction_stored(world, key):
 def test_tight_features_are_extracted_checked_and_transcribed_alike(world, capsys):
     folder, _, _ = world
     settings = ["extract", "--config", str(folder / "extract.yaml"), "encoder.layers=[2]", "window=tight", "margin=1"]
-    assert run_command(pipeline_command, settings) == 0
+    assert run_command(pipeline_command, [*settings, "--profile", str(folder / "profile.json")]) == 0
+    profile = json.loads((folder / "profile.json").read_text())
+    assert set(profile["stages"]) == {"read", "decode", "encode", "codec", "write", "commit"}
+    assert "waited for" in capsys.readouterr().out
     (path,) = set((folder / "caches").glob("*/*-L2-*")) - {Path(run_caches(world[2])["caches"][0]["path"])}
     cache = Cache.open(path)
     assert (cache.spec.window, cache.spec.margin) == ("tight", 1.0)

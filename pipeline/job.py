@@ -1,0 +1,284 @@
+"""The extraction job: everything that is decided before the first frame, and what is left to do after the last.
+
+In: an :class:`pipeline.config.ExtractConfig`. Out: a :class:`Job`, that is source, encoder, plan, and the caches (one a
+layer) to fill. :func:`prepare` makes it, :func:`schedule` marks shards to make again, :func:`finish` merges a cache
+whose shards are all committed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ExtractConfig
+from pipeline.encoder import Encoder, load_encoder
+from pipeline.plan import fingerprint, frames_of, list_source, make_plan
+from pipeline.sources import Source, Utterance, open_source
+from pipeline.weights import Weights, resolve
+from shards.claims import new_owner
+from shards.codec import STORED_DTYPE
+from shards.disk import file_sha256, told
+from shards.errors import UserError
+from shards.manifest import Layout, Plan, RecordError, committed, finalise, is_complete, unseal, write_plan
+from shards.spec import FeatureSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """One cache to fill: a layer, its folder and its spec."""
+
+    layer: int
+    layout: Layout
+    spec: FeatureSpec
+
+
+@dataclass
+class Job:
+    """Everything that is decided before the first frame."""
+
+    config: ExtractConfig
+    source: Source
+    encoder: Encoder
+    weights: Weights
+    targets: list[Target]
+    plan: Plan
+    fingerprint: str
+    owner: str = field(default_factory=new_owner)
+    attempts: dict[str, int] = field(default_factory=dict)  # key -> failed attempts before this run
+    redo: set[int] = field(default_factory=set)  # shards to make again although they are committed
+
+    def missing(self, shard: int) -> list[Target]:
+        """The targets that have no trusted record of ``shard``."""
+        if shard in self.redo:
+            return list(self.targets)
+        return [t for t in self.targets if committed(t.layout, shard, t.spec.feature_id, self.plan.id) is None]
+
+    def complete(self) -> bool:
+        return not self.redo and all(is_complete(t.layout, t.spec.feature_id, self.plan.id) for t in self.targets)
+
+
+def prepare(config: ExtractConfig) -> Job:
+    """Resolve weights, list the source, fix the plan, check the disk.
+
+    Raises:
+        UserError: weights, source or folder are not as they must be, or the disk is too small.
+    """
+    weights = resolve(config.encoder.model, what="encoder")
+    encoder = load_encoder(
+        weights,
+        device=config.encoder.device,
+        dtype=config.encoder.dtype,
+        batch_size=config.encoder.batch_size,
+        window=config.window,
+        margin=config.margin if config.window == "tight" else 0.0,
+    )
+    if config.overlap * encoder.sampling_rate >= encoder.window_samples:
+        raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window")
+    layers = chosen_layers(config.encoder.layers, encoder.n_layers)
+    limits = [n for n in (config.limit, config.source.limit) if n is not None]
+    source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
+    utterances = list_source(source)
+    mark = fingerprint(utterances, source.version)
+    corpus = Path(config.root) / f"{source.name}-{mark[:8]}"
+    targets = []
+    for layer in layers:
+        spec = feature_spec(config, encoder, layer)
+        tight = "-tight" if spec.window == "tight" else ""
+        folder = corpus / f"{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
+        targets.append(Target(layer, Layout(folder), spec))
+    plan = _fix_plan(config, encoder, source, utterances, targets, mark)
+    job = Job(config, source, encoder, weights, targets, plan, mark)
+    if not job.complete():
+        _check_disk(job)
+    return job
+
+
+def chosen_layers(layers: list[int] | None, n: int) -> list[int]:
+    """Configured layers as 0 … n, sorted, each once; none means the last. UserError for one that the encoder lacks."""
+    chosen = set()
+    for layer in layers if layers is not None else [n]:
+        if not -n - 1 <= layer <= n:
+            raise UserError(f"encoder.layers names layer {layer} and this encoder has layers 0 to {n}")
+        chosen.add(layer if layer >= 0 else n + 1 + layer)
+    if not chosen:
+        raise UserError("encoder.layers is empty: name at least one layer, or leave the key out for the last")
+    return sorted(chosen)
+
+
+def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> FeatureSpec:
+    """The identity of the features that this configuration makes at ``layer``."""
+    return FeatureSpec(
+        family=encoder.family,
+        tensors=encoder.tensors,
+        frontend=encoder.frontend,
+        layer=layer,
+        channels=encoder.channels,
+        hop=encoder.hop,
+        sampling_rate=encoder.sampling_rate,
+        window=encoder.window,
+        margin=encoder.margin,
+        overlap=config.overlap,
+        trim=config.trim,
+        dtype=encoder.dtype,  # type: ignore[arg-type]
+        codec=config.codec,
+    )
+
+
+def _fix_plan(
+    config: ExtractConfig,
+    encoder: Encoder,
+    source: Source,
+    utterances: Sequence[Utterance],
+    targets: list[Target],
+    mark: str,
+) -> Plan:
+    """The plan of every target: an existing one counts, a new one is written to all."""
+    for target in targets:
+        _refuse_other_spec(target)
+    standing = next((t.layout for t in targets if t.layout.plan.exists()), None)
+    padded = encoder.window_samples // encoder.hop if config.trim == "none" else None
+    table = None
+    plans = []
+    owner = new_owner()
+    for target in targets:
+        if target.layout.plan.exists():
+            plans.append(write_plan(target.layout, table, owner))
+            continue
+        if table is None and standing is not None:
+            table = write_plan(standing, None, owner).table
+        elif table is None:
+            table = make_plan(
+                utterances,
+                shuffle=not source.sequential,
+                seed=config.source.seed,
+                frame_bytes=encoder.channels * STORED_DTYPE[config.codec].itemsize,
+                hop=encoder.hop,
+                padded=padded,
+                shard_mb=config.shard_mb,
+            )
+        with told("writing the plan", target.layout.path):
+            plans.append(write_plan(target.layout, table, owner))
+    for target, plan in zip(targets, plans, strict=True):
+        if plan.id != plans[0].id:
+            raise UserError(
+                f"'{target.layout.path}' has another plan than '{targets[0].layout.path}': "
+                "extract these layers separately"
+            )
+        planned = plan.table.select(_PLANNED).to_pylist()
+        found = fingerprint((Utterance(**row) for row in planned), source.version)
+        if found != mark:
+            raise UserError(
+                f"the plan in '{target.layout.path}' is of another corpus ({found[:8]}, not {mark[:8]}): "
+                "move the folder away"
+            )
+    return plans[0]
+
+
+_PLANNED = ["key", "id", "audio", "samples", "text", "speaker", "split"]
+
+
+def _refuse_other_spec(target: Target) -> None:
+    try:
+        info = unseal(target.layout.cache)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except RecordError as error:
+        raise UserError(
+            f"'{target.layout.cache}' is damaged ({error}): delete that file and extract again, shards are kept"
+        ) from None
+    found = FeatureSpec.parse(info.get("spec"), f"'{target.layout.cache}'")
+    if found.feature_id != target.spec.feature_id:
+        raise UserError(
+            f"'{target.layout.path}' holds features of another spec ({'; '.join(found.differences(target.spec))}): "
+            "choose another root or move the folder away"
+        )
+
+
+def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
+    """Bytes that the tars of ``shards`` will take in all targets."""
+    padded = job.encoder.window_samples // job.encoder.hop if job.config.trim == "none" else None
+    wanted = set(shards)
+    total = 0
+    itemsize = STORED_DTYPE[job.config.codec].itemsize
+    for shard, samples in zip(job.plan.table["shard"].to_pylist(), job.plan.table["samples"].to_pylist(), strict=True):
+        if shard in wanted:
+            total += frames_of(samples, job.encoder.hop, padded) * job.encoder.channels * itemsize + 2600
+    return total * len(job.targets)
+
+
+def _check_disk(job: Job) -> None:
+    folder = job.targets[0].layout.path
+    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
+    need = estimate_bytes(job, todo)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
+            "choose another root, set limit, or use codec=int8 for half the size"
+        )
+
+
+def finish(job: Job, target: Target, seconds: float) -> None:
+    """Merge a cache whose shards are all committed: manifest, failures, and CACHE.json last."""
+    finalise(target.layout, target.spec, job.plan, job.owner, _provenance(job, seconds))
+
+
+def _provenance(job: Job, seconds: float) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    import shards
+
+    return {
+        "source": {
+            "kind": job.config.source.kind,
+            "name": job.source.name,
+            "root": str(job.source.root.resolve()) if job.source.root else None,
+            "fingerprint": job.fingerprint,
+            "problems": job.source.problems,
+        },
+        "encoder": {
+            "name": job.encoder.name,
+            "reference": job.weights.reference,
+            "revision": job.weights.revision,
+            "device": str(job.encoder.device),
+            "batch_size": job.config.encoder.batch_size,
+        },
+        "config": job.config.model_dump(mode="json"),
+        "earshard": shards.VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "last_run_seconds": round(seconds, 1),
+    }
+
+
+def schedule(job: Job, *, verify: bool, retry_failed: bool) -> None:
+    """Mark committed shards that must be made again: damaged ones (``verify``), ones with failures (``retry_failed``).
+
+    A cache that loses a shard is no longer complete, so its ``CACHE.json`` goes first.
+    """
+    for target in job.targets:
+        for shard in range(job.plan.shards):
+            record = committed(target.layout, shard, target.spec.feature_id, job.plan.id)
+            if record is None:
+                continue
+            damaged = verify and any(
+                file_sha256(path) != record[kind]["sha256"]
+                for kind, path in (("tar", target.layout.tar(shard)), ("parquet", target.layout.rows(shard)))
+            )
+            if damaged or (retry_failed and record["failures"]):
+                job.redo.add(shard)
+    if job.redo:
+        for target in job.targets:
+            with told("reopening the cache", target.layout.path):
+                target.layout.cache.unlink(missing_ok=True)
