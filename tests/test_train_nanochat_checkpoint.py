@@ -17,6 +17,10 @@ from train.lms import load_lm
 from train.lms.gpt import GPT
 from train.lms.gptconfig import EARLY_MARCH, FIRST, TODAY, Generation, GPTConfig
 from train.lms.tokenizers import TiktokenTokenizer, read_encoding
+from train.model import AudioLM
+from train.options import MlpConfig, PromptConfig
+from train.projectors import build_projector
+from train.prompt import Prompt
 
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
 SIZES = {"sequence_len": 32, "vocab_size": 262, "n_layer": 4, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
@@ -260,3 +264,21 @@ def test_a_meta_file_that_is_no_json_is_refused(tmp_path):
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no nanochat checkpoint"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["plain", "slam", "chat", "<|bos|>Hear: <|audio|> Write: "])
+def test_a_chat_checkpoint_of_depth_6_trains_a_projector_and_answers(tmp_path, template):
+    save(tmp_path / "chatsft_checkpoints" / "d6", n_layer=6, n_embd=128, window_pattern="SSSL")
+    lm = load(tmp_path / "chatsft_checkpoints" / "d6")
+    model = AudioLM(
+        build_projector(MlpConfig(stack=2, norm="rms"), 6, 128, 1.0),
+        lm,
+        Prompt(PromptConfig(template=template), lm.tokenizer),
+    )
+    features, mask = torch.randn(2, 9, 6), torch.arange(9) < torch.tensor([9, 4])[:, None]
+    out = model.nats(features, mask, ["this", ""])
+    assert out.tokens.tolist() == [4, 1]
+    out.nats.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.projector.parameters())
+    assert len(model.generate(features, mask, max_new_tokens=5)) == 2
+    assert ("<|user_start|>" in model.prompt.text) == (template == "chat")
