@@ -5,7 +5,7 @@
 
 Both sides take the same batches in the same order from the same start: projector, frozen language model, AdamW. The
 cached side reads what an extraction stored; the other decodes the audio, computes log-mel and runs the frozen encoder,
-as trainers without a cache do. The losses must agree to what float16 storage loses.
+as trainers without a cache do. The losses must agree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-TOLERANCE = 0.02  # relative, of a step's loss: bfloat16 arithmetic after features rounded to float16
+# Relative, of a step's loss. The first differs by what float16 storage rounds; AdamW's first steps are nearly signs of
+# gradients, so that the smallest of them part the two runs a little afterwards.
+FIRST, LATER = 0.005, 0.05
 
 
 def main() -> None:
@@ -111,8 +113,8 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
     print(f"extraction            {extraction:8.1f} s once, for {len(cache)} utterances, start of the process included")
     print(f"losses                first {a[0]:.4f} and {b[0]:.4f}, last {a[-1]:.4f} and {b[-1]:.4f}, "
           f"largest difference {gap:.2%}")  # fmt: skip
-    if gap > TOLERANCE:
-        raise SystemExit(f"failed: the losses differ by more than {TOLERANCE:.0%}")
+    if abs(a[0] - b[0]) > FIRST * abs(b[0]) or gap > LATER:
+        raise SystemExit(f"failed: the losses differ by more than {FIRST:.1%} at first or {LATER:.0%} later")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tiny_cache import make_cache
+from tiny_server import serve
 
 from shards.errors import UserError
 from shards.reader import Cache
+from shards.stream import FeatureStream
 from train.config import TrainConfig, ValConfig
 from train.data import (
     AbsentCache,
@@ -21,6 +23,7 @@ from train.data import (
     open_data,
     pad,
 )
+from train.runs import describe
 
 
 def config(*caches, **keys):
@@ -79,6 +82,42 @@ def test_rows_marked_val_are_held_out_and_the_others_trained_on(marked):
     data = open_data(config(marked))
     assert data.held_out.rows.tolist() == [0, 5, 10, 15]
     assert sorted([*data.train_rows, *data.held_out.rows]) == list(range(20))
+
+
+def test_a_filter_narrows_what_is_trained_on_and_not_what_is_judged(marked, plain):
+    whole = open_data(config(marked, plain))
+    frames = np.concatenate([cache.frames for cache in whole.caches])
+    data = open_data(config(marked, plain, filter="frames > 20 and speaker != 'speaker-1'"))
+    assert data.held_out.rows.tolist() == whole.held_out.rows.tolist()
+    speakers = [speaker for cache in whole.caches for speaker in cache.manifest["speaker"].to_pylist()]
+    assert data.train_rows.tolist() == [
+        row for row in whole.train_rows if frames[row] > 20 and speakers[row] != "speaker-1"
+    ]
+    with pytest.raises(UserError, match="passes 'frames > 9999': widen filter"):
+        open_data(config(marked, filter="frames > 9999"))
+
+
+def test_weights_and_filters_reach_the_stream(marked, plain):
+    settings = config(marked, plain, batch={"size": 4, "weights": [2, 0.5]})
+    data = open_data(settings)
+    stream = FeatureStream(data.caches, settings.batch.rules(), 0, rows=data.train_rows, epochs=1, prefetch=0)
+    rows = [row for batch in stream for row in batch.rows]
+    assert sum(row < 20 for row in rows) == 2 * (data.train_rows < 20).sum()
+    assert abs(sum(row >= 20 for row in rows) - 20) <= 3
+    short = config(marked, plain, batch={"weights": [2]}).batch.rules()
+    with pytest.raises(UserError, match="weights has 1 numbers for 2 caches"):
+        FeatureStream(data.caches, short, 0)
+
+
+def test_a_cache_may_be_a_url(marked, tmp_path, monkeypatch):
+    monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
+    with serve(marked) as server:
+        assert needed(config(server.url)) == []
+        data = open_data(config(server.url))
+        assert data.train_rows.tolist() == open_data(config(marked)).train_rows.tolist()
+        assert describe(data.caches)["caches"][0]["path"] == server.url
+        with pytest.raises(UserError, match="twice"):
+            open_caches([server.url, f"{server.url}/"])
 
 
 def test_a_fraction_holds_out_whole_speakers_on_top_of_marked_rows(plain):

@@ -65,12 +65,18 @@ class BatchConfig(Config):
     max_frames: int | None = Field(default=None, ge=1)  # padded frames of a batch
     window_shards: int = Field(default=8, ge=1)
     shuffle: Literal["none", "shard", "window", "global"] = "window"
+    # of each cache: how often an epoch takes its rows (shards/order.py); None: once
+    weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
 
     def rules(self) -> Rules:
         """The same as the stream's rules; no batch is dropped."""
         size = 8 if self.size is None and self.max_frames is None else self.size
         return Rules(
-            batch_size=size, max_frames=self.max_frames, window_shards=self.window_shards, shuffle=self.shuffle
+            batch_size=size,
+            max_frames=self.max_frames,
+            window_shards=self.window_shards,
+            shuffle=self.shuffle,
+            weights=None if self.weights is None else tuple(self.weights),
         )
 
 
@@ -80,6 +86,7 @@ class TrainConfig(Config):
     caches: Strings = Field(min_length=1)  # cache folders or glob patterns that match one complete cache each
     # extraction configs that make the caches: one each in order, or all for any
     extract: Strings = Field(default_factory=list)
+    filter: str | None = None  # train on the rows that pass: "duration < 20 and speaker != ''" (shards/filters.py)
     val: ValConfig = ValConfig()
 
     runs: str = "runs"

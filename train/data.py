@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
+from shards.filters import select
 from shards.manifest import Layout
 from shards.reader import Cache
 from train.config import TrainConfig, ValConfig
@@ -92,6 +93,12 @@ def open_data(config: TrainConfig) -> Data:
             f"no utterance is left to train on in {_names(caches)}: all are held out; lower val.fraction or name "
             "another cache in caches"
         )
+    if config.filter is not None:
+        train_rows = np.intersect1d(train_rows, select(caches, config.filter), assume_unique=True)
+        if not len(train_rows):
+            raise UserError(
+                f"no utterance of {_names(caches)} that is not held out passes '{config.filter}': widen filter"
+            )
     if config.val.caches:
         judged = open_caches(config.val.caches, config.extract)
         same_features(judged[0], caches[0])
@@ -242,7 +249,7 @@ def _same_folder(one: str | Path, other: str | Path) -> bool:
 
 
 def _names(caches: Sequence[Cache]) -> str:
-    return ", ".join(f"'{cache.path}'" for cache in caches)
+    return ", ".join(f"'{cache.location}'" for cache in caches)
 
 
 def _mend(patterns: Sequence[str], extract: Sequence[str], index: int) -> str:

@@ -70,7 +70,11 @@ def describe(caches: Sequence[Cache]) -> dict[str, Any]:
         "feature_id": first.feature_id,
         "encoder": encoder.get("reference"),
         "caches": [
-            {"path": os.path.abspath(cache.path), "manifest_id": cache.manifest_id, "utterances": len(cache)}
+            {
+                "path": os.path.abspath(cache.path) if cache.mirror is None else cache.location,
+                "manifest_id": cache.manifest_id,
+                "utterances": len(cache),
+            }
             for cache in caches
         ],
     }
