@@ -3,9 +3,11 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PY := $(BIN)/python
 READY := .venv/.ready
+BENCH := .venv/bench
+READY_BENCH := $(BENCH)/.ready
 CACHES ?= $(wildcard caches/*/*)
 .DEFAULT_GOAL := help
-.PHONY: help setup extract train smoke verify test test-all lint clean
+.PHONY: help setup extract train smoke verify test test-all bench lint clean
 
 extract: CONFIG ?= configs/extract/speech.yaml
 train: CONFIG ?= configs/train/demo.yaml
@@ -50,6 +52,19 @@ test: setup ## lint the imports and run the tests
 
 test-all: setup ## every test, the slow ones too
 	@$(PY) -m pytest -m "slow or not slow" $(ARGS)
+
+bench: $(READY_BENCH) ## the reader beside its peers (reading, resuming), padding, and the encoder in the loop; 20 minutes
+	@$(BENCH)/bin/python bench/read.py --cold $(ARGS)
+	@$(BENCH)/bin/python bench/resume.py $(ARGS)
+	@$(PY) bench/padding.py
+	@$(PY) bench/online.py
+
+$(READY_BENCH): $(READY) requirements-bench.lock
+	$(PYTHON) -m venv $(BENCH)
+	$(PY) -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(BENCH)/bin/python -c "import site; print(site.getsitepackages()[0])")/earshard.pth
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.lock
+	@touch $@
 
 lint: setup ## style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
