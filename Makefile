@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PY := $(BIN)/python
 READY := .venv/.ready
+ALL := .venv/all
+READY_ALL := $(ALL)/.ready
 BENCH := .venv/bench
 READY_BENCH := $(BENCH)/.ready
 CACHES ?= $(wildcard caches/*/*)
@@ -50,8 +52,16 @@ test: setup ## lint the imports and run the tests
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 	@$(PY) -m pytest $(ARGS)
 
-test-all: setup ## every test, the slow ones too
-	@$(PY) -m pytest -m "slow or not slow" $(ARGS)
+test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
+	@$(ALL)/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+# on top of .venv: what stands there is seen through a .pth file, what is heavy is added without dependencies
+$(READY_ALL): $(READY) requirements-test-all.lock
+	$(PYTHON) -m venv $(ALL)
+	$(PY) -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(ALL)/bin/python -c "import site; print(site.getsitepackages()[0])")/earshard.pth
+	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-all.lock
+	@touch $@
 
 bench: $(READY_BENCH) ## the reader beside its peers (reading, resuming), padding, and the encoder in the loop; 20 minutes
 	@$(BENCH)/bin/python bench/read.py --cold $(ARGS)
