@@ -50,7 +50,7 @@ verify: setup ## check every cache under caches/ (or CACHES=…): sizes, records
 
 test: setup ## lint the imports and run the tests
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
 	@$(ALL)/bin/python -m pytest -m "slow or not slow" $(ARGS)

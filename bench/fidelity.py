@@ -59,7 +59,7 @@ def main() -> None:
             f"{sample['__key__']:<30} {len(features):>5} frames  "
             f"rel. error {relative_rms(features, hidden):.4f}  cosine {cosine:.5f}"
         )
-    a, b = np.concatenate(stored), np.concatenate(fresh)
+    a, b = np.concatenate(stored).astype(np.float64), np.concatenate(fresh).astype(np.float64)
     print(
         f"\n{len(stored)} utterances: relative RMS error {relative_rms(a, b):.4f}, "
         f"cosine {float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)):.5f} "

@@ -80,7 +80,7 @@ def assert_same(root: Path, wanted: Path) -> None:
     assert not list(root.rglob("*.claim*"))
 
 
-@pytest.mark.parametrize(("sequences", "kills"), [(2, 5), pytest.param(40, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("sequences", "kills"), [(2, 5), pytest.param(50, 5, marks=pytest.mark.slow)])
 def test_kills_at_random_file_operations_leave_the_same_cache(tmp_path, undisturbed, corpus, whisper, sequences, kills):
     wanted, operations = undisturbed
     rng = random.Random(sequences)
