@@ -238,6 +238,8 @@ def test_an_encoding_comes_back_as_it_was(tmp_path):
         ({"mtp": 3}, "mtp"),
         ({"n_head": 5}, "no model that could be"),
         ({"n_layer": 0}, "no model that could be"),
+        ({"n_layer": 10**9}, "no model that could be"),
+        ({"sequence_len": 10**12}, "no model that could be"),
         ({"window_pattern": "XL"}, "no model that could be"),
         (None, "is missing"),
     ],

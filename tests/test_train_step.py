@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from tiny_cache import make_cache
+from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config
 
 from shards.stream import Batch
@@ -81,6 +82,21 @@ def test_a_run_with_a_projector_of_the_users_is_named_after_it_and_comes_back(tm
     model = load_model(run, run_config(run), torch.device("cpu"), torch.float32)
     assert model.projector.layers[0].out_features == 8
     sys.modules.pop("run_projectors")
+
+
+def test_a_run_with_adapters_resumes_to_the_very_losses_and_comes_back(tmp_path, cache):
+    pytest.importorskip("peft")
+    lm = {"model": f"path:{save_tiny_lm(tmp_path / 'tiny')}", "lora": {"rank": 2, "targets": ["q_proj"]}}
+    keys = {"lm": lm, "checkpoint_every": 3, "eval_every": 0}
+    whole = fit(make_config(tmp_path / "a", cache, "", **keys))
+    again = fit(make_config(tmp_path / "b", cache, "", **keys))
+    (again / "summary.json").unlink()
+    sorted((again / "checkpoints").iterdir())[-1].unlink()
+    assert losses(fit(run_config(again), again)) == losses(whole)
+    model = load_model(whole, run_config(whole), torch.device("cpu"), torch.float32)
+    adapters = {name: p for name, p in model.lm.named_parameters() if "lora_B" in name}
+    assert adapters
+    assert all(p.any() for p in adapters.values())
 
 
 @pytest.mark.parametrize("projector", [{"kind": "moe", "routing": "top2"}, {"kind": "qformer", "norm": "rms"}])
