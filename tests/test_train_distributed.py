@@ -29,7 +29,7 @@ KEYS: dict[str, Any] = {
     "projector": {"kind": "mlp", "norm": "rms"},
 }
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-SECONDS = 120
+SECONDS = 300  # on a machine that does much else
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +125,7 @@ def test_a_killed_rank_ends_the_run_with_a_sentence_and_one_process_finishes_it_
     process = torchrun(2, "--config", write_config(tmp_path / "c.yaml", config))
     at_step(process, 15, 150)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     run = tmp_path / "runs" / "run"
     assert process.returncode != 0
     sentence = sentence_of(err)
@@ -158,7 +158,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_every_rank(tmp_path, cache, num
     at_step(process, 15, 150)
     ranks = ranks_of(process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     run = tmp_path / "runs" / "run"
     assert sentence_of(err).startswith(f"stopped at step {saved(run)} of 150, saved; go on with: python -m train fit")
     assert len(losses(run)) == saved(run)
@@ -177,7 +177,7 @@ def test_a_run_goes_through_two_one_four_and_two_processes_and_is_the_run_of_one
         process = torchrun(world, *(["--resume"] if run.exists() else []), "--config", file)
         at_step(process, step, 150)
         os.kill(ranks_of(process)[rank], number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
         assert process.returncode != 0
         assert step <= saved(run) < 150
     finish(torchrun(2, "--resume", "--config", file))
@@ -194,8 +194,8 @@ def test_two_machines_train_one_run_and_the_loss_of_one_ends_it(tmp_path, cache)
     (rank_1,) = ranks_of(machines[1]).values()
     machines[1].kill()
     os.kill(rank_1, signal.SIGKILL)
-    _, err = machines[0].communicate(timeout=30)
-    machines[1].communicate(timeout=30)
+    _, err = machines[0].communicate(timeout=60)
+    machines[1].communicate(timeout=60)
     assert "rank 1 of 2 ended before the run did" in sentence_of(err)
     for machine in on_two_machines(lambda launcher: torchrun(1, "--resume", "--config", file, launcher=launcher)):
         finish(machine)

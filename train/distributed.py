@@ -253,6 +253,8 @@ class Launched(Group):
             self._raise_lost(lost)
 
     def _raise_lost(self, rank: int) -> NoReturn:
+        if self._lifeline is not None:
+            self._lifeline.leave_to_main()
         # Nobody waits here: rank 0 may stand in a collective that only the end of this process breaks.
         sentence = self._last_words(rank)
         if sentence:

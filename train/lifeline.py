@@ -39,7 +39,7 @@ class Lifeline:
         """``broadcast`` gives rank 0's JSON value to all; ``tells(lost)`` is this process's last sentence, or ""."""
         self.rank = rank
         self.lost: int | None = None
-        self._tells, self._closing = tells, False
+        self._tells, self._handled = tells, False
         self._known, self._first_ended = threading.Event(), threading.Event()
         self._peers: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
@@ -64,14 +64,18 @@ class Lifeline:
         self._known.wait(seconds)
         return self.lost
 
+    def leave_to_main(self) -> None:
+        """The main thread ends the process in its own time: saving may take longer than ``GRACE``."""
+        self._handled = True
+
     def wait_for_first(self, seconds: float) -> None:
         """Return when rank 0 has ended, or after ``seconds``; a loss does not end this process any more."""
-        self._closing = True
+        self._handled = True
         self._first_ended.wait(seconds if self._peers else 0)
 
     def close(self) -> None:
         """Say goodbye: from now on the end of this process is no loss."""
-        self._closing = True
+        self._handled = True
         with self._lock:
             peers = list(self._peers.values())
         for line in peers:
@@ -117,7 +121,7 @@ class Lifeline:
             self._lose(0)
 
     def _lose(self, rank: int) -> None:
-        if self._closing or self.lost is not None:
+        if self._handled or self.lost is not None:
             return
         self.lost = rank
         self._known.set()
@@ -136,7 +140,7 @@ class Lifeline:
 
     def _end(self) -> None:
         """The main thread had its time: it waits for a rank that is not there."""
-        if self._closing:
+        if self._handled:
             return
         if self.lost is not None and (sentence := self._tells(self.lost)):
             print(f"failed: {sentence}", file=sys.stderr, flush=True)
