@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from pipeline.sources import SourceConfig
 from shards.claims import LEASE
@@ -29,7 +29,9 @@ class ExtractConfig(Config):
     source: SourceConfig
     encoder: EncoderConfig = EncoderConfig()
     limit: int | None = Field(default=None, ge=1)  # utterances; the smaller of this and source.limit
-    window: Window = "full30"  # tight: contexts cut to the utterance, faster on short clips and other features
+    # full30, or tight: contexts cut to the utterance, faster on short clips and other features; none: full30 for a
+    # Whisper, clip (the audio alone) for encoders that take any length
+    window: Window | None = None
     margin: float = Field(default=2.0, ge=0, le=30)  # seconds of silence that a tight context keeps after the utterance
     overlap: float = Field(default=4.0, ge=0, le=20)  # seconds that neighbouring windows of long audio share
     trim: Literal["valid", "none"] = "valid"
@@ -38,10 +40,3 @@ class ExtractConfig(Config):
     workers: int = Field(default=2, ge=1)  # threads that decode audio
     max_failures: float = Field(default=0.01, ge=0)  # below 1 a fraction of the utterances, else a count
     lease: float = Field(default=LEASE, gt=0)  # seconds without a sign of life before a shard's owner counts as dead
-
-    @field_validator("trim")
-    @classmethod
-    def _tight_is_trimmed(cls, trim: str, info: ValidationInfo) -> str:
-        if trim == "none" and info.data.get("window") == "tight":
-            raise ValueError("window=tight keeps valid frames alone, use trim=valid")
-        return trim

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pipeline.weights import Weights, weight_files
+from pipeline.weights import ENCODERS, Weights, read_json, weight_files
 from shards.errors import UserError
 from shards.spec import Window
 
@@ -38,8 +38,8 @@ class Encoder(Protocol):
         hop: samples a frame stands for.
         window_samples: longest clip.
         window: ``full30`` pads every clip to ``window_samples``; ``tight`` cuts the context to the clip and ``margin``
-            seconds of silence, rounded up to a multiple of ``CONTEXT_STEP`` seconds.
-        margin: 0 with ``full30``.
+            seconds of silence, rounded up to a multiple of ``CONTEXT_STEP`` seconds; ``clip`` pads nothing.
+        margin: 0 but with ``tight``.
         tensors: sha256 of the encoder's tensors, see :func:`tensors_hash`.
         frontend: settings of the spectrogram, part of the feature spec.
         batch_size: clips that a call should hold to keep the device busy.
@@ -79,7 +79,7 @@ def load_encoder(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
-    window: Window = "full30",
+    window: Window | None = None,
     margin: float = 0.0,
 ) -> Encoder:
     """The encoder in ``weights``, ready on ``device``.
@@ -88,14 +88,12 @@ def load_encoder(
         device: ``auto`` is ``cuda`` where there is one, else ``cpu``.
         dtype: ``auto`` is bfloat16 where the device computes it natively, else float16 on a GPU, float32 on a CPU.
         batch_size: most clips in one forward pass on a GPU.
-        window, margin: see :class:`Encoder`.
+        window, margin: see :class:`Encoder`; None is ``full30`` for a Whisper and ``clip`` for the others.
 
     Raises:
-        UserError: no Whisper, a damaged folder, or a device or dtype that is not there.
+        UserError: no such encoder, a damaged folder, or a device, dtype or window that is not there.
     """
     import torch
-
-    from pipeline.whisper import WhisperEncoder
 
     if batch_size < 1:
         raise UserError(f"encoder.batch_size is {batch_size}: set it to 1 or more")
@@ -109,12 +107,25 @@ def load_encoder(
         dtype = fast_dtype(device)
     if dtype not in DTYPES:
         raise UserError(f"encoder.dtype is '{dtype}': set it to auto, {', '.join(DTYPES)}")
-    return WhisperEncoder(weights, device=device, dtype=dtype, batch_size=batch_size, window=window, margin=margin)
+    family = read_json(weights.folder / "config.json").get("model_type")
+    if family in ENCODERS[1:]:
+        from pipeline.selfsupervised import SelfSupervisedEncoder
+
+        if window not in (None, "clip"):
+            raise UserError(f"window={window} is of Whisper encoders, and a {family} hears the audio alone: use clip")
+        return SelfSupervisedEncoder(weights, family, device=device, dtype=dtype, batch_size=batch_size)
+    from pipeline.whisper import WhisperEncoder
+
+    if window == "clip":
+        raise UserError("window=clip is of encoders that take audio of any length: use full30 or tight with a Whisper")
+    return WhisperEncoder(
+        weights, device=device, dtype=dtype, batch_size=batch_size, window=window or "full30", margin=margin
+    )
 
 
 def context_samples(samples: int, encoder: Encoder) -> int:
     """Samples that a clip of ``samples`` is padded to: a few sizes, so that shapes repeat."""
-    if encoder.window == "full30":
+    if encoder.window != "tight":
         return encoder.window_samples
     step = CONTEXT_STEP * encoder.sampling_rate
     wanted = samples + round(encoder.margin * encoder.sampling_rate)

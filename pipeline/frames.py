@@ -70,6 +70,7 @@ def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto")
         margin=spec.margin,
     )
     for name, wanted, found in (
+        ("architecture", spec.family, encoder.family),
         ("weights (sha256 of the tensors)", spec.tensors, encoder.tensors),
         ("spectrogram settings", spec.frontend, encoder.frontend),
         ("channels", spec.channels, encoder.channels),

@@ -78,6 +78,10 @@ def prepare(config: ExtractConfig) -> Job:
         window=config.window,
         margin=config.margin if config.window == "tight" else 0.0,
     )
+    if config.trim == "none" and encoder.window != "full30":
+        raise UserError(
+            f"trim=none keeps padded windows, and with window={encoder.window} there are none: use trim=valid"
+        )
     if config.overlap * encoder.sampling_rate >= encoder.window_samples:
         raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window")
     layers = chosen_layers(config.encoder.layers, encoder.n_layers)

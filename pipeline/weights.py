@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from shards.errors import UserError
 
+ENCODERS = ("whisper", "hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
 SCHEMES = ("path", "hf", "modelscope", "wheel")
 
 
@@ -48,7 +49,7 @@ def resolve(
 
     Args:
         reference: one, several in order of preference, or None for the default order (see the module).
-        what: the encoder must be a Whisper; a language model may be anything with a config.
+        what: the encoder must be one of ``ENCODERS``; a language model may be anything with a config.
         cache: folder for converted wheels (default ``$EARSHARD_HOME/weights``); the hubs keep their own caches.
 
     Raises:
@@ -138,9 +139,10 @@ def check_folder(folder: Path, what: str) -> None:
     """Refuse a folder without a fitting ``config.json`` or whose weight files are absent or of a wrong length."""
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    if what == "encoder" and kind != "whisper":
+    if what == "encoder" and kind not in ENCODERS:
         raise UserError(
-            f"'{folder / 'config.json'}' is of a {kind or 'nameless model'}, not of a whisper: name a Whisper model"
+            f"'{folder / 'config.json'}' is of a {kind or 'nameless model'}, not of a whisper: name a Whisper model "
+            f"or one of {', '.join(ENCODERS[1:])}"
         )
     for path in weight_files(folder):
         complaint = safetensors_complaint(path) if path.suffix == ".safetensors" else _zip_complaint(path)

@@ -26,7 +26,7 @@ from shards.errors import UserError
 SCHEMA_VERSION = 1
 MAX_CHANNELS = 65_536
 
-Window = Literal["full30", "tight"]
+Window = Literal["full30", "tight", "clip"]
 Codec = Literal["f16", "bf16", "int8", "fp8"]
 
 
@@ -43,7 +43,7 @@ class FeatureSpec(BaseModel):
         hop: samples of audio a frame stands for (Whisper: 320, 20 ms at 16 kHz).
         sampling_rate: Hz.
         window: ``full30`` pads each window to 30 s, ``tight`` cuts the context to the utterance and ``margin``, rounded
-            up to a multiple of 5 s.
+            up to a multiple of 5 s; ``clip`` is the audio alone, for encoders that take any length.
         margin: seconds of silence that a tight context keeps after the utterance; 0 with full30.
         overlap: seconds that neighbouring windows of long audio share.
         trim: ``valid`` keeps ceil(samples / hop) frames, ``none`` keeps the padded window.
