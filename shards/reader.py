@@ -15,7 +15,9 @@ first time that a process reads it. Methods may be called from several threads a
 from __future__ import annotations
 
 import mmap
+import os
 import threading
+import weakref
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
@@ -41,10 +43,10 @@ from shards.spec import FeatureSpec
 from shards.storage import is_url
 from shards.tables import BATCH, ROWS_PER_BYTE, TEXT_GROWTH, TEXT_ROOM
 
-MAPPINGS = 64  # shards mapped at once: each keeps one file descriptor
+MAPPINGS = 64  # shards mapped at once: each keeps two file descriptors
 GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
 HASHED_AT_OPEN = 64 << 20  # a larger manifest is hashed by `verify` alone: opening must stay quick
-ADVICE = 256 << 10  # bytes the kernel is asked to read at once: some kernels cut off a longer request
+ADVICE = 1 << 20  # bytes the kernel is asked to read at once: some kernels cut off a longer request
 PLACES = ["offset", "length", "scale_offset", "scale_length", "crc32"]
 
 Group = dict[str, Any]  # of a row group: "key" and "text" as pyarrow arrays, PLACES as NumPy arrays
@@ -124,7 +126,7 @@ class Cache:
     def detach(self) -> None:
         """Forget mappings, cached strings and locks: for a process that was forked while threads were reading."""
         self._lock = threading.Lock()
-        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._maps: OrderedDict[int, tuple[mmap.mmap, int]] = OrderedDict()
         self._groups: OrderedDict[int, Group] = OrderedDict()
         self._parquet: tuple[pq.ParquetFile, list[int]] | None = None
         self._most_maps = MAPPINGS
@@ -200,11 +202,12 @@ class Cache:
 
     def will_need(self, index: int) -> None:
         """Ask the kernel to read an utterance's pages from the disk while the caller does other things."""
-        data = self._map(self._shards.item(index))
+        data, fd = self._opened(self._shards.item(index))
         group, at = self._find(index)
         start, size = group["offset"].item(at), group["length"].item(at)
-        for place in range(start - start % mmap.PAGESIZE, min(start + size, len(data)), ADVICE):
-            data.madvise(mmap.MADV_WILLNEED, place, min(ADVICE, start + size - place))
+        for place in range(start, min(start + size, len(data)), ADVICE):
+            # Not the mapping's own madvise: it keeps Python's lock while it waits for the disk's queue.
+            os.posix_fadvise(fd, place, min(ADVICE, start + size - place), os.POSIX_FADV_WILLNEED)
 
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
@@ -229,6 +232,10 @@ class Cache:
         return _broken(self.path, f"utterance '{key}' in shards/{shard:06d}.tar {what}")
 
     def _map(self, shard: int) -> mmap.mmap:
+        return self._opened(shard)[0]
+
+    def _opened(self, shard: int) -> tuple[mmap.mmap, int]:
+        """The mapping of a shard, and a descriptor of it that lives as long."""
         with self._lock:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
@@ -237,14 +244,16 @@ class Cache:
         try:  # without the lock: a far shard may take a while, and others wait for other shards
             with open_file(path) if self.mirror is None else self.mirror.open_shard(shard) as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                fd = os.dup(file.fileno())
+                weakref.finalize(data, os.close, fd).atexit = False
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise _broken(self.path, f"shards/{path.name} cannot be read ({error})") from None
         with self._lock:
-            data = self._maps.setdefault(shard, data)
+            opened = self._maps.setdefault(shard, (data, fd))
             if len(self._maps) > self._most_maps:
                 # Not closed: views that are still in use keep it alive, the last of them frees it.
                 self._maps.popitem(last=False)
-            return data
+            return opened
 
     def _find(self, row: int) -> tuple[Group, int]:
         """The row group of a row of the manifest, and its place there."""
