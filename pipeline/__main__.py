@@ -123,13 +123,14 @@ def _extract(args: argparse.Namespace) -> int:
 
     config = load_config(ExtractConfig, args.config, args.overrides)
 
-    from pipeline.engines import run_local
+    from pipeline.engines import run_local, tidy
     from pipeline.job import estimate_bytes, prepare, schedule
 
     signal.signal(signal.SIGTERM, _stop)
     job = prepare(config)
     schedule(job, verify=args.verify, retry_failed=args.retry_failed)
     if job.complete():
+        tidy(job)
         _tell_problems(job)
         print("nothing to do, complete:")
         _tell_caches(job)

@@ -8,6 +8,7 @@ the end, and whoever finds everything committed finishes the cache, which is ide
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from pipeline.extract import Tally, check_failures, extract_shard
 from pipeline.job import Job, Target, finish
@@ -15,7 +16,7 @@ from pipeline.progress import Progress
 from pipeline.stages import Stages
 from shards.claims import Claims
 from shards.disk import told
-from shards.manifest import committed, is_complete, sweep
+from shards.manifest import committed, is_complete, is_tidy, sweep
 
 POLL = 0.5  # seconds between two looks at shards that other processes hold
 
@@ -73,6 +74,15 @@ def _finish(job: Job, claims: Claims, started: float) -> None:
                         claims.release(target.layout.finishing)
                 else:
                     time.sleep(POLL)
+
+
+def tidy(job: Job) -> None:
+    """Remove what processes left that were killed after their last commit. A read-only folder stays as it is."""
+    with suppress(OSError), Claims(job.owner, job.config.lease) as claims:
+        for target in job.targets:
+            if not is_tidy(target.layout) and claims.take(target.layout.finishing):
+                sweep(target.layout)
+                claims.release(target.layout.finishing)
 
 
 def _claim(job: Job, claims: Claims, shard: int, targets: list[Target]) -> list[Target]:
