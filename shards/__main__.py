@@ -6,7 +6,8 @@
     python -m shards verify CACHE --deep     is it what was written?
     python -m shards verify CACHE --source   is the audio still what it was made from?
 
-In: a cache folder. Out: text, or JSON with ``--json``. Exit status 0 done, 1 not sound, 2 no such cache.
+In: a cache folder; for ``ls`` and ``head`` also its URL. Out: text, or JSON with ``--json``.
+Exit status 0 done, 1 not sound, 2 no such cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import WorkFailed, run_command
+from shards.storage import is_url
 
 if TYPE_CHECKING:
     from shards.verify import Problem
@@ -58,8 +60,20 @@ def _command(commands: Any, name: str, about: str, example: str) -> argparse.Arg
         description=about[:1].upper() + about[1:] + ".",
         epilog=f"example: python -m shards {name} caches/speech-0a1b2c3d/whisper-base-L6-f16-4e5f6a7b {example}",
     )
-    parser.add_argument("cache", type=Path, metavar="CACHE", help="a cache folder")
+    far = name in ("ls", "head")
+    kind, about = (_near_or_far, "a cache folder or its URL") if far else (_near, "a cache folder")
+    parser.add_argument("cache", type=kind, metavar="CACHE", help=about)
     return parser
+
+
+def _near_or_far(text: str) -> str | Path:
+    return text if is_url(text) else Path(text)
+
+
+def _near(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is a URL: copy the cache here first (ls and head read it afar)")
+    return Path(text)
 
 
 def _count(text: str) -> int:

@@ -7,7 +7,9 @@ import pickle
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import chain, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from shards import mirror as mirror_module
 from shards import storage
+from shards.__main__ import main
 from shards.errors import UserError
 from shards.manifest import Layout
 from shards.mirror import Mirror
@@ -46,6 +49,14 @@ def root(tmp_path, monkeypatch):
 
 def shards_in(root):
     return sorted(path.name for path in root.glob("*/shards/*.tar"))
+
+
+def held_by(root) -> int:
+    total = 0
+    for path in root.glob("*/shards/*.tar"):
+        with suppress(FileNotFoundError):  # just made room
+            total += path.stat().st_size
+    return total
 
 
 def same(far: Cache, near) -> bool:
@@ -174,13 +185,21 @@ def test_a_scheme_without_its_package_is_told(root):
             Cache.open("s3://bucket/cache")
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file that another thread may just be removing."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def test_the_folder_stays_within_its_budget_and_every_row_is_read(near, root):
     size = max(Layout(near).tar(shard).stat().st_size for shard in range(12))
     with serve(near) as server:
         far = Cache.open(Mirror.open(server.url, budget=6 * size))
         local = Cache.open(near)
         for batch in FeatureStream([far], RULES, 5, epochs=3):
-            assert sum(path.stat().st_size for path in root.glob("*/shards/*.tar")) <= 6 * size
+            assert sum(size_of(path) for path in root.glob("*/shards/*.tar")) <= 6 * size
             for row, features, frames in zip(batch.rows, batch.features, batch.lengths, strict=True):
                 assert np.array_equal(features[:frames].numpy(), local.features(row))
         assert sum(server.count(f"{shard:06d}.tar") for shard in range(12)) > 12
@@ -322,3 +341,13 @@ def test_a_state_of_a_near_cache_resumes_the_far_one(near, root):
         far = FeatureStream([Cache.open(server.url)], RULES, 5, epochs=1)
         far.load_state_dict(state)
         assert [batch.rows for batch in far] == whole[1:]
+
+
+def test_the_command_line_lists_a_far_cache(near, root, capsys):
+    with serve(near) as server:
+        assert main(["ls", server.url, "--limit", "3"]) is None
+        assert main(["head", server.url, "--n", "2"]) is None
+        assert capsys.readouterr().out.count("utt-00001") == 2
+        with pytest.raises(SystemExit):
+            main(["verify", server.url])
+        assert "is a URL: copy the cache here first" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from shards.manifest import UTTERANCE_SCHEMA, Layout, finalise, write_plan
 from shards.spec import FeatureSpec
 from shards.writer import ShardWriter
 
-WORDS = "red green blue one two three turn stop left right".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "turn", "stop", "left", "right"]
 
 
 def make_spec(channels: int = 8, codec: str = "f16", layer: int = 2, tensors: str = "weights") -> FeatureSpec:
