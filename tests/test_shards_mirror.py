@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -49,14 +48,6 @@ def root(tmp_path, monkeypatch):
 
 def shards_in(root):
     return sorted(path.name for path in root.glob("*/shards/*.tar"))
-
-
-def held_by(root) -> int:
-    total = 0
-    for path in root.glob("*/shards/*.tar"):
-        with suppress(FileNotFoundError):  # just made room
-            total += path.stat().st_size
-    return total
 
 
 def same(far: Cache, near) -> bool:
