@@ -57,8 +57,9 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
         import peft
     except ImportError:
         raise UserError("lm.lora needs peft: pip install --no-deps peft") from None
+    scale: Any = config.alpha  # peft declares an int and takes any number
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=config.targets or "all-linear", lora_dropout=0.0
+        r=config.rank, lora_alpha=scale, target_modules=config.targets or "all-linear", lora_dropout=0.0
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
