@@ -145,6 +145,17 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "float32"
 
 
+def check_request(encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str) -> None:
+    """ValueError for a layer, trim or clip that ``encoder.encode`` cannot take."""
+    if not layers or min(layers) < 0 or max(layers) > encoder.n_layers:
+        raise ValueError(f"layers {list(layers)} are not in 0 … {encoder.n_layers}")
+    if trim not in ("valid", "none"):
+        raise ValueError(f"trim is {trim!r}, not 'valid' or 'none'")
+    for clip in clips:
+        if clip.ndim != 1 or clip.shape[0] > encoder.window_samples:
+            raise ValueError(f"a clip has shape {clip.shape}, not [samples <= {encoder.window_samples}]")
+
+
 def encoder_name(reference: str) -> str:
     """``hf:openai/whisper-tiny.en@main`` -> ``whisper-tiny-en``: a part of a folder's name."""
     last = reference.partition("@")[0].rstrip("/").replace(":", "/").rpartition("/")[2]

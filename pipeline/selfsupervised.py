@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.encoder import encoder_name, tensors_hash
+from pipeline.encoder import check_request, encoder_name, tensors_hash
 from pipeline.threads import Threads
 from pipeline.weights import Weights, read_json
 from shards.errors import UserError
@@ -108,13 +108,7 @@ class SelfSupervisedEncoder:
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
     ) -> list[dict[int, np.ndarray]]:
         """See :meth:`pipeline.encoder.Encoder.encode`; both trims are the same where nothing is padded."""
-        if not layers or min(layers) < 0 or max(layers) > self.n_layers:
-            raise ValueError(f"layers {list(layers)} are not in 0 … {self.n_layers}")
-        if trim not in ("valid", "none"):
-            raise ValueError(f"trim is {trim!r}, not 'valid' or 'none'")
-        for clip in clips:
-            if clip.ndim != 1 or clip.shape[0] > self.window_samples:
-                raise ValueError(f"a clip has shape {clip.shape}, not [samples <= {self.window_samples}]")
+        check_request(self, clips, layers, trim)
         results: list[dict[int, np.ndarray]] = [{} for _ in clips]
 
         def encode_one(index: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.encoder import context_samples, encoder_name, read_encoder_tensors, tensors_hash
+from pipeline.encoder import check_request, context_samples, encoder_name, read_encoder_tensors, tensors_hash
 from pipeline.logmel import LogMel, MelSettings
 from pipeline.threads import Threads
 from pipeline.weights import Weights, read_json
@@ -85,13 +85,7 @@ class WhisperEncoder:
         """See :meth:`Encoder.encode`. Raises ValueError for a clip, layer or trim that is out of range."""
         import torch
 
-        if not layers or min(layers) < 0 or max(layers) > self.n_layers:
-            raise ValueError(f"layers {list(layers)} are not in 0 … {self.n_layers}")
-        if trim not in ("valid", "none"):
-            raise ValueError(f"trim is {trim!r}, not 'valid' or 'none'")
-        for clip in clips:
-            if clip.ndim != 1 or clip.shape[0] > self.window_samples:
-                raise ValueError(f"a clip has shape {clip.shape}, not [samples <= {self.window_samples}]")
+        check_request(self, clips, layers, trim)
         results: list[dict[int, np.ndarray]] = [{} for _ in clips]
 
         def encode_batch(context: int, batch: Sequence[int]) -> None:

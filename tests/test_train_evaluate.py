@@ -18,15 +18,6 @@ from train.loop import fit
 from train.runs import build_model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors this small lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(folder, cache, config) with 24 utterances, six held out, and a tiny frozen LM."""

@@ -29,15 +29,6 @@ CPU = torch.device("cpu")
 DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout": 0.2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors this small lose by threads, and a sum split over threads has other last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("loop") / "cache", 24, val_every=6)
