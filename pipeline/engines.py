@@ -8,23 +8,24 @@ the end, and whoever finds everything committed finishes the cache, which is ide
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 
+from pipeline import merge
 from pipeline.extract import Tally, check_failures, extract_shard
-from pipeline.job import Job, Target, finish
+from pipeline.job import Job, Target, provenance
+from pipeline.merge import POLL
 from pipeline.progress import Progress
 from pipeline.stages import Stages
+from pipeline.workers import Worker
 from shards.claims import Claims
 from shards.disk import told
-from shards.manifest import committed, is_complete, is_tidy, sweep
-
-POLL = 0.5  # seconds between two looks at shards that other processes hold
+from shards.manifest import committed
 
 
-def run_local(job: Job, *, trace: bool = False) -> Tally:
+def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) -> Tally:
     """Extract with this process's encoder until every shard of every target is committed, then finish.
 
-    ``trace`` keeps every block of work in ``Tally.stages`` for a profile.
+    ``worker`` decides which shards it tries first. ``trace`` keeps every block of work in ``Tally.stages`` for a
+    profile.
 
     Raises:
         WorkFailed: too many failures.
@@ -34,7 +35,7 @@ def run_local(job: Job, *, trace: bool = False) -> Tally:
     tally = Tally(stages=Stages(trace=trace))
     _count_committed_failures(job, tally)
     with Claims(job.owner, job.config.lease) as claims, Progress(job, tally.stages) as progress:
-        waiting = list(range(job.plan.shards))
+        waiting = (worker or Worker()).turn(job.plan.shards)
         while waiting:
             held_by_others = []
             for shard in waiting:
@@ -57,32 +58,17 @@ def run_local(job: Job, *, trace: bool = False) -> Tally:
             if waiting:
                 progress.waiting(len(waiting))
                 time.sleep(POLL)
-        _finish(job, claims, started)
+        for target in job.targets:
+            about = {**provenance(job), "last_run_seconds": round(time.perf_counter() - started, 1)}
+            merge.complete(target.layout, target.spec, job.plan, claims, about)
     return tally
 
 
-def _finish(job: Job, claims: Claims, started: float) -> None:
-    """Merge each cache that nobody has merged yet; one process at a time, the others find it done."""
-    for target in job.targets:
-        while not is_complete(target.layout, target.spec.feature_id, job.plan.id):
-            with told("finishing the cache", target.layout.path):
-                if claims.take(target.layout.finishing):
-                    try:
-                        sweep(target.layout)
-                        finish(job, target, time.perf_counter() - started)
-                    finally:
-                        claims.release(target.layout.finishing)
-                else:
-                    time.sleep(POLL)
-
-
 def tidy(job: Job) -> None:
-    """Remove what processes left that were killed after their last commit. A read-only folder stays as it is."""
-    with suppress(OSError), Claims(job.owner, job.config.lease) as claims:
+    """Remove what killed processes left in the caches of a finished job."""
+    with Claims(job.owner, job.config.lease) as claims:
         for target in job.targets:
-            if not is_tidy(target.layout) and claims.take(target.layout.finishing):
-                sweep(target.layout)
-                claims.release(target.layout.finishing)
+            merge.tidy(target.layout, claims)
 
 
 def _claim(job: Job, claims: Claims, shard: int, targets: list[Target]) -> list[Target]:

@@ -1,8 +1,7 @@
 """The extraction job: everything that is decided before the first frame, and what is left to do after the last.
 
 In: an :class:`pipeline.config.ExtractConfig`. Out: a :class:`Job`, that is source, encoder, plan, and the caches (one a
-layer) to fill. :func:`prepare` makes it, :func:`schedule` marks shards to make again, :func:`finish` merges a cache
-whose shards are all committed.
+layer) to fill. :func:`prepare` makes it, :func:`schedule` marks shards to make again.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 from pipeline.config import ExtractConfig
 from pipeline.encoder import Encoder, load_encoder
+from pipeline.merge import write_job
 from pipeline.plan import fingerprint, frames_of, list_source, make_plan
 from pipeline.sources import Source, Utterance, open_source
 from pipeline.weights import Weights, resolve
@@ -25,7 +24,7 @@ from shards.claims import new_owner
 from shards.codec import STORED_DTYPE
 from shards.disk import file_sha256, told
 from shards.errors import UserError
-from shards.manifest import Layout, Plan, RecordError, committed, finalise, is_complete, unseal, write_plan
+from shards.manifest import Layout, Plan, RecordError, committed, is_complete, unseal, write_plan
 from shards.spec import FeatureSpec
 
 
@@ -100,6 +99,8 @@ def prepare(config: ExtractConfig) -> Job:
     job = Job(config, source, encoder, weights, targets, plan, mark)
     if not job.complete():
         _check_disk(job)
+        for target in targets:
+            write_job(target.layout, target.spec, plan.id, provenance(job), job.owner)
     return job
 
 
@@ -228,12 +229,8 @@ def _check_disk(job: Job) -> None:
         )
 
 
-def finish(job: Job, target: Target, seconds: float) -> None:
-    """Merge a cache whose shards are all committed: manifest, failures, and CACHE.json last."""
-    finalise(target.layout, target.spec, job.plan, job.owner, _provenance(job, seconds))
-
-
-def _provenance(job: Job, seconds: float) -> dict[str, Any]:
+def provenance(job: Job) -> dict[str, Any]:
+    """Where the features are from and what makes them; part of no identity."""
     import torch
     import transformers
 
@@ -261,8 +258,6 @@ def _provenance(job: Job, seconds: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "last_run_seconds": round(seconds, 1),
     }
 
 

@@ -60,6 +60,11 @@ class Layout:
         return self.path / "plan.parquet"
 
     @property
+    def job(self) -> Path:
+        """What the cache is to become, for a merge without encoder and audio (``pipeline/merge.py``)."""
+        return self.path / "job.json"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.parquet"
 
