@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
@@ -90,18 +91,25 @@ class _Audit:
         self._measure(shards)
         feature_id = self._feature_id(info, records)
         manifest = self._table(info, self.layout.manifest, MANIFEST_SCHEMA)
-        at = 0
+        merged: dict[int, int] = {}
+        if manifest is not None:
+            found, counts = np.unique(manifest["shard"].to_numpy(), return_counts=True)
+            merged = dict(zip(found.tolist(), counts.tolist(), strict=True))
+        at = 0  # where the shard's rows start in the manifest
         for shard in shards:
-            record = records.pop(shard, None)
+            size = merged.get(shard, 0)
+            record = records.get(shard)
+            rows = None
             if record is None:
                 self._absent(shard)
-                continue
-            rows = self._shard(shard, record, feature_id, plan_id, plan)
-            if rows is not None and manifest is not None and not manifest.slice(at, len(rows)).equals(rows):
+            else:
+                rows = self._shard(shard, record, feature_id, plan_id, plan)
+            if rows is not None and manifest is not None and not manifest.slice(at, size).equals(rows):
                 self._tell(None, self.layout.manifest, f"does not hold the rows of shard {shard:06d}")
                 manifest = None  # told once
-            at += record.rows
-            records[shard] = record
+            at += size
+        if manifest is not None and at != len(manifest):
+            self._tell(None, self.layout.manifest, "has rows of shards that the plan does not know")
         self._strangers(shards)
         if info:
             self._summary(info, {shard: records[shard] for shard in shards if shard in records}, shards, plan)
@@ -288,8 +296,8 @@ class _Audit:
         return digest.hexdigest()
 
     def _strangers(self, shards: Sequence[int]) -> None:
-        """Tars that are not of the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
-        for path in sorted(self.layout.shards.glob("*.tar")):
+        """Tars and records that are not of the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
+        for path in sorted([*self.layout.shards.glob("*.tar"), *self.layout.shards.glob("*.json")]):
             if not (path.stem.isascii() and path.stem.isdigit() and int(path.stem) in shards):
                 self._tell(None, path, "is no shard of this cache")
 

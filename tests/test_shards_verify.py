@@ -133,6 +133,18 @@ def test_an_incomplete_cache_is_told_and_its_shards_are_checked(cache):
     assert (0, "shards/000000.tar", None, "has 1024 bytes, not 10240") in what(verify(cache))
 
 
+def test_a_deleted_record_is_told_once_and_no_other_shard_blamed(cache):
+    Layout(cache).record(1).unlink()
+    assert what(verify(cache, deep=True)) == [
+        (1, "shards/000001.json", None, "is missing: the shard is not committed"),
+    ]
+
+
+def test_a_record_that_is_of_no_planned_shard_is_told(cache):
+    shutil.copy(Layout(cache).record(1), Layout(cache).record(7))
+    assert (None, "shards/000007.json", None, "is no shard of this cache") in what(verify(cache))
+
+
 def test_what_an_interrupted_or_running_extraction_leaves_is_no_fault(cache):
     (cache / "shards" / "000001.tar.tmp-9-x").write_bytes(b"half")
     (cache / "shards" / "000001.claim").write_bytes(b"{}")
