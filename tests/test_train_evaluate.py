@@ -13,8 +13,10 @@ from tiny_run import make_config
 
 from shards.errors import UserError
 from train.data import open_data
-from train.evaluate import Stopped, derangement, error_rates, evaluate, evaluate_run, make_sample
+from train.evaluate import Stopped, evaluate, evaluate_run
 from train.loop import fit
+from train.measures.reader import derangement
+from train.measures.words import error_rates, make_sample
 from train.runs import build_model
 
 

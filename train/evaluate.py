@@ -11,14 +11,12 @@ Word and character error rates are corpus rates of greedy decoding, both sides t
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -26,27 +24,20 @@ from shards.errors import UserError
 from shards.reader import Cache
 from train import runs
 from train.config import TrainConfig
-from train.data import Utterances, find_cache, judged_on, open_data, pad
+from train.data import Utterances, find_cache, judged_on, open_data
 from train.device import choose_device, choose_dtype
 from train.distributed import Group
+from train.measures.intervals import Interval, ratio, ratio_difference
+from train.measures.losses import Losses, losses
+from train.measures.reader import Reader, Stopped, derangement
+from train.measures.utterances import cache_ids, utterance_table, write_utterances
+from train.measures.words import Sample, corpus_edits, edit_columns, make_sample
 from train.model import AudioLM
+
+__all__ = ["Evaluation", "Stopped", "evaluate", "evaluate_run"]
 
 JUDGE_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and judging
 KEPT_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
-
-
-class Stopped(Exception):
-    """The caller's ``stop`` asked for an end before the evaluation was done."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One decoded utterance; ``wer`` is None where the normalised reference is empty."""
-
-    key: str
-    reference: str
-    hypothesis: str
-    wer: float | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,10 @@ class Evaluation:
     n_decoded: int
     n_without_reference: int  # decoded, and left out of WER and CER: the normalised reference is empty
     eval_seconds: float
+    table: pa.Table  # utterances.parquet: the counts of every utterance
     samples: list[Sample] = field(default_factory=list)
+    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 % over utterances, by the figure's name
+    more: dict[str, Any] = field(default_factory=dict)  # further figures, by the names of summary.json
 
     @property
     def audio_gain(self) -> float | None:
@@ -71,14 +65,18 @@ class Evaluation:
 
     def figures(self) -> dict[str, Any]:
         """The figures by the names of ``summary.json``, without samples."""
-        tree = asdict(self)
-        del tree["samples"]
-        return {"val_loss": tree.pop("val_loss"), "val_loss_shuffled": tree.pop("val_loss_shuffled"),
-                "audio_gain": self.audio_gain, **tree}  # fmt: skip
+        names = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio",
+                 "n_val", "n_decoded", "n_without_reference", "eval_seconds")  # fmt: skip
+        bounds = {name: [bound.low, bound.high] for name, bound in self.intervals.items()}
+        return {**{name: getattr(self, name) for name in names}, "intervals": bounds, **self.more}
 
     def record(self) -> dict[str, Any]:
         """:meth:`figures` and the first samples."""
-        return {**self.figures(), "samples": [asdict(sample) for sample in self.samples[:KEPT_SAMPLES]]}
+        return {**self.figures(), "samples": [sample.record() for sample in self.samples[:KEPT_SAMPLES]]}
+
+    def write(self, folder: Path) -> None:
+        """``utterances.parquet`` into ``folder``."""
+        write_utterances(folder, self.table)
 
 
 def evaluate(
@@ -100,7 +98,6 @@ def evaluate(
     Raises:
         Stopped: ``stop()`` became true on any rank.
     """
-    group = group or Group()
     if not len(utterances):
         raise ValueError("nothing to evaluate on")
     start = time.perf_counter()
@@ -108,28 +105,48 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            reader = _Reader(utterances, batch_size, max_frames, stop, group)
-            own = list(range(len(utterances)))
-            loss, rms = _loss(model, reader, own)
+            reader = Reader(utterances, batch_size, max_frames, stop, group or Group())
+            matched = losses(model, reader, range(len(reader)))
             other = derangement(reader.texts)
-            shuffled = None if other is None else _loss(model, reader, other)[0]
-            samples = _decode(model, utterances.first(decode), reader, max_new_tokens) if decode else []
+            shuffled = None if other is None else losses(model, reader, other)
+            decoded = _decode(model, utterances.first(decode), reader, max_new_tokens) if decode else {}
     finally:
         for module, mode in training.items():
             module.training = mode
-    wer, cer = error_rates(samples)
+    samples = list(decoded.values())
+    words, characters = (corpus_edits([getattr(s, name) for s in samples]) for name in ("words", "characters"))
+    columns: dict[str, Any] = {
+        "key": reader.keys,
+        "cache": cache_ids(utterances),
+        "frames": reader.frames,
+        "tokens": matched.tokens,
+        "nats": matched.nats,
+        "reference": reader.texts,
+        **edit_columns([decoded.get(i) for i in range(len(reader))]),
+    }
+    if shuffled is not None and other is not None:
+        columns |= {"nats_shuffled": shuffled.nats, "heard": [reader.keys[i] for i in other]}
     return Evaluation(
-        val_loss=loss,
-        val_loss_shuffled=shuffled,
-        wer=wer,
-        cer=cer,
-        projector_rms_ratio=rms / model.lm.embedding_rms,
+        val_loss=matched.loss,
+        val_loss_shuffled=None if shuffled is None else shuffled.loss,
+        wer=None if words is None else words.rate,
+        cer=None if characters is None else characters.rate,
+        projector_rms_ratio=matched.soft_rms / model.lm.embedding_rms,
         n_val=len(utterances),
         n_decoded=len(samples),
         n_without_reference=sum(sample.wer is None for sample in samples),
         eval_seconds=time.perf_counter() - start,
+        table=utterance_table(columns),
         samples=samples,
+        intervals=_intervals(matched, shuffled),
     )
+
+
+def _intervals(matched: Losses, shuffled: Losses | None) -> dict[str, Interval]:
+    intervals = {"val_loss": ratio(matched.nats, matched.tokens)}
+    if shuffled is not None:
+        intervals["audio_gain"] = ratio_difference(shuffled.nats, shuffled.tokens, matched.nats, matched.tokens)
+    return intervals
 
 
 def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> dict[str, Any]:
@@ -180,130 +197,12 @@ def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> di
     }
 
 
-def derangement(texts: Sequence[str], seed: int = 0) -> list[int] | None:
-    """For each utterance the one whose audio it hears instead: a permutation in which no text meets an equal text.
-
-    Utterances are put in a seeded order with equal texts side by side, and the order is turned by the size of the
-    largest group: that is a solution whenever there is one. None when there is none.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index in np.random.default_rng(seed).permutation(len(texts)).tolist():
-        groups[texts[index]].append(index)
-    largest = max(map(len, groups.values()), default=0)
-    if 2 * largest > len(texts) or not texts:
-        return None
-    order = [index for group in groups.values() for index in group]
-    other = [0] * len(texts)
-    for place, index in enumerate(order):
-        other[index] = order[(place + largest) % len(order)]
-    return other
-
-
-def error_rates(samples: Sequence[Sample]) -> tuple[float | None, float | None]:
-    """Corpus WER and CER of the samples that have a reference after normalisation; None without any."""
-    import jiwer
-
-    normalise = _normaliser()
-    pairs = [(normalise(s.reference), normalise(s.hypothesis)) for s in samples if s.wer is not None]
-    if not pairs:
-        return None, None
-    references, hypotheses = map(list, zip(*pairs, strict=True))
-    return jiwer.wer(references, hypotheses), jiwer.cer(references, hypotheses)
-
-
-def make_sample(key: str, reference: str, hypothesis: str) -> Sample:
-    """A sample with its own word error rate."""
-    import jiwer
-
-    normalise = _normaliser()
-    said = normalise(reference)
-    has_words = any(letter.isalnum() for letter in said)  # the normaliser makes "…" a lone point
-    return Sample(key, reference, hypothesis, jiwer.wer(said, normalise(hypothesis)) if has_words else None)
-
-
-_NORMALISER: list[Callable[[str], str]] = []
-
-
-def _normaliser() -> Callable[[str], str]:
-    """Whisper's English normaliser, built once: it reads a table of spellings."""
-    if not _NORMALISER:
-        from whisper_normalizer.english import EnglishTextNormalizer
-
-        _NORMALISER.append(EnglishTextNormalizer())
-    return _NORMALISER[0]
-
-
-class _Reader:
-    """Reads chosen utterances in padded batches of like lengths."""
-
-    def __init__(
-        self,
-        utterances: Utterances,
-        batch_size: int,
-        max_frames: int | None,
-        stop: Callable[[], bool],
-        group: Group,
-    ) -> None:
-        columns = utterances.columns("key", "text", "frames")
-        self.keys, self.texts, self.frames = columns["key"], columns["text"], columns["frames"]
-        self.place = {int(row): index for index, row in enumerate(utterances.rows)}
-        self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
-        self.stop, self.group = stop, group
-
-    def each(
-        self, heard: Sequence[int], readers: Sequence[int], work: Callable[[list[int], Tensor, Tensor], Any]
-    ) -> list[Any]:
-        """``work(readers, features [B, T, C], mask [B, T])`` of every batch, in the order of the batches.
-
-        Utterance ``readers[i]`` hears the audio of ``heard[i]``. Each rank works on its share of the batches, and all
-        get all results, which must be what JSON can hold.
-        """
-        mine = self._batches(heard)[self.group.rank :: self.group.world]
-        share: list[Any] | None
-        try:
-            share = [work(*self._read(batch, heard, readers)) for batch in mine]
-        except Stopped:
-            share = None  # the others learn it where they wait for this rank
-        shares = self.group.gather(share)
-        if any(part is None for part in shares):
-            raise Stopped
-        turns = zip_longest(*shares)  # batch i was the turn of rank i % world
-        return [result for turn in turns for result in turn if result is not None]
-
-    def _batches(self, heard: Sequence[int]) -> list[list[int]]:
-        """Places in ``heard`` of like lengths."""
-        batches: list[list[int]] = [[]]
-        for i in sorted(range(len(heard)), key=lambda i: (self.frames[heard[i]], i)):
-            longest = self.frames[heard[i]]  # the order ascends
-            too_wide = self.max_frames is not None and longest * (len(batches[-1]) + 1) > self.max_frames
-            if batches[-1] and (len(batches[-1]) == self.batch_size or too_wide):
-                batches.append([])
-            batches[-1].append(i)
-        return batches
-
-    def _read(self, batch: list[int], heard: Sequence[int], readers: Sequence[int]) -> tuple[list[int], Tensor, Tensor]:
-        if self.stop():
-            raise Stopped
-        return [readers[i] for i in batch], *pad([self.utterances.features(heard[i]) for i in batch])
-
-
-def _loss(model: AudioLM, reader: _Reader, heard: Sequence[int]) -> tuple[float, float]:
-    """(nats per target token, mean RMS of the soft tokens) with utterance i hearing the audio of ``heard[i]``."""
-
-    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[float]:
-        out = model.nats(features, mask, [reader.texts[i] for i in readers])
-        return [float(out.nats.double().sum()), int(out.tokens.sum()), float(out.soft_rms) * len(readers)]
-
-    nats, tokens, rms = map(sum, zip(*reader.each(heard, range(len(heard)), work), strict=True))
-    return nats / tokens, rms / len(heard)
-
-
-def _decode(model: AudioLM, chosen: Utterances, reader: _Reader, max_new_tokens: int) -> list[Sample]:
-    """Greedy decoding of ``chosen``, in their own order."""
+def _decode(model: AudioLM, chosen: Utterances, reader: Reader, max_new_tokens: int) -> dict[int, Sample]:
+    """Greedy decoding of ``chosen``, by their index and in their own order."""
 
     def work(readers: list[int], features: Tensor, mask: Tensor) -> list[tuple[int, str]]:
         return list(zip(readers, model.generate(features, mask, max_new_tokens), strict=True))
 
     wanted = [reader.place[int(row)] for row in chosen.rows]
     decoded = dict(pair for batch in reader.each(wanted, wanted, work) for pair in batch)
-    return [make_sample(reader.keys[i], reader.texts[i], decoded[i].strip()) for i in wanted]
+    return {i: make_sample(reader.keys[i], reader.texts[i], decoded[i].strip()) for i in wanted}

@@ -218,6 +218,7 @@ class Trainer:
         if self.group.is_first:
             if final is not None:
                 tracker.evaluation(self.state.step, final.record())
+                final.write(self.run)
             with self.state.kept():
                 trained = {name: parameter.detach() for name, parameter in self.state.named.items()}
                 metadata = {"feature_id": self.data.caches[0].feature_id}

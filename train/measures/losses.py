@@ -1,0 +1,46 @@
+"""Nats of every held-out text, whatever stands where its audio belongs.
+
+In: a model, a :class:`~train.measures.reader.Reader`, and who hears what. Out: :class:`Losses`, an utterance a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from train.measures.intervals import Array
+from train.measures.reader import Features, Reader
+from train.model import AudioLM
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of n utterances, in their order."""
+
+    nats: Array  # [n] summed over an utterance's targets
+    tokens: npt.NDArray[np.int64]  # [n]
+    soft_rms: float  # of the soft tokens heard, the mean over the utterances
+
+    @property
+    def loss(self) -> float:
+        """Nats per target token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+def losses(
+    model: AudioLM, reader: Reader, heard: Sequence[int], audio: Callable[[int], Features] | None = None
+) -> Losses:
+    """Utterance i hears the audio of utterance ``heard[i]``, or what ``audio(heard[i])`` gives [frames, channels]."""
+
+    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[list[float]]:
+        out = model.nats(features, mask, [reader.texts[i] for i in readers])
+        rms = [float(out.soft_rms)] * len(readers)
+        return [list(row) for row in zip(readers, out.nats.double().tolist(), out.tokens.tolist(), rms, strict=True)]
+
+    rows = sorted(row for batch in reader.each(heard, range(len(heard)), work, audio) for row in batch)
+    _, nats, tokens, rms = zip(*rows, strict=True)
+    return Losses(np.array(nats), np.array(tokens), float(np.mean(rms)))
