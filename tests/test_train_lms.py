@@ -218,16 +218,48 @@ def test_cached_generation_of_a_sliding_window_family_equals_uncached(scaled):
     assert scaled.generate(soft, mask, BEFORE, AFTER, 8) == LanguageModel.generate(scaled, soft, mask, BEFORE, AFTER, 8)
 
 
-def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path):
-    from transformers import GraniteConfig, GraniteForCausalLM
+def multiplied(kind):
+    """A tiny random model of a family that multiplies its logits, its embeddings or both by factors of its config."""
+    import transformers
 
-    config = GraniteConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, logits_scaling=8.0,
+    keys = {
+        "Granite": {"logits_scaling": 8.0, "embedding_multiplier": 6.0},
+        "Cohere": {"logit_scale": 0.25},
+        "HyperCLOVAX": {"logits_scaling": 0.25, "embedding_multiplier": 6.0},
+        "FalconH1": {
+            "lm_head_multiplier": 0.5, "embedding_multiplier": 6.0, "mamba_d_ssm": 32, "mamba_n_heads": 4,
+            "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
+        },
+    }[kind]  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.3, eos_token_id=2, pad_token_id=0, **keys,
     )  # fmt: skip
-    folder = save_tiny_lm(tmp_path / "granite", model=GraniteForCausalLM(config))
-    with pytest.raises(UserError, match="choose another"):
-        load(folder)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["Granite", "Cohere", "HyperCLOVAX", "FalconH1"])
+def test_a_family_that_multiplies_logits_or_embeddings_gives_its_own_logits(tmp_path, kind):
+    lm = load(save_tiny_lm(tmp_path / kind, model=multiplied(kind)))
+    ids, none = [[5, 6, 7], [8], [9, 10]], torch.zeros(3, 0, dtype=torch.bool)
+    nats = lm.target_nats(torch.zeros(3, 0, 32), none, ids, AFTER, TARGETS)
+    for i, text in enumerate(ids):
+        whole = torch.tensor([*text, *AFTER[i], *TARGETS[i]])
+        logits = lm.model(input_ids=whole[None]).logits[0, -len(TARGETS[i]) - 1 : -1].float()
+        expected = F.cross_entropy(logits, whole[-len(TARGETS[i]) :], reduction="sum")
+        torch.testing.assert_close(nats[i], expected, rtol=1e-4, atol=1e-4)
+    if kind == "FalconH1":  # of ids alone: a soft token must be as large as a multiplied row
+        table = lm.model.get_input_embeddings().weight
+        assert lm.embedding_rms == pytest.approx(6 * table.square().mean().sqrt().item(), rel=1e-4)
+    soft, mask = soft_batch()
+    assert lm.generate(soft, mask, BEFORE, AFTER, 4) == LanguageModel.generate(lm, soft, mask, BEFORE, AFTER, 4)
+
+
+def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.lms.scales._logit_factors", lambda config: [1.0])
+    with pytest.raises(UserError, match="GraniteForCausalLM.*choose another"):
+        load(save_tiny_lm(tmp_path / "granite", model=multiplied("Granite")))
 
 
 def test_a_folder_without_a_model_is_one_sentence(tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor
 from shards.errors import UserError
 from train.lms import LanguageModel
 from train.lms.adapt import add_lora, checkpoint_layers, keep_gradients, quantization
+from train.lms.scales import Scales, find_scales
 from train.lms.splice import Ids, Layout, lay_out
 from train.options import LmConfig
 
@@ -55,8 +56,8 @@ class HfTokenizer:
 class HfLanguageModel(LanguageModel):
     """A causal LM and its tokenizer; build it with ``load_folder``.
 
-    Tokens pass through the model's own embedding module, so a family that scales there is scaled; soft tokens are put
-    beside them as they are.
+    Tokens pass through the model's own embedding module and what its family multiplies them by (``scales.py``); soft
+    tokens are put beside them as they are.
     """
 
     def __init__(self, model: Any, tokenizer: HfTokenizer, reference: str, identity: str, dtype: torch.dtype) -> None:
@@ -67,9 +68,8 @@ class HfLanguageModel(LanguageModel):
         self.width = model.get_input_embeddings().embedding_dim
         self.vocabulary = model.get_output_embeddings().out_features
         self._compiled: Callable[..., Any] | None = None
-        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._scales = self._find_scales()
         self.embedding_rms = self._embedding_rms()
-        self._check_head()
 
     def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
         with self._autocast():
@@ -79,9 +79,8 @@ class HfLanguageModel(LanguageModel):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with self._autocast():
-            logits: Tensor = self.model.get_output_embeddings()(hidden_ND)
-        logits = logits.float()
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+            product: Tensor = self.model.get_output_embeddings()(hidden_ND)
+        return self._scales.cap(product)
 
     @torch.no_grad()
     def generate(
@@ -109,7 +108,7 @@ class HfLanguageModel(LanguageModel):
             if bool(done.all()):
                 break
             cache = out.past_key_values
-            inputs = self.model.get_input_embeddings()(chosen[:, None])
+            inputs = self._rows(chosen[:, None])
             mask = torch.cat([mask, mask.new_ones(len(before), 1)], 1)
             positions = positions[:, -1:] + 1
         columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in before]
@@ -119,8 +118,13 @@ class HfLanguageModel(LanguageModel):
         """From here on ``hidden`` runs through torch.compile, once for all shapes; generation stays as it is."""
         self._compiled = torch.compile(self.model.base_model.__call__, dynamic=True)
 
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Ids of any shape -> what stands for them in ``inputs_embeds`` [..., D]."""
+        rows: Tensor = self.model.get_input_embeddings()(ids)
+        return rows if self._scales.embedding == 1 else rows * self._scales.embedding
+
     def _embed(self, layout: Layout, soft_ND: Tensor) -> Tensor:
-        x_BTD: Tensor = self.model.get_input_embeddings()(layout.ids)
+        x_BTD = self._rows(layout.ids)
         return x_BTD.masked_scatter(layout.is_soft[..., None], soft_ND.to(x_BTD.dtype))
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -130,25 +134,22 @@ class HfLanguageModel(LanguageModel):
 
     @torch.no_grad()
     def _embedding_rms(self) -> float:
-        embed, total = self.model.get_input_embeddings(), 0.0
-        rows = embed.num_embeddings
+        total, rows = 0.0, self.model.get_input_embeddings().num_embeddings
         for start in range(0, rows, _EMBEDDING_ROWS):
             ids = torch.arange(start, min(start + _EMBEDDING_ROWS, rows), device=self.device)
-            total += float(embed(ids).float().square().sum())
+            total += float(self._rows(ids).float().square().sum())
         return math.sqrt(total / (rows * self.width))
 
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Refuse a family that does more between its hidden states and its logits than ``logits`` knows of."""
-        ids = torch.arange(4, device=self.device)[None]
+    def _find_scales(self) -> Scales:
+        """Refuse a family that does more around its layers than ``scales.py`` knows of."""
         with self._autocast():
-            theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        if not torch.allclose(self.logits(states[0]), theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
+            scales = find_scales(self.model)
+        if scales is None:
             raise UserError(
-                f"'{self.reference}' ({type(self.model).__name__}) does not make its logits by its output matrix "
-                "alone, which earshard cannot read yet: choose another lm.model"
+                f"'{self.reference}' ({type(self.model).__name__}) does not make its logits from its embeddings, layers "
+                "and output matrix alone, which earshard cannot read yet: choose another lm.model"
             )
+        return scales
 
 
 def _attend_in_float32(model: Any) -> None:
