@@ -1,14 +1,12 @@
 """Whether a nanochat checkpoint gives here the logits that nanochat's own code gives: float32, random weights.
 
-In: a checkout of github.com/karpathy/nanochat. Its GPT is made as its training makes it, every weight is then drawn anew
-(its start has zeros, behind which nothing could differ), saved as its checkpoints are, and read back by
-``nanochat:FOLDER``. Out: the largest difference of any logit, of all positions of rows longer than the short window, and
-of a cached decoding; exit status 1 above 1e-4.
+In: a checkout of github.com/karpathy/nanochat. Its GPT is made as its training makes it, every weight that starts at
+zero is drawn (nothing behind a zero could differ), saved as its checkpoints are, and read back by ``nanochat:FOLDER``.
+Out: the largest difference of any logit, of all positions of rows longer than the short window, and of a cached
+decoding; exit status 1 above 1e-4. Nothing of nanochat is kept here.
 
     git clone https://github.com/karpathy/nanochat ../nanochat
     python bench/nanochat.py ../nanochat            # half a minute
-
-Nothing of nanochat is kept here.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def test_a_family_that_multiplies_logits_or_embeddings_gives_its_own_logits(tmp_
 
 def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("train.lms.scales._logit_factors", lambda config: [1.0])
-    with pytest.raises(UserError, match="GraniteForCausalLM.*choose another"):
+    with pytest.raises(UserError, match=r"GraniteForCausalLM.*choose another"):
         load(save_tiny_lm(tmp_path / "granite", model=multiplied("Granite")))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -84,11 +85,12 @@ def test_needs_prints_the_extractions_of_absent_caches_one_a_line(config, tmp_pa
     assert capsys.readouterr().out == "a.yaml\nb.yaml\n"
 
 
-def test_projectors_lists_every_kind_with_its_parameters(capsys):
-    assert run("projectors", "--channels", 512, "--width", 576) == 0
-    out = capsys.readouterr().out
-    assert f"{512 * 576 + 576 * 576:,} parameters" in out
-    assert "residual" in out
+def test_projectors_lists_every_kind_with_its_parameters_and_where_gradients_reach(capsys):
+    assert run("projectors", "--channels", 24, "--width", 16) == 0
+    out, count = capsys.readouterr().out, 24 * 16 + 16 * 16
+    assert re.search(rf"mlp +1 +{count} +{count} +2 of 2 tensors from step 2 on, each frame", out)
+    assert "moe (top2)" in out
+    assert "does not hold" not in out
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from train.options import (
     SwigluConfig,
     TransformerConfig,
 )
-from train.projectors import LayerMixer, MixedProjector, Projector, build_projector, list_kinds
-from train.projectors.mlp import Mlp, Residual
+from train.projectors import LayerMixer, MixedProjector, Projector, build_projector
+from train.projectors.mlp import Mlp, Pool, Residual
+from train.projectors.table import evaluate_formula, letters_of, render, table
 
 CONFIGS = [
     MlpConfig(),
@@ -131,14 +132,44 @@ def test_parameter_count_follows_the_formula(config, count):
     assert sum(p.numel() for p in build(config).parameters()) == count
 
 
-def test_kinds_are_listed_with_the_counts_that_are_built():
-    kinds = {kind.name: kind for kind in list_kinds(6, 8)}
-    assert set(kinds) == set(KINDS)
-    for kind in kinds.values():
-        built = build(load_config(Holder, None, [f"projector.kind={kind.name}"]).projector)
-        assert kind.parameters == sum(p.numel() for p in built.parameters())
-        assert kind.stack * built.soft_frames(3000) == 3000
-        assert kind.formula
+def test_the_table_counts_every_kind_as_its_formula_does_and_finds_gradients_everywhere():
+    rows = {row.name: row for row in table(24, 8)}  # with few channels a ReLU may be dead
+    assert set(rows) == {*KINDS, "conv (mosa)", "moe (top2)"}
+    for row in rows.values():
+        kind, _, variant = row.name.rstrip(")").partition(" (")
+        words = {"mosa": ["projector.variant=mosa"], "top2": ["projector.routing=top2"]}.get(variant, [])
+        built = build_projector(load_config(Holder, None, [f"projector.kind={kind}", *words]).projector, 24, 8, 1.0)
+        assert row.parameters == row.by_formula == sum(p.numel() for p in built.parameters())
+        assert row.rate * built.soft_frames(3000) == 3000
+        assert (row.tensors, row.frames_reached) == (row.reached, True)
+        assert row.holds
+    assert rows["mlp"].step == 2  # W1's second matrix starts at zero
+
+
+def test_the_table_tells_a_count_and_a_gradient_that_do_not_hold(monkeypatch):
+    monkeypatch.setattr(Pool, "formula", "(k·C + 2)·D")
+    monkeypatch.setattr(Pool, "project", lambda self, x, mask: self.fc2(x.detach()))
+    wrong = next(row for row in table(6, 8) if row.name == "pool")
+    assert (wrong.parameters, wrong.by_formula, wrong.frames_reached) == (7 * 8, 8 * 8, False)
+    assert "does not hold" in render([wrong])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ResidualConfig(stack=2, blocks=3, hidden=10),
+        ConvConfig(variant="mosa", stack=8, hidden=24),
+        SwigluConfig(stack=3, hidden=24),
+        QformerConfig(stack=2, queries=2, layers=1, hidden=20, intermediate=12),
+        MoeConfig(experts=3, stack=8, hidden=10),
+        MoeConfig(routing="top2", experts=3, hidden=10),
+        TransformerConfig(stack=3, layers=1, hidden=16),
+    ],
+)
+def test_formulas_hold_for_other_settings_than_the_defaults(config):
+    projector = build(config)
+    count = sum(p.numel() for p in projector.parameters())
+    assert evaluate_formula(projector.formula, letters_of(config, projector, 6, 8)) == count
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)

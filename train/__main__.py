@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     needs.add_argument("--config", metavar="FILE", required=True)
     overrides(needs)
 
-    projectors = add("projectors", "list the projectors with their parameter counts", "projectors --channels 512")
+    projectors = add("projectors", "the projectors: counts, formulas, reach of gradients", "projectors --channels 512")
     projectors.add_argument("--channels", type=int, default=512, help="of the features (default: 512, whisper-base)")
     projectors.add_argument("--width", type=int, default=576, help="of the LM (default: 576, SmolLM2-135M)")
 
@@ -190,12 +190,11 @@ def _needs(args: argparse.Namespace) -> int:
 
 
 def _projectors(args: argparse.Namespace) -> int:
-    from train.projectors import list_kinds
+    from train.projectors.table import render, table
 
-    print(f"from {args.channels} channels to width {args.width}, at default settings")
-    for kind in list_kinds(args.channels, args.width):
-        print(f"{kind.name:<12} stack {kind.stack}  {kind.parameters:>12,} parameters  {kind.formula}")
-    return 0
+    rows = table(args.channels, args.width)
+    print(f"from {args.channels} channels to width {args.width}, at default settings\n{render(rows)}")
+    return int(not all(row.holds for row in rows))
 
 
 def _report(args: argparse.Namespace) -> int:

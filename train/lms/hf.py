@@ -146,8 +146,8 @@ class HfLanguageModel(LanguageModel):
             scales = find_scales(self.model)
         if scales is None:
             raise UserError(
-                f"'{self.reference}' ({type(self.model).__name__}) does not make its logits from its embeddings, layers "
-                "and output matrix alone, which earshard cannot read yet: choose another lm.model"
+                f"'{self.reference}' ({type(self.model).__name__}) does not make its logits from its embeddings, "
+                "layers and output matrix alone, which earshard cannot read yet: choose another lm.model"
             )
         return scales
 

@@ -4,7 +4,7 @@ In: features [B, T, C] in the run's dtype and their mask [B, T]. Out: soft token
 mask [B, S]. Weights are float32 masters, cast to the input's dtype in ``forward``. ``base.py`` says what a projector is
 and how one of yours comes in; ``mixer.py`` puts several layers in front of one.
 
-    python -m train projectors        # the kinds with their parameter counts
+    python -m train projectors        # the kinds: parameter counts and where gradients reach (table.py)
 
 Letters: B utterances, T frames, C encoder channels, k frames stacked, S soft tokens, H hidden width, D the LM's width.
 """
@@ -15,12 +15,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from shards.errors import UserError
-from train.options import KINDS, OwnConfig, ProjectorConfig
+from train.options import OwnConfig, ProjectorConfig
 from train.projectors.base import Projector, draw
 from train.projectors.conv import Conv
 from train.projectors.mixer import LayerMixer, MixedProjector
@@ -29,7 +28,7 @@ from train.projectors.moe import make_moe
 from train.projectors.qformer import Qformer
 from train.projectors.transformer import Transformer
 
-__all__ = ["REGISTRY", "Kind", "LayerMixer", "MixedProjector", "Projector", "build_projector", "list_kinds"]
+__all__ = ["REGISTRY", "LayerMixer", "MixedProjector", "Projector", "build_projector"]
 
 # each takes its own configuration model, C, D and the RMS of the LM's embeddings
 REGISTRY: dict[str, Callable[..., Projector]] = {
@@ -88,24 +87,3 @@ def _build_own(config: OwnConfig, channels: int, width: int, embedding_rms: floa
             return made
         except TypeError as error:
             raise UserError(f"projector.kind={config.kind} cannot be made with projector.settings: {error}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One line of ``python -m train projectors``: a kind at its default settings."""
-
-    name: str
-    stack: int  # frames a soft token, on average
-    parameters: int
-    formula: str
-
-
-def list_kinds(channels: int, width: int) -> list[Kind]:
-    """Every kind with its parameter count at its defaults, from ``channels`` to ``width``. Allocates no weights."""
-    kinds = []
-    for name, model in KINDS.items():
-        with torch.device("meta"):
-            projector = REGISTRY[name](model(), channels, width, 1.0)
-        count = sum(parameter.numel() for parameter in projector.parameters())
-        kinds.append(Kind(name, round(3000 / projector.soft_frames(3000)), count, projector.formula))
-    return kinds

@@ -15,8 +15,6 @@ Its constructor runs under the run's seed. ``my_module`` is looked up on Python'
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,11 +129,11 @@ def draw(module: nn.Module, how: Init, generator: torch.Generator) -> None:
 class Projector(nn.Module):
     """Encoder frames in, soft tokens (rows of a language model's input) out. Weights are float32 masters.
 
-    A subclass maps frames to soft tokens in ``forward``, counts them in ``soft_frames``, sets ``formula`` (its
-    parameter count in words), and may draw its start values in ``initialise``.
+    A subclass maps frames to soft tokens in ``forward``, counts them in ``soft_frames``, and may draw its start values
+    in ``initialise``. ``formula`` is its parameter count in the letters above, then what options change, in brackets.
     """
 
-    formula: ClassVar[str] = ""
+    formula: str = ""
 
     def __init__(self) -> None:
         super().__init__()

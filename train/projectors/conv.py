@@ -55,14 +55,13 @@ class Conv(Projector):
     ``mosa``: MOSA's downsampler (C -> C -> D, k = 4) and one of its adapters, H = 4096 (arXiv 2508.18998).
     """
 
-    formula = (
-        "slam: (k·C + 1)·C + (C + 1)·H + (H + 1)·D; "
-        "mosa: (log2 k - 1)·(3·C + 1)·C + (3·C + 1)·D + (D + 1)·H + (H + 1)·D (norm: rms + D, layer + 2·D)"
-    )
+    formula = "(k·C + 1)·C + (C + 1)·H + (H + 1)·D [norm: rms + D, layer + 2·D]"
 
     def __init__(self, config: ConvConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()
         slam = config.variant == "slam"
+        if not slam:
+            self.formula = "(log2 k - 1)·(3·C + 1)·C + (3·C + 1)·D + (D + 1)·H + (H + 1)·D [norm: rms + D, layer + 2·D]"
         self.stack = config.stack or (5 if slam else 4)
         hidden = config.hidden or (2048 if slam else 4096)
         self.conv = Patch(channels, self.stack) if slam else Downsampler(channels, width, self.stack)

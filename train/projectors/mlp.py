@@ -22,7 +22,7 @@ class Mlp(Framewise):
     With ``stack=4`` it is the projector of Voxtral (arXiv 2507.13264; transformers' ``modeling_voxtral.py``) too.
     """
 
-    formula = "k·C·H + H·D, H = D unless set (bias: + H + D; input norm: + 2·k·C; norm: rms + D, layer + 2·D)"
+    formula = "k·C·H + H·D [H = D unless set; bias: + H + D; input norm: + 2·k·C; norm: rms + D, layer + 2·D]"
 
     def __init__(self, config: MlpConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Residual(Framewise):
     norm is of that kind and its gain starts at the RMS of the LM's embeddings.
     """
 
-    formula = "(k·C + 1)·D + D + N·(2·D·H + H + 2·D), H = 4·D unless set (norm: layer + D)"
+    formula = "(k·C + 1)·D + D + N·(2·D·H + H + 2·D) [H = 4·D unless set; norm: layer + D]"
 
     def __init__(self, config: ResidualConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ConcatLinear(Framewise):
     SLAM-LLM drops the T mod k frames of the tail; here they are padded with zeros and heard.
     """
 
-    formula = "(k·C + 1)·H + (H + 1)·D (norm: rms + D, layer + 2·D)"
+    formula = "(k·C + 1)·H + (H + 1)·D [norm: rms + D, layer + 2·D]"
 
     def __init__(self, config: LinearConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class SwiGlu(Framewise):
     gain starts at the RMS of the LM's embeddings instead). Matrices start as PyTorch's default.
     """
 
-    formula = "k·C + k·C·H + (H/2)·D (mid norm: + H/2; norm: rms + D, layer + 2·D)"
+    formula = "k·C + k·C·H + H/2 + H/2·D [mid_norm=false: - H/2; norm: rms + D, layer + 2·D]"
 
     def __init__(self, config: SwigluConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Pool(Framewise):
     S = ceil(T / (p·k)).
     """
 
-    formula = "(k·C + 1)·D; with hidden (k·C + 1)·H + (H + 1)·D (norm: rms + D, layer + 2·D)"
+    formula = "(k·C + 1)·D [with hidden (k·C + 1)·H + (H + 1)·D; norm: rms + D, layer + 2·D]"
 
     def __init__(self, config: PoolConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()

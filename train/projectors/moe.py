@@ -42,7 +42,7 @@ class DenseMoe(Projector):
 
     formula = (
         "(log2 k - 1)·(3·C + 1)·C + (3·C + 1)·D + (D + 1)·512 + 513·E + E·((D + 1)·H + (H + 1)·D) "
-        "(norm: rms + D, layer + 2·D)"
+        "[norm: rms + D, layer + 2·D]"
     )
 
     def __init__(self, config: MoeConfig, channels: int, width: int, embedding_rms: float) -> None:
@@ -80,7 +80,7 @@ class TopMoe(Framewise):
     ``router_z`` (mean of logsumexp², ST-MoE, arXiv 2202.08906), times their weights.
     """
 
-    formula = "k·C + k·C·E + (E + 1)·((k·C + 1)·H + (H + 1)·D) (norm: rms + D, layer + 2·D)"
+    formula = "k·C + k·C·E + (E + 1)·((k·C + 1)·H + (H + 1)·D) [H = D unless set; norm: rms + D, layer + 2·D]"
 
     def __init__(self, config: MoeConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()

@@ -48,8 +48,8 @@ class Qformer(Projector):
     """
 
     formula = (
-        "Q·H + 2·H + L·(6·(H + 1)·H + 2·(k·C + 1)·H + (H + 1)·M + (M + 1)·H + 6·H) + (H + 1)·D, "
-        "H = C and M = 4·H unless set (norm: rms + D, layer + 2·D)"
+        "Q·H + 2·H + L·(6·(H + 1)·H + 2·(k·C + 1)·H + (H + 1)·M + (M + 1)·H + 6·H) + (H + 1)·D "
+        "[H = C and M = 4·H unless set; norm: rms + D, layer + 2·D]"
     )
 
     def __init__(self, config: QformerConfig, channels: int, width: int, embedding_rms: float) -> None:

@@ -40,7 +40,7 @@ class Transformer(Framewise):
     (Vaswani et al. 2017) where it has relative ones. PyTorch's default start.
     """
 
-    formula = "(k·C + 1)·H + L·(12·H² + 13·H) + 2·H + (H + 1)·D (norm: rms + D, layer + 2·D)"
+    formula = "(k·C + 1)·H + L·(12·H² + 13·H) + 2·H + (H + 1)·D [norm: rms + D, layer + 2·D]"
 
     def __init__(self, config: TransformerConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()
