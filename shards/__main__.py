@@ -1,10 +1,11 @@
 """Look at a cache.
 
-    python -m shards info CACHE [--json]     what it holds, how large, how exact, where from
+    python -m shards info CACHE              what it holds, how large, how exact, where from
     python -m shards ls CACHE --limit 20     one line an utterance
     python -m shards head CACHE --n 3        the first utterances with statistics of their features
     python -m shards verify CACHE --deep     is it what was written?
     python -m shards verify CACHE --source   is the audio still what it was made from?
+    source <(earshard-shards completion bash)
 
 In: a cache folder; for ``ls`` and ``head`` also its URL. Out: text, or JSON with ``--json``.
 Exit status 0 done, 1 not sound, 2 no such cache.
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards.commandline import add_completion, print_completion
 from shards.errors import WorkFailed, run_command
 from shards.storage import is_url
 
@@ -25,14 +27,16 @@ if TYPE_CHECKING:
     from shards.verify import Problem
 
 RECORDED = ""  # `--source` without a folder
+SCRIPT = "earshard-shards"
 SHOWN = 40  # problems that `verify` prints without --all
 
 
-def main(argv: Sequence[str]) -> int | None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line as argparse sees it; imports nothing heavy."""
+    top = argparse.ArgumentParser(
         prog="python -m shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = _command(commands, "info", "counts, size, codec error and provenance of a cache", "--json")
     info.add_argument("--json", action="store_true", help="print JSON")
     ls = _command(commands, "ls", "one line an utterance: key, frames, seconds, speaker, text", "--limit 20")
@@ -49,12 +53,19 @@ def main(argv: Sequence[str]) -> int | None:
         help="also compare the audio files below FOLDER (default: where the cache says they stood)",
     )
     verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {SHOWN}")
-    args = parser.parse_args(argv)
+    add_completion(commands, SCRIPT)
+    return top
+
+
+def main(argv: Sequence[str]) -> int | None:
+    args = parser().parse_args(argv)
+    if args.command == "completion":
+        return print_completion(parser(), SCRIPT, args.shell)
     return {"info": _info, "ls": _ls, "head": _head, "verify": _verify}[args.command](args)
 
 
 def _command(commands: Any, name: str, about: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=about,
         description=about[:1].upper() + about[1:] + ".",
@@ -62,8 +73,8 @@ def _command(commands: Any, name: str, about: str, example: str) -> argparse.Arg
     )
     far = name in ("ls", "head")
     kind, about = (_near_or_far, "a cache folder or its URL") if far else (_near, "a cache folder")
-    parser.add_argument("cache", type=kind, metavar="CACHE", help=about)
-    return parser
+    command.add_argument("cache", type=kind, metavar="CACHE", help=about)
+    return command
 
 
 def _near_or_far(text: str) -> str | Path:

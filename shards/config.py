@@ -35,15 +35,31 @@ def load_config(model: type[M], path: str | os.PathLike[str] | None, overrides: 
     """
     tree = _read(path) if path is not None else {}
     for word in overrides:
-        key, eq, text = word.partition("=")
-        if not eq or not key:
-            raise UserError(f"'{word}' is not an override: write it as key=value, such as source.limit=100")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
-            raise UserError(f"the value of '{key}' on the command line is not YAML: {_one_line(error)}") from None
+        key, value = parse_override(word)
         _set(tree, key.split("."), value, word)
     return validate_config(model, tree, str(path) if path is not None else "the command line", overrides)
+
+
+def parse_override(word: str) -> tuple[str, Any]:
+    """``a.b=value`` as the key ``a.b`` and the value that its YAML stands for. UserError when it is not one."""
+    key, eq, text = word.partition("=")
+    if not eq or not key:
+        raise UserError(f"'{word}' is not an override: write it as key=value, such as source.limit=100")
+    try:
+        return key, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
+        raise UserError(f"the value of '{key}' on the command line is not YAML: {_one_line(error)}") from None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def validate_config(model: type[M], tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> M:
@@ -89,8 +105,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _explain(model: type[BaseModel], error: ValidationError, where: str, overrides: Sequence[str]) -> str:
-    """One sentence for the first complaint; the count of the others."""
-    first, *others = error.errors()
+    """One sentence for the first complaint, an unknown key before what is missing for it; the count of the others."""
+    first, *others = sorted(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     place = next((f"'{word}' on the command line" for word in overrides if word.split("=")[0] == key), f"'{where}'")

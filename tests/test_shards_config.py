@@ -69,6 +69,7 @@ def test_validated_settings_are_frozen():
         ("lr: fast", [], "key 'lr' in '.*config.yaml' is 'fast': input should be a valid number"),
         ("", ["source.limit=0"], "key 'source.limit' in 'source.limit=0' on the command line is 0: "),
         ("lr: a\nname: [1]", [], r"\(and 1 more\)$"),
+        ("caches: [{limit: 0}]\nsource: {pth: x}", [], "^unknown key 'source.pth'"),
         ("", ["lr"], "'lr' is not an override: write it as key=value"),
         ("", ["=3"], "'=3' is not an override"),
         ("", ["lr=[1"], "the value of 'lr' on the command line is not YAML"),

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards.commandline import add_completion, add_config, print_completion, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
+SCRIPT = "earshard-train"
 EXAMPLES = """examples:
   python -m train fit --config configs/train/demo.yaml
   python -m train fit --config configs/train/demo.yaml name=small projector.stack=8 lr=5e-4
@@ -86,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
 
     report = add("report", "write report.html of a run anew", "report runs/demo")
     report.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
+
+    add_config(commands, "train", "--config configs/train/demo.yaml lr=5e-4")
+    add_completion(commands, SCRIPT)
     return top
 
 
@@ -98,6 +103,8 @@ def command(argv: Sequence[str]) -> int:
         "needs": _needs,
         "projectors": _projectors,
         "report": _report,
+        "config": _config,
+        "completion": _completion,
     }
     return jobs[args.command](args)
 
@@ -203,6 +210,19 @@ def _report(args: argparse.Namespace) -> int:
 
     print(f"report: {write_report(find_run(args.run))}")
     return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    from train.config import TrainConfig
+
+    return show_config(TrainConfig, args)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from shards.keys import names
+    from train.config import TrainConfig
+
+    return print_completion(parser(), SCRIPT, args.shell, names(TrainConfig))
 
 
 def _config_and_run(word: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:

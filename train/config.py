@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from shards.config import Config
+from shards.config import Config, flatten
 from shards.order import Rules
 from train.options import LmConfig, MlpConfig, ProjectorConfig, PromptConfig
 
@@ -153,14 +153,3 @@ class TrainConfig(Config):
             for key in sorted(mine.keys() | theirs.keys())
             if key.split(".")[0] not in FREE_KEYS and mine.get(key) != theirs.get(key)
         ]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

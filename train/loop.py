@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from shards.config import flatten
 from shards.errors import UserError, WorkFailed
 from shards.stream import Batch
 from train import report, runs
 from train.augment import augment
 from train.checkpoint import write_tensors
-from train.config import TrainConfig, flatten
+from train.config import TrainConfig
 from train.data import Utterances, open_data
 from train.device import choose_device, choose_dtype
 from train.distributed import Group, RankLost
