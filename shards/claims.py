@@ -129,7 +129,7 @@ class Claims:
                 state, text = os.fstat(file.fileno()), file.read(MAX_CLAIM)
         except FileNotFoundError:
             return None  # just released: the next call creates it
-        if _died_here(text):
+        if died_here(text):
             return text
         mark, now = (state.st_ino, state.st_mtime_ns), time.monotonic()
         before = self._seen.get(path)
@@ -157,7 +157,7 @@ class Claims:
             aside.unlink(missing_ok=True)
 
 
-def _died_here(text: bytes) -> bool:
+def died_here(text: bytes) -> bool:
     """True when the claim names a process of this machine that no longer runs."""
     try:
         held = json.loads(text)

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from shards.errors import UserError
 
@@ -86,15 +86,7 @@ class _Store:
     """Any other scheme, by fsspec. Opened in the process that reads: fsspec's filesystems do not survive a fork."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
-        scheme = url.split("://")[0]
-        try:
-            self.files, self.path = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
-        except ImportError as error:
-            raise UserError(f"reading '{scheme}://' needs another package ({error}): install it with pip") from None
-        except ValueError as error:
-            raise UserError(f"'{url}' names no cache ({error}): write scheme://bucket/folder") from None
+        self.files, self.path = open_filesystem(url)
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
         while start < end:
@@ -106,7 +98,30 @@ class _Store:
                 return
 
 
-def insist(attempt: Callable[[], T], what: str, progressed: Callable[[], bool] = lambda: False) -> T:
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem of a URL, and the path in it; a filesystem of our own, which remembers no listings.
+
+    Raises:
+        UserError: no installed package knows the scheme.
+    """
+    import fsspec
+
+    scheme = url.split("://")[0]
+    try:
+        files, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+    except ImportError as error:
+        raise UserError(f"'{scheme}://' needs another package ({error}): install it with pip") from None
+    except ValueError as error:
+        raise UserError(f"'{url}' names no cache ({error}): write scheme://bucket/folder") from None
+    return files, path
+
+
+def insist(
+    attempt: Callable[[], T],
+    what: str,
+    progressed: Callable[[], bool] = lambda: False,
+    doing: Literal["fetched", "written"] = "fetched",
+) -> T:
     """``attempt()`` until it succeeds, waiting longer each time; UserError when it is no use."""
     begun, failures = time.monotonic(), 0
     while True:
@@ -115,13 +130,14 @@ def insist(attempt: Callable[[], T], what: str, progressed: Callable[[], bool] =
         except FileNotFoundError:
             raise UserError(f"there is no '{what}': name the folder of a complete cache, copied whole") from None
         except PermissionError as error:
-            raise UserError(f"'{what}' may not be read ({error}): check credentials and rights") from None
+            may = "read" if doing == "fetched" else doing
+            raise UserError(f"'{what}' may not be {may} ({error}): check credentials and rights") from None
         except Broken as error:
             reason = str(error)
         failures = 0 if progressed() else failures + 1
         if failures > len(WAITS):
             raise UserError(
-                f"'{what}' could not be fetched in {failures} attempts and {time.monotonic() - begun:.0f} s "
+                f"'{what}' could not be {doing} in {failures} attempts and {time.monotonic() - begun:.0f} s "
                 f"({_one_line(reason)}): check the connection and the files there, then run the same command again"
             )
         time.sleep(WAITS[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # not all ranks at the same moment

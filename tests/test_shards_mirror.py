@@ -172,7 +172,7 @@ def test_a_scheme_without_its_package_is_told(root):
     try:
         import s3fs  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match=r"reading 's3://' needs another package .* install it with pip"):
+        with pytest.raises(UserError, match=r"'s3://' needs another package .* install it with pip"):
             Cache.open("s3://bucket/cache")
 
 
