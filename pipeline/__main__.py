@@ -125,12 +125,10 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _merge(caches: Sequence[str]) -> int:
-    from pathlib import Path
-
     from pipeline.merge import merge
 
     for cache in caches:
-        print(f"{'complete' if merge(Path(cache)) else 'was complete already'}: {cache}")
+        print(f"{'complete' if merge(cache) else 'was complete already'}: {cache}")
     return 0
 
 
@@ -243,7 +241,7 @@ def _tell_problems(job: Job) -> None:
 
 def _tell_caches(job: Job) -> None:
     for target in job.targets:
-        print(f"  {target.layout.path}")
+        print(f"  {target.store.location}")
 
 
 def _summary(job: Job, tally: Tally, seconds: float) -> None:
@@ -263,7 +261,7 @@ def _summary(job: Job, tally: Tally, seconds: float) -> None:
         print(f"  … and {len(tally.failures) - 5} more in failures.parquet", file=sys.stderr)
     print("complete:")
     for target in job.targets:
-        print(f"  {target.layout.path}")
+        print(f"  {target.store.location}")
         print("\n".join(f"  {line}" for line in cost(describe_cache(target.layout.path))))
 
 

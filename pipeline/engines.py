@@ -16,9 +16,6 @@ from pipeline.merge import POLL
 from pipeline.progress import Progress
 from pipeline.stages import Stages
 from pipeline.workers import Worker
-from shards.claims import Claims
-from shards.disk import told
-from shards.manifest import committed
 
 
 def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) -> Tally:
@@ -34,7 +31,7 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
     started = time.perf_counter()
     tally = Tally(stages=Stages(trace=trace))
     _count_committed_failures(job, tally)
-    with Claims(job.owner, job.config.lease) as claims, Progress(job, tally.stages) as progress:
+    with job.at_work(), Progress(job, tally.stages) as progress:
         waiting = (worker or Worker()).turn(job.plan.shards)
         while waiting:
             held_by_others = []
@@ -43,16 +40,15 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
                 if not targets:
                     progress.found(shard)
                     continue
-                mine = _claim(job, claims, shard, targets)
+                mine = _claim(job, shard, targets)
                 if mine:
                     try:
                         extract_shard(job, shard, mine, tally, progress.step)
-                        job.redo.discard(shard)
                     finally:
                         for target in mine:
-                            claims.release(target.layout.claim(shard))
+                            target.store.release(shard)
                     progress.made(shard)
-                if len(mine) < len(targets):
+                if job.missing(shard):
                     held_by_others.append(shard)
             waiting = held_by_others
             if waiting:
@@ -60,38 +56,31 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
                 time.sleep(POLL)
         for target in job.targets:
             about = {**provenance(job), "last_run_seconds": round(time.perf_counter() - started, 1)}
-            merge.complete(target.layout, target.spec, job.plan, claims, about)
+            merge.complete(target.store, target.spec, job.plan, about)
     return tally
 
 
 def tidy(job: Job) -> None:
     """Remove what killed processes left in the caches of a finished job."""
-    with Claims(job.owner, job.config.lease) as claims:
+    with job.at_work():
         for target in job.targets:
-            merge.tidy(target.layout, claims)
+            target.store.tidy()
 
 
-def _claim(job: Job, claims: Claims, shard: int, targets: list[Target]) -> list[Target]:
+def _claim(job: Job, shard: int, targets: list[Target]) -> list[Target]:
     """Those of ``targets`` whose claim this process got; a shard that was committed meanwhile is given back."""
-    mine = []
-    for target in targets:
-        with told("claiming a shard", target.layout.path):
-            if claims.take(target.layout.claim(shard)):
-                mine.append(target)
+    mine = [target for target in targets if target.store.take(shard)]
     late = [t for t in mine if t not in job.missing(shard)]
     for target in late:
-        claims.release(target.layout.claim(shard))
+        target.store.release(shard)
     return [t for t in mine if t not in late]
 
 
 def _count_committed_failures(job: Job, tally: Tally) -> None:
-    """Failures of earlier runs count towards ``max_failures`` and keep their attempt numbers."""
+    """Failures of earlier runs count towards ``max_failures``."""
     target = job.targets[0]
     for shard in range(job.plan.shards):
-        record = committed(target.layout, shard, target.spec.feature_id, job.plan.id)
+        record = target.store.committed(shard, target.spec.feature_id, job.plan.id)
         for failure in record["failures"] if record else ():
-            if shard in job.redo:
-                job.attempts[failure["key"]] = failure["attempt"]
-            else:
-                tally.failures.append((failure["key"], failure["stage"], failure["error"]))
+            tally.failures.append((failure["key"], failure["stage"], failure["error"]))
     check_failures(job, tally)

@@ -118,6 +118,7 @@ def extract_shard(job: Job, shard: int, targets: Sequence[Target], tally: Tally,
         for target, writer in zip(targets, writers, strict=True):
             with tally.stages.busy("commit"), told("committing a shard", target.layout.path):
                 writer.commit(timings)
+                target.store.publish(shard)
 
 
 def _store(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import ExtractConfig
@@ -22,19 +22,26 @@ from pipeline.sources import Source, Utterance, open_source
 from pipeline.weights import Weights, resolve
 from shards.claims import new_owner
 from shards.codec import STORED_DTYPE
-from shards.disk import file_sha256, told
 from shards.errors import UserError
-from shards.manifest import Layout, Plan, RecordError, committed, is_complete, unseal, write_plan
+from shards.manifest import Layout, Plan, RecordError
 from shards.spec import FeatureSpec
+from shards.store import Store, open_store
+
+AT_ONCE = 3  # shards on the scratch disk of a process: one written, one being put, one waiting
 
 
 @dataclass(frozen=True)
 class Target:
-    """One cache to fill: a layer, its folder and its spec."""
+    """One cache to fill: a layer, where it stands or will stand, and its spec."""
 
     layer: int
-    layout: Layout
+    store: Store
     spec: FeatureSpec
+
+    @property
+    def layout(self) -> Layout:
+        """The local folder that its shards are written into."""
+        return self.store.layout
 
 
 @dataclass
@@ -50,16 +57,21 @@ class Job:
     fingerprint: str
     owner: str = field(default_factory=new_owner)
     attempts: dict[str, int] = field(default_factory=dict)  # key -> failed attempts before this run
-    redo: set[int] = field(default_factory=set)  # shards to make again although they are committed
 
     def missing(self, shard: int) -> list[Target]:
         """The targets that have no trusted record of ``shard``."""
-        if shard in self.redo:
-            return list(self.targets)
-        return [t for t in self.targets if committed(t.layout, shard, t.spec.feature_id, self.plan.id) is None]
+        return [t for t in self.targets if t.store.committed(shard, t.spec.feature_id, self.plan.id) is None]
 
     def complete(self) -> bool:
-        return not self.redo and all(is_complete(t.layout, t.spec.feature_id, self.plan.id) for t in self.targets)
+        return all(t.store.is_complete(t.spec.feature_id, self.plan.id) for t in self.targets)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within it this process may take shards of all targets."""
+        with ExitStack() as stack:
+            for target in self.targets:
+                stack.enter_context(target.store.at_work(self.owner, self.config.lease))
+            yield
 
 
 def prepare(config: ExtractConfig) -> Job:
@@ -88,19 +100,19 @@ def prepare(config: ExtractConfig) -> Job:
     source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
     utterances = list_source(source)
     mark = fingerprint(utterances, source.version)
-    corpus = Path(config.root) / f"{source.name}-{mark[:8]}"
+    corpus = f"{config.root.rstrip('/') or '/'}/{source.name}-{mark[:8]}"
     targets = []
     for layer in layers:
         spec = feature_spec(config, encoder, layer)
         tight = "-tight" if spec.window == "tight" else ""
-        folder = corpus / f"{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
-        targets.append(Target(layer, Layout(folder), spec))
+        folder = f"{corpus}/{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
+        targets.append(Target(layer, open_store(folder), spec))
     plan = _fix_plan(config, encoder, source, utterances, targets, mark)
     job = Job(config, source, encoder, weights, targets, plan, mark)
     if not job.complete():
         _check_disk(job)
         for target in targets:
-            write_job(target.layout, target.spec, plan.id, provenance(job), job.owner)
+            write_job(target.store, target.spec, plan.id, provenance(job))
     return job
 
 
@@ -146,40 +158,31 @@ def _fix_plan(
     """The plan of every target: an existing one counts, a new one is written to all."""
     for target in targets:
         _refuse_other_spec(target)
-    standing = next((t.layout for t in targets if t.layout.plan.exists()), None)
     padded = encoder.window_samples // encoder.hop if config.trim == "none" else None
-    table = None
-    plans = []
-    owner = new_owner()
-    for target in targets:
-        if target.layout.plan.exists():
-            plans.append(write_plan(target.layout, table, owner))
-            continue
-        if table is None and standing is not None:
-            table = write_plan(standing, None, owner).table
-        elif table is None:
-            table = make_plan(
-                utterances,
-                shuffle=not source.sequential,
-                seed=config.source.seed,
-                frame_bytes=encoder.channels * STORED_DTYPE[config.codec].itemsize,
-                hop=encoder.hop,
-                padded=padded,
-                shard_mb=config.shard_mb,
-            )
-        with told("writing the plan", target.layout.path):
-            plans.append(write_plan(target.layout, table, owner))
+    standing = [target.store.plan() for target in targets]
+    table = next((plan.table for plan in standing if plan is not None), None)
+    if table is None:
+        table = make_plan(
+            utterances,
+            shuffle=not source.sequential,
+            seed=config.source.seed,
+            frame_bytes=encoder.channels * STORED_DTYPE[config.codec].itemsize,
+            hop=encoder.hop,
+            padded=padded,
+            shard_mb=config.shard_mb,
+        )
+    plans = [plan or target.store.write_plan(table) for target, plan in zip(targets, standing, strict=True)]
     for target, plan in zip(targets, plans, strict=True):
         if plan.id != plans[0].id:
             raise UserError(
-                f"'{target.layout.path}' has another plan than '{targets[0].layout.path}': "
+                f"'{target.store.location}' has another plan than '{targets[0].store.location}': "
                 "extract these layers separately"
             )
         planned = plan.table.select(_PLANNED).to_pylist()
         found = fingerprint((Utterance(**row) for row in planned), source.version)
         if found != mark:
             raise UserError(
-                f"the plan in '{target.layout.path}' is of another corpus ({found[:8]}, not {mark[:8]}): "
+                f"the plan in '{target.store.location}' is of another corpus ({found[:8]}, not {mark[:8]}): "
                 "move the folder away"
             )
     return plans[0]
@@ -190,17 +193,18 @@ _PLANNED = ["key", "id", "audio", "samples", "text", "speaker", "split"]
 
 def _refuse_other_spec(target: Target) -> None:
     try:
-        info = unseal(target.layout.cache)
-    except (FileNotFoundError, NotADirectoryError):
-        return
+        info = target.store.info()
     except RecordError as error:
         raise UserError(
-            f"'{target.layout.cache}' is damaged ({error}): delete that file and extract again, shards are kept"
+            f"'{target.store.location}/CACHE.json' is damaged ({error}): delete that file and extract again, shards "
+            "are kept"
         ) from None
-    found = FeatureSpec.parse(info.get("spec"), f"'{target.layout.cache}'")
+    if info is None:
+        return
+    found = FeatureSpec.parse(info.get("spec"), f"'{target.store.location}/CACHE.json'")
     if found.feature_id != target.spec.feature_id:
         raise UserError(
-            f"'{target.layout.path}' holds features of another spec ({'; '.join(found.differences(target.spec))}): "
+            f"'{target.store.location}' holds features of another spec ({'; '.join(found.differences(target.spec))}): "
             "choose another root or move the folder away"
         )
 
@@ -220,6 +224,8 @@ def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
 def _check_disk(job: Job) -> None:
     folder = job.targets[0].layout.path
     todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
+    if not job.targets[0].store.stays:
+        todo = todo[:AT_ONCE]  # shards are about equal in size
     need = estimate_bytes(job, todo)
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -261,23 +267,24 @@ def provenance(job: Job) -> dict[str, Any]:
     }
 
 
-def schedule(job: Job, *, verify: bool, retry_failed: bool) -> None:
-    """Mark committed shards that must be made again: damaged ones (``verify``), ones with failures (``retry_failed``).
+def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> None:
+    """Mark shards to make again: ``shards``, damaged ones (``verify``), those with failures (``retry_failed``).
 
-    A cache that loses a shard is no longer complete, so its ``CACHE.json`` goes first.
+    A cache that loses a shard is no longer complete, so its ``CACHE.json`` goes first. Failed utterances keep count of
+    their attempts.
     """
+    redo = set(shards)
+    records: list[dict[int, dict[str, Any]]] = []
     for target in job.targets:
+        records.append({})
         for shard in range(job.plan.shards):
-            record = committed(target.layout, shard, target.spec.feature_id, job.plan.id)
+            record = target.store.committed(shard, target.spec.feature_id, job.plan.id)
             if record is None:
                 continue
-            damaged = verify and any(
-                file_sha256(path) != record[kind]["sha256"]
-                for kind, path in (("tar", target.layout.tar(shard)), ("parquet", target.layout.rows(shard)))
-            )
-            if damaged or (retry_failed and record["failures"]):
-                job.redo.add(shard)
-    if job.redo:
-        for target in job.targets:
-            with told("reopening the cache", target.layout.path):
-                target.layout.cache.unlink(missing_ok=True)
+            records[-1][shard] = record
+            if (retry_failed and record["failures"]) or (verify and target.store.damaged(shard, record)):
+                redo.add(shard)
+    for target, found in zip(job.targets, records if redo else (), strict=False):
+        target.store.reopen({shard: found[shard] for shard in redo if shard in found})
+    for shard in redo & records[0].keys():
+        job.attempts.update({failure["key"]: failure["attempt"] for failure in records[0][shard]["failures"]})

@@ -50,8 +50,7 @@ def repair(path: Path, *, source: str | None = None, progress: Progress | None =
             f"the recorded source and encoder now make '{target.layout.path}', not '{path}': bring back the audio and "
             "weights that it was made from, or extract it anew"
         )
-    job.redo = {problem.shard for problem in problems if problem.shard is not None}
-    schedule(job, verify=False, retry_failed=False)
+    schedule(job, shards={problem.shard for problem in problems if problem.shard is not None})
     layout.cache.unlink(missing_ok=True)
     run_local(job)
     left = verify(path, deep=True)

@@ -71,7 +71,7 @@ class FarClaims:
             self._dead(name, found.data, found.tag) if is_claim(found.data) else void(found.data)
         ):
             return False
-        tag = self.objects.put(name, self._claim(), found and found.tag)
+        tag = self.objects.put(name, self._claim(), found.tag if found else None)
         if tag is None:
             return False
         with self._lock:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.errors import UserError
-from shards.storage import Broken, insist, open_filesystem
+from shards.storage import Broken, Doing, insist, open_filesystem
 
 MARK = "earshard-put"  # metadata that tells a write of ours, whose answer was lost, from another's
 
@@ -110,7 +110,8 @@ class S3Objects:
             async with answer["Body"] as body:
                 return Found(await body.read(), answer["ETag"])
 
-        return self._insist(get, name)
+        found: Found | None = self._insist(get, name)
+        return found
 
     def tag(self, name: str) -> str | None:
         head = self._head(name)
@@ -127,10 +128,9 @@ class S3Objects:
             else:
                 with open(data, "rb") as file:  # anew at each attempt: from its beginning
                     answer = await client.put_object(Body=file, **where)
-            tag: str = answer["ETag"]
-            return tag
+            return str(answer["ETag"])
 
-        tag = self._insist(put, name, "written")
+        tag: str | None = self._insist(put, name, "written")
         if tag is None:
             head = self._head(name)
             if head and head.get("Metadata", {}).get(MARK) == mark:  # the answer to our own write was lost
@@ -160,9 +160,10 @@ class S3Objects:
             answer: dict[str, Any] = await client.head_object(Bucket=self._bucket, Key=self._prefix + name)
             return answer
 
-        return self._insist(head, name)
+        found: dict[str, Any] | None = self._insist(head, name)
+        return found
 
-    def _insist(self, call: Callable[[Any], Any], name: str, doing: str = "fetched") -> Any:
+    def _insist(self, call: Callable[[Any], Any], name: str, doing: Doing = "fetched") -> Any:
         """The call's answer; None when there is no such object, or the condition does not hold."""
 
         async def with_client() -> Any:

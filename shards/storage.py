@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from shards.errors import UserError
 
 T = TypeVar("T")
+Doing = Literal["fetched", "written"]
 CHUNK = 8 << 20  # bytes asked for at once from an object store
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt; progress starts the row anew
 SILENCE = 30.0  # seconds without a byte after which an HTTP transfer is given up
@@ -120,7 +121,7 @@ def insist(
     attempt: Callable[[], T],
     what: str,
     progressed: Callable[[], bool] = lambda: False,
-    doing: Literal["fetched", "written"] = "fetched",
+    doing: Doing = "fetched",
 ) -> T:
     """``attempt()`` until it succeeds, waiting longer each time; UserError when it is no use."""
     begun, failures = time.monotonic(), 0
