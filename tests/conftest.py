@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -15,3 +17,21 @@ settings.load_profile("earshard")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose by threads, and a sum split over threads has other last bits
+
+
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory) -> Path:
+    """A tiny Whisper in a folder with a space in its name."""
+    from tiny_whisper import write_tiny_whisper
+
+    return write_tiny_whisper(tmp_path_factory.mktemp("model") / "tiny whisper")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """24 short clips of noise with a manifest, in a folder with a space in its name; tests leave it as it is."""
+    from extraction import write_corpus
+
+    folder = tmp_path_factory.mktemp("some audio")
+    write_corpus(folder, 24)
+    return folder

@@ -9,28 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from extraction import only_cache, run, snapshot, words, write_corpus
+from extraction import only_cache, run, snapshot, words
 from tiny_disk import drop_capabilities, fail_writes, limit_file_size, small_disk
 from tiny_run import losses, make_config, write_config
-from tiny_whisper import write_tiny_whisper
 
 from shards.errors import UserError, run_command
 from shards.manifest import Layout, stray_files
 from shards.reader import Cache
 from train.__main__ import command
 from train.track import Tracker
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory) -> Path:
-    return write_tiny_whisper(tmp_path_factory.mktemp("model") / "whisper")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("some audio")
-    write_corpus(folder, 24)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,23 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 from extraction import Kill, only_cache, run, snapshot, start, words, write_corpus
-from tiny_whisper import write_tiny_whisper
 
 from shards.manifest import FAILURE_SCHEMA, Layout, read_parquet, read_plan, stray_files, unseal
 from shards.reader import Cache
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory) -> Path:
-    return write_tiny_whisper(tmp_path_factory.mktemp("model") / "tiny whisper")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """24 short clips of noise with a manifest, in a folder with a space in its name."""
-    folder = tmp_path_factory.mktemp("some audio")
-    write_corpus(folder, 24)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from extraction import only_cache, run, snapshot, words, write_corpus
-from tiny_whisper import write_tiny_whisper
 
 from pipeline.repair import repair
 from shards.errors import UserError
@@ -16,15 +15,7 @@ from shards.verify import verify
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("some audio")
-    write_corpus(folder, 24)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, corpus) -> Path:
-    whisper = write_tiny_whisper(tmp_path_factory.mktemp("model") / "whisper")
+def whole(tmp_path_factory, corpus, whisper) -> Path:
     root = tmp_path_factory.mktemp("whole")
     assert run(words(root, corpus, whisper)) == 0
     return root
