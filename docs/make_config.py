@@ -1,0 +1,78 @@
+"""Write docs/config.md from the typed configuration models: every key, its values, its default, what it is about.
+
+    make docs          (python docs/make_config.py)
+
+In: the models and the comments beside their fields. Out: the page; a test compares it with what this script writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from pipeline.config import ExtractConfig
+from shards.keys import Group, Key, groups
+from train.config import TrainConfig
+from train.options import KindConfig, MlpConfig
+
+PAGE = Path(__file__).resolve().with_name("config.md")
+HEAD = """\
+# Configuration
+
+Written by `make docs` from the code; edit the comments there. A key is set in the YAML file that `--config` names, or
+on the command line as `key=value` with its dots (`lm.lora.rank=16`), which wins. Unknown keys are refused.
+
+```
+python -m train config --print --config configs/train/demo.yaml lr=5e-4     # every value, and where it came from
+```
+"""
+PARTS: list[tuple[str, str, type[BaseModel]]] = [
+    ("Extraction", "`python -m pipeline extract`, files in `configs/extract/`", ExtractConfig),
+    ("Training", "`python -m train fit`, files in `configs/train/`", TrainConfig),
+]
+
+
+def page() -> str:
+    lines = [HEAD]
+    for title, about, model in PARTS:
+        lines += [f"## {title}", "", f"{about}.", ""]
+        lines += [line for group in groups(model) for line in section(group, model)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def section(group: Group, top: type[BaseModel]) -> Iterator[str]:
+    """The heading, the docstring and the table of one model."""
+    kind = group.model.model_fields.get("kind") if issubclass(group.model, KindConfig) else None
+    keys = group.keys
+    if group.model is not top:
+        yield f"### `{group.prefix.removesuffix('.')}`{f' of kind `{kind.default}`' if kind else ''}"
+        yield ""
+        yield " ".join((group.model.__doc__ or "").partition("Attributes:")[0].replace("``", "`").split())
+        yield ""
+    if kind is not None:  # the keys that all kinds share stand with the first of them, last
+        shared = [key for key in keys if key.name.removeprefix(group.prefix) in KindConfig.model_fields]
+        keys = [key for key in keys if key not in shared and key.name != f"{group.prefix}kind"]
+        if group.model is MlpConfig:
+            yield f"{' and '.join(f'`{key.name}`' for key in shared)} are keys of every kind."
+            yield ""
+            keys += shared
+    yield "| key | values | default | |"
+    yield "|---|---|---|---|"
+    for key in keys:
+        yield row(key)
+    yield ""
+
+
+def row(key: Key) -> str:
+    about = key.about.replace("``", "`").replace("None:", "null:").replace("none =", "null:")
+    about = about.replace("<", "&lt;")
+    cells = [f"`{key.name}`", key.values, "required" if key.default == "required" else f"`{key.default}`", about]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    sys.stdout.write(f"wrote {PAGE}\n")
