@@ -55,10 +55,11 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
     from pipeline.check import recorded_config
     from pipeline.frames import open_encoder
     from pipeline.sources import open_source
+    from shards.batch import Batch
     from shards.config import load_config
     from shards.order import Rules
     from shards.reader import Cache
-    from shards.stream import Batch, FeatureStream
+    from shards.stream import FeatureStream
     from train.config import TrainConfig
     from train.data import pad
     from train.device import choose_device, choose_dtype

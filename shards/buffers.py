@@ -34,7 +34,7 @@ class Pool:
         """An array of arbitrary content."""
         size = prod(shape) * dtype.itemsize
         try:
-            buffer = self._free.popleft()
+            buffer = self._free.pop()  # the last one back: the processor's cache may still hold it
         except IndexError:
             buffer = np.empty(0, dtype=np.uint8)
         if len(buffer) < size:

@@ -28,7 +28,7 @@ from shards.reader import Cache
 if TYPE_CHECKING:
     import torch
 
-    from shards.stream import Batch
+    from shards.batch import Batch
 
 
 @dataclass(frozen=True)

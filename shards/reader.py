@@ -14,42 +14,35 @@ first time that a process reads it. Methods may be called from several threads a
 
 from __future__ import annotations
 
-import mmap
-import os
-import threading
-import weakref
 import zlib
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
-from itertools import accumulate
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from shards.codec import SCALED, STORED_DTYPE, Array, decode
-from shards.disk import file_sha256, open_file
 from shards.errors import UserError
+from shards.index import Group, Index, read_frames, unsound
 from shards.manifest import MANIFEST_SCHEMA, Layout, RecordError, read_parquet, unseal
+from shards.mappings import Mappings
 from shards.mirror import Mirror
 from shards.spec import FeatureSpec
 from shards.storage import is_url
-from shards.tables import BATCH, ROWS_PER_BYTE, TEXT_GROWTH, TEXT_ROOM
 
 MAPPINGS = 64  # shards mapped at once: each keeps two file descriptors
-GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
-HASHED_AT_OPEN = 64 << 20  # a larger manifest is hashed by `verify` alone: opening must stay quick
-ADVICE = 1 << 20  # bytes the kernel is asked to read at once: some kernels cut off a longer request
-PLACES = ["offset", "length", "scale_offset", "scale_length", "crc32"]
+SCALE_DTYPE = np.dtype("<f4")
 
-Group = dict[str, Any]  # of a row group: "key" and "text" as pyarrow arrays, PLACES as NumPy arrays
+
+class Stored(NamedTuple):
+    """One utterance as it is stored: views of the shard, read-only, and what the manifest calls it."""
+
+    payload: Array  # [frames, channels] of the codec's dtype
+    scale: Array | None  # float32 [channels] where the codec is scaled
+    key: str
+    text: str
 
 
 class Cache:
@@ -81,7 +74,6 @@ class Cache:
         self.feature_id: str = spec.feature_id
         self.manifest_id: str = info["manifest_id"]
         self._dtype = STORED_DTYPE[spec.codec]
-        self._manifest_bytes = int(info["files"]["manifest.parquet"]["bytes"])
         self.frames: NDArray[np.int32] = frames
         self._shards, self._verify = shards, verify
         edges = np.flatnonzero(np.diff(shards)) + 1
@@ -111,10 +103,10 @@ class Cache:
             written = info["files"][layout.manifest.name]
             declared = (info["feature_id"], int(info["counts"]["utterances"]), int(written["bytes"]))
             if not isinstance(info["manifest_id"], str) or spec.feature_id != declared[0]:
-                raise _broken(layout.path, f"the feature id in {layout.cache.name} is not that of its spec")
-            frames, shards = _read_index(layout, declared[1], declared[2], str(written["sha256"]))
+                raise unsound(layout.path, f"the feature id in {layout.cache.name} is not that of its spec")
+            frames, shards = read_frames(layout, declared[1], declared[2], str(written["sha256"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise _broken(layout.path, f"{layout.cache.name} lacks or garbles {error}") from None
+            raise unsound(layout.path, f"{layout.cache.name} lacks or garbles {error}") from None
         return cls(layout.path, info, spec, frames, shards, verify, mirror)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,16 +117,13 @@ class Cache:
 
     def detach(self) -> None:
         """Forget mappings, cached strings and locks: for a process that was forked while threads were reading."""
-        self._lock = threading.Lock()
-        self._maps: OrderedDict[int, tuple[mmap.mmap, int]] = OrderedDict()
-        self._groups: OrderedDict[int, Group] = OrderedDict()
-        self._parquet: tuple[pq.ParquetFile, list[int]] | None = None
-        self._most_maps = MAPPINGS
+        self._index = Index(self.path, self.spec, self.frames, int(self.info["files"]["manifest.parquet"]["bytes"]))
+        most = MAPPINGS
         if self.mirror is not None:
             self.mirror.detach()
             # What is mapped cannot make room: at most half of the local folder.
-            fit = int(self.mirror.budget / 2 / max(self.mirror.shard_bytes, 1))
-            self._most_maps = max(1, min(MAPPINGS, fit))
+            most = max(1, min(most, int(self.mirror.budget / 2 / max(self.mirror.shard_bytes, 1))))
+        self._maps = Mappings(self.path, self.mirror, most)
 
     @cached_property
     def manifest(self) -> pa.Table:
@@ -142,20 +131,16 @@ class Cache:
         try:
             return read_parquet(Layout(self.path).manifest, MANIFEST_SCHEMA)
         except (OSError, RecordError) as error:
-            raise _broken(self.path, str(error)) from None
+            raise unsound(self.path, str(error)) from None
 
     def row(self, index: int) -> dict[str, Any]:
         """The manifest row of utterance ``index``."""
         row: dict[str, Any] = self.manifest.slice(self._place(index), 1).to_pylist()[0]
         return row
 
-    def strings(self, column: str, rows: ArrayLike) -> list[str]:
+    def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
         """``key`` or ``text`` of ``rows``, without reading the strings of the whole manifest."""
-        found: list[str] = []
-        for row in np.asarray(rows, dtype=np.int64).tolist():
-            group, at = self._find(row)
-            found.append(group[column][at].as_py())
-        return found
+        return self._index.strings(column, np.asarray(rows, dtype=np.int64))
 
     def features(self, index: int) -> Array:
         """Utterance ``index`` [frames, channels]: the stored float16 as a read-only view, other codecs as float32.
@@ -163,8 +148,8 @@ class Cache:
         Raises:
             UserError: the shard is missing or short, or the row's checksum is wrong.
         """
-        payload, scale = self.stored(index)
-        return payload if self.spec.codec == "f16" else decode(self.spec.codec, payload, scale)
+        stored = self._stored(index)
+        return stored.payload if self.spec.codec == "f16" else decode(self.spec.codec, stored.payload, stored.scale)
 
     def read_into(self, index: int, out: Array) -> None:
         """Copy, or decode, utterance ``index`` into ``out`` [frames, channels], float16 or float32.
@@ -173,41 +158,45 @@ class Cache:
             ValueError: ``out`` has another shape.
             UserError: as :meth:`features`.
         """
-        payload, scale = self.stored(index)
-        if out.shape != payload.shape:
-            raise ValueError(f"out has the shape {out.shape}, utterance {index} has {payload.shape}")
-        decode(self.spec.codec, payload, scale, out)
+        stored = self._stored(index)
+        if out.shape != stored.payload.shape:
+            raise ValueError(f"out has the shape {out.shape}, utterance {index} has {stored.payload.shape}")
+        decode(self.spec.codec, stored.payload, stored.scale, out)
 
-    def stored(self, index: int) -> tuple[Array, Array | None]:
-        """The bytes as stored: [frames, channels] of the codec's dtype, and float32 [channels] scales or None."""
-        index = self._place(index)
-        group, at = self._find(index)
-        data = self._map(self._shards.item(index))
-        for start, size in (("offset", "length"), ("scale_offset", "scale_length")):
-            end = group[start].item(at) + group[size].item(at)
-            if end > len(data):
-                raise self._unsound(index, f"ends at byte {end} of a file of {len(data)}")
-        if self._verify and not self._checked[index]:
-            self._check(data, index)
-        shape = (self.frames.item(index), self.spec.channels)
-        payload = _array(data, group["offset"].item(at) + group["length"].item(at), shape, self._dtype)
-        if self.spec.codec not in SCALED:
-            return payload, None
-        end = group["scale_offset"].item(at) + group["scale_length"].item(at)
-        return payload, _array(data, end, shape[1:], np.dtype("<f4"))
+    def fetch(self, rows: NDArray[np.int64]) -> list[Stored]:
+        """The utterances at ``rows`` (int64, 0 … len - 1) as they are stored. What a row costs here, a batch waits for.
+
+        Raises:
+            UserError: as :meth:`features`.
+        """
+        dtype, channels, scaled = self._dtype, self.spec.channels, self.spec.codec in SCALED
+        places = self._index.find(rows)
+        shards = self._shards[rows].tolist()
+        maps = self._maps.get(shards)
+        checked = not self._verify or bool(self._checked[rows].all())
+        found = []
+        about = zip(rows.tolist(), shards, self.frames[rows].tolist(), places, strict=True)
+        for row, shard, frames, (group, at) in about:
+            data = maps[shard].data
+            if group.end.item(at) > len(data):
+                raise self._unsound(row, f"ends at byte {group.end.item(at)} of a file of {len(data)}")
+            if not checked and not self._checked[row]:
+                self._check(data, row, group, at)
+            payload: Array = np.ndarray((frames, channels), dtype, data, group.start.item(at))
+            scale = np.ndarray((channels,), SCALE_DTYPE, data, group.scale.item(at)) if scaled else None
+            found.append(Stored(payload, scale, group.key[at], group.text[at]))
+        return found
 
     def shard_of(self, index: int) -> int:
         """The number of the shard that holds utterance ``index``."""
         return int(self._shards[index])
 
-    def will_need(self, index: int) -> None:
-        """Ask the kernel to read an utterance's pages from the disk while the caller does other things."""
-        data, fd = self._opened(self._shards.item(index))
-        group, at = self._find(index)
-        start, size = group["offset"].item(at), group["length"].item(at)
-        for place in range(start, min(start + size, len(data)), ADVICE):
-            # Not the mapping's own madvise: it keeps Python's lock while it waits for the disk's queue.
-            os.posix_fadvise(fd, place, min(ADVICE, start + size - place), os.POSIX_FADV_WILLNEED)
+    def will_need(self, rows: NDArray[np.int64]) -> None:
+        """Ask the kernel to read the pages of ``rows`` from the disk while the caller does other things."""
+        shards = self._shards[rows].tolist()
+        maps = self._maps.get(shards)
+        for shard, (group, at) in zip(shards, self._index.find(rows), strict=True):
+            maps[shard].will_need(group.start.item(at), group.end.item(at))
 
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
@@ -215,112 +204,20 @@ class Cache:
             raise IndexError(f"utterance {index} of {len(self)}")
         return place
 
-    def _check(self, data: mmap.mmap, index: int) -> None:
-        group, at = self._find(index)
-        crc = 0
-        with memoryview(data) as view:
-            for start, size in (("offset", "length"), ("scale_offset", "scale_length")):
-                begin = group[start].item(at)
-                crc = zlib.crc32(view[begin : begin + group[size].item(at)] if begin >= 0 else b"", crc)
-        if crc != group["crc32"].item(at):
-            raise self._unsound(index, "does not match its checksum")
-        self._checked[index] = True
+    def _stored(self, index: int) -> Stored:
+        return self.fetch(np.array([self._place(index)]))[0]
 
-    def _unsound(self, index: int, what: str) -> UserError:
-        (key,) = self.strings("key", [index])
-        shard = self._shards.item(index)
-        return _broken(self.path, f"utterance '{key}' in shards/{shard:06d}.tar {what}")
+    def _check(self, data: NDArray[np.uint8], row: int, group: Group, at: int) -> None:
+        crc, view = 0, data.data
+        for begin, end in group.members:
+            crc = zlib.crc32(view[begin.item(at) : end.item(at)], crc)
+        if crc != group.crc32.item(at):
+            raise self._unsound(row, "does not match its checksum")
+        self._checked[row] = True
 
-    def _map(self, shard: int) -> mmap.mmap:
-        return self._opened(shard)[0]
-
-    def _opened(self, shard: int) -> tuple[mmap.mmap, int]:
-        """The mapping of a shard, and a descriptor of it that lives as long."""
-        with self._lock:
-            if shard in self._maps:
-                self._maps.move_to_end(shard)
-                return self._maps[shard]
-        path = Layout(self.path).tar(shard)
-        try:  # without the lock: a far shard may take a while, and others wait for other shards
-            with open_file(path) if self.mirror is None else self.mirror.open_shard(shard) as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                fd = os.dup(file.fileno())
-                weakref.finalize(data, os.close, fd).atexit = False
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise _broken(self.path, f"shards/{path.name} cannot be read ({error})") from None
-        with self._lock:
-            opened = self._maps.setdefault(shard, (data, fd))
-            if len(self._maps) > self._most_maps:
-                # Not closed: views that are still in use keep it alive, the last of them frees it.
-                self._maps.popitem(last=False)
-            return opened
-
-    def _find(self, row: int) -> tuple[Group, int]:
-        """The row group of a row of the manifest, and its place there."""
-        with self._lock:
-            if self._parquet is None:
-                with _readable(self.path):
-                    file = pq.ParquetFile(Layout(self.path).manifest, memory_map=True)
-                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-                self._parquet = file, [0, *accumulate(sizes)]
-            file, starts = self._parquet
-            number = bisect_right(starts, row) - 1
-            if number not in self._groups:
-                self._groups[number] = self._read_group(file, number, starts[number])
-                held = sum(group["bytes"] for group in self._groups.values())
-                while held > GROUP_BYTES and len(self._groups) > 1:
-                    held -= self._groups.popitem(last=False)[1]["bytes"]
-            self._groups.move_to_end(number)
-            return self._groups[number], row - starts[number]
-
-    def _read_group(self, file: pq.ParquetFile, number: int, start: int) -> Group:
-        with _readable(self.path):
-            batches, room = [], TEXT_ROOM + TEXT_GROWTH * self._manifest_bytes
-            # One thread: pyarrow's own pool is no company for a forked DataLoader worker.
-            for batch in file.iter_batches(
-                BATCH, row_groups=[number], columns=["key", "text", *PLACES], use_threads=False
-            ):
-                room -= batch.nbytes
-                if room < 0:
-                    raise _broken(self.path, "manifest.parquet unpacks to more than its size can hold")
-                batches.append(batch)
-            table = pa.Table.from_batches(batches).combine_chunks()
-        group: Group = {name: table[name].chunk(0) for name in ("key", "text")}
-        if any(table[name].null_count for name in table.column_names):
-            raise _broken(self.path, "manifest.parquet has empty values")
-        group.update((name, table[name].to_numpy()) for name in PLACES)
-        width, most = self.spec.channels * self._dtype.itemsize, 1 << 48
-        frames = self.frames[start : start + len(table)].astype(np.int64)
-        sound = (group["offset"] >= 0) & (group["offset"] < most) & (group["length"] < most)
-        sound &= frames * width <= group["length"]
-        if self.spec.codec in SCALED:
-            sound &= (group["scale_offset"] >= 0) & (group["scale_offset"] < most)
-            sound &= (group["scale_length"] >= 4 * self.spec.channels) & (group["scale_length"] < most)
-        else:
-            sound &= (group["scale_offset"] == -1) & (group["scale_length"] == 0)
-        if not sound.all():
-            raise _broken(self.path, f"manifest.parquet: row {start + int(sound.argmin())} is out of bounds")
-        group["bytes"] = table.nbytes
-        return group
-
-
-def _array(data: mmap.mmap, end: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """A view of the array at the end of a ``.npy`` member: the check has hashed the header before it."""
-    count = prod(shape)
-    view: Array = np.frombuffer(data, dtype=dtype, count=count, offset=end - count * dtype.itemsize)
-    return view.reshape(shape)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise _broken(path, f"manifest.parquet cannot be read ({error})") from None
-
-
-def _broken(path: Path, what: str) -> UserError:
-    return UserError(f"the cache '{path}' is not sound: {what}; run `python -m shards verify {path}`")
+    def _unsound(self, row: int, what: str) -> UserError:
+        (key,) = self.strings("key", [row])
+        return unsound(self.path, f"utterance '{key}' in shards/{self.shard_of(row):06d}.tar {what}")
 
 
 def _read_info(layout: Layout) -> dict[str, Any]:
@@ -335,27 +232,4 @@ def _read_info(layout: Layout) -> dict[str, Any]:
             ) from None
         raise UserError(f"'{layout.path}' is no cache: it has no CACHE.json; make one with `make extract`") from None
     except (OSError, RecordError) as error:
-        raise _broken(layout.path, str(error)) from None
-
-
-def _read_index(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Array, Array]:
-    """Frames and shard of every row, int32 [rows]: as many as declared, in order of shards."""
-    path = layout.manifest
-    with _readable(layout.path):
-        found = path.stat().st_size
-        if found != size:
-            raise _broken(layout.path, f"{path.name} has {found} bytes, not {size}")
-        if size <= HASHED_AT_OPEN and file_sha256(path) != sha256:
-            raise _broken(layout.path, f"{path.name} does not match its sha256")
-        with pq.ParquetFile(path, memory_map=True) as file:
-            if not file.schema_arrow.remove_metadata().equals(MANIFEST_SCHEMA):
-                raise _broken(layout.path, f"{path.name} has other columns than this format")
-            if file.metadata.num_rows != rows or rows > ROWS_PER_BYTE * size:
-                raise _broken(layout.path, f"{path.name} has {file.metadata.num_rows} rows in {size} bytes, not {rows}")
-            table = file.read(columns=["frames", "shard"])
-    if table["frames"].null_count or table["shard"].null_count:
-        raise _broken(layout.path, f"{path.name} has empty values")
-    frames, shards = table["frames"].to_numpy(), table["shard"].to_numpy()
-    if len(frames) and (frames.min() < 1 or shards[0] < 0 or np.any(shards[1:] < shards[:-1])):
-        raise _broken(layout.path, f"{path.name} has rows without frames or out of order")
-    return frames, shards
+        raise unsound(layout.path, str(error)) from None

@@ -20,12 +20,8 @@ restores under any world size and number of workers.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
-from resource import RUSAGE_THREAD, getrusage
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -33,7 +29,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import IterableDataset, get_worker_info
 
+from shards.ahead import ahead
+from shards.batch import Batch
 from shards.buffers import Pool
+from shards.chain import Chain
 from shards.codec import decode
 from shards.errors import UserError
 from shards.mirror import Mirror, require_room
@@ -41,51 +40,7 @@ from shards.order import Order, Position, Rows, Rules
 from shards.reader import Cache
 
 STATE_VERSION = 1
-NEEDED = 4  # batches beyond those being read whose pages the kernel is asked for
-RESIDENT = 8  # such batches found in memory: from then on, each eighth is looked at
 Step = tuple[Rows, Position, Position]  # of a walk: a batch's rows, its position, the one after it
-
-
-@dataclass
-class Batch:
-    """This rank's part of one global batch; it may be empty (B = 0) when the global batch is smaller than the world.
-
-    Attributes:
-        features: [B, T, C] float16 (codec f16) or float32 (other codecs), zero after each utterance's end. T is the
-            longest of the part; of an empty part, the longest of the global batch.
-        lengths: int64 [B], frames.
-        keys, texts: of each utterance.
-        rows: place of each utterance in the joined manifest.
-        epoch: passes over the data that were finished before this batch.
-        index: number of the global batch in the run, from 0.
-        state: the stream's state once this batch is done; JSON can hold it.
-    """
-
-    features: torch.Tensor
-    lengths: torch.Tensor
-    keys: list[str]
-    texts: list[str]
-    rows: list[int]
-    epoch: int
-    index: int
-    state: dict[str, Any] = field(repr=False)
-
-    def mask(self) -> torch.Tensor:
-        """bool [B, T], true on frames and false on padding."""
-        places = torch.arange(self.features.shape[1], device=self.lengths.device)
-        return places[None, :] < self.lengths[:, None]
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory; DataLoader calls it under ``pin_memory=True``."""
-        return replace(self, features=self.features.pin_memory(), lengths=self.lengths.pin_memory())
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """With the tensors on ``device``."""
-        return replace(
-            self,
-            features=self.features.to(device, non_blocking=non_blocking),
-            lengths=self.lengths.to(device, non_blocking=non_blocking),
-        )
 
 
 class FeatureStream(IterableDataset[Batch]):
@@ -124,27 +79,24 @@ class FeatureStream(IterableDataset[Batch]):
             raise ValueError(f"rank {rank} of a world of {world}")
         if prefetch < 0 or threads < 1:
             raise ValueError("prefetch is 0 or more and threads 1 or more")
-        self.caches = list(caches)
+        self.chain = Chain(caches)
+        self.caches = self.chain.caches
         self.rules, self.seed = rules, seed
         self.rank, self.world, self.epochs, self.prefetch, self.threads = rank, world, epochs, prefetch, threads
-        _require_one_spec(self.caches)
-        self._offsets = np.cumsum([0, *map(len, self.caches)], dtype=np.int64)
-        frames = [cache.frames for cache in self.caches]
-        bounds = [cache.bounds[1:] + at for cache, at in zip(self.caches, self._offsets, strict=False)]
         self.order = Order(
-            frames[0] if len(frames) == 1 else np.concatenate(frames),
-            np.concatenate([[0], *bounds]),
+            self.chain.frames,
+            self.chain.bounds,
             rules,
             seed,
             rows,
-            lambda row: "utterance '{}'".format(*self._strings("key", [row])),
-            self._offsets,
+            lambda row: "utterance '{}'".format(*self.chain.strings("key", [row])),
+            self.chain.offsets,
         )
         chosen = "all" if self.order.rows is None else hashlib.sha256(self.order.rows.tobytes()).hexdigest()[:16]
         # A state names what it belongs to by 16 hex digits each, so that it stays a few hundred bytes.
         self._identity: dict[str, Any] = {
             "version": STATE_VERSION,
-            "feature_id": self.caches[0].feature_id[:16],
+            "feature_id": self.chain.spec.feature_id[:16],
             "manifests": [cache.manifest_id[:16] for cache in self.caches],
             "rows": chosen,
             "seed": seed,
@@ -153,14 +105,6 @@ class FeatureStream(IterableDataset[Batch]):
         self._at, self._ended = Position(), False
         self._origin: int | None = None  # in a DataLoader worker: the batch that worker 0 began with
         self._pool = Pool(prefetch + 2)
-        self._resident = 0  # batches in a row whose pages were all in memory
-
-    def locate(self, row: int) -> tuple[Cache, int]:
-        """The cache of a row of the joined manifest, and its row there."""
-        place = int(np.searchsorted(self._offsets, row, side="right")) - 1
-        if not 0 <= row < self._offsets[-1]:
-            raise IndexError(f"row {row} of {self._offsets[-1]}")
-        return self.caches[place], row - int(self._offsets[place])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands: the next batch to take, and what this belongs to. JSON can hold it."""
@@ -206,9 +150,10 @@ class FeatureStream(IterableDataset[Batch]):
                 cache.detach()
             origin = self._origin = self._at.count if self._origin is None else self._origin
             walk = (step for step in walk if (step[1].count - origin) % worker.num_workers == worker.id)
-        for batch, after in self._read_ahead(walk):
-            self._at = after
+        for batch, step in ahead(walk, self._read, self._need, self.prefetch, self.threads):
+            self._at = step[2]
             yield batch
+            del batch  # else its buffer would be held while the next is waited for
         self._ended = True
 
     def _fetch_ahead(self, walk: Iterator[Step]) -> Iterator[Step]:
@@ -236,70 +181,37 @@ class FeatureStream(IterableDataset[Batch]):
     def _far_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
         """The shards of far caches that a window reads, in order of need."""
         found: dict[Mirror, list[int]] = {}
-        for cache, index in map(self.locate, self.order.reads(epoch, window).tolist()):
+        for cache, index in map(self.chain.locate, self.order.reads(epoch, window).tolist()):
             if cache.mirror is not None:
                 found.setdefault(cache.mirror, []).append(cache.shard_of(index))
         return found
 
-    def _read_ahead(self, walk: Iterator[Step]) -> Iterator[tuple[Batch, Position]]:
-        """Batches in the walk's order, ``prefetch`` of them being read by threads while the loop works."""
-        if not self.prefetch:
-            for rows, here, after in walk:
-                yield self._read(rows, here, after), after
-            return
-        executor = ThreadPoolExecutor(self.threads, thread_name_prefix="earshard-read")
-        # One thread of its own asks the kernel for pages: asking waits for a busy disk's queue.
-        needer = ThreadPoolExecutor(1, thread_name_prefix="earshard-need")
-        try:
-            waiting: deque[tuple[Future[Batch], Position]] = deque()
-            coming: deque[Step] = deque()
+    def _mine(self, rows: Rows) -> Rows:
+        return rows[self.rank :: self.world]
 
-            def look(count: int) -> None:
-                for step in islice(walk, count):
-                    coming.append(step)
-                    needer.submit(self._need, step[0], step[1].count)
+    def _need(self, step: Step) -> None:
+        self.chain.will_need(self._mine(step[0]))
 
-            look(self.prefetch + NEEDED)
-            while coming and len(waiting) < self.prefetch:
-                waiting.append((executor.submit(self._read, *coming[0]), coming.popleft()[2]))
-            while waiting:
-                future, after = waiting.popleft()
-                batch = future.result()
-                look(1)
-                if coming:
-                    waiting.append((executor.submit(self._read, *coming[0]), coming.popleft()[2]))
-                yield batch, after
-        finally:
-            needer.shutdown(wait=True, cancel_futures=True)
-            executor.shutdown(wait=True, cancel_futures=True)
-
-    def _need(self, rows: Rows, number: int) -> None:
-        """Ask for the pages of a batch; while asking turns out to read nothing, only now and then."""
-        if self._resident < RESIDENT or number % RESIDENT == 0:
-            before = getrusage(RUSAGE_THREAD).ru_inblock
-            for cache, index in map(self.locate, rows[self.rank :: self.world].tolist()):
-                if cache.mirror is None:  # what was just fetched is in memory
-                    cache.will_need(index)
-            self._resident = self._resident + 1 if getrusage(RUSAGE_THREAD).ru_inblock == before else 0
-
-    def _read(self, rows: Rows, here: Position, after: Position) -> Batch:
-        """Fill a buffer with this rank's part of a global batch."""
-        mine = rows[self.rank :: self.world]
-        frames = self.order.frames[mine]
+    def _read(self, step: Step) -> Batch:
+        """Fill a buffer with this rank's part of a global batch: one copy a row."""
+        rows, here, after = step
+        mine = self._mine(rows)
         # Every row is bounded by its file, and checked, before memory is taken for the batch.
-        stored = [cache.stored(index) for cache, index in map(self.locate, mine.tolist())]
-        longest = int((frames if len(mine) else self.order.frames[rows]).max())
-        spec = self.caches[0].spec
-        dtype = np.float16 if spec.codec == "f16" else np.float32
-        features = self._pool.take((len(mine), longest, spec.channels), np.dtype(dtype))
-        for slot, (payload, scale), end in zip(features, stored, frames.tolist(), strict=True):
-            decode(spec.codec, payload, scale, slot[:end])
-            slot[end:] = 0
+        stored = self.chain.fetch(mine)
+        frames = self.chain.frames[mine]
+        longest = int((frames if len(mine) else self.chain.frames[rows]).max())
+        codec, channels = self.chain.spec.codec, self.chain.spec.channels
+        dtype = np.dtype(np.float16 if codec == "f16" else np.float32)
+        features = self._pool.take((len(mine), longest, channels), dtype)
+        for slot, row, end in zip(features, stored, frames.tolist(), strict=True):
+            decode(codec, row.payload, row.scale, slot[:end])
+            if end < longest:
+                slot[end:] = 0
         return Batch(
             features=torch.from_numpy(features),
             lengths=torch.from_numpy(frames.astype(np.int64)),
-            keys=self._strings("key", mine),
-            texts=self._strings("text", mine),
+            keys=[row.key for row in stored],
+            texts=[row.text for row in stored],
             rows=mine.tolist(),
             epoch=here.epoch,
             index=here.count,
@@ -307,32 +219,7 @@ class FeatureStream(IterableDataset[Batch]):
         )
 
     def _state(self, at: Position) -> dict[str, Any]:
-        return {**self._identity, **asdict(at)}
-
-    def _strings(self, column: str, rows: ArrayLike) -> list[str]:
-        joined = np.asarray(rows, dtype=np.int64)
-        if len(self.caches) == 1:
-            return self.caches[0].strings(column, joined)
-        caches = np.searchsorted(self._offsets, joined, side="right") - 1
-        found = np.empty(len(joined), dtype=object)
-        for place in np.unique(caches).tolist():
-            mine = caches == place
-            found[mine] = self.caches[place].strings(column, joined[mine] - self._offsets[place])
-        texts: list[str] = found.tolist()
-        return texts
-
-
-def _require_one_spec(caches: Sequence[Cache]) -> None:
-    if not caches:
-        raise UserError("no cache is named: set caches to one or more cache folders")
-    first = caches[0]
-    for other in caches[1:]:
-        if other.feature_id != first.feature_id:
-            found = "; ".join(first.spec.differences(other.spec))
-            raise UserError(
-                f"the caches '{first.path}' and '{other.path}' hold different features ({found}): "
-                "extract both with the same encoder, layer, window and codec"
-            )
+        return {**self._identity, "epoch": at.epoch, "window": at.window, "batch": at.batch, "count": at.count}
 
 
 def _difference(name: str, theirs: Any, mine: Any) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_cache import make_cache
 
-from shards import reader
+from shards import index, reader
 from shards.codec import relative_rms
 from shards.errors import UserError
 from shards.manifest import Layout, parquet_bytes, seal, unseal
@@ -94,7 +94,7 @@ def test_rows_strings_and_bounds_agree_with_the_manifest(path):
 
 
 def test_strings_are_found_in_a_manifest_of_many_row_groups(path, monkeypatch):
-    monkeypatch.setattr(reader, "GROUP_BYTES", 800)
+    monkeypatch.setattr(index, "GROUP_BYTES", 800)
     table = pq.read_table(path / "manifest.parquet")
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=5, store_schema=False)
@@ -102,7 +102,7 @@ def test_strings_are_found_in_a_manifest_of_many_row_groups(path, monkeypatch):
     cache = Cache.open(path)
     order = [11, 0, 6, 4, 5, 10, 0]
     assert cache.strings("key", order) == [f"utt-{i:05d}" for i in order]
-    assert 1 <= len(cache._groups) < 3
+    assert 1 <= len(cache._index._groups) < 3
 
 
 def test_a_cache_survives_pickling_by_opening_itself_again(path):
@@ -240,10 +240,10 @@ def test_a_cache_file_that_lies_about_its_features_is_refused(path):
 
 
 def test_a_manifest_that_unpacks_without_end_is_refused(path, monkeypatch):
-    monkeypatch.setattr(reader, "TEXT_ROOM", 100)
-    monkeypatch.setattr(reader, "TEXT_GROWTH", 0)
+    monkeypatch.setattr(index, "TEXT_ROOM", 100)
+    monkeypatch.setattr(index, "TEXT_GROWTH", 0)
     with pytest.raises(UserError, match="unpacks to more than its size can hold"):
         Cache.open(path).strings("text", [0])
-    monkeypatch.setattr(reader, "ROWS_PER_BYTE", 0.001)
+    monkeypatch.setattr(index, "ROWS_PER_BYTE", 0.001)
     with pytest.raises(UserError, match=r"has 12 rows in \d+ bytes"):
         Cache.open(path)

@@ -14,11 +14,12 @@ from test_shards_reader import flip, original
 from tiny_cache import make_cache
 from torch.utils.data import DataLoader
 
+from shards.batch import Batch
 from shards.buffers import Pool
 from shards.errors import UserError
 from shards.order import Rules
 from shards.reader import Cache
-from shards.stream import Batch, FeatureStream
+from shards.stream import FeatureStream
 
 RULES = Rules(max_frames=160, batch_size=6, window_shards=2)
 
@@ -315,6 +316,6 @@ def test_bad_ranks_and_rows_are_told(caches):
     for bad in ({"rank": 2, "world": 2}, {"rank": -1}, {"prefetch": -1}, {"threads": 0}):
         with pytest.raises(ValueError, match=r"rank|prefetch"):
             stream(caches, **bad)
-    assert stream(caches).locate(40) == (caches[1], 0)
+    assert stream(caches).chain.locate(40) == (caches[1], 0)
     with pytest.raises(IndexError):
-        stream(caches).locate(63)
+        stream(caches).chain.locate(63)

@@ -8,7 +8,7 @@ from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config
 
-from shards.stream import Batch
+from shards.batch import Batch
 from train.distributed import Group
 from train.lms import load_lm
 from train.loop import fit

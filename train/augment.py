@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 
-from shards.stream import Batch
+from shards.batch import Batch
 
 
 def augment(batch: Batch, seed: int, mask_frames: float, noise: float) -> None:

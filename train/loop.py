@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from shards.batch import Batch
 from shards.config import flatten
 from shards.errors import UserError, WorkFailed
-from shards.stream import Batch
 from train import report, runs
 from train.augment import augment
 from train.checkpoint import write_tensors

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shards.stream import Batch
+from shards.batch import Batch
 from train.distributed import Group
 from train.model import AudioLM
 
