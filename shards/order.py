@@ -5,7 +5,7 @@ the rows ``bounds[s]:bounds[s + 1]``), :class:`Rules`, a seed and, to train on a
 windows of global batches, each an int64 array of row numbers. NumPy alone: no torch, no files.
 
 ```
-shards --permuted--> windows of a few shards --rows shuffled, sorted by length, ranks jittered--> batches --shuffled-->
+shards --permuted--> windows of a few shards --rows sorted by length, with noise--> batches --shuffled-->
 ```
 
 A window depends on (seed, epoch, window) and on no other window, so a restart costs one window wherever it happens.
@@ -33,7 +33,10 @@ from shards.errors import UserError
 Rows = NDArray[np.int64]
 
 # What a stretch of Philox words is used for: the highest word of the counter, so that no two uses overlap.
-SHARDS, ROWS, JITTER, BATCHES, DRAW = range(5)
+SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS = range(6)
+# Rows are sorted by a length that is up to a 200th longer or shorter than theirs: who stands beside whom then changes
+# with the epoch, in a large window too, and costs at most half a percent of padding (bench/padding.py).
+LIKENESS = 200
 
 
 class Rules(Config):
@@ -179,15 +182,12 @@ class Order:
         rules = self.rules
         mixed = rules.shuffle in ("window", "global")
         rows = self._rows_of(epoch, window)
-        if mixed:
-            rows = rows[self._shuffle(epoch, window, ROWS, len(rows))]
         if rules.drop_last:
+            if mixed:
+                rows = rows[self._shuffle(epoch, window, ROWS, len(rows))]
             caps = self._caps(self.frames[rows][self._by_length(self.frames[rows])])
             rows = rows[: _greedy(caps, len(rows), whole=True)[1]]
-        by_length = self._by_length(self.frames[rows])
-        if mixed:
-            by_length = by_length[self._jitter(epoch, window, len(rows))]
-        rows = rows[by_length]
+        rows = rows[self._grouped(epoch, window, self.frames[rows]) if mixed else self._by_length(self.frames[rows])]
         frames = self.frames[rows]
         starts = _cut(self._caps(frames))
         count = len(starts) - 1
@@ -250,18 +250,26 @@ class Order:
         return np.argsort(random_words(self.seed, epoch, window, purpose, count), kind="stable")
 
     def _by_length(self, frames: NDArray[np.int32]) -> Rows:
-        """Longest first; rows of one length stay in their (shuffled) order."""
+        """Longest first; rows of one length stay in their order."""
         shorter = self.longest - frames
         # NumPy's stable sort of 16-bit integers is a radix sort, several times faster.
         return np.argsort(shorter.astype(np.uint16) if self.longest < 2**16 else shorter, kind="stable")
 
-    def _jitter(self, epoch: int, window: int, count: int) -> Rows:
-        """Moves each rank by up to one batch, so that a small cache does not group the same rows in every epoch."""
+    def _grouped(self, epoch: int, window: int, frames: NDArray[np.int32]) -> Rows:
+        """Longest first, nearly: by noisy lengths, then each rank moved by up to half a batch.
+
+        The first mixes large windows, where many rows are of like length; the second mixes small ones.
+        """
+        words = random_words(self.seed, epoch, window, LENGTHS, len(frames))
+        noise = ((words >> np.uint64(40)).astype(np.int64) - (1 << 23)) // (LIKENESS // 2)
+        by_length = np.argsort(-frames.astype(np.int64) * ((1 << 24) + noise), kind="stable")
         rows = self.rules.batch_size or self.total
         if self.rules.max_frames is not None:
             rows = min(rows, int(self.rules.max_frames // max(self._mean, 1)))
-        noise = (random_words(self.seed, epoch, window, JITTER, count) >> np.uint64(40)) * np.uint64(rows)
-        return np.argsort((np.arange(count, dtype=np.uint64) << np.uint64(24)) + noise, kind="stable")
+        moves = (random_words(self.seed, epoch, window, JITTER, len(frames)) >> np.uint64(41)) * np.uint64(rows)
+        ranks = np.arange(len(frames), dtype=np.uint64) << np.uint64(24)
+        grouped: Rows = by_length[np.argsort(ranks + moves, kind="stable")]
+        return grouped
 
     def _caps(self, frames: NDArray[np.int32]) -> Rows:
         """Most rows of a batch that starts at each place, counting every later row as long as the longest of them."""

@@ -39,7 +39,7 @@ from shards.mirror import Mirror, require_room
 from shards.order import Order, Position, Rows, Rules
 from shards.reader import Cache
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # another order of batches is another version
 Step = tuple[Rows, Position, Position]  # of a walk: a batch's rows, its position, the one after it
 
 

@@ -273,7 +273,7 @@ def test_a_garbled_state_is_refused_in_one_sentence(caches, change):
     with pytest.raises(UserError, match="this is no state of"):
         stream(caches).load_state_dict({**stream(caches).state_dict(), **change})
     with pytest.raises(UserError, match="lacks 'feature_id'"):
-        stream(caches).load_state_dict({"version": 1})
+        stream(caches).load_state_dict({"version": 2})
 
 
 def test_caches_of_other_features_are_refused_with_the_field_that_differs(caches, tmp_path):
