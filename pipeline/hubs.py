@@ -12,6 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -69,6 +70,17 @@ def download_modelscope(repo: str, revision: str | None) -> tuple[Path, str]:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
     return _fetch(fetch, f"modelscope:{repo}", where), revision or "master"
+
+
+def cached_folder(reference: str) -> Path | None:
+    """Where a hub's library keeps ``hf:…`` or ``modelscope:…`` on this machine; None when it does not. No network."""
+    scheme, _, name = reference.partition(":")
+    repo, _, revision = name.partition("@")
+    try:
+        library = import_module("huggingface_hub" if scheme == "hf" else "modelscope")
+        return Path(library.snapshot_download(repo, revision=revision or None, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # absent: LocalEntryNotFoundError is both of the latter
+        return None
 
 
 def _check_reachable(reference: str, where: str) -> None:

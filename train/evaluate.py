@@ -1,9 +1,23 @@
-"""Does the language model listen? Held-out loss with the right audio, with another's audio, and decoded text.
+"""Does the language model listen? Held-out loss with the right audio, with another's, with none, and decoded text.
 
-In: a model and held-out utterances. Out: an :class:`Evaluation`. ``val_loss`` is nats per target token;
-``val_loss_shuffled`` is the same with every utterance hearing another utterance's features (a derangement of the whole
-set in which no text meets an equal text); their difference, ``audio_gain``, is what the model takes from the audio.
-Word and character error rates are corpus rates of greedy decoding, both sides through Whisper's English normaliser.
+In: a model and held-out utterances. Out: an :class:`Evaluation`. All losses are nats per target token, over all
+utterances; every figure is defined in the module of ``train/measures/`` that computes it.
+
+| figure | what it says | cost, in evaluations of the loss |
+|---|---|---|
+| ``val_loss`` | hearing the utterance itself | 1 |
+| ``val_loss_shuffled`` | hearing another utterance: a derangement in which no text meets an equal text | 1 |
+| ``audio_gain`` | shuffled minus matched: what the model takes from the audio | |
+| ``wer``, ``cer`` | corpus error rates of greedy decoding, with insertions, deletions, substitutions | decoding |
+| ``projector_rms_ratio`` | RMS of the soft tokens over RMS of the LM's embeddings | |
+| *whole:* ``val_loss_silent``, ``silent_gain`` | hearing silence; silent minus matched | 1, and the encoder once |
+| ``val_loss_text_only``, ``text_only_gain`` | with nothing where the audio would stand | less than 1 |
+| ``hallucination_rate`` | share of 16 silent inputs that are answered with words | decoding 16 |
+| ``retrieval`` | right first choices among 16 texts, by likelihood and pooled embedding | 16 of ``retrieval_limit`` |
+| ``space.json`` | nearest vocabulary tokens of soft tokens; PCA among the LM's embeddings | next to none |
+
+``intervals`` holds 95 % bootstrap intervals over utterances. Evaluations on the way leave out what is marked *whole*.
+The counts of every utterance go to ``utterances.parquet``.
 
     python -m train evaluate runs/demo --cache cache/other/… --json other.json
 """
@@ -12,7 +26,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +34,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from shards.disk import make_folder, told
 from shards.errors import UserError
 from shards.reader import Cache
 from train import runs
@@ -27,16 +42,19 @@ from train.config import TrainConfig
 from train.data import Utterances, find_cache, judged_on, open_data
 from train.device import choose_device, choose_dtype
 from train.distributed import Group
-from train.measures.intervals import Interval, ratio, ratio_difference
-from train.measures.losses import Losses, losses
+from train.measures.further import Further, look_further
+from train.measures.intervals import Interval, table_intervals
+from train.measures.losses import losses
 from train.measures.reader import Reader, Stopped, derangement
+from train.measures.space import write_space
 from train.measures.utterances import cache_ids, utterance_table, write_utterances
-from train.measures.words import Sample, corpus_edits, edit_columns, make_sample
+from train.measures.words import Edits, Sample, corpus_edits, edit_columns, make_sample
 from train.model import AudioLM
 
 __all__ = ["Evaluation", "Stopped", "evaluate", "evaluate_run"]
 
 JUDGE_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and judging
+JUDGED = "judged"  # folder below a run's: what it was judged on beside what it held out
 KEPT_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
 
 
@@ -57,6 +75,7 @@ class Evaluation:
     samples: list[Sample] = field(default_factory=list)
     intervals: dict[str, Interval] = field(default_factory=dict)  # 95 % over utterances, by the figure's name
     more: dict[str, Any] = field(default_factory=dict)  # further figures, by the names of summary.json
+    space: dict[str, Any] | None = None  # space.json: soft tokens among the LM's embeddings
 
     @property
     def audio_gain(self) -> float | None:
@@ -75,8 +94,10 @@ class Evaluation:
         return {**self.figures(), "samples": [sample.record() for sample in self.samples[:KEPT_SAMPLES]]}
 
     def write(self, folder: Path) -> None:
-        """``utterances.parquet`` into ``folder``."""
+        """``utterances.parquet`` into ``folder``, and ``space.json`` where the evaluation looked there."""
         write_utterances(folder, self.table)
+        if self.space is not None:
+            write_space(folder, self.space)
 
 
 def evaluate(
@@ -87,13 +108,16 @@ def evaluate(
     max_frames: int | None = None,
     decode: int = 200,
     max_new_tokens: int = 64,
+    whole: bool = False,
+    retrieval: int = 0,
     stop: Callable[[], bool] = lambda: False,
     group: Group | None = None,
 ) -> Evaluation:
     """Judge ``model`` on ``utterances``; decodes at most ``decode`` of them. Draws no random numbers.
 
-    Every process of ``group`` calls this with the same arguments, does its part of the batches, and gets the same
-    figures, those of a single process.
+    ``whole`` adds what an evaluation on the way leaves out (see the module); ``retrieval`` is the most utterances that
+    are told apart, none when 0. Every process of ``group`` calls this with the same arguments, does its part of the
+    batches, and gets the same figures, those of a single process.
 
     Raises:
         Stopped: ``stop()`` became true on any rank.
@@ -110,22 +134,26 @@ def evaluate(
             other = derangement(reader.texts)
             shuffled = None if other is None else losses(model, reader, other)
             decoded = _decode(model, utterances.first(decode), reader, max_new_tokens) if decode else {}
+            further = look_further(model, reader, matched, max_new_tokens, retrieval) if whole else Further()
     finally:
         for module, mode in training.items():
             module.training = mode
     samples = list(decoded.values())
     words, characters = (corpus_edits([getattr(s, name) for s in samples]) for name in ("words", "characters"))
-    columns: dict[str, Any] = {
-        "key": reader.keys,
-        "cache": cache_ids(utterances),
-        "frames": reader.frames,
-        "tokens": matched.tokens,
-        "nats": matched.nats,
-        "reference": reader.texts,
-        **edit_columns([decoded.get(i) for i in range(len(reader))]),
-    }
-    if shuffled is not None and other is not None:
-        columns |= {"nats_shuffled": shuffled.nats, "heard": [reader.keys[i] for i in other]}
+    table = utterance_table(
+        {
+            "key": reader.keys,
+            "cache": cache_ids(utterances),
+            "frames": reader.frames,
+            "tokens": matched.tokens,
+            "nats": matched.nats,
+            "reference": reader.texts,
+            **edit_columns([decoded.get(i) for i in range(len(reader))]),
+            **({} if shuffled is None else {"nats_shuffled": shuffled.nats}),
+            **({} if other is None else {"heard": [reader.keys[i] for i in other]}),
+            **further.columns,
+        }
+    )
     return Evaluation(
         val_loss=matched.loss,
         val_loss_shuffled=None if shuffled is None else shuffled.loss,
@@ -136,24 +164,24 @@ def evaluate(
         n_decoded=len(samples),
         n_without_reference=sum(sample.wer is None for sample in samples),
         eval_seconds=time.perf_counter() - start,
-        table=utterance_table(columns),
+        table=table,
         samples=samples,
-        intervals=_intervals(matched, shuffled),
+        intervals=table_intervals(table),
+        more={"word_edits": _counts(words), "character_edits": _counts(characters), **further.figures},
+        space=further.space,
     )
 
 
-def _intervals(matched: Losses, shuffled: Losses | None) -> dict[str, Interval]:
-    intervals = {"val_loss": ratio(matched.nats, matched.tokens)}
-    if shuffled is not None:
-        intervals["audio_gain"] = ratio_difference(shuffled.nats, shuffled.tokens, matched.nats, matched.tokens)
-    return intervals
+def _counts(edits: Edits | None) -> dict[str, int] | None:
+    return None if edits is None else asdict(edits)
 
 
 def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> dict[str, Any]:
     """Judge a finished run on what it held out, or on ``cache``; the keys of its ``summary.json`` with new figures.
 
     Of a cache that the run trained on only the held-out rows are used. What tells about the training (``steps``,
-    ``seconds`` …) stays as it was.
+    ``seconds`` …) stays as it was. The counts of the utterances go to the run's folder, or for another ``cache`` with
+    the figures to ``judged/<manifest id>/`` below it, and the report shows them.
 
     Raises:
         UserError: the run is not finished, ``cache`` holds other features, or nothing was held out.
@@ -189,12 +217,24 @@ def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> di
         max_frames=config.batch.max_frames,
         decode=config.decode_limit,
         max_new_tokens=config.max_new_tokens,
+        whole=True,
+        retrieval=config.retrieval_limit,
     )
-    return {
-        **runs.read_json(run / "summary.json"),
-        **result.figures(),
-        "judged_on": [str(each.path) for each in utterances.caches],
-    }
+    caches = [str(each.path) for each in utterances.caches]
+    _keep(run, run if cache is None else run / JUDGED / found.manifest_id[:8], result, caches)
+    return {**runs.read_json(run / "summary.json"), **result.figures(), "judged_on": caches}
+
+
+def _keep(run: Path, folder: Path, result: Evaluation, caches: list[str]) -> None:
+    """What was judged, in ``folder``, and a new report of the run that shows it."""
+    from train.report import write_report
+
+    with told("writing what was judged", folder):
+        make_folder(folder)
+    result.write(folder)
+    if folder != run:
+        runs.write_json(folder / "figures.json", {**result.record(), "judged_on": caches})
+    write_report(run)
 
 
 def _decode(model: AudioLM, chosen: Utterances, reader: Reader, max_new_tokens: int) -> dict[int, Sample]:

@@ -182,7 +182,7 @@ class Trainer:
 
     # evaluation and the end ---------------------------------------------------------------------------------------
 
-    def _evaluate(self, utterances: Utterances, decode: int) -> Evaluation:
+    def _evaluate(self, utterances: Utterances, decode: int, whole: bool = False) -> Evaluation:
         begun = time.perf_counter()
         result = evaluate(
             self.model,
@@ -191,6 +191,8 @@ class Trainer:
             max_frames=self.config.batch.max_frames,
             decode=decode,
             max_new_tokens=self.config.max_new_tokens,
+            whole=whole,
+            retrieval=self.config.retrieval_limit,
             stop=self._asked_to_stop,
             group=self.group,
         )
@@ -213,7 +215,7 @@ class Trainer:
         if self.config.patience is not None and self.state.counters.evaluated < self.state.step:
             self._evaluate_on_the_way(tracker)  # the last weights may be the best
         with self.state.kept():
-            return self._evaluate(self.data.held_out, self.config.decode_limit)
+            return self._evaluate(self.data.held_out, self.config.decode_limit, whole=True)
 
     def _finish(self, final: Evaluation | None, tracker: Tracker) -> None:
         if self.group.is_first:

@@ -40,8 +40,8 @@ class Tokenizer(Protocol):
 class LanguageModel(nn.Module):
     """Base of the language models. Frozen (``eval()``, no gradients) unless ``trainable``.
 
-    A subclass computes ``hidden`` and ``logits``; this class splices, selects the target positions and sums the nats.
-    There is no ``no_grad`` around a frozen model: the projector's gradient flows through it.
+    A subclass computes ``hidden``, ``logits`` and ``embed``; this class splices, selects the target positions and sums
+    the nats. There is no ``no_grad`` around a frozen model: the projector's gradient flows through it.
     """
 
     reference: str  # as the user wrote it
@@ -70,6 +70,14 @@ class LanguageModel(nn.Module):
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, D] -> [N, V] float32."""
         raise NotImplementedError
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int64 [..., T] -> [..., T, D] in the LM's dtype: what tokens become where soft tokens join them."""
+        raise NotImplementedError
+
+    def enter(self, soft: Tensor) -> Tensor:
+        """[..., D] -> [..., D]: soft tokens as they stand beside the rows of ``embed``."""
+        return soft
 
     def target_nats(self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, targets: Ids) -> Tensor:
         """Summed cross-entropy of each row's targets, in nats, float32 [B]; differentiable in ``soft``.

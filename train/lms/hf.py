@@ -82,6 +82,10 @@ class HfLanguageModel(LanguageModel):
             product: Tensor = self.model.get_output_embeddings()(hidden_ND)
         return self._scales.cap(product)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        rows: Tensor = self.model.get_input_embeddings()(ids)
+        return rows.to(self.dtype)
+
     @torch.no_grad()
     def generate(
         self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, max_new_tokens: int

@@ -19,6 +19,7 @@ from train.lms import LanguageModel, Tokenizer
 from train.lms.checkpoint import find_model, read_config, read_gpt
 from train.lms.gpt import GPT
 from train.lms.gptconfig import GPTConfig
+from train.lms.layers import norm
 from train.lms.splice import Ids, Layout, lay_out
 from train.lms.tokenizers import ByteTokenizer, TiktokenTokenizer, find_tokenizer, read_encoding
 from train.options import LmConfig
@@ -48,6 +49,12 @@ class NanochatLanguageModel(LanguageModel):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         return self.gpt.head(hidden_ND)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return norm(self.gpt.transformer.wte(ids).to(self.dtype))
+
+    def enter(self, soft: Tensor) -> Tensor:
+        return norm(soft)
 
     @torch.no_grad()
     def generate(

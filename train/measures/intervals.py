@@ -20,6 +20,8 @@ DRAWS = 2000
 LEVEL = 0.95
 NATS, TOKENS = ("nats",), "tokens"
 WORD_ERRORS, WORDS = ("word_insertions", "word_deletions", "word_substitutions"), "words"
+CHARACTER_ERRORS = ("character_insertions", "character_deletions", "character_substitutions")
+CHARACTERS = "characters"
 _AT_ONCE = 2**22  # counts drawn at a time: 32 MiB
 
 Array = npt.NDArray[Any]  # float64 or int64
@@ -74,6 +76,26 @@ def paired_difference(
             f"the two runs have no utterance with {', '.join(names)} in common: judge them on the same cache"
         )
     return ratio_difference(left[:, :-1].sum(1), left[:, -1], right[:, :-1].sum(1), right[:, -1], seed)
+
+
+def table_intervals(table: pa.Table) -> dict[str, Interval]:
+    """Intervals of the figures that a run's table holds counts for, by the names of ``summary.json``."""
+    sound = {
+        "val_loss": (NATS, TOKENS, ()),
+        "audio_gain": (("nats_shuffled",), TOKENS, NATS),
+        "silent_gain": (("nats_silent",), TOKENS, NATS),
+        "text_only_gain": (("nats_text_only",), TOKENS, NATS),
+        "wer": (WORD_ERRORS, WORDS, ()),
+        "cer": (CHARACTER_ERRORS, CHARACTERS, ()),
+    }
+    intervals = {}
+    for name, (counts, per, less) in sound.items():
+        known = table.select([*dict.fromkeys([*counts, *less, per])]).drop_null()
+        columns = {column: known[column].to_numpy() for column in known.column_names}
+        if len(known) and columns[per].sum():
+            each = sum(columns[column] for column in counts) - sum(columns[column] for column in less)
+            intervals[name] = ratio(each, columns[per])
+    return intervals
 
 
 def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[tuple[str, str], *tuple[float, ...]]]:

@@ -51,7 +51,6 @@ class Reader:
         readers: Sequence[int],
         work: Work,
         audio: Callable[[int], Features] | None = None,
-        batch_size: int | None = None,
     ) -> list[Any]:
         """``work(readers, features [B, T, C], mask [B, T])`` of every batch, in the order of the batches.
 
@@ -62,26 +61,37 @@ class Reader:
             Stopped: ``stop()`` became true on any rank.
         """
         read = audio or self.utterances.features
-        mine = self._batches(heard, batch_size or self.batch_size)[self.group.rank :: self.group.world]
-        share: list[Any] | None = []
-        for batch in mine:
-            if self.stop():
-                share = None  # the others learn it where they wait for this rank
+
+        def one(batch: list[int]) -> Any:
+            return work([readers[i] for i in batch], *pad([read(heard[i]) for i in batch]))
+
+        return self.share(self._batches(heard), one)
+
+    def share(self, items: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
+        """``work(item)`` of every item, in their order; each rank does its share, and all get what JSON can hold of it.
+
+        Raises:
+            Stopped: ``stop()`` became true on any rank.
+        """
+        done, stopped = [], False
+        for item in items[self.group.rank :: self.group.world]:
+            stopped = self.stop()
+            if stopped:  # the others learn it where they wait for this rank
                 break
-            share.append(work([readers[i] for i in batch], *pad([read(heard[i]) for i in batch])))
-        shares = self.group.gather(share)
+            done.append(work(item))
+        shares = self.group.gather(None if stopped else done)
         if any(part is None for part in shares):
             raise Stopped
-        turns = zip_longest(*shares)  # batch i was the turn of rank i % world
+        turns = zip_longest(*shares)  # item i was the turn of rank i % world
         return [result for turn in turns for result in turn if result is not None]
 
-    def _batches(self, heard: Sequence[int], batch_size: int) -> list[list[int]]:
+    def _batches(self, heard: Sequence[int]) -> list[list[int]]:
         """Places in ``heard`` of like lengths."""
         batches: list[list[int]] = [[]]
         for i in sorted(range(len(heard)), key=lambda i: (self.frames[heard[i]], i)):
             longest = self.frames[heard[i]]  # the order ascends
             too_wide = self.max_frames is not None and longest * (len(batches[-1]) + 1) > self.max_frames
-            if batches[-1] and (len(batches[-1]) == batch_size or too_wide):
+            if batches[-1] and (len(batches[-1]) == self.batch_size or too_wide):
                 batches.append([])
             batches[-1].append(i)
         return batches

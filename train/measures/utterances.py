@@ -8,7 +8,7 @@ compared by these rows (``intervals.paired_difference``).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
 )
 
 
-def utterance_table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+def utterance_table(columns: Mapping[str, Any]) -> pa.Table:
     """``columns`` by name in the order of SCHEMA; those that are absent are empty."""
     count = len(columns["key"])
     unknown = columns.keys() - set(SCHEMA.names)
