@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from tiny_cache import make_cache
 
 from shards.order import Rules
@@ -21,7 +22,9 @@ def utterances(cache: Cache, world: int = 1, seed: int = 3, **keys: float) -> di
     found = {}
     for rank in range(world):
         for batch in FeatureStream([cache], Rules(batch_size=3), 0, rank=rank, world=world, epochs=2):
-            augment(batch, seed, **{"mask_frames": 0.0, "noise": 0.0, **keys})
+            stored = batch.features.clone()
+            batch, given = augment(batch, seed, **{"mask_frames": 0.0, "noise": 0.0, **keys}), batch
+            assert torch.equal(given.features, stored)
             assert not batch.features[~batch.mask()].any()
             for i, row in enumerate(batch.rows):
                 found[batch.index, row] = batch.features[i, : batch.lengths[i]].numpy().copy()

@@ -23,7 +23,7 @@ from train.loop import Trainer, fit
 from train.runs import build_model, create, run_folder
 from train.schedule import learning_rate
 from train.state import RunState
-from train.track import Tracker
+from train.step import take
 
 CPU = torch.device("cpu")
 DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout": 0.2}
@@ -123,8 +123,8 @@ def test_the_gradient_of_a_step_is_that_of_its_tokens_together(tmp_path, cache, 
     loss = out.nats.sum() / out.tokens.sum()
     loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    with Tracker(run, 8) as tracker:
-        Trainer(config, state, CPU)._step(iter(state.stream), tracker)
+    with Trainer(config, state, CPU) as trainer:
+        trainer.advance(*take(iter(state.stream), 3))
     assert losses(run)[0] == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, parameter in model.named_parameters():
         if name in wanted:

@@ -114,6 +114,7 @@ class TrainConfig(Config):
     batch: BatchConfig = BatchConfig()
     accumulate: int = Field(default=1, ge=1)  # batches in a step; every target token of the step weighs the same
     seed: int = Field(default=0, ge=0)  # of the order of the data, the initialisation and dropout
+    data_seed: int | None = Field(default=None, ge=0)  # of the order of the data alone; None: seed
     device: str = "auto"  # cpu, cuda, cuda:1 …; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; weights that are trained are float32
 
@@ -147,6 +148,11 @@ class TrainConfig(Config):
     def warmup_steps(self) -> int:
         """``warmup`` in steps."""
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def differences(self, other: TrainConfig) -> list[str]:
         """``key: mine, not theirs`` for each key that differs and changes the numbers of a run."""

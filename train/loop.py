@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = N
         if group.is_first:
             run = resume or runs.run_folder(config)
             if resume is not None:
-                _refuse_changes(config, resume)
+                refuse_changes(config, resume)
         device = choose_device(group.device(config.device))
         dtype = choose_dtype(config.dtype, device)
         data = open_data(config)
@@ -81,36 +81,63 @@ def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = N
 
 
 class Trainer:
-    """The loop over one run's state."""
+    """One run between its steps. :meth:`train` drives it; a sweep (``train/sweeps/``) drives several side by side.
 
-    def __init__(self, config: TrainConfig, state: RunState, device: torch.device) -> None:
+    Inside ``with trainer:``, as long as it has not :attr:`ended`: :meth:`judge_if_due`, :meth:`advance` by the next
+    batches, :meth:`save_if_due`. Then :meth:`judge_at_the_end`, and :meth:`finish` with what that gave.
+
+    Args:
+        stop: who hears signals; with several runs, one for all of them.
+        quiet: write the files of the run and say nothing.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: RunState,
+        device: torch.device,
+        stop: StopRequest | None = None,
+        quiet: bool = False,
+    ) -> None:
         self.config, self.state, self.device = config, state, device
         self.data, self.model, self.run, self.group = state.data, state.model, state.run, state.group
-        self.stop = StopRequest()
+        self.stop = stop or StopRequest()
+        self.quiet = quiet
+        self.tracker: Tracker = Silence()
+
+    def __enter__(self) -> Trainer:
+        """Open the run's files, drop their lines past the checkpoint, and save the start values of a new run."""
+        self.model.eval()  # a frozen LM never drops out
+        self.model.projector.train()
+        if self.config.lm.train:
+            self.model.lm.train()
+        if self.group.is_first:
+            counters = self.state.counters
+            self.tracker = Tracker(self.run, self.config.steps, self.state.step, counters.evaluated, self.quiet)
+        if self.state.step == 0:
+            self.state.save()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tracker.close()
 
     # the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run to the last step, evaluate, and write what a finished run leaves."""
-        config = self.config
-        self._mode(True)
-        with self._tracker() as tracker, self.stop:
-            if self.state.step == 0:
-                self.state.save()
+        with self, self.stop:
             batches: Generator[Batch, None, None] = iter(self.state.stream)  # type: ignore[assignment]
             try:
-                while self.state.step < config.steps:
-                    if self._due(config.eval_every) and self.state.counters.evaluated < self.state.step:
-                        self._evaluate_on_the_way(tracker)
-                    if self.state.patience.ended:
+                while not self.ended:
+                    self.judge_if_due()
+                    if self.ended:
                         break
                     self._check_stop()
-                    self._step(batches, tracker)
-                    if self._due(config.checkpoint_every) and self.state.step < config.steps:
-                        self.state.save()
+                    self.advance(*take(batches, self.config.accumulate))
+                    self.save_if_due()
                 self.state.save()
                 self._check_stop()
-                final = self._evaluate_at_the_end(tracker)
+                final = self.judge_at_the_end()
             except Stopped:
                 self.state.save()
                 self.group.leave(Interrupted(f"stopped at {self._place()}, saved; go on with: {self._go_on()}"), 130)
@@ -120,13 +147,21 @@ class Trainer:
                 raise RankLost(f"{lost}; {where}, go on with any number of processes by: {self._go_on()}") from None
             finally:
                 batches.close()  # ends the threads that read ahead
-            self._finish(final, tracker)
+            self.finish(final)
 
-    def _step(self, batches: Generator[Batch, None, None], tracker: Tracker) -> None:
-        config, begun = self.config, time.perf_counter()
-        held, waited = take(batches, config.accumulate)
-        for batch in held:
-            augment(batch, config.seed, config.mask_frames, config.noise)
+    @property
+    def ended(self) -> bool:
+        """Whether there is no further step: all are done, or patience is."""
+        return self.state.step >= self.config.steps or self.state.patience.ended
+
+    def advance(self, held: Sequence[Batch], waited: float) -> None:
+        """One step with the batches ``held``, which were waited for ``waited`` seconds; they stay as they are.
+
+        Raises:
+            WorkFailed: loss or gradient is not finite; no weight was changed.
+        """
+        config, begun = self.config, time.perf_counter() - waited
+        held = [augment(batch, config.seed, config.mask_frames, config.noise) for batch in held]
         rate = learning_rate(config, self.state.step)
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
@@ -148,10 +183,15 @@ class Trainer:
             )
             self.group.leave(failure, 1)
         if self.state.counters.first_loss is None:
-            self._tell_shapes(tracker, held[0].features, done.tokens)
+            self._tell_shapes(held[0].features, done.tokens)
         seconds = time.perf_counter() - begun
         self.state.advance(done, seconds)
-        tracker.step(self._figures(done, rate, seconds), self.state.counters.frames_per_second)
+        self.tracker.step(self._figures(done, rate, seconds), self.state.counters.frames_per_second)
+
+    def save_if_due(self) -> None:
+        """A checkpoint each ``checkpoint_every`` steps; the last step's is the caller's."""
+        if self._due(self.config.checkpoint_every) and self.state.step < self.config.steps:
+            self.state.save()
 
     def _figures(self, done: StepFigures, rate: float, seconds: float) -> dict[str, Any]:
         """One line of ``metrics.jsonl``."""
@@ -168,14 +208,14 @@ class Trainer:
             "tokens": done.tokens,
         }
 
-    def _tell_shapes(self, tracker: Tracker, features: torch.Tensor, tokens: int) -> None:
+    def _tell_shapes(self, features: torch.Tensor, tokens: int) -> None:
         batch, frames, channels = features.shape
         soft = self.model.projector.soft_frames(frames)
         trained = sum(parameter.numel() for parameter in self.state.parameters)
         where = f"{self.state.dtype} on {self.device}"
         if self.group.world > 1:
             where += f", the first of {self.group.world} processes"
-        tracker.say(
+        self.tracker.say(
             f"first batch: features [{batch}, {frames}, {channels}] -> soft tokens [{batch}, {soft}, "
             f"{self.model.lm.width}], {tokens} target tokens; {trained:,} trained parameters, {where}"
         )
@@ -200,27 +240,46 @@ class Trainer:
         self.state.counters.evaluated = self.state.step
         return result
 
-    def _evaluate_on_the_way(self, tracker: Tracker) -> None:
+    def judge_if_due(self) -> None:
+        """An evaluation each ``eval_every`` steps, on a part of what is held out.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        if self._due(self.config.eval_every) and self.state.counters.evaluated < self.state.step:
+            self._judge_on_the_way()
+
+    def _judge_on_the_way(self) -> None:
         part = self.data.held_out.first(self.config.eval_limit)
         with self.state.judged():
             result = self._evaluate(part, self.config.decode_samples)
             self.state.patience.judge(result.val_loss, self.state.step, self.state.named)
-        tracker.evaluation(self.state.step, result.record())
+        self.tracker.evaluation(self.state.step, result.record())
         if self.group.is_first:
             report.write_report(self.run)
 
-    def _evaluate_at_the_end(self, tracker: Tracker) -> Evaluation | None:
+    def judge_at_the_end(self) -> Evaluation | None:
+        """The evaluation of the weights that are kept, on all that is held out; None where the run wants none.
+
+        Raises:
+            Stopped: a signal came.
+        """
         if self.config.eval_every == 0:
             return None
         if self.config.patience is not None and self.state.counters.evaluated < self.state.step:
-            self._evaluate_on_the_way(tracker)  # the last weights may be the best
+            self._judge_on_the_way()  # the last weights may be the best
         with self.state.kept():
             return self._evaluate(self.data.held_out, self.config.decode_limit, whole=True)
 
-    def _finish(self, final: Evaluation | None, tracker: Tracker) -> None:
+    def finish(self, final: Evaluation | None) -> None:
+        """Write what a finished run leaves.
+
+        Raises:
+            WorkFailed: all is written, and the loss fell by less than ``min_loss_drop``.
+        """
         if self.group.is_first:
             if final is not None:
-                tracker.evaluation(self.state.step, final.record())
+                self.tracker.evaluation(self.state.step, final.record())
                 final.write(self.run)
             with self.state.kept():
                 trained = {name: parameter.detach() for name, parameter in self.state.named.items()}
@@ -248,18 +307,6 @@ class Trainer:
 
     # small things -------------------------------------------------------------------------------------------------
 
-    def _tracker(self) -> Tracker:
-        """Rank 0 tells; a resumed run drops the lines past its checkpoint first."""
-        if not self.group.is_first:
-            return Silence()
-        return Tracker(self.run, self.config.steps, self.state.step, self.state.counters.evaluated)
-
-    def _mode(self, train: bool) -> None:
-        self.model.eval()  # a frozen LM never drops out
-        self.model.projector.train(train)
-        if self.config.lm.train:
-            self.model.lm.train(train)
-
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.state.step > 0 and self.state.step % (every or 1) == 0
 
@@ -279,7 +326,8 @@ class Trainer:
         return f"python -m train fit --resume {self.run}"
 
 
-def _refuse_changes(config: TrainConfig, run: Path) -> None:
+def refuse_changes(config: TrainConfig, run: Path) -> None:
+    """UserError when ``run`` is finished, or when ``config`` would give it other numbers than its own settings."""
     if (run / "summary.json").is_file():
         raise UserError(f"'{run}' is finished: judge it by python -m train evaluate {run}, or train a new run")
     changed = runs.run_config(run).differences(config)

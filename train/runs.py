@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from shards.reader import Cache
+    from train.lms import LanguageModel
     from train.model import AudioLM
 
 LATEST = "latest"
@@ -46,18 +47,19 @@ def run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def create(folder: Path, config: TrainConfig, caches: Sequence[Cache]) -> None:
-    """Make the folder with ``config.yaml`` (``name`` filled in) and ``caches.json``, and point ``latest`` at it."""
+def create(folder: Path, config: TrainConfig, caches: Sequence[Cache], latest: bool = True) -> None:
+    """Make the folder with ``config.yaml`` (``name`` filled in) and ``caches.json``; ``latest`` points a link at it."""
     named = config.model_copy(update={"name": folder.name})
     with told("making the run folder", folder):
         (folder / "checkpoints").mkdir(parents=True)
         text = yaml.safe_dump(named.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text.encode(), str(os.getpid()))
         write_json(folder / "caches.json", describe(caches))
-        link = folder.parent / f".{LATEST}-{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        os.replace(link, folder.parent / LATEST)
+        if latest:
+            link = folder.parent / f".{LATEST}-{os.getpid()}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.name)
+            os.replace(link, folder.parent / LATEST)
         fsync_folder(folder.parent)
 
 
@@ -106,8 +108,13 @@ def run_caches(run: Path) -> dict[str, Any]:
     return {**about, "spec": FeatureSpec.parse(about.get("spec"), str(run / "caches.json"))}
 
 
-def build_model(config: TrainConfig, channels: int, device: torch.device, dtype: torch.dtype) -> AudioLM:
-    """The model of ``config`` for features of ``channels``, at its start values, on ``device``."""
+def build_model(
+    config: TrainConfig, channels: int, device: torch.device, dtype: torch.dtype, lm: LanguageModel | None = None
+) -> AudioLM:
+    """The model of ``config`` for features of ``channels``, at its start values, on ``device``.
+
+    ``lm``: the frozen language model of ``config.lm`` where one is in memory already.
+    """
     import torch
 
     from train.lms import load_lm
@@ -116,9 +123,9 @@ def build_model(config: TrainConfig, channels: int, device: torch.device, dtype:
     from train.prompt import Prompt
 
     torch.manual_seed(config.seed)  # dropout draws from the global generator
-    lm = load_lm(
-        config.lm.model, device=device, dtype=dtype, train=config.lm.train, seed=config.seed, options=config.lm
-    )
+    if lm is None:
+        options = config.lm
+        lm = load_lm(options.model, device=device, dtype=dtype, train=options.train, seed=config.seed, options=options)
     projector = build_projector(config.projector, channels, lm.width, lm.embedding_rms, seed=config.seed)
     return AudioLM(projector, lm, Prompt(config.prompt, lm.tokenizer)).to(device)
 

@@ -33,11 +33,20 @@ class RunState:
         step: steps done.
         named, parameters: what is trained.
         stream: this rank's batches; ``iter`` it once.
+        position: the stream's state after the last whole step.
     """
 
     def __init__(
-        self, config: TrainConfig, data: Data, model: AudioLM, dtype: torch.dtype, run: Path, group: Group
+        self,
+        config: TrainConfig,
+        data: Data,
+        model: AudioLM,
+        dtype: torch.dtype,
+        run: Path,
+        group: Group,
+        stream: FeatureStream | None = None,
     ) -> None:
+        """``stream``: that of another run of equal data, batches and order, which both are fed from."""
         self.data, self.model, self.dtype, self.run, self.group = data, model, dtype, run, group
         self.step = 0
         self.counters = Counters()
@@ -48,12 +57,17 @@ class RunState:
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-        self.stream = FeatureStream(
-            data.caches, config.batch.rules(), config.seed, rows=data.train_rows, rank=group.rank, world=group.world
+        self.stream = stream or FeatureStream(
+            data.caches,
+            config.batch.rules(),
+            config.order_seed,
+            rows=data.train_rows,
+            rank=group.rank,
+            world=group.world,
         )
         self.ema = Ema(self.named, config.ema)
         self.patience = Patience(config.patience)
-        self._position = self.stream.state_dict()
+        self.position = self.stream.state_dict()
 
     def advance(self, done: StepFigures, seconds: float) -> None:
         """Count a step that is done and took ``seconds``."""
@@ -61,7 +75,7 @@ class RunState:
         self.ema.update(self.step)
         self.counters.add(done, seconds)
         # Kept for `save`: a step that breaks off has taken batches from the stream already.
-        self._position = self.stream.state_dict()
+        self.position = self.stream.state_dict()
 
     def judged(self) -> AbstractContextManager[None]:
         """Inside it, the weights are those that an evaluation on the way judges: their averages, or the last."""
@@ -84,7 +98,7 @@ class RunState:
         """Rank 0 writes the checkpoint of the last whole step."""
         if self.group.is_first:
             state = {
-                "stream": self._position,
+                "stream": self.position,
                 "counters": asdict(self.counters),
                 "patience": self.patience.state(),
                 "identity": self.identity(),
@@ -124,5 +138,5 @@ class RunState:
             self.ema.load(tensors)
             self.patience.load(state["patience"], tensors, self.named)
             self.stream.load_state_dict(state["stream"])
-        self._position = state["stream"]
+        self.position = state["stream"]
         self.step, self.counters = state["step"], Counters(**state["counters"])

@@ -24,8 +24,11 @@ TOLD = 10  # lines with the loss that a whole run prints
 class Tracker:
     """Writes a run's figures; a context manager that closes the bar and the files."""
 
-    def __init__(self, run: Path, steps: int, step: int = 0, evaluated: int = 0) -> None:
-        """``step``, ``evaluated``: where a resumed run stands; lines after these steps are dropped from the files."""
+    def __init__(self, run: Path, steps: int, step: int = 0, evaluated: int = 0, quiet: bool = False) -> None:
+        """``step``, ``evaluated``: where a resumed run stands; lines after these steps are dropped from the files.
+
+        With ``quiet`` the files alone are written.
+        """
         with told("writing metrics", run):
             for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
                 kept = [line for line in read_lines(run / name) if line["step"] <= last]
@@ -36,13 +39,20 @@ class Tracker:
         self._steps = steps
         self._gain: float | None = None
         # no bar in a log: the lines of `step` tell the same
-        self._bar = tqdm(total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=None)
+        self._bar = tqdm(
+            total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=quiet or None
+        )
         self._seconds = 0.0
+        self._quiet = quiet
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar and the files."""
         self._bar.close()
         self._metrics.close()
         self._evaluations.close()
@@ -73,8 +83,9 @@ class Tracker:
 
     def say(self, line: str) -> None:
         """A line on standard output that does not tear the bar."""
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        if not self._quiet:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def _append(self, file: Any, tree: dict[str, Any]) -> None:
         with told("writing metrics", Path(file.name)):
@@ -87,7 +98,7 @@ class Silence(Tracker):
     def __init__(self) -> None:
         pass
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         pass
 
     def step(self, figures: dict[str, Any], frames_per_second: float) -> None:
