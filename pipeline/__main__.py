@@ -14,8 +14,8 @@ from shards.commandline import add_completion, add_config, print_completion, sho
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from pipeline.extract import Tally
     from pipeline.job import Job
+    from pipeline.tally import Tally
 
 SCRIPT = "earshard-extract"
 EXAMPLES = """\

@@ -2,24 +2,44 @@
 
 In: a :class:`pipeline.job.Job`. Out: every shard committed and the caches finished. Processes that share the folder
 divide the work by claims (``shards/claims.py``): each takes the next shard that nobody holds, waits for the others at
-the end, and whoever finds everything committed finishes the cache, which is idempotent.
+the end, and whoever finds everything committed finishes the cache, which is idempotent. :func:`run_local` starts the
+processes of this machine itself (``processes``: one a GPU) and shows them as one run.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Protocol
 
 from pipeline import merge
-from pipeline.extract import Tally, check_failures, extract_shard
+from pipeline.decoders import Decoders, open_decoders
+from pipeline.extract import Made, encode_shard
 from pipeline.job import Job, Target, provenance
 from pipeline.merge import POLL
+from pipeline.processes import Processes
 from pipeline.progress import Progress
 from pipeline.stages import Stages
+from pipeline.tally import Tally, check_failures
+from pipeline.threads import Background
 from pipeline.workers import Worker
 
 
+class Watch(Protocol):
+    """Who is told how far the work is: :class:`Progress`, or the process that started this one."""
+
+    def step(self, utterances: int, audio_seconds: float) -> None: ...
+
+    def made(self, shard: int) -> None: ...
+
+    def found(self, shard: int) -> None: ...
+
+    def waiting(self, shards: int) -> None: ...
+
+
 def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) -> Tally:
-    """Extract with this process's encoder until every shard of every target is committed, then finish.
+    """Extract with this process's encoder, and those it starts, until every shard is committed; then finish.
 
     ``worker`` decides which shards it tries first. ``trace`` keeps every block of work in ``Tally.stages`` for a
     profile.
@@ -30,34 +50,102 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
     """
     started = time.perf_counter()
     tally = Tally(stages=Stages(trace=trace))
-    _count_committed_failures(job, tally)
-    with job.at_work(), Progress(job, tally.stages) as progress:
-        waiting = (worker or Worker()).turn(job.plan.shards)
-        while waiting:
-            held_by_others = []
-            for shard in waiting:
-                targets = job.missing(shard)
-                if not targets:
-                    progress.found(shard)
-                    continue
-                mine = _claim(job, shard, targets)
-                if mine:
-                    try:
-                        extract_shard(job, shard, mine, tally, progress.step)
-                    finally:
-                        for target in mine:
-                            target.store.release(shard)
-                    progress.made(shard)
-                if job.missing(shard):
-                    held_by_others.append(shard)
-            waiting = held_by_others
-            if waiting:
-                progress.waiting(len(waiting))
-                time.sleep(POLL)
+    count_committed_failures(job, tally)
+    with (
+        job.at_work(),
+        Progress(job, tally.stages) as progress,
+        Processes(job, tally, progress) as others,
+        open_decoders(job, tally.stages) as decoders,
+    ):
+        make_shards(job, tally, decoders, progress, worker=worker, look=others.check)
         for target in job.targets:
             about = {**provenance(job), "last_run_seconds": round(time.perf_counter() - started, 1)}
             merge.complete(target.store, target.spec, job.plan, about)
     return tally
+
+
+def make_shards(
+    job: Job,
+    tally: Tally,
+    decoders: Decoders,
+    watch: Watch,
+    *,
+    worker: Worker | None = None,
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Make every shard that nobody else makes, until all are committed; ``look`` is called between two of them.
+
+    A shard is committed while the next one is encoded: its fsync and the reading back cost the encoder nothing.
+    """
+    waiting = (worker or Worker()).turn(job.plan.shards)
+    with Committing(tally.stages) as committing:
+        while waiting:
+            made_here, held_by_others = [], []
+            for shard in waiting:
+                look()
+                targets = job.missing(shard)
+                if not targets:
+                    watch.found(shard)
+                    continue
+                mine = _claim(job, shard, targets)
+                if mine:
+                    try:
+                        made = encode_shard(job, shard, mine, tally, decoders, watch.step)
+                    except BaseException:
+                        release(shard, mine)
+                        raise
+                    watch.made(shard)
+                    made_here.append(shard)
+                    committing.put(made)
+                if len(mine) < len(targets):
+                    held_by_others.append(shard)
+            committing.finish()
+            waiting = held_by_others or [shard for shard in made_here if job.missing(shard)]
+            if waiting:
+                watch.waiting(len(waiting))
+                time.sleep(POLL)
+
+
+class Committing:
+    """Commits shards in a thread, in order, one of them waiting at most; gives their claims back."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._open: list[Made] = []
+
+    def __enter__(self) -> Committing:
+        self._thread = Background(self._commit, 1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.__exit__(kind, error, trace)
+        for made in list(self._open):  # dropped by an exception
+            self._let_go(made)
+
+    def put(self, made: Made) -> None:
+        """Commit ``made`` soon; raises what an earlier commit raised."""
+        self._open.append(made)
+        with self._stages.waiting("commit"):
+            self._thread.put(made)
+
+    def finish(self) -> None:
+        """Wait until everything is committed; raises what a commit raised."""
+        if not self._open:
+            return
+        with self._stages.waiting("commit"):
+            self._thread.finish()
+        self._thread = Background(self._commit, 1)
+
+    def _commit(self, made: Made) -> None:
+        made.commit()
+        self._let_go(made)
+
+    def _let_go(self, made: Made) -> None:
+        made.abort()
+        release(made.shard, made.targets)
+        self._open.remove(made)
 
 
 def tidy(job: Job) -> None:
@@ -71,16 +159,21 @@ def _claim(job: Job, shard: int, targets: list[Target]) -> list[Target]:
     """Those of ``targets`` whose claim this process got; a shard that was committed meanwhile is given back."""
     mine = [target for target in targets if target.store.take(shard)]
     late = [t for t in mine if t not in job.missing(shard)]
-    for target in late:
-        target.store.release(shard)
+    release(shard, late)
     return [t for t in mine if t not in late]
 
 
-def _count_committed_failures(job: Job, tally: Tally) -> None:
+def release(shard: int, targets: Sequence[Target]) -> None:
+    """Give the claims of ``shard`` back."""
+    for target in targets:
+        target.store.release(shard)
+
+
+def count_committed_failures(job: Job, tally: Tally) -> None:
     """Failures of earlier runs count towards ``max_failures``."""
     target = job.targets[0]
     for shard in range(job.plan.shards):
         record = target.store.committed(shard, target.spec.feature_id, job.plan.id)
         for failure in record["failures"] if record else ():
-            tally.failures.append((failure["key"], failure["stage"], failure["error"]))
-    check_failures(job, tally)
+            tally.fail(failure["key"], failure["stage"], failure["error"])
+    check_failures(tally, job.config.max_failures, len(job.plan.table))

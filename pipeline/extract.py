@@ -3,24 +3,21 @@
     python -m pipeline extract --config configs/extract/speech.yaml source.limit=100
 
 ```
-reads audio -> threads decode -> main thread encodes -> one thread joins windows, stores (codec, tar, hash) -> commit
+decoders (threads or processes) -> main thread encodes -> one thread joins windows, stores (codec, tar, hash)
+    -> commit (sync, read back, rename), which the engine lets run beside the next shard's encoding
 ```
 
-In: a :class:`pipeline.job.Job`. Out: for each cache a folder of committed shards. :func:`extract_shard` makes one shard
-for every layer that lacks it in one encoder pass. Each stage hands on through a short queue, so that all others hide
-behind the slowest and memory does not grow with the corpus. Who calls ``extract_shard`` for which shard is the engine's
-business (``pipeline/engines.py``).
+In: a :class:`pipeline.job.Job`. Out: for each cache a folder of committed shards. :func:`encode_shard` makes one shard
+for every layer that lacks it in one encoder pass, and :meth:`Made.commit` makes it visible. Each stage hands on through
+a short queue, so that all others hide behind the slowest and memory does not grow with the corpus. Who calls for which
+shard is the engine's business (``pipeline/engines.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,35 +25,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.audio import AudioError, decode
+from pipeline.decoders import Decoders
 from pipeline.frames import NotFinite, join, spans_of
 from pipeline.job import Job, Target
 from pipeline.stages import Stages
+from pipeline.tally import Failure, Tally, check_failures
 from pipeline.threads import Background
 from shards import codec
 from shards.codec import CodecError
 from shards.disk import told
-from shards.errors import WorkFailed
 from shards.writer import ShardWriter, clean
 
 Samples = npt.NDArray[np.float32]
 Step = Callable[[int, float], None]  # utterances, audio seconds
-
-
-@dataclass
-class Tally:
-    """What a run has done so far; failures are shared by all shards of a run."""
-
-    utterances: int = 0
-    audio_seconds: float = 0.0
-    failures: list[tuple[str, str, str]] = field(default_factory=list)  # key, stage, reason
-    stages: Stages = field(default_factory=Stages)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    stage: str
-    reason: str
 
 
 @dataclass
@@ -74,18 +55,41 @@ class Heard:
         return len(self.parts) == len(self.spans)
 
 
-def extract_shard(job: Job, shard: int, targets: Sequence[Target], tally: Tally, step: Step | None = None) -> None:
-    """Make ``shard`` for ``targets`` (whose claims the caller holds) in one encoder pass, and commit it.
+class Made:
+    """A shard whose tars are written and not committed: :meth:`commit` or :meth:`abort` it."""
+
+    def __init__(self, shard: int, targets: Sequence[Target], writers: Sequence[ShardWriter], stages: Stages) -> None:
+        self.shard, self.targets = shard, targets
+        self.timings: dict[str, float] = {}
+        self._writers, self._stages = writers, stages
+
+    def commit(self) -> None:
+        """Sync, read back, compare, rename, publish; any thread may call. Raises as :meth:`ShardWriter.commit`."""
+        for target, writer in zip(self.targets, self._writers, strict=True):
+            with self._stages.busy("commit"), told("committing a shard", target.layout.path):
+                writer.commit(self.timings)
+                target.store.publish(self.shard)
+
+    def abort(self) -> None:
+        """Remove what is not committed; harmless after a commit."""
+        for writer in self._writers:
+            writer.abort()
+
+
+def encode_shard(
+    job: Job, shard: int, targets: Sequence[Target], tally: Tally, decoders: Decoders, step: Step | None = None
+) -> Made:
+    """Write the tars of ``shard`` for ``targets`` (whose claims the caller holds) in one encoder pass.
 
     ``step`` is told of progress. Batches never cross a shard's edge, so that a shard's bytes do not depend on which
     shards were made before it.
 
     Raises:
-        WorkFailed: more failures than ``max_failures`` allows; nothing of this shard is committed.
+        WorkFailed: more failures than ``max_failures`` allows; nothing of this shard is left.
     """
-    started, encode_before, audio_before = time.perf_counter(), tally.stages.seconds["encode"], tally.audio_seconds
+    started, encode_before, samples = time.perf_counter(), tally.stages.seconds["encode"], 0
     with ExitStack() as stack:
-        writers = []
+        writers: list[ShardWriter] = []
         for target in targets:
             with told("writing a shard", target.layout.path):
                 clean(target.layout, shard)
@@ -98,27 +102,28 @@ def extract_shard(job: Job, shard: int, targets: Sequence[Target], tally: Tally,
                 attempt = job.attempts.get(heard.row["key"], 0) + 1
                 for writer in writers:
                     writer.fail(heard.row["key"], failure.stage, failure.reason, attempt)
-                tally.failures.append((heard.row["key"], failure.stage, failure.reason))
-                check_failures(job, tally)
+                tally.fail(heard.row["key"], failure.stage, failure.reason)
+                check_failures(tally, job.config.max_failures, len(job.plan.table))
             seconds = heard.samples / job.encoder.sampling_rate
-            tally.utterances, tally.audio_seconds = tally.utterances + 1, tally.audio_seconds + seconds
+            tally.add(1, seconds)
             if step:
                 step(1, seconds)
 
         storing = stack.enter_context(Background(keep, job.encoder.batch_size))
-        for heard in _heard(job, shard, [t.layer for t in targets], tally.stages):
+        for heard in _heard(job, shard, [t.layer for t in targets], tally.stages, decoders):
+            samples += heard.samples
             with tally.stages.waiting("store"):
                 storing.put(heard)
-        storing.finish()
-        timings = {
-            "seconds": round(time.perf_counter() - started, 3),
-            "encode_seconds": round(tally.stages.seconds["encode"] - encode_before, 3),
-            "audio_seconds": round(tally.audio_seconds - audio_before, 3),
-        }
-        for target, writer in zip(targets, writers, strict=True):
-            with tally.stages.busy("commit"), told("committing a shard", target.layout.path):
-                writer.commit(timings)
-                target.store.publish(shard)
+        with tally.stages.waiting("store"):
+            storing.finish()
+        stack.pop_all()  # from here on the writers are the caller's
+    made = Made(shard, targets, writers, tally.stages)
+    made.timings = {
+        "seconds": round(time.perf_counter() - started, 3),
+        "encode_seconds": round(tally.stages.seconds["encode"] - encode_before, 3),
+        "audio_seconds": round(samples / job.encoder.sampling_rate, 3),
+    }
+    return made
 
 
 def _store(
@@ -139,19 +144,7 @@ def _store(
     return None
 
 
-def check_failures(job: Job, tally: Tally) -> None:
-    """Stop a run that is going wrong."""
-    allowed = job.config.max_failures
-    most = math.ceil(allowed * len(job.plan.table)) if allowed < 1 else int(allowed)
-    if len(tally.failures) > most:
-        first = "; ".join(f"{key}: {reason}" for key, _, reason in tally.failures[:5])
-        raise WorkFailed(
-            f"{len(tally.failures)} of {len(job.plan.table)} utterances failed, more than max_failures={allowed:g} "
-            f"allows ({first}): mend the audio or raise max_failures, then run the same command again"
-        )
-
-
-def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages) -> Iterator[Heard]:
+def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages, decoders: Decoders) -> Iterator[Heard]:
     """The utterances of a shard, encoded or failed, in row order."""
     encoder, batch_size = job.encoder, job.encoder.batch_size
     queue, windows = deque[Heard](), deque[tuple[Heard, Samples]]()
@@ -168,7 +161,7 @@ def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages) -> Itera
         while queue and queue[0].ready():
             yield queue.popleft()
 
-    for row, digest, audio in _decoded(job, job.plan.shard(shard), stages):
+    for row, digest, audio in decoders.read(job.plan.shard(shard)):
         heard = Heard(row, digest)
         if isinstance(audio, Failure):
             heard.failure = audio
@@ -180,47 +173,3 @@ def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages) -> Itera
         yield from ready()
     encode(1)
     yield from ready()
-
-
-def _decoded(
-    job: Job, rows: Sequence[dict[str, Any]], stages: Stages
-) -> Iterator[tuple[dict[str, Any], str, Samples | Failure]]:
-    """Plan row, sha256 of the audio file and its samples, in order; ``workers`` threads decode a little ahead."""
-
-    def prepare_one(data: bytes) -> tuple[str, Samples | Failure]:
-        with stages.busy("decode"):
-            digest = hashlib.sha256(data).hexdigest()
-            try:
-                return digest, decode(data)
-            except AudioError as error:
-                return digest, Failure("decode", str(error))
-
-    ahead: deque[tuple[dict[str, Any], Future[tuple[str, Samples | Failure]]]] = deque()
-
-    def first() -> tuple[dict[str, Any], str, Samples | Failure]:
-        row, future = ahead.popleft()
-        with stages.waiting("decode"):
-            return row, *future.result()
-
-    with ThreadPoolExecutor(job.config.workers, thread_name_prefix="decode") as pool:
-        read = job.source.read([row["audio"] for row in rows])
-        for row in rows:
-            with stages.busy("read"):
-                _, data = next(read)
-            if isinstance(data, Exception):
-                failed: Future[tuple[str, Samples | Failure]] = Future()
-                failed.set_result(("", Failure("read", _short(data))))
-                ahead.append((row, failed))
-            else:
-                ahead.append((row, pool.submit(prepare_one, data)))
-            while len(ahead) > 2 * job.config.workers + job.encoder.batch_size:
-                yield first()
-        while ahead:
-            yield first()
-
-
-def _short(error: Exception) -> str:
-    """A reason of one line that names no absolute folder (a shared cache must not differ by where the audio stood)."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__

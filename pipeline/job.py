@@ -18,6 +18,7 @@ from pipeline.config import ExtractConfig
 from pipeline.encoder import Encoder, load_encoder
 from pipeline.merge import write_job
 from pipeline.plan import fingerprint, frames_of, list_source, make_plan
+from pipeline.processes import my_device
 from pipeline.sources import Source, Utterance, open_source
 from pipeline.weights import Weights, resolve
 from shards.claims import new_owner
@@ -80,15 +81,7 @@ def prepare(config: ExtractConfig) -> Job:
     Raises:
         UserError: weights, source or folder are not as they must be, or the disk is too small.
     """
-    weights = resolve(config.encoder.model, what="encoder")
-    encoder = load_encoder(
-        weights,
-        device=config.encoder.device,
-        dtype=config.encoder.dtype,
-        batch_size=config.encoder.batch_size,
-        window=config.window,
-        margin=config.margin if config.window == "tight" else 0.0,
-    )
+    weights, encoder = open_weights(config, my_device(config))
     if config.trim == "none" and encoder.window != "full30":
         raise UserError(
             f"trim=none keeps padded windows, and with window={encoder.window} there are none: use trim=valid"
@@ -114,6 +107,20 @@ def prepare(config: ExtractConfig) -> Job:
         for target in targets:
             write_job(target.store, target.spec, plan.id, provenance(job))
     return job
+
+
+def open_weights(config: ExtractConfig, device: str) -> tuple[Weights, Encoder]:
+    """The encoder of ``config`` on ``device``, and the weights that it was loaded from; raises UserError."""
+    weights = resolve(config.encoder.model, what="encoder")
+    encoder = load_encoder(
+        weights,
+        device=device,
+        dtype=config.encoder.dtype,
+        batch_size=config.encoder.batch_size,
+        window=config.window,
+        margin=config.margin if config.window == "tight" else 0.0,
+    )
+    return weights, encoder
 
 
 def chosen_layers(layers: list[int] | None, n: int) -> list[int]:

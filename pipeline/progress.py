@@ -6,6 +6,7 @@ On a terminal a bar that moves; elsewhere (SLURM, a pipe) the same line twice a 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ class Progress:
         self._total = len(job.plan.table)
         self._seconds, self._began, self._kept = 0.0, time.perf_counter(), 0
         self._counted: set[int] = set()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Progress:
         slow = {} if sys.stderr.isatty() else {"mininterval": 30.0}
@@ -40,21 +42,23 @@ class Progress:
         self._bar.close()
 
     def step(self, utterances: int, audio_seconds: float) -> None:
-        """More utterances went through the encoder."""
-        self._seconds += audio_seconds
-        rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
-        self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._stages.bottleneck(self._workers)}", refresh=False)
-        self._bar.update(utterances)
+        """More utterances went through the encoder, of this process or of one that it started; any thread may call."""
+        with self._lock:
+            self._seconds += audio_seconds
+            rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
+            self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._stages.bottleneck(self._workers)}", refresh=False)
+            self._bar.update(utterances)
 
     def made(self, shard: int) -> None:
-        """This process committed ``shard``; its utterances are counted already."""
+        """``shard`` was made, here or by a process that this one started; its utterances are counted already."""
         self._counted.add(shard)
 
     def found(self, shard: int) -> None:
         """``shard`` was committed before, or by another process: it counts as done but not towards the rate."""
-        if shard not in self._counted:
-            self._counted.add(shard)
-            self._bar.update(self._sizes[shard])
+        with self._lock:
+            if shard not in self._counted:
+                self._counted.add(shard)
+                self._bar.update(self._sizes[shard])
 
     def waiting(self, shards: int) -> None:
         """Only shards that other processes hold are left."""

@@ -90,7 +90,7 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 def test_sigterm_ends_within_ten_seconds_and_leaves_no_temporary_file(tmp_path, undisturbed, corpus, whisper):
     root, log = tmp_path / "terminated", tmp_path / "log"
     process = start(words(root, corpus, whisper), log=log)
-    wait_for(lambda: list(root.rglob("*.json")))
+    wait_for(lambda: list(root.rglob("shards/*.json")))
     os.kill(process.pid, signal.SIGTERM)
     process.join(10)
     assert process.exitcode == 128 + signal.SIGTERM

@@ -47,6 +47,7 @@ class Source(Protocol):
         root: the folder that uris are relative to; None when there is none.
         version: what else decides the bytes of the audio (the synthesiser's version); "" where the files do.
         speaker_split: ``val_fraction`` keeps a speaker on one side; False where each utterance stands for itself.
+        cpu_bound: ``read`` computes the audio and takes no file's time: it pays to do so in other processes.
         problems: what was odd in the last pass over ``utterances``, one sentence each with a count and the first few.
     """
 
@@ -55,6 +56,7 @@ class Source(Protocol):
     root: Path | None
     version: str
     speaker_split: bool
+    cpu_bound: bool
 
     @property
     def problems(self) -> list[str]: ...

@@ -24,6 +24,7 @@ class HubStream:
     sequential = True
     version = ""
     speaker_split = True
+    cpu_bound = False
 
     def __init__(self, dataset: str, config: str | None, splits: Sequence[str]) -> None:
         self.root: Path | None = None

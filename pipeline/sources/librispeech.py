@@ -52,6 +52,7 @@ class Tree:
     sequential = False
     version = ""
     speaker_split = True
+    cpu_bound = True
 
     def __init__(self, root: Path, splits: Sequence[str]) -> None:
         self.root: Path | None = root
@@ -96,6 +97,7 @@ class Archives:
     sequential = True
     version = ""
     speaker_split = True
+    cpu_bound = True
 
     def __init__(self, archives: Sequence[Path], splits: Sequence[str]) -> None:
         self.root: Path | None = archives[0].parent

@@ -54,6 +54,7 @@ class Manifest:
     sequential = False
     version = ""
     speaker_split = True
+    cpu_bound = False
 
     def __init__(self, path: str, splits: Sequence[str]) -> None:
         self._path = Path(path).expanduser()

@@ -38,6 +38,7 @@ class ParquetFiles:
     sequential = False
     version = ""
     speaker_split = True
+    cpu_bound = False
 
     def __init__(self, path: str, splits: Sequence[str]) -> None:
         root, files = _find(path)

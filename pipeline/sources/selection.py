@@ -37,6 +37,7 @@ class Selection:
         self.root: Path | None = source.root
         self.version: str = source.version
         self.speaker_split: bool = source.speaker_split
+        self.cpu_bound: bool = source.cpu_bound
         self._source = source
         self._limit, self._shortest, self._longest = limit, min_duration, max_duration
         self._val_fraction, self._seed = val_fraction, seed

@@ -30,6 +30,7 @@ class Speech:
 
     sequential = False
     speaker_split = False  # the sentence is what validation must not share; every voice stands on both sides
+    cpu_bound = True
 
     def __init__(self, n: int, seed: int = 0) -> None:
         self.name = f"speech-{n}"

@@ -28,6 +28,7 @@ class Tones:
     sequential = False
     version = ""
     speaker_split = False
+    cpu_bound = False
 
     def __init__(self, seed: int = 0) -> None:
         self.root: Path | None = None
