@@ -44,6 +44,12 @@ def clips(tmp_path):
     return tmp_path
 
 
+def test_a_csv_with_semicolons_is_read_as_spreadsheets_write_it(clips):
+    rows = [{"audio": "a.wav", "text": "one, two; and three"}, {"audio": "sub/b c.wav", "text": "four"}]
+    made = list(opened(write_table(clips / "list.csv", rows, ";")).utterances())
+    assert [(u.audio, u.text) for u in made] == [("a.wav", "one, two; and three"), ("sub/b c.wav", "four")]
+
+
 @pytest.mark.parametrize("column", ["audio", "file", "wav", "audio_filepath"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv"])
 def test_every_form_gives_the_same_utterances_with_paths_relative_to_the_manifest(clips, column, suffix):

@@ -10,8 +10,9 @@ import pytest
 from tiny_cache import make_cache
 from tiny_run import make_config, write_config
 
-from shards.errors import run_command
+from shards.errors import UserError, run_command
 from train.__main__ import command
+from train.runs import find_run
 
 FAST = {"lm": {"model": "nanochat:d1", "train": True}, "steps": 3, "val": {"limit": 2}, "decode_limit": 1}
 
@@ -63,6 +64,8 @@ def test_fit_evaluate_and_report_on_one_run(config, cache, tmp_path, capsys):
     assert "choose another name=" in capsys.readouterr().err
     assert run("fit", "--resume", folder) == 2
     assert "is finished" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"'other' is not a run.*under '.*runs' stand run$"):
+        find_run("other", str(tmp_path / "runs"))
 
 
 def test_resume_without_a_run_takes_that_of_the_config_and_refuses_a_changed_key(config, tmp_path, capsys):
@@ -98,6 +101,8 @@ def test_projectors_lists_every_kind_with_its_parameters_and_where_gradients_rea
     [
         (["fit"], "--config"),
         (["fit", "--config", "no.yaml"], "no configuration file at 'no.yaml'"),
+        (["fit", "lr=1e-3"], "key 'caches' is missing in 'the command line'"),
+        (["fit", "caches=[http://127.0.0.1:9/x/*]"], "a pattern on a server, which cannot be listed"),
         (["fit", "--resume", "no-run"], "'no-run' is not a run"),
         (["evaluate", "no-run"], "'no-run' is not a run"),
         (["report", "no-run"], "'no-run' is not a run"),

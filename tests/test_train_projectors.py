@@ -281,6 +281,7 @@ def test_dropout_acts_in_training_only(config):
             ["projector.kind=residual", "projector.stak=4"],
             "the residual projector takes kind, stack, blocks, hidden, dropout, norm, init",
         ),
+        (["projector.kind=linear", "projector.bias=true"], "behind, set projector={kind: linear}"),
         (["projector.bloks=4"], "the mlp projector takes kind, stack, hidden, bias, input_norm, norm, init"),
         (
             ["projector.kind=lstm"],

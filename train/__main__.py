@@ -139,7 +139,7 @@ def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
 
     words = list(args.overrides)
     if args.resume is None:
-        if args.config is None:
+        if args.config is None and not words:
             raise UserError("name a configuration with --config (see configs/train/), or a run with --resume")
         return load_config(TrainConfig, args.config, words), None
     word = args.resume

@@ -158,9 +158,13 @@ def find_cache(pattern: str) -> str | None:
     """The one complete cache that ``pattern`` (a folder, a glob pattern or a URL) means; None when there is none.
 
     Raises:
-        UserError: several match.
+        UserError: several match, or the pattern is a URL's.
     """
     if "://" in pattern:
+        if "*" in pattern:
+            raise UserError(
+                f"'{pattern}' is a pattern on a server, which cannot be listed: name the cache's own folder"
+            )
         return pattern
     pattern = os.path.expanduser(pattern)
     if _is_complete(pattern):

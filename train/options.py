@@ -194,7 +194,10 @@ def _choose(value: Any) -> Any:
     model = KINDS.get(kind, OwnConfig)
     for key in value:
         if key not in model.model_fields:
-            raise ValueError(f"unknown key '{key}'; the {kind} projector takes {', '.join(_keys(model))}")
+            raise ValueError(
+                f"unknown key '{key}'; the {kind} projector takes {', '.join(_keys(model))}; to leave the keys of "
+                f"another kind behind, set projector={{kind: {kind}}}"
+            )
     return model.model_validate(value)
 
 

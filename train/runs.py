@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from train.model import AudioLM
 
 LATEST = "latest"
+SHOWN = 8  # runs that an error names
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -94,7 +95,9 @@ def find_run(word: str | None, runs: str | Path = "runs") -> Path:
             return place.parent / os.readlink(place) if place.is_symlink() else place
     if word is None:
         raise UserError(f"there is no run under '{runs}' yet: train one with `make train`")
-    raise UserError(f"'{word}' is not a run: it has no config.yaml; the runs stand under '{runs}'")
+    names = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml") if not path.parent.is_symlink())
+    told = f"under '{runs}' stand {', '.join(names[-SHOWN:])}" if names else f"there is no run under '{runs}' yet"
+    raise UserError(f"'{word}' is not a run: it has no config.yaml; {told}")
 
 
 def run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:

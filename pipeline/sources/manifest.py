@@ -1,6 +1,7 @@
 """A list of recordings with their texts, in a file: JSONL, CSV or TSV, NeMo's JSONL, or lhotse's pair of files.
 
-In: rows with ``audio``, ``file``, ``wav`` or ``audio_filepath`` (NeMo), and ``text``; optional ``duration`` and
+In: rows with ``audio``, ``file``, ``wav`` or ``audio_filepath`` (NeMo), and ``text`` (a CSV with commas or, from
+spreadsheets, semicolons); optional ``duration`` and
 ``offset`` in seconds, ``speaker``, ``key`` or ``id``, ``split``. Or the folder, the recordings or the supervisions of
 lhotse (``lhotse.py``). Relative paths are relative to the manifest. Out: utterances whose uri is the path, with
 ``#t=1.5,3.25`` where only these seconds of it are meant (and ``&c=1`` for one channel), ``read`` as a WAV file of
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -212,13 +214,17 @@ def _entry(row: dict[str, Any], place: str) -> Entry:
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Every row of a CSV or TSV file by its header, with its place; raises UserError."""
     with _open_text(path, newline="") as file:
-        reader = csv.DictReader((line for _, line in _lines(file, path)), delimiter=delimiter)
+        lines = (line for _, line in _lines(file, path))
+        head = next(lines, "")
+        if delimiter == "," and head.count(";") > head.count(","):
+            delimiter = ";"  # what spreadsheets write where the comma is the decimal point
+        reader = csv.DictReader(itertools.chain([head], lines), delimiter=delimiter)
         try:
             names = reader.fieldnames or []
             if "text" not in names or not set(AUDIO_COLUMNS) & set(names):
                 raise UserError(
                     f"line 1 of '{path}' names the columns {listed(list(names))}: it needs text and one of "
-                    f"{', '.join(AUDIO_COLUMNS)}, with '{delimiter!r}' between them"
+                    f"{', '.join(AUDIO_COLUMNS)}, with {delimiter!r} between them"
                 )
             for row in reader:
                 place = f"line {reader.line_num} of '{path}'"
