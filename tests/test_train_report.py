@@ -8,7 +8,7 @@ from tiny_cache import make_spec
 
 from train.report import write_report
 
-VOID = {"meta", "link", "br", "line", "circle", "polyline"}
+VOID = {"meta", "link", "br", "line", "polyline"}
 
 
 class Page(HTMLParser):
@@ -53,7 +53,8 @@ def run(tmp_path):
     evaluation = {"step": 29, "val_loss": 2.0, "val_loss_shuffled": 4.5, "audio_gain": 2.5, "samples": [sample]}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     (tmp_path / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
-    (tmp_path / "config.yaml").write_text(f"prompt: {evil}\n")
+    settings = {"caches": ["/data"], "lr": 5e-4, "prompt": {"instruction": evil}, "projector": {"kind": "conv"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
     cache = {"path": f"/data/{evil}", "manifest_id": "f" * 64, "utterances": 1234}
     about = {"spec": make_spec().model_dump(), "feature_id": "e" * 64, "encoder": "wheel:x", "caches": [cache]}
     (tmp_path / "caches.json").write_text(json.dumps(about))
@@ -65,7 +66,7 @@ def test_the_page_shows_gain_samples_settings_and_identity(run):
     assert page.open == []
     for text in ("2.50", "turn left", "25.0 %", "<script>alert('&')</script>", "1,234 utterances", "e" * 64, "wheel:x"):
         assert text in page.shown, text
-    assert page.tags.count("polyline") == 5
+    assert page.tags.count("polyline") == 7
 
 
 def test_nothing_is_fetched_and_nothing_from_data_is_markup(run):

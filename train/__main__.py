@@ -86,8 +86,10 @@ def parser() -> argparse.ArgumentParser:
     projectors.add_argument("--channels", type=int, default=512, help="of the features (default: 512, whisper-base)")
     projectors.add_argument("--width", type=int, default=576, help="of the LM (default: 576, SmolLM2-135M)")
 
-    report = add("report", "write report.html of a run anew", "report runs/demo")
-    report.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
+    report = add("report", "write report.html of a run or a sweep anew", "report runs/demo")
+    report.add_argument(
+        "run", nargs="?", metavar="RUN", help="run folder, or a folder of them (default: the newest run)"
+    )
 
     add_config(commands, "train", "--config configs/train/demo.yaml lr=5e-4")
     add_completion(commands, SCRIPT)
@@ -205,10 +207,13 @@ def _projectors(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from train.report import write_report
+    from train.report import is_sweep, write_report, write_sweep_report
     from train.runs import find_run
 
-    print(f"report: {write_report(find_run(args.run))}")
+    if args.run is not None and is_sweep(Path(args.run)):
+        print(f"report: {write_sweep_report(Path(args.run))}")
+    else:
+        print(f"report: {write_report(find_run(args.run))}")
     return 0
 
 

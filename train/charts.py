@@ -1,17 +1,20 @@
-"""Line charts as inline SVG text, written by hand: no script, no library.
+"""Charts as inline SVG in HTML text, written by hand: no script, no library.
 
-In: curves as (x, y) points. Out: one ``<svg>`` with axes and a legend below it. Colours are CSS classes.
+In: curves as (x, y) points, or points of several groups. Out: one ``<figure>`` with axes, their units, a legend, and a
+tooltip (``<title>``) on every mark. Colours are CSS classes (``train/report/page.py``); curves differ in their dashes
+and groups in their shapes as well, so that nothing hangs on colour alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 880, 48, 12, 12, 30
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 60, 14, 12, 34
 MOST_POINTS = 1200  # drawn of a curve; more cannot be told apart
+TOLD_POINTS = 60  # of a curve without dots, that have a tooltip
 
 Point = tuple[float, float]
 
@@ -26,42 +29,79 @@ class Curve:
     dots: bool = False
 
 
-def chart(curves: Sequence[Curve], title: str, height: int = 320) -> str:
-    """The curves on shared axes; a sentence instead when none has a point. Values that are not finite are left out."""
+@dataclass(frozen=True)
+class Cloud:
+    """Points of one group, each with the text of its tooltip; ``shape`` counts through SHAPES."""
+
+    name: str
+    style: str
+    points: Sequence[Point]
+    told: Sequence[str] = field(default_factory=list)
+    shape: int = 0
+    radius: float = 3.5
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where values lie in a drawing ``WIDTH`` wide and ``height`` high."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    height: int
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """A value's place in the drawing."""
+        across = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        down = self.height - BOTTOM - (y - self.y_low) / (self.y_high - self.y_low) * (self.height - TOP - BOTTOM)
+        return round(across, 1), round(down, 1)
+
+
+def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: str = "", height: int = 300) -> str:
+    """The curves on shared axes from 0; a sentence instead when none has a point. What is not finite is left out."""
     curves = [Curve(c.name, c.style, _thin(_finite(c.points)), c.dots) for c in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return '<p class="note">No figures yet.</p>'
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(0.0, *ys), max(ys))
-    x_low, x_high = 0.0, max(max(xs), 1.0)
-    y_low, y_high = y_ticks[0], max(y_ticks[-1], max(ys))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        down = height - BOTTOM - (y - y_low) / (y_high - y_low) * (height - TOP - BOTTOM)
-        return round(across, 1), round(down, 1)
-
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
-    ]
-    for value in y_ticks:
-        _, y = at(x_low, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>')
-    for value in x_ticks:
-        if value <= x_high:
-            x, _ = at(value, y_low)
-            parts.append(f'<text x="{x}" y="{height - 8}" text-anchor="middle">{value:,.10g}</text>')
-    for curve in curves:
-        places = [at(x, y) for x, y in curve.points]
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys), max(ys))
+    frame = Frame(0.0, max(max(xs), 1.0), y_ticks[0], max(y_ticks[-1], max(ys)), height)
+    parts = [*_axes(frame, [x for x in x_ticks if x <= frame.x_high], y_ticks)]
+    for number, curve in enumerate(curves):
+        places = [frame.at(x, y) for x, y in curve.points]
         path = " ".join(f"{x},{y}" for x, y in places)
-        parts.append(f'<polyline class="curve {curve.style}" points="{path}"/>')
-        if curve.dots or len(places) == 1:
-            style = "train" if curve.style == "faint" else curve.style
-            parts.extend(f'<circle class="{style}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in places)
-    return "".join(parts) + "</svg>" + _legend(curves)
+        parts.append(f'<polyline class="curve {curve.style} dash{number % 4}" points="{path}"/>')
+        marked = curve.dots or len(places) == 1
+        every = 1 if marked else -(-len(places) // TOLD_POINTS)
+        look = curve.style if marked else "unseen"
+        for (x, y), (across, down) in list(zip(curve.points, places, strict=True))[::every]:
+            told = f"{curve.name}: {y:.4g} at {x_label} {x:,.10g}"
+            radius = 3.5 if marked else 7
+            parts.append(
+                f'<circle class="{look}" cx="{across}" cy="{down}" r="{radius}"><title>{escape(told)}</title></circle>'
+            )
+    keys = [(c.name, f'<line class="curve {c.style} dash{i % 4}" x1="0" x2="32" y1="5" y2="5"/>')
+            for i, c in enumerate(curves)]  # fmt: skip
+    return _figure(title, height, parts, keys, x_label, y_label)
+
+
+def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 440) -> str:
+    """The clouds on shared axes, the first at the back."""
+    xs = [x for cloud in clouds for x, _ in cloud.points]
+    ys = [y for cloud in clouds for _, y in cloud.points]
+    if not xs:
+        return '<p class="note">No figures yet.</p>'
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
+    frame = Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1], height)
+    parts = [*_axes(frame, x_ticks, y_ticks)]
+    for cloud in clouds:
+        told = list(cloud.told) or [cloud.name] * len(cloud.points)
+        for point, text in zip(cloud.points, told, strict=True):
+            parts.append(_mark(cloud, *frame.at(*point), text))
+    keys = [(cloud.name, _mark(cloud, 16, 5, cloud.name)) for cloud in clouds]
+    return _figure(title, height, parts, keys, x_label, y_label)
 
 
 def smooth(points: Sequence[Point], span: int = 0) -> list[Point]:
@@ -76,7 +116,7 @@ def smooth(points: Sequence[Point], span: int = 0) -> list[Point]:
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round values that cover ``low`` to ``high``: steps of 1, 2 or 5 times a power of ten, at most about ``most``."""
-    if high <= low:
+    if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):  # one value, but for rounding
         high = low + max(1.0, abs(low))
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
@@ -85,13 +125,44 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def _legend(curves: Sequence[Curve]) -> str:
-    items = "".join(
-        '<li><svg viewBox="0 0 32 10" aria-hidden="true">'
-        f'<line class="curve {c.style}" x1="0" x2="32" y1="5" y2="5"/></svg>{escape(c.name)}</li>'
-        for c in curves
+def _axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
+    parts = []
+    for value in y_ticks:
+        _, y = frame.at(frame.x_low, value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+    for value in x_ticks:
+        x, _ = frame.at(value, frame.y_low)
+        side = "end" if x > WIDTH - 40 else "middle"
+        parts.append(f'<text x="{x}" y="{frame.height - 8}" text-anchor="{side}">{value:,.10g}</text>')
+    return parts
+
+
+def _mark(cloud: Cloud, x: float, y: float, told: str) -> str:
+    """Circle, square, triangle or diamond around a place."""
+    r, end = cloud.radius, f"<title>{escape(told)}</title>"
+    if cloud.shape % 4 == 0:
+        return f'<circle class="mark {cloud.style}" cx="{x}" cy="{y}" r="{r}">{end}</circle>'
+    corners = (
+        [(-r, -r), (r, -r), (r, r), (-r, r)],
+        [(0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)],
+        [(0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)],
+    )[cloud.shape % 4 - 1]
+    path = " ".join(f"{x + across:.1f},{y + down:.1f}" for across, down in corners)
+    return f'<polygon class="mark {cloud.style}" points="{path}">{end}</polygon>'
+
+
+def _figure(
+    title: str, height: int, parts: Sequence[str], keys: Sequence[tuple[str, str]], x_label: str, y_label: str
+) -> str:
+    legend = "".join(
+        f'<li><svg viewBox="0 0 32 10" aria-hidden="true">{mark}</svg>{escape(name)}</li>' for name, mark in keys
     )
-    return f'<ul class="legend">{items}</ul>'
+    return (
+        f'<figure><p class="axis">{escape(y_label)}</p><svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(title)}"><title>{escape(title)}</title>{"".join(parts)}</svg>'
+        f'<p class="axis across">{escape(x_label)}</p><ul class="legend">{legend}</ul></figure>'
+    )
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

@@ -54,7 +54,6 @@ from train.model import AudioLM
 __all__ = ["Evaluation", "Stopped", "evaluate", "evaluate_run"]
 
 JUDGE_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and judging
-JUDGED = "judged"  # folder below a run's: what it was judged on beside what it held out
 KEPT_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
 
 
@@ -221,7 +220,7 @@ def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> di
         retrieval=config.retrieval_limit,
     )
     caches = [str(each.path) for each in utterances.caches]
-    _keep(run, run if cache is None else run / JUDGED / found.manifest_id[:8], result, caches)
+    _keep(run, run if cache is None else run / runs.JUDGED / found.manifest_id[:8], result, caches)
     return {**runs.read_json(run / "summary.json"), **result.figures(), "judged_on": caches}
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 LATEST = "latest"
 SHOWN = 8  # runs that an error names
+SPACE = "space.json"  # soft tokens among the LM's embeddings
+JUDGED = "judged"  # folder of what a run was judged on beside what it held out
 
 
 def run_folder(config: TrainConfig) -> Path:

@@ -28,8 +28,8 @@ from shards.disk import atomic_write, told
 from train.data import pad
 from train.measures.reader import Reader
 from train.model import AudioLM
+from train.runs import SPACE
 
-SPACE = "space.json"
 SHOWN = 8  # utterances on the plane: as many as have colours of their own
 NEAREST = 4  # utterances with their nearest tokens
 _ROWS = 8192  # rows of the vocabulary embedded at a time

@@ -1,0 +1,73 @@
+"""One self-contained page about a run or about a sweep: figures, curves, sound, settings, identity of the features.
+
+In: a run's folder (``metrics.jsonl``, ``evaluations.jsonl``, ``config.yaml``, ``caches.json`` and, when finished,
+``summary.json``, ``space.json``, ``utterances.parquet``), or a folder of such folders. Out: ``report.html`` there. No
+script, no network: curves are inline SVG, sound is data inside the page.
+
+    python -m train report runs/demo
+    python -m train report runs/six        (a sweep: its run folders stand in it)
+
+``source`` reads the files, ``run`` and ``sweep`` lay out the pages, ``texts``, ``sounds`` and ``space`` make samples
+and pictures, ``page`` holds the shell and the style.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shards.disk import atomic_write, told
+from shards.errors import UserError
+
+REPORT = "report.html"
+SWEEP = "sweep.json"
+
+
+def write_report(run: Path) -> Path:
+    """Write ``report.html`` into the folder of a run from what stands there; returns its path."""
+    from train.report.run import render
+
+    return _write(run, render(run))
+
+
+def write_sweep_report(folder: Path) -> Path:
+    """Write ``report.html`` into ``folder``, which holds the run folder of each experiment; returns its path.
+
+    ``sweep.json``, where it stands, may list the ``experiments`` (names, or objects with a ``name``) in order.
+
+    Raises:
+        UserError: no run stands in it.
+    """
+    from train.report.sweep import render
+
+    return _write(folder, render(folder, experiments(folder)))
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether ``folder`` holds runs and is none."""
+    return not (folder / "config.yaml").is_file() and any(folder.glob("*/config.yaml"))
+
+
+def experiments(folder: Path) -> list[Path]:
+    """The run folders of a sweep, in the order of ``sweep.json``, else of their names.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(path.parent for path in folder.glob("*/config.yaml") if not path.parent.is_symlink())
+    if not found:
+        raise UserError(f"'{folder}' holds no run: train a sweep there first")
+    if (folder / SWEEP).is_file():
+        from train.runs import read_json
+
+        listed = read_json(folder / SWEEP).get("experiments")
+        names = [each.get("name") if isinstance(each, dict) else each for each in listed or []]
+        found.sort(key=lambda path: names.index(path.name) if path.name in names else len(names))
+    return found
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / REPORT
+    with told("writing the report", path):
+        atomic_write(path, text.encode(), str(os.getpid()))
+    return path

@@ -1,0 +1,186 @@
+"""The page about a sweep: experiments side by side, with paired differences over the same held-out utterances.
+
+In: the run folders of a sweep. Out: HTML text. The experiment with the lowest held-out loss is what the others are
+compared with; a difference whose interval holds 0 may be chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from shards.errors import UserError
+from train.charts import Curve, chart, smooth
+from train.measures.intervals import NATS, TOKENS, WORD_ERRORS, WORDS, Interval, paired_difference
+from train.report.page import COLOURS, folded, listing, page, percent, section, table, tiles
+from train.report.run import HEARD_SAMPLES, identity, name_cell, points, seconds_a_frame
+from train.report.sounds import recordings
+from train.report.source import RunFiles
+from train.report.space import planes
+from train.report.texts import marked
+from train.track import figure
+
+SHOWN_SAMPLES = 8
+OWN_KEYS = ("name", "runs")
+
+DIFFERENCE_NOTE = (
+    "Held-out figures. Differences are to the experiment of the lowest loss, paired over the same utterances, with "
+    "95 % bootstrap intervals: one that holds 0 may be chance. The best of many experiments looks better than it is."
+)
+
+
+def render(folder: Path, runs: Sequence[Path]) -> str:
+    """The page as text; everything that comes from data is escaped."""
+    found = [RunFiles(run) for run in runs]
+    judged = [run for run in found if run.figures.get("val_loss") is not None]
+    best = min(judged, key=lambda run: float(run.figures["val_loss"]), default=None)
+    done = sum(bool(run.summary) for run in found)
+    parts = [
+        f'<header><p class="over">earshard sweep · {done} of {len(found)} experiments finished</p>'
+        f"<h1>{escape(folder.name)}</h1>{_verdict(best, judged)}</header>",
+        _tiles(found, best),
+        section("Experiments", _experiments(found, best), note=DIFFERENCE_NOTE),
+        section("Held-out loss", _curves(found, held_out=True)),
+        section("Training loss", _curves(found, held_out=False)),
+        section("What differs", _differences(found)),
+        section("The same utterances, decoded by each", *_samples(found)),
+        section("Soft tokens among the embeddings", *(_space(run, run is best) for run in found)),
+        section("Throughput", _throughput(found)),
+        section("Features", *_identities(found)),
+    ]
+    return page(folder.name, "\n".join(filter(None, parts)))
+
+
+def _verdict(best: RunFiles | None, judged: Sequence[RunFiles]) -> str:
+    if best is None:
+        return '<p class="lead">Not evaluated yet.</p>'
+    worse = [run for run in judged if run is not best]
+    apart = sum(1 for run in worse if (gap := _gap(run, best, NATS, TOKENS)) is not None and gap.low > 0)
+    text = f"{best.name} has the lowest held-out loss, {best.figures['val_loss']:.3f} nats a token"
+    told = f"; the difference is beyond chance to {apart} of {len(worse)} others" if worse else ""
+    return f'<p class="lead">{escape(text + told)}.</p>'
+
+
+def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
+    figures = {} if best is None else best.figures
+    wers = [(float(run.figures["wer"]), run.name) for run in runs if run.figures.get("wer") is not None]
+    low, name = min(wers, default=(None, "–"))
+    return tiles(
+        [
+            ("lowest held-out loss", figure(figures.get("val_loss"), 3), "–" if best is None else best.name),
+            ("its audio gain", figure(figures.get("audio_gain"), 2), "nats a token"),
+            ("lowest word error rate", percent(low), name),
+            ("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
+        ]
+    )
+
+
+def _experiments(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
+    rows = []
+    for run in runs:
+        figures = run.figures
+        state = "finished" if run.summary else f"at step {figures.get('steps', 0):,}"
+        rows.append(
+            (
+                f"<div>{escape(run.name)} <small>{state}</small></div>",
+                figure(figures.get("val_loss"), 3),
+                _told(run, best, NATS, TOKENS, 1, 3),
+                figure(figures.get("audio_gain"), 2),
+                percent(figures.get("wer")),
+                _told(run, best, WORD_ERRORS, WORDS, 100, 1),
+                f"{figures['trained_parameters']:,}" if figures.get("trained_parameters") else "–",
+            )
+        )
+    headings = ("experiment", "loss", "loss minus best", "audio gain", "WER", "WER minus best, %", "parameters")
+    return table(headings, rows, range(1, 7))
+
+
+def _told(run: RunFiles, best: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int) -> str:
+    if run is best:
+        return "the best"
+    gap = None if best is None else _gap(run, best, counts, per)
+    if gap is None:
+        return "–"
+    mean, low, high = (scale * value for value in gap)
+    return f"<div>{mean:+.{digits}f} <small>[{low:+.{digits}f}, {high:+.{digits}f}]</small></div>"
+
+
+def _gap(run: RunFiles, best: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
+    """``run`` minus ``best``; None where they have no utterances in common."""
+    if run.table is None or best.table is None:
+        return None
+    try:
+        return paired_difference(run.table, best.table, counts=counts, per=per)
+    except UserError:
+        return None
+
+
+def _curves(runs: Sequence[RunFiles], held_out: bool) -> str:
+    curves = []
+    for number, run in enumerate(runs):
+        train = [(line["step"], line["loss"]) for line in run.metrics]
+        line = points(run.evaluations, "val_loss") if held_out else smooth(train)
+        curves.append(Curve(run.name, f"c{number % COLOURS}", line, dots=held_out))
+    what = "Held-out loss" if held_out else "Training loss, smoothed"
+    return chart(curves, f"{what} of every experiment, over steps", y_label=f"{what.lower()}, nats a target token")
+
+
+def _differences(runs: Sequence[RunFiles]) -> str:
+    """A row for each setting that is not the same in all: experiments across where there are few, else below."""
+    settings = [(run.name, run.settings) for run in runs if run.settings]
+    keys = dict.fromkeys(key for _, own in settings for key in own)
+    rows = []
+    for key in keys:
+        values = [str(own.get(key, "–")) for _, own in settings]
+        if len(set(values)) > 1 and key not in OWN_KEYS:
+            rows.append((escape(key), *map(escape, values)))
+    if len(settings) <= 4:
+        return table(("setting", *(name for name, _ in settings)), rows)
+    turned = [(escape(name), *(row[i] for row in rows)) for i, (name, _) in enumerate(settings, 1)]
+    return table(("experiment", *(row[0] for row in rows)), turned) if rows else ""
+
+
+def _samples(runs: Sequence[RunFiles]) -> tuple[str, str]:
+    decoded = {run.name: {sample["key"]: sample for sample in run.samples} for run in runs}
+    first = next((run for run in runs if run.samples), None)
+    if first is None:
+        return "", ""
+    shown = first.samples[:SHOWN_SAMPLES]
+    paths = list(dict.fromkeys(path for run in runs for path in run.cache_paths()))
+    sounds, reason = recordings(paths, [sample["key"] for sample in shown[:HEARD_SAMPLES]])
+    blocks = [f'<p class="note">{escape(reason)}</p>' if reason else ""]
+    for sample in shown:
+        rows = []
+        for name, samples in decoded.items():
+            if (own := samples.get(sample["key"])) is not None:
+                hypothesis = marked(own["reference"], own["hypothesis"])[1]
+                rows.append((escape(name), f"<span>{hypothesis}</span>", percent(own["wer"])))
+        heading = f"<h3>{escape(sample['reference'])}</h3>{name_cell(sample['key'], sounds)}"
+        blocks.append(heading + table(("experiment", "decoded", "WER"), rows, (2,)))
+    return "", "".join(blocks)
+
+
+def _space(run: RunFiles, is_best: bool) -> str:
+    picture = planes(run.space, seconds_a_frame(run))
+    if not picture:
+        return ""
+    return f"<h3>{escape(run.name)}</h3>{picture}" if is_best else folded(run.name, picture)
+
+
+def _throughput(runs: Sequence[RunFiles]) -> str:
+    rows = [
+        (escape(run.name), f"{run.figures.get('frames_per_second', 0.0):,.0f}",
+         percent(run.figures.get("data_wait_fraction")), percent(run.figures.get("padding_fraction")),
+         f"{run.figures.get('seconds', 0.0):,.0f}")
+        for run in runs
+    ]  # fmt: skip
+    return table(("experiment", "frames a second", "waiting for data", "padding", "seconds"), rows, range(1, 5))
+
+
+def _identities(runs: Sequence[RunFiles]) -> list[str]:
+    """Once for all experiments that share it."""
+    seen: dict[str, list[str]] = {}
+    for run in runs:
+        seen.setdefault(listing(identity(run.about, run.figures)), []).append(run.name)
+    return [text if len(seen) == 1 else f"<h3>{escape(', '.join(names))}</h3>{text}" for text, names in seen.items()]
