@@ -16,6 +16,11 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
+    *("--remote-debugging-pipe", "--disable-background-networking", "--disable-dev-shm-usage"),
+)
+
 
 def find_browser() -> str | None:
     """The path of a Chromium on this machine."""
@@ -28,8 +33,7 @@ class Browser:
     def __init__(self, program: str, profile: Path) -> None:
         mine_in, theirs_out = os.pipe()
         theirs_in, mine_out = os.pipe()
-        words = [program, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars",
-                 "--disable-background-networking", "--no-first-run", f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+        words = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
 
         # the browser reads from its descriptor 3 and writes to its descriptor 4: copies first, one may be the other
         def place() -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import cycle
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 60, 14, 12, 34
 MOST_POINTS = 1200  # drawn of a curve; more cannot be told apart
@@ -69,10 +70,11 @@ def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: s
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys), max(ys))
     frame = Frame(0.0, max(max(xs), 1.0), y_ticks[0], max(y_ticks[-1], max(ys)), height)
     parts = [*_axes(frame, [x for x in x_ticks if x <= frame.x_high], y_ticks)]
-    for number, curve in enumerate(curves):
+    dashes = _dashes(curves)
+    for curve, dash in zip(curves, dashes, strict=True):
         places = [frame.at(x, y) for x, y in curve.points]
         path = " ".join(f"{x},{y}" for x, y in places)
-        parts.append(f'<polyline class="curve {curve.style} dash{number % 4}" points="{path}"/>')
+        parts.append(f'<polyline class="curve {curve.style} {dash}" points="{path}"/>')
         marked = curve.dots or len(places) == 1
         every = 1 if marked else -(-len(places) // TOLD_POINTS)
         look = curve.style if marked else "unseen"
@@ -82,8 +84,8 @@ def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: s
             parts.append(
                 f'<circle class="{look}" cx="{across}" cy="{down}" r="{radius}"><title>{escape(told)}</title></circle>'
             )
-    keys = [(c.name, f'<line class="curve {c.style} dash{i % 4}" x1="0" x2="32" y1="5" y2="5"/>')
-            for i, c in enumerate(curves)]  # fmt: skip
+    keys = [(c.name, f'<line class="curve {c.style} {dash}" x1="0" x2="32" y1="5" y2="5"/>')
+            for c, dash in zip(curves, dashes, strict=True)]  # fmt: skip
     return _figure(title, height, parts, keys, x_label, y_label)
 
 
@@ -136,6 +138,12 @@ def _axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> l
         side = "end" if x > WIDTH - 40 else "middle"
         parts.append(f'<text x="{x}" y="{frame.height - 8}" text-anchor="{side}">{value:,.10g}</text>')
     return parts
+
+
+def _dashes(curves: Sequence[Curve]) -> list[str]:
+    """A class of its own for each of four curves; a faint one, which stands behind its smoothed self, has none."""
+    kinds = cycle(range(4))
+    return ["" if curve.style == "faint" else f"dash{next(kinds)}" for curve in curves]
 
 
 def _mark(cloud: Cloud, x: float, y: float, told: str) -> str:

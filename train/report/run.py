@@ -46,7 +46,10 @@ def render(folder: Path) -> str:
     state = "finished" if run.summary else "running or stopped"
     changed = table(
         ("setting", "this run", "default"),
-        [(escape(key), escape(str(value)), escape(str(default))) for key, value, default in run.changed_settings()],
+        [
+            (escape(key), escape(str(value)), "–" if default is None else escape(str(default)))
+            for key, value, default in run.changed_settings()
+        ],
     )
     text = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").is_file() else ""
     parts = [
@@ -81,14 +84,14 @@ def _verdict(figures: Figures) -> str:
 
 def _tiles(figures: Figures) -> str:
     def beside(name: str, unit: str, scale: float = 1) -> str:
-        return bounds(figures, name, scale, 2 if scale == 1 else 1) or unit
+        return f"{unit} {bounds(figures, name, scale, 2 if scale == 1 else 1)}".rstrip()
 
     return tiles(
         [
-            ("audio gain, nats a token", figure(figures.get("audio_gain"), 2), beside("audio_gain", "nats a token")),
-            ("held-out loss, nats a token", figure(figures.get("val_loss"), 3), beside("val_loss", "nats a token")),
-            ("word error rate", percent(figures.get("wer")), beside("wer", "words", 100)),
-            ("character error rate", percent(figures.get("cer")), beside("cer", "characters", 100)),
+            ("audio gain", figure(figures.get("audio_gain"), 2), beside("audio_gain", "nats a token")),
+            ("held-out loss", figure(figures.get("val_loss"), 3), beside("val_loss", "nats a token")),
+            ("word error rate", percent(figures.get("wer")), beside("wer", "%", 100)),
+            ("character error rate", percent(figures.get("cer")), beside("cer", "%", 100)),
             ("words to silence", percent(figures.get("hallucination_rate"), 0), "of silent inputs"),
             ("steps", f"{figures.get('steps', 0):,}", duration(figures.get("seconds", 0.0))),
         ]
