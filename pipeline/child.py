@@ -50,8 +50,10 @@ def join(told: dict[str, Any]) -> Job:
     Raises:
         UserError: the encoder here is not the one that the caches are made with.
     """
+    from pipeline.compiled import speed_up
     from pipeline.config import ExtractConfig
     from pipeline.job import Job, Target, feature_spec, open_weights
+    from pipeline.plan import windows_of
     from pipeline.sources import open_source
     from shards.config import validate_config
     from shards.store import open_store
@@ -68,6 +70,7 @@ def join(told: dict[str, Any]) -> Job:
     assert plan is not None
     job = Job(config, open_source(config.source), encoder, weights, targets, plan, told["fingerprint"])
     job.attempts.update(told["attempts"])
+    speed_up(encoder, config.encoder.compile, windows_of(plan.table, encoder, config.overlap))
     return job
 
 

@@ -20,7 +20,8 @@ class EncoderConfig(Config):
     # what the encoder computes in; part of the identity, so name it: auto depends on the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"  # cpu, cuda, cuda:1 …; auto: a GPU where there is one
-    batch_size: int = Field(default=8, ge=1)  # 30 s windows a pass
+    batch_size: int | None = Field(default=None, ge=1)  # windows in a pass on a GPU; none = as many as fit, at most 32
+    compile: Literal["auto", "always", "never"] = "auto"  # torch.compile on a GPU; auto: where the job is long enough
 
 
 class ExtractConfig(Config):

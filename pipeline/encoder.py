@@ -42,7 +42,7 @@ class Encoder(Protocol):
         margin: 0 but with ``tight``.
         tensors: sha256 of the encoder's tensors, see :func:`tensors_hash`.
         frontend: settings of the spectrogram, part of the feature spec.
-        batch_size: clips that a call should hold to keep the device busy.
+        batch_size: clips that a call should hold to keep the device busy; lowered when memory runs out.
         dtype: arithmetic, one of ``DTYPES``.
         device: torch's name of it.
     """
@@ -78,7 +78,7 @@ def load_encoder(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     window: Window | None = None,
     margin: float = 0.0,
 ) -> Encoder:
@@ -87,7 +87,7 @@ def load_encoder(
     Args:
         device: ``auto`` is ``cuda`` where there is one, else ``cpu``.
         dtype: ``auto`` is bfloat16 where the device computes it natively, else float16 on a GPU, float32 on a CPU.
-        batch_size: most clips in one forward pass on a GPU.
+        batch_size: most clips in one forward pass on a GPU; None is as many as fit (``pipeline/memory.py``).
         window, margin: see :class:`Encoder`; None is ``full30`` for a Whisper and ``clip`` for the others.
 
     Raises:
@@ -95,7 +95,7 @@ def load_encoder(
     """
     import torch
 
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UserError(f"encoder.batch_size is {batch_size}: set it to 1 or more")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

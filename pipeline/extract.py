@@ -28,6 +28,7 @@ import numpy.typing as npt
 from pipeline.decoders import Decoders
 from pipeline.frames import NotFinite, join, spans_of
 from pipeline.job import Job, Target
+from pipeline.memory import encode_in_parts
 from pipeline.stages import Stages
 from pipeline.tally import Failure, Tally, check_failures
 from pipeline.threads import Background
@@ -146,14 +147,14 @@ def _store(
 
 def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages, decoders: Decoders) -> Iterator[Heard]:
     """The utterances of a shard, encoded or failed, in row order."""
-    encoder, batch_size = job.encoder, job.encoder.batch_size
+    encoder = job.encoder
     queue, windows = deque[Heard](), deque[tuple[Heard, Samples]]()
 
     def encode(least: int) -> None:
         while len(windows) >= least and windows:
-            batch = [windows.popleft() for _ in range(min(batch_size, len(windows)))]
+            batch = [windows.popleft() for _ in range(min(encoder.batch_size, len(windows)))]
             with stages.busy("encode"):
-                outputs = encoder.encode([clip for _, clip in batch], layers, job.config.trim)
+                outputs = encode_in_parts(encoder, [clip for _, clip in batch], layers, job.config.trim)
             for (heard, _), output in zip(batch, outputs, strict=True):
                 heard.parts.append(output)
 
@@ -169,7 +170,7 @@ def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages, decoders
             heard.samples, heard.spans = len(audio), spans_of(len(audio), encoder, job.config.overlap)
             windows.extend((heard, audio[start:stop]) for start, stop in heard.spans)
         queue.append(heard)
-        encode(batch_size)
+        encode(encoder.batch_size)  # less, after memory ran out
         yield from ready()
     encode(1)
     yield from ready()

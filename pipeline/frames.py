@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pipeline.audio import stitch, windows
 from pipeline.encoder import Encoder, load_encoder
+from pipeline.memory import encode_in_parts
 from pipeline.weights import resolve
 from shards.errors import UserError
 from shards.spec import FeatureSpec
@@ -54,7 +55,7 @@ def encode_recording(
 ) -> dict[int, Array]:
     """Frames of one recording as extraction makes them, before the codec."""
     spans = spans_of(len(samples), encoder, overlap)
-    outputs = encoder.encode([samples[start:stop] for start, stop in spans], layers, trim)
+    outputs = encode_in_parts(encoder, [samples[start:stop] for start, stop in spans], layers, trim)
     return join(outputs, spans, layers, encoder.hop)
 
 

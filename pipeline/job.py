@@ -14,10 +14,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.compiled import speed_up
 from pipeline.config import ExtractConfig
 from pipeline.encoder import Encoder, load_encoder
 from pipeline.merge import write_job
-from pipeline.plan import fingerprint, frames_of, list_source, make_plan
+from pipeline.plan import fingerprint, frames_of, list_source, make_plan, windows_of
 from pipeline.processes import my_device
 from pipeline.sources import Source, Utterance, open_source
 from pipeline.weights import Weights, resolve
@@ -102,6 +103,7 @@ def prepare(config: ExtractConfig) -> Job:
         targets.append(Target(layer, open_store(folder), spec))
     plan = _fix_plan(config, encoder, source, utterances, targets, mark)
     job = Job(config, source, encoder, weights, targets, plan, mark)
+    speed_up(encoder, config.encoder.compile, windows_of(plan.table, encoder, config.overlap))
     if not job.complete():
         _check_disk(job)
         for target in targets:

@@ -11,9 +11,11 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from pipeline.encoder import Encoder
 from pipeline.sources import Source, Utterance
 from shards.errors import UserError
 from shards.manifest import UTTERANCE_SCHEMA
@@ -47,6 +49,13 @@ def frames_of(samples: int, hop: int, padded: int | None) -> int:
     """Frames that an utterance will have: ceil(samples / hop), or the padded window when nothing is trimmed."""
     frames = -(-samples // hop)
     return max(frames, padded) if padded else frames
+
+
+def windows_of(table: pa.Table, encoder: Encoder, overlap: float) -> int:
+    """Windows that the planned utterances make, by their planned lengths; ``overlap`` in seconds."""
+    step = encoder.window_samples - round(overlap * encoder.sampling_rate)
+    more = np.maximum(0, table["samples"].to_numpy() - encoder.window_samples)
+    return int(len(table) + (-(-more // step)).sum())
 
 
 def make_plan(

@@ -48,7 +48,7 @@ class _Enough(Exception):
 class SelfSupervisedEncoder:
     """See :class:`pipeline.encoder.Encoder`."""
 
-    def __init__(self, weights: Weights, family: str, *, device: str, dtype: str, batch_size: int) -> None:
+    def __init__(self, weights: Weights, family: str, *, device: str, dtype: str, batch_size: int | None) -> None:
         import torch
         import transformers
 
@@ -102,7 +102,7 @@ class SelfSupervisedEncoder:
         for index, layer in enumerate(self._model.encoder.layers):
             layer.register_forward_pre_hook(self._keep(index), with_kwargs=True)
         self._pool = Threads(torch.get_num_threads()) if device == "cpu" else None
-        self.batch_size = batch_size if self._pool is None else max(batch_size, 4 * self._pool.n)
+        self.batch_size = (batch_size or 8) if self._pool is None else max(batch_size or 8, 4 * self._pool.n)
 
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"

@@ -1,8 +1,8 @@
 """Whisper's encoder: the forward pass, written over the tensors of a transformers folder.
 
 In: float32 clips at 16 kHz. Out: the hidden states of chosen layers, float32 [frames, channels] a clip. The decoder is
-never loaded, layers above the highest one asked for are not computed, and bfloat16 on a CPU is faster and nearer to
-float32 than transformers' (see ``attend`` and ``_forward``).
+never loaded; layers above the highest one asked for are not computed, and of that one only the frames that are kept;
+bfloat16 on a CPU is faster and nearer to float32 than transformers' (see ``attend`` and ``_forward``).
 
 On a CPU each clip passes alone on one thread, and as many clips at a time as torch has threads: nobody waits at
 barriers inside a layer, so a busy core costs its share and no more, and a clip's features depend neither on the batch
@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.encoder import check_request, context_samples, encoder_name, read_encoder_tensors, tensors_hash
+from pipeline.compiled import Forward
+from pipeline.encoder import (
+    CONTEXT_STEP,
+    check_request,
+    context_samples,
+    encoder_name,
+    read_encoder_tensors,
+    tensors_hash,
+)
 from pipeline.logmel import LogMel, MelSettings
+from pipeline.memory import fitting_batch
 from pipeline.threads import Threads
 from pipeline.weights import Weights, read_json
 from shards.errors import UserError
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 QUERY_BLOCK = 500  # rows of scores that stay in a core's cache: fastest of 125 to 1500 for 1500 frames
+KEPT_STEP = 50  # frames of the last layer are computed up to a multiple of this: few shapes, so few kernels to make
 
 
 class WhisperEncoder:
@@ -42,7 +52,7 @@ class WhisperEncoder:
         *,
         device: str,
         dtype: str,
-        batch_size: int,
+        batch_size: int | None,
         window: Window = "full30",
         margin: float = 0.0,
     ) -> None:
@@ -74,10 +84,23 @@ class WhisperEncoder:
         self.dtype = dtype
         self.device = device
         self._pool = Threads(torch.get_num_threads()) if device == "cpu" else None
-        self.batch_size = batch_size if self._pool is None else max(batch_size, 4 * self._pool.n)
         self._torch_device = torch.device(device)
         self._log_mel = LogMel(mel, self._torch_device)
+        inner = tensors["layers.0.fc1.weight"].shape[0]
         self._weights = self._prepare(tensors)
+        self.forward: Forward = self._forward  # or a compiled one (pipeline/compiled.py)
+        positions, channels = self.positions, self.channels
+        stem = 6 * positions * channels * (2 * mel.n_mels + channels)
+        layer = 2 * positions * channels * (4 * channels + 2 * inner) + 4 * positions**2 * channels
+        self.flop: float = stem + self.n_layers * layer  # of a whole window
+        # of a window at once: the stem's output and the residual stream in float32, the inner layer, q, k and v
+        window_bytes = positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
+        if self._pool:
+            self.batch_size = max(batch_size or 8, 4 * self._pool.n)
+        elif batch_size is None and self._torch_device.type == "cuda":
+            self.batch_size = fitting_batch(torch.cuda.mem_get_info(self._torch_device)[0], window_bytes)
+        else:
+            self.batch_size = batch_size or 8
 
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
@@ -93,8 +116,8 @@ class WhisperEncoder:
             frames = [-(-len(clips[i]) // self.hop) if trim == "valid" else positions for i in batch]
             with torch.inference_mode():
                 mel = self._log_mel(self._pad([clips[i] for i in batch]), 2 * positions)
-                for layer, x_BTC in self._forward(mel, sorted(set(layers))).items():
-                    values = x_BTC[:, : max(frames)].to("cpu", torch.float32).numpy()
+                for layer, x_BTC in self._run(mel, sorted(set(layers)), max(frames)).items():
+                    values = x_BTC[: len(batch), : max(frames)].to("cpu", torch.float32).numpy()
                     for row, (i, count) in enumerate(zip(batch, frames, strict=True)):
                         results[i][layer] = values[row, :count].copy()  # a view would keep the whole batch alive
 
@@ -105,6 +128,17 @@ class WhisperEncoder:
             for context, batch in batches:
                 encode_batch(context, batch)
         return results
+
+    def _run(self, mel: torch.Tensor, layers: Sequence[int], frames: int) -> dict[int, torch.Tensor]:
+        """The forward pass; a compiled one takes whole batches alone: more than half a batch is filled with silence."""
+        import torch.nn.functional as F
+
+        compiled = self.forward != self._forward and 2 * len(mel) > self.batch_size
+        step = CONTEXT_STEP * self.sampling_rate // self.hop if compiled else KEPT_STEP
+        keep = min(mel.shape[2] // 2, max(1, -(-frames // step)) * step)
+        if not compiled:
+            return self._forward(mel, layers, keep)
+        return self.forward(F.pad(mel, (0, 0, 0, 0, 0, self.batch_size - len(mel))), layers, keep)
 
     def _batches(self, clips: Sequence[np.ndarray], size: int) -> list[tuple[int, list[int]]]:
         """(samples of context, indices of clips) of each forward pass, the longest contexts first."""
@@ -147,8 +181,11 @@ class WhisperEncoder:
                     placed[name] = torch.ops.mkldnn._reorder_linear_weight(value, self.positions)
         return placed
 
-    def _forward(self, mel: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    def _forward(self, mel: torch.Tensor, layers: Sequence[int], keep: int) -> dict[int, torch.Tensor]:
         """Mel [B, n_mels, 2T] -> hidden states [B, T, C] of the sorted ``layers``; nothing above the last is computed.
+
+        Of the last one only the first ``keep`` frames are: [B, keep, C]. Every layer before it must be whole, because
+        all its frames are keys and values of the next.
 
         The large matrix products run in the run's dtype, everything else (first convolution, residual stream, norms) in
         float32: that costs 3 % of the time and makes bfloat16's error smaller than that of a model cast as a whole.
@@ -178,7 +215,8 @@ class WhisperEncoder:
         for i in range(layers[-1]):
             layer = f"layers.{i}"
             qkv = linear(norm(x, f"{layer}.self_attn_layer_norm"), f"{layer}.self_attn.qkv")
-            x = x + linear(attend(qkv, self.heads), f"{layer}.self_attn.out_proj")
+            rows = keep if i + 1 == layers[-1] else x.shape[1]
+            x = x[:, :rows] + linear(attend(qkv, self.heads, rows), f"{layer}.self_attn.out_proj")
             inner = linear(norm(x, f"{layer}.final_layer_norm"), f"{layer}.fc1", gelu=True)
             x = x + linear(inner, f"{layer}.fc2")
             if i + 1 in layers:
@@ -188,26 +226,30 @@ class WhisperEncoder:
         return {layer: hidden[layer] for layer in layers}
 
 
-def attend(qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    """Full self-attention of stacked q (already scaled), k, v: [B, T, 3C] -> [B, T, C], in the dtype of ``qkv``."""
+def attend(qkv: torch.Tensor, heads: int, rows: int | None = None) -> torch.Tensor:
+    """Full self-attention of stacked q (already scaled), k, v: [B, T, 3C] -> [B, rows, C], in the dtype of ``qkv``.
+
+    ``rows``: only the first so many queries, all by default.
+    """
     import torch
     import torch.nn.functional as F
 
     B, T, _ = qkv.shape
+    R = T if rows is None else rows
     q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if qkv.device.type != "cpu" or qkv.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(B, T, -1)
+        return F.scaled_dot_product_attention(q[:, :, :R], k, v, scale=1.0).transpose(1, 2).reshape(B, R, -1)
     # torch's CPU kernel computes low-precision attention at a quarter of the speed of low-precision products.
-    out = qkv.new_empty(B, T, heads, q.shape[-1])
-    scores, shares = qkv.new_empty(2, min(T, QUERY_BLOCK), T)  # written again and again: fresh memory has to be mapped
+    out = qkv.new_empty(B, R, heads, q.shape[-1])
+    scores, shares = qkv.new_empty(2, min(R, QUERY_BLOCK), T)  # written again and again: fresh memory has to be mapped
     for b in range(B):
         for h in range(heads):
-            for i in range(0, T, QUERY_BLOCK):
-                rows = min(QUERY_BLOCK, T - i)
-                torch.mm(q[b, h, i : i + rows], k[b, h].T, out=scores[:rows])
-                torch.softmax(scores[:rows], -1, out=shares[:rows])
-                torch.mm(shares[:rows], v[b, h], out=out[b, i : i + rows, h])
-    return out.view(B, T, -1)
+            for i in range(0, R, QUERY_BLOCK):
+                block = min(QUERY_BLOCK, R - i)
+                torch.mm(q[b, h, i : i + block], k[b, h].T, out=scores[:block])
+                torch.softmax(scores[:block], -1, out=shares[:block])
+                torch.mm(shares[:block], v[b, h], out=out[b, i : i + block, h])
+    return out.view(B, R, -1)
 
 
 def _has_packed_linear() -> bool:

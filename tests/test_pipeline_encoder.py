@@ -135,6 +135,15 @@ def test_layers_above_the_highest_asked_for_are_not_computed(tiny):
     np.testing.assert_array_equal(encoder.encode(noise(5000), [1])[0][1], expected)
 
 
+def test_of_the_last_layer_only_frames_that_are_kept_are_computed(tiny):
+    encoder = load(tiny)
+    mel = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole, cut = (encoder._forward(mel, [1, 2], keep) for keep in (1500, 100))
+    assert (cut[1].shape, cut[2].shape) == ((2, 1500, 32), (2, 100, 32))
+    torch.testing.assert_close(cut[2], whole[2][:, :100])
+
+
 @pytest.mark.parametrize("n_mels", [80, 128])
 def test_log_mel_equals_the_whisper_feature_extractor(n_mels):
     from transformers import WhisperFeatureExtractor

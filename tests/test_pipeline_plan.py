@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.plan import fingerprint, make_plan
+from pipeline.audio import windows
+from pipeline.plan import fingerprint, make_plan, windows_of
 from pipeline.sources import Utterance
 
 
@@ -61,3 +64,10 @@ def test_the_fingerprint_sees_a_changed_text_and_no_changed_folder():
     assert fingerprint(moved, "") == fingerprint(utterances, "")
     assert fingerprint(edited, "") != fingerprint(utterances, "")
     assert fingerprint(utterances, "espeak 1.52") != fingerprint(utterances, "")
+
+
+def test_windows_are_counted_as_long_audio_is_cut():
+    encoder = SimpleNamespace(sampling_rate=16000, window_samples=480_000)
+    for samples in (1, 480_000, 480_001, 16000 * 56, 16000 * 57, 16000 * 300):
+        table = make_plan(corpus([samples]), shuffle=True, seed=0, frame_bytes=2, hop=320, padded=None, shard_mb=1)
+        assert windows_of(table, encoder, 4.0) == len(windows(samples, 480_000, 64_000))
