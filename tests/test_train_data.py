@@ -17,12 +17,12 @@ from train.data import (
     Utterances,
     find_cache,
     held_out_mask,
-    judged_on,
     needed,
-    open_caches,
+    open_corpora,
     open_data,
     pad,
 )
+from train.judged import judged_on
 from train.runs import describe
 
 
@@ -117,7 +117,7 @@ def test_a_cache_may_be_a_url(marked, tmp_path, monkeypatch):
         assert data.train_rows.tolist() == open_data(config(marked)).train_rows.tolist()
         assert describe(data.caches)["caches"][0]["path"] == server.url
         with pytest.raises(UserError, match="twice"):
-            open_caches([server.url, f"{server.url}/"])
+            open_corpora([server.url, f"{server.url}/"])
 
 
 def test_a_fraction_holds_out_whole_speakers_on_top_of_marked_rows(plain):
@@ -171,14 +171,14 @@ def test_caches_join_end_to_end(marked, plain):
 def test_caches_of_other_features_are_refused_with_the_field(plain, tmp_path):
     other = make_cache(tmp_path / "other", 4, layer=3)
     with pytest.raises(UserError, match="layer: 3, not 2"):
-        open_caches([str(plain), str(other)])
+        open_corpora([str(plain), str(other)])
     with pytest.raises(UserError, match="layer: 3, not 2"):
         open_data(config(plain, val={"caches": [str(other)]}))
 
 
 def test_a_cache_named_twice_is_refused(plain):
     with pytest.raises(UserError, match="twice"):
-        open_caches([str(plain), f"{plain}/"])
+        open_corpora([str(plain), f"{plain}/"])
 
 
 def test_a_limit_takes_the_same_part_each_time_in_row_order(plain):
@@ -192,11 +192,11 @@ def test_a_limit_takes_the_same_part_each_time_in_row_order(plain):
 
 def test_a_run_is_judged_on_what_it_held_out_of_a_cache_it_trained_on_and_on_all_of_another(marked, plain):
     settings = config(marked)
-    mine, other = Cache.open(marked), Cache.open(plain)
-    assert judged_on(mine, settings, [mine.manifest_id]).rows.tolist() == [0, 5, 10, 15]
-    assert len(judged_on(other, settings, [mine.manifest_id])) == 40
+    mine, other = ({**describe([Cache.open(path)]), "spec": Cache.open(path).spec} for path in (marked, plain))
+    assert judged_on(str(marked), settings, mine).rows.tolist() == [0, 5, 10, 15]
+    assert len(judged_on(str(plain), settings, mine)) == 40
     with pytest.raises(UserError, match="trained on every utterance"):
-        judged_on(other, config(plain, eval_every=0), [other.manifest_id])
+        judged_on(str(plain), config(plain, eval_every=0), other)
 
 
 def test_pad_puts_zeros_behind_and_masks_them():

@@ -438,19 +438,19 @@ def test_a_mixer_goes_in_front_of_any_projector(kind):
     inner = build(KINDS[kind]())
     mixed, layers, mask = MixedProjector(LayerMixer(2), inner), torch.randn(2, 2, 9, 6), mask_of([9, 5], 9)
     mixed.eval()
-    soft, soft_mask = mixed(list(layers), mask)
+    soft, soft_mask = mixed(torch.cat([*layers], -1), mask)
     expected, expected_mask = inner(layers.mean(0), mask)
     torch.testing.assert_close(soft, expected)
     assert torch.equal(soft_mask, expected_mask)
     assert mixed.soft_frames(9) == inner.soft_frames(9)
     shake(mixed).train()
-    (mixed(list(layers), mask)[0][soft_mask] * torch.randn(8)).sum().backward()
+    (mixed(torch.cat([*layers], -1), mask)[0][soft_mask] * torch.randn(8)).sum().backward()
     assert mixed.mixer.logits.grad.abs().sum() > 0
 
 
 def test_a_mixed_projector_hands_on_the_losses_of_the_one_it_holds():
     mixed = MixedProjector(LayerMixer(1), build(MoeConfig(routing="top2")))
-    mixed([torch.randn(1, 8, 6)], mask_of([8], 8))
+    mixed(torch.randn(1, 8, 6), mask_of([8], 8))
     assert mixed.take_losses().keys() == {"balance", "router_z"}
 
 

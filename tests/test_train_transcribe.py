@@ -17,9 +17,10 @@ from pipeline.frames import open_encoder
 from shards.errors import UserError, run_command
 from shards.reader import Cache
 from train.__main__ import command
+from train.data import open_data
 from train.loop import fit
-from train.runs import run_caches
-from train.transcribe import features_of, transcribe
+from train.runs import run_caches, run_config
+from train.transcribe import features_of, require_one_encoder, specs_of, transcribe
 
 SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last takes two windows
 
@@ -58,7 +59,7 @@ def test_audio_becomes_the_very_features_that_extraction_stored(world, key):
     cache = Cache.open(about["caches"][0]["path"])
     row = cache.manifest["key"].to_pylist().index(key)
     encoder = open_encoder(about["spec"], about["encoder"])
-    ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, about["spec"])
+    ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, [about["spec"]])
     assert ours.shape == (-(-SAMPLES[key] // 320), 32)
     assert np.array_equal(ours, cache.features(row))
 
@@ -77,7 +78,7 @@ def test_tight_features_are_extracted_checked_and_transcribed_alike(world, capsy
     assert "3 utterances compared, 0 above" in capsys.readouterr().out
     encoder = open_encoder(cache.spec, cache.info["provenance"]["encoder"]["reference"])
     for row, key in enumerate(cache.manifest["key"].to_pylist()):
-        ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, cache.spec)
+        ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, [cache.spec])
         assert np.array_equal(ours, cache.features(row))
     assert run_command(pipeline_command, [*settings, "trim=none"]) == 2
     assert "trim=valid" in capsys.readouterr().err
@@ -125,3 +126,22 @@ def test_a_file_that_cannot_be_read_does_not_lose_the_others(world, tmp_path, ca
     out, err = capsys.readouterr()
     assert out.startswith(str(folder / "short.wav"))
     assert "bad.wav" in err.splitlines()[-1]
+
+
+def test_a_run_on_several_layers_hears_them_in_one_pass_of_the_encoder(world, tmp_path, capsys):
+    folder, config, _ = world
+    layers = [[f"{folder}/caches/*/*-L1-*", f"{folder}/caches/*/*-L2-*"]]
+    keys = {"caches": layers, "val": config.val.model_copy(update={"caches": layers}), "runs": str(tmp_path)}
+    run = fit(config.model_copy(update=keys))
+    about = run_caches(run)
+    specs = specs_of(about)
+    encoder = open_encoder(specs[0], about["encoder"])
+    ours = features_of(decode((folder / "long.wav").read_bytes()), encoder, specs)
+    held_out = open_data(run_config(run)).held_out
+    stored = held_out.features(held_out.columns("key")["key"].index("long"))
+    assert np.array_equal(ours, stored)
+    assert run_command(command, ["transcribe", str(run), str(folder / "short.wav")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}/short.wav\t")
+    about["layers"][1]["tensors"] = "0" * 64
+    with pytest.raises(UserError, match="several encoders"):
+        require_one_encoder(specs_of(about))

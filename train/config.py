@@ -42,6 +42,8 @@ def _as_list(value: Any) -> Any:
 
 
 Strings = Annotated[list[str], BeforeValidator(_as_list)]
+# a cache, or the caches of several layers of one corpus (train/layers.py)
+Corpora = Annotated[list[str | Annotated[list[str], Field(min_length=2)]], BeforeValidator(_as_list)]
 
 
 class ValConfig(Config):
@@ -51,7 +53,7 @@ class ValConfig(Config):
     whole caches; else ``fraction`` holds out further speakers until that part of each cache is held out.
     """
 
-    caches: Strings = Field(default_factory=list)  # whole caches to judge on
+    caches: Corpora = Field(default_factory=list)  # whole caches to judge on, layers as in the run's
     fraction: float = Field(default=0.0, ge=0, lt=1)  # of each cache, by speaker where speakers are known
     limit: int | None = Field(default=None, ge=1)  # most utterances in a final evaluation; None: all held out
     seed: int = Field(
@@ -85,7 +87,8 @@ class BatchConfig(Config):
 class TrainConfig(Config):
     """Every key of ``python -m train fit``; see ``configs/train/`` for files."""
 
-    caches: Strings = Field(min_length=1)  # cache folders or glob patterns that match one complete cache each
+    # cache folders or glob patterns that match one complete cache each; a list in this list names layers of one corpus
+    caches: Corpora = Field(min_length=1)
     # extraction configs that make the caches: one each in order, or all for any
     extract: Strings = Field(default_factory=list)
     filter: str | None = None  # train on the rows that pass: "duration < 20 and speaker != ''" (shards/filters.py)
@@ -96,6 +99,7 @@ class TrainConfig(Config):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
     projector: ProjectorConfig = MlpConfig()
+    normalise_layers: bool = False  # each of several layers to mean 0 and variance 1 before they are mixed
     lm: LmConfig = LmConfig()
     prompt: PromptConfig = PromptConfig()
 
@@ -138,11 +142,22 @@ class TrainConfig(Config):
             raise ValueError(f"warmup={self.warmup} is neither whole steps nor a fraction below 1")
         if self.patience is not None and not self.eval_every:
             raise ValueError("patience counts evaluations on the way: set eval_every to a number of steps")
+        layers = {1 if isinstance(entry, str) else len(entry) for entry in [*self.caches, *self.val.caches]}
+        if len(layers) > 1:
+            found = " and ".join(map(str, sorted(layers)))
+            raise ValueError(f"caches names {found} layers: name as many of each corpus")
+        if self.normalise_layers and self.layers == 1:
+            raise ValueError("normalise_layers=true needs layers to mix: write caches: [[…-L4-…, …-L6-…]]")
         if self.name == "latest":
             raise ValueError("name=latest is the link to the newest run: choose another name")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         return self
+
+    @property
+    def layers(self) -> int:
+        """How many caches stand side by side in each corpus."""
+        return 1 if isinstance(self.caches[0], str) else len(self.caches[0])
 
     @property
     def warmup_steps(self) -> int:

@@ -23,7 +23,9 @@ from shards.errors import UserError
 from shards.filters import select
 from shards.manifest import Layout
 from shards.reader import Cache
+from shards.spec import FeatureSpec
 from train.config import TrainConfig, ValConfig
+from train.layers import Layers
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +44,16 @@ class Utterances:
 
     caches: Sequence[Cache]
     rows: Rows
+    layers: Layers | None = None  # of the same corpora; ``caches`` holds the first of each
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def specs(self) -> list[FeatureSpec]:
+        """What the features are, one spec a layer."""
+        caches = [self.caches[0]] if self.layers is None else self.layers.joined[0].caches
+        return [cache.spec for cache in caches]
 
     def columns(self, *names: str) -> dict[str, list[Any]]:
         """Manifest columns of the chosen rows, in the order of ``rows``."""
@@ -52,8 +61,13 @@ class Utterances:
         return {name: pa.chunked_array(chunks[name]).take(self.rows).to_pylist() for name in names}
 
     def features(self, index: int) -> npt.NDArray[Any]:
-        """[frames, channels] of the ``index``-th chosen utterance, float16 or float32 as the reader gives it."""
+        """[frames, channels] of the ``index``-th chosen utterance, float16 or float32 as the reader gives it.
+
+        Of several layers [frames, layers · channels].
+        """
         row = int(self.rows[index])
+        if self.layers is not None:
+            return self.layers.features(row)
         for cache in self.caches:
             if row < len(cache):
                 return cache.features(row)
@@ -66,16 +80,25 @@ class Utterances:
             return self
         keys = self.columns("key")["key"]
         chosen = sorted(range(len(self)), key=lambda index: _hash(0, f"{keys[index]}\0{self.rows[index]}"))[:count]
-        return Utterances(self.caches, self.rows[sorted(chosen)])
+        return Utterances(self.caches, self.rows[sorted(chosen)], self.layers)
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run trains on and what it is judged on."""
 
-    caches: list[Cache]
+    caches: list[Cache]  # of several layers the first of each corpus
     train_rows: Rows  # joined rows over ``caches``
     held_out: Utterances
+    layers: Layers | None = None  # the corpora of ``caches`` with all their layers
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return {
+            "feature id": self.caches[0].feature_id,
+            "manifest ids": [cache.manifest_id for cache in self.caches],
+            **({} if self.layers is None else self.layers.identity()),
+        }
 
 
 def open_data(config: TrainConfig) -> Data:
@@ -85,9 +108,10 @@ def open_data(config: TrainConfig) -> Data:
         UserError: a cache is absent or ambiguous, caches differ in feature spec, or nothing is left to train on or,
             where the run evaluates, to be judged on.
     """
-    caches = open_caches(config.caches, config.extract)
+    caches, layers = open_corpora(config.caches, config.extract)
     held = [held_out_mask(cache, config.val) for cache in caches]
-    train_rows = np.flatnonzero(~np.concatenate(held))
+    known = np.ones(sum(map(len, caches)), dtype=bool) if layers is None else layers.held
+    train_rows = np.flatnonzero(~np.concatenate(held) & known)
     if not len(train_rows):
         raise UserError(
             f"no utterance is left to train on in {_names(caches)}: all are held out; lower val.fraction or name "
@@ -100,32 +124,16 @@ def open_data(config: TrainConfig) -> Data:
                 f"no utterance of {_names(caches)} that is not held out passes '{config.filter}': widen filter"
             )
     if config.val.caches:
-        judged = open_caches(config.val.caches, config.extract)
-        same_features(judged[0], caches[0])
-        held_out = Utterances(judged, np.arange(sum(len(cache) for cache in judged)))
+        held_out = open_judged(config.val.caches, config.extract)
+        same_layers(held_out, caches, layers)
     else:
-        held_out = Utterances(caches, np.flatnonzero(np.concatenate(held)))
+        held_out = Utterances(caches, np.flatnonzero(np.concatenate(held) & known), layers)
     if not len(held_out) and config.eval_every != 0:
         raise UserError(
             f"no utterance is held out in {_names(caches)}: set val.fraction=0.1, name a cache in val.caches, or train "
             "without evaluation by eval_every=0"
         )
-    return Data(caches, train_rows, held_out.first(config.val.limit))
-
-
-def judged_on(cache: Cache, config: TrainConfig, trained_on: Sequence[str]) -> Utterances:
-    """What of ``cache`` a run may be judged on: its held-out rows if its manifest id is in ``trained_on``, else all.
-
-    A cache that the run named in ``val.caches`` is judged whole, as during the run.
-    """
-    rows = np.arange(len(cache))
-    if cache.manifest_id in trained_on:
-        named = [find_cache(pattern) for pattern in config.val.caches]
-        if not any(path is not None and _same_folder(path, cache.path) for path in named):
-            rows = np.flatnonzero(held_out_mask(cache, config.val))
-    if not len(rows):
-        raise UserError(f"the run trained on every utterance of '{cache.path}': name another cache with --cache")
-    return Utterances([cache], rows).first(config.val.limit)
+    return Data(caches, train_rows, held_out.first(config.val.limit), layers)
 
 
 def same_features(found: Cache, wanted: Cache) -> None:
@@ -138,20 +146,48 @@ def same_features(found: Cache, wanted: Cache) -> None:
         )
 
 
-def open_caches(patterns: Sequence[str], extract: Sequence[str] = ()) -> list[Cache]:
-    """Open the one cache of each pattern; all must be of one feature spec and none may come twice."""
-    caches: list[Cache] = []
-    for index, pattern in enumerate(patterns):
-        path = find_cache(pattern)
-        if path is None:
-            raise AbsentCache(f"there is no complete cache at '{pattern}': {_mend(patterns, extract, index)}")
-        cache = Cache.open(path)
-        if any(_same_folder(cache.path, other.path) for other in caches):
-            raise UserError(f"caches names '{path}' twice: its utterances would count double; name it once")
-        if caches:
-            same_features(cache, caches[0])
-        caches.append(cache)
-    return caches
+def open_corpora(
+    entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()
+) -> tuple[list[Cache], Layers | None]:
+    """The first cache of each corpus, and all their layers where an entry names several.
+
+    Raises:
+        UserError: a cache is absent or named twice, or caches differ in what they must share.
+    """
+    corpora: list[list[Cache]] = []
+    for index, entry in enumerate(entries):
+        corpora.append([])
+        for pattern in _patterns(entry):
+            cache = _open_cache(pattern, _mend(len(entries), extract, index))
+            if any(same_folder(cache.path, other.path) for caches in corpora for other in caches):
+                raise UserError(f"caches names '{cache.path}' twice: its utterances would count double; name it once")
+            corpora[-1].append(cache)
+    firsts = [caches[0] for caches in corpora]
+    for cache in firsts[1:]:
+        same_features(cache, firsts[0])
+    return firsts, Layers(corpora) if len(corpora[0]) > 1 else None
+
+
+def open_judged(entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()) -> Utterances:
+    """All utterances of whole corpora, as :func:`open_corpora` opens them."""
+    caches, layers = open_corpora(entries, extract)
+    rows = np.arange(sum(map(len, caches))) if layers is None else np.flatnonzero(layers.held)
+    return Utterances(caches, rows, layers)
+
+
+def same_layers(judged: Utterances, caches: Sequence[Cache], layers: Layers | None) -> None:
+    """UserError unless ``judged`` holds the features, layer by layer, of the corpora of ``caches``."""
+    ours = [caches[0]] if layers is None else layers.joined[0].caches
+    theirs = [judged.caches[0]] if judged.layers is None else judged.layers.joined[0].caches
+    for found, wanted in zip(theirs, ours, strict=True):
+        same_features(found, wanted)
+
+
+def _open_cache(pattern: str, mend: str) -> Cache:
+    path = find_cache(pattern)
+    if path is None:
+        raise AbsentCache(f"there is no complete cache at '{pattern}': {mend}")
+    return Cache.open(path)
 
 
 def find_cache(pattern: str) -> str | None:
@@ -197,13 +233,14 @@ def needed(config: TrainConfig) -> list[str]:
     """
     paired = len(config.extract) == len(config.caches)
     files: list[str] = []
-    for index, pattern in enumerate([*config.caches, *config.val.caches]):
-        if find_cache(pattern) is not None:
+    for index, entry in enumerate([*config.caches, *config.val.caches]):
+        absent = [pattern for pattern in _patterns(entry) if find_cache(pattern) is None]
+        if not absent:
             continue
         if not config.extract:
-            raise AbsentCache(f"there is no complete cache at '{pattern}': {_mend(config.caches, (), index)}")
-        if pattern in config.caches and paired:
-            files.append(config.extract[config.caches.index(pattern)])
+            raise AbsentCache(f"there is no complete cache at '{absent[0]}': {_mend(len(config.caches), (), index)}")
+        if entry in config.caches and paired:
+            files.append(config.extract[config.caches.index(entry)])
         else:
             files.extend(config.extract)
     return list(dict.fromkeys(files))
@@ -248,7 +285,7 @@ def _hash(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
 
 
-def _same_folder(one: str | Path, other: str | Path) -> bool:
+def same_folder(one: str | Path, other: str | Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
@@ -256,8 +293,13 @@ def _names(caches: Sequence[Cache]) -> str:
     return ", ".join(f"'{cache.location}'" for cache in caches)
 
 
-def _mend(patterns: Sequence[str], extract: Sequence[str], index: int) -> str:
+def _patterns(entry: str | Sequence[str]) -> list[str]:
+    """The caches of one corpus: one, or one a layer."""
+    return [entry] if isinstance(entry, str) else list(entry)
+
+
+def _mend(entries: int, extract: Sequence[str], index: int) -> str:
     if not extract:
         return "make it with `make extract CONFIG=configs/extract/….yaml`, or correct the path in caches"
-    files = [extract[index]] if len(extract) == len(patterns) else extract
+    files = [extract[index]] if len(extract) == entries else extract
     return " and ".join(f"`make extract CONFIG={file}`" for file in files) + " makes it"

@@ -36,12 +36,12 @@ from torch import Tensor
 
 from shards.disk import make_folder, told
 from shards.errors import UserError
-from shards.reader import Cache
 from train import runs
 from train.config import TrainConfig
-from train.data import Utterances, find_cache, judged_on, open_data
+from train.data import Utterances, open_data
 from train.device import choose_device, choose_dtype
 from train.distributed import Group
+from train.judged import judged_on
 from train.measures.further import Further, look_further
 from train.measures.intervals import Interval, table_intervals
 from train.measures.losses import losses
@@ -196,17 +196,7 @@ def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> di
         if not len(utterances):
             raise UserError(f"'{run}' held nothing out: name a cache to judge it on with --cache")
     else:
-        path = find_cache(cache)
-        if path is None:
-            raise UserError(f"there is no complete cache at '{cache}': correct --cache, or make it with `make extract`")
-        opened = Cache.open(path)
-        utterances = judged_on(opened, config, [each["manifest_id"] for each in about["caches"]])
-    found = utterances.caches[0]
-    if found.feature_id != about["feature_id"]:
-        raise UserError(
-            f"'{found.path}' holds other features than the run was trained on "
-            f"({'; '.join(found.spec.differences(about['spec']))}): extract the cache with the run's encoder settings"
-        )
+        utterances = judged_on(cache, config, about)
     device = choose_device(config.device)
     model = runs.load_model(run, config, device, choose_dtype(config.dtype, device))
     result = evaluate(
@@ -220,7 +210,7 @@ def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> di
         retrieval=config.retrieval_limit,
     )
     caches = [str(each.path) for each in utterances.caches]
-    _keep(run, run if cache is None else run / runs.JUDGED / found.manifest_id[:8], result, caches)
+    _keep(run, run if cache is None else run / runs.JUDGED / utterances.caches[0].manifest_id[:8], result, caches)
     return {**runs.read_json(run / "summary.json"), **result.figures(), "judged_on": caches}
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = N
     if resume is None:
         with group.together():
             if group.is_first:
-                runs.create(run, config, data.caches)
+                runs.create(run, config, data.caches, data.layers)
         state.share_start()
     else:
         state.restore()
@@ -126,7 +126,7 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step, evaluate, and write what a finished run leaves."""
         with self, self.stop:
-            batches: Generator[Batch, None, None] = iter(self.state.stream)  # type: ignore[assignment]
+            batches = self.state.batches()
             try:
                 while not self.ended:
                     self.judge_if_due()
@@ -299,6 +299,7 @@ class Trainer:
             "steps": self.state.step,
             "best_step": self.state.patience.step,
             **self.state.counters.summary(),
+            **self.model.projector.facts(),
             "trained_parameters": sum(parameter.numel() for parameter in self.state.parameters),
             "device": str(self.device),
             "processes": self.group.world,

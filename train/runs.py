@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from shards.reader import Cache
+    from train.layers import Layers
     from train.lms import LanguageModel
     from train.model import AudioLM
 
@@ -50,14 +51,16 @@ def run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def create(folder: Path, config: TrainConfig, caches: Sequence[Cache], latest: bool = True) -> None:
+def create(
+    folder: Path, config: TrainConfig, caches: Sequence[Cache], layers: Layers | None = None, latest: bool = True
+) -> None:
     """Make the folder with ``config.yaml`` (``name`` filled in) and ``caches.json``; ``latest`` points a link at it."""
     named = config.model_copy(update={"name": folder.name})
     with told("making the run folder", folder):
         (folder / "checkpoints").mkdir(parents=True)
         text = yaml.safe_dump(named.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text.encode(), str(os.getpid()))
-        write_json(folder / "caches.json", describe(caches))
+        write_json(folder / "caches.json", describe(caches, layers))
         if latest:
             link = folder.parent / f".{LATEST}-{os.getpid()}"
             link.unlink(missing_ok=True)
@@ -66,13 +69,18 @@ def create(folder: Path, config: TrainConfig, caches: Sequence[Cache], latest: b
         fsync_folder(folder.parent)
 
 
-def describe(caches: Sequence[Cache]) -> dict[str, Any]:
-    """The content of ``caches.json``: one feature spec, the caches' ids and counts, the encoder's reference."""
+def describe(caches: Sequence[Cache], layers: Layers | None = None) -> dict[str, Any]:
+    """The content of ``caches.json``: one feature spec, the caches' ids and counts, the encoder's reference.
+
+    Of a run on several layers, ``layers`` lists the spec of each, and ``caches`` holds the first layer of each corpus.
+    """
     first = caches[0]
+    several = {} if layers is None else {"layers": [cache.spec.model_dump() for cache in layers.joined[0].caches]}
     encoder = (first.info.get("provenance") or {}).get("encoder") or {}
     return {
         "spec": first.spec.model_dump(),
         "feature_id": first.feature_id,
+        **several,
         "encoder": encoder.get("reference"),
         "caches": [
             {
@@ -116,7 +124,7 @@ def run_caches(run: Path) -> dict[str, Any]:
 def build_model(
     config: TrainConfig, channels: int, device: torch.device, dtype: torch.dtype, lm: LanguageModel | None = None
 ) -> AudioLM:
-    """The model of ``config`` for features of ``channels``, at its start values, on ``device``.
+    """The model of ``config`` for features of ``channels`` (of each layer), at its start values, on ``device``.
 
     ``lm``: the frozen language model of ``config.lm`` where one is in memory already.
     """
@@ -124,7 +132,7 @@ def build_model(
 
     from train.lms import load_lm
     from train.model import AudioLM
-    from train.projectors import build_projector
+    from train.projectors import LayerMixer, MixedProjector, build_projector
     from train.prompt import Prompt
 
     torch.manual_seed(config.seed)  # dropout draws from the global generator
@@ -132,6 +140,8 @@ def build_model(
         options = config.lm
         lm = load_lm(options.model, device=device, dtype=dtype, train=options.train, seed=config.seed, options=options)
     projector = build_projector(config.projector, channels, lm.width, lm.embedding_rms, seed=config.seed)
+    if config.layers > 1:
+        projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
     return AudioLM(projector, lm, Prompt(config.prompt, lm.tokenizer)).to(device)
 
 

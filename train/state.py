@@ -6,6 +6,7 @@ number of processes.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
+from shards.batch import Batch
 from shards.errors import UserError
-from shards.stream import FeatureStream
+from train.batches import Stream, open_stream
 from train.checkpoint import load_checkpoint, restore, save_checkpoint, trained_parameters
 from train.config import TrainConfig
 from train.counters import Counters
@@ -44,7 +46,7 @@ class RunState:
         dtype: torch.dtype,
         run: Path,
         group: Group,
-        stream: FeatureStream | None = None,
+        stream: Stream | None = None,
     ) -> None:
         """``stream``: that of another run of equal data, batches and order, which both are fed from."""
         self.data, self.model, self.dtype, self.run, self.group = data, model, dtype, run, group
@@ -57,17 +59,14 @@ class RunState:
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-        self.stream = stream or FeatureStream(
-            data.caches,
-            config.batch.rules(),
-            config.order_seed,
-            rows=data.train_rows,
-            rank=group.rank,
-            world=group.world,
-        )
+        self.stream = stream or open_stream(config, data, group)
         self.ema = Ema(self.named, config.ema)
         self.patience = Patience(config.patience)
         self.position = self.stream.state_dict()
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """This rank's batches from where the run stands; close it to end the threads that read ahead."""
+        yield from self.stream
 
     def advance(self, done: StepFigures, seconds: float) -> None:
         """Count a step that is done and took ``seconds``."""
@@ -88,8 +87,7 @@ class RunState:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: the features and the language model."""
         return {
-            "feature id": self.data.caches[0].feature_id,
-            "manifest ids": [cache.manifest_id for cache in self.data.caches],
+            **self.data.identity(),
             "language model": self.model.lm.identity,
             "dtype": str(self.dtype),
         }

@@ -48,8 +48,9 @@ def transcribe(
         if not path.is_file():
             raise UserError(f"there is no audio file at '{path}': correct the path")
     about = run_caches(run)
-    spec: FeatureSpec = about["spec"]
-    ears = open_encoder(spec, encoder or about.get("encoder"), config.device)
+    specs = specs_of(about)
+    require_one_encoder(specs)
+    ears = open_encoder(specs[0], encoder or about.get("encoder"), config.device)
     device = choose_device(config.device)
     model = load_model(run, config, device, choose_dtype(config.dtype, device))
     failures: list[str] = []
@@ -57,7 +58,7 @@ def transcribe(
         heard: list[tuple[Path, Features]] = []
         for path in paths[start : start + batch_size]:
             try:
-                heard.append((path, features_of(decode(path.read_bytes()), ears, spec)))
+                heard.append((path, features_of(decode(path.read_bytes()), ears, specs)))
             except (AudioError, OSError, NotFinite, codec.CodecError) as error:
                 failures.append(f"'{path}' ({error})")
         if heard:
@@ -68,8 +69,31 @@ def transcribe(
         raise UserError(f"could not read {', '.join(failures)}: give audio that soundfile can decode")
 
 
-def features_of(audio: npt.NDArray[np.float32], encoder: Encoder, spec: FeatureSpec) -> Features:
-    """float32 [samples] at 16 kHz to the frames [frames, channels] that extraction would have stored and read back."""
-    frames = encode_recording(audio, encoder, [spec.layer], overlap=spec.overlap, trim=spec.trim)[spec.layer]
-    stored = codec.encode(spec.codec, frames)
-    return codec.decode(spec.codec, stored.payload, stored.scale)
+def specs_of(about: dict[str, Any]) -> list[FeatureSpec]:
+    """The features that a run hears, one spec a layer; ``about`` is its ``caches.json``."""
+    return [FeatureSpec.parse(each, "caches.json") for each in about.get("layers", [])] or [about["spec"]]
+
+
+def require_one_encoder(specs: Sequence[FeatureSpec]) -> None:
+    """UserError unless ``specs`` are of layers of one encoder, which one pass of it gives."""
+    for other in specs:
+        same = other.model_copy(update={"layer": specs[0].layer, "codec": specs[0].codec})
+        if same != specs[0]:
+            raise UserError(
+                f"the run hears several encoders ({'; '.join(same.differences(specs[0]))}) and one pass of one encoder "
+                "is all there is for audio: extract features of it and use python -m train evaluate --cache"
+            )
+
+
+def features_of(audio: npt.NDArray[np.float32], encoder: Encoder, specs: Sequence[FeatureSpec]) -> Features:
+    """float32 [samples] at 16 kHz to the frames that extraction would have stored and read back, by one encoder pass.
+
+    [frames, channels] of one spec, [frames, layers · channels] of several.
+    """
+    spec = specs[0]
+    frames = encode_recording(audio, encoder, [each.layer for each in specs], overlap=spec.overlap, trim=spec.trim)
+    parts = []
+    for each in specs:
+        stored = codec.encode(each.codec, frames[each.layer])
+        parts.append(codec.decode(each.codec, stored.payload, stored.scale))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

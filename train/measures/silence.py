@@ -27,6 +27,7 @@ from train.model import AudioLM
 
 if TYPE_CHECKING:
     from shards.reader import Cache
+    from shards.spec import FeatureSpec
 
 LONGEST = 30.0  # seconds of silence that are encoded
 INPUTS = 16  # silent inputs that are decoded
@@ -56,25 +57,24 @@ def record_silence(utterances: Utterances, device: str, group: Group) -> Silence
 
 
 def _record(utterances: Utterances, device: str) -> tuple[Features, str]:
-    cache, channels = utterances.caches[0], utterances.features(0).shape[1]
-    nothing = np.zeros((1, channels), np.float32)
-    if channels != cache.spec.channels:
-        return nothing, "zeros: the features are those of several caches"
+    specs = utterances.specs
     longest = max(utterances.columns("samples")["samples"])
+    samples = min(longest, round(LONGEST * specs[0].sampling_rate))
     try:
-        return _encode(cache, min(longest, round(LONGEST * cache.spec.sampling_rate)), device), ENCODED
+        return _encode(utterances.caches[0], specs, samples, device), ENCODED
     except UserError as error:
-        return nothing, f"zeros: {error}"
+        return np.zeros((1, sum(spec.channels for spec in specs)), np.float32), f"zeros: {error}"
 
 
-def _encode(cache: Cache, samples: int, device: str) -> Features:
-    """[frames, channels] float32 of zero samples; UserError without the encoder."""
+def _encode(cache: Cache, specs: list[FeatureSpec], samples: int, device: str) -> Features:
+    """[frames, channels of all layers] float32 of zero samples; UserError without the one encoder of all."""
     from pipeline.frames import open_encoder
-    from train.transcribe import features_of
+    from train.transcribe import features_of, require_one_encoder
 
+    require_one_encoder(specs)
     recorded = ((cache.info.get("provenance") or {}).get("encoder") or {}).get("reference")
-    encoder = open_encoder(cache.spec, _on_this_machine(recorded), device)
-    return features_of(np.zeros(samples, np.float32), encoder, cache.spec).astype(np.float32)
+    encoder = open_encoder(specs[0], _on_this_machine(recorded), device)
+    return features_of(np.zeros(samples, np.float32), encoder, specs).astype(np.float32)
 
 
 def _on_this_machine(reference: str | None) -> str | None:

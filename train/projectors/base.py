@@ -15,6 +15,8 @@ Its constructor runs under the run's seed. ``my_module`` is looked up on Python'
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -153,6 +155,10 @@ class Projector(nn.Module):
         of the batch, never reaches a valid one.
         """
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What of its weights a run's ``summary.json`` should tell, as JSON; empty for most projectors."""
+        return {}
 
     def take_losses(self) -> dict[str, Tensor]:
         """Losses of the projector's own, by name: scalars, already weighted, to be added to the run's loss.

@@ -1,12 +1,14 @@
 """A layer mixer in front of a projector: which layers of the encoder a task wants, learned.
 
-In: a list of features [B, T, C], one a layer (caches of one corpus, joined row by row), and their mask. Out: their
-weighted sum, softmax weights learned, as in SUPERB (Yang et al. 2021, arXiv 2105.01051; s3prl's ``Featurizer``).
+In: features [B, T, L·C], the channels of L layers side by side (``train/layers.py``), and their mask. Out: the layers'
+weighted sum [B, T, C], softmax weights learned, as in SUPERB (Yang et al. 2021, arXiv 2105.01051; s3prl's
+``Featurizer``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ class LayerMixer(nn.Module):
 
 
 class MixedProjector(Projector):
-    """A ``LayerMixer`` and the projector behind it, as one: ``forward`` takes the list instead of one tensor."""
+    """A ``LayerMixer`` and the projector behind it, as one."""
 
     def __init__(self, mixer: LayerMixer, projector: Projector) -> None:
         super().__init__()
@@ -64,7 +66,12 @@ class MixedProjector(Projector):
     def take_losses(self) -> dict[str, Tensor]:
         return self.projector.take_losses()
 
-    def forward(self, features: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """L × [B, T, C], mask [B, T] bool -> soft [B, S, D], soft_mask [B, S] bool."""
-        soft, soft_mask = self.projector(self.mixer(features), mask)
+    def facts(self) -> dict[str, Any]:
+        """The learned weights of the layers, and what the projector tells."""
+        return {"layer_weights": self.mixer.weights().tolist(), **self.projector.facts()}
+
+    def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """features [B, T, L·C], mask [B, T] bool -> soft [B, S, D], soft_mask [B, S] bool."""
+        layers = features.chunk(len(self.mixer.logits), -1)
+        soft, soft_mask = self.projector(self.mixer(layers), mask)
         return soft, soft_mask
