@@ -249,7 +249,8 @@ def _summary(job: Job, tally: Tally, seconds: float) -> None:
 
     _tell_problems(job)
     busy = tally.stages.seconds["encode"] / seconds if seconds else 0.0
-    size = sum(target.layout.tar(shard).stat().st_size for target in job.targets for shard in range(job.plan.shards))
+    caches = [describe_cache(target.store.location) for target in job.targets]
+    size = sum(about["counts"]["bytes"] for about in caches)
     rate = tally.audio_seconds / seconds if seconds else 0.0
     print(
         f"extracted {tally.utterances} utterances, {tally.audio_seconds / 3600:.2f} h of audio in {seconds:.0f} s "
@@ -260,9 +261,9 @@ def _summary(job: Job, tally: Tally, seconds: float) -> None:
     if len(tally.failures) > 5:
         print(f"  … and {len(tally.failures) - 5} more in failures.parquet", file=sys.stderr)
     print("complete:")
-    for target in job.targets:
-        print(f"  {target.store.location}")
-        print("\n".join(f"  {line}" for line in cost(describe_cache(target.layout.path))))
+    for about in caches:
+        print(f"  {about['path']}")
+        print("\n".join(f"  {line}" for line in cost(about)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,8 @@ class EncoderConfig(Config):
 class ExtractConfig(Config):
     """One source × one encoder: a cache for each layer."""
 
-    root: str = "caches"  # folder under which caches are made
+    root: str = "caches"  # folder or URL (s3://bucket/caches) under which caches are made
+    scratch: str | None = None  # where shards on their way to a URL are made; none: the folder for temporary files
     source: SourceConfig
     encoder: EncoderConfig = EncoderConfig()
     limit: int | None = Field(default=None, ge=1)  # utterances; the smaller of this and source.limit

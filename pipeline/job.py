@@ -100,7 +100,7 @@ def prepare(config: ExtractConfig) -> Job:
         spec = feature_spec(config, encoder, layer)
         tight = "-tight" if spec.window == "tight" else ""
         folder = f"{corpus}/{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
-        targets.append(Target(layer, open_store(folder), spec))
+        targets.append(Target(layer, open_store(folder, config.scratch), spec))
     plan = _fix_plan(config, encoder, source, utterances, targets, mark)
     job = Job(config, source, encoder, weights, targets, plan, mark)
     speed_up(encoder, config.encoder.compile, windows_of(plan.table, encoder, config.overlap))
@@ -238,9 +238,10 @@ def _check_disk(job: Job) -> None:
     need = estimate_bytes(job, todo)
     free = shutil.disk_usage(folder).free
     if need > free:
+        cure = "choose another root, set limit" if job.targets[0].store.stays else "set scratch, lower shard_mb"
         raise UserError(
             f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
-            "choose another root, set limit, or use codec=int8 for half the size"
+            f"{cure}, or use codec=int8 for half the size"
         )
 
 

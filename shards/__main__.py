@@ -5,9 +5,11 @@
     python -m shards head CACHE --n 3        the first utterances with statistics of their features
     python -m shards verify CACHE --deep     is it what was written?
     python -m shards verify CACHE --source   is the audio still what it was made from?
+    python -m shards push CACHE hf://datasets/OWNER/NAME --licence cc-by-4.0
+    python -m shards pull hf://datasets/OWNER/NAME FOLDER
     source <(earshard-shards completion bash)
 
-In: a cache folder; for ``ls`` and ``head`` also its URL. Out: text, or JSON with ``--json``.
+In: a cache folder or its URL. Out: text, or JSON with ``--json``.
 Exit status 0 done, 1 not sound, 2 no such cache.
 """
 
@@ -15,7 +17,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
         help="also compare the audio files below FOLDER (default: where the cache says they stood)",
     )
     verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {SHOWN}")
+    push = _command(commands, "push", "copy a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME")
+    push.add_argument("url", metavar="URL", help="hf://datasets/OWNER/NAME[/FOLDER], s3://BUCKET/FOLDER, …")
+    push.add_argument("--licence", metavar="ID", help="for the dataset card of a hub, such as cc-by-4.0")
+    pull = _command(commands, "pull", "copy a far cache into a folder and verify it", "FOLDER")
+    pull.add_argument("folder", type=Path, metavar="FOLDER", help="where it shall stand")
     add_completion(commands, SCRIPT)
     return top
 
@@ -61,7 +69,9 @@ def main(argv: Sequence[str]) -> int | None:
     args = parser().parse_args(argv)
     if args.command == "completion":
         return print_completion(parser(), SCRIPT, args.shell)
-    return {"info": _info, "ls": _ls, "head": _head, "verify": _verify}[args.command](args)
+    return {"info": _info, "ls": _ls, "head": _head, "verify": _verify, "push": _push, "pull": _pull}[args.command](
+        args
+    )
 
 
 def _command(commands: Any, name: str, about: str, example: str) -> argparse.ArgumentParser:
@@ -71,20 +81,12 @@ def _command(commands: Any, name: str, about: str, example: str) -> argparse.Arg
         description=about[:1].upper() + about[1:] + ".",
         epilog=f"example: python -m shards {name} caches/speech-0a1b2c3d/whisper-base-L6-f16-4e5f6a7b {example}",
     )
-    far = name in ("ls", "head")
-    kind, about = (_near_or_far, "a cache folder or its URL") if far else (_near, "a cache folder")
-    command.add_argument("cache", type=kind, metavar="CACHE", help=about)
+    command.add_argument("cache", type=_near_or_far, metavar="CACHE", help="a cache folder or its URL")
     return command
 
 
 def _near_or_far(text: str) -> str | Path:
     return text if is_url(text) else Path(text)
-
-
-def _near(text: str) -> Path:
-    if is_url(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is a URL: copy the cache here first (ls and head read it afar)")
-    return Path(text)
 
 
 def _count(text: str) -> int:
@@ -136,16 +138,9 @@ def _head(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from shards.verify import verify
 
-    with tqdm(desc="verify", unit="B", unit_scale=True, delay=0.5, disable=None, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _bar("verify", "B") as progress:
         problems = verify(args.cache, args.deep, progress)
     if args.source is not None and all(problem.shard is not None for problem in problems):
         problems += _compare_audio(args.cache, args.source)
@@ -165,18 +160,47 @@ def _verify(args: argparse.Namespace) -> None:
     raise WorkFailed(f"'{args.cache}' is not sound: {len(problems)} problem{'s'[: len(problems) != 1]}")
 
 
-def _compare_audio(cache: Path, folder: str) -> list[Problem]:
-    from tqdm import tqdm
-
+def _compare_audio(cache: str | Path, folder: str) -> list[Problem]:
     from shards.source import compare_audio
 
-    with tqdm(desc="audio", unit=" files", delay=0.5, disable=None, file=sys.stderr) as bar:
+    with _bar("audio", " files") as progress:
+        return compare_audio(cache, Path(folder) if folder else None, progress)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from shards.errors import UserError
+    from shards.exchange import push
+
+    if is_url(args.cache):
+        raise UserError(f"'{args.cache}' is a URL: pull it into a folder first, then push that")
+    with _bar("push", "B") as progress:
+        push(args.cache, args.url, args.licence, progress)
+    print(f"pushed: {args.url} (records, tables and sizes compared from afar)")
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from shards.errors import UserError
+    from shards.exchange import pull
+
+    if not is_url(args.cache):
+        raise UserError(f"'{args.cache}' is no URL: name one, such as hf://datasets/OWNER/NAME")
+    with _bar("pull", "B") as progress:
+        pull(args.cache, args.folder, progress)
+    print(f"pulled: {args.folder} (every byte of every shard verified)")
+
+
+@contextmanager
+def _bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, moved by what it yields: (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit=unit, unit_scale=unit == "B", delay=0.5, disable=None, file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return compare_audio(cache, Path(folder) if folder else None, progress)
+        yield progress
 
 
 def _printable(text: str) -> str:

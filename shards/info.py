@@ -1,6 +1,6 @@
 """What a cache holds, how large and how exact it is, where it is from: the text of ``python -m shards info``.
 
-In: a cache folder, complete or not. Out: a mapping that JSON can hold, and the lines that show it.
+In: a cache folder or its URL, complete or not. Out: a mapping that JSON can hold, and the lines that show it.
 """
 
 from __future__ import annotations
@@ -13,33 +13,42 @@ from typing import Any
 from pydantic import ValidationError
 
 from shards.errors import UserError
+from shards.far import far_copy
 from shards.manifest import Layout, RecordError, read_plan, unseal
 from shards.reader import Cache
 from shards.records import CacheInfo, ShardRecord
 from shards.spec import FeatureSpec
+from shards.storage import is_url
 from shards.worth import Worth, measure, sentence
 
 
-def describe_cache(path: Path) -> dict[str, Any]:
-    """Identity, counts, sizes and provenance of the cache at ``path``.
+def describe_cache(cache: str | Path) -> dict[str, Any]:
+    """Identity, counts, sizes and provenance of the cache at a path or URL.
 
     Returns:
         ``complete``, ``path``, ``counts``; of a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
         ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (all bytes of the tars over all values),
         ``codec_error``, ``seconds`` (spent extracting, all shards), ``worth`` (measured by reading now,
-        ``shards/worth.py``; None when the shards are not sound) and ``provenance``.
+        ``shards/worth.py``; None when the shards are not sound, or far away) and ``provenance``.
 
     Raises:
         UserError: there is no cache, or CACHE.json is damaged.
     """
-    layout = Layout(path)
+    if is_url(cache):
+        with far_copy(str(cache), tables=False) as copy:
+            return _describe(Layout(copy), str(cache))
+    return _describe(Layout(Path(cache)), str(cache))
+
+
+def _describe(layout: Layout, name: str) -> dict[str, Any]:
+    where = f"'{name}/{layout.cache.name}'"
     try:
         info = unseal(layout.cache)
     except (FileNotFoundError, NotADirectoryError):
-        return _incomplete(layout)
+        return _incomplete(layout, name)
     except (RecordError, OSError) as error:
-        raise UserError(f"'{layout.cache}' is damaged ({error}): run `python -m shards verify {path}`") from None
-    spec = FeatureSpec.parse(info.get("spec"), f"'{layout.cache}'")
+        raise UserError(f"{where} is damaged ({error}): run `python -m shards verify {name}`") from None
+    spec = FeatureSpec.parse(info.get("spec"), where)
     try:
         counts = CacheInfo.model_validate(info).counts
         if not isinstance(info["provenance"], dict):
@@ -48,7 +57,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         values = counts["frames"] * spec.channels
         return {
             "complete": True,
-            "path": str(path),
+            "path": name,
             "feature_id": info["feature_id"],
             "manifest_id": info["manifest_id"],
             "plan_id": info["plan_id"],
@@ -59,12 +68,12 @@ def describe_cache(path: Path) -> dict[str, Any]:
             "bits_per_value": 8 * counts["bytes"] / values if values else 0.0,
             "codec_error": {name: float(info["codec_error"][name]) for name in ("mean", "max")},
             "seconds": float(info["seconds"]),
-            "worth": _worth(path),
+            "worth": None if is_url(name) else _worth(layout.path),
             "provenance": info["provenance"],
         }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = "what a cache says" if isinstance(error, ValidationError) else error
-        raise UserError(f"'{layout.cache}' lacks or garbles {what}: run `python -m shards verify {path}`") from None
+        raise UserError(f"{where} lacks or garbles {what}: run `python -m shards verify {name}`") from None
 
 
 def _worth(path: Path) -> dict[str, Any] | None:
@@ -74,8 +83,8 @@ def _worth(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _incomplete(layout: Layout) -> dict[str, Any]:
-    plan = read_plan(layout)
+def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
+    plan = read_plan(layout, name)
     records = []
     for shard in range(plan.shards):
         try:
@@ -89,7 +98,7 @@ def _incomplete(layout: Layout) -> dict[str, Any]:
         "shards": plan.shards,
         "committed": len(records),
     }
-    return {"complete": False, "path": str(layout.path), "plan_id": plan.id, "counts": counts}
+    return {"complete": False, "path": name, "plan_id": plan.id, "counts": counts}
 
 
 def lines(about: dict[str, Any]) -> Iterator[str]:
@@ -130,7 +139,10 @@ def cost(about: dict[str, Any]) -> Iterator[str]:
     yield f"  bytes         {counts['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
     encoding = f", of which the encoder {worth['encoding']:,.1f} s" if worth and worth["encoding"] else ""
     yield f"  spent         {about['seconds']:,.1f} s of extraction{encoding}"
-    told = (
-        sentence(Worth(**worth)) if worth else "not measured: the shards are not sound, run `python -m shards verify`"
-    )
+    if worth:
+        told = sentence(Worth(**worth))
+    elif is_url(about["path"]):
+        told = "not measured from afar"
+    else:
+        told = "not measured: the shards are not sound, run `python -m shards verify`"
     yield f"  worth         {told}"

@@ -8,7 +8,7 @@ that it was made for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,23 +119,22 @@ def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
     return read_plan(layout)
 
 
-def read_plan(layout: Layout) -> Plan:
-    """The plan of a cache folder; UserError when it is absent or not a plan."""
+def read_plan(layout: Layout, name: str | None = None) -> Plan:
+    """The plan of a cache folder; UserError, which calls the cache ``name``, when it is absent or not a plan."""
+    name = name or str(layout.path)
     try:
         return Plan(read_parquet(layout.plan, UTTERANCE_SCHEMA), file_sha256(layout.plan))
     except FileNotFoundError:
-        raise UserError(f"'{layout.path}' is no cache: it has no plan.parquet; make one with `make extract`") from None
+        raise UserError(f"'{name}' is no cache: it has no plan.parquet; make one with `make extract`") from None
     except RecordError as error:
-        raise UserError(
-            f"the plan of '{layout.path}' is damaged: {error}; delete the folder and extract again"
-        ) from None
+        raise UserError(f"the plan of '{name}' is damaged: {error}; delete the folder and extract again") from None
 
 
 def committed(layout: Layout, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
     """The commit record of a shard, if its ids are these and its files have the recorded sizes; else None."""
     try:
         record = unseal(layout.record(shard))
-        if record["feature_id"] != feature_id or record["plan_id"] != plan_id or record["shard"] != shard:
+        if not is_of(record, shard, feature_id, plan_id):
             return None
         for kind, path in (("tar", layout.tar(shard)), ("parquet", layout.rows(shard))):
             if path.stat().st_size != record[kind]["bytes"]:
@@ -143,6 +142,12 @@ def committed(layout: Layout, shard: int, feature_id: str, plan_id: str) -> dict
     except (FileNotFoundError, RecordError, KeyError, TypeError):
         return None
     return record
+
+
+def is_of(record: dict[str, Any], shard: int, feature_id: str, plan_id: str) -> bool:
+    """Whether a commit record is of this shard of this plan, and of these features."""
+    wanted = (feature_id, plan_id, shard)
+    return (record.get("feature_id"), record.get("plan_id"), record.get("shard")) == wanted
 
 
 def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: dict[str, Any]) -> dict[str, Any]:
@@ -161,23 +166,38 @@ def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: d
             raise UserError(f"shard {shard:06d} of '{layout.path}' is not committed: run the same extraction again")
         records.append(record)
         tables.append(_committed_rows(layout, shard, record))
+    files, info = merged(spec, plan, records, tables, about)
+    for name, data in files.items():
+        atomic_write(layout.path / name, data, owner)
+    atomic_write(layout.cache, seal(info), owner)
+    return info
+
+
+def merged(
+    spec: FeatureSpec, plan: Plan, records: Sequence[dict[str, Any]], tables: Sequence[pa.Table], about: dict[str, Any]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """What completes a cache: the manifest and the failures by file name, and ``CACHE.json``, to be sealed.
+
+    Args:
+        records: of all shards, in order.
+        tables: their rows (MANIFEST_SCHEMA), in the same order.
+        about: provenance.
+    """
     manifest = pa.concat_tables(tables) if tables else MANIFEST_SCHEMA.empty_table()
     failures = [failure for record in records for failure in record["failures"]]
     files = {
-        layout.manifest: parquet_bytes(manifest),
-        layout.failures: parquet_bytes(pa.Table.from_pylist(failures, schema=FAILURE_SCHEMA)),
+        "manifest.parquet": parquet_bytes(manifest),
+        "failures.parquet": parquet_bytes(pa.Table.from_pylist(failures, schema=FAILURE_SCHEMA)),
     }
-    for path, data in files.items():
-        atomic_write(path, data, owner)
     error = manifest["error"]
-    info = {
+    return files, {
         "schema_version": SCHEMA_VERSION,
         "feature_id": spec.feature_id,
         "spec": spec.model_dump(),
         "plan_id": plan.id,
         "manifest_id": manifest_id(spec.feature_id, plan.id, [record["tar"]["sha256"] for record in records]),
         "files": {
-            path.name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for path, data in files.items()
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
         },
         "counts": {
             "planned": len(plan.table),
@@ -193,8 +213,6 @@ def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: d
         "encode_seconds": sum(record["timings"].get("encode_seconds", 0.0) for record in records),
         "provenance": about,
     }
-    atomic_write(layout.cache, seal(info), owner)
-    return info
 
 
 def _committed_rows(layout: Layout, shard: int, record: dict[str, Any]) -> pa.Table:

@@ -7,9 +7,11 @@ Nothing is listed, so a plain web server will do.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -37,6 +39,9 @@ class Remote(Protocol):
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
         """Bytes ``start:end`` of a file, or less where it is shorter."""
 
+    def size(self, name: str) -> int:
+        """Bytes of a file; FileNotFoundError, PermissionError, or anything else that may pass."""
+
 
 def connect(url: str) -> Remote:
     """The remote of a URL's scheme.
@@ -56,23 +61,35 @@ class _Http:
         self.url = url
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        headers = {"Range": f"bytes={start}-{end - 1}"} if start else {}
+        with self._opened(name, "GET", headers) as answer:
+            skip, left = (0 if answer.status == 206 else start), end - start  # 200: it knows no ranges
+            while left and (chunk := answer.read(min(1 << 20, skip or left))):
+                if skip:
+                    skip -= len(chunk)
+                    continue
+                left -= len(chunk)
+                yield chunk
+
+    def size(self, name: str) -> int:
+        with self._opened(name, "HEAD", {}) as answer:
+            length = answer.headers.get("Content-Length", "")
+            if not length.isdigit():
+                raise Broken("it does not tell its length")
+            return int(length)
+
+    @contextmanager
+    def _opened(self, name: str, method: str, headers: dict[str, str]) -> Iterator[Any]:
         from http.client import HTTPException
         from urllib.error import HTTPError
         from urllib.parse import quote
         from urllib.request import Request, urlopen
 
-        headers = {"User-Agent": "earshard", "Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-{end - 1}"
+        headers = {"User-Agent": "earshard", "Accept-Encoding": "identity", **headers}
         try:
-            with urlopen(Request(f"{self.url}/{quote(name)}", headers=headers), timeout=SILENCE) as answer:
-                skip, left = (0 if answer.status == 206 else start), end - start  # 200: it knows no ranges
-                while left and (chunk := answer.read(min(1 << 20, skip or left))):
-                    if skip:
-                        skip -= len(chunk)
-                        continue
-                    left -= len(chunk)
-                    yield chunk
+            request = Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
+            with urlopen(request, timeout=SILENCE) as answer:
+                yield answer
         except HTTPError as error:
             if error.code in (404, 410):
                 raise FileNotFoundError(name) from None
@@ -97,6 +114,9 @@ class _Store:
             start += len(chunk)
             if start < wanted:
                 return
+
+    def size(self, name: str) -> int:
+        return int(self.files.info(f"{self.path.rstrip('/')}/{name}")["size"])
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -142,6 +162,49 @@ def insist(
                 f"({_one_line(reason)}): check the connection and the files there, then run the same command again"
             )
         time.sleep(WAITS[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # not all ranks at the same moment
+
+
+def file_size(remote: Remote, name: str, what: str) -> int | None:
+    """Bytes of a file, None where there is none; UserError when it cannot be told."""
+
+    def attempt() -> int | None:
+        try:
+            return remote.size(name)
+        except FileNotFoundError:
+            return None
+        except (PermissionError, Broken, UserError):
+            raise
+        except Exception as error:  # whatever a filesystem raises may pass
+            raise Broken(str(error) or type(error).__name__) from error
+
+    return insist(attempt, what)
+
+
+def fetch_file(remote: Remote, name: str, size: int, path: Path, what: str, sha256: str | None = None) -> None:
+    """Bring a file of ``size`` bytes, and of this ``sha256`` if given; a cut transfer goes on where it was cut."""
+    at, best, digest = 0, 0, hashlib.sha256()
+
+    def attempt() -> None:
+        nonlocal at, digest
+        with open(path, "r+b" if at else "wb") as file:
+            file.seek(at)
+            source = remote.stream(name, at, size) if at < size else iter(())
+            while (chunk := next_chunk(source)) is not None:
+                file.write(chunk)
+                digest.update(chunk)
+                at += len(chunk)
+        if at < size:
+            raise Broken(f"it ended after {at} of {size} bytes")
+        if sha256 not in (None, digest.hexdigest()):
+            at, digest = 0, hashlib.sha256()
+            raise Broken("its sha256 is not the one in its record")
+
+    def progressed() -> bool:
+        nonlocal best
+        before, best = best, max(best, at)
+        return best > before
+
+    insist(attempt, what, progressed)
 
 
 def read_small(remote: Remote, name: str, most: int) -> bytes:

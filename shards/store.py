@@ -30,6 +30,7 @@ from shards.manifest import (
 )
 from shards.records import seal
 from shards.spec import FeatureSpec
+from shards.storage import is_url
 
 
 class Store(Protocol):
@@ -91,8 +92,20 @@ class Store(Protocol):
         """Remove what killed processes left in a complete cache, where that is allowed."""
 
 
-def open_store(location: str) -> Store:
-    """The cache at a path or URL, whether or not there is anything yet. UserError when it cannot be written safely."""
+def open_store(location: str, scratch: str | None = None) -> Store:
+    """The cache at a path or URL, whether or not there is anything yet.
+
+    Args:
+        scratch: for a URL, the folder in which shards are made before they are put; None is the system's for
+            temporary files.
+
+    Raises:
+        UserError: of a URL, the store cannot be reached or knows no conditional writes.
+    """
+    if is_url(location):
+        from shards.bucket import Bucket
+
+        return Bucket(location, Path(scratch) if scratch is not None else None)
     return Folder(Path(location))
 
 

@@ -2,9 +2,10 @@
 
     python -m shards verify CACHE --deep
 
-In: a cache folder, trusted in nothing. Out: a list of :class:`Problem`, empty when the cache is sound and complete. The
-fast check reads everything but the tars, of which it compares the sizes; the deep one also re-hashes every tar, walks
-its members and compares each with its manifest row. A file is parsed only after its sha256 is found right.
+In: a cache folder or its URL, trusted in nothing. Out: a list of :class:`Problem`, empty when the cache is sound and
+complete. The fast check reads everything but the tars, of which it compares the sizes; the deep one also re-hashes
+every tar (fetched whole, one at a time, where the cache is far), walks its members and compares each with its manifest
+row. A file is parsed only after its sha256 is found right.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from pydantic import ValidationError
 from shards.checks import TarFile, first_bad_row, first_bad_utterance
 from shards.disk import open_file
 from shards.errors import UserError
+from shards.far import far_copy, far_tar
 from shards.manifest import (
     FAILURE_SCHEMA,
     MANIFEST_SCHEMA,
@@ -36,6 +40,7 @@ from shards.manifest import (
 )
 from shards.records import CacheInfo, FileInfo, ShardRecord
 from shards.spec import SCHEMA_VERSION, FeatureSpec
+from shards.storage import is_url
 
 Progress = Callable[[int, int], None]
 CHUNK = 8 << 20
@@ -53,7 +58,7 @@ class Problem:
 
 
 def verify(path: str | Path, deep: bool = False, progress: Progress | None = None) -> list[Problem]:
-    """Everything that is wrong with the cache at ``path``; an incomplete cache has at least that problem.
+    """Everything that is wrong with the cache at a path or URL; an incomplete cache has at least that problem.
 
     Args:
         deep: also re-hash every tar and compare every member with its row.
@@ -62,6 +67,9 @@ def verify(path: str | Path, deep: bool = False, progress: Progress | None = Non
     Raises:
         UserError: there is no such folder, it is no cache, or it is of a newer format.
     """
+    if is_url(path):
+        with far_copy(str(path)) as copy:
+            return _Audit(Layout(copy), deep, progress, partial(far_tar, str(path))).run()
     layout = Layout(Path(path))
     if not layout.path.is_dir():
         raise UserError(f"there is no folder '{layout.path}': name a cache folder, such as caches/CORPUS/ENCODER")
@@ -73,8 +81,14 @@ def verify(path: str | Path, deep: bool = False, progress: Progress | None = Non
 
 
 class _Audit:
-    def __init__(self, layout: Layout, deep: bool, progress: Progress | None) -> None:
-        self.layout, self.deep, self.progress = layout, deep, progress
+    def __init__(
+        self,
+        layout: Layout,
+        deep: bool,
+        progress: Progress | None,
+        whole: Callable[[Path], AbstractContextManager[Path]] = nullcontext,
+    ) -> None:
+        self.layout, self.deep, self.progress, self.whole = layout, deep, progress, whole
         self.problems: list[Problem] = []
         self.spec: FeatureSpec | None = None
         self.done = self.total = 0
@@ -246,7 +260,7 @@ class _Audit:
                 self._tell(shard, layout.rows(shard), "and the failures of its record do not make up the planned rows")
         if self.deep:
             try:
-                with TarFile(tar) as file:
+                with self.whole(tar) as local, TarFile(local) as file:
                     found = file.sha256(self._step)
                     if sound_size and found != record.tar.sha256:
                         self._tell(shard, tar, "does not match its sha256")

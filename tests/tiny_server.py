@@ -49,8 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        status, headers, _ = self._ask("HEAD")
-        self._head(status, headers)
+        status, headers, data = self._ask("HEAD")
+        self._head(status, {"Content-Length": str(len(data)), **headers})
 
     def do_GET(self) -> None:
         server, name = self.server, self.path.lstrip("/").split("?")[0]
