@@ -32,7 +32,7 @@ import pyarrow as pa
 from shards.claims import LEASE, new_owner
 from shards.disk import file_sha256, make_folder, told
 from shards.errors import UserError
-from shards.farclaims import FarClaims, TakenOver, is_claim
+from shards.farclaims import FarClaims, TakenOver
 from shards.manifest import (
     MANIFEST_SCHEMA,
     UTTERANCE_SCHEMA,
@@ -46,7 +46,7 @@ from shards.manifest import (
     read_plan,
 )
 from shards.objects import connect_objects
-from shards.records import parse, seal
+from shards.records import is_claim, parse, seal
 from shards.spec import FeatureSpec
 from shards.storage import connect, insist, next_chunk
 

@@ -21,9 +21,8 @@ from pydantic import ValidationError
 from shards.claims import new_owner
 from shards.disk import atomic_write, fsync_folder, make_folder, told
 from shards.errors import UserError, WorkFailed
-from shards.farclaims import is_claim
 from shards.manifest import Layout, read_plan
-from shards.records import MAX_JSON, CacheInfo, FileInfo, RecordError, ShardRecord, parse, unseal
+from shards.records import MAX_JSON, CacheInfo, FileInfo, RecordError, ShardRecord, is_claim, parse, unseal
 from shards.storage import Broken, Remote, connect, fetch_file, file_size, insist, open_filesystem, read_small
 from shards.verify import Problem, verify
 

@@ -15,9 +15,8 @@ from tempfile import TemporaryDirectory
 
 from shards.disk import make_folder, told
 from shards.errors import UserError
-from shards.farclaims import is_claim
 from shards.manifest import Layout, read_plan
-from shards.records import RecordError, unseal
+from shards.records import RecordError, is_claim, unseal
 from shards.storage import Remote, connect, fetch_file, file_size
 
 READERS = 16  # files fetched at once

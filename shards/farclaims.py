@@ -23,19 +23,11 @@ from types import TracebackType
 from shards.claims import LEASE, died_here, process_identity
 from shards.errors import UserError
 from shards.objects import Objects
+from shards.records import is_claim
 
 
 class TakenOver(Exception):
     """Another process took the claim while this one stood still; what it was for is that one's business now."""
-
-
-def is_claim(data: bytes) -> bool:
-    """Whether an object holds a claim and not what it will become."""
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(tree, dict) and "claim" in tree
 
 
 class FarClaims:

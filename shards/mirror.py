@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from shards.disk import file_sha256, make_folder, open_file, told, write_all
 from shards.errors import UserError
 from shards.manifest import Layout
-from shards.records import MAX_JSON, CacheInfo, RecordError, ShardRecord, parse, unseal
+from shards.records import MAX_JSON, CacheInfo, RecordError, ShardRecord, is_claim, parse, unseal
 from shards.storage import Broken, Remote, connect, insist, next_chunk, read_small
 
 BUDGET_GB = 50.0
@@ -74,6 +74,8 @@ class Mirror:
 
         def fetch() -> bytes:
             data = read_small(remote, "CACHE.json", MAX_JSON + 1)
+            if is_claim(data):
+                raise UserError(f"the cache '{url}' is not complete: an extraction is just finishing it")
             try:
                 CacheInfo.model_validate(parse(data, "CACHE.json"))
             except RecordError as error:

@@ -67,6 +67,15 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
     return tree
 
 
+def is_claim(data: bytes) -> bool:
+    """Whether an object of a bucket holds a claim (``shards/farclaims.py``) and not yet what it will become."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(tree, dict) and "claim" in tree
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 

@@ -1,0 +1,327 @@
+"""Claims and commits by conditional puts, on a store in memory; tests/test_pipeline_bucket.py has a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_cache import make_cache, make_spec
+from tiny_objects import MemoryObjects
+
+from shards import bucket as bucket_module
+from shards.bucket import Bucket
+from shards.claims import process_identity
+from shards.errors import UserError
+from shards.farclaims import FarClaims, TakenOver
+from shards.manifest import UTTERANCE_SCHEMA
+from shards.objects import _try_conditions, connect_objects
+from shards.reader import Cache
+from shards.records import is_claim
+from shards.verify import verify
+from shards.writer import ShardWriter
+
+OWNERS = iter(range(1000))
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket_module, "connect_objects", MemoryObjects)
+    monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
+    return f"memory://bucket/{uuid.uuid4().hex}"
+
+
+def claims(url: str, lease: float = 60.0) -> FarClaims:
+    return FarClaims(MemoryObjects(url), f"owner-{next(OWNERS)}", lease)
+
+
+def never(data: bytes) -> bool:
+    return False
+
+
+def test_one_claim_at_a_time_and_only_its_holder_commits(url):
+    a, b = claims(url), claims(url)
+    assert a.take("x", never)
+    assert not b.take("x", never)
+    with pytest.raises(TakenOver):
+        b.commit("x", b"{}")
+    a.commit("x", b"{}")
+    assert not b.take("x", never)
+    assert a.objects.read("x").data == b"{}"
+
+
+def test_a_claim_is_given_back_by_its_holder_alone(url):
+    a, b = claims(url), claims(url)
+    assert a.take("x", never)
+    b.release("x")
+    assert not b.take("x", never)
+    a.release("x")
+    assert b.take("x", never)
+
+
+def test_a_claim_is_taken_over_when_nothing_is_written_to_it_for_a_lease(url, monkeypatch):
+    a, b, now = claims(url), claims(url), [100.0]
+    monkeypatch.setattr("shards.farclaims.time.monotonic", lambda: now[0])
+    assert a.take("x", never)
+    assert not b.take("x", never)
+    now[0] += 59.0
+    a._beat("x")
+    now[0] += 59.0
+    assert not b.take("x", never)  # the beat was seen now
+    now[0] += 61.0
+    assert b.take("x", never)
+    with pytest.raises(TakenOver):
+        a.commit("x", b"{}")
+    b.commit("x", b"[]")
+
+
+def test_a_holder_that_died_on_this_machine_is_replaced_at_once(url):
+    objects = MemoryObjects(url)
+    dead = {"claim": "gone", "beat": 7, **process_identity(), "started": "1"}
+    objects.put("x", json.dumps(dead).encode(), None)
+    assert claims(url).take("x", never)
+
+
+def test_the_thread_keeps_a_claim_alive(url):
+    with claims(url, lease=0.3) as a:
+        assert a.take("x", never)
+        first = a.objects.read("x").data
+        seen = {first}
+        while len(seen) < 4:
+            seen.add(a.objects.read("x").data)
+        a.commit("x", b"{}")
+        assert a.objects.read("x").data == b"{}"
+
+
+def test_what_a_lost_holder_left_is_written_over_and_a_late_write_of_it_is_not_accepted(url):
+    a, b = claims(url), claims(url)
+    assert a.take("x", never)
+    a.put("x.tar", b"half of a", claim="x")
+    b.objects.put("x", b.objects.read("x").data.replace(b"owner", b"other"), b.objects.tag("x"))  # taken over
+    b._held["x"] = b.objects.tag("x")
+    b.put("x.tar", b"all of b", claim="x")
+    with pytest.raises(TakenOver):
+        a.put("x.tar", b"all of a", claim="x")
+    b.commit("x", b"{}")
+    assert b.objects.read("x.tar").data == b"all of b"
+
+
+def test_a_write_that_was_under_way_when_the_claim_went_falls_on_nothing(url):
+    """The holder stands still between its last look and its write, and a successor does all of its work meanwhile."""
+    a, b = claims(url), claims(url)
+    assert a.take("x", never)
+    a.objects.put("x.tar", b"left by a killed process", None)
+
+    def succeed(what: str, name: str) -> None:
+        if what == "put" and name == "x.tar" and a.objects.puts[-1] == "x":  # after the beat that made sure
+            a.objects.before = lambda what, name: None
+            b.objects.put("x", b'{"claim":"b"}', b.objects.tag("x"))
+            b._held["x"] = b.objects.tag("x")
+            b.put("x.tar", b"all of b", claim="x")
+            b.commit("x", b"{}")
+
+    a.objects.before = succeed
+    a.objects.puts.clear()
+    a.objects.puts.append("")
+    with pytest.raises(TakenOver):
+        a.put("x.tar", b"all of a", claim="x")
+    assert b.objects.read("x.tar").data == b"all of b"
+    assert b.objects.read("x").data == b"{}"
+
+
+def plan_table(shards: int = 3) -> pa.Table:
+    rows = [
+        {"key": f"utt-{i}", "id": f"utt-{i}", "audio": f"{i}.wav", "samples": 640, "text": f"text {i}"}
+        | {"speaker": "s", "split": "train", "shard": i // 2, "row": i % 2}
+        for i in range(2 * shards)
+    ]
+    return pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA)
+
+
+SPEC = make_spec(4)
+
+
+def write(store: Bucket, shard: int, plan, fail: str | None = None, shift: float = 0.0) -> None:
+    with ShardWriter(store.layout, shard, SPEC, plan.id, "owner") as writer:
+        for row in plan.shard(shard):
+            if row["key"] == fail:
+                writer.fail(fail, "decode", "no audio")
+                continue
+            x = np.full((2, 4), shard + row["row"] / 4 + shift, np.float32)
+            writer.add(row, x, samples=640, audio_sha256="ab" * 32)
+        writer.commit({"seconds": 0.0})
+
+
+def make(store: Bucket, plan, **more) -> None:
+    for shard in range(plan.shards):
+        if store.committed(shard, SPEC.feature_id, plan.id) is None:
+            assert store.take(shard)
+            write(store, shard, plan, **more)
+            store.publish(shard)
+
+
+def finish(store: Bucket, plan) -> None:
+    assert store.take(None)
+    store.finish(SPEC, plan, {"source": {"name": "small"}})
+
+
+def test_two_that_share_a_bucket_alone_agree_on_a_plan_and_make_one_cache(url):
+    a, b = Bucket(url), Bucket(url)
+    assert a.plan() is None
+    plan = a.write_plan(plan_table())
+    assert b.write_plan(plan_table().slice(0, 2)).id == plan.id
+    with a.at_work("a"), b.at_work("b"):
+        assert a.take(0)
+        assert not b.take(0)
+        assert b.take(1)
+        for store, shard in ((a, 0), (b, 1)):
+            write(store, shard, plan)
+            store.publish(shard)
+        make(a, plan)
+        assert not a.is_complete(SPEC.feature_id, plan.id)
+        finish(b, plan)
+    assert a.is_complete(SPEC.feature_id, plan.id)
+    assert verify(url, deep=True) == []
+    assert len(Cache.open(url)) == 6
+    assert [name for name in a._objects.puts + b._objects.puts if name.endswith("2.tar")] == ["shards/000002.tar"]
+    names = {path.rpartition("/")[2] for path in fsspec.filesystem("memory").find(url)}
+    assert not [name for name in names if "claim" in name or "tmp" in name]
+
+
+def test_a_shard_that_was_taken_over_meanwhile_is_left_to_the_other(url):
+    a, b = Bucket(url), Bucket(url)
+    plan = a.write_plan(plan_table(1))
+    with a.at_work("a"), b.at_work("b", lease=0.0):
+        assert a.take(0)
+        write(a, 0, plan)
+        assert not b.take(0)
+        assert b.take(0)  # a lease of nothing has passed
+        write(b, 0, plan, shift=1.0)
+        b.publish(0)
+        a.publish(0)
+        finish(a, plan)
+    assert verify(url, deep=True) == []
+    assert Cache.open(url).features(0)[0, 0] == 1.0
+
+
+def test_a_reader_sees_no_cache_before_it_is_complete(url):
+    store = Bucket(url)
+    store.write_plan(plan_table())
+    with store.at_work("a"):
+        assert store.take(0)
+        assert [problem.what for problem in verify(url)][:2] == [
+            "is missing: the extraction is not complete",
+            "is missing: the shard is not committed",
+        ]
+        with pytest.raises(UserError, match="there is no"):
+            Cache.open(url)
+        assert store.take(None)
+        with pytest.raises(UserError, match="is not complete: an extraction is just finishing it"):
+            Cache.open(url)
+
+
+def test_leftovers_of_a_killed_writer_are_written_over(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(1))
+    for name in ("shards/000000.tar", "shards/000000.parquet"):
+        store._objects.put(name, b"half", None)
+    store._objects.put("shards/000000.json", b'{"of": "something else"}', None)
+    with store.at_work("a"):
+        assert store.committed(0, SPEC.feature_id, plan.id) is None
+        make(store, plan)
+        finish(store, plan)
+    assert verify(url, deep=True) == []
+
+
+def test_a_record_whose_files_are_gone_counts_as_none(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, plan)
+    fsspec.filesystem("memory").rm_file(f"{url.removeprefix('memory:/')}/shards/000001.tar")
+    again = Bucket(url)
+    assert again.committed(0, SPEC.feature_id, plan.id) is not None
+    assert again.committed(1, SPEC.feature_id, plan.id) is None
+    with again.at_work("b"):
+        make(again, plan)
+        finish(again, plan)
+    assert verify(url, deep=True) == []
+
+
+def test_shards_with_failures_are_made_again_once_by_whoever_comes_first(url):
+    store, other = Bucket(url), Bucket(url)
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, plan, fail="utt-1")
+        finish(store, plan)
+    for one in (store, other):
+        found = one.committed(0, SPEC.feature_id, plan.id)
+        assert [failure["key"] for failure in found["failures"]] == ["utt-1"]
+        one.reopen({0: found})
+    assert not store.is_complete(SPEC.feature_id, plan.id)
+    with store.at_work("a"):
+        make(store, plan)
+    assert other.committed(0, SPEC.feature_id, plan.id) is None  # as it knew the shard …
+    with other.at_work("b"):
+        assert not other.take(0)  # … but it was made again
+        other._listed = 0.0
+        assert other.committed(0, SPEC.feature_id, plan.id)["failures"] == []
+        finish(other, plan)
+    assert verify(url, deep=True) == []
+
+
+def test_damage_is_found_by_reading_a_shard_whole(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, plan)
+    record = store.committed(1, SPEC.feature_id, plan.id)
+    assert not store.damaged(1, record)
+    files, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/shards/000001.tar"
+    data = bytearray(files.cat_file(path))
+    data[700] ^= 1
+    files.pipe_file(path, bytes(data))
+    assert store.damaged(1, record)
+    files.rm_file(path)
+    assert store.damaged(1, record)
+
+
+def test_scratch_folders_go_with_their_process_and_those_of_killed_ones_go_at_the_next_start(url, tmp_path):
+    left = tmp_path / "earshard-scratch-dead"
+    left.mkdir()
+    (left / "lock").touch()
+    store = Bucket(url, tmp_path)
+    other = Bucket(url, tmp_path)
+    assert {store.layout.path, other.layout.path} == set(tmp_path.glob("earshard-scratch-*"))
+    del store, other
+    assert not list(tmp_path.glob("earshard-scratch-*"))
+
+
+@pytest.mark.parametrize("scheme", ["gs", "hf", "sftp"])
+def test_a_store_without_known_conditions_is_refused_in_a_sentence(scheme):
+    with pytest.raises(UserError, match=rf"knows no conditional writes for {scheme}://.* push"):
+        connect_objects(f"{scheme}://bucket/cache")
+
+
+def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(url):
+    class Careless(MemoryObjects):
+        def put(self, name, data, over):
+            return super().put(name, data, self.tag(name))
+
+    careless = Careless(url)
+    with pytest.raises(UserError, match="does not keep to conditional writes"):
+        _try_conditions(careless)
+    assert careless.sizes("") == {}
+    _try_conditions(MemoryObjects(url))
+    assert MemoryObjects(url).sizes("") == {}
+
+
+def test_a_claim_is_told_from_what_it_becomes(tmp_path):
+    cache = make_cache(tmp_path / "cache", n=2, shards=1)
+    assert not is_claim((cache / "CACHE.json").read_bytes())
+    assert not is_claim(b"[1]")
+    assert not is_claim(b"\xff")
+    assert is_claim(b'{"claim": "x"}')
