@@ -65,7 +65,7 @@ def join(told: dict[str, Any]) -> Job:
         spec = feature_spec(config, encoder, layer)
         if spec.feature_id != feature_id:
             raise UserError(f"the encoder on {told['device']} makes other features than '{folder}' holds: set dtype")
-        targets.append(Target(layer, open_store(folder), spec))
+        targets.append(Target(layer, open_store(folder, config.scratch), spec))
     plan = targets[0].store.plan()
     assert plan is not None
     job = Job(config, open_source(config.source), encoder, weights, targets, plan, told["fingerprint"])

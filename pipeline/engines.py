@@ -100,7 +100,9 @@ def make_shards(
                 if len(mine) < len(targets):
                     held_by_others.append(shard)
             committing.finish()
-            waiting = held_by_others or [shard for shard in made_here if job.missing(shard)]
+            # what was made here and is missing was taken over by another process while this one stood still
+            lost = [shard for shard in made_here if shard not in held_by_others and job.missing(shard)]
+            waiting = held_by_others + lost
             if waiting:
                 watch.waiting(len(waiting))
                 time.sleep(POLL)
