@@ -180,6 +180,17 @@ class FirstEpoch(Earshard):
             yield batch.features, int(batch.lengths.sum()) * CHANNELS * 2
 
 
+class FirstEpochUnchecked(FirstEpoch):
+    """As ``Cache.open(path, verify=False)``: what the checksums cost is the difference."""
+
+    label = "earshard, first, unchecked"
+
+    def opened(self) -> Any:
+        from shards.reader import Cache
+
+        return Cache.open(self.cache, verify=False)
+
+
 class Webdataset(Peer):
     label, package, workers = "webdataset", "webdataset", 0
 
@@ -370,6 +381,6 @@ class Lhotse(Peer):
 
 
 PEERS: list[Callable[[Path, Path], Peer]] = [
-    Earshard, OneThread, FirstEpoch, Webdataset, WebdatasetWorkers, DatasetsArrow, DatasetsWebdataset, LitData,
-    LitDataBucketed, Mosaic, Lhotse,
+    Earshard, OneThread, FirstEpoch, FirstEpochUnchecked, Webdataset, WebdatasetWorkers, DatasetsArrow,
+    DatasetsWebdataset, LitData, LitDataBucketed, Mosaic, Lhotse,
 ]  # fmt: skip

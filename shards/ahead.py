@@ -5,6 +5,7 @@ In: the steps to come, and what reads one. Out: what was read, in the order of t
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,7 @@ def ahead(
     asked = Asked(need)
     waiting: deque[tuple[Future[Made], Step]] = deque()
     coming: deque[Step] = deque()
+    finalizing = sys.is_finalizing  # a loop that is left standing ends with the interpreter, after this module
 
     def look(count: int) -> None:
         for step in islice(steps, count):
@@ -62,8 +64,9 @@ def ahead(
             yield made, step
             del made, future  # the caller may be done with it: its buffer is free again
     finally:
-        needer.shutdown(wait=True, cancel_futures=True)
-        executor.shutdown(wait=True, cancel_futures=True)
+        if not finalizing():  # then the threads are gone already, and so is half of what a shutdown needs
+            needer.shutdown(wait=True, cancel_futures=True)
+            executor.shutdown(wait=True, cancel_futures=True)
 
 
 class Asked:

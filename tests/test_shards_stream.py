@@ -3,6 +3,8 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import subprocess
+import sys
 from itertools import chain, islice
 
 import numpy as np
@@ -310,6 +312,16 @@ def test_a_stream_survives_pickling_for_spawned_workers(caches):
     seen = rows_of(islice(first, 3))
     second = pickle.loads(pickle.dumps(first))
     assert seen + rows_of(second) == rows_of(stream(caches))
+
+
+def test_a_loop_left_standing_ends_with_its_process_and_says_nothing(tmp_path):
+    cache = make_cache(tmp_path / "cache", n=40)
+    script = (
+        "from shards.order import Rules; from shards.reader import Cache; from shards.stream import FeatureStream\n"
+        f"loop = iter(FeatureStream([Cache.open({str(cache)!r})], Rules(batch_size=2), 0)); next(loop)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
 
 
 def test_bad_ranks_and_rows_are_told(caches):
