@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,9 @@ from tiny_cache import make_cache
 from tiny_run import losses, make_config, write_config
 
 from train.checkpoint import checkpoints
+from train.evaluate import evaluate_run
 from train.loop import fit
+from train.runs import run_config
 
 # 9 training rows in batches of at most 2: in one batch of an epoch, one of two processes has nothing to do
 KEYS: dict[str, Any] = {
@@ -43,9 +46,11 @@ def alone(tmp_path_factory, cache) -> Path:
     return fit(make_config(folder, cache, "", **KEYS, eval_every=4))
 
 
-def torchrun(processes: int, *words: object, launcher: Sequence[object] = ("--standalone",)) -> subprocess.Popen[str]:
+def torchrun(
+    processes: int, *words: object, job: str = "fit", launcher: Sequence[object] = ("--standalone",)
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, launcher), "--nproc-per-node", str(processes)]
-    return popen([*command, "-m", "train", "fit", *map(str, words)])
+    return popen([*command, "-m", "train", job, *map(str, words)])
 
 
 def popen(command: Sequence[str], **env: object) -> subprocess.Popen[str]:
@@ -139,6 +144,27 @@ def test_four_processes_of_which_two_are_often_idle_give_the_run_of_one(tmp_path
         json.loads((each / "evaluations.jsonl").read_text().splitlines()[-1])["samples"] for each in (alone, run)
     ]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+def test_two_processes_judge_a_run_together_and_find_the_figures_of_one(tmp_path, cache, alone):
+    shutil.copytree(alone, tmp_path / "run")
+    one = evaluate_run(tmp_path / "run", run_config(tmp_path / "run"))
+    out, err = finish(torchrun(2, tmp_path / "run", "--json", tmp_path / "two.json", job="evaluate"))
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert json.loads(out) == two  # rank 0 alone speaks
+    assert two.keys() == one.keys()
+    for name in ("val_loss", "val_loss_shuffled", "wer", "projector_rms_ratio", "n_val", "n_decoded"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    assert err == ""
+
+
+@pytest.mark.slow
+def test_what_cannot_be_judged_is_told_once_by_all_processes(tmp_path):
+    process = torchrun(2, tmp_path / "absent", job="evaluate")
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    assert "absent" in sentence_of(err)
 
 
 @pytest.mark.slow

@@ -151,27 +151,29 @@ def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from train.distributed import join
+
     words = list(args.overrides)
     if args.run is not None and "=" in args.run and not Path(args.run).exists():
         words, args.run = [args.run, *words], None
-    run = _config_and_run(args.run, args.config, [])[1]
+    target = None if args.json is None else Path(args.json)
+    with join() as group:
+        with group.together():
+            if target is not None and not target.parent.is_dir():
+                raise UserError(f"--json names '{target}' and there is no folder '{target.parent}': make it first")
+            run = _config_and_run(args.run, args.config, [])[1]
 
-    from train.runs import run_config
+            from train.runs import run_config, write_json
 
-    config = run_config(run, words)
+            config = run_config(run, words)
 
-    from train.evaluate import evaluate_run
+        from train.evaluate import evaluate_run
 
-    figures = evaluate_run(run, config, args.cache)
-    text = json.dumps(figures, indent=1, ensure_ascii=False)
-    if args.json is not None:
-        from train.runs import write_json
-
-        target = Path(args.json)
-        if not target.parent.is_dir():
-            raise UserError(f"--json names '{target}' and there is no folder '{target.parent}': make it first")
-        write_json(target, figures)
-    print(text)
+        figures = evaluate_run(run, config, args.cache, group)
+        if group.is_first:
+            if target is not None:
+                write_json(target, figures)
+            print(json.dumps(figures, indent=1, ensure_ascii=False))
     return 0
 
 

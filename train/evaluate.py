@@ -175,16 +175,47 @@ def _counts(edits: Edits | None) -> dict[str, int] | None:
     return None if edits is None else asdict(edits)
 
 
-def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, config: TrainConfig, cache: str | None = None, group: Group | None = None
+) -> dict[str, Any]:
     """Judge a finished run on what it held out, or on ``cache``; the keys of its ``summary.json`` with new figures.
 
     Of a cache that the run trained on only the held-out rows are used. What tells about the training (``steps``,
     ``seconds`` …) stays as it was. The counts of the utterances go to the run's folder, or for another ``cache`` with
     the figures to ``judged/<manifest id>/`` below it, and the report shows them.
 
+    Every process of ``group`` calls this and does its part of the batches; rank 0 writes.
+
     Raises:
         UserError: the run is not finished, ``cache`` holds other features, or nothing was held out.
     """
+    group = group or Group()
+    with group.together():
+        utterances = _to_judge(run, config, cache)
+        device = choose_device(group.device(config.device))
+        model = runs.load_model(run, config, device, choose_dtype(config.dtype, device))
+    manifests = [each.manifest_id for each in utterances.caches]
+    group.agree({"choice of utterances": [manifests, utterances.rows.tolist()]})
+    result = evaluate(
+        model,
+        utterances,
+        batch_size=config.eval_batch,
+        max_frames=config.batch.max_frames,
+        decode=config.decode_limit,
+        max_new_tokens=config.max_new_tokens,
+        whole=True,
+        retrieval=config.retrieval_limit,
+        group=group,
+    )
+    caches = [str(each.path) for each in utterances.caches]
+    with group.together():
+        if group.is_first:
+            _keep(run, run if cache is None else run / runs.JUDGED / manifests[0][:8], result, caches)
+    return {**runs.read_json(run / "summary.json"), **result.figures(), "judged_on": caches}
+
+
+def _to_judge(run: Path, config: TrainConfig, cache: str | None) -> Utterances:
+    """What ``run`` held out, or what it may be judged on in ``cache``."""
     if not (run / "summary.json").is_file():
         raise UserError(f"'{run}' is not finished: go on with python -m train fit --resume {run}")
     changed = [key for key in runs.run_config(run).differences(config) if not key.startswith(JUDGE_KEYS)]
@@ -197,21 +228,7 @@ def evaluate_run(run: Path, config: TrainConfig, cache: str | None = None) -> di
             raise UserError(f"'{run}' held nothing out: name a cache to judge it on with --cache")
     else:
         utterances = judged_on(cache, config, about)
-    device = choose_device(config.device)
-    model = runs.load_model(run, config, device, choose_dtype(config.dtype, device))
-    result = evaluate(
-        model,
-        utterances,
-        batch_size=config.eval_batch,
-        max_frames=config.batch.max_frames,
-        decode=config.decode_limit,
-        max_new_tokens=config.max_new_tokens,
-        whole=True,
-        retrieval=config.retrieval_limit,
-    )
-    caches = [str(each.path) for each in utterances.caches]
-    _keep(run, run if cache is None else run / runs.JUDGED / utterances.caches[0].manifest_id[:8], result, caches)
-    return {**runs.read_json(run / "summary.json"), **result.figures(), "judged_on": caches}
+    return utterances
 
 
 def _keep(run: Path, folder: Path, result: Evaluation, caches: list[str]) -> None:
