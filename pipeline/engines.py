@@ -9,6 +9,7 @@ processes of this machine itself (``processes``: one a GPU) and shows them as on
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol
@@ -53,15 +54,25 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
     count_committed_failures(job, tally)
     with (
         job.at_work(),
-        Progress(job, tally.stages) as progress,
+        _progress(job, tally) as progress,
         Processes(job, tally, progress) as others,
         open_decoders(job, tally.stages) as decoders,
     ):
         make_shards(job, tally, decoders, progress, worker=worker, look=others.check)
-        for target in job.targets:
-            about = {**provenance(job), "last_run_seconds": round(time.perf_counter() - started, 1)}
-            merge.complete(target.store, target.spec, job.plan, about)
+        finish_caches(job, time.perf_counter() - started)
     return tally
+
+
+def finish_caches(job: Job, seconds: float) -> None:
+    """Merge each cache, all of whose shards are committed, unless another process does or did."""
+    about = {**provenance(job), "last_run_seconds": round(seconds, 1)}
+    for target in job.targets:
+        merge.complete(target.store, target.spec, job.plan, about)
+
+
+def _progress(job: Job, tally: Tally) -> Progress:
+    sizes = Counter(job.plan.table["shard"].to_pylist())
+    return Progress(sizes, lambda: tally.stages.bottleneck(job.config.workers))
 
 
 def make_shards(
@@ -87,7 +98,7 @@ def make_shards(
                 if not targets:
                     watch.found(shard)
                     continue
-                mine = _claim(job, shard, targets)
+                mine = claim(job, shard, targets)
                 if mine:
                     try:
                         made = encode_shard(job, shard, mine, tally, decoders, watch.step)
@@ -157,7 +168,7 @@ def tidy(job: Job) -> None:
             target.store.tidy()
 
 
-def _claim(job: Job, shard: int, targets: list[Target]) -> list[Target]:
+def claim(job: Job, shard: int, targets: list[Target]) -> list[Target]:
     """Those of ``targets`` whose claim this process got; a shard that was committed meanwhile is given back."""
     mine = [target for target in targets if target.store.take(shard)]
     late = [t for t in mine if t not in job.missing(shard)]

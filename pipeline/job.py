@@ -277,7 +277,7 @@ def provenance(job: Job) -> dict[str, Any]:
     }
 
 
-def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> None:
+def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> set[int]:
     """Mark shards to make again: ``shards``, damaged ones (``verify``), those with failures (``retry_failed``).
 
     A cache that loses a shard is no longer complete, so its ``CACHE.json`` goes first. Failed utterances keep count of
@@ -298,3 +298,4 @@ def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shar
         target.store.reopen({shard: found[shard] for shard in redo if shard in found})
     for shard in redo & records[0].keys():
         job.attempts.update({failure["key"]: failure["attempt"] for failure in records[0][shard]["failures"]})
+    return redo

@@ -8,25 +8,22 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from pipeline.job import Job
-    from pipeline.stages import Stages
-
 
 class Progress:
-    """A tqdm bar over the planned utterances; shards that stand already count as done."""
+    """A tqdm bar over the planned utterances; shards that stand already count as done.
 
-    def __init__(self, job: Job, stages: Stages) -> None:
-        self._stages, self._workers = stages, job.config.workers
-        self._sizes: dict[int, int] = {}
-        for shard in job.plan.table["shard"].to_pylist():
-            self._sizes[shard] = self._sizes.get(shard, 0) + 1
-        self._total = len(job.plan.table)
+    Args:
+        sizes: planned utterances of each shard.
+        busiest: tells the bottleneck, such as ``encode 93%``.
+    """
+
+    def __init__(self, sizes: Mapping[int, int], busiest: Callable[[], str]) -> None:
+        self._sizes, self._busiest, self._total = sizes, busiest, sum(sizes.values())
         self._seconds, self._began, self._kept = 0.0, time.perf_counter(), 0
         self._counted: set[int] = set()
         self._lock = threading.Lock()
@@ -42,11 +39,14 @@ class Progress:
         self._bar.close()
 
     def step(self, utterances: int, audio_seconds: float) -> None:
-        """More utterances went through the encoder, of this process or of one that it started; any thread may call."""
+        """More utterances went through the encoder; fewer, when those of a lost worker's shard count no more.
+
+        Any thread may call.
+        """
         with self._lock:
             self._seconds += audio_seconds
             rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
-            self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._stages.bottleneck(self._workers)}", refresh=False)
+            self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._busiest()}", refresh=False)
             self._bar.update(utterances)
 
     def made(self, shard: int) -> None:
