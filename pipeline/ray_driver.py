@@ -58,12 +58,11 @@ class Driver:
     encode_seconds: float = 0.0
 
     def first(self) -> Facts:
-        """What the first actor found when it had its encoder; it alone checks and marks what to make again."""
+        """What the first actor that has its encoder found; what is to be made again is for one alone to find."""
         while self.facts is None:
-            if not self.actors:
-                self._hire(most=1)
-            done, _ = self.ray.wait([self.actors[0].call], timeout=TICK)
-            for actor in self.actors[:1] if done else ():
+            self._hire(most=1 if any(self.flags.values()) else sys.maxsize)
+            done, _ = self.ray.wait([actor.call for actor in self.actors], timeout=TICK)
+            for actor in [actor for actor in self.actors if actor.call in done]:
                 self._loaded(actor)
         self.todo.extend(self.facts.todo)
         return self.facts

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from extraction import only_cache, run, snapshot, words, write_corpus
-from tiny_whisper import write_tiny_whisper
 
 from pipeline.__main__ import command
 from pipeline.actor import Extractor, Outcome, Ready, Trouble
@@ -30,18 +29,24 @@ from shards.manifest import Layout, is_tidy
 SECONDS = 240
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tuple[Path, Path]:
-    """60 clips and a tiny Whisper."""
-    folder = tmp_path_factory.mktemp("ray")
-    write_corpus(folder, 60, seconds=0.1)
-    return folder, write_tiny_whisper(folder / "whisper")
+CLIPS = 300
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, world) -> Path:
+def world(corpus, whisper) -> tuple[Path, Path]:
+    return corpus, whisper
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, whisper) -> tuple[Path, Path]:
+    """Clips that two nodes need some seconds for, and the tiny Whisper."""
+    folder = tmp_path_factory.mktemp("large")
+    write_corpus(folder, CLIPS, seconds=0.1)
+    return folder, whisper
+
+
+def made_alone(root: Path, world: tuple[Path, Path]) -> Path:
     """The cache of one local process."""
-    root = tmp_path_factory.mktemp("alone")
     assert run(words(root, *world)) == 0
     return root
 
@@ -50,7 +55,7 @@ def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]
     return load_config(ExtractConfig, None, [*words(root, *world)[1:], *more]).model_dump(mode="json")
 
 
-def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world, alone):
+def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world):
     root = tmp_path / "actors"
     first, second = (Extractor(settings(root, world), str(tmp_path)) for _ in range(2))
     ready = [actor.ready(False, False, []) for actor in (first, second)]
@@ -58,18 +63,18 @@ def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world, alon
     assert isinstance(ready[1], Ready)
     facts = ready[0].facts
     assert facts.identity == ready[1].facts.identity
-    assert (facts.utterances, len(facts.sizes), facts.todo) == (60, len(facts.todo), list(range(len(facts.sizes))))
+    assert (facts.utterances, len(facts.sizes), facts.todo) == (24, len(facts.todo), list(range(len(facts.sizes))))
     held = Layout(only_cache(root)).claim(0)
     with Claims("another") as others:
         assert others.take(held)
         assert second.extract(0) == Outcome("held")
     outcomes = [(first, second)[shard % 2].extract(shard) for shard in facts.todo]
     assert [outcome.state for outcome in outcomes if isinstance(outcome, Outcome)] == ["made"] * len(facts.todo)
-    assert sum(outcome.utterances for outcome in outcomes if isinstance(outcome, Outcome)) == 60
+    assert sum(outcome.utterances for outcome in outcomes if isinstance(outcome, Outcome)) == 24
     assert second.extract(0) == Outcome("found")
     assert first.pulse()[:2] == (facts.todo[-1 - len(facts.todo) % 2 + 1], facts.sizes[first.pulse()[0]])
     assert first.finish(1.0) is second.finish(1.0) is None
-    assert snapshot(root) == snapshot(alone)
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
 
 
 def test_an_actor_hands_on_what_a_person_must_mend(tmp_path, world):
@@ -140,11 +145,11 @@ def parent(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_node_killed_in_the_middle_costs_its_shard_and_nothing_else(tmp_path, world, alone):
+def test_a_node_killed_in_the_middle_costs_its_shard_and_nothing_else(tmp_path, large):
     root, log = tmp_path / "cluster", tmp_path / "log"
     with two_nodes() as (cluster, doomed):
         raylet = doomed.all_processes["raylet"][0].process.pid
-        process = driver(words(root, *world), log, RAY_ADDRESS=cluster.address)
+        process = driver(words(root, *large), log, RAY_ADDRESS=cluster.address)
 
         def in_the_middle() -> bool:
             return any(root.rglob("shards/*.json")) and any(parent(pid) == raylet for pid in makers(root))
@@ -157,17 +162,17 @@ def test_a_node_killed_in_the_middle_costs_its_shard_and_nothing_else(tmp_path, 
         assert process.wait(SECONDS) == 0, log.read_text()
     said = log.read_text()
     assert "a worker was lost" in said
-    assert snapshot(root) == snapshot(alone)
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", large))
     assert is_tidy(Layout(only_cache(root)))
     (line,) = [line for line in said.splitlines() if line.startswith("extracted ")]
-    assert line.split()[1] == "60"
+    assert line.split()[1] == str(CLIPS)
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_started_again_on_the_same_cluster(tmp_path, world, alone):
+def test_a_killed_driver_is_started_again_on_the_same_cluster(tmp_path, large):
     root, log = tmp_path / "cluster", tmp_path / "log"
     with two_nodes() as (cluster, _):
-        argv = [*words(root, *world), "--ray-address", cluster.address]
+        argv = [*words(root, *large), "--ray-address", cluster.address]
         process = driver(argv, log)
         wait_for(lambda: any(root.rglob("shards/*.json")), process, log)
         process.kill()
@@ -175,19 +180,19 @@ def test_a_killed_driver_is_started_again_on_the_same_cluster(tmp_path, world, a
         assert driver(argv, log).wait(SECONDS) == 0, log.read_text()
         assert driver(argv, log).wait(SECONDS) == 0
     assert "nothing to do, complete:" in log.read_text()
-    assert snapshot(root) == snapshot(alone)
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", large))
 
 
 @pytest.mark.slow
-def test_without_an_address_a_cluster_of_this_machine_does_it_and_max_failures_hold(tmp_path, world, alone):
+def test_without_an_address_a_cluster_of_this_machine_does_it_and_max_failures_hold(tmp_path, world):
     pytest.importorskip("ray")
     root, log = tmp_path / "local", tmp_path / "log"
     assert driver(words(root, *world), log).wait(SECONDS) == 0, log.read_text()
-    assert snapshot(root) == snapshot(alone)
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
     poisoned = tmp_path / "poisoned"
-    shutil.copytree(world[0], poisoned, ignore=shutil.ignore_patterns("whisper"))
+    shutil.copytree(world[0], poisoned)
     for clip in sorted(poisoned.glob("*.flac"))[:9]:
         clip.write_bytes(b"")
     argv = words(tmp_path / "failing", poisoned, world[1], "max_failures=8")
     assert driver(argv, log).wait(SECONDS) == 1
-    assert "9 of 60 utterances failed, more than max_failures=8" in log.read_text()
+    assert "9 of 24 utterances failed, more than max_failures=8" in log.read_text()
