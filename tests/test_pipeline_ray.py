@@ -26,10 +26,10 @@ from shards.config import load_config
 from shards.errors import run_command
 from shards.manifest import Layout, is_tidy
 
-SECONDS = 240
+SECONDS = 500
 
 
-CLIPS = 300
+CLIPS = 150
 
 
 @pytest.fixture(scope="module")
