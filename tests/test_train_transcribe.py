@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from shards.reader import Cache
 from train.__main__ import command
 from train.data import open_data
 from train.loop import fit
+from train.recordings import Recording
 from train.runs import run_caches, run_config
-from train.transcribe import features_of, require_one_encoder, specs_of, transcribe
+from train.transcribe import Typist, features_of, require_one_encoder, specs_of, transcribe
 
 SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last takes two windows
 
@@ -99,23 +101,64 @@ def test_a_text_stays_on_its_line(world, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("short.wav\tone two three\n")
 
 
+def test_a_stream_writes_the_same_line_in_pieces_and_standard_input_is_a_recording(world, monkeypatch, capsys):
+    folder, _, run = world
+    data = (folder / "short.wav").read_bytes()
+    assert run_command(command, ["transcribe", str(run), str(folder / "short.wav")]) == 0
+    whole = capsys.readouterr().out.split("\t")[1]
+    pieces: list[str] = []
+    for words, given in ((["-"], data), (["--raw", "16000", "-"], data[44:])):
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(given)))
+        monkeypatch.setattr("sys.stdout.write", pieces.append)
+        assert run_command(command, ["transcribe", str(run), "--stream", *words]) == 0
+        assert "".join(pieces) == f"-\t{whole}"
+        assert len(pieces) > 3
+        pieces.clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["-", "-"], "write - once"),
+        (["--raw", "16000", "x.wav"], "--raw is of"),
+        (["--raw", "1", "-"], "such as 16000"),
+    ],
+)
+def test_what_standard_input_cannot_be_is_told(world, words, sentence, capsys):
+    assert run_command(command, ["transcribe", str(world[2]), *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_half_a_character_waits_for_its_other_half():
+    out = StringIO()
+    typist = Typist(out)
+    for text in ("a", "a \ufffd", "a é"):
+        typist("x.wav", text)
+        assert "\ufffd" not in out.getvalue()
+    typist.end("x.wav", "a é!")
+    typist.end("y.wav", "")
+    assert out.getvalue() == "x.wav\ta é!\ny.wav\t\n"
+
+
 def test_other_encoder_weights_are_refused(world, tmp_path):
     folder, config, run = world
     other = write_tiny_whisper(tmp_path / "whisper", seed=1)
     with pytest.raises(UserError, match=r"other weights .* --encoder"):
-        next(transcribe(run, config, [folder / "short.wav"], f"path:{other}"))
+        next(transcribe(run, config, [Recording(str(folder / "short.wav"))], f"path:{other}"))
 
 
 def test_a_moved_encoder_can_be_named(world, tmp_path):
     folder, config, run = world
     moved = write_tiny_whisper(tmp_path / "elsewhere", whole=False)
-    assert next(transcribe(run, config, [folder / "short.wav"], f"path:{moved}"))[0] == folder / "short.wav"
+    short = Recording(str(folder / "short.wav"))
+    assert next(transcribe(run, config, [short], f"path:{moved}"))[0] == short.name
 
 
 def test_a_missing_file_is_told_before_anything_is_loaded(world):
-    folder, config, run = world
+    folder, _, run = world
+    words = ["transcribe", str(run), "--encoder", "path:nothing", str(folder / "short.wav"), str(folder / "gone.wav")]
     with pytest.raises(UserError, match=r"no audio file at '.*gone\.wav'"):
-        next(transcribe(run, config, [folder / "short.wav", folder / "gone.wav"], "path:nothing"))
+        command(words)
 
 
 def test_a_file_that_cannot_be_read_does_not_lose_the_others(world, tmp_path, capsys):

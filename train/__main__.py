@@ -71,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
 
     transcribe = add("transcribe", "audio files to text", "transcribe runs/demo hello.wav")
     transcribe.add_argument("run", metavar="RUN", help="run folder")
-    transcribe.add_argument("audio", nargs="+", metavar="WAV", help="WAV, FLAC, OGG or MP3 files")
+    transcribe.add_argument("audio", nargs="+", metavar="WAV", help="WAV, FLAC, OGG or MP3 files; - is standard input")
+    transcribe.add_argument("--stream", action="store_true", help="write every word as soon as it is there")
+    transcribe.add_argument("--raw", type=int, metavar="HZ", help="standard input is 16-bit mono samples of this rate")
     transcribe.add_argument(
         "--encoder", metavar="REFERENCE", help="where the run's encoder is now, such as path:/models/x"
     )
@@ -183,10 +185,15 @@ def _transcribe(args: argparse.Namespace) -> int:
     run = runs.find_run(args.run)
     config = runs.run_config(run)
 
-    from train.transcribe import transcribe
+    from train.recordings import find_recordings
 
-    for path, text in transcribe(run, config, [Path(word) for word in args.audio], args.encoder):
-        print(f"{path}\t{' '.join(text.split())}", flush=True)
+    recordings = find_recordings(args.audio, args.raw)
+
+    from train.transcribe import Typist, transcribe
+
+    typist = Typist(sys.stdout)
+    for name, text in transcribe(run, config, recordings, args.encoder, told=typist if args.stream else None):
+        typist.end(name, text)
     return 0
 
 

@@ -7,7 +7,7 @@ alone, unless the LM trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +50,26 @@ class AudioLM(nn.Module):
         return NatsOutput(nats, tokens, soft.detach()[soft_mask].float().square().mean().sqrt())
 
     @torch.no_grad()
-    def generate(self, features: Tensor, mask: Tensor, max_new_tokens: int = 64) -> list[str]:
-        """What the LM says to each utterance, greedily, without its eos."""
+    def generate(
+        self,
+        features: Tensor,
+        mask: Tensor,
+        max_new_tokens: int = 64,
+        told: Callable[[list[str]], None] | None = None,
+    ) -> list[str]:
+        """What the LM says to each utterance, greedily, without its eos. ``told`` hears the texts after every token."""
         soft, soft_mask = self.soft_tokens(features, mask)
-        ids = self.lm.generate(soft, soft_mask, *self._around(len(soft)), max_new_tokens)
-        return [self.lm.tokenizer.decode(row) for row in ids]
+        around, decode, eos = self._around(len(soft)), self.lm.tokenizer.decode, self.lm.tokenizer.eos
+        if told is None:
+            return [decode(ids) for ids in self.lm.generate(soft, soft_mask, *around, max_new_tokens)]
+        said: list[list[int]] = [[] for _ in soft]
+
+        def step(tokens: list[int]) -> None:
+            for ids, token in zip(said, tokens, strict=True):
+                ids += [token] if token != eos else []
+            told([decode(ids) for ids in said])
+
+        return [decode(ids) for ids in self.lm.generate(soft, soft_mask, *around, max_new_tokens, step)]
 
     def _around(self, batch: int) -> tuple[list[list[int]], list[list[int]]]:
         return [self.prompt.before] * batch, [self.prompt.after] * batch

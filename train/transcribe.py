@@ -1,4 +1,4 @@
-"""Audio files in, text out, through the encoder and the trained model of a run.
+"""Audio in, text out, through the encoder and the trained model of a run.
 
 ```
 file -> 16 kHz -> windows -> encoder of the run's feature spec -> stitched frames -> codec -> projector -> LM -> text
@@ -8,18 +8,19 @@ Audio passes exactly the way it passed in extraction, codec included. An encoder
 is refused: its features would be another language to the projector.
 
     python -m train transcribe runs/demo one.wav two.flac
+    ffmpeg -i talk.mp4 -f wav - | python -m train transcribe runs/demo --stream -
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.audio import AudioError, decode
+from pipeline.audio import AudioError
 from pipeline.encoder import Encoder
 from pipeline.frames import NotFinite, encode_recording, open_encoder
 from shards import codec
@@ -28,25 +29,31 @@ from shards.spec import FeatureSpec
 from train.config import TrainConfig
 from train.data import pad
 from train.device import choose_device, choose_dtype
+from train.recordings import Recording
 from train.runs import load_model, run_caches
 
 Features = npt.NDArray[Any]
 
 
 def transcribe(
-    run: Path, config: TrainConfig, paths: Sequence[Path], encoder: str | None = None, batch_size: int = 8
-) -> Iterator[tuple[Path, str]]:
-    """(path, text) of each readable file, in the order given.
+    run: Path,
+    config: TrainConfig,
+    recordings: Sequence[Recording],
+    encoder: str | None = None,
+    *,
+    batch_size: int = 8,
+    told: Callable[[str, str], None] | None = None,
+) -> Iterator[tuple[str, str]]:
+    """(name, text) of each recording that can be read, in the order given; texts are one line.
 
-    ``encoder`` is a model reference to use instead of the one that the run recorded.
+    Args:
+        encoder: a model reference to use instead of the one that the run recorded.
+        told: hears name and text so far after every token; recordings then pass one at a time.
 
     Raises:
-        UserError: a file does not exist (before anything is loaded) or could not be read (after all others are done);
-            the encoder cannot be had or is another one.
+        UserError: the encoder cannot be had or is another one; after all others are done: a recording that could not
+            be read.
     """
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"there is no audio file at '{path}': correct the path")
     about = run_caches(run)
     specs = specs_of(about)
     require_one_encoder(specs)
@@ -54,19 +61,62 @@ def transcribe(
     device = choose_device(config.device)
     model = load_model(run, config, device, choose_dtype(config.dtype, device))
     failures: list[str] = []
-    for start in range(0, len(paths), batch_size):
-        heard: list[tuple[Path, Features]] = []
-        for path in paths[start : start + batch_size]:
+    size = batch_size if told is None else 1
+    for start in range(0, len(recordings), size):
+        heard: list[tuple[str, Features]] = []
+        for recording in recordings[start : start + size]:
             try:
-                heard.append((path, features_of(decode(path.read_bytes()), ears, specs)))
+                heard.append((recording.name, features_of(recording.samples(), ears, specs)))
             except (AudioError, OSError, NotFinite, codec.CodecError) as error:
-                failures.append(f"'{path}' ({error})")
+                failures.append(f"'{recording.name}' ({error})")
         if heard:
             features, mask = pad([frames for _, frames in heard])
-            texts = model.generate(features, mask, config.max_new_tokens)
-            yield from ((path, text.strip()) for (path, _), text in zip(heard, texts, strict=True))
+            texts = model.generate(features, mask, config.max_new_tokens, *_listeners(heard[0][0], told))
+            yield from ((name, one_line(text)) for (name, _), text in zip(heard, texts, strict=True))
     if failures:
         raise UserError(f"could not read {', '.join(failures)}: give audio that soundfile can decode")
+
+
+def _listeners(name: str, told: Callable[[str, str], None] | None) -> list[Callable[[list[str]], None]]:
+    """What :meth:`AudioLM.generate` is to call after every token of a batch of one, if anything."""
+    if told is None:
+        return []
+    return [lambda texts: told(name, one_line(texts[0]))]
+
+
+def one_line(text: str) -> str:
+    """``text`` with every run of white space as one space; what begins a text begins its line."""
+    return " ".join(text.split())
+
+
+class Typist:
+    """Writes a recording's text as it grows: ``name``, a tab, then what each token added."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out, self._name, self._written = out, "", ""
+
+    def __call__(self, name: str, text: str) -> None:
+        """``text`` so far; an unfinished character at its end (a token may be part of one) waits for the next token."""
+        if name != self._name:
+            self._out.write(f"{name}\t")
+            self._name, self._written = name, ""
+        self._write(text.rstrip("\ufffd"))
+
+    def end(self, name: str, text: str) -> None:
+        """``text`` is complete."""
+        if name != self._name:
+            self._out.write(f"{name}\t")
+            self._written = ""
+        self._write(text)
+        self._out.write("\n")
+        self._out.flush()
+        self._name = ""
+
+    def _write(self, text: str) -> None:
+        if text.startswith(self._written) and len(text) > len(self._written):
+            self._out.write(text[len(self._written) :])
+            self._out.flush()
+            self._written = text
 
 
 def specs_of(about: dict[str, Any]) -> list[FeatureSpec]:

@@ -8,6 +8,7 @@ Letters: B rows, S soft tokens, T positions, D the LM's width, N target tokens o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -106,9 +107,18 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, max_new_tokens: int
+        self,
+        soft: Tensor,
+        soft_mask: Tensor,
+        before: Ids,
+        after: Ids,
+        max_new_tokens: int,
+        step: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
-        """Greedy continuation of each row until eos (not returned) or ``max_new_tokens``; a step reads whole rows."""
+        """Greedy continuation of each row until eos (not returned) or ``max_new_tokens``; a step reads whole rows.
+
+        ``step`` is told each row's next token as it comes, eos for rows that have ended.
+        """
         flat, lengths = soft[soft_mask], soft_mask.sum(1)
         rows, done = [list(ids) for ids in after], [False] * len(after)
         for _ in range(max_new_tokens):
@@ -119,6 +129,7 @@ class LanguageModel(nn.Module):
                 done[i] = done[i] or token == self.tokenizer.eos
                 if not done[i]:
                     rows[i].append(token)
+            step([self.tokenizer.eos if ended else row[-1] for row, ended in zip(rows, done, strict=True)])
             if all(done):
                 break
         return [row[len(ids) :] for row, ids in zip(rows, after, strict=True)]

@@ -88,7 +88,13 @@ class HfLanguageModel(LanguageModel):
 
     @torch.no_grad()
     def generate(
-        self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, max_new_tokens: int
+        self,
+        soft: Tensor,
+        soft_mask: Tensor,
+        before: Ids,
+        after: Ids,
+        max_new_tokens: int,
+        step: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
         """Greedy, batched, with a KV cache; eos ends a row and is not returned."""
         layout = lay_out(soft_mask.sum(1), before, after, pad="left")
@@ -108,6 +114,7 @@ class HfLanguageModel(LanguageModel):
                 )
             chosen = out.logits[:, -1].float().argmax(-1).masked_fill(done, self.tokenizer.eos)
             steps.append(chosen)
+            step(chosen.tolist())
             done |= chosen == self.tokenizer.eos
             if bool(done.all()):
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,7 +59,13 @@ class NanochatLanguageModel(LanguageModel):
 
     @torch.no_grad()
     def generate(
-        self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, max_new_tokens: int
+        self,
+        soft: Tensor,
+        soft_mask: Tensor,
+        before: Ids,
+        after: Ids,
+        max_new_tokens: int,
+        step: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
         """Greedy, batched, with a KV cache: audio and prompt once, then one position a step; eos is not returned."""
         layout = lay_out(soft_mask.sum(1), before, after)
@@ -71,6 +78,7 @@ class NanochatLanguageModel(LanguageModel):
         while len(steps) < max_new_tokens:
             chosen = self.logits(hidden).argmax(-1).masked_fill(done, self.tokenizer.eos)
             steps.append(chosen)
+            step(chosen.tolist())
             done |= chosen == self.tokenizer.eos
             if bool(done.all()):
                 break
