@@ -130,7 +130,7 @@ class TrainConfig(Config):
     decode_limit: int = Field(default=200, ge=1)  # most utterances decoded for WER and CER in a final evaluation
     decode_samples: int = Field(default=4, ge=0)  # utterances decoded in an evaluation on the way
     max_new_tokens: int = Field(default=64, ge=1)  # of a decoded text
-    retrieval_limit: int = Field(default=48, ge=0)  # utterances told apart in groups of 16 at the end; 0: none
+    retrieval_limit: int = Field(default=32, ge=0)  # utterances told apart in groups of 16 at the end; 0: none
     checkpoint_every: int | None = Field(default=500, ge=1)  # steps; None: only at the end
     min_loss_drop: float | None = None  # first minus last training loss below this: the run fails (exit status 1)
 
