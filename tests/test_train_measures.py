@@ -216,8 +216,22 @@ def test_another_corpus_is_judged_whole_into_a_folder_of_its_own(run, config, tm
     (folder,) = (run / "judged").iterdir()
     assert len(read_utterances(folder)) == figures["n_val"] == 18
     assert json.loads((folder / "figures.json").read_text())["val_loss"] == figures["val_loss"]
+    assert f"{figures['val_loss']:.3f}" in (run / "report.html").read_text()
     assert (folder / "space.json").is_file()
     assert read_utterances(run).equals(before)
+
+
+def test_nanochat_is_judged_whole_with_its_soft_tokens_as_it_takes_them_in(config, held_out):
+    options = config.model_copy(update={"lm": config.lm.model_copy(update={"model": "nanochat:d1"})})
+    nanochat = build_model(options, 8, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        nanochat.lm.gpt.lm_head.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+    result = evaluate(nanochat, held_out, decode=0, max_new_tokens=4, whole=True, retrieval=16)
+    assert result.more["retrieval"]["candidates"] == 16
+    assert result.more["val_loss_text_only"] != result.val_loss
+    soft = torch.randn(3, nanochat.lm.width)
+    assert nanochat.lm.enter(soft).square().mean(-1).tolist() == pytest.approx([1, 1, 1], rel=1e-3)
+    assert nearest_tokens(nanochat, nanochat.lm.enter(nanochat.lm.embed(torch.tensor([5]))))[0][1] == pytest.approx(1)
 
 
 def test_an_evaluation_on_the_way_leaves_the_costly_figures_out(model, held_out):

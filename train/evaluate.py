@@ -181,8 +181,8 @@ def evaluate_run(
     """Judge a finished run on what it held out, or on ``cache``; the keys of its ``summary.json`` with new figures.
 
     Of a cache that the run trained on only the held-out rows are used. What tells about the training (``steps``,
-    ``seconds`` …) stays as it was. The counts of the utterances go to the run's folder, or for another ``cache`` with
-    the figures to ``judged/<manifest id>/`` below it, and the report shows them.
+    ``seconds`` …) stays as it was. The counts of the utterances go to the run's folder with the figures, or for
+    another ``cache`` to ``judged/<manifest id>/`` below it, and the report shows them.
 
     Every process of ``group`` calls this and does its part of the batches; rank 0 writes.
 
@@ -238,8 +238,7 @@ def _keep(run: Path, folder: Path, result: Evaluation, caches: list[str]) -> Non
     with told("writing what was judged", folder):
         make_folder(folder)
     result.write(folder)
-    if folder != run:
-        runs.write_json(folder / "figures.json", {**result.record(), "judged_on": caches})
+    runs.write_json(folder / runs.FIGURES, {**result.record(), "judged_on": caches})
     write_report(run)
 
 

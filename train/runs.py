@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 LATEST = "latest"
 SHOWN = 8  # runs that an error names
 SPACE = "space.json"  # soft tokens among the LM's embeddings
+FIGURES = "figures.json"  # of an evaluation by command
 JUDGED = "judged"  # folder of what a run was judged on beside what it held out
 
 

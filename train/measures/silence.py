@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shards.codec import CodecError
 from shards.errors import UserError
 from train.data import Utterances
 from train.distributed import Group
@@ -58,11 +59,13 @@ def record_silence(utterances: Utterances, device: str, group: Group) -> Silence
 
 def _record(utterances: Utterances, device: str) -> tuple[Features, str]:
     specs = utterances.specs
+    from pipeline.frames import NotFinite
+
     longest = max(utterances.columns("samples")["samples"])
     samples = min(longest, round(LONGEST * specs[0].sampling_rate))
     try:
         return _encode(utterances.caches[0], specs, samples, device), ENCODED
-    except UserError as error:
+    except (UserError, NotFinite, CodecError) as error:
         return np.zeros((1, sum(spec.channels for spec in specs)), np.float32), f"zeros: {error}"
 
 

@@ -17,7 +17,7 @@ from shards.config import flatten
 from shards.errors import UserError
 from train.config import TrainConfig
 from train.measures.utterances import read_utterances
-from train.runs import JUDGED, SPACE, read_json, run_config
+from train.runs import FIGURES, JUDGED, SPACE, read_json, run_config
 from train.track import EVALUATIONS, METRICS, read_lines
 
 Figures = dict[str, Any]
@@ -79,8 +79,11 @@ class RunFiles:
 
     @cached_property
     def figures(self) -> Figures:
-        """The latest of everything: progress, then the last evaluation, then the summary."""
-        return {**_progress(self.metrics), **(self.evaluations[-1] if self.evaluations else {}), **self.summary}
+        """The latest of everything: progress, the last evaluation, the summary, an evaluation by command."""
+        path = self.folder / FIGURES
+        again = read_json(path) if path.is_file() else {}
+        last = self.evaluations[-1] if self.evaluations else {}
+        return {**_progress(self.metrics), **last, **self.summary, **again}
 
     @property
     def samples(self) -> list[Figures]:
@@ -91,7 +94,7 @@ class RunFiles:
     @property
     def judged(self) -> list[Figures]:
         """The figures on other caches."""
-        return [read_json(path) for path in sorted((self.folder / JUDGED).glob("*/figures.json"))]
+        return [read_json(path) for path in sorted((self.folder / JUDGED).glob(f"*/{FIGURES}"))]
 
     @property
     def settings(self) -> dict[str, Any]:
