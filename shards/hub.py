@@ -38,8 +38,12 @@ def push_to_hub(layout: Layout, url: str, licence: str | None, progress: Progres
     repo, folder, revision = match["repo"], match["folder"] or "", match["revision"]
 
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()  # one of our own is moved by ``progress``
+    # Refusals and, by their bases, whatever the HTTP client raises; an upload in a thread fails as RuntimeError.
+    troubles = (*HfHubHTTPError.__bases__, HFValidationError, RuntimeError)
     api = HfApi()
     try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
@@ -63,9 +67,11 @@ def push_to_hub(layout: Layout, url: str, licence: str | None, progress: Progres
             done += sum(path.stat().st_size for path in batch)
             if progress:
                 progress(done, total)
-    except HfHubHTTPError as error:
+    except troubles as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the hub refused '{url}' ({reason}): check `hf auth login`, rights and connection") from None
+        raise UserError(
+            f"the hub did not take '{url}' ({reason}): check `hf auth login`, rights and connection, then push again"
+        ) from None
 
 
 def _batches(layout: Layout) -> Iterator[list[Path]]:
