@@ -11,10 +11,11 @@ AUDIT := .venv/audit
 READY_AUDIT := $(AUDIT)/.ready
 CACHES ?= $(wildcard caches/*/*)
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup extract train smoke verify test test-all coverage bench lint docs audit clean
+.PHONY: help doctor setup extract train sweep smoke verify test test-all coverage bench lint docs audit clean
 
 extract: CONFIG ?= configs/extract/speech.yaml
 train: CONFIG ?= configs/train/demo.yaml
+sweep: CONFIG ?= configs/sweep/projectors.yaml
 smoke: CONFIG ?= configs/train/smoke.yaml
 
 help: ## show this list
@@ -39,6 +40,11 @@ extract: setup ## make or resume the caches of CONFIG (default: the spoken synth
 
 train: setup ## extract if the cache is absent, train, evaluate, write the report (default: the demo)
 	@$(call fit)
+
+sweep: setup ## extract if the cache is absent, train the experiments of CONFIG in lockstep, compare them
+	@needed=$$($(PY) -m train needs --config $(CONFIG) $(ARGS)) || exit $$?; \
+	for config in $$needed; do $(PY) -m pipeline extract --config $$config || exit $$?; done; \
+	$(PY) -m train sweep --config $(CONFIG) $(ARGS)
 
 smoke: setup ## stage W1 from a cache: five tones into a tiny GPT, passes when the loss falls by 0.5
 	@$(call fit)

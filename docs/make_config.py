@@ -17,6 +17,7 @@ from pipeline.config import ExtractConfig
 from shards.keys import Group, Key, groups
 from train.config import TrainConfig
 from train.options import KindConfig, MlpConfig
+from train.sweeps.config import SweepConfig
 
 PAGE = Path(__file__).resolve().with_name("config.md")
 HEAD = """\
@@ -32,6 +33,7 @@ python -m train config --print --config configs/train/demo.yaml lr=5e-4     # ev
 PARTS: list[tuple[str, str, type[BaseModel]]] = [
     ("Extraction", "`python -m pipeline extract`, files in `configs/extract/`", ExtractConfig),
     ("Training", "`python -m train fit`, files in `configs/train/`", TrainConfig),
+    ("Sweeps", "`python -m train sweep`, files in `configs/sweep/`", SweepConfig),
 ]
 
 

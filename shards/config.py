@@ -33,10 +33,10 @@ def load_config(model: type[M], path: str | os.PathLike[str] | None, overrides: 
         UserError: the file is missing or not a mapping, an override is not ``key=value``, a key is unknown
             (with the allowed ones) or a value has the wrong type.
     """
-    tree = _read(path) if path is not None else {}
+    tree = read_yaml(path) if path is not None else {}
     for word in overrides:
         key, value = parse_override(word)
-        _set(tree, key.split("."), value, word)
+        set_key(tree, key, value, word)
     return validate_config(model, tree, str(path) if path is not None else "the command line", overrides)
 
 
@@ -70,7 +70,8 @@ def validate_config(model: type[M], tree: dict[str, Any], where: str, overrides:
         raise UserError(_explain(model, error, where, overrides)) from None
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping that a YAML file holds; an empty file holds an empty one. UserError when it is something else."""
     try:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
@@ -89,15 +90,17 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return tree
 
 
-def _set(tree: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
-    for key in keys[:-1]:
+def set_key(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Put ``value`` at ``a.b`` of ``tree``; UserError, naming ``where``, when ``a`` holds something else."""
+    *above, last = dotted.split(".")
+    for key in above:
         below = tree.setdefault(key, {})
         if below is None:
             below = tree[key] = {}
         if not isinstance(below, dict):
-            raise UserError(f"'{word}' sets a key below '{key}', which holds {below!r} and not a mapping")
+            raise UserError(f"'{where}' sets a key below '{key}', which holds {below!r} and not a mapping")
         tree = below
-    tree[keys[-1]] = value
+    tree[last] = value
 
 
 def _one_line(error: Exception) -> str:
@@ -117,6 +120,8 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str, overrid
     if first["type"] == "missing":
         return f"key '{key}' is missing in {place}; set it in the file or as {key}=value{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if not path:  # of keys that do not go together
+        return f"{place}: {message}{more}"
     return f"key '{key}' in {place} is {first['input']!r}: {message[:1].lower() + message[1:]}{more}"
 
 

@@ -1,4 +1,4 @@
-"""Command line of the training stage: ``python -m train fit|evaluate|transcribe|needs|projectors|report``.
+"""Command line of the training stage: ``python -m train fit|sweep|evaluate|transcribe|needs|projectors|report``.
 
 In: a config or a run folder. Out: a run folder with a trained projector, its figures, its report. Heavy libraries are
 imported by the command that needs them.
@@ -60,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     )
     overrides(fit)
 
+    sweep = add("sweep", "train several projectors in lockstep", "sweep --config configs/sweep/projectors.yaml")
+    sweep.add_argument("--config", metavar="FILE", help="YAML file (see configs/sweep/)")
+    sweep.add_argument(
+        "--resume", nargs="?", const="", metavar="SWEEP", help="go on with a sweep (default: that of --config)"
+    )
+    overrides(sweep)
+
     evaluate = add("evaluate", "judge a trained run", "evaluate runs/demo --json figures.json")
     evaluate.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: that of --config, or the newest)")
     evaluate.add_argument("--config", metavar="FILE", help="take the run that this config made")
@@ -102,6 +109,7 @@ def command(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     jobs = {
         "fit": _fit,
+        "sweep": _sweep,
         "evaluate": _evaluate,
         "transcribe": _transcribe,
         "needs": _needs,
@@ -134,6 +142,12 @@ def _fit(args: argparse.Namespace) -> int:
             print(_table(read_json(run / "summary.json")))
             print(f"report: {run / REPORT}", flush=True)
     return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from train.sweeps.command import sweep
+
+    return sweep(args.config, args.resume, args.overrides)
 
 
 def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
@@ -198,11 +212,17 @@ def _transcribe(args: argparse.Namespace) -> int:
 
 
 def _needs(args: argparse.Namespace) -> int:
-    from shards.config import load_config
+    from shards.config import load_config, read_yaml
     from train.config import TrainConfig
     from train.data import needed
 
-    for file in needed(load_config(TrainConfig, args.config, args.overrides)):
+    if "base" in read_yaml(args.config):
+        from train.sweeps.config import load_sweep, needed_runs
+
+        configs = needed_runs(load_sweep(args.config, args.overrides))
+    else:
+        configs = [load_config(TrainConfig, args.config, args.overrides)]
+    for file in dict.fromkeys(file for config in configs for file in needed(config)):
         print(file)
     return 0
 

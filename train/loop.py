@@ -104,6 +104,7 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.quiet = quiet
         self.tracker: Tracker = Silence()
+        self.judged: Evaluation | None = None  # the last on the way
 
     def __enter__(self) -> Trainer:
         """Open the run's files, drop their lines past the checkpoint, and save the start values of a new run."""
@@ -254,6 +255,7 @@ class Trainer:
         with self.state.judged():
             result = self._evaluate(part, self.config.decode_samples)
             self.state.patience.judge(result.val_loss, self.state.step, self.state.named)
+        self.judged = result
         self.tracker.evaluation(self.state.step, result.record())
         if self.group.is_first:
             report.write_report(self.run)

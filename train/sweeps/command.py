@@ -1,0 +1,51 @@
+"""The command ``python -m train sweep``: words of the command line in, a sweep and its table out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shards.errors import UserError
+from train.sweeps.config import SweepConfig, load_sweep
+
+
+def sweep(file: str | None, resume: str | None, words: Sequence[str]) -> int:
+    """Run or go on with a sweep, print its table; the exit status.
+
+    ``resume`` None starts a new one, "" goes on with that of ``file``, else with the folder that it names.
+    """
+    config = _which(file, resume, words)
+
+    from train.loop import Interrupted
+    from train.runs import read_json
+    from train.sweeps.figures import STATE, table
+    from train.sweeps.sweep import run_sweep
+
+    try:
+        folder = run_sweep(config, resume is not None)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    print(table(read_json(folder / STATE)))
+    print(f"figures: {folder / STATE}", flush=True)
+    return 0
+
+
+def _which(file: str | None, resume: str | None, words: Sequence[str]) -> SweepConfig:
+    words = list(words)
+    if resume is not None and "=" in resume:  # `--resume key=value`: the sweep is that of --config
+        words, resume = [resume, *words], ""
+    if file is not None:
+        config = load_sweep(file, words)
+        if resume:
+            place = Path(resume)
+            config = config.model_copy(update={"runs": str(place.parent), "name": place.name})
+        return config
+    if not resume:
+        raise UserError("name a sweep with --config (see configs/sweep/), or the folder of one with --resume")
+    if words:
+        raise UserError(f"'{words[0]}': a sweep goes on with its own settings; start another by --config and name=…")
+    from train.sweeps.sweep import found_sweep
+
+    return found_sweep(Path(resume))

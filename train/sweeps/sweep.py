@@ -1,0 +1,148 @@
+"""A sweep: its folder, its experiments group by group, and what they show.
+
+    runs/projectors/   sweep.yaml  sweep.json  report.html
+        mlp/ linear/ …  run folders as `fit` leaves them, or with dropped.json: failed or pruned before the end
+
+In: a :class:`~train.sweeps.config.SweepConfig`. Out: that folder. ``sweep.yaml`` holds the settings, ``sweep.json`` the
+state and the figures of every experiment. A sweep that was killed goes on: finished experiments are left alone, the
+others go on from their checkpoints.
+
+    python -m train sweep --config configs/sweep/projectors.yaml
+    python -m train sweep --resume runs/projectors
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from shards.disk import atomic_write, told
+from shards.errors import UserError, WorkFailed
+from train.config import TrainConfig
+from train.loop import Interrupted
+from train.stopping import StopRequest
+from train.sweeps.config import SweepConfig, experiments
+from train.sweeps.figures import figures, write_state
+from train.sweeps.lockstep import DROPPED, Lockstep, Mode, Models, groups
+
+SWEEP = "sweep.yaml"
+
+
+def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
+    """Run every experiment of ``config`` that is not finished; returns the sweep's folder.
+
+    Raises:
+        UserError: bad settings or data; the folder exists, or ``resume`` finds none or one of other settings.
+        WorkFailed: not one experiment came to its end.
+        Interrupted: SIGINT or SIGTERM came; all is saved.
+    """
+    refuse_launcher()
+    begun = time.perf_counter()
+    configs = [] if config.search is not None else experiments(config)
+    enter_folder(config, resume)
+    try:
+        if config.search is not None:
+            from train.sweeps.search import search
+
+            search(config, configs)
+        else:
+            _run(config, configs)
+    finally:
+        state = figures(config, configs, time.perf_counter() - begun)
+        write_state(config.folder, state)
+    if not any(each["state"] == "finished" for each in state["experiments"]):
+        raise WorkFailed(f"no experiment of '{config.folder}' came to its end: see {DROPPED} in their folders")
+    return config.folder
+
+
+def refuse_launcher() -> None:
+    """A sweep is one process: under torchrun, whose ranks would each run all of it, raise UserError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a sweep runs in one process: start it without torchrun, spread its groups by engine=ray, or train single "
+            "runs with torchrun -m train fit"
+        )
+
+
+def enter_folder(config: SweepConfig, resume: bool) -> None:
+    """Make the sweep's folder with ``sweep.yaml``, or find it as it was left."""
+    folder = config.folder
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    if resume:
+        changed = differences(found_sweep(folder), config)
+        if changed:
+            raise UserError(
+                f"'{folder}' cannot go on with other settings ({', '.join(changed)}): leave them alone, or start a new "
+                "sweep under another name=…"
+            )
+        return
+    if folder.exists():
+        raise UserError(
+            f"'{folder}' exists already: choose another name=…, go on with it by --resume {folder}, or delete it"
+        )
+    with told("making the sweep's folder", folder):
+        folder.mkdir(parents=True)
+        atomic_write(folder / SWEEP, text.encode(), str(os.getpid()))
+
+
+def found_sweep(folder: Path) -> SweepConfig:
+    """The settings of the sweep that stands at ``folder``, wherever it was moved."""
+    from shards.config import load_config
+
+    if not (folder / SWEEP).is_file():
+        raise UserError(f"'{folder}' is not a sweep: it has no {SWEEP}; start one with --config (see configs/sweep/)")
+    found = load_config(SweepConfig, folder / SWEEP)
+    return found.model_copy(update={"runs": str(folder.parent), "name": folder.name})
+
+
+def differences(mine: SweepConfig, theirs: SweepConfig) -> list[str]:
+    """The keys that decide what the experiments are, and differ."""
+    free = {"engine", "runs", "together"}
+    one, other = mine.model_dump(mode="json"), theirs.model_dump(mode="json")
+    return [key for key in one if key not in free and one[key] != other[key]]
+
+
+def unfinished(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """Those that have neither a summary nor a reason to have none."""
+    folders = [(config, Path(config.runs) / str(config.name)) for config in configs]
+    return [c for c, run in folders if not (run / "summary.json").is_file() and not (run / DROPPED).is_file()]
+
+
+def _run(config: SweepConfig, configs: list[TrainConfig]) -> None:
+    """The experiments of a list and a grid."""
+    waiting = unfinished(configs)
+    parts = groups(waiting, 1 if config.lockstep == "none" else config.together)
+    done = len(configs) - len(waiting)
+    say(f"{len(configs)} experiments, {done} of them done; {len(parts)} groups, lockstep: {config.lockstep}")
+    if config.engine == "ray":
+        from train.sweeps.ray_engine import run_groups
+
+        run_groups(parts, config.lockstep)
+    else:
+        run_local(parts, config.lockstep, config.folder)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """The end of a sentence about an interrupted sweep."""
+    return f"go on with: python -m train sweep --resume {folder}"
+
+
+def say(line: str) -> None:
+    """A line on standard output, at once."""
+    print(line, flush=True)
+
+
+def run_local(parts: Sequence[list[TrainConfig]], mode: Mode, folder: Path, tell: Callable[[str], None] = say) -> None:
+    """One group after the other in this process."""
+    models = Models()
+    with StopRequest() as stop:
+        for number, part in enumerate(parts, 1):
+            tell(f"group {number} of {len(parts)}: {', '.join(str(config.name) for config in part)}")
+            try:
+                Lockstep(part, models, mode, stop, tell).run()
+            except Interrupted as stopped:
+                raise Interrupted(f"{stopped}, saved; {how_to_go_on(folder)}") from None
