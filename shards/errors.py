@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UserError(Exception):
@@ -35,3 +39,10 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
     except BrokenPipeError:  # `… | head` closed the pipe: leave quietly, as other Unix tools do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def first_complaint(error: ValidationError) -> str:
+    """``field: what is wrong with it`` on one line; a file that nobody vouches for may name its fields anything."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    return f"{field.encode('unicode_escape').decode():.100}: {first['msg']}"

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from shards.errors import UserError
+from shards.errors import UserError, first_complaint
 
 SCHEMA_VERSION = 1
 MAX_CHANNELS = 65_536
@@ -105,10 +105,8 @@ class FeatureSpec(BaseModel):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
             raise UserError(
-                f"{where} holds no feature spec: {field}: {first['msg']}; run `make verify` on the cache"
+                f"{where} holds no feature spec: {first_complaint(error)}; run `make verify` on the cache"
             ) from None
 
 

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from shards.checks import TarFile, first_bad_row, first_bad_utterance
 from shards.disk import open_file
-from shards.errors import UserError
+from shards.errors import UserError, first_complaint
 from shards.far import far_copy, far_tar
 from shards.manifest import (
     FAILURE_SCHEMA,
@@ -173,8 +173,11 @@ class _Audit:
         try:
             info = CacheInfo.model_validate(tree)
             self.spec = FeatureSpec.parse(info.spec, f"'{path}'")
-        except (ValidationError, UserError) as error:
-            self._tell(None, path, f"lacks what a cache says: {_first(error)}")
+        except ValidationError as error:
+            self._tell(None, path, f"lacks what a cache says: {first_complaint(error)}")
+            return None
+        except UserError as error:
+            self._tell(None, path, f"lacks what a cache says: {error}")
             return None
         if info.schema_version != self.spec.schema_version or self.spec.feature_id != info.feature_id:
             self._tell(None, path, "has a feature id that is not that of its spec")
@@ -192,7 +195,7 @@ class _Audit:
             try:
                 records[shard] = ShardRecord.model_validate(tree)
             except ValidationError as error:
-                self._tell(shard, path, f"lacks what a record says: {_first(error)}")
+                self._tell(shard, path, f"lacks what a record says: {first_complaint(error)}")
         return records
 
     def _plan(self, plan_id: str | None) -> pa.Table | None:
@@ -349,10 +352,3 @@ def _phrase(error: Exception, path: Path) -> str:
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror}"
     return str(error).removeprefix(path.name).strip()
-
-
-def _first(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error)

@@ -116,3 +116,11 @@ def test_another_format_version_is_refused_with_what_to_do(version, mend):
 def test_what_is_no_spec_is_refused_in_one_sentence(tree):
     with pytest.raises(UserError, match=r"^CACHE\.json holds no feature spec: "):
         FeatureSpec.parse(tree, "CACHE.json")
+
+
+def test_a_complaint_about_a_foreign_spec_is_one_short_line():
+    tree = {**make_spec().model_dump(), "frontend": {"\n" * 3 + "x" * 5000: []}}
+    with pytest.raises(UserError) as refused:
+        FeatureSpec.parse(tree, "CACHE.json")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 300
