@@ -19,14 +19,13 @@ RAISED = {"error": "UserError|AbsentCache|ValueError|made", "failed": "WorkFaile
 
 @cache
 def sentences() -> list[tuple[str, str]]:
-    """(exception, text with … for what is filled in) of each ``raise``; ``made`` of a text given back or named."""
+    """(exception, text with … for what is filled in) of each call; ``made`` of a text given back or named."""
     found = []
     for package in ("shards", "pipeline", "train"):
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                    kind = getattr(node.exc.func, "id", "")
-                    found += [(kind, text_of(argument)) for argument in node.exc.args]
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    found += [(node.func.id, text_of(argument)) for argument in node.args]
                 elif isinstance(node, ast.Return | ast.Assign):
                     found.append(("made", text_of(node.value)))
     return found
