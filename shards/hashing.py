@@ -19,11 +19,11 @@ class BackgroundHash:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._pieces: SimpleQueue[Sequence[bytes] | None] = SimpleQueue()
+        self._pieces: SimpleQueue[Sequence[bytes | memoryview] | None] = SimpleQueue()
         self._room = threading.Semaphore(MAX_WAITING)
         self._thread: threading.Thread | None = None
 
-    def update(self, pieces: Sequence[bytes]) -> None:
+    def update(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Hash ``pieces`` soon; waits while too many wait already."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import zlib
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,8 @@ from shards.errors import WorkFailed
 from shards.hashing import BackgroundHash
 from shards.manifest import MANIFEST_SCHEMA, Layout, committed, parquet_bytes, seal
 from shards.spec import SCHEMA_VERSION, FeatureSpec
+
+Buffer = bytes | memoryview
 
 
 class CommitError(RuntimeError):
@@ -42,6 +45,7 @@ class ShardWriter:
         self.path = temporary(layout.tar(shard), owner)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._size = 0
+        self._rest = 0  # crc32 of every byte that the rows' crc32 do not cover
         self._hash = BackgroundHash()
         self._open = True
 
@@ -73,7 +77,7 @@ class ShardWriter:
     def add_encoded(self, utterance: dict[str, Any], encoded: Encoded, *, samples: int, audio_sha256: str) -> None:
         """:meth:`add` of features that went through the spec's codec already."""
         key = utterance["key"]
-        payload = npy(encoded.payload)
+        payload = npy_parts(encoded.payload)
         row = {
             **utterance,
             "samples": samples,
@@ -81,17 +85,17 @@ class ShardWriter:
             "codec": self.spec.codec,
             "scale_offset": -1,
             "scale_length": 0,
-            "crc32": zlib.crc32(payload),
+            "crc32": crc32(payload),
             "error": encoded.error,
             "audio_sha256": audio_sha256,
         }
         about = describe(row, self.spec)  # before the first byte: what cannot be described is not half written
-        row["offset"], row["length"] = self._member(f"{key}.npy", payload), len(payload)
+        row["offset"], row["length"] = self._member(f"{key}.npy", payload)
         if encoded.scale is not None:
-            scale = npy(encoded.scale)
-            row["crc32"] = zlib.crc32(scale, row["crc32"])
-            row["scale_offset"], row["scale_length"] = self._member(f"{key}.scale.npy", scale), len(scale)
-        self._member(f"{key}.json", about)
+            scale = npy_parts(encoded.scale)
+            row["crc32"] = crc32(scale, row["crc32"])
+            row["scale_offset"], row["scale_length"] = self._member(f"{key}.scale.npy", scale)
+        self._member(f"{key}.json", [about])
         self.rows.append(row)
 
     def fail(self, key: str, stage: str, error: str, attempt: int = 1) -> None:
@@ -107,10 +111,11 @@ class ShardWriter:
         """
         write_all(self._fd, end := tar.closing(self._size))
         self._hash.update([end])
+        self._rest = zlib.crc32(end, self._rest)
         self._size += len(end)
         os.fsync(self._fd)
         digest = self._hash.hexdigest()
-        self._read_back(digest)
+        self._read_back()
         os.close(self._fd)
         self._open = False
         rows = parquet_bytes(pa.Table.from_pylist(self.rows, schema=MANIFEST_SCHEMA))
@@ -150,34 +155,59 @@ class ShardWriter:
             os.close(self._fd)
         self.path.unlink(missing_ok=True)
 
-    def _member(self, name: str, data: bytes) -> int:
-        """Append a tar member; returns the offset of its data."""
-        offset = self._size + tar.BLOCK
-        parts = [tar.header(name, len(data)), data, tar.padding(len(data))]
-        written = os.writev(self._fd, parts)
-        total = sum(map(len, parts))
+    def _member(self, name: str, parts: Sequence[Buffer]) -> tuple[int, int]:
+        """Append a tar member; returns the offset of its data and their length."""
+        offset, length = self._size + tar.BLOCK, sum(map(len, parts))
+        around = tar.header(name, length), tar.padding(length)
+        whole = [around[0], *parts, around[1]]
+        written = os.writev(self._fd, whole)
+        total = tar.BLOCK + length + len(around[1])
         while written < total:  # a nearly full disk or a signal can cut a write short
-            written += os.pwrite(self._fd, b"".join(parts)[written:], self._size + written)
+            written += os.pwrite(self._fd, b"".join(whole)[written:], self._size + written)
             os.lseek(self._fd, self._size + written, os.SEEK_SET)
-        self._hash.update(parts)
+        self._hash.update(whole)
+        self._rest = crc32(around if name.endswith(".npy") else whole, self._rest)
         self._size += total
-        return offset
+        return offset, length
 
-    def _read_back(self, digest: str) -> None:
+    def _read_back(self) -> None:
+        """Compare what the disk gives back by crc32: each row's arrays, then everything between them.
+
+        The crc32 of what was written are at hand, and reading is three times as fast as another sha256.
+        """
         size = os.fstat(self._fd).st_size
+        rest, at, found = 0, 0, dict[str, int]()
         with mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            members = sum(1 for _ in tar.walk(view))
-            found = hashlib.sha256(view).hexdigest()
-        wanted = len(self.rows) * (3 if self.rows and self.rows[0]["scale_offset"] >= 0 else 2)
-        if found != digest or members != wanted or size != self._size:
-            raise CommitError(f"{self.path.name}: {members} of {wanted} members, sha256 {found[:8]} not {digest[:8]}")
+            for member in tar.walk(view):
+                key, _, kind = member.name.partition(".")
+                if kind == "json":
+                    continue
+                end = member.offset + member.length
+                found[key] = zlib.crc32(view[member.offset : end], found.get(key, 0))
+                rest, at = zlib.crc32(view[at : member.offset], rest), end
+            rest = zlib.crc32(view[at:], rest)
+        if (size, found, rest) != (self._size, {row["key"]: row["crc32"] for row in self.rows}, self._rest):
+            raise CommitError(f"{self.path.name}: the disk gave back other bytes than were written (crc32)")
+
+
+def npy_parts(array: Array) -> list[Buffer]:
+    """``array`` as a version 1.0 ``.npy`` file: its header, and its bytes where they are."""
+    values = np.ascontiguousarray(array)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(values))
+    return [buffer.getvalue(), values.reshape(-1).view(np.uint8).data]
 
 
 def npy(array: Array) -> bytes:
     """``array`` as a version 1.0 ``.npy`` file."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
+    return b"".join(npy_parts(array))
+
+
+def crc32(parts: Iterable[Buffer], before: int = 0) -> int:
+    """zlib's crc32 over ``parts``, going on from ``before``."""
+    for part in parts:
+        before = zlib.crc32(part, before)
+    return before
 
 
 def describe(row: dict[str, Any], spec: FeatureSpec) -> bytes:

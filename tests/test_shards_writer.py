@@ -19,6 +19,7 @@ from shards.codec import CodecError, decode
 from shards.disk import TEMPORARY
 from shards.errors import WorkFailed
 from shards.manifest import MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, committed, read_parquet, stray_files, write_plan
+from shards.tar import TarError
 from shards.verify import verify
 from shards.writer import CommitError, ShardWriter, clean, remove_shard
 
@@ -263,16 +264,30 @@ def test_a_short_write_is_carried_on(tmp_path, monkeypatch):
     assert files(short.shards) == files(layout.shards)
 
 
+def test_a_changed_header_or_text_is_never_committed_either(tmp_path, monkeypatch):
+    layout, plan_id = planned(tmp_path)
+    real = os.writev
+    monkeypatch.setattr(os, "writev", lambda fd, parts: real(fd, [bytes(parts[0]).replace(b"ear", b"eer"), *parts[1:]]))
+    with pytest.raises((CommitError, TarError)):
+        write(layout, plan_id, "me")
+    monkeypatch.setattr(
+        os, "writev", lambda fd, parts: real(fd, [bytes(x).replace(b'"text"', b'"tixt"') for x in parts])
+    )
+    with pytest.raises(CommitError, match="crc32"):
+        write(layout, plan_id, "me")
+    assert files(layout.shards) == {}
+
+
 def test_bytes_that_come_back_changed_are_never_committed(tmp_path, monkeypatch):
     layout, plan_id = planned(tmp_path)
     real = os.writev
 
     def flipping(fd, parts):
-        head, data, pad = parts
-        return real(fd, [head, data[:-1] + bytes([data[-1] ^ 1]), pad])
+        *before, data, pad = parts  # the array's bytes, or the JSON
+        return real(fd, [*before, bytes(data[:-1]) + bytes([data[-1] ^ 1]), pad])
 
     monkeypatch.setattr(os, "writev", flipping)
-    with pytest.raises(CommitError, match="sha256"):
+    with pytest.raises(CommitError, match="crc32"):
         write(layout, plan_id, "me")
     assert files(layout.shards) == {}
 
