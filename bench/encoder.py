@@ -11,6 +11,7 @@ from, log-mel included.
 
 ``bound`` is the time that the arithmetic alone would take: the linear layers at the rate at which this machine
 multiplies bfloat16 matrices of their shapes, attention and convolutions at theirs, measured here, on as many threads.
+Of the last layer it counts what the frames that are kept need.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def ctranslate2_encoders(weights: Weights, threads: int, folder: Path) -> Iterat
         yield f"ctranslate2 {compute_type}", encode
 
 
-def bound(weights: Weights, threads: int, rounds: int = 5) -> float:
-    """Seconds of bare arithmetic a clip, ``threads`` clips at a time: each product at its best measured time."""
+def bound(weights: Weights, threads: int, kept: int, rounds: int = 5) -> float:
+    """Seconds of bare arithmetic a clip with ``kept`` frames, ``threads`` clips at a time, each product at its best."""
     config = json.loads((weights.folder / "config.json").read_text())
     width, inner, heads = config["d_model"], config["encoder_ffn_dim"], config["encoder_attention_heads"]
     frames, mels, pool = config["max_source_positions"], config["num_mel_bins"], Threads(threads)
@@ -130,14 +131,24 @@ def bound(weights: Weights, threads: int, rounds: int = 5) -> float:
         product(frames, *shape) for shape in ((width, 3 * width), (width, width), (width, inner), (inner, width))
     )
     layer += seconds(lambda: attend(qkv, heads))
+    last = product(frames, width, 2 * width) + seconds(lambda: attend(qkv, heads, kept))
+    last += sum(product(kept, *shape) for shape in ((width, width), (width, width), (width, inner), (inner, width)))
     stem = product(2 * frames, 3 * mels, width) + product(frames, 3 * width, width)
-    return stem + config["encoder_layers"] * layer
+    return stem + (config["encoder_layers"] - 1) * layer + last
 
 
 def compare(found: list[np.ndarray], exact: list[np.ndarray]) -> tuple[float, float]:
     """Relative RMS error and cosine over all frames that touch audio, in float64."""
     a, b = (np.concatenate([x.ravel() for x in part]).astype(np.float64) for part in (found, exact))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b)), float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def print_machine(threads: int) -> None:
+    """Processor, its flags that matter here, and versions."""
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} threads, load {os.getloadavg()[0]:.1f}; "
+          f"flags {' '.join(flag for flag in FLAGS if flag in flags) or 'unknown'}")  # fmt: skip
+    print(", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "ctranslate2")))
 
 
 def main() -> None:
@@ -179,15 +190,12 @@ def main() -> None:
                 since = time.perf_counter()
                 outputs[name] = run(clips)
                 times[name].append(time.perf_counter() - since)
-    least = bound(weights, args.threads)
+    frames = [-(-len(clip) // 320) for clip in clips]
+    least = bound(weights, args.threads, round(sum(frames) / len(frames)))
 
-    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads, load {os.getloadavg()[0]:.1f}; "
-          f"flags {' '.join(flag for flag in FLAGS if flag in flags) or 'unknown'}")  # fmt: skip
-    print(", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "ctranslate2")))
+    print_machine(args.threads)
     print(f"{weights.reference}: {len(clips)} clips, {seconds:.0f} s of audio, each padded to 30 s\n")
     print(f"{'':<22} {'ms/clip':>8} {'audio-s/s':>9} {'x fp32':>7} {'rel.err':>8} {'cosine':>8}")
-    frames = [-(-len(clip) // 320) for clip in clips]
     kept = {name: [x[:n] for x, n in zip(found, frames, strict=True)] for name, found in outputs.items()}
     base = min(times["transformers float32"])
     for name, found in times.items():

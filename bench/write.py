@@ -5,8 +5,8 @@
 
 All write the same float16 arrays as ``<key>.npy`` beside a ``<key>.json``, in turn; a figure is the best round. ``add``
 is the time until the last member is written, this project's with a crc32 of every payload and nearly all of the tar's
-sha256 (the peers compute neither); ``whole`` includes closing and, here, reading the tar back and comparing the crc32 of
-every byte, the rows in parquet and the commit record, which an extraction does beside the next shard's encoding. ``with
+sha256 (the peers compute neither); ``whole`` includes closing and, here, reading the tar back and comparing every byte
+by crc32, the rows in parquet and the commit record, which an extraction does beside the next shard's encoding. ``with
 codec`` starts from float32 features. Without ``--fsync`` nobody syncs. The lines below tell what no writer can exceed
 here: one thread that does nothing but hash, or write.
 """

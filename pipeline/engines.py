@@ -60,6 +60,7 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
     ):
         make_shards(job, tally, decoders, progress, worker=worker, look=others.check)
         finish_caches(job, time.perf_counter() - started)
+        tally.stages.wall = time.perf_counter() - started
     return tally
 
 

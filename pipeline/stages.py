@@ -28,6 +28,7 @@ class Stages:
     def __init__(self, *, trace: bool = False) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage, summed over threads
         self.waited: defaultdict[str, float] = defaultdict(float)  # of the main thread, by the stage waited for
+        self.wall: float | None = None  # seconds of all of it, once it is over
         self._began = time.perf_counter()
         self._lock = threading.Lock()
         self._events: list[dict[str, Any]] | None = [] if trace else None
@@ -61,7 +62,7 @@ class Stages:
 
     def shares(self, workers: int) -> dict[str, float]:
         """How much of the time so far each stage was busy; 1 is all of it, and of all ``workers`` for decoding."""
-        wall = max(time.perf_counter() - self._began, 1e-9)
+        wall = max(self.wall or time.perf_counter() - self._began, 1e-9)
         with self._lock:
             return {
                 stage: self.seconds[stage] / wall / (workers if stage == "decode" else 1)
@@ -86,8 +87,9 @@ class Stages:
         return lines
 
     def write(self, path: Path, workers: int) -> None:
-        """JSON: ``stages`` and ``waited`` in seconds, ``shares``, ``traceEvents`` in microseconds."""
+        """JSON: ``wall``, ``stages`` and ``waited`` in seconds, ``shares``, ``traceEvents`` in microseconds."""
         tree = {
+            "wall": self.wall if self.wall is not None else time.perf_counter() - self._began,
             "stages": dict(self.seconds),
             "waited": dict(self.waited),
             "shares": self.shares(workers),
