@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shards.config import Config, flatten
 from shards.order import Rules
-from train.options import LmConfig, MlpConfig, ProjectorConfig, PromptConfig
+from train.options import ContrastiveConfig, DistillConfig, LmConfig, MlpConfig, ProjectorConfig, PromptConfig
 
 # Keys that leave the losses of a run alone: a resumed run may change them.
 FREE_KEYS = frozenset(
@@ -103,6 +103,9 @@ class TrainConfig(Config):
     lm: LmConfig = LmConfig()
     prompt: PromptConfig = PromptConfig()
 
+    distill: DistillConfig = DistillConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+
     steps: int = Field(default=1000, ge=1)  # optimiser steps of the whole run
     lr: float = Field(default=1e-3, gt=0)  # highest learning rate
     min_lr: float = Field(default=0.0, ge=0)  # where cosine and linear end
@@ -148,6 +151,10 @@ class TrainConfig(Config):
             raise ValueError(f"caches names {found} layers: name as many of each corpus")
         if self.normalise_layers and self.layers == 1:
             raise ValueError("normalise_layers=true needs layers to mix: write caches: [[…-L4-…, …-L6-…]]")
+        if self.distill.weight and (self.lm.train or self.lm.lora):
+            raise ValueError(
+                "distill reads the transcript by a frozen LM: set distill.weight=0, or drop lm.train and lora"
+            )
         if self.name == "latest":
             raise ValueError("name=latest is the link to the newest run: choose another name")
         if not all(0 <= beta < 1 for beta in self.betas):

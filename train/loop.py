@@ -30,6 +30,7 @@ from train.data import Utterances, open_data
 from train.device import choose_device, choose_dtype
 from train.distributed import Group, RankLost
 from train.evaluate import Evaluation, Stopped, evaluate
+from train.objectives import Objectives
 from train.schedule import learning_rate
 from train.state import RunState
 from train.step import StepFigures, seed_step, take, take_step
@@ -105,6 +106,7 @@ class Trainer:
         self.quiet = quiet
         self.tracker: Tracker = Silence()
         self.judged: Evaluation | None = None  # the last on the way
+        self.objectives = Objectives(config.distill, config.contrastive)
 
     def __enter__(self) -> Trainer:
         """Open the run's files, drop their lines past the checkpoint, and save the start values of a new run."""
@@ -175,6 +177,7 @@ class Trainer:
             clip=config.clip,
             group=self.group,
             waited=waited,
+            objectives=self.objectives,
         )
         if not done.finite:
             what = "gradient" if math.isfinite(done.loss) else "loss"
@@ -199,6 +202,7 @@ class Trainer:
         return {
             "step": self.state.step,
             "loss": done.loss,
+            **done.further,
             "lr": rate,
             "grad_norm": done.grad_norm,
             "projector_rms_ratio": done.soft_rms / self.model.lm.embedding_rms,

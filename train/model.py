@@ -43,11 +43,19 @@ class AudioLM(nn.Module):
     def nats(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> NatsOutput:
         """Nats of ``texts`` [B] given the audio. Padding frames and the other rows of the batch change nothing."""
         soft, soft_mask = self.soft_tokens(features, mask)
-        targets = [self.prompt.target(text) for text in texts]
-        before, after = self._around(len(texts))
+        before, after, targets = self.sides(texts)
         nats = self.lm.target_nats(soft, soft_mask, before, after, targets)
         tokens = torch.tensor([len(ids) for ids in targets], device=nats.device)
-        return NatsOutput(nats, tokens, soft.detach()[soft_mask].float().square().mean().sqrt())
+        return NatsOutput(nats, tokens, self.rms(soft, soft_mask))
+
+    def sides(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Ids before and after the soft tokens of each row, and its targets."""
+        return *self._around(len(texts)), [self.prompt.target(text) for text in texts]
+
+    @staticmethod
+    def rms(soft: Tensor, soft_mask: Tensor) -> Tensor:
+        """RMS of the valid soft tokens, a float32 scalar without gradient."""
+        return soft.detach()[soft_mask].float().square().mean().sqrt()
 
     @torch.no_grad()
     def generate(

@@ -232,6 +232,20 @@ class LoraConfig(Config):
     targets: Annotated[list[str], Field(min_length=1)] | None = None
 
 
+class DistillConfig(Config):
+    """Distillation from the same frozen LM that reads the transcript (Ultravox; ``train/lms/distill.py``)."""
+
+    weight: float = Field(default=0.0, ge=0, le=1)  # of the divergence, against cross-entropy; 0: off, 1: it alone
+    temperature: float = Field(default=2.0, gt=0)  # of both softmaxes
+
+
+class ContrastiveConfig(Config):
+    """InfoNCE between mean soft tokens and the mean embeddings of the batch's texts (``train/objectives.py``)."""
+
+    weight: float = Field(default=0.0, ge=0)  # beside the other losses; 0: off
+    temperature: float = Field(default=0.07, gt=0)  # cosines are divided by it
+
+
 class LmConfig(Config):
     """Which language model. Frozen unless ``train`` (then its parameters get gradients beside the projector's) or, of a
     Hugging Face model, ``lora`` (then its adapters do)."""

@@ -6,7 +6,8 @@ batches -> soft tokens -> frozen LM -> nats of the target tokens -> gradient of
 ```
 
 Every target token of a step weighs the same, whichever batch and rank it is in: not the mean of the ranks' means.
-Losses of the projector's own (a router's) are added to what is differentiated, not to the loss that is told.
+Losses of the projector's own (a router's) are added to what is differentiated, not to the loss that is told; so are the
+further objectives of a run (``train/objectives.py``), which are told under their own names.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from shards.batch import Batch
 from train.distributed import Group
 from train.model import AudioLM
+from train.objectives import CONTRASTIVE, Objectives
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class StepFigures:
     padded_frames: int  # with padding
     utterances: int
     waited: float  # seconds for data, on the rank that waited longest
+    further: dict[str, float] = field(default_factory=dict)  # means of the further objectives, by name
 
     @property
     def finite(self) -> bool:
@@ -67,11 +70,13 @@ def take_step(
     clip: float,
     group: Group,
     waited: float = 0.0,
+    objectives: Objectives | None = None,
 ) -> StepFigures:
     """Gradient of the step and one update of ``parameters``; none where the gradient is not finite.
 
     ``batches`` is this rank's part of each global batch of the step; a part may be empty, and takes part all the same.
     """
+    objectives = objectives or Objectives()
     mine = [
         sum(len(model.prompt.target(text)) for batch in batches for text in batch.texts),
         sum(int(batch.lengths.sum()) for batch in batches),
@@ -84,31 +89,43 @@ def take_step(
     nats = 0.0
     soft = [0] * len(batches)  # soft tokens of each batch
     squares = [0.0] * len(batches)  # their mean square, times their number
+    further = dict.fromkeys(objectives.names, 0.0)
+    texts = _texts_of_all(batches, group) if CONTRASTIVE in further else [batch.texts for batch in batches]
     for i, batch in enumerate(batches):
         if not batch.texts:  # a global batch of fewer utterances than ranks
             continue
-        out = model.nats(batch.features, batch.mask(), batch.texts)
-        loss = out.nats.sum() / tokens
+        out = objectives.measure(model, batch.features, batch.mask(), batch.texts, texts[i])
+        loss = objectives.loss(out, tokens, utterances)
         for own in model.projector.take_losses().values():  # weigh as much as their batch does in the step
             loss = loss + own * (int(out.tokens.sum()) / tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         nats += float(out.nats.detach().double().sum())
+        for name, term in out.further.items():
+            further[name] += float(term.detach().double().sum())
         soft[i] = sum(map(model.projector.soft_frames, batch.lengths.tolist()))
         squares[i] = soft[i] * float(out.soft_rms) ** 2
     group.sum_gradients(parameters)
-    nats, *sums = group.total([nats, *soft, *squares])
+    nats, *sums = group.total([nats, *soft, *squares, *further.values()])
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-    pairs = zip(sums[: len(batches)], sums[len(batches) :], strict=True)
+    count = len(batches)
+    pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
     figures = StepFigures(
         loss=nats / tokens,
         grad_norm=norm,
-        soft_rms=sum(math.sqrt(square / count) for count, square in pairs) / len(batches),
+        soft_rms=sum(math.sqrt(square / number) for number, square in pairs) / count,
         tokens=int(tokens),
         frames=int(frames),
         padded_frames=int(padded),
         utterances=int(utterances),
         waited=max(waits),
+        further=objectives.told(sums[2 * count :], tokens, utterances),
     )
     if figures.finite:
         optimizer.step()
     return figures
+
+
+def _texts_of_all(batches: Sequence[Batch], group: Group) -> list[list[str]]:
+    """The texts of each global batch, on every rank in the same order."""
+    shares = group.gather([batch.texts for batch in batches])
+    return [[text for share in shares for text in share[i]] for i in range(len(batches))]

@@ -88,9 +88,7 @@ class LanguageModel(nn.Module):
         """
         layout = lay_out(soft_mask.sum(1), before, after, targets)
         nats_N = self._nats(self.hidden(layout, soft[soft_mask])[layout.predicts], layout.targets)
-        counts = layout.predicts.sum(1)
-        slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-        return nats_N.new_zeros(slots.shape).masked_scatter(slots, nats_N).sum(1)
+        return sum_by_row(nats_N, layout)
 
     def _nats(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """[N, D], [N] -> [N] nats. Pieces whose logits would be too many are computed again in the backward pass."""
@@ -133,6 +131,13 @@ class LanguageModel(nn.Module):
             if all(done):
                 break
         return [row[len(ids) :] for row, ids in zip(rows, after, strict=True)]
+
+
+def sum_by_row(values_N: Tensor, layout: Layout) -> Tensor:
+    """A number for each target position of ``layout`` [N] -> their sum in each row [B]."""
+    counts = layout.predicts.sum(1)
+    slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    return values_N.new_zeros(slots.shape).masked_scatter(slots, values_N).sum(1)
 
 
 def load_lm(

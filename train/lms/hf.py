@@ -83,8 +83,7 @@ class HfLanguageModel(LanguageModel):
         return self._scales.cap(product)
 
     def embed(self, ids: Tensor) -> Tensor:
-        rows: Tensor = self.model.get_input_embeddings()(ids)
-        return rows.to(self.dtype)
+        return self._rows(ids).to(self.dtype)
 
     @torch.no_grad()
     def generate(

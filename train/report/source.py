@@ -114,7 +114,8 @@ class RunFiles:
     def cache_paths(self) -> list[str]:
         """Where the run's caches stood, and those that it was judged on instead."""
         paths = [str(cache["path"]) for cache in self.about.get("caches", [])]
-        return [*paths, *([] if self.config is None else self.config.val.caches)]
+        judged = [] if self.config is None else self.config.val.caches
+        return [*paths, *(entry if isinstance(entry, str) else entry[0] for entry in judged)]
 
 
 def _progress(metrics: list[Figures]) -> Figures:
