@@ -182,7 +182,12 @@ def _repair(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from pipeline.repair import repair
+    from shards.storage import is_url
 
+    if is_url(args.cache):
+        raise UserError(
+            f"'{args.cache}' is a URL: run its extraction with --verify, which makes damaged shards of a bucket again"
+        )
     mended = repair(Path(args.cache), source=args.source)
     for problem in mended:
         print(f"mended: {problem.file}: {problem.what}")

@@ -185,6 +185,17 @@ def test_failures_are_told_counted_and_tried_again_in_a_bucket(s3, world, tmp_pa
     assert snapshot(download(s3, "failed", tmp_path / "again")) == snapshot(tmp_path / "near")
 
 
+def test_writes_whose_answers_were_lost_count_and_are_not_made_twice(s3, world, local, tmp_path):
+    s3.loses = 3
+    try:
+        argv = far_words("s3://bucket/lost", tmp_path / "scratch", world)
+        assert run(argv, before=partial(use, s3.url), log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    finally:
+        s3.loses = 0
+    assert snapshot(download(s3, "lost", tmp_path / "copy")) == snapshot(local)
+    assert set(Counter(s3.commits()).values()) == {1}
+
+
 def test_several_layers_go_into_several_folders_of_a_bucket(s3, world, tmp_path):
     more = ["encoder.layers=[0,1]", "codec=int8"]
     assert run(far_words("s3://bucket/layers", tmp_path / "scratch", world, *more), before=partial(use, s3.url)) == 0

@@ -13,10 +13,16 @@ from typing import Any
 
 @dataclass
 class S3:
-    """``puts``: (key with bucket, body) of every write that the server accepted, in order."""
+    """A server and what happened to it.
+
+    Attributes:
+        puts: (key with bucket, body) of every write that it accepted, in order.
+        loses: of how many writes one is carried out and answered by an error all the same; 0 is none.
+    """
 
     url: str
     puts: list[tuple[str, bytes]] = field(default_factory=list)
+    loses: int = 0
 
     def commits(self) -> list[str]:
         """Names of commit records as they were put, one for each time."""
@@ -53,18 +59,21 @@ def s3_server(*buckets: str) -> Iterator[S3]:
     lock, served = threading.Lock(), S3("")
 
     def application(environ: dict[str, Any], start_response: Any) -> Any:
-        status = []
+        begun: list[Any] = []
 
-        def start(code: str, *args: Any) -> Any:
-            status.append(code)
-            return start_response(code, *args)
+        def start(*answer: Any) -> None:
+            begun.append(answer)
 
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         environ["wsgi.input"] = BytesIO(body)
         with lock:  # S3 decides a condition and writes in one step; moto by itself takes two
-            answer = moto(environ, start)
-            if environ["REQUEST_METHOD"] == "PUT" and status[0].startswith("200"):
+            answer = list(moto(environ, start))
+            if environ["REQUEST_METHOD"] == "PUT" and begun[0][0].startswith("200"):
                 served.puts.append((environ["PATH_INFO"].lstrip("/"), body))
+                if served.loses and len(served.puts) % served.loses == 0:
+                    start_response("500 Internal Server Error", [("Content-Length", "0")])
+                    return [b""]
+            start_response(*begun[0])
             return answer
 
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
