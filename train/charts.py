@@ -67,7 +67,7 @@ def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: s
         return '<p class="note">No figures yet.</p>'
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys), max(ys))
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys), max(ys), max(2, height // 50))
     frame = Frame(0.0, max(max(xs), 1.0), y_ticks[0], max(y_ticks[-1], max(ys)), height)
     parts = [*_axes(frame, [x for x in x_ticks if x <= frame.x_high], y_ticks)]
     dashes = _dashes(curves)

@@ -151,7 +151,8 @@ small{{color:var(--soft);font-size:.8rem}}
 td.number{{white-space:nowrap}}
 ins,del{{text-decoration-thickness:2px;border-radius:.2rem;padding:0 .15rem;color:var(--ink)}}
 ins{{background:var(--added);text-decoration:underline}}del{{background:var(--lost);text-decoration:underline dotted}}
-audio{{display:block;width:100%;min-width:9rem;max-width:17rem;height:2.2rem;margin-top:.3rem}}
+audio{{display:block;width:14rem;max-width:100%;height:2.2rem;margin-top:.3rem}}
+td audio{{min-width:12rem}}
 .tokens{{display:flex;flex-wrap:wrap;gap:.25rem;margin:.2rem 0 0;padding:0;list-style:none;font-size:.8rem}}
 .tokens li{{border:1px solid var(--line);border-radius:.25rem;padding:0 .3rem;background:var(--card);
 white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,monospace}}

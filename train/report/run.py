@@ -84,7 +84,7 @@ def _verdict(figures: Figures) -> str:
 
 def _tiles(figures: Figures) -> str:
     def beside(name: str, unit: str, scale: float = 1) -> str:
-        return f"{unit} {bounds(figures, name, scale, 2 if scale == 1 else 1)}".rstrip()
+        return f"{bounds(figures, name, scale, 2 if scale == 1 else 1)} {unit}".lstrip()
 
     return tiles(
         [
@@ -161,8 +161,8 @@ def _retrieval(found: Figures | None) -> str:
         ("audio finds its text, by pooled embedding", "by_embedding"),
     ]
     cells = [(escape(what), percent(found[name], 0), bounds(found, name, 100, 0)) for what, name in rows]
-    chance = f"{percent(found['chance'])}, one of {found['candidates']}; {found['utterances']} utterances"
-    return table(("first choice right", "share", "95 % interval"), cells, (1, 2)) + listing({"by chance": chance})
+    cells.append(("by chance", percent(found["chance"], 0), f"one of {found['candidates']}"))
+    return table((f"first choice right, {found['utterances']} utterances", "share", "95 % interval"), cells, (1, 2))
 
 
 def _errors(figures: Figures) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from shards.config import flatten
 from shards.errors import UserError
 from train.config import TrainConfig
+from train.data import find_cache
 from train.measures.utterances import read_utterances
 from train.runs import FIGURES, JUDGED, SPACE, read_json, run_config
 from train.track import EVALUATIONS, METRICS, read_lines
@@ -114,8 +115,13 @@ class RunFiles:
     def cache_paths(self) -> list[str]:
         """Where the run's caches stood, and those that it was judged on instead."""
         paths = [str(cache["path"]) for cache in self.about.get("caches", [])]
-        judged = [] if self.config is None else self.config.val.caches
-        return [*paths, *(entry if isinstance(entry, str) else entry[0] for entry in judged)]
+        for entry in [] if self.config is None else self.config.val.caches:
+            try:
+                found = find_cache(entry if isinstance(entry, str) else entry[0])  # layers are of the same audio
+            except UserError:  # by now several match
+                continue
+            paths += [found] if found else []
+        return paths
 
 
 def _progress(metrics: list[Figures]) -> Figures:
