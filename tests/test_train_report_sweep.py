@@ -50,12 +50,20 @@ def sweep(tmp_path):
 
 def test_experiments_are_compared_with_the_best_over_the_same_utterances(sweep):
     page = Page(write_sweep_report(sweep).read_text())
-    assert "beta has the lowest held-out loss, 1.175" in page.shown
-    assert "beyond chance to 1 of 2 others" in page.shown
+    assert "beta has the lowest held-out loss, 1.175 nats a token." in page.shown
     assert "+1.000 [+1.000, +1.000]" in page.shown  # alpha is worse by exactly 1 everywhere
     assert "+0.000 [" in page.shown  # gamma is even
-    assert "WER minus best" in page.shown
+    assert "WER minus beta" in page.shown
     assert "2 of 3 experiments finished" in page.shown
+
+
+def test_a_sweeps_baseline_is_what_the_others_are_compared_with(sweep):
+    listed = [{"name": "alpha"}, {"name": "gamma", "state": "failed", "reason": "the loss of step 7 is not finite"}]
+    (sweep / "sweep.json").write_text(json.dumps({"baseline": "alpha", "experiments": listed}))
+    page = Page(write_sweep_report(sweep).read_text())
+    assert "1.000 below the baseline alpha, beyond chance" in page.shown
+    assert "-1.000 [-1.000, -1.000]" in page.shown
+    assert "the loss of step 7 is not finite" in page.shown
 
 
 def test_a_sweep_shows_what_differs_and_the_same_utterance_decoded_by_each(sweep):
@@ -69,7 +77,7 @@ def test_a_sweep_shows_what_differs_and_the_same_utterance_decoded_by_each(sweep
 
 def test_the_order_is_that_of_the_sweeps_own_file(sweep):
     assert [path.name for path in experiments(sweep)] == ["alpha", "beta", "gamma"]
-    (sweep / "sweep.json").write_text(json.dumps({"experiments": ["gamma", "beta"]}))
+    (sweep / "sweep.json").write_text(json.dumps({"experiments": [{"name": "gamma"}, {"name": "beta"}]}))
     assert [path.name for path in experiments(sweep)] == ["gamma", "beta", "alpha"]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from shards.disk import atomic_write, told
 from shards.errors import UserError
@@ -33,14 +34,16 @@ def write_report(run: Path) -> Path:
 def write_sweep_report(folder: Path) -> Path:
     """Write ``report.html`` into ``folder``, which holds the run folder of each experiment; returns its path.
 
-    ``sweep.json``, where it stands, may list the ``experiments`` (names, or objects with a ``name``) in order.
+    Of ``sweep.json``, where it stands, it takes the ``experiments`` in their order (objects with ``name``, and the
+    ``state`` and ``reason`` of one that did not finish) and the ``baseline``, with which the others are compared.
 
     Raises:
         UserError: no run stands in it.
     """
     from train.report.sweep import render
 
-    return _write(folder, render(folder, experiments(folder)))
+    state = _state(folder)
+    return _write(folder, render(folder, experiments(folder), state))
 
 
 def is_sweep(folder: Path) -> bool:
@@ -57,13 +60,15 @@ def experiments(folder: Path) -> list[Path]:
     found = sorted(path.parent for path in folder.glob("*/config.yaml") if not path.parent.is_symlink())
     if not found:
         raise UserError(f"'{folder}' holds no run: train a sweep there first")
-    if (folder / SWEEP).is_file():
-        from train.runs import read_json
+    names = [each["name"] for each in _state(folder).get("experiments", [])]
+    return sorted(found, key=lambda path: names.index(path.name) if path.name in names else len(names))
 
-        listed = read_json(folder / SWEEP).get("experiments")
-        names = [each.get("name") if isinstance(each, dict) else each for each in listed or []]
-        found.sort(key=lambda path: names.index(path.name) if path.name in names else len(names))
-    return found
+
+def _state(folder: Path) -> dict[str, Any]:
+    """``sweep.json``; empty where there is none."""
+    from train.runs import read_json
+
+    return read_json(folder / SWEEP) if (folder / SWEEP).is_file() else {}
 
 
 def _write(folder: Path, text: str) -> Path:

@@ -1,7 +1,8 @@
 """The page about a sweep: experiments side by side, with paired differences over the same held-out utterances.
 
-In: the run folders of a sweep. Out: HTML text. The experiment with the lowest held-out loss is what the others are
-compared with; a difference whose interval holds 0 may be chance.
+In: the run folders of a sweep, and its ``sweep.json``. Out: HTML text. The sweep's baseline, or where it names none the
+experiment of the lowest held-out loss, is what the others are compared with; a difference whose interval holds 0 may be
+chance.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from shards.errors import UserError
 from train.charts import Curve, chart, smooth
@@ -25,22 +27,24 @@ SHOWN_SAMPLES = 8
 OWN_KEYS = ("name", "runs")
 
 DIFFERENCE_NOTE = (
-    "Held-out figures. Differences are to the experiment of the lowest loss, paired over the same utterances, with "
-    "95 % bootstrap intervals: one that holds 0 may be chance. The best of many experiments looks better than it is."
+    "Held-out figures. Differences are paired over the same utterances, with 95 % bootstrap intervals: one that "
+    "holds 0 may be chance. The best of many experiments looks better than it is."
 )
 
 
-def render(folder: Path, runs: Sequence[Path]) -> str:
+def render(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> str:
     """The page as text; everything that comes from data is escaped."""
     found = [RunFiles(run) for run in runs]
     judged = [run for run in found if run.figures.get("val_loss") is not None]
     best = min(judged, key=lambda run: float(run.figures["val_loss"]), default=None)
+    base = next((run for run in judged if run.name == state.get("baseline")), best)
+    states = {each["name"]: each for each in state.get("experiments", [])}
     done = sum(bool(run.summary) for run in found)
     parts = [
         f'<header><p class="over">earshard sweep · {done} of {len(found)} experiments finished</p>'
-        f"<h1>{escape(folder.name)}</h1>{_verdict(best, judged)}</header>",
+        f"<h1>{escape(folder.name)}</h1>{_verdict(best, base)}</header>",
         _tiles(found, best),
-        section("Experiments", _experiments(found, best), note=DIFFERENCE_NOTE),
+        section("Experiments", _experiments(found, base, states), note=DIFFERENCE_NOTE),
         section("Held-out loss", _curves(found, held_out=True)),
         section("Training loss", _curves(found, held_out=False)),
         section("What differs", _differences(found)),
@@ -52,14 +56,15 @@ def render(folder: Path, runs: Sequence[Path]) -> str:
     return page(folder.name, "\n".join(filter(None, parts)))
 
 
-def _verdict(best: RunFiles | None, judged: Sequence[RunFiles]) -> str:
-    if best is None:
+def _verdict(best: RunFiles | None, base: RunFiles | None) -> str:
+    if best is None or base is None:
         return '<p class="lead">Not evaluated yet.</p>'
-    worse = [run for run in judged if run is not best]
-    apart = sum(1 for run in worse if (gap := _gap(run, best, NATS, TOKENS)) is not None and gap.low > 0)
     text = f"{best.name} has the lowest held-out loss, {best.figures['val_loss']:.3f} nats a token"
-    told = f"; the difference is beyond chance to {apart} of {len(worse)} others" if worse else ""
-    return f'<p class="lead">{escape(text + told)}.</p>'
+    gap = None if best is base else _gap(best, base, NATS, TOKENS)
+    if gap is not None:
+        sure = "beyond chance" if gap.high < 0 else "which may be chance"
+        text += f", {-gap.mean:.3f} below the baseline {base.name}, {sure}"
+    return f'<p class="lead">{escape(text)}.</p>'
 
 
 def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
@@ -76,42 +81,41 @@ def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
     )
 
 
-def _experiments(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
+def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[str, Any]) -> str:
     rows = []
     for run in runs:
-        figures = run.figures
-        state = "finished" if run.summary else f"at step {figures.get('steps', 0):,}"
+        figures, state = run.figures, states.get(run.name, {})
+        told = "" if run.summary else state.get("reason") or f"at step {figures.get('steps', 0):,}"
         rows.append(
             (
-                f"<div>{escape(run.name)} <small>{state}</small></div>",
+                f"<div>{escape(run.name)} <small>{escape(told)}</small></div>",
                 figure(figures.get("val_loss"), 3),
-                _told(run, best, NATS, TOKENS, 1, 3),
+                _told(run, base, NATS, TOKENS, 1, 3),
                 figure(figures.get("audio_gain"), 2),
                 percent(figures.get("wer")),
-                _told(run, best, WORD_ERRORS, WORDS, 100, 1),
+                _told(run, base, WORD_ERRORS, WORDS, 100, 1),
                 f"{figures['trained_parameters']:,}" if figures.get("trained_parameters") else "–",
             )
         )
-    headings = ("experiment", "loss", "loss minus best", "audio gain", "WER", "WER minus best, %", "parameters")
+    other = "–" if base is None else base.name
+    headings = ("experiment", "loss", f"loss minus {other}", "audio gain", "WER", f"WER minus {other}, %", "parameters")
     return table(headings, rows, range(1, 7))
 
 
-def _told(run: RunFiles, best: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int) -> str:
-    if run is best:
-        return "the best"
-    gap = None if best is None else _gap(run, best, counts, per)
+def _told(run: RunFiles, base: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int) -> str:
+    gap = None if base is None or run is base else _gap(run, base, counts, per)
     if gap is None:
         return "–"
     mean, low, high = (scale * value for value in gap)
     return f"<div>{mean:+.{digits}f} <small>[{low:+.{digits}f}, {high:+.{digits}f}]</small></div>"
 
 
-def _gap(run: RunFiles, best: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
-    """``run`` minus ``best``; None where they have no utterances in common."""
-    if run.table is None or best.table is None:
+def _gap(run: RunFiles, base: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
+    """``run`` minus ``base``; None where they have no utterances in common."""
+    if run.table is None or base.table is None:
         return None
     try:
-        return paired_difference(run.table, best.table, counts=counts, per=per)
+        return paired_difference(run.table, base.table, counts=counts, per=per)
     except UserError:
         return None
 
