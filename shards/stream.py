@@ -57,6 +57,7 @@ class FeatureStream(IterableDataset[Batch]):
         epochs: end after so many passes; ``None`` goes on and on.
         prefetch: batches read ahead of the loop; 0 reads in the loop's own thread.
         threads: that read ahead.
+        pinned: fill page-locked buffers: for batches that go to a GPU, in the process that uses them.
 
     Raises:
         UserError: the specs differ, no utterance is left, or one alone is longer than ``max_frames``.
@@ -74,6 +75,7 @@ class FeatureStream(IterableDataset[Batch]):
         epochs: int | None = None,
         prefetch: int = 4,
         threads: int = 2,
+        pinned: bool = False,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of a world of {world}")
@@ -104,7 +106,7 @@ class FeatureStream(IterableDataset[Batch]):
         }
         self._at, self._ended = Position(), False
         self._origin: int | None = None  # in a DataLoader worker: the batch that worker 0 began with
-        self._pool = Pool(prefetch + 2)
+        self._pool = Pool(prefetch + 2, pinned)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands: the next batch to take, and what this belongs to. JSON can hold it."""

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from test_shards_reader import flip, original
 from tiny_cache import make_cache
 from torch.utils.data import DataLoader
 
+from shards import buffers
 from shards.batch import Batch
 from shards.buffers import Pool
 from shards.errors import UserError
@@ -227,6 +229,41 @@ def test_buffers_are_reused_once_their_batches_are_gone(caches):
     assert len(places) < 30  # buffers grow to the longest batch first, then stay
     late = {batch.features.data_ptr() for batch in islice(reader, 100)}
     assert len(late) <= 6
+
+
+def test_page_locked_buffers_are_few_and_used_again(caches, monkeypatch):
+    made = []
+    monkeypatch.setattr(buffers, "page_locked", lambda size: made.append(size) or np.empty(size, dtype=np.uint8))
+    plain, pinned = (rows_and_sums(stream(caches, prefetch=2, pinned=flag)) for flag in (False, True))
+    assert pinned == plain
+    assert 1 <= len(made) < len(pinned) / 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pinned_stream_fills_page_locked_memory(caches):
+    for batch in stream(caches, prefetch=2, pinned=True):
+        assert batch.features.is_pinned()
+        assert batch.to("cuda").features.cpu().equal(batch.features)
+
+
+def test_memory_stays_flat_over_the_epochs(tmp_path):
+    cache = Cache.open(make_cache(tmp_path / "cache", n=120, channels=256, shards=6, min_frames=100, max_frames=400))
+    loop, held = iter(stream([cache], Rules(batch_size=8), epochs=None, prefetch=4)), []
+    for _ in range(4):  # 15 MB an epoch
+        for _ in range(15 * 8):
+            next(loop)
+        held.append(anonymous_bytes())
+    assert max(held[1:]) - held[0] < 5e6
+
+
+def rows_and_sums(batches) -> list[tuple[list[int], float]]:
+    return [(batch.rows, float(batch.features.float().sum())) for batch in batches]
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
 
 
 def test_a_buffer_returns_only_when_every_view_of_its_tensor_is_gone():

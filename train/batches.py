@@ -14,6 +14,7 @@ from shards.batch import Batch
 from shards.stream import FeatureStream
 from train.config import TrainConfig
 from train.data import Data
+from train.device import choose_device
 from train.distributed import Group
 from train.layers import Layers
 
@@ -70,5 +71,6 @@ def open_stream(config: TrainConfig, data: Data, group: Group) -> Stream:
         rows=data.train_rows,
         rank=group.rank,
         world=group.world,
+        pinned=data.layers is None and choose_device(config.device).type == "cuda",
     )
     return stream if data.layers is None else LayeredStream(stream, data.layers)

@@ -36,7 +36,7 @@ class AudioLM(nn.Module):
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """features [B, T, C] of any float dtype, mask [B, T] bool -> soft [B, S, D] in the LM's dtype, soft_mask."""
-        features = features.to(self.lm.device, self.lm.dtype)
+        features = features.to(self.lm.device).to(self.lm.dtype)  # in this order: the device casts faster than a CPU
         soft, soft_mask = self.projector(features, mask.to(self.lm.device))
         return soft.to(self.lm.dtype), soft_mask
 
