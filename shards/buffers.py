@@ -20,8 +20,8 @@ class Pool:
     """Buffers that come back by themselves when nothing refers to their memory any more.
 
     An array handed out is a view of a buffer; a torch tensor made of it, and every view of that tensor, keeps the array
-    alive. So the array's end is the end of all use, and a weak reference tells it. (A copy to a GPU that was begun and is
-    not waited for is no reference: :meth:`shards.batch.Batch.to` waits.)
+    alive. So the array's end is the end of all use, and a weak reference tells it. A copy to a GPU that was begun and
+    not waited for is no reference: :meth:`shards.batch.Batch.to` waits.
 
     Args:
         keep: free buffers kept.
