@@ -25,6 +25,7 @@ WRAPPER = f"""#!/bin/sh
 case "$*" in
   "-m pipeline extract "*) set -- "$@" limit=16 shard_mb=1;;
   "-m train fit "*) set -- "$@" {FIT} retrieval_limit=0;;
+  "-m train sweep "*) for word in {FIT} retrieval_limit=0; do set -- "$@" "change.$word"; done;;
   "-m train evaluate "*) set -- "$@" val.limit=2 decode_limit=1 max_new_tokens=4 retrieval_limit=0;;
 esac
 exec {sys.executable} "$@"

@@ -55,13 +55,13 @@ class Choices(Config):
 class SearchConfig(Config):
     """A search by Optuna for the lowest held-out loss: trials are drawn and run in lockstep, ``together`` at a time."""
 
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1)  # experiments to draw
     space: dict[str, Range | Choices] = Field(min_length=1)  # dotted key -> what it may be
     together: int = Field(default=4, ge=1)  # trials in lockstep; the sampler learns from those before
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "random"] = "tpe"  # how trials are drawn
     # whom evaluations on the way drop: below the median of the others, or not among the best third at each rung
     pruner: Literal["none", "median", "halving"] = "none"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)  # of the sampler
 
 
 def _flat(value: Any) -> Any:
@@ -77,12 +77,12 @@ class SweepConfig(Config):
 
     base: dict[str, Any]  # keys of a run, or the file that holds them
     change: dict[str, Any] = Field(default={})  # dotted key -> value, of all experiments
-    list: Changes = Field(default=[])
-    grid: Grid = Field(default={})
+    list: Changes = Field(default=[])  # experiments: the keys in which each differs from the base
+    grid: Grid = Field(default={})  # dotted key -> values; every combination, of each experiment of the list
     name: Name  # folder below ``runs``; the file's name when not told
-    runs: str = "runs"
+    runs: str = "runs"  # folder under which the sweep's folder is made
     names: str | None = None  # pattern of the experiments' names, such as "{projector.kind}-{lr}"; None: what differs
-    engine: Literal["local", "ray"] = "local"
+    engine: Literal["local", "ray"] = "local"  # local: this process; ray: groups over a Ray cluster
     # batched: one pass of the language model for all experiments of a group; separate: a pass each, bit-equal to runs
     # alone on a CPU in float32; none: one experiment after another
     lockstep: Literal["batched", "separate", "none"] = "batched"
