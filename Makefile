@@ -67,8 +67,12 @@ test: setup ## lint the imports and run the tests
 test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
 	@$(ALL)/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
+# these watch the file calls of a process, and coverage makes some of its own in it
+UNCOVERED := --deselect tests/test_shards_disk.py::test_every_name_appears_after_its_bytes_and_is_durable_before_the_next \
+	--deselect tests/test_shards_disk.py::test_a_file_limit_of_the_system_is_told_and_leaves_nothing
+
 coverage: setup ## the tests with a report of the lines they reach; fails below 90 % on shards/
-	@$(PY) -m pytest -n auto --dist loadfile --cov --cov-report= $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile --cov --cov-report= $(UNCOVERED) $(ARGS)
 	@$(BIN)/coverage report --skip-covered
 	@$(BIN)/coverage report --include 'shards/*' --fail-under 90 --format total
 
