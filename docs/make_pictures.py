@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     if program is None:
         raise UserError("there is no Chromium on the path: install one, on Debian by `apt install chromium`")
     page = write_report(find_run(argv[0] if argv else None))
-    with tempfile.TemporaryDirectory() as profile, Browser(program, Path(profile)) as browser:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, Browser(program, Path(profile)) as browser:
         for scheme in ("light", "dark"):
             browser.open(page, WIDTH, HEIGHT, scheme)
             told = browser.ask("Page.captureScreenshot", format="webp", quality=80)
