@@ -85,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
         "--encoder", metavar="REFERENCE", help="where the run's encoder is now, such as path:/models/x"
     )
 
+    export = add("export", "a trained projector as a folder to give away", "export runs/demo exported/demo")
+    export.add_argument("run", metavar="RUN", help="run folder")
+    export.add_argument("folder", metavar="DIR", help="new folder: weights, settings, model card")
+
     needs = add(
         "needs", "list the extraction configs whose caches are absent", "needs --config configs/train/demo.yaml"
     )
@@ -112,6 +116,7 @@ def command(argv: Sequence[str]) -> int:
         "sweep": _sweep,
         "evaluate": _evaluate,
         "transcribe": _transcribe,
+        "export": _export,
         "needs": _needs,
         "projectors": _projectors,
         "report": _report,
@@ -208,6 +213,14 @@ def _transcribe(args: argparse.Namespace) -> int:
     typist = Typist(sys.stdout)
     for name, text in transcribe(run, config, recordings, args.encoder, told=typist if args.stream else None):
         typist.end(name, text)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from train.export import export
+    from train.runs import find_run
+
+    print(f"exported: {export(find_run(args.run), Path(args.folder))}")
     return 0
 
 
