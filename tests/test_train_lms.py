@@ -218,6 +218,22 @@ def test_cached_generation_of_a_sliding_window_family_equals_uncached(scaled):
     assert scaled.generate(soft, mask, BEFORE, AFTER, 8) == LanguageModel.generate(scaled, soft, mask, BEFORE, AFTER, 8)
 
 
+def assert_candidates_cost_as_much_as_alone(lm):
+    soft, candidates = (
+        0.3 * torch.randn(9, 32, generator=torch.Generator().manual_seed(1)),
+        [[4, 5, 6, 7, 8], [9], [9, 3]],
+    )
+    found = lm.candidate_nats(soft, [30, 31], [7], candidates)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    for nats, ids in zip(found, candidates, strict=True):
+        alone = lm.target_nats(soft[None], mask, [[30, 31]], [[7]], [ids])[0]
+        torch.testing.assert_close(nats, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_candidates_share_the_keys_and_values_of_a_sliding_window_family(scaled):
+    assert_candidates_cost_as_much_as_alone(scaled)
+
+
 def multiplied(kind):
     """A tiny random model of a family that multiplies its logits, its embeddings or both by factors of its config."""
     import transformers
@@ -254,6 +270,7 @@ def test_a_family_that_multiplies_logits_or_embeddings_gives_its_own_logits(tmp_
         assert lm.embedding_rms == pytest.approx(6 * table.square().mean().sqrt().item(), rel=1e-4)
     soft, mask = soft_batch()
     assert lm.generate(soft, mask, BEFORE, AFTER, 4) == LanguageModel.generate(lm, soft, mask, BEFORE, AFTER, 4)
+    assert_candidates_cost_as_much_as_alone(lm)  # FalconH1 has a recurrent state
 
 
 def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path, monkeypatch):

@@ -123,10 +123,8 @@ class Oracle(torch.nn.Module):
         self.prompt, self.lm, self.soft_tokens = model.prompt, model.lm, model.soft_tokens
         self.frames_of = frames_of
 
-    def nats(self, features, mask, texts):
-        length = int(mask[0].sum())
-        nats = torch.tensor([float(self.frames_of[text] != length) for text in texts])
-        return type("Out", (), {"nats": nats})()
+    def candidates(self, features, mask, texts):
+        return torch.tensor([float(self.frames_of[text] != int(mask.sum())) for text in texts])
 
 
 def test_a_model_that_knows_the_pairs_finds_all_and_a_deaf_one_finds_one_in_a_group(model, tmp_path):
@@ -151,6 +149,19 @@ def test_retrieval_with_few_frames_at_a_time_finds_the_same(model, held_out):
     for reader in (narrow, wide):
         reader.found = retrieve(model, reader, range(20))
     assert narrow.found == wide.found
+
+
+@pytest.mark.parametrize("template", ["plain", "slam"])
+def test_candidates_after_one_audio_cost_what_they_cost_alone(config, held_out, template):
+    options = config.model_copy(update={"prompt": config.prompt.model_copy(update={"template": template})})
+    model = build_model(options, 8, torch.device("cpu"), torch.float32).eval()
+    features = torch.from_numpy(held_out.features(0)[None].copy())
+    mask = torch.ones(features.shape[:2], dtype=torch.bool)
+    texts = ["one", "", "turn left at the red light", "x"]
+    together = model.candidates(features, mask, texts)
+    alone = [float(model.nats(features, mask, [text]).nats[0]) for text in texts]
+    assert together.tolist() == pytest.approx(alone, rel=1e-4)
+    assert model.candidates(features, mask, [""]).tolist() == pytest.approx(alone[1:2], rel=1e-4)
 
 
 def test_the_nearest_tokens_of_embeddings_are_their_own_tokens(model):

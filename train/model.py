@@ -58,6 +58,13 @@ class AudioLM(nn.Module):
         return soft.detach()[soft_mask].float().square().mean().sqrt()
 
     @torch.no_grad()
+    def candidates(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> Tensor:
+        """Nats of each of ``texts`` given the one utterance of features [1, T, C]: float32 [len(texts)]."""
+        soft, soft_mask = self.soft_tokens(features, mask)
+        targets = [self.prompt.target(text) for text in texts]
+        return self.lm.candidate_nats(soft[soft_mask], self.prompt.before, self.prompt.after, targets)
+
+    @torch.no_grad()
     def generate(
         self,
         features: Tensor,

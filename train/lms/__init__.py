@@ -8,7 +8,7 @@ Letters: B rows, S soft tokens, T positions, D the LM's width, N target tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -89,6 +89,15 @@ class LanguageModel(nn.Module):
         layout = lay_out(soft_mask.sum(1), before, after, targets)
         nats_N = self._nats(self.hidden(layout, soft[soft_mask])[layout.predicts], layout.targets)
         return sum_by_row(nats_N, layout)
+
+    def candidate_nats(self, soft_SD: Tensor, before: Sequence[int], after: Sequence[int], candidates: Ids) -> Tensor:
+        """What each of several targets costs after one audio: nats, float32 [len(candidates)], as ``target_nats``.
+
+        soft_SD [S, D]. A subclass may let audio and prompt pass once for all of them.
+        """
+        rows = len(candidates)
+        soft, mask = soft_SD.expand(rows, -1, -1), soft_SD.new_ones(rows, len(soft_SD), dtype=torch.bool)
+        return self.target_nats(soft, mask, [before] * rows, [after] * rows, candidates)
 
     def _nats(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """[N, D], [N] -> [N] nats. Pieces whose logits would be too many are computed again in the backward pass."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from shards.errors import UserError
 from train.lms import LanguageModel
@@ -84,6 +85,32 @@ class HfLanguageModel(LanguageModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._rows(ids).to(self.dtype)
+
+    @torch.no_grad()
+    def candidate_nats(self, soft_SD: Tensor, before: Sequence[int], after: Sequence[int], candidates: Ids) -> Tensor:
+        """Audio and prompt pass once; their keys and values are repeated under the candidates. No gradient."""
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        layout = lay_out(torch.tensor([len(soft_SD)], device=self.device), [before], [after])
+        with self._autocast():
+            read = self.model.base_model(inputs_embeds=self._embed(layout, soft_SD), use_cache=True)
+        cache = read.past_key_values
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        if not all(type(layer) in plain for layer in getattr(cache, "layers", [None])):
+            return super().candidate_nats(soft_SD, before, after, candidates)  # a recurrent state, or a family's own
+        cache.batch_repeat_interleave(len(candidates))
+        targets = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True).to(self.device)
+        lengths = torch.tensor([len(ids) for ids in candidates], device=self.device)
+        states = read.last_hidden_state[:, -1:].expand(len(candidates), -1, -1)  # predicts the first token of each
+        if targets.shape[1] > 1:
+            with self._autocast():
+                rest = self.model.base_model(
+                    inputs_embeds=self._rows(targets[:, :-1]), past_key_values=cache, use_cache=True
+                )
+            states = torch.cat([states, rest.last_hidden_state], 1)  # padding stands behind, where nothing looks back
+        said = torch.arange(targets.shape[1], device=self.device) < lengths[:, None]
+        nats_N = self._nats(states[said], targets[said])
+        return nats_N.new_zeros(said.shape).masked_scatter(said, nats_N).sum(1)
 
     @torch.no_grad()
     def generate(

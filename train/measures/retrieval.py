@@ -4,8 +4,8 @@ In: a model and held-out utterances. Out: :class:`Retrieval`, shares of right fi
 they are 1/16. Groups hold texts that all differ and audio of like length, so that length alone gives nothing away.
 
 - ``by_likelihood``: an audio chooses the text with the fewest nats a token; ``audio_by_likelihood``: a text chooses
-  the audio under which it has the fewest nats. All 16 × 16 pairs of a group pass through the LM: what 16 evaluations of
-  the loss cost.
+  the audio under which it has the fewest nats. All 16 × 16 pairs of a group are judged: 16 texts pass through the LM
+  for each audio, which itself passes once where the LM keeps keys and values.
 - ``by_embedding``: an audio chooses the text whose mean token embedding has the highest cosine with the mean of its
   soft tokens, after the mean over all groups is taken from each side (both clouds lie off the origin). Costs next to
   nothing; a projector that was not trained for it may stay at chance and still work.
@@ -90,8 +90,7 @@ def _nats(model: AudioLM, reader: Reader, index: int, group: Sequence[int]) -> l
     nats: list[float] = []
     for start in range(0, len(group), most):
         texts = [reader.texts[other] for other in group[start : start + most]]
-        out = model.nats(features.expand(len(texts), -1, -1), mask.expand(len(texts), -1), texts)
-        nats += out.nats.double().tolist()
+        nats += model.candidates(features, mask, texts).double().tolist()
     return nats
 
 
