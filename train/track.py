@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from shards.disk import atomic_write, told, write_all
+from train.emergence import EmergenceDetector
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -29,9 +30,12 @@ class Tracker:
 
         With ``quiet`` the files alone are written.
         """
+        self._emergence = EmergenceDetector()
         with told("writing metrics", run):
             for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
                 kept = [line for line in read_lines(run / name) if line["step"] <= last]
+                for line in kept if name == METRICS else []:
+                    self._emergence.take(line["step"], line["loss"])
                 atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
             # unbuffered: what a full disk refused must not be tried again when the file is closed
             self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
@@ -59,6 +63,10 @@ class Tracker:
 
     def step(self, figures: dict[str, Any], frames_per_second: float) -> None:
         """One training step: ``step``, ``loss`` and the rest go to ``metrics.jsonl`` and the bar."""
+        emergence = self._emergence.take(figures["step"], figures["loss"])
+        if emergence is not None:
+            figures = {**figures, "emergence": emergence.record()}
+            self.say(emergence.sentence())
         self._append(self._metrics, figures)
         gain: dict[str, str] = {} if self._gain is None else {"gain": f"{self._gain:.2f}"}
         self._bar.set_postfix({"loss": f"{figures['loss']:.3f}", **gain, "frames/s": f"{frames_per_second:.0f}"}, False)
