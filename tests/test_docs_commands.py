@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ def test_every_make_target_on_a_page_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     said = re.findall(r"(?:`|^|; |\()make ([a-z-]+)", text, re.MULTILINE)
     assert set(said) <= targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_help_explains_every_target():
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(line.split()[0] for line in told.splitlines()) == sorted(phony[1].split())
+    assert all(len(line.split()) > 2 for line in told.splitlines())
 
 
 def test_every_link_and_every_file_that_a_page_names_is_there(page):
