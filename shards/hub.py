@@ -39,11 +39,12 @@ def push_to_hub(layout: Layout, url: str, licence: str | None, progress: Progres
 
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # one of our own is moved by ``progress``
     # Refusals and, by their bases, whatever the HTTP client raises; an upload in a thread fails as RuntimeError.
-    troubles = (*HfHubHTTPError.__bases__, HFValidationError, RuntimeError)
+    bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    troubles: tuple[type[Exception], ...] = (*bases, HFValidationError, RuntimeError)
     api = HfApi()
     try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)

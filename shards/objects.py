@@ -4,7 +4,8 @@ In: the URL of a folder in an object store. Out: :class:`Objects`, by which a pr
 nothing stands, or only over what it has seen; the store decides between two who try at once. :func:`connect_objects`
 tries whether the store keeps to the conditions: one that ignores them would lose shards without a word.
 
-Conditions are S3's ``If-None-Match: *`` and ``If-Match: <ETag>``; every read and write goes by one object, whole.
+S3's conditions are ``If-None-Match: *`` and ``If-Match: <ETag>`` (Google's: ``shards/gcs.py``); every read and write
+goes by one object, whole.
 """
 
 from __future__ import annotations
@@ -64,12 +65,18 @@ def connect_objects(url: str) -> Objects:
         UserError: no such bucket, no access, or a store whose writes cannot be made conditional.
     """
     scheme = url.split("://")[0]
-    if scheme not in ("s3", "s3a"):
+    objects: Objects
+    if scheme in ("s3", "s3a"):
+        objects = S3Objects(url)
+    elif scheme in ("gs", "gcs"):
+        from shards.gcs import GCSObjects
+
+        objects = GCSObjects(url)
+    else:
         raise UserError(
             f"'{url}' cannot be extracted to: earshard knows no conditional writes for {scheme}://, and without them "
             "two workers may spoil each other's shards; extract to a local root, then `python -m shards push` the cache"
         )
-    objects = S3Objects(url)
     _try_conditions(objects)
     return objects
 

@@ -300,7 +300,7 @@ def test_scratch_folders_go_with_their_process_and_those_of_killed_ones_go_at_th
     assert not list(tmp_path.glob("earshard-scratch-*"))
 
 
-@pytest.mark.parametrize("scheme", ["gs", "hf", "sftp"])
+@pytest.mark.parametrize("scheme", ["hf", "sftp", "file"])
 def test_a_store_without_known_conditions_is_refused_in_a_sentence(scheme):
     with pytest.raises(UserError, match=rf"knows no conditional writes for {scheme}://.* push"):
         connect_objects(f"{scheme}://bucket/cache")
