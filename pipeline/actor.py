@@ -124,7 +124,7 @@ class Extractor:
 
     def pulse(self) -> tuple[int, int, float, str]:
         """The shard in flight, its utterances and audio seconds so far, and the busiest stage."""
-        workers = self._job.config.workers if self._job else 1
+        workers = self._job.workers if self._job else 1
         return self._shard, self._tally.utterances, self._tally.audio_seconds, self._tally.stages.bottleneck(workers)
 
     def finish(self, seconds: float) -> Trouble | None:

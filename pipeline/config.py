@@ -40,7 +40,8 @@ class ExtractConfig(Config):
     trim: Literal["valid", "none"] = "valid"  # valid: the frames of the audio; none: padded windows stay whole
     codec: Codec = "f16"  # how features are stored (docs/format.md); int8 halves the disk
     shard_mb: float = Field(default=256, gt=0)  # megabytes of a shard
-    workers: int = Field(default=2, ge=1)  # threads or processes that decode audio
+    # threads or processes that decode audio; none = two beside an encoder on the CPU, else most of the cores of a GPU
+    workers: int | None = Field(default=None, ge=1)
     decode_in: Literal["auto", "thread", "process"] = "auto"  # auto: processes where they pay (pipeline/decoders.py)
     processes: int | None = Field(default=None, ge=1)  # with an encoder each, on this machine; none = one for each GPU
     max_failures: float = Field(default=0.01, ge=0)  # below 1 a fraction of the utterances, else a count

@@ -105,12 +105,12 @@ def open_decoders(job: Job, stages: Stages) -> Decoders:
     left = sum(shard in todo for shard in rows)
     pool: Pool
     if decode_in(config.decode_in, cpu_bound=source.cpu_bound, device=job.encoder.device, utterances=left) == "thread":
-        pool = ThreadPool(config.workers, stages)
+        pool = ThreadPool(job.workers, stages)
     else:
         from pipeline.decode_process import ProcessPool
 
-        pool = ProcessPool(config.workers, stages, config.source if source.cpu_bound else None)
-    return Decoders(source, pool, 2 * config.workers + job.encoder.batch_size, stages)
+        pool = ProcessPool(job.workers, stages, config.source if source.cpu_bound else None)
+    return Decoders(source, pool, 2 * job.workers + job.encoder.batch_size, stages)
 
 
 class ThreadPool:
@@ -154,6 +154,17 @@ def decode_in(wanted: str, *, cpu_bound: bool, device: str, utterances: int) -> 
     if wanted == "thread" or (wanted == "auto" and (utterances < PAYS or not (cpu_bound or device != "cpu"))):
         return "thread"
     return "process"
+
+
+def decoding_workers(wanted: int | None, *, device: str, cpus: int, gpus: int) -> int:
+    """How many threads or processes decode: ``wanted``, or by the encoder's device.
+
+    An encoder on the CPU needs few and wants the cores itself; a GPU leaves its share of them but for what reads,
+    prepares batches and stores.
+    """
+    if wanted is not None:
+        return wanted
+    return 2 if not device.startswith("cuda") else min(16, max(2, cpus // max(1, gpus) - 2))
 
 
 def short_reason(error: Exception) -> str:

@@ -73,7 +73,7 @@ def finish_caches(job: Job, seconds: float) -> None:
 
 def _progress(job: Job, tally: Tally) -> Progress:
     sizes = Counter(job.plan.table["shard"].to_pylist())
-    return Progress(sizes, lambda: tally.stages.bottleneck(job.config.workers))
+    return Progress(sizes, lambda: tally.stages.bottleneck(job.workers))
 
 
 def make_shards(

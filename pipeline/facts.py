@@ -63,7 +63,7 @@ def facts_of(job: Job) -> Facts:
         layers=[target.layer for target in job.targets],
         device=str(job.encoder.device),
         dtype=job.encoder.dtype,
-        workers=job.config.workers,
+        workers=job.workers,
         caches=[target.store.location for target in job.targets],
         identity=[*(target.spec.feature_id for target in job.targets), job.plan.id],
         sizes=[counts[shard] for shard in range(job.plan.shards)],

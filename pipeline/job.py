@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.compiled import speed_up
 from pipeline.config import ExtractConfig
+from pipeline.decoders import decoding_workers
 from pipeline.encoder import Encoder, load_encoder
 from pipeline.merge import write_job
 from pipeline.plan import fingerprint, frames_of, list_source, make_plan, windows_of
@@ -63,6 +64,15 @@ class Job:
     def missing(self, shard: int) -> list[Target]:
         """The targets that have no trusted record of ``shard``."""
         return [t for t in self.targets if t.store.committed(shard, t.spec.feature_id, self.plan.id) is None]
+
+    @property
+    def workers(self) -> int:
+        """Threads or processes that decode for this process's encoder."""
+        import torch
+
+        return decoding_workers(
+            self.config.workers, device=self.encoder.device, cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count()
+        )
 
     def complete(self) -> bool:
         return all(t.store.is_complete(t.spec.feature_id, self.plan.id) for t in self.targets)

@@ -31,6 +31,7 @@ class Stages:
         self.wall: float | None = None  # seconds of all of it, once it is over
         self._began = time.perf_counter()
         self._lock = threading.Lock()
+        self._names: dict[int, str] = {}  # of threads, for the trace
         self._events: list[dict[str, Any]] | None = [] if trace else None
 
     @contextmanager
@@ -58,6 +59,7 @@ class Stages:
             if self._events is not None:
                 start, length = round(1e6 * (since - self._began)), round(1e6 * (now - since))
                 thread = threading.get_native_id()
+                self._names[thread] = threading.current_thread().name
                 self._events.append({"name": name, "ph": "X", "ts": start, "dur": length, "pid": 1, "tid": thread})
 
     def shares(self, workers: int) -> dict[str, float]:
@@ -94,6 +96,11 @@ class Stages:
             "waited": dict(self.waited),
             "shares": self.shares(workers),
             "workers": workers,
-            "traceEvents": self._events or [],
+            "traceEvents": [*self._named(), *(self._events or [])],
         }
         path.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+
+    def _named(self) -> list[dict[str, Any]]:
+        """Metadata events of the trace format: what each row of it is called."""
+        about = {"name": "thread_name", "ph": "M", "pid": 1}
+        return [{**about, "tid": thread, "args": {"name": name}} for thread, name in self._names.items()]

@@ -12,7 +12,7 @@ from extraction import write_corpus
 
 from pipeline.audio import decode
 from pipeline.decode_process import ProcessPool
-from pipeline.decoders import PAYS, Decoders, ThreadPool, decode_in
+from pipeline.decoders import PAYS, Decoders, ThreadPool, decode_in, decoding_workers
 from pipeline.sources import SourceConfig, open_source
 from pipeline.stages import Stages
 from pipeline.tally import Failure
@@ -97,3 +97,11 @@ def test_closing_drops_what_waits_and_ends_the_processes(config):
 )
 def test_processes_decode_where_they_pay(wanted, cpu_bound, device, utterances, chosen):
     assert decode_in(wanted, cpu_bound=cpu_bound, device=device, utterances=utterances) == chosen
+
+
+def test_a_gpu_leaves_its_share_of_the_cores_to_decoding():
+    assert decoding_workers(None, device="cpu", cpus=64, gpus=0) == 2
+    assert decoding_workers(None, device="cuda:1", cpus=64, gpus=8) == 6
+    assert decoding_workers(None, device="cuda", cpus=128, gpus=1) == 16
+    assert decoding_workers(None, device="cuda", cpus=4, gpus=4) == 2
+    assert decoding_workers(5, device="cuda", cpus=64, gpus=1) == 5

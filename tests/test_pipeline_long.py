@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import soundfile
@@ -11,6 +13,8 @@ from tiny_whisper import write_tiny_whisper
 from pipeline.audio import windows
 from pipeline.check import check
 from pipeline.encoder import load_encoder
+from pipeline.extract import _heard
+from pipeline.stages import Stages
 from pipeline.weights import resolve
 from shards.reader import Cache
 
@@ -63,3 +67,26 @@ def test_each_frame_is_that_of_the_window_in_which_it_lies_farther_from_an_edge(
 
 def test_stored_long_recordings_pass_the_check_against_their_encoder(long):
     assert [row.problem for row in check(long[0], 9)] == [""] * len(long[1])
+
+
+def test_batches_are_filled_across_recordings_and_across_the_windows_of_long_ones():
+    samples = [16_000 * n for n in (5, 100, 1, 31, 29, 300, 2, 2, 2, 45)]
+    rows = [{"key": str(n), "audio": str(n)} for n in range(len(samples))]
+    clips = [np.full(n, 0.1, np.float32) for n in samples]
+    sizes = []
+
+    def encode(batch, layers, trim):
+        sizes.append(len(batch))
+        return [{2: np.zeros((-(-len(clip) // HOP), 1), np.float32)} for clip in batch]
+
+    encoder = SimpleNamespace(sampling_rate=16_000, hop=HOP, window_samples=WINDOW, batch_size=4, encode=encode)
+    config = SimpleNamespace(overlap=2.0, trim="valid")
+    job = SimpleNamespace(encoder=encoder, config=config, plan=SimpleNamespace(shard=lambda shard: rows))
+    decoders = SimpleNamespace(read=lambda rows: zip(rows, [""] * len(rows), clips, strict=True))
+    heard = list(_heard(job, 0, [2], Stages(), decoders))
+    assert [each.row for each in heard] == rows
+    assert [sum(len(part[2]) for part in each.parts) for each in heard] == [
+        sum(-(-(stop - start) // HOP) for start, stop in each.spans) for each in heard
+    ]
+    windows_made = sum(len(windows(n, WINDOW, OVERLAP)) for n in samples)
+    assert sizes == [4] * (windows_made // 4) + [windows_made % 4] * (windows_made % 4 > 0)

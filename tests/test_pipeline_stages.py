@@ -52,6 +52,9 @@ def test_the_profile_holds_the_table_and_a_trace_of_every_block(tmp_path):
     found = json.loads((tmp_path / "profile.json").read_text())
     assert set(found["stages"]) == {"encode"}
     assert set(found["waited"]) == {"store"}
-    assert {event["name"] for event in found["traceEvents"]} == {"encode", "wait for store"}
-    assert all(event["ph"] == "X" and event["dur"] >= 1000 for event in found["traceEvents"])
+    blocks = [event for event in found["traceEvents"] if event["ph"] == "X"]
+    assert {event["name"] for event in blocks} == {"encode", "wait for store"}
+    assert all(event["dur"] >= 1000 for event in blocks)
+    (name,) = [event for event in found["traceEvents"] if event["ph"] == "M"]
+    assert (name["name"], name["args"]["name"], name["tid"]) == ("thread_name", "MainThread", blocks[0]["tid"])
     assert [line.split()[0] for line in stages.table(2)] == ["stage", "encode"]
