@@ -28,8 +28,10 @@ from shards.codec import STORED_DTYPE
 from shards.errors import UserError
 from shards.manifest import Layout, Plan, RecordError
 from shards.spec import FeatureSpec
+from shards.storage import is_url
 from shards.store import Store, open_store
 
+LARGEST_PUT = 4000  # MB; S3 takes 5 GiB in one put, and shards vary a little
 AT_ONCE = 3  # shards on the scratch disk of a process: one written, one being put, one waiting
 
 
@@ -92,6 +94,10 @@ def prepare(config: ExtractConfig) -> Job:
     Raises:
         UserError: weights, source or folder are not as they must be, or the disk is too small.
     """
+    if is_url(config.root) and config.shard_mb > LARGEST_PUT:
+        raise UserError(
+            f"shard_mb={config.shard_mb:g} is more than a bucket takes in one piece: set it to {LARGEST_PUT} or less"
+        )
     weights, encoder = open_weights(config, my_device(config))
     if config.trim == "none" and encoder.window != "full30":
         raise UserError(

@@ -12,11 +12,14 @@ import pytest
 from tiny_cache import make_cache, make_spec
 from tiny_objects import MemoryObjects
 
+from pipeline.config import ExtractConfig
+from pipeline.job import prepare
 from shards import bucket as bucket_module
 from shards.bucket import Bucket
 from shards.claims import process_identity
 from shards.errors import UserError
 from shards.farclaims import FarClaims, TakenOver
+from shards.info import describe_cache
 from shards.manifest import UTTERANCE_SCHEMA
 from shards.objects import _try_conditions, connect_objects
 from shards.reader import Cache
@@ -216,6 +219,9 @@ def test_a_reader_sees_no_cache_before_it_is_complete(url):
             "is missing: the extraction is not complete",
             "is missing: the shard is not committed",
         ]
+        about = describe_cache(url)
+        assert (about["complete"], about["path"]) == (False, url)
+        assert (about["counts"]["committed"], about["counts"]["shards"]) == (0, 3)
         with pytest.raises(UserError, match="there is no"):
             Cache.open(url)
         assert store.take(None)
@@ -304,6 +310,12 @@ def test_scratch_folders_go_with_their_process_and_those_of_killed_ones_go_at_th
 def test_a_store_without_known_conditions_is_refused_in_a_sentence(scheme):
     with pytest.raises(UserError, match=rf"knows no conditional writes for {scheme}://.* push"):
         connect_objects(f"{scheme}://bucket/cache")
+
+
+def test_shards_larger_than_a_bucket_takes_at_once_are_refused_before_any_work():
+    source = {"kind": "manifest", "path": "clips.csv"}
+    with pytest.raises(UserError, match="shard_mb=8000 is more than a bucket takes in one piece"):
+        prepare(ExtractConfig(root="s3://bucket/caches", shard_mb=8000, source=source))
 
 
 def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(url):
