@@ -18,6 +18,7 @@ def sweep(file: str | None, resume: str | None, words: Sequence[str]) -> int:
     config = _which(file, resume, words)
 
     from train.loop import Interrupted
+    from train.report import REPORT
     from train.runs import read_json
     from train.sweeps.figures import STATE, table
     from train.sweeps.sweep import run_sweep
@@ -28,7 +29,7 @@ def sweep(file: str | None, resume: str | None, words: Sequence[str]) -> int:
         print(stop, file=sys.stderr)
         return 130
     print(table(read_json(folder / STATE)))
-    print(f"figures: {folder / STATE}", flush=True)
+    print(f"figures: {folder / STATE}\nreport: {folder / REPORT}", flush=True)
     return 0
 
 

@@ -36,8 +36,10 @@ SHOWN = (
 )
 
 
-def figures(config: SweepConfig, configs: Sequence[TrainConfig], seconds: float) -> dict[str, Any]:
-    """The content of ``sweep.json``; ``seconds`` that this session took."""
+def figures(
+    config: SweepConfig, configs: Sequence[TrainConfig], seconds: float, lm_seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The content of ``sweep.json``; ``seconds`` that this session took, and those of shared passes of the LM."""
     where = {str(each.name): number for number, part in enumerate(groups(configs, None)) for each in part}
     listed = [_experiment(config.folder / str(each.name), where[str(each.name)], each) for each in configs]
     baseline = _table(config.folder, listed[0]["name"]) if listed else None
@@ -58,6 +60,7 @@ def figures(config: SweepConfig, configs: Sequence[TrainConfig], seconds: float)
         "engine": config.engine,
         "baseline": listed[0]["name"] if listed else None,
         "seconds": round(seconds, 3),
+        "lm_seconds": lm_seconds,
         "varied": varied,
         "experiments": listed,
     }

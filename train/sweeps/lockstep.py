@@ -162,6 +162,11 @@ class Lockstep:
                 member.trainer.state.restore()
 
     @property
+    def lm_seconds(self) -> dict[str, float]:
+        """Spent in shared passes of the language model, by what was asked."""
+        return {} if self.answerer is None else self.answerer.seconds
+
+    @property
     def training(self) -> list[Member]:
         """Those that have not left."""
         return [member for member in self.members if member.left is None]

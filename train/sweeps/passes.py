@@ -26,6 +26,7 @@ from train.lms.splice import Ids
 # positions of a pass, padding included: enough for full speed; a layer's activations are kept for each until its end
 CPU_POSITIONS, GPU_POSITIONS = 512, 8192
 CPU_ROWS, GPU_ROWS = 64, 512  # rows decoded together: the cache of keys and values is copied at each token on a CPU
+KINDS = ("training", "judging", "decoding")
 
 
 @dataclass
@@ -68,24 +69,26 @@ class Answerer:
     """Answers the questions of experiments by ``lm``.
 
     Attributes:
-        seconds: spent in the language model.
+        seconds: spent in the language model, by what was asked: training, judging, decoding.
         positions, padding: computed in training, and those of them that were padding.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
-        self.seconds, self.positions, self.padding = 0.0, 0, 0
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.positions, self.padding = 0, 0
         self._cpu = lm.device.type == "cpu"
         self._threads = Threads(torch.get_num_threads() if self._cpu else 1)
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
         """(nats [B] float32, gradient [B, S, D] or None) of a question with targets, else ids [B] of one without."""
-        begun = time.perf_counter()
         rows = [_rows(question) for question in questions]
         for kind in dict.fromkeys(question.kind for question in questions):
             asked = [row for question, own in zip(questions, rows, strict=True) if question.kind == kind for row in own]
+            begun = time.perf_counter()
             self._answer_rows(asked, *kind)
-        self.seconds += time.perf_counter() - begun
+            judged, gradient, _ = kind
+            self.seconds[KINDS[0 if gradient else 1 if judged else 2]] += time.perf_counter() - begun
         return [_put_together(question, own) for question, own in zip(questions, rows, strict=True)]
 
     def _answer_rows(self, rows: list[_Row], judged: bool, gradient: bool, max_new_tokens: int) -> None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -24,6 +25,7 @@ from shards.disk import atomic_write, told
 from shards.errors import UserError, WorkFailed
 from train.config import TrainConfig
 from train.loop import Interrupted
+from train.report import write_sweep_report
 from train.stopping import StopRequest
 from train.sweeps.config import SweepConfig, experiments
 from train.sweeps.figures import figures, write_state
@@ -44,16 +46,18 @@ def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
     begun = time.perf_counter()
     configs = [] if config.search is not None else experiments(config)
     enter_folder(config, resume)
+    lm_seconds: dict[str, float] = {}
     try:
         if config.search is not None:
             from train.sweeps.search import search
 
             search(config, configs)
         else:
-            _run(config, configs)
+            lm_seconds = _run(config, configs)
     finally:
-        state = figures(config, configs, time.perf_counter() - begun)
+        state = figures(config, configs, time.perf_counter() - begun, lm_seconds)
         write_state(config.folder, state)
+    write_sweep_report(config.folder)
     if not any(each["state"] == "finished" for each in state["experiments"]):
         raise WorkFailed(f"no experiment of '{config.folder}' came to its end: see {DROPPED} in their folders")
     return config.folder
@@ -112,8 +116,8 @@ def unfinished(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
     return [c for c, run in folders if not (run / "summary.json").is_file() and not (run / DROPPED).is_file()]
 
 
-def _run(config: SweepConfig, configs: list[TrainConfig]) -> None:
-    """The experiments of a list and a grid."""
+def _run(config: SweepConfig, configs: list[TrainConfig]) -> dict[str, float]:
+    """The experiments of a list and a grid; what :func:`run_local` gives."""
     waiting = unfinished(configs)
     parts = groups(waiting, 1 if config.lockstep == "none" else config.together)
     done = len(configs) - len(waiting)
@@ -122,8 +126,8 @@ def _run(config: SweepConfig, configs: list[TrainConfig]) -> None:
         from train.sweeps.ray_engine import run_groups
 
         run_groups(parts, config.lockstep)
-    else:
-        run_local(parts, config.lockstep, config.folder)
+        return {}
+    return run_local(parts, config.lockstep, config.folder)
 
 
 def how_to_go_on(folder: Path) -> str:
@@ -136,13 +140,16 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def run_local(parts: Sequence[list[TrainConfig]], mode: Mode, folder: Path, tell: Callable[[str], None] = say) -> None:
-    """One group after the other in this process."""
-    models = Models()
+def run_local(parts: Sequence[list[TrainConfig]], mode: Mode, folder: Path) -> dict[str, float]:
+    """One group after the other in this process; the seconds of shared passes, by what the language model was asked."""
+    models, seconds = Models(), Counter[str]()
     with StopRequest() as stop:
         for number, part in enumerate(parts, 1):
-            tell(f"group {number} of {len(parts)}: {', '.join(str(config.name) for config in part)}")
+            say(f"group {number} of {len(parts)}: {', '.join(str(config.name) for config in part)}")
+            lockstep = Lockstep(part, models, mode, stop, say)
             try:
-                Lockstep(part, models, mode, stop, tell).run()
+                lockstep.run()
             except Interrupted as stopped:
                 raise Interrupted(f"{stopped}, saved; {how_to_go_on(folder)}") from None
+            seconds.update(lockstep.lm_seconds)
+    return dict(seconds)
