@@ -293,6 +293,10 @@ def _table(summary: dict[str, Any]) -> str:
     def percent(key: str) -> str:
         return "–" if summary[key] is None else f"{100 * summary[key]:.1f} %"
 
+    low, high = (summary.get("intervals") or {}).get("audio_gain", (None, None))
+    bounds = "" if low is None else f"  [{low:.2f}, {high:.2f}] 95 %"
+    found = summary.get("retrieval")
+    chosen = "–" if found is None else f"{100 * found['by_likelihood']:.0f} % (by chance {100 * found['chance']:.0f} %)"
     lines = [
         (
             "training loss, first to last",
@@ -300,8 +304,12 @@ def _table(summary: dict[str, Any]) -> str:
         ),
         ("held-out loss, nats a token", figure(summary["val_loss"])),
         ("the same, other audio", figure(summary["val_loss_shuffled"])),
-        ("audio gain", figure(summary["audio_gain"])),
+        ("the same, silence", figure(summary.get("val_loss_silent"))),
+        ("the same, text alone", figure(summary.get("val_loss_text_only"))),
+        ("audio gain", f"{figure(summary['audio_gain'])}{bounds}"),
         ("WER / CER", f"{percent('wer')} / {percent('cer')}"),
+        ("audio finds its text", chosen),
+        ("silence answered with words", percent("hallucination_rate") if "hallucination_rate" in summary else "–"),
         ("steps, seconds", f"{summary['steps']}, {summary['seconds']:.1f}"),
         ("frames a second", f"{summary['frames_per_second']:,.0f}"),
         ("waiting for data, padding", f"{percent('data_wait_fraction')}, {percent('padding_fraction')}"),
