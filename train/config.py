@@ -33,6 +33,8 @@ FREE_KEYS = frozenset(
         "retrieval_limit",
         "checkpoint_every",
         "min_loss_drop",
+        "trackers",
+        "wandb_project",
     }
 )
 
@@ -135,6 +137,9 @@ class TrainConfig(Config):
     max_new_tokens: int = Field(default=64, ge=1)  # of a decoded text
     retrieval_limit: int = Field(default=32, ge=0)  # utterances told apart in groups of 16 at the end; 0: none
     checkpoint_every: int | None = Field(default=500, ge=1)  # steps; None: only at the end
+    # where figures go beside metrics.jsonl (train/outlets.py)
+    trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
+    wandb_project: str | None = None  # None: nanochat-omni-audio for a nanochat LM, else earshard
     min_loss_drop: float | None = None  # first minus last training loss below this: the run fails (exit status 1)
 
     @model_validator(mode="after")

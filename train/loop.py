@@ -31,6 +31,7 @@ from train.device import choose_device, choose_dtype
 from train.distributed import Group, RankLost
 from train.evaluate import Evaluation, Stopped, evaluate
 from train.objectives import Objectives
+from train.outlets import open_outlets, require_trackers
 from train.schedule import learning_rate
 from train.state import RunState
 from train.step import StepFigures, seed_step, take, take_step
@@ -58,6 +59,7 @@ def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = N
     group = group or Group()
     run = resume
     with group.together():
+        require_trackers(config)
         if group.is_first:
             run = resume or runs.run_folder(config)
             if resume is not None:
@@ -119,6 +121,9 @@ class Trainer:
             self.tracker = Tracker(self.run, self.config.steps, self.state.step, counters.evaluated, self.quiet)
         if self.state.step == 0:
             self.state.save()
+        with self.group.together():
+            if self.group.is_first and self.config.trackers:
+                self.tracker.attach(open_outlets(self.config, self.run, self.state.step))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from shards.disk import atomic_write, told, write_all
 from train.emergence import EmergenceDetector
+from train.outlets import Outlets
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -41,6 +42,7 @@ class Tracker:
             self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
             self._evaluations = open(run / EVALUATIONS, "ab", buffering=0)  # noqa: SIM115
         self._steps = steps
+        self._outlets: Outlets | None = None
         self._gain: float | None = None
         # no bar in a log: the lines of `step` tell the same
         self._bar = tqdm(
@@ -49,6 +51,10 @@ class Tracker:
         self._seconds = 0.0
         self._quiet = quiet
 
+    def attach(self, outlets: Outlets) -> None:
+        """Send the figures there, too, from here on."""
+        self._outlets = outlets
+
     def __enter__(self) -> Tracker:
         return self
 
@@ -56,7 +62,9 @@ class Tracker:
         self.close()
 
     def close(self) -> None:
-        """Close the bar and the files."""
+        """Close the bar, the files and what is attached."""
+        if self._outlets is not None:
+            self._outlets.close()
         self._bar.close()
         self._metrics.close()
         self._evaluations.close()
@@ -68,6 +76,8 @@ class Tracker:
             figures = {**figures, "emergence": emergence.record()}
             self.say(emergence.sentence())
         self._append(self._metrics, figures)
+        if self._outlets is not None:
+            self._outlets.log("train", figures, figures["step"])
         gain: dict[str, str] = {} if self._gain is None else {"gain": f"{self._gain:.2f}"}
         self._bar.set_postfix({"loss": f"{figures['loss']:.3f}", **gain, "frames/s": f"{frames_per_second:.0f}"}, False)
         self._bar.update()
@@ -83,6 +93,8 @@ class Tracker:
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
         """One evaluation with its samples goes to ``evaluations.jsonl``; its audio gain stays on the bar."""
         self._append(self._evaluations, {"step": step, **record})
+        if self._outlets is not None:
+            self._outlets.log("held_out", record, step)
         self._gain = record["audio_gain"]
         self.say(
             f"step {step:>6}/{self._steps}  held-out loss {record['val_loss']:.4f}  "
