@@ -51,7 +51,8 @@ def push_to_hub(layout: Layout, url: str, licence: str | None, progress: Progres
         there = _standing(api, repo, revision, folder)
         if "CACHE.json" in there and not _same(layout.cache, there["CACHE.json"]):
             raise UserError(f"another cache stands at '{url}': push to another dataset, or a folder of it")
-        text = card(describe_cache(layout.path), url, licence, folder)
+        web = f"https://huggingface.co/datasets/{repo}/resolve/{revision or 'main'}"
+        text = card(describe_cache(layout.path), url, licence, folder, web)
         done, total = 0, sum(path.stat().st_size for group in sequence(layout) for path in group)
         for batch in _batches(layout):
             names = [str(path.relative_to(layout.path)) for path in batch]
