@@ -25,7 +25,8 @@ The counts of every utterance go to ``utterances.parquet``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,45 +125,60 @@ def evaluate(
     if not len(utterances):
         raise ValueError("nothing to evaluate on")
     start = time.perf_counter()
+    with _judging(model):
+        reader = Reader(utterances, batch_size, max_frames, stop, group or Group())
+        matched = losses(model, reader, range(len(reader)))
+        other = derangement(reader.texts)
+        shuffled = None if other is None else losses(model, reader, other)
+        decoded = _decode(model, utterances.first(decode), reader, max_new_tokens) if decode else {}
+        further = look_further(model, reader, matched, max_new_tokens, retrieval) if whole else Further()
+    columns = {
+        "key": reader.keys,
+        "cache": cache_ids(utterances),
+        "frames": reader.frames,
+        "tokens": matched.tokens,
+        "nats": matched.nats,
+        "reference": reader.texts,
+        **edit_columns([decoded.get(i) for i in range(len(reader))]),
+        **({} if shuffled is None else {"nats_shuffled": shuffled.nats}),
+        **({} if other is None else {"heard": [reader.keys[i] for i in other]}),
+        **further.columns,
+    }
+    return _evaluation(
+        columns,
+        list(decoded.values()),
+        further,
+        val_loss=matched.loss,
+        val_loss_shuffled=None if shuffled is None else shuffled.loss,
+        projector_rms_ratio=matched.soft_rms / model.lm.embedding_rms,
+        eval_seconds=time.perf_counter() - start,
+    )
+
+
+@contextmanager
+def _judging(model: AudioLM) -> Iterator[None]:
+    """Without dropout and gradients; afterwards every module is in the mode that it was in."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
-            reader = Reader(utterances, batch_size, max_frames, stop, group or Group())
-            matched = losses(model, reader, range(len(reader)))
-            other = derangement(reader.texts)
-            shuffled = None if other is None else losses(model, reader, other)
-            decoded = _decode(model, utterances.first(decode), reader, max_new_tokens) if decode else {}
-            further = look_further(model, reader, matched, max_new_tokens, retrieval) if whole else Further()
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode
-    samples = list(decoded.values())
+
+
+def _evaluation(columns: dict[str, Any], samples: list[Sample], further: Further, **figures: Any) -> Evaluation:
+    """What the counts of the utterances and the decoded samples add to ``figures``."""
     words, characters = (corpus_edits([getattr(s, name) for s in samples]) for name in ("words", "characters"))
-    table = utterance_table(
-        {
-            "key": reader.keys,
-            "cache": cache_ids(utterances),
-            "frames": reader.frames,
-            "tokens": matched.tokens,
-            "nats": matched.nats,
-            "reference": reader.texts,
-            **edit_columns([decoded.get(i) for i in range(len(reader))]),
-            **({} if shuffled is None else {"nats_shuffled": shuffled.nats}),
-            **({} if other is None else {"heard": [reader.keys[i] for i in other]}),
-            **further.columns,
-        }
-    )
+    table = utterance_table(columns)
     return Evaluation(
-        val_loss=matched.loss,
-        val_loss_shuffled=None if shuffled is None else shuffled.loss,
+        **figures,
         wer=None if words is None else words.rate,
         cer=None if characters is None else characters.rate,
-        projector_rms_ratio=matched.soft_rms / model.lm.embedding_rms,
-        n_val=len(utterances),
+        n_val=len(table),
         n_decoded=len(samples),
         n_without_reference=sum(sample.wer is None for sample in samples),
-        eval_seconds=time.perf_counter() - start,
         table=table,
         samples=samples,
         intervals=table_intervals(table),
