@@ -154,13 +154,14 @@ def test_a_frame_budget_is_well_used_and_leaves_no_tiny_batch():
     assert padding(order, batches) < 0.02
 
 
-def test_a_small_cache_groups_other_rows_together_in_each_epoch():
-    order = Order(durations(256), [0, 256], Rules(batch_size=8), seed=0)
+@pytest.mark.parametrize("rows", [64, 256])
+def test_a_small_cache_groups_other_rows_together_in_each_epoch(rows):
+    order = Order(durations(rows), [0, rows], Rules(batch_size=8), seed=0)
     pairs = [
         {frozenset((a, b)) for batch in epoch_of(order, epoch) for a in batch for b in batch if a < b}
         for epoch in range(2)
     ]
-    assert len(pairs[0] & pairs[1]) < 0.7 * len(pairs[0])
+    assert len(pairs[0] & pairs[1]) < 0.75 * len(pairs[0])  # 0.88 of 64 rows if ranks did not move
 
 
 def test_a_large_window_groups_other_rows_together_in_each_epoch_where_many_are_of_one_length():
