@@ -115,7 +115,7 @@ class Extractor:
         except (UserError, WorkFailed) as error:
             return _trouble(error)
         return Outcome(
-            "made" if len(mine) == len(targets) else "held" if job.missing(shard) else "found",
+            "held" if job.missing(shard) else "made" if len(mine) == len(targets) else "found",
             tally.utterances,
             tally.audio_seconds,
             tally.stages.seconds["encode"] - before,

@@ -91,11 +91,15 @@ class FarClaims:
             self._beat(claim)
 
     def release(self, name: str) -> None:
-        """Give a claim back that came to nothing; one that was taken over, or committed, is left as it stands."""
+        """Give a claim back that came to nothing; one that was taken over, or committed, is left as it stands.
+
+        Where the store is away the claim stays, and runs out by itself: what went wrong before is to be told, not this.
+        """
         with self._lock:
             tag = self._held.pop(name, None)
             if tag is not None:
-                self.objects.delete(name, tag)
+                with suppress(UserError):
+                    self.objects.delete(name, tag)
 
     def _tag(self, name: str) -> str:
         if name not in self._held:

@@ -65,6 +65,18 @@ def test_a_claim_is_given_back_by_its_holder_alone(url):
     assert b.take("x", never)
 
 
+def test_a_store_that_is_away_hides_no_error_by_not_taking_a_claim_back(url):
+    def away(what: str, name: str) -> None:
+        raise UserError(f"no {what}")
+
+    with claims(url) as a:
+        assert a.take("x", never)
+        a.objects.before = away
+        with pytest.raises(UserError, match="no put"):
+            a.commit("x", b"{}")
+    assert is_claim(claims(url).objects.read("x").data)
+
+
 def test_a_claim_is_taken_over_when_nothing_is_written_to_it_for_a_lease(url, monkeypatch):
     a, b, now = claims(url), claims(url), [100.0]
     monkeypatch.setattr("shards.farclaims.time.monotonic", lambda: now[0])
