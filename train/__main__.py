@@ -1,4 +1,4 @@
-"""Command line of the training stage: ``python -m train fit|sweep|evaluate|transcribe|needs|projectors|report``.
+"""Command line of the training stage: ``python -m train fit|sweep|lr-range|evaluate|transcribe|export`` and more.
 
 In: a config or a run folder. Out: a run folder with a trained projector, its figures, its report. Heavy libraries are
 imported by the command that needs them.
@@ -67,6 +67,14 @@ def parser() -> argparse.ArgumentParser:
     )
     overrides(sweep)
 
+    rates = add("lr-range", "raise the rate until the loss runs away", "lr-range --config configs/train/demo.yaml")
+    rates.add_argument("--config", metavar="FILE", required=True)
+    rates.add_argument("--low", type=float, default=1e-6, help="first rate (default: 1e-6)")
+    rates.add_argument("--high", type=float, default=1.0, help="last rate (default: 1)")
+    rates.add_argument("--steps", type=int, default=100, help="of the ramp, at most (default: 100)")
+    rates.add_argument("--json", metavar="FILE", help="write losses and suggestion there")
+    overrides(rates)
+
     evaluate = add("evaluate", "judge a trained run", "evaluate runs/demo --json figures.json")
     evaluate.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: that of --config, or the newest)")
     evaluate.add_argument("--config", metavar="FILE", help="take the run that this config made")
@@ -114,6 +122,7 @@ def command(argv: Sequence[str]) -> int:
     jobs = {
         "fit": _fit,
         "sweep": _sweep,
+        "lr-range": _lr_range,
         "evaluate": _evaluate,
         "transcribe": _transcribe,
         "export": _export,
@@ -177,11 +186,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     words = list(args.overrides)
     if args.run is not None and "=" in args.run and not Path(args.run).exists():
         words, args.run = [args.run, *words], None
-    target = None if args.json is None else Path(args.json)
     with join() as group:
         with group.together():
-            if target is not None and not target.parent.is_dir():
-                raise UserError(f"--json names '{target}' and there is no folder '{target.parent}': make it first")
+            target = _json_target(args.json)
             run = _config_and_run(args.run, args.config, [])[1]
 
             from train.runs import run_config, write_json
@@ -196,6 +203,33 @@ def _evaluate(args: argparse.Namespace) -> int:
                 write_json(target, figures)
             print(json.dumps(figures, indent=1, ensure_ascii=False))
     return 0
+
+
+def _lr_range(args: argparse.Namespace) -> int:
+    from shards.config import load_config
+    from train.config import TrainConfig
+
+    config = load_config(TrainConfig, args.config, args.overrides)
+    target = _json_target(args.json)
+
+    from train.lr_range import lr_range, record, suggest, table
+    from train.runs import write_json
+
+    rates = lr_range(config, args.low, args.high, args.steps)
+    print(table(rates, args.high), flush=True)
+    suggestion = suggest(rates)
+    print(f"suggested: lr={suggestion.lr:.1e}: {suggestion.reason}")
+    if target is not None:
+        write_json(target, record(rates, suggestion))
+    return 0
+
+
+def _json_target(word: str | None) -> Path | None:
+    """The file that ``--json`` names, whose folder must stand."""
+    target = None if word is None else Path(word)
+    if target is not None and not target.parent.is_dir():
+        raise UserError(f"--json names '{target}' and there is no folder '{target.parent}': make it first")
+    return target
 
 
 def _transcribe(args: argparse.Namespace) -> int:
