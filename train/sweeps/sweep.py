@@ -47,6 +47,7 @@ def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
     configs = [] if config.search is not None else experiments(config)
     enter_folder(config, resume)
     lm_seconds: dict[str, float] = {}
+    write_state(config.folder, {**figures(config, configs, 0.0, {}), "state": "running"})
     try:
         if config.search is not None:
             from train.sweeps.search import search
