@@ -87,12 +87,13 @@ class Processes:
             assert process.stdin is not None
             process.stdin.close()  # ends it, should the signal have come too early
             try:
-                process.wait(PATIENCE)
+                asked = process.wait(PATIENCE) == 128 + signal.SIGTERM
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                asked = True
             thread.join()
-            if kind is None and process.returncode != 128 + signal.SIGTERM:  # as told, for want of further work
+            if kind is None and not asked:
                 self._tell(device, process.returncode)
         self._running.clear()
 
