@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import BATCH, CHANNELS, PEERS, Earshard, FirstEpoch, LitDataBucketed, write_cache
+from ours import BATCH, CHANNELS, Earshard, FirstEpoch, write_cache
+from peers import PEERS, LitDataBucketed
 
 LEGEND = """\
 earshard: two threads; batches grouped by length, shuffled over 8 shards, with keys, texts and a state. It compares each

@@ -20,16 +20,8 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import (
-    BATCH,
-    PEERS,
-    FirstEpoch,
-    FirstEpochUnchecked,
-    LitDataBucketed,
-    OneThread,
-    WebdatasetWorkers,
-    write_cache,
-)
+from ours import BATCH, FirstEpoch, FirstEpochUnchecked, OneThread, write_cache
+from peers import PEERS, LitDataBucketed, WebdatasetWorkers
 
 from shards.reader import Cache
 

@@ -1,0 +1,185 @@
+"""What the readers are measured on, and how earshard reads it.
+
+In: a size. Out: :func:`write_cache`; :class:`Peer`, what ``bench/read.py`` and ``bench/resume.py`` ask of a library,
+with earshard's own below it; the others are in ``bench/peers.py``. Payload is counted as the float16 bytes of valid
+frames, whatever a library makes of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CHANNELS, BATCH, SHARD_MB = 512, 16, 64
+
+
+def write_cache(folder: Path, megabytes: int) -> Path:
+    """A cache of random features of 100 to 800 frames, by the real writer; LibriSpeech-like lengths."""
+    import pyarrow as pa
+
+    from shards.claims import new_owner
+    from shards.manifest import UTTERANCE_SCHEMA, Layout, finalise, write_plan
+    from shards.spec import FeatureSpec
+    from shards.writer import ShardWriter
+
+    spec = FeatureSpec(
+        family="whisper", tensors="0" * 64, frontend={"n_mels": 80}, layer=6, channels=CHANNELS, hop=320,
+        sampling_rate=16000, window="full30", overlap=0.0, trim="valid", dtype="float32", codec="f16",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    count = megabytes * 1_000_000 // (2 * CHANNELS * 620)
+    frames = ((2 + 14 * rng.beta(2.5, 0.9, count)) * 50).astype(int)
+    shards = np.cumsum(frames) * 2 * CHANNELS // (SHARD_MB * 1_000_000)
+    rows = [
+        {"key": f"utterance-{i:06d}", "id": f"{i}", "audio": f"{i}.flac", "samples": int(frames[i]) * 320,
+         "speaker": "", "text": "a sentence of about the usual length that nobody reads", "split": "",
+         "shard": int(shards[i]),
+         "row": int(i - np.searchsorted(shards, shards[i]))}
+        for i in range(count)
+    ]  # fmt: skip
+    layout, owner = Layout(folder), new_owner()
+    plan = write_plan(layout, pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA), owner)
+    noise = rng.standard_normal((1000, CHANNELS), dtype=np.float32)
+    for shard in range(plan.shards):
+        with ShardWriter(layout, shard, spec, plan.id, owner) as writer:
+            for row in plan.shard(shard):
+                digest = hashlib.sha256(row["key"].encode()).hexdigest()
+                writer.add(row, noise[: row["samples"] // 320], samples=row["samples"], audio_sha256=digest)
+            writer.commit({"seconds": 0.0})
+    finalise(layout, spec, plan, owner, {})
+    return folder
+
+
+def pad(arrays: list[Any]) -> torch.Tensor:
+    tensors = [torch.as_tensor(array) for array in arrays]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+
+def payload(arrays: list[Any]) -> int:
+    return sum(len(array) for array in arrays) * CHANNELS * 2
+
+
+def batched(arrays: Iterator[Any]) -> Iterator[tuple[torch.Tensor, int]]:
+    while part := list(islice(arrays, BATCH)):
+        yield pad(part), payload(part)
+
+
+class Peer:
+    """A library: ``prepare`` stores the rows, ``tensors`` gives each, ``batches`` (padded tensor, payload bytes)."""
+
+    label = ""
+    package = ""  # the distribution that must be installed
+    exact: str = "yes"  # does a resume give the batches that the uninterrupted run gives?
+
+    def __init__(self, cache: Path, folder: Path) -> None:
+        self.cache, self.folder = cache, folder
+
+    @classmethod
+    def version(cls) -> str | None:
+        try:
+            return importlib.metadata.version(cls.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def prepare(self) -> None:
+        """Store the rows of the cache as the library wants them."""
+
+    def tensors(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, int]]:
+        return batched(self.tensors())
+
+    def resumed(self, batch: int) -> Iterator[Any]:
+        """An iterator whose first item is batch ``batch`` of the epoch."""
+        raise NotImplementedError
+
+    def opened(self) -> Any:
+        from shards.reader import Cache
+
+        return Cache.open(self.cache)
+
+    def rows(self) -> Iterator[np.ndarray]:
+        cache = self.opened()
+        return (cache.features(i) for i in range(len(cache)))
+
+    def urls(self) -> list[str]:
+        return [str(path) for path in sorted((self.cache / "shards").glob("*.tar"))]
+
+
+class Earshard(Peer):
+    """As in the second and later epochs: mappings stand and checksums are compared (the warm-up run did both)."""
+
+    label, package = "earshard", "earshard"
+    threads, window, prefetch = 2, 8, 4
+    _open: Any = None
+    _running: Any = None
+
+    def opened(self) -> Any:
+        self._open = self._open or super().opened()
+        return self._open
+
+    def tensors(self) -> Iterator[Any]:
+        return (torch.from_numpy(row) for row in self.rows())
+
+    def stream(self, epochs: int | None = 1) -> Any:
+        from shards.order import Rules
+        from shards.stream import FeatureStream
+
+        rules = Rules(batch_size=BATCH, window_shards=self.window)
+        return FeatureStream([self.opened()], rules, 1, epochs=epochs, threads=self.threads, prefetch=self.prefetch)
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """As many batches as an epoch has, of a stream that goes on."""
+        if self._running is None:
+            stream = self.stream(None)
+            self._epoch = sum(1 for _ in stream.order.walk(stream._at, 1))
+            self._running = iter(stream)
+        for batch in islice(self._running, self._epoch):
+            yield batch.features, int(batch.lengths.sum()) * CHANNELS * 2
+
+    def resumed(self, batch: int) -> Iterator[Any]:
+        stream = self.stream()
+        stream.load_state_dict(self.states[batch])
+        return iter(stream)
+
+    def remember(self, batches: list[int]) -> None:
+        """The states at these batches, as a checkpoint would hold them: found without reading."""
+        stream = self.stream()
+        steps = list(stream.order.walk(stream._at, 1))
+        self.states = {batch: stream._state(steps[batch][1]) for batch in batches}
+
+
+class OneThread(Earshard):
+    label, threads = "earshard, 1 thread", 1
+
+
+class FirstEpoch(Earshard):
+    """Opened anew each time: manifest, mappings and every row's checksum are part of the time."""
+
+    label = "earshard, first epoch"
+
+    def opened(self) -> Any:
+        return Peer.opened(self)
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, int]]:
+        for batch in self.stream():
+            yield batch.features, int(batch.lengths.sum()) * CHANNELS * 2
+
+
+class FirstEpochUnchecked(FirstEpoch):
+    """As ``Cache.open(path, verify=False)``: what the checksums cost is the difference."""
+
+    label = "earshard, first, unchecked"
+
+    def opened(self) -> Any:
+        from shards.reader import Cache
+
+        return Cache.open(self.cache, verify=False)
