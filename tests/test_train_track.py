@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 
 from train.track import Tracker, read_lines
 
@@ -53,3 +56,26 @@ def test_a_log_gets_lines_and_no_bar(tmp_path, capsys):
         "left",
     ]
     assert err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_loss_gain_frames_and_time_left_also_after_a_resume(tmp_path, monkeypatch):
+    record = {"val_loss": 1.0, "val_loss_shuffled": 1.5, "audio_gain": 0.5}
+    for start in (0, 2):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with Tracker(tmp_path, 9, step=start, evaluated=2) as tracker:
+            for number in (start + 1, start + 2):
+                tracker.step(step(number), 1234.0)
+            if start == 0:
+                tracker.evaluation(2, record)
+            else:
+                tracker._bar.refresh()
+        last = terminal.getvalue().split("\r")[-1]
+    assert "4/9" in last
+    assert "loss=0.333, gain=0.50, frames/s=1234" in last
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last)  # elapsed < left

@@ -32,18 +32,21 @@ class Tracker:
         With ``quiet`` the files alone are written.
         """
         self._emergence = EmergenceDetector()
+        self._gain: float | None = None
         with told("writing metrics", run):
             for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
                 kept = [line for line in read_lines(run / name) if line["step"] <= last]
-                for line in kept if name == METRICS else []:
-                    self._emergence.take(line["step"], line["loss"])
+                for line in kept:
+                    if name == METRICS:
+                        self._emergence.take(line["step"], line["loss"])
+                    else:
+                        self._gain = line["audio_gain"]
                 atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
             # unbuffered: what a full disk refused must not be tried again when the file is closed
             self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
             self._evaluations = open(run / EVALUATIONS, "ab", buffering=0)  # noqa: SIM115
         self._steps = steps
         self._outlets: Outlets | None = None
-        self._gain: float | None = None
         # no bar in a log: the lines of `step` tell the same
         self._bar = tqdm(
             total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=quiet or None
