@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shards.commandline import add_completion, add_config, print_completion, show_config
+from shards.commandline import add_completion, add_config, parse, print_completion, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _add_extract(add: Callable[[str, str, str], argparse.ArgumentParser]) -> Non
 
 
 def command(argv: Sequence[str]) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
     if args.command == "weights":
         return _weights(args.references)
     if args.command == "check":

@@ -17,6 +17,15 @@ SHELLS = ("bash", "zsh")
 FILES, FOLDERS, KEYS = ("FILE", "WAV"), ("CACHE", "RUN", "FOLDER", "DIR"), "key=value"  # metavars
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """As ``parse_args``, but ``key=value`` may also stand behind options that follow the first of them."""
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+        return parser.parse_args(argv)  # which tells what it does not know
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def add_config(commands: Any, module: str, example: str) -> None:
     """Give ``python -m module`` the subcommand ``config``; ``example`` are its usual words."""
     text = "check a configuration, or print it with where each value came from"

@@ -14,6 +14,7 @@ import pytest
 import pipeline.__main__
 import shards.__main__
 import train.__main__
+from shards import commandline
 
 MODULES = {"pipeline": pipeline.__main__, "shards": shards.__main__, "train": train.__main__}
 HEAVY = {"torch", "pandas", "numpy", "pyarrow", "transformers", "datasets", "pydantic", "fsspec", "soundfile", "shtab"}
@@ -67,6 +68,16 @@ def test_the_examples_of_the_whole_command_parse(name):
     assert len(shown) >= 4
     for module, words in shown:
         MODULES[module].parser().parse_args(words)
+
+
+def test_overrides_may_stand_before_and_behind_options(capsys):
+    words = ["config", "source.kind=tones", "--config", "x.yaml", "limit=3", "--print", "codec=int8"]
+    args = commandline.parse(pipeline.__main__.parser(), words)
+    assert (args.overrides, args.config, args.print) == (["source.kind=tones", "limit=3", "codec=int8"], "x.yaml", True)
+    for wrong in (["fit", "--config", "x.yaml", "lr=1", "--stepz=3"], ["report", "runs/x", "lr=1"]):
+        with pytest.raises(SystemExit):
+            commandline.parse(train.__main__.parser(), wrong)
+    assert "unrecognized arguments: lr=1" in capsys.readouterr().err
 
 
 def complete(name: str, words: list[str]) -> list[str]:

@@ -390,6 +390,14 @@ def test_a_projector_of_the_users_comes_in_by_its_import_path(own_module):
     assert (soft.shape, mask.shape, projector.soft_frames(3)) == ((2, 3, 8), (2, 3), 3)
 
 
+def test_plain_layers_of_the_users_run_in_the_runs_dtype_over_float32_masters(own_module):
+    projector = build(load_config(Holder, None, [f"projector.kind={own_module}:Mine"]).projector)
+    soft, _ = projector(torch.randn(2, 3, 6, dtype=torch.bfloat16), mask_of([3, 2], 3))
+    soft.float().sum().backward()
+    assert soft.dtype == torch.bfloat16
+    assert projector.linear.weight.dtype == projector.linear.weight.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [

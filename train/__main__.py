@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.commandline import add_completion, add_config, print_completion, show_config
+from shards.commandline import add_completion, add_config, parse, print_completion, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(argv: Sequence[str]) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
     jobs = {
         "fit": _fit,
         "sweep": _sweep,

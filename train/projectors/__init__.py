@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from shards.errors import UserError
 from train.options import OwnConfig, ProjectorConfig
@@ -68,6 +69,19 @@ def build_projector(
     return projector
 
 
+def _of_the_runs_dtype(found: type[Projector]) -> Callable[..., Projector]:
+    """``found`` with its float32 masters run under autocast, so that layers of plain torch do in any dtype."""
+
+    def forward(self: Projector, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = features.dtype != torch.float32
+        dtype = features.dtype if mixed else torch.bfloat16
+        with torch.autocast(features.device.type, dtype=dtype, enabled=mixed):
+            soft, soft_mask = found.forward(self, features, mask)
+        return soft.to(features.dtype), soft_mask
+
+    return type(found.__name__, (found,), {"forward": forward})
+
+
 def _build_own(config: OwnConfig, channels: int, width: int, embedding_rms: float, seed: int) -> Projector:
     """The user's class at ``module:Class``, constructed under ``seed``; the global generator is left as it was."""
     module, name = config.kind.split(":")
@@ -79,7 +93,7 @@ def _build_own(config: OwnConfig, channels: int, width: int, embedding_rms: floa
         raise UserError(f"projector.kind={config.kind}: '{module}' cannot be imported ({error})") from None
     if not (isinstance(found, type) and issubclass(found, Projector)):
         raise UserError(f"projector.kind={config.kind} is no class derived from train.projectors.Projector")
-    make: type = found
+    make = _of_the_runs_dtype(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

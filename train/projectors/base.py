@@ -10,7 +10,8 @@ A projector of yours, ``projector.kind=my_module:MyProjector`` with ``projector.
         def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...  # see ``Projector``
 
 ``channels`` is C, ``width`` is D, ``embedding_rms`` the RMS of the LM's embeddings (where an output norm should start).
-Its constructor runs under the run's seed. ``my_module`` is looked up on Python's path and in the working folder.
+Its constructor runs under the run's seed, its ``forward`` under autocast to the run's dtype. ``my_module`` is looked up
+on Python's path and in the working folder.
 """
 
 from __future__ import annotations
