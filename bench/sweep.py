@@ -8,8 +8,8 @@ One after another: `python -m train fit` for each experiment, a process each, as
 
 The floor is what no sharing avoids: the rows of every experiment pass forward and backward through the language model,
 and each projector takes its own steps. What can be shared is the start of processes, the language model in memory,
-reading, what is judged without audio, and, where the machine waits for weights and not for arithmetic (decoding word by
-word, small batches), the passes. Of batched lockstep, seconds in the language model are printed by what it was asked.
+reading, what is judged without audio, and, where the machine waits for weights and not for arithmetic (small batches on
+a GPU), the passes. Of batched lockstep, seconds in the language model are printed by what it was asked.
 Seconds of processors stand beside those of the clock: on a machine that does other work they alone can be compared.
 """
 
