@@ -100,7 +100,7 @@ def measure(folder: Path, part: float, shuffle: str) -> dict[str, float]:
     from shards.stream import FeatureStream
 
     before = peak_mb()
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     cache = Cache.open(folder)
     opened = time.perf_counter()
     stream = FeatureStream([cache], Rules(batch_size=64, shuffle=shuffle), seed=1)  # type: ignore[arg-type]
@@ -116,6 +116,7 @@ def measure(folder: Path, part: float, shuffle: str) -> dict[str, float]:
         "order": ordered - opened,
         "strings": end - ordered,
         "total": end - begin,
+        "cpu": time.process_time() - cpu,
         "peak_mb": peak_mb(),
         "torch_mb": before,
     }
