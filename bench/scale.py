@@ -4,7 +4,7 @@
     python bench/scale.py --quick         # a try with a tenth of everything
 
 Measures CPU seconds and bytes a row, a shard or a gigabyte of each step on this machine, and multiplies. CPU seconds,
-because what runs beside does not count in them; no step but ``verify`` waits for a disk that keeps up.
+because what runs beside does not count in them; reading and writing a slow disk comes on top.
 Nothing here runs an encoder: GPU hours are an estimate, the encoder's arithmetic over a share of a GPU's data sheet.
 """
 
