@@ -12,7 +12,7 @@ from extraction import write_corpus
 
 from pipeline.audio import decode
 from pipeline.decode_process import ProcessPool
-from pipeline.decoders import PAYS, Decoders, ThreadPool, decode_in, decoding_workers
+from pipeline.decoders import CORES, PAYS, Decoders, ThreadPool, decode_in, decoding_workers
 from pipeline.sources import SourceConfig, open_source
 from pipeline.stages import Stages
 from pipeline.tally import Failure
@@ -85,18 +85,19 @@ def test_closing_drops_what_waits_and_ends_the_processes(config):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cpu_bound", "device", "utterances", "chosen"),
+    ("wanted", "cpu_bound", "device", "cpus", "utterances", "chosen"),
     [
-        ("auto", True, "cpu", PAYS, "process"),
-        ("auto", True, "cpu", PAYS - 1, "thread"),
-        ("auto", False, "cpu", 10**6, "thread"),
-        ("auto", False, "cuda:1", 10**6, "process"),
-        ("thread", True, "cuda", 10**6, "thread"),
-        ("process", False, "cpu", 1, "process"),
+        ("auto", True, "cpu", CORES, PAYS, "process"),
+        ("auto", True, "cpu", CORES, PAYS - 1, "thread"),
+        ("auto", True, "cpu", CORES - 1, PAYS, "thread"),
+        ("auto", False, "cpu", 64, 10**6, "thread"),
+        ("auto", False, "cuda:1", 2, 10**6, "process"),
+        ("thread", True, "cuda", 64, 10**6, "thread"),
+        ("process", False, "cpu", 1, 1, "process"),
     ],
 )
-def test_processes_decode_where_they_pay(wanted, cpu_bound, device, utterances, chosen):
-    assert decode_in(wanted, cpu_bound=cpu_bound, device=device, utterances=utterances) == chosen
+def test_processes_decode_where_they_pay(wanted, cpu_bound, device, cpus, utterances, chosen):
+    assert decode_in(wanted, cpu_bound=cpu_bound, device=device, cpus=cpus, utterances=utterances) == chosen
 
 
 def test_a_gpu_leaves_its_share_of_the_cores_to_decoding():
