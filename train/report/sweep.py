@@ -131,18 +131,23 @@ def _curves(runs: Sequence[RunFiles], held_out: bool) -> str:
 
 
 def _differences(runs: Sequence[RunFiles]) -> str:
-    """A row for each setting that is not the same in all: experiments across where there are few, else below."""
+    """What is not the same in all: a row a setting where experiments are few, else a row an experiment."""
     settings = [(run.name, run.settings) for run in runs if run.settings]
-    keys = dict.fromkeys(key for _, own in settings for key in own)
-    rows = []
-    for key in keys:
-        values = [str(own.get(key, "–")) for _, own in settings]
-        if len(set(values)) > 1 and key not in OWN_KEYS:
-            rows.append((escape(key), *map(escape, values)))
+    values = {
+        key: [str(own.get(key, "–")) for _, own in settings]
+        for key in dict.fromkeys(k for _, own in settings for k in own)
+    }
+    differ = {key: each for key, each in values.items() if len(set(each)) > 1 and key not in OWN_KEYS}
+    if not differ:
+        return ""
     if len(settings) <= 4:
+        rows = [(escape(key), *map(escape, each)) for key, each in differ.items()]
         return table(("setting", *(name for name, _ in settings)), rows)
-    turned = [(escape(name), *(row[i] for row in rows)) for i, (name, _) in enumerate(settings, 1)]
-    return table(("experiment", *(row[0] for row in rows)), turned) if rows else ""
+    told = [
+        (escape(name), escape(", ".join(f"{key} {own[key]}" for key in differ if own.get(key) is not None)))
+        for name, own in settings
+    ]
+    return table(("experiment", "settings"), told)
 
 
 def _samples(runs: Sequence[RunFiles]) -> tuple[str, str]:
