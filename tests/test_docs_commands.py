@@ -51,7 +51,9 @@ def test_every_make_target_on_a_page_exists(page):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_help_explains_every_target():
-    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(line.split()[0] for line in told.splitlines()) == sorted(phony[1].split())
     assert all(len(line.split()) > 2 for line in told.splitlines())

@@ -188,6 +188,7 @@ class Evil:
         return (print, ("code of the file ran",))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's own word on the file that is refused
 def test_a_model_file_that_holds_code_is_refused_and_the_code_does_not_run(tmp_path, capsys):
     save(tmp_path)
     torch.save({"transformer.wte.weight": Evil()}, tmp_path / "model_000500.pt")
