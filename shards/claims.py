@@ -15,8 +15,10 @@ import socket
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, Self, TypeVar
 
 from shards.disk import temporary, write_all
 
@@ -52,20 +54,23 @@ def new_owner() -> str:
     return f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
-class Claims:
-    """The claims of one process: takes, refreshes in a background thread, releases."""
+Name = TypeVar("Name")
+Held = TypeVar("Held")
+
+
+class Holder(ABC, Generic[Name, Held]):
+    """Claims of one process, wherever they stand: a thread refreshes them, leaving the block releases them."""
 
     def __init__(self, owner: str, lease: float = LEASE) -> None:
-        self.owner = owner
-        self.lease = lease
-        self._held: dict[Path, int] = {}
-        self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
-        self._lock = threading.Lock()
+        self.owner, self.lease = owner, lease
+        self._held: dict[Name, Held] = {}
+        self._seen: dict[Name, tuple[object, float]] = {}  # of others: sign of life, when first seen
+        self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Claims:
-        self._thread = threading.Thread(target=self._refresh, name="claims", daemon=True)
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._keep_fresh, name="claims", daemon=True)
         self._thread.start()
         return self
 
@@ -75,8 +80,32 @@ class Claims:
         self._stop.set()
         if self._thread:
             self._thread.join()
-        for path in list(self._held):
-            self.release(path)
+        for name in list(self._held):
+            self.release(name)
+
+    @abstractmethod
+    def release(self, name: Name) -> None:
+        """Give a claim back; one that was taken over meanwhile is left to its new owner."""
+
+    @abstractmethod
+    def _refresh(self) -> None:
+        """Give a sign of life for every claim that is held."""
+
+    def _keep_fresh(self) -> None:
+        while not self._stop.wait(self.lease / 3):
+            self._refresh()
+
+    def _silent(self, name: Name, sign: object) -> bool:
+        """Whether another's claim has shown the same ``sign`` for one lease of our watching."""
+        now, before = time.monotonic(), self._seen.get(name)
+        if before is None or before[0] != sign:
+            self._seen[name] = (sign, now)
+            return False
+        return now - before[1] >= self.lease
+
+
+class Claims(Holder[Path, int]):
+    """The claims of one process on files: takes, refreshes in a background thread, releases."""
 
     def take(self, path: Path) -> bool:
         """Claim ``path``; False while another live owner holds it."""
@@ -86,7 +115,6 @@ class Claims:
         return dead is not None and self._remove(path, dead) and self._create(path)
 
     def release(self, path: Path) -> None:
-        """Give a claim back; a claim that was taken over meanwhile is left to its new owner."""
         with self._lock:
             fd = self._held.pop(path, None)
         if fd is None:
@@ -116,11 +144,10 @@ class Claims:
         return True
 
     def _refresh(self) -> None:
-        while not self._stop.wait(self.lease / 3):
-            with self._lock:
-                for fd in self._held.values():
-                    with contextlib.suppress(OSError):  # a share that is gone for a moment must not end the refreshing
-                        os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's stays untouched
+        with self._lock:
+            for fd in self._held.values():
+                with contextlib.suppress(OSError):  # a share that is gone for a moment must not end the refreshing
+                    os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's stays untouched
 
     def _dead(self, path: Path) -> bytes | None:
         """The claim's text if its holder died on this machine, or did not touch it for one lease of our watching."""
@@ -131,12 +158,7 @@ class Claims:
             return None  # just released: the next call creates it
         if died_here(text):
             return text
-        mark, now = (state.st_ino, state.st_mtime_ns), time.monotonic()
-        before = self._seen.get(path)
-        if before is None or before[0] != mark:
-            self._seen[path] = (mark, now)
-            return None
-        return text if now - before[1] >= self.lease else None
+        return text if self._silent(path, (state.st_ino, state.st_mtime_ns)) else None
 
     def _remove(self, path: Path, dead: bytes) -> bool:
         """Move the dead claim aside; put it back if it turns out to be a fresh one that came in between."""

@@ -13,14 +13,11 @@ its own monotonic clock replaces the claim; a holder that died on the same machi
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
-from shards.claims import LEASE, died_here, process_identity
+from shards.claims import LEASE, Holder, died_here, process_identity
 from shards.errors import UserError
 from shards.objects import Objects
 from shards.records import is_claim
@@ -30,31 +27,13 @@ class TakenOver(Exception):
     """Another process took the claim while this one stood still; what it was for is that one's business now."""
 
 
-class FarClaims:
-    """The claims of one process on the objects below one URL; refreshes them in a background thread."""
+class FarClaims(Holder[str, str]):
+    """The claims of one process on the objects below one URL: for each name the tag of the claim as written last."""
 
     def __init__(self, objects: Objects, owner: str, lease: float = LEASE) -> None:
-        self.objects, self.owner, self.lease = objects, owner, lease
-        self._held: dict[str, str] = {}  # name -> tag of the claim as written last
-        self._seen: dict[str, tuple[str, float]] = {}  # of others: tag, when first seen
+        super().__init__(owner, lease)
+        self.objects = objects
         self._beats = 0
-        self._lock = threading.RLock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> FarClaims:
-        self._thread = threading.Thread(target=self._refresh, name="claims", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
-        for name in list(self._held):
-            self.release(name)
 
     def take(self, name: str, void: Callable[[bytes], bool]) -> bool:
         """Claim ``name``; False while a live holder's claim stands there, or what is not ``void``."""
@@ -115,10 +94,9 @@ class FarClaims:
             self._held[name] = tag
 
     def _refresh(self) -> None:
-        while not self._stop.wait(self.lease / 3):
-            for name in list(self._held):
-                with suppress(TakenOver, UserError):  # a store that is away for a moment must not end the refreshing
-                    self._beat(name)
+        for name in list(self._held):
+            with suppress(TakenOver, UserError):  # a store that is away for a moment must not end the refreshing
+                self._beat(name)
 
     def _claim(self) -> bytes:
         with self._lock:
@@ -127,11 +105,4 @@ class FarClaims:
 
     def _dead(self, name: str, claim: bytes, tag: str) -> bool:
         """Whether a claim's holder died on this machine, or wrote nothing for one lease of our watching."""
-        if died_here(claim):
-            return True
-        now = time.monotonic()
-        before = self._seen.get(name)
-        if before is None or before[0] != tag:
-            self._seen[name] = (tag, now)
-            return False
-        return now - before[1] >= self.lease
+        return died_here(claim) or self._silent(name, tag)

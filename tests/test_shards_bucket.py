@@ -79,7 +79,7 @@ def test_a_store_that_is_away_hides_no_error_by_not_taking_a_claim_back(url):
 
 def test_a_claim_is_taken_over_when_nothing_is_written_to_it_for_a_lease(url, monkeypatch):
     a, b, now = claims(url), claims(url), [100.0]
-    monkeypatch.setattr("shards.farclaims.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("shards.claims.time.monotonic", lambda: now[0])
     assert a.take("x", never)
     assert not b.take("x", never)
     now[0] += 59.0
