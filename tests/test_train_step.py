@@ -17,7 +17,8 @@ from train.options import MoeConfig, PromptConfig
 from train.projectors import build_projector
 from train.prompt import Prompt
 from train.runs import load_model, run_config
-from train.step import take_step
+from train.step import _sum_by_name, take_step
+from train.track import read_lines
 
 
 def make_batch(lengths, texts, seed):
@@ -33,25 +34,46 @@ def router_gradient(batches, **keys):
     parameters = list(projector.parameters())
     figures = take_step(model, torch.optim.SGD(parameters, lr=0.0), parameters, batches, clip=1e9, group=Group())
     assert projector.take_losses() == {}
-    return projector, projector.router.weight.grad, figures.loss
+    return projector, projector.router.weight.grad, figures
 
 
 def test_a_projectors_own_losses_weigh_as_much_as_their_batch_does():
     batches = [make_batch([8, 4], ["six", "a"], 0), make_batch([6], ["seven"], 1)]
     _, without, told = router_gradient(batches, balance=0.0, router_z=0.0)
     projector, grad, told_too = router_gradient(batches, balance=3.0, router_z=0.5)
-    assert told == told_too
+    assert told.loss == told_too.loss
+    assert told.terms == {"balance": 0.0, "router_z": 0.0}
     assert (grad - without).abs().max() > 1e-4
     projector.router.weight.grad = None
+    expected = dict.fromkeys(told_too.terms, 0.0)
     for batch, tokens in zip(batches, (6, 6), strict=True):
         projector(batch.features, batch.mask())
-        (sum(projector.take_losses().values()) * tokens / 12).backward()
+        own = projector.take_losses()
+        (sum(own.values()) * tokens / 12).backward()
+        expected = {name: total + float(own[name].detach()) * tokens / 12 for name, total in expected.items()}
+    assert told_too.terms == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(grad - without, projector.router.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_projector_tells_is_summed_over_ranks_and_one_without_a_batch_tells_nothing():
+    assert _sum_by_name([{"a": 1.0, "b": 2.0}, {}, {"b": 0.5}]) == {"a": 1.0, "b": 2.5}
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("step") / "cache", 12, val_every=4)
+
+
+def test_a_run_tells_its_routers_losses_and_the_use_of_experts_beside_its_loss(tmp_path, cache, capsys):
+    routed = {"kind": "moe", "routing": "top2", "balance": 1.0}
+    lines = read_lines(fit(make_config(tmp_path, cache, "nanochat:d1", projector=routed, steps=3)) / "metrics.jsonl")
+    assert len(lines) == 3
+    for line in lines:
+        assert line["router_z"] > 0
+        assert line["balance"] > 0
+        assert sum(line[f"expert_use_{e}"] for e in range(4)) == pytest.approx(1)
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step      1/3"))
+    assert f"loss {lines[0]['loss']:.4f} (balance {lines[0]['balance']:.3g}, router_z " in first
 
 
 OWN = """

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from train.runs import read_json, run_config
 from train.sweeps.config import SweepConfig, experiments
 from train.sweeps.lockstep import groups
 from train.sweeps.sweep import run_sweep
+from train.track import read_lines
 
 DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout": 0.2}
 TIMED = {"seconds", "data_wait_fraction", "frames_per_second", "eval_seconds"}
@@ -112,6 +114,27 @@ def test_in_one_batch_every_experiment_equals_its_run_alone_within_tolerance(tmp
         ours, theirs = (load_file(each / "projector.safetensors") for each in (folder / name, run))
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["separate", "batched"])
+def test_a_routers_losses_and_the_use_of_its_experts_are_told_as_by_a_run_alone(tmp_path, cache, lm, mode, capsys):
+    top2 = {"name": "top2", "projector": {"kind": "moe", "routing": "top2"}, "prompt": {"template": "slam"}}
+    dense = {"name": "dense", "projector": {"kind": "moe", "hidden": 8}}
+    base = {"steps": 3, "eval_every": 0}
+    config = make_sweep(tmp_path, cache, lm, base, list=[top2, dense, {"name": "mlp"}], lockstep=mode)
+    folder = run_sweep(config)
+    assert re.search(
+        r"step +3/3  top2 [\d.]+ \(balance \S+, router_z \S+\)  dense [\d.]+  mlp", capsys.readouterr().out
+    )
+    for name, run in run_alone(config, tmp_path).items():
+        ours, theirs = (read_lines(each / "metrics.jsonl") for each in (folder / name, run))
+        told = {key for key in theirs[0] if key in ("balance", "router_z") or key.startswith("expert_use_")}
+        assert len(told) == {"top2": 6, "dense": 4, "mlp": 0}[name]
+        for mine, alone in zip(ours, theirs, strict=True):
+            wanted = {key: alone[key] for key in told}
+            assert {key: mine[key] for key in told} == (
+                wanted if mode == "separate" else pytest.approx(wanted, rel=1e-3)
+            )
 
 
 @pytest.mark.parametrize("mode", ["separate", "batched"])

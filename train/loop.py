@@ -109,6 +109,7 @@ class Trainer:
         self.tracker: Tracker = Silence()
         self.judged: Evaluation | None = None  # the last on the way
         self.objectives = Objectives(config.distill, config.contrastive)
+        self.terms: dict[str, float] = {}  # of the last step, beside the cross-entropy
 
     def __enter__(self) -> Trainer:
         """Open the run's files, drop their lines past the checkpoint, and save the start values of a new run."""
@@ -195,7 +196,8 @@ class Trainer:
             self._tell_shapes(held[0].features, done.tokens)
         seconds = time.perf_counter() - begun
         self.state.advance(done, seconds)
-        self.tracker.step(self._figures(done, rate, seconds), self.state.counters.frames_per_second)
+        self.terms = done.terms
+        self.tracker.step(self._figures(done, rate, seconds), self.state.counters.frames_per_second, self.terms)
 
     def save_if_due(self) -> None:
         """A checkpoint each ``checkpoint_every`` steps; the last step's is the caller's."""
@@ -207,7 +209,8 @@ class Trainer:
         return {
             "step": self.state.step,
             "loss": done.loss,
-            **done.further,
+            **done.terms,
+            **done.own_figures,
             "lr": rate,
             "grad_norm": done.grad_norm,
             "projector_rms_ratio": done.soft_rms / self.model.lm.embedding_rms,

@@ -6,8 +6,8 @@ batches -> soft tokens -> frozen LM -> nats of the target tokens -> gradient of
 ```
 
 Every target token of a step weighs the same, whichever batch and rank it is in: not the mean of the ranks' means.
-Losses of the projector's own (a router's) are added to what is differentiated, not to the loss that is told; so are the
-further objectives of a run (``train/objectives.py``), which are told under their own names.
+Losses of the projector's own (a router's) and the further objectives of a run (``train/objectives.py``) are added to
+what is differentiated, not to the loss that is told; each is told under its own name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from shards.batch import Batch
 from train.distributed import Group
 from train.model import AudioLM
 from train.objectives import CONTRASTIVE, Objectives
+from train.projectors import Projector
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,18 @@ class StepFigures:
     utterances: int
     waited: float  # seconds for data, on the rank that waited longest
     further: dict[str, float] = field(default_factory=dict)  # means of the further objectives, by name
+    own_losses: dict[str, float] = field(default_factory=dict)  # of the projector, as they were added
+    own_figures: dict[str, float] = field(default_factory=dict)  # what else the projector tells
 
     @property
     def finite(self) -> bool:
         """Whether loss and gradient are numbers; if not, no weight was changed."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """What was minimised beside the cross-entropy, by the names of ``metrics.jsonl``."""
+        return {**self.further, **self.own_losses}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -90,14 +98,14 @@ def take_step(
     soft = [0] * len(batches)  # soft tokens of each batch
     squares = [0.0] * len(batches)  # their mean square, times their number
     further = dict.fromkeys(objectives.names, 0.0)
+    own = _Own()
     texts = _texts_of_all(batches, group) if CONTRASTIVE in further else [batch.texts for batch in batches]
     for i, batch in enumerate(batches):
         if not batch.texts:  # a global batch of fewer utterances than ranks
             continue
         out = objectives.measure(model, batch.features, batch.mask(), batch.texts, texts[i])
         loss = objectives.loss(out, tokens, utterances)
-        for own in model.projector.take_losses().values():  # weigh as much as their batch does in the step
-            loss = loss + own * (int(out.tokens.sum()) / tokens)
+        loss = own.add_to(loss, model.projector, int(out.tokens.sum()) / tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         nats += float(out.nats.detach().double().sum())
         for name, term in out.further.items():
@@ -119,10 +127,35 @@ def take_step(
         utterances=int(utterances),
         waited=max(waits),
         further=objectives.told(sums[2 * count :], tokens, utterances),
+        own_losses=_sum_by_name(group.gather(own.losses)),
+        own_figures=_sum_by_name(group.gather(own.figures)),
     )
     if figures.finite:
         optimizer.step()
     return figures
+
+
+class _Own:
+    """The projector's own losses and figures over the batches of a step; each weighs as much as its batch does."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, float] = {}
+        self.figures: dict[str, float] = {}
+
+    def add_to(self, loss: torch.Tensor, projector: Projector, share: float) -> torch.Tensor:
+        """``loss`` and what the projector adds to that of its last batch, which has ``share`` of the step's tokens."""
+        for name, own in projector.take_losses().items():
+            loss = loss + own * share
+            self.losses[name] = self.losses.get(name, 0.0) + float(own.detach()) * share
+        for name, figure in projector.take_figures().items():
+            self.figures[name] = self.figures.get(name, 0.0) + float(figure) * share
+        return loss
+
+
+def _sum_by_name(shares: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Over the ranks; one whose part of the batch was empty has no names."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
 
 
 def _texts_of_all(batches: Sequence[Batch], group: Group) -> list[list[str]]:

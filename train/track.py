@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,11 @@ class Tracker:
         self._metrics.close()
         self._evaluations.close()
 
-    def step(self, figures: dict[str, Any], frames_per_second: float) -> None:
-        """One training step: ``step``, ``loss`` and the rest go to ``metrics.jsonl`` and the bar."""
+    def step(self, figures: dict[str, Any], frames_per_second: float, terms: Mapping[str, float] | None = None) -> None:
+        """One training step: ``step``, ``loss`` and the rest go to ``metrics.jsonl`` and the bar.
+
+        ``terms``: what was minimised beside the loss, which the lines for people tell, too.
+        """
         emergence = self._emergence.take(figures["step"], figures["loss"])
         if emergence is not None:
             figures = {**figures, "emergence": emergence.record()}
@@ -89,8 +93,8 @@ class Tracker:
         if step in (1, self._steps) or step % max(1, self._steps // TOLD) == 0:
             left = (self._steps - step) * self._seconds
             self.say(
-                f"step {step:>6}/{self._steps}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  "
-                f"{frames_per_second:.0f} frames/s  {left:.0f} s left"
+                f"step {step:>6}/{self._steps}  loss {figures['loss']:.4f}{beside(terms or {})}  "
+                f"lr {figures['lr']:.2e}  {frames_per_second:.0f} frames/s  {left:.0f} s left"
             )
 
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
@@ -124,7 +128,7 @@ class Silence(Tracker):
     def close(self) -> None:
         pass
 
-    def step(self, figures: dict[str, Any], frames_per_second: float) -> None:
+    def step(self, figures: dict[str, Any], frames_per_second: float, terms: Mapping[str, float] | None = None) -> None:
         pass
 
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
@@ -137,6 +141,12 @@ class Silence(Tracker):
 def figure(value: float | None, digits: int = 4) -> str:
     """``value`` for people; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def beside(terms: Mapping[str, float]) -> str:
+    """What is told in brackets behind a loss: the other terms of what is minimised, if any."""
+    told = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+    return f" ({told})" if told else ""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

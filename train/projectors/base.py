@@ -141,6 +141,7 @@ class Projector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._losses: dict[str, Tensor] = {}
+        self._figures: dict[str, Tensor] = {}
 
     def initialise(self, generator: torch.Generator) -> None:
         """Set every weight matrix from ``generator``: the same seed gives the same projector."""
@@ -164,10 +165,16 @@ class Projector(nn.Module):
     def take_losses(self) -> dict[str, Tensor]:
         """Losses of the projector's own, by name: scalars, already weighted, to be added to the run's loss.
 
-        Those of the last forward pass in training, handed out once; empty for most projectors.
+        Those of the last forward pass in training, handed out once; empty for most projectors. ``metrics.jsonl`` tells
+        them beside its other figures, so the name is none of theirs.
         """
         losses, self._losses = self._losses, {}
         return losses
+
+    def take_figures(self) -> dict[str, Tensor]:
+        """What ``metrics.jsonl`` tells beside these losses, by name: scalars without gradient, handed out alike."""
+        figures, self._figures = self._figures, {}
+        return figures
 
 
 class Framewise(Projector):

@@ -66,6 +66,9 @@ class MixedProjector(Projector):
     def take_losses(self) -> dict[str, Tensor]:
         return self.projector.take_losses()
 
+    def take_figures(self) -> dict[str, Tensor]:
+        return self.projector.take_figures()
+
     def facts(self) -> dict[str, Any]:
         """The learned weights of the layers, and what the projector tells."""
         return {"layer_weights": self.mixer.weights().tolist(), **self.projector.facts()}

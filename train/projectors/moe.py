@@ -37,7 +37,8 @@ class DenseMoe(Projector):
     """Downsampler [D] -> sum over e of softmax(router)_e · expert_e -> [norm]: MOSA-Base (arXiv 2508.18998).
 
     Router D -> 512 -> ReLU -> E, experts D -> H -> ReLU -> D with H = 4096, E = 4, k = 4; the cross-entropy is the only
-    loss. PyTorch's default start, but the router's last layer N(0, 0.02) with bias 0: all experts near 1/E at first.
+    loss, ``take_figures`` gives each expert's mean weight. PyTorch's default start, but the router's last layer
+    N(0, 0.02) with bias 0: all experts near 1/E at first.
     """
 
     formula = (
@@ -64,6 +65,9 @@ class DenseMoe(Projector):
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x, soft_mask = self.down(features, mask)
         weights_BSE = self.router(x).float().softmax(-1).to(x.dtype)
+        if self.training:
+            used = weights_BSE.detach().float() * soft_mask[..., None]
+            self._figures = _use(used.sum((0, 1)) / soft_mask.sum())
         total = torch.zeros_like(x)
         for i, expert in enumerate(self.experts):
             total = total + weights_BSE[..., i, None] * expert(x)
@@ -77,7 +81,8 @@ class TopMoe(Framewise):
     Router k·C -> E without bias; experts k·C -> H -> GELU -> D, H = D, E = 4, k = 4. Start: router N(0, 0.02), fc1
     Glorot-uniform, fc2 N(0, 0.01), biases 0. In training the router's logits get a relative noise of ``jitter``, and
     ``take_losses`` gives ``balance`` (E · mean of (mean probability of e - 1/E)², over valid soft tokens) and
-    ``router_z`` (mean of logsumexp², ST-MoE, arXiv 2202.08906), times their weights.
+    ``router_z`` (mean of logsumexp², ST-MoE, arXiv 2202.08906), times their weights; ``take_figures`` gives each
+    expert's share of the choices.
     """
 
     formula = "k·C + k·C·E + (E + 1)·((k·C + 1)·H + (H + 1)·D) [H = D unless set; norm: rms + D, layer + 2·D]"
@@ -118,8 +123,14 @@ class TopMoe(Framewise):
                 "balance": self.balance * len(self.experts) * spread.square().mean(),
                 "router_z": self.router_z * logits_NE.logsumexp(-1).square().mean(),
             }
+            self._figures = _use((weights.detach() > 0).float().mean(0) / _TOP)
         soft_ND: Tensor = self.norm(total)
         return soft_ND.new_zeros(*mask_BS.shape, soft_ND.shape[-1]).masked_scatter(mask_BS[..., None], soft_ND)
+
+
+def _use(shares: Tensor) -> dict[str, Tensor]:
+    """``expert_use_e``: expert e's share [E] of the routing, over valid soft tokens; evenly used, each has 1/E."""
+    return {f"expert_use_{e}": share for e, share in enumerate(shares.unbind())}
 
 
 def make_moe(config: MoeConfig, channels: int, width: int, embedding_rms: float) -> Projector:

@@ -34,7 +34,7 @@ from train.step import take
 from train.stopping import StopRequest
 from train.sweeps.meeting import meet, shared_lm
 from train.sweeps.passes import Answerer
-from train.track import figure
+from train.track import beside, figure
 
 DROPPED = "dropped.json"  # in the folder of an experiment that left before its end
 TOLD = 10  # lines with all losses that a whole group prints
@@ -270,7 +270,9 @@ class Lockstep:
         at = max((member.step for member in turn), default=0)
         if turn and (at in (1, last) or at % max(1, last // TOLD) == 0):
             losses = [
-                f"{member.name} {member.trainer.state.counters.last_loss:.4f}" for member in turn if not member.left
+                f"{member.name} {member.trainer.state.counters.last_loss:.4f}{beside(member.trainer.terms)}"
+                for member in turn
+                if not member.left
             ]
             self.tell(f"step {at:>6}/{last}  {'  '.join(losses)}")
 
