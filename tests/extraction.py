@@ -110,6 +110,14 @@ def write_corpus(folder: Path, n: int, seconds: float = 0.2) -> None:
             manifest.write(f"clip {i:02d}.flac,text number {i},s{i % 4}\n")
 
 
+def write_world(folder: Path, n: int) -> tuple[Path, Path]:
+    """The corpus of ``n`` clips in ``folder``, and a tiny Whisper below it: what :func:`words` takes after a root."""
+    from tiny_whisper import write_tiny_whisper
+
+    write_corpus(folder, n)
+    return folder, write_tiny_whisper(folder / "whisper")
+
+
 def words(root: Path, corpus: Path, whisper: Path, *more: str) -> list[str]:
     """The command line that extracts ``corpus`` into small shards below ``root``."""
     return [

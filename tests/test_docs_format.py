@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import load_script
 from tiny_cache import make_cache
 
 from shards.manifest import FAILURE_SCHEMA, MANIFEST_SCHEMA, Layout, unseal
@@ -21,10 +21,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 @pytest.fixture(scope="module")
 def reader():
-    spec = importlib.util.spec_from_file_location("read_cache", DOCS / "read_cache.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/read_cache.py")
 
 
 @pytest.mark.parametrize("codec", ["f16", "bf16", "int8", "fp8"])

@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from extraction import only_cache, run, snapshot, start, words, write_corpus
+from extraction import only_cache, run, snapshot, start, words, write_corpus, write_world
 from tiny_s3 import S3, s3_server, use
-from tiny_whisper import write_tiny_whisper
 
 from shards.__main__ import main
 from shards.errors import UserError, WorkFailed
@@ -24,9 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Path, Path]:
     """18 clips and a tiny Whisper."""
-    folder = tmp_path_factory.mktemp("bucket")
-    write_corpus(folder, 18)
-    return folder, write_tiny_whisper(folder / "whisper")
+    return write_world(tmp_path_factory.mktemp("bucket"), 18)
 
 
 @pytest.fixture(scope="module")

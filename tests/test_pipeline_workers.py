@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from extraction import only_cache, run, snapshot, start, words, write_corpus
-from tiny_whisper import write_tiny_whisper
+from extraction import only_cache, run, snapshot, start, words, write_world
 
 from pipeline.__main__ import command
 from pipeline.workers import Worker, find_worker
@@ -66,9 +65,7 @@ def test_numbers_that_do_not_fit_are_refused_in_a_sentence(index, count, environ
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Path, Path]:
     """12 clips and a tiny Whisper."""
-    folder = tmp_path_factory.mktemp("workers")
-    write_corpus(folder, 12)
-    return folder, write_tiny_whisper(folder / "whisper")
+    return write_world(tmp_path_factory.mktemp("workers"), 12)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_train_projectors import CONFIGS
 from tiny_cache import make_cache
+from tiny_projectors import CONFIGS
 from tiny_run import make_config
 
 from shards.errors import UserError, run_command

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_projectors import Holder, build, mask_of, shake
+from tiny_projectors import CONFIGS, Holder, build, mask_of, shake
 
 from shards.config import load_config
 from shards.errors import UserError
@@ -22,30 +22,6 @@ from train.projectors import build_projector
 from train.projectors.mlp import Mlp, Pool, Residual
 from train.projectors.table import evaluate_formula, letters_of, render, table
 
-CONFIGS = [
-    MlpConfig(),
-    MlpConfig(stack=5, hidden=24, input_norm="layer", norm="rms"),
-    MlpConfig(stack=3, hidden=24, bias=True, norm="layer"),
-    ResidualConfig(),
-    ResidualConfig(stack=1, blocks=1, hidden=20, norm="rms"),
-    ResidualConfig(stack=2, norm="layer"),
-    LinearConfig(hidden=24),
-    LinearConfig(stack=1, hidden=24, norm="rms"),
-    ConvConfig(hidden=24),
-    ConvConfig(variant="mosa", hidden=24, norm="layer"),
-    ConvConfig(variant="mosa", stack=8, hidden=24),
-    SwigluConfig(hidden=24),
-    SwigluConfig(stack=3, hidden=24, mid_norm=False, norm="rms"),
-    QformerConfig(dropout=0.0),
-    QformerConfig(stack=2, window=3, queries=2, layers=1, hidden=20, heads=2, intermediate=12, dropout=0.0, norm="rms"),
-    MoeConfig(hidden=24, experts=3),
-    MoeConfig(routing="top2", stack=2, experts=3, norm="layer"),
-    PoolConfig(),
-    PoolConfig(pool=3, stack=2, hidden=24, norm="rms"),
-    PoolConfig(pool=1),
-    TransformerConfig(hidden=32, heads=4),
-    TransformerConfig(stack=1, layers=1, hidden=32, norm="rms"),
-]
 IDS = [f"{i}-{c.kind}-{c.norm}" for i, c in enumerate(CONFIGS)]
 
 

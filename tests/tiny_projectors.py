@@ -5,8 +5,45 @@ from __future__ import annotations
 import torch
 
 from shards.config import Config
-from train.options import MlpConfig, ProjectorConfig
+from train.options import (
+    ConvConfig,
+    LinearConfig,
+    MlpConfig,
+    MoeConfig,
+    PoolConfig,
+    ProjectorConfig,
+    QformerConfig,
+    ResidualConfig,
+    SwigluConfig,
+    TransformerConfig,
+)
 from train.projectors import build_projector
+
+# every built-in kind, each of its settings once
+CONFIGS = [
+    MlpConfig(),
+    MlpConfig(stack=5, hidden=24, input_norm="layer", norm="rms"),
+    MlpConfig(stack=3, hidden=24, bias=True, norm="layer"),
+    ResidualConfig(),
+    ResidualConfig(stack=1, blocks=1, hidden=20, norm="rms"),
+    ResidualConfig(stack=2, norm="layer"),
+    LinearConfig(hidden=24),
+    LinearConfig(stack=1, hidden=24, norm="rms"),
+    ConvConfig(hidden=24),
+    ConvConfig(variant="mosa", hidden=24, norm="layer"),
+    ConvConfig(variant="mosa", stack=8, hidden=24),
+    SwigluConfig(hidden=24),
+    SwigluConfig(stack=3, hidden=24, mid_norm=False, norm="rms"),
+    QformerConfig(dropout=0.0),
+    QformerConfig(stack=2, window=3, queries=2, layers=1, hidden=20, heads=2, intermediate=12, dropout=0.0, norm="rms"),
+    MoeConfig(hidden=24, experts=3),
+    MoeConfig(routing="top2", stack=2, experts=3, norm="layer"),
+    PoolConfig(),
+    PoolConfig(pool=3, stack=2, hidden=24, norm="rms"),
+    PoolConfig(pool=1),
+    TransformerConfig(hidden=32, heads=4),
+    TransformerConfig(stack=1, layers=1, hidden=32, norm="rms"),
+]
 
 
 class Holder(Config):
