@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pipeline.weights import ENCODERS, Weights, read_json, weight_files
+from pipeline.weights import ENCODERS, Weights, read_settings, weight_files
 from shards.errors import UserError
 from shards.spec import Window
 
@@ -107,7 +107,7 @@ def load_encoder(
         dtype = fast_dtype(device)
     if dtype not in DTYPES:
         raise UserError(f"encoder.dtype is '{dtype}': set it to auto, {', '.join(DTYPES)}")
-    family = read_json(weights.folder / "config.json").get("model_type")
+    family = read_settings(weights.folder / "config.json").get("model_type")
     if family in ENCODERS[1:]:
         from pipeline.selfsupervised import SelfSupervisedEncoder
 

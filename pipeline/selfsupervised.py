@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.encoder import check_request, encoder_name, tensors_hash
 from pipeline.threads import Threads
-from pipeline.weights import Weights, read_json
+from pipeline.weights import Weights, read_settings
 from shards.errors import UserError
 from shards.spec import Window
 
@@ -53,7 +53,7 @@ class SelfSupervisedEncoder:
         import transformers
 
         preprocessor = weights.folder / "preprocessor_config.json"
-        tree = read_json(preprocessor) if preprocessor.is_file() else {}
+        tree = read_settings(preprocessor) if preprocessor.is_file() else {}
         if tree.get("sampling_rate", 16000) != 16000:
             raise UserError(f"'{preprocessor}' says {tree['sampling_rate']} Hz: name an encoder of 16000 Hz audio")
         try:

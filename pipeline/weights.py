@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shards.disk import read_json
 from shards.errors import UserError
 
 ENCODERS = ("whisper", "hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
@@ -137,7 +138,7 @@ class _DamagedFile(Exception):
 
 def check_folder(folder: Path, what: str) -> None:
     """Refuse a folder without a fitting ``config.json`` or whose weight files are absent or of a wrong length."""
-    config = read_json(folder / "config.json")
+    config = read_settings(folder / "config.json")
     kind = config.get("model_type")
     if what == "encoder" and kind not in ENCODERS:
         raise UserError(
@@ -157,7 +158,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
+            weight_map = read_settings(index).get("weight_map")
             names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
             missing = [name for name in names if not (folder / name).is_file()]
             if missing or not names:
@@ -198,14 +199,6 @@ def _zip_complaint(path: Path) -> str | None:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; raises UserError."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no '{path}': name a folder of transformers weights") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): copy or download it again") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"'{path}' holds no JSON object: copy or download it again")
-    return tree
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder; raises UserError."""
+    return read_json(path, absent="name a folder of transformers weights", damaged="copy or download it again")

@@ -30,7 +30,7 @@ from pipeline.encoder import (
 from pipeline.logmel import LogMel, MelSettings
 from pipeline.memory import fitting_batch
 from pipeline.threads import Threads
-from pipeline.weights import Weights, read_json
+from pipeline.weights import Weights, read_settings
 from shards.errors import UserError
 from shards.spec import Window
 
@@ -58,9 +58,9 @@ class WhisperEncoder:
     ) -> None:
         import torch
 
-        config = read_json(weights.folder / "config.json")
+        config = read_settings(weights.folder / "config.json")
         preprocessor = weights.folder / "preprocessor_config.json"
-        tree = read_json(preprocessor) if preprocessor.is_file() else {}
+        tree = read_settings(preprocessor) if preprocessor.is_file() else {}
         tensors = read_encoder_tensors(weights.folder)
         try:
             self.channels: int = tensors["conv2.weight"].shape[0]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from shards.errors import UserError
 
@@ -108,6 +110,23 @@ def file_sha256(path: Path) -> str:
     """64 hex digits: sha256 of the file's bytes."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, *, absent: str, damaged: str) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        UserError: there is no file (the sentence ends with ``absent``), or it holds no JSON object (``damaged``).
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no '{path}': {absent}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): {damaged}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"'{path}' holds no JSON object: {damaged}")
+    return tree
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from shards import disk
 from shards.config import load_config
 from shards.disk import atomic_write, fsync_folder, told
 from shards.errors import UserError
@@ -170,15 +171,9 @@ def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torc
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a run folder; UserError when it is missing or damaged."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"'{path}' is missing: the run is not whole, train it again under another name=…") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): train the run again") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"'{path}' holds no JSON object: train the run again")
-    return tree
+    return disk.read_json(
+        path, absent="the run is not whole, train it again under another name=…", damaged="train the run again"
+    )
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
