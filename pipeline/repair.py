@@ -15,8 +15,9 @@ from pipeline.engines import run_local
 from pipeline.job import prepare, schedule
 from shards.disk import told
 from shards.errors import UserError, WorkFailed
+from shards.findings import Problem, Progress
 from shards.manifest import Layout, RecordError, unseal
-from shards.verify import Problem, Progress, verify
+from shards.verify import verify
 
 
 def repair(path: Path, *, source: str | None = None, progress: Progress | None = None) -> list[Problem]:

@@ -27,7 +27,7 @@ from shards.errors import WorkFailed, run_command
 from shards.storage import is_url
 
 if TYPE_CHECKING:
-    from shards.verify import Problem
+    from shards.findings import Problem
 
 RECORDED = ""  # `--source` without a folder
 SCRIPT = "earshard-shards"

@@ -21,10 +21,11 @@ from pydantic import ValidationError
 from shards.claims import new_owner
 from shards.disk import atomic_write, fsync_folder, make_folder, told
 from shards.errors import UserError, WorkFailed
+from shards.findings import Problem
 from shards.manifest import Layout, read_plan
 from shards.records import MAX_JSON, CacheInfo, FileInfo, RecordError, ShardRecord, is_claim, parse, unseal
 from shards.storage import Broken, Remote, connect, fetch_file, file_size, insist, open_filesystem, read_small
-from shards.verify import Problem, verify
+from shards.verify import verify
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 SENDERS = 4  # shards on their way at once

@@ -15,8 +15,8 @@ from typing import Any
 
 from shards.disk import file_sha256
 from shards.errors import UserError
+from shards.findings import Problem, Progress
 from shards.reader import Cache
-from shards.verify import Problem, Progress
 
 PLAIN = ("librispeech", "manifest")  # kinds of source whose uris are paths below its root
 

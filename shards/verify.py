@@ -2,22 +2,19 @@
 
     python -m shards verify CACHE --deep
 
-In: a cache folder or its URL, trusted in nothing. Out: a list of :class:`Problem`, empty when the cache is sound and
-complete. The fast check reads everything but the tars, of which it compares the sizes; the deep one also re-hashes
-every tar (fetched whole, one at a time, where the cache is far), walks its members and compares each with its manifest
-row. A file is parsed only after its sha256 is found right.
+In: a cache folder or its URL, trusted in nothing. Out: a list of problems (``shards/findings.py``), empty when the
+cache is sound and complete. The fast check reads everything but the tars, of which it compares the sizes; the deep one
+also re-hashes every tar (fetched whole, one at a time, where the cache is far), walks its members and compares each
+with its manifest row.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,36 +22,16 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from shards.checks import TarFile, first_bad_row, first_bad_utterance
-from shards.disk import open_file
 from shards.errors import UserError, first_complaint
 from shards.far import far_copy, far_tar
-from shards.manifest import (
-    FAILURE_SCHEMA,
-    MANIFEST_SCHEMA,
-    UTTERANCE_SCHEMA,
-    Layout,
-    RecordError,
-    manifest_id,
-    read_parquet,
-    unseal,
-)
-from shards.records import CacheInfo, FileInfo, ShardRecord
-from shards.spec import SCHEMA_VERSION, FeatureSpec
+from shards.findings import Findings, Problem, Progress
+from shards.manifest import Layout, manifest_id
+from shards.records import CacheInfo, RecordError, ShardRecord
+from shards.spec import FeatureSpec
 from shards.storage import is_url
+from shards.tables import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, read_parquet
 
-Progress = Callable[[int, int], None]
-CHUNK = 8 << 20
 PLANNED = [name for name in UTTERANCE_SCHEMA.names if name != "samples"]  # what a manifest row keeps of its plan row
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is not as written; ``file`` is relative to the cache folder, ``key`` names an utterance."""
-
-    shard: int | None
-    file: str
-    key: str | None
-    what: str
 
 
 def verify(path: str | Path, deep: bool = False, progress: Progress | None = None) -> list[Problem]:
@@ -88,10 +65,9 @@ class _Audit:
         progress: Progress | None,
         whole: Callable[[Path], AbstractContextManager[Path]] = nullcontext,
     ) -> None:
-        self.layout, self.deep, self.progress, self.whole = layout, deep, progress, whole
-        self.problems: list[Problem] = []
+        self.layout, self.deep, self.whole = layout, deep, whole
+        self.found = Findings(layout.path, progress)
         self.spec: FeatureSpec | None = None
-        self.done = self.total = 0
 
     def run(self) -> list[Problem]:
         info = self._info()
@@ -102,7 +78,8 @@ class _Audit:
         shards: Sequence[int] = sorted(records)
         if plan is not None:
             shards = range(plan["shard"][-1].as_py() + 1 if len(plan) else 0)
-        self._measure(shards)
+        tables = [self.layout.manifest, self.layout.failures, *map(self.layout.rows, shards)]
+        self.found.expect([*tables, *map(self.layout.tar, shards)] if self.deep else tables)
         feature_id = self._feature_id(info, records)
         manifest = self._table(info, self.layout.manifest, MANIFEST_SCHEMA)
         merged: dict[int, int] = {}
@@ -119,68 +96,34 @@ class _Audit:
             else:
                 rows = self._shard(shard, record, feature_id, plan_id, plan)
             if rows is not None and manifest is not None and not manifest.slice(at, size).equals(rows):
-                self._tell(None, self.layout.manifest, f"does not hold the rows of shard {shard:06d}")
+                self.found.tell(None, self.layout.manifest, f"does not hold the rows of shard {shard:06d}")
                 manifest = None  # told once
             at += size
         if manifest is not None and at != len(manifest):
-            self._tell(None, self.layout.manifest, "has rows of shards that the plan does not know")
+            self.found.tell(None, self.layout.manifest, "has rows of shards that the plan does not know")
         self._strangers(shards)
         if info:
             self._summary(info, {shard: records[shard] for shard in shards if shard in records}, shards, plan)
-        return self.problems
-
-    def _tell(self, shard: int | None, file: Path, what: str, key: str | None = None) -> None:
-        self.problems.append(Problem(shard, str(file.relative_to(self.layout.path)), key, what))
-
-    def _measure(self, shards: Sequence[int]) -> None:
-        """Bytes to read, for the progress bar."""
-        paths = [self.layout.manifest, self.layout.failures, *map(self.layout.rows, shards)]
-        if self.deep:
-            paths += map(self.layout.tar, shards)
-        for path in paths:
-            try:
-                self.total += path.stat().st_size
-            except OSError:
-                continue
-
-    def _step(self, size: int) -> None:
-        self.done += size
-        if self.progress:
-            self.progress(self.done, self.total)
-
-    def _sealed(self, path: Path, shard: int | None) -> dict[str, Any] | None:
-        try:
-            tree = unseal(path)
-        except FileNotFoundError:
-            return None
-        except (RecordError, OSError) as error:
-            self._tell(shard, path, _phrase(error, path))
-            return None
-        version = tree.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise UserError(
-                f"'{path}' is of cache format {version} and this earshard reads {SCHEMA_VERSION}: update earshard"
-            )
-        return tree
+        return self.found.problems
 
     def _info(self) -> CacheInfo | None:
         path = self.layout.cache
-        tree = self._sealed(path, None)
+        tree = self.found.sealed(path, None)
         if tree is None:
             if not path.exists():
-                self._tell(None, path, "is missing: the extraction is not complete")
+                self.found.tell(None, path, "is missing: the extraction is not complete")
             return None
         try:
             info = CacheInfo.model_validate(tree)
             self.spec = FeatureSpec.parse(info.spec, f"'{path}'")
         except ValidationError as error:
-            self._tell(None, path, f"lacks what a cache says: {first_complaint(error)}")
+            self.found.tell(None, path, f"lacks what a cache says: {first_complaint(error)}")
             return None
         except UserError as error:
-            self._tell(None, path, f"lacks what a cache says: {error}")
+            self.found.tell(None, path, f"lacks what a cache says: {error}")
             return None
         if info.schema_version != self.spec.schema_version or self.spec.feature_id != info.feature_id:
-            self._tell(None, path, "has a feature id that is not that of its spec")
+            self.found.tell(None, path, "has a feature id that is not that of its spec")
         return info
 
     def _records(self) -> dict[int, ShardRecord]:
@@ -189,33 +132,33 @@ class _Audit:
             shard = int(path.stem) if path.stem.isascii() and path.stem.isdigit() else -1
             if path.name != self.layout.record(shard).name or not path.is_file():
                 continue
-            tree = self._sealed(path, shard)
+            tree = self.found.sealed(path, shard)
             if tree is None:
                 continue
             try:
                 records[shard] = ShardRecord.model_validate(tree)
             except ValidationError as error:
-                self._tell(shard, path, f"lacks what a record says: {first_complaint(error)}")
+                self.found.tell(shard, path, f"lacks what a record says: {first_complaint(error)}")
         return records
 
     def _plan(self, plan_id: str | None) -> pa.Table | None:
         """The plan, sorted by shard and row as it is written, or None."""
         path = self.layout.plan
         try:
-            found = self._digest(path, count=False)
+            found = self.found.digest(path, count=False)
         except OSError as error:
-            self._tell(None, path, _phrase(error, path))
+            self.found.tell_error(None, path, error)
             return None
         if plan_id is not None and found != plan_id:
-            self._tell(None, path, "is not the plan that the cache was made by (its sha256 differs)")
+            self.found.tell(None, path, "is not the plan that the cache was made by (its sha256 differs)")
             return None
         try:
             plan = read_parquet(path, UTTERANCE_SCHEMA)
         except (RecordError, OSError) as error:
-            self._tell(None, path, _phrase(error, path))
+            self.found.tell_error(None, path, error)
             return None
         if bad := first_bad_utterance(plan):
-            self._tell(None, path, bad)
+            self.found.tell(None, path, bad)
             return None
         return plan
 
@@ -228,9 +171,9 @@ class _Audit:
     def _absent(self, shard: int) -> None:
         path = self.layout.record(shard)
         if not path.exists():
-            self._tell(shard, path, "is missing: the shard is not committed")
+            self.found.tell(shard, path, "is missing: the shard is not committed")
         elif not path.is_file():
-            self._tell(shard, path, "is no file")
+            self.found.tell(shard, path, "is no file")
 
     def _shard(
         self, shard: int, record: ShardRecord, feature_id: str | None, plan_id: str | None, plan: pa.Table | None
@@ -238,39 +181,41 @@ class _Audit:
         """Check one shard; its rows when they can be trusted."""
         layout, path = self.layout, self.layout.record(shard)
         if record.shard != shard:
-            self._tell(shard, path, f"is the record of shard {record.shard:06d}")
+            self.found.tell(shard, path, f"is the record of shard {record.shard:06d}")
         if record.feature_id != feature_id:
-            self._tell(shard, path, f"is of other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})")
+            self.found.tell(shard, path, f"is of other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})")
         if record.plan_id != plan_id:
-            self._tell(shard, path, f"is of another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
-        rows = self._hashed(layout.rows(shard), record.parquet, MANIFEST_SCHEMA, shard)
+            self.found.tell(shard, path, f"is of another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
+        rows = self.found.table(layout.rows(shard), record.parquet, MANIFEST_SCHEMA, shard)
         tar = layout.tar(shard)
         try:
             size = tar.stat().st_size
         except OSError as error:
-            self._tell(shard, tar, _phrase(error, tar))
+            self.found.tell_error(shard, tar, error)
             return rows
         sound_size = size == record.tar.bytes
         if not sound_size:
-            self._tell(shard, tar, f"has {size} bytes, not {record.tar.bytes}")
+            self.found.tell(shard, tar, f"has {size} bytes, not {record.tar.bytes}")
         if rows is not None:
             if rows.num_rows != record.rows or (pc.sum(rows["frames"]).as_py() or 0) != record.frames:
-                self._tell(shard, path, "counts other rows or frames than its parquet file holds")
+                self.found.tell(shard, path, "counts other rows or frames than its parquet file holds")
             if bad := first_bad_row(rows, shard, self.spec, record.tar.bytes):
-                self._tell(shard, layout.rows(shard), bad[1], bad[0])
+                self.found.tell(shard, layout.rows(shard), bad[1], bad[0])
                 rows = None
             elif plan is not None and not self._as_planned(shard, record, rows, plan):
-                self._tell(shard, layout.rows(shard), "and the failures of its record do not make up the planned rows")
+                self.found.tell(
+                    shard, layout.rows(shard), "and the failures of its record do not make up the planned rows"
+                )
         if self.deep:
             try:
                 with self.whole(tar) as local, TarFile(local) as file:
-                    found = file.sha256(self._step)
+                    found = file.sha256(self.found.step)
                     if sound_size and found != record.tar.sha256:
-                        self._tell(shard, tar, "does not match its sha256")
+                        self.found.tell(shard, tar, "does not match its sha256")
                     for key, what in file.problems(rows, self.spec):
-                        self._tell(shard, tar, what, key)
+                        self.found.tell(shard, tar, what, key)
             except OSError as error:
-                self._tell(shard, tar, _phrase(error, tar))
+                self.found.tell_error(shard, tar, error)
         return rows
 
     def _as_planned(self, shard: int, record: ShardRecord, rows: pa.Table, plan: pa.Table) -> bool:
@@ -285,38 +230,15 @@ class _Audit:
         if info is None:
             return None
         if path.name not in info.files:
-            self._tell(None, self.layout.cache, f"says nothing about {path.name}")
+            self.found.tell(None, self.layout.cache, f"says nothing about {path.name}")
             return None
-        return self._hashed(path, info.files[path.name], schema, None)
-
-    def _hashed(self, path: Path, wanted: FileInfo, schema: pa.Schema, shard: int | None) -> pa.Table | None:
-        """A parquet file of the right size and sha256, parsed; else None, and told."""
-        try:
-            size = path.stat().st_size
-            if size != wanted.bytes:
-                self._tell(shard, path, f"has {size} bytes, not {wanted.bytes}")
-            elif self._digest(path) != wanted.sha256:
-                self._tell(shard, path, "does not match its sha256")
-            else:
-                return read_parquet(path, schema)
-        except (RecordError, OSError) as error:
-            self._tell(shard, path, _phrase(error, path))
-        return None
-
-    def _digest(self, path: Path, count: bool = True) -> str:
-        digest = hashlib.sha256()
-        with open_file(path) as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                if count:
-                    self._step(len(chunk))
-        return digest.hexdigest()
+        return self.found.table(path, info.files[path.name], schema, None)
 
     def _strangers(self, shards: Sequence[int]) -> None:
         """Tars and records that are not of the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
         for path in sorted([*self.layout.shards.glob("*.tar"), *self.layout.shards.glob("*.json")]):
             if not (path.stem.isascii() and path.stem.isdigit() and int(path.stem) in shards):
-                self._tell(None, path, "is no shard of this cache")
+                self.found.tell(None, path, "is no shard of this cache")
 
     def _summary(
         self, info: CacheInfo, records: dict[int, ShardRecord], shards: Sequence[int], plan: pa.Table | None
@@ -328,7 +250,7 @@ class _Audit:
             return
         told = [failure.model_dump() for shard in shards for failure in records[shard].failures]
         if failures is not None and failures.to_pylist() != told:
-            self._tell(None, self.layout.failures, "does not hold the failures of the records")
+            self.found.tell(None, self.layout.failures, "does not hold the failures of the records")
         found = {
             "shards": len(shards),
             "utterances": sum(record.rows for record in records.values()),
@@ -340,15 +262,7 @@ class _Audit:
             found["planned"] = len(plan)
         for name, value in found.items():
             if info.counts.get(name) != value:
-                self._tell(None, path, f"counts {info.counts.get(name)} {name}, the shards have {value}")
+                self.found.tell(None, path, f"counts {info.counts.get(name)} {name}, the shards have {value}")
         tars = [records[shard].tar.sha256 for shard in shards]
         if manifest_id(info.feature_id, info.plan_id, tars) != info.manifest_id:
-            self._tell(None, path, "has a manifest id that is not that of its shards")
-
-
-def _phrase(error: Exception, path: Path) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "is missing"
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror}"
-    return str(error).removeprefix(path.name).strip()
+            self.found.tell(None, path, "has a manifest id that is not that of its shards")
