@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def test_what_the_command_line_gets_wrong_is_said_in_one_sentence(tmp_path, caps
     assert "cannot go on with other settings (grid)" in fails(
         capsys, "--config", str(file), "--resume", "grid.lr=[1,3]"
     )
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "needs ray, which is not installed" in fails(capsys, "--resume", str(tmp_path / "there"), "--engine", "ray")
+    assert "needs ray, which is not installed" in fails(
+        capsys, "--config", str(file), "name=far", "--engine", "ray", "grid.lr=[1,3]"
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a sweep runs in one process" in fails(capsys, "--config", str(file))
 
@@ -125,6 +131,6 @@ def test_what_the_command_line_gets_wrong_is_said_in_one_sentence(tmp_path, caps
 def test_an_option_without_its_library_says_what_to_install(tmp_path, monkeypatch, library, keys):
     from train.sweeps.sweep import run_sweep
 
-    monkeypatch.setitem(__import__("sys").modules, library, None)
+    monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=rf"needs {library}, which is not installed: `pip install"):
         run_sweep(sweep(runs=str(tmp_path), **keys))

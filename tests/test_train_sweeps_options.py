@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from test_train_sweeps import make_sweep, same_run
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
+from tiny_run import losses
 
 from train.runs import read_json
 from train.sweeps.sweep import run_sweep
@@ -28,11 +30,25 @@ def lm(tmp_path_factory):
     return f"path:{save_tiny_lm(tmp_path_factory.mktemp('options') / 'lm')}"
 
 
-def test_groups_on_a_ray_cluster_leave_what_one_process_leaves(tmp_path, cache, lm, monkeypatch):
+def test_groups_on_a_ray_cluster_leave_what_one_process_leaves_and_tell_of_it(tmp_path, cache, lm, monkeypatch, capsys):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     here = run_sweep(make_sweep(tmp_path, cache, lm, list=LIST, name="here"))
+    capsys.readouterr()
     there = run_sweep(make_sweep(tmp_path, cache, lm, list=LIST, name="there", engine="ray", together=2))
+    lines = capsys.readouterr().out.splitlines()
+    for number, names in ((1, ("one", "two")), (2, ("three",))):
+        told = [
+            line.removeprefix(f"group {number} of 2  ") for line in lines if line.startswith(f"group {number} of 2")
+        ]
+        assert told[0] == f"begins: {', '.join(names)}"
+        steps = [line for line in told if re.match(r"step +\d+/8 ", line)]
+        assert [int(re.findall(r"\d+", line)[0]) for line in steps] == list(range(1, 9))
+        last = [f"{name} {losses(there / name)[-1]:.4f}" for name in names]
+        assert steps[-1] == "  ".join(["step      8/8", *last])
+        assert any(line.startswith("step      4  ") and "audio gain" in line for line in told)
+        assert told[-len(names) :] == [f"{name} finished after 8 steps" for name in names]
+        assert f"done: {', '.join(names)}" in lines
     for each in LIST:
         same_run(here / each["name"], there / each["name"])
     assert {each["state"] for each in read_json(there / "sweep.json")["experiments"]} == {"finished"}

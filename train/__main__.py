@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--resume", nargs="?", const="", metavar="SWEEP", help="go on with a sweep (default: that of --config)"
     )
+    sweep.add_argument("--engine", choices=("local", "ray"), help="ray: groups over a Ray cluster (default: local)")
     overrides(sweep)
 
     rates = add("lr-range", "raise the rate until the loss runs away", "lr-range --config configs/train/demo.yaml")
@@ -161,7 +162,7 @@ def _fit(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from train.sweeps.command import sweep
 
-    return sweep(args.config, args.resume, args.overrides)
+    return sweep(args.config, args.resume, args.overrides, args.engine)
 
 
 def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:

@@ -6,16 +6,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shards.config import validate_config
 from shards.errors import UserError
 from train.sweeps.config import SweepConfig, load_sweep
 
 
-def sweep(file: str | None, resume: str | None, words: Sequence[str]) -> int:
+def sweep(file: str | None, resume: str | None, words: Sequence[str], engine: str | None = None) -> int:
     """Run or go on with a sweep, print its table; the exit status.
 
-    ``resume`` None starts a new one, "" goes on with that of ``file``, else with the folder that it names.
+    ``resume`` None starts a new one, "" goes on with that of ``file``, else with the folder that it names. ``engine``
+    stands for the key of that name.
     """
     config = _which(file, resume, words)
+    if engine is not None:
+        config = validate_config(SweepConfig, {**config.model_dump(mode="json"), "engine": engine}, "--engine")
 
     from train.loop import Interrupted
     from train.report import REPORT
