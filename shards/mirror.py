@@ -22,6 +22,7 @@ import hashlib
 import io
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -38,6 +39,7 @@ from shards.storage import Broken, Remote, connect, insist, next_chunk, read_sma
 
 BUDGET_GB = 50.0
 FETCHERS = 4  # shards that a process fetches at once, ahead of need
+POLL = 0.02  # seconds between looks at fetches whose room is needed
 
 
 class Mirror:
@@ -254,20 +256,30 @@ class Mirror:
 
     @contextmanager
     def _room(self, size: int, needed: bool) -> Iterator[bool]:
-        """Remove the longest unused shards until ``size`` more bytes fit; false when they do not and need not."""
+        """Remove the longest unused shards until ``size`` more bytes fit; false when they do not and need not.
+
+        What is needed waits for fetches that are under way: once whole, they can leave again. Only shards that are all
+        mapped by readers let the folder grow over its budget.
+        """
         root = self.folder.parent
-        with _locked(root / "room.lock", wait=True):
-            held = []
-            for path in root.glob("*/shards/*"):
-                if path.suffix in (".tar", ".part"):
-                    with suppress(FileNotFoundError):
-                        stat = path.stat()
-                        held.append((stat.st_mtime_ns, stat.st_size, path))
-            excess = sum(taken for _, taken, _ in held) + size - self.budget
-            for _, taken, path in sorted(held):
-                if excess > 0 and _remove_unused(path):
-                    excess -= taken
-            yield needed or excess <= 0
+        while True:
+            with _locked(root / "room.lock", wait=True):
+                held = []
+                for path in root.glob("*/shards/*"):
+                    if path.suffix in (".tar", ".part"):
+                        with suppress(FileNotFoundError):
+                            stat = path.stat()
+                            held.append((stat.st_mtime_ns, stat.st_size, path))
+                excess, under_way = sum(taken for _, taken, _ in held) + size - self.budget, False
+                for _, taken, path in sorted(held):
+                    if excess > 0 and _remove_unused(path):
+                        excess -= taken
+                    elif path.suffix == ".part":
+                        under_way = True
+                if excess <= 0 or not (needed and under_way):
+                    yield needed or excess <= 0
+                    return
+            time.sleep(POLL)
 
 
 def require_room(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -7,6 +8,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -176,12 +179,16 @@ def test_a_scheme_without_its_package_is_told(root):
             Cache.open("s3://bucket/cache")
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file that another thread may just be removing."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+def taken_by(root: Path) -> int:
+    """Bytes of shards, whole or under way, at one moment: while this holds the lock of who makes room."""
+    sizes = {}
+    with open(root / "room.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in root.glob("*/shards/*"):
+            if path.suffix in (".tar", ".part"):  # the one becomes the other at any time
+                with suppress(FileNotFoundError):
+                    sizes[path.with_suffix("")] = path.stat().st_size
+    return sum(sizes.values())
 
 
 def test_the_folder_stays_within_its_budget_and_every_row_is_read(near, root):
@@ -190,7 +197,7 @@ def test_the_folder_stays_within_its_budget_and_every_row_is_read(near, root):
         far = Cache.open(Mirror.open(server.url, budget=6 * size))
         local = Cache.open(near)
         for batch in FeatureStream([far], RULES, 5, epochs=3):
-            assert sum(size_of(path) for path in root.glob("*/shards/*.tar")) <= 6 * size
+            assert taken_by(root) <= 6 * size
             for row, features, frames in zip(batch.rows, batch.features, batch.lengths, strict=True):
                 assert np.array_equal(features[:frames].numpy(), local.features(row))
         assert sum(server.count(f"{shard:06d}.tar") for shard in range(12)) > 12
@@ -212,6 +219,23 @@ def test_the_longest_unused_shard_makes_room_and_a_mapped_one_does_not(near, roo
         for shard in (5, 6, 7):
             mirror.ensure(shard)
         assert "000000.tar" not in shards_in(root)
+
+
+def test_what_is_needed_waits_for_the_room_of_a_fetch_that_is_under_way(near, root):
+    both = sum(Layout(near).tar(shard).stat().st_size for shard in (0, 1))
+    with serve(near) as server:
+        far = Mirror.open(server.url, budget=both - 1)
+        server.faults["000000.tar"] = ["hang"]
+        far.want([0])
+        assert server.waiting.wait(60)
+        needs = threading.Thread(target=far.ensure, args=(1,))
+        needs.start()
+        needs.join(0.3)
+        assert needs.is_alive()
+        assert taken_by(root) < both
+        server.go_on.set()
+        needs.join(60)
+        assert shards_in(root) == ["000001.tar"]
 
 
 def test_a_mapping_outlives_its_file(near, root):
