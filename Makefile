@@ -10,8 +10,9 @@ READY_BENCH := $(BENCH)/.ready
 AUDIT := .venv/audit
 READY_AUDIT := $(AUDIT)/.ready
 CACHES ?= $(wildcard caches/*/*)
+SKIPS := $(if $(CI),-rs)  # in CI the last lines say which tests were skipped, and why
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup extract train sweep smoke verify test test-all coverage bench lint docs audit clean
+.PHONY: help doctor setup extract train sweep report smoke verify test test-all coverage bench lint docs audit clean
 
 extract: CONFIG ?= configs/extract/speech.yaml
 train: CONFIG ?= configs/train/demo.yaml
@@ -46,6 +47,9 @@ sweep: setup ## extract if the cache is absent, train the experiments of CONFIG 
 	for config in $$needed; do $(PY) -m pipeline extract --config $$config || exit $$?; done; \
 	$(PY) -m train sweep --config $(CONFIG) $(ARGS)
 
+report: setup ## write report.html of the newest run anew (or of RUN=runs/NAME, a run or a sweep)
+	@$(PY) -m train report $(RUN)
+
 smoke: setup ## stage W1 from a cache: five tones into a tiny GPT, passes when the loss falls by 0.5
 	@$(call fit)
 
@@ -62,10 +66,10 @@ verify: setup ## check every cache under caches/ (or CACHES=…): sizes, records
 
 test: setup ## lint the imports and run the tests
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
-	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(SKIPS) $(ARGS)
 
 test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
-	@$(ALL)/bin/python -m pytest -m "slow or not slow" $(ARGS)
+	@$(ALL)/bin/python -m pytest -m "slow or not slow" $(SKIPS) $(ARGS)
 
 # these watch the file calls of a process, and coverage makes some of its own in it
 UNCOVERED := --deselect tests/test_shards_disk.py::test_every_name_appears_after_its_bytes_and_is_durable_before_the_next \

@@ -56,10 +56,14 @@ def parser() -> argparse.ArgumentParser:
         help="also compare the audio files below FOLDER (default: where the cache says they stood)",
     )
     verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {SHOWN}")
-    push = _command(commands, "push", "copy a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME")
+    push = _command(
+        commands, "push", "copy a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME --licence cc-by-4.0"
+    )
     push.add_argument("url", metavar="URL", help="hf://datasets/OWNER/NAME[/FOLDER], s3://BUCKET/FOLDER, …")
     push.add_argument("--licence", metavar="ID", help="for the dataset card of a hub, such as cc-by-4.0")
-    pull = _command(commands, "pull", "copy a far cache into a folder and verify it", "FOLDER")
+    pull = _command(
+        commands, "pull", "copy a far cache into a folder and verify it", "shared/name", "hf://datasets/OWNER/NAME"
+    )
     pull.add_argument("folder", type=Path, metavar="FOLDER", help="where it shall stand")
     add_completion(commands, SCRIPT)
     return top
@@ -74,12 +78,19 @@ def main(argv: Sequence[str]) -> int | None:
     )
 
 
-def _command(commands: Any, name: str, about: str, example: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any,
+    name: str,
+    about: str,
+    example: str,
+    cache: str = "caches/speech-0a1b2c3d/whisper-base-L6-f16-4e5f6a7b",
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=about,
         description=about[:1].upper() + about[1:] + ".",
-        epilog=f"example: python -m shards {name} caches/speech-0a1b2c3d/whisper-base-L6-f16-4e5f6a7b {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # or a long path would be broken in its middle
+        epilog=f"example:\n  python -m shards {name} {cache} {example}",
     )
     command.add_argument("cache", type=_near_or_far, metavar="CACHE", help="a cache folder or its URL")
     return command

@@ -58,7 +58,9 @@ class _Http:
     """A plain web server. Not through fsspec: its HTTP wants aiohttp, an event loop, and has no limit on silence."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        from urllib.parse import quote
+
+        self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # blanks and letters as they were typed; what is quoted stays
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
         headers = {"Range": f"bytes={start}-{end - 1}"} if start else {}

@@ -48,7 +48,7 @@ def test_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
-    assert f"example: python -m shards {command} caches/" in capsys.readouterr().out
+    assert f"example:\n  python -m shards {command} caches/" in capsys.readouterr().out
 
 
 def test_info_as_json_tells_identity_size_and_exactness(cache, capsys):

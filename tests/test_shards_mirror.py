@@ -141,6 +141,14 @@ def test_a_far_cache_that_is_not_there_is_told(near, root, tmp_path):
         Cache.open("nosuch://x/y")
 
 
+@pytest.mark.parametrize("typed", ["our caches/été", "our%20caches/%C3%A9t%C3%A9"])
+def test_a_url_may_be_typed_as_the_folder_is_called_or_as_a_browser_shows_it(near, root, tmp_path, typed):
+    (tmp_path / "our caches").mkdir()
+    (tmp_path / "our caches" / "été").symlink_to(near)
+    with serve(tmp_path) as server:
+        assert same(Cache.open(f"{server.url}/{typed}"), near)
+
+
 def test_any_filesystem_of_fsspec_will_do(near, root):
     import fsspec
 

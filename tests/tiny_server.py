@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 # What may happen to one answer: the connection is cut in the middle, trickles, is refused, ends early with a length to
@@ -94,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return answer.status, dict(answer.headers), answer.read()
             except HTTPError as error:
                 return error.code, dict(error.headers), error.read()
-        path = folder / self.path.lstrip("/")
+        path = folder / unquote(self.path).lstrip("/")
         if not path.is_file():
             return 404, {}, b""
         data = path.read_bytes()

@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   python -m train fit --config configs/train/demo.yaml name=small projector.stack=8 lr=5e-4
   python -m train fit --resume runs/demo
   torchrun --nproc-per-node 4 -m train fit --config configs/train/demo.yaml
-  python -m train evaluate runs/demo --cache cache/librispeech-…/whisper-base-… --json figures.json
+  python -m train evaluate runs/demo --cache caches/librispeech-…/whisper-base-… --json figures.json
   python -m train transcribe runs/demo hello.wav
 """
 

@@ -71,17 +71,16 @@ class Source(Protocol):
 
 
 class Tally:
-    """Counts by kind of problem, with the first few names of each."""
+    """Counts by kind of problem, with the first ``shown`` names of each."""
 
-    SHOWN = 5
-
-    def __init__(self) -> None:
+    def __init__(self, shown: int = 5) -> None:
+        self._shown = shown
         self._found: dict[str, tuple[int, list[str]]] = {}
 
     def add(self, problem: str, name: str) -> None:
         """Count one ``name`` under ``problem``, a plural such as "transcript lines without audio"."""
         count, names = self._found.get(problem, (0, []))
-        self._found[problem] = (count + 1, [*names, name] if len(names) < self.SHOWN else names)
+        self._found[problem] = (count + 1, [*names, name] if len(names) < self._shown else names)
 
     def clear(self) -> None:
         self._found.clear()
