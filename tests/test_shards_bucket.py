@@ -20,7 +20,7 @@ from shards.claims import process_identity
 from shards.errors import UserError
 from shards.farclaims import FarClaims, TakenOver
 from shards.info import describe_cache
-from shards.manifest import UTTERANCE_SCHEMA
+from shards.manifest import UTTERANCE_SCHEMA, Plan
 from shards.objects import _try_conditions, connect_objects
 from shards.reader import Cache
 from shards.records import is_claim
@@ -289,6 +289,68 @@ def test_shards_with_failures_are_made_again_once_by_whoever_comes_first(url):
         assert other.committed(0, SPEC.feature_id, plan.id)["failures"] == []
         finish(other, plan)
     assert verify(url, deep=True) == []
+
+
+def test_what_stands_of_other_features_counts_as_nothing_and_is_made_anew(url):
+    store, other = Bucket(url), "0" * 64
+    plan = store.write_plan(plan_table(1))
+    with store.at_work("a"):
+        make(store, plan)
+        finish(store, plan)
+        assert store.committed(0, other, plan.id) is None
+        assert not store.is_complete(other, plan.id)
+        assert store.take(0)
+        assert store.take(None)
+
+
+def test_the_cache_file_of_a_bucket_is_there_when_the_cache_is_complete(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(1))
+    with store.at_work("a"):
+        assert store.info() is None
+        make(store, plan)
+        assert store.take(None)
+        assert store.info() is None  # a claim stands there
+        store.finish(SPEC, plan, {"source": {"name": "small"}})
+    assert store.info()["feature_id"] == SPEC.feature_id
+
+
+def test_the_first_job_file_of_a_bucket_stays(url):
+    store = Bucket(url)
+    with pytest.raises(FileNotFoundError):
+        store.job()
+    store.write_job({"config": 1})
+    Bucket(url).write_job({"config": 2})
+    assert store.job() == {"config": 1}
+
+
+def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damaged(url):
+    store, files = Bucket(url), fsspec.filesystem("memory")
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, Plan(plan.table.slice(0, 2), plan.id))
+        with pytest.raises(UserError, match=r"shard 000001 of .* is not committed: run the same extraction again"):
+            finish(store, plan)
+        make(store, plan)
+        path = f"{url.removeprefix('memory:/')}/shards/000000.parquet"
+        files.pipe_file(path, files.cat_file(path)[::-1])
+        with pytest.raises(UserError, match=r"shard 000000 of .* is damaged: .* run the same extraction with --verify"):
+            store.finish(SPEC, plan, {})
+    assert not store.is_complete(SPEC.feature_id, plan.id)
+
+
+def test_who_comes_second_to_a_free_shard_does_not_have_it(url):
+    """Both see that nothing stands there; one creates the claim in between."""
+    a, b = claims(url), claims(url)
+
+    def overtake(what: str, name: str) -> None:
+        if what == "put":
+            a.objects.before = lambda what, name: None
+            assert b.take("x", never)
+
+    a.objects.before = overtake
+    assert not a.take("x", never)
+    b.commit("x", b"{}")
 
 
 def test_damage_is_found_by_reading_a_shard_whole(url):

@@ -76,6 +76,18 @@ def test_a_claim_is_taken_once_and_free_again_when_released(path):
     assert not path.exists()
 
 
+def test_a_claim_that_was_swept_away_is_released_without_a_word(path):
+    """Whoever finishes a cache removes the claims of its committed shards, those of live processes too."""
+    with Claims("a") as a, Claims("b") as b:
+        assert a.take(path)
+        path.unlink()
+        assert b.take(path)
+        a.release(path)
+        assert path.exists()
+        path.unlink()
+        b.release(path)
+
+
 def test_two_processes_divide_claims_without_sharing_or_losing_one(tmp_path):
     paths = [tmp_path / f"{i:06d}.claim" for i in range(60)]
     both = [holder("a", *paths), holder("b", *reversed(paths))]

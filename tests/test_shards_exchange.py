@@ -199,17 +199,68 @@ def test_a_pull_removes_what_does_not_verify_and_the_next_one_fetches_it(near, t
 
 
 def test_what_cannot_be_pushed_or_pulled_is_told_in_a_sentence(near, tmp_path):
-    whole = shutil.copytree(near, tmp_path / "cache")
-    with serve(near) as server:
+    whole, served = (Path(shutil.copytree(near, tmp_path / name)) for name in ("cache", "served"))
+    with serve(served) as server:
         with pytest.raises(UserError, match="cannot be written: name hf://"):
             push(near, server.url)
         with pytest.raises(UserError, match=r"there is no complete cache at .*/nothing'"):
             pull(f"{server.url}/nothing", tmp_path / "x")
         with pytest.raises(UserError, match="holds another cache"):
             pull(server.url, make_cache(tmp_path / "other", n=4, shards=1))
+        (served / "CACHE.json").write_text("{}")
+        with pytest.raises(UserError, match=r"the CACHE.json of .* is damaged"):
+            pull(server.url, tmp_path / "y")
+    assert not (tmp_path / "y" / "CACHE.json").exists()
     Layout(whole).tar(1).unlink()
     with pytest.raises(WorkFailed, match=r"is not sound: shards/000001.tar is missing"):
         push(whole, "memory://exchange/cache")
     Layout(whole).cache.unlink()
     with pytest.raises(UserError, match="is no complete cache"):
         push(whole, "memory://exchange/cache")
+
+
+def test_a_record_that_comes_damaged_stops_the_pull_and_the_next_one_fetches_it(near, tmp_path):
+    with serve(near) as server:
+        server.faults["000002.json"] = ["corrupt"]
+        with pytest.raises(WorkFailed, match="the record of shard 000002 came damaged: run the same pull again"):
+            pull(server.url, tmp_path / "back")
+        assert not (tmp_path / "back" / "CACHE.json").exists()
+        pull(server.url, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(near)
+
+
+def test_a_cache_that_lacks_a_record_where_it_stands_is_not_pulled(near, tmp_path):
+    served = Path(shutil.copytree(near, tmp_path / "served"))
+    Layout(served).record(1).unlink()
+    with serve(served) as server, pytest.raises(UserError, match=r"there is no '.*/shards/000001.json'"):
+        pull(server.url, tmp_path / "back")
+    assert not (tmp_path / "back" / "CACHE.json").exists()
+
+
+def test_a_write_that_fails_for_a_moment_is_tried_again(near, memory, monkeypatch):
+    real, troubles = type(memory).put_file, [OSError("the line broke"), TimeoutError()]
+
+    def put_file(self, *args, **kwargs):
+        if troubles:
+            raise troubles.pop()
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(memory), "put_file", put_file)
+    seen: list[tuple[int, int]] = []
+    push(near, "memory://exchange/cache", None, lambda *step: seen.append(step))
+    assert not troubles
+    assert verify("memory://exchange/cache", deep=True) == []
+    assert seen[-1][0] == seen[-1][1] == sum(path.stat().st_size for path in near.rglob("*.*"))
+
+
+def test_a_write_that_is_not_allowed_is_told_at_once(near, memory, monkeypatch):
+    asked: list[str] = []
+
+    def put_file(self, path, target, **kwargs):
+        asked.append(target)
+        raise PermissionError("this key may only read")
+
+    monkeypatch.setattr(type(memory), "put_file", put_file)
+    with pytest.raises(UserError, match="this key may only read"):
+        push(near, "memory://exchange/cache")
+    assert len(asked) == len(set(asked)) > 0

@@ -159,6 +159,26 @@ def test_bad_words_end_with_2(words, capsys):
     assert left.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["push", "https://host/cache", "s3://bucket/cache"], "'https://host/cache' is a URL: pull it into a folder"),
+        (["pull", "some/folder", "other/folder"], "'some/folder' is no URL: name one, such as hf://"),
+    ],
+)
+def test_push_and_pull_the_wrong_way_round_are_told(words, sentence, capsys):
+    assert run_command(main, words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+def test_info_of_a_damaged_cache_names_the_command_that_tells_more(cache, capsys):
+    (cache / "CACHE.json").write_text("{}")
+    assert run_command(main, ["info", str(cache)]) == 2
+    assert f"is damaged (CACHE.json does not match its own sha256): run `python -m shards verify {cache}`" in (
+        capsys.readouterr().err
+    )
+
+
 def test_the_module_runs_as_a_program(cache):
     done = subprocess.run([sys.executable, "-m", "shards", "verify", cache], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split(":")[1].split()[0]) == (0, "sound")

@@ -12,10 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from tiny_cache import make_cache
-from tiny_faults import Fault, exchanges, flips, make_small_cache, truncations
+from tiny_faults import Fault, exchanges, flips, make_small_cache, reseal, truncations
+from tiny_server import serve
 
 from shards.errors import UserError
-from shards.manifest import MANIFEST_SCHEMA, Layout, parquet_bytes, read_parquet, seal, unseal
+from shards.manifest import MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, parquet_bytes, read_parquet
 from shards.reader import Cache
 from shards.verify import verify
 
@@ -158,12 +159,6 @@ def test_what_is_no_cache_is_bad_input(tmp_path, make):
         verify(tmp_path / "x")
 
 
-def reseal(path: Path, change) -> None:
-    tree = unseal(path)
-    change(tree)
-    path.write_bytes(seal(tree))
-
-
 def test_a_newer_format_is_bad_input_and_not_a_fault(cache):
     reseal(Layout(cache).cache, lambda tree: tree.update(schema_version=2))
     with pytest.raises(UserError, match=r"cache format 2 .* update earshard"):
@@ -298,6 +293,61 @@ def test_an_unreadable_file_is_a_problem_and_not_a_crash(cache):
         pytest.skip("root reads everything")
     Layout(cache).tar(1).chmod(0)
     assert (1, "shards/000001.tar", None, "cannot be read: Permission denied") in what(verify(cache, deep=True))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_in_the_place_of_one_is_a_problem_and_not_waited_for(cache, make):
+    for path in (Layout(cache).tar(1), Layout(cache).rows(2), Layout(cache).plan):
+        path.unlink()
+        make(path)
+    found = {problem.file: problem.what for problem in verify(cache, deep=True) if "cannot be read" in problem.what}
+    assert {"plan.parquet", "shards/000001.tar"} <= set(found)
+    assert "shards/000002.parquet" in {problem.file for problem in verify(cache)}
+
+
+def test_a_plan_that_nothing_vouches_for_is_read_with_care(cache):
+    """Before the first commit no other file knows the plan's hash."""
+    layout = Layout(cache)
+    for path in (layout.cache, *layout.shards.glob("*.json")):
+        path.unlink()
+    layout.plan.write_bytes(b"PAR1" + bytes(40) + b"PAR1")
+    (told,) = (problem.what for problem in verify(cache) if problem.file == "plan.parquet")
+    assert told.startswith("is not a readable parquet file")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: rows[1].update(key="a.b"), "has the key 'a.b', which no shard can hold"),
+        (lambda rows: rows[1].update(key=rows[4]["key"]), "has a key twice"),
+        (lambda rows: rows[-1].update(shard=5), "does not count shards and rows from 0 without gaps"),
+        (lambda rows: rows[0].update(row=1), "does not count shards and rows from 0 without gaps"),
+    ],
+)
+def test_a_plan_that_no_shards_can_follow_is_told_though_its_hash_is_right(cache, change, told):
+    layout = Layout(cache)
+    rows = read_parquet(layout.plan, UTTERANCE_SCHEMA).to_pylist()
+    change(rows)
+    layout.plan.write_bytes(parquet_bytes(pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA)))
+    reseal(layout.cache, lambda tree: tree.update(plan_id=hashlib.sha256(layout.plan.read_bytes()).hexdigest()))
+    assert (None, "plan.parquet", None, told) in what(verify(cache))
+
+
+def test_a_far_cache_with_a_damaged_plan_is_still_checked_shard_by_shard(cache):
+    layout = Layout(cache)
+    data = bytearray(layout.plan.read_bytes())
+    data[len(data) // 2] ^= 1
+    layout.plan.write_bytes(bytes(data))
+    with serve(cache) as server:
+        assert what(verify(server.url)) == what(verify(cache))
+        layout.tar(1).unlink()
+        found = what(verify(server.url))
+    assert {file for _, file, _, _ in found} == {"plan.parquet", "shards/000001.tar"}
+
+
+def test_a_url_without_a_cache_is_told(cache):
+    with serve(cache) as server, pytest.raises(UserError, match=r"there is no cache at '.*/nothing'"):
+        verify(f"{server.url}/nothing")
 
 
 @pytest.mark.parametrize(

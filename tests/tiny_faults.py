@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from tiny_cache import make_spec
 
 from shards import tar
-from shards.manifest import UTTERANCE_SCHEMA, Layout, finalise, write_plan
+from shards.manifest import UTTERANCE_SCHEMA, Layout, finalise, seal, unseal, write_plan
 from shards.writer import ShardWriter
 
 
@@ -45,6 +46,13 @@ def make_small_cache(folder: Path, codec: str = "f16", tensors: str = "weights",
             writer.commit({"seconds": 0.5})
     finalise(layout, spec, plan, owner, {"source": {"name": "small"}})
     return folder
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Let ``change`` alter the object in a sealed JSON file, and seal it again."""
+    tree = unseal(path)
+    change(tree)
+    path.write_bytes(seal(tree))
 
 
 @dataclass(frozen=True)
