@@ -17,10 +17,11 @@ from typing import Protocol
 from pipeline import merge
 from pipeline.decoders import Decoders, open_decoders
 from pipeline.extract import Made, encode_shard
-from pipeline.job import Job, Target, provenance
+from pipeline.job import Job, Target
 from pipeline.merge import POLL
 from pipeline.processes import Processes
 from pipeline.progress import Progress
+from pipeline.provenance import provenance
 from pipeline.stages import Stages
 from pipeline.tally import Tally, check_failures
 from pipeline.threads import Background

@@ -7,7 +7,6 @@ layer) to fill. :func:`prepare` makes it, :func:`schedule` marks shards to make 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from pipeline.encoder import Encoder, load_encoder
 from pipeline.merge import write_job
 from pipeline.plan import fingerprint, frames_of, list_source, make_plan, windows_of
 from pipeline.processes import my_device
+from pipeline.provenance import provenance
 from pipeline.sources import Source, Utterance, open_source
 from pipeline.weights import Weights, resolve
 from shards.claims import new_owner
@@ -259,38 +259,6 @@ def _check_disk(job: Job) -> None:
             f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
             f"{cure}, or use codec=int8 for half the size"
         )
-
-
-def provenance(job: Job) -> dict[str, Any]:
-    """Where the features are from and what makes them; part of no identity."""
-    import torch
-    import transformers
-
-    import shards
-
-    return {
-        "source": {
-            "kind": job.config.source.kind,
-            "name": job.source.name,
-            "root": str(job.source.root.resolve()) if job.source.root else None,
-            "fingerprint": job.fingerprint,
-            "problems": job.source.problems,
-        },
-        "encoder": {
-            "name": job.encoder.name,
-            "reference": job.weights.reference,
-            "revision": job.weights.revision,
-            "device": str(job.encoder.device),
-            "batch_size": job.config.encoder.batch_size,
-        },
-        "config": job.config.model_dump(mode="json"),
-        "earshard": shards.VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-    }
 
 
 def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> set[int]:

@@ -30,19 +30,18 @@ from typing import Any
 import pyarrow as pa
 
 from shards.claims import LEASE, new_owner
-from shards.disk import file_sha256, make_folder, told
+from shards.disk import make_folder, told
 from shards.errors import UserError
 from shards.farclaims import FarClaims, TakenOver
 from shards.manifest import (
-    MANIFEST_SCHEMA,
     UTTERANCE_SCHEMA,
     Layout,
     Plan,
     RecordError,
+    hashed_rows,
     is_of,
     merged,
     parquet_bytes,
-    read_parquet,
     read_plan,
 )
 from shards.objects import connect_objects
@@ -218,9 +217,7 @@ class Bucket:
         found = self._objects.read(f"shards/{path.name}")
         try:
             path.write_bytes(found.data if found else b"")
-            if file_sha256(path) != record["parquet"]["sha256"]:
-                raise RecordError(f"{path.name} does not match its sha256")
-            return read_parquet(path, MANIFEST_SCHEMA)
+            return hashed_rows(path, record)
         except RecordError as error:
             raise UserError(
                 f"shard {shard:06d} of '{self.location}' is damaged: {error}; run the same extraction with --verify"

@@ -15,20 +15,14 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from shards.errors import UserError
-from shards.objects import Found
-from shards.storage import Broken, Doing, insist, open_filesystem
+from shards.objects import Found, InBucket
+from shards.storage import Broken, Doing, insist
 
 T = TypeVar("T")
 
 
-class GCSObjects:
+class GCSObjects(InBucket):
     """The objects below a folder of a bucket. A file is read into memory to be written: a shard at a time."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._files, path = open_filesystem(self.url)
-        self._bucket, _, prefix = path.strip("/").partition("/")
-        self._prefix = f"{prefix}/" if prefix else ""
 
     def read(self, name: str) -> Found | None:
         def get() -> Found:
@@ -67,7 +61,7 @@ class GCSObjects:
         self._insist(delete, name, "written")
 
     def sizes(self, folder: str) -> dict[str, int]:
-        prefix = f"{self._prefix}{folder}/" if folder else self._prefix
+        prefix = self._below(folder)
 
         def listed() -> dict[str, int]:
             found: dict[str, int] = {}

@@ -215,13 +215,17 @@ def merged(
     }
 
 
+def hashed_rows(path: Path, record: dict[str, Any]) -> pa.Table:
+    """A shard's rows in the parquet file that its record names; RecordError when it is not that file."""
+    if file_sha256(path) != record["parquet"]["sha256"]:
+        raise RecordError(f"{path.name} does not match its sha256")
+    return read_parquet(path, MANIFEST_SCHEMA)
+
+
 def _committed_rows(layout: Layout, shard: int, record: dict[str, Any]) -> pa.Table:
     """The rows of a committed shard, as hashed: what is merged into the manifest is never looked at again."""
-    path = layout.rows(shard)
     try:
-        if file_sha256(path) != record["parquet"]["sha256"]:
-            raise RecordError(f"{path.name} does not match its sha256")
-        return read_parquet(path, MANIFEST_SCHEMA)
+        return hashed_rows(layout.rows(shard), record)
     except RecordError as error:
         raise UserError(
             f"shard {shard:06d} of '{layout.path}' is damaged: {error}; delete '{layout.record(shard)}' and run the "

@@ -99,17 +99,25 @@ def _try_conditions(objects: Objects) -> None:
         )
 
 
-class S3Objects:
-    """Amazon S3 and what speaks its protocol, by s3fs's own client: credentials and endpoint are those of reading.
-
-    Not by s3fs's methods: they know ``If-None-Match`` alone, and repeat a failed upload of an open file from its end.
-    """
+class InBucket:
+    """A folder of a bucket by its URL, and the filesystem whose session the requests go through."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._files, path = open_filesystem(self.url)
         self._bucket, _, prefix = path.strip("/").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
+
+    def _below(self, folder: str) -> str:
+        """What the names of the objects below ``folder`` begin with."""
+        return f"{self._prefix}{folder}/" if folder else self._prefix
+
+
+class S3Objects(InBucket):
+    """Amazon S3 and what speaks its protocol, by s3fs's own client: credentials and endpoint are those of reading.
+
+    Not by s3fs's methods: they know ``If-None-Match`` alone, and repeat a failed upload of an open file from its end.
+    """
 
     def read(self, name: str) -> Found | None:
         async def get(client: Any) -> Found:
@@ -151,7 +159,7 @@ class S3Objects:
         self._insist(delete, name, "written")
 
     def sizes(self, folder: str) -> dict[str, int]:
-        prefix = f"{self._prefix}{folder}/" if folder else self._prefix
+        prefix = self._below(folder)
 
         async def listed(client: Any) -> dict[str, int]:
             found: dict[str, int] = {}

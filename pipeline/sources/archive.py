@@ -28,7 +28,11 @@ class ArchivePass:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._stream = _decompressed(file)
-        self._tar = tarfile.open(fileobj=self._stream, mode="r|")  # noqa: SIM115 closed by close()
+        try:
+            self._tar = tarfile.open(fileobj=self._stream, mode="r|")  # noqa: SIM115 closed by close()
+        except BaseException:
+            self._stream.close()
+            raise
         self._passed: set[str] = set()
         self._ended = False
 
