@@ -102,6 +102,15 @@ def test_cached_batched_generation_equals_uncached_argmax_of_single_rows(lm):
     assert any(got)
 
 
+def test_decoding_gives_the_output_matrix_one_row_an_utterance_and_copies_it_for_none(lm):
+    soft, mask = soft_batch()
+    seen: list[torch.Size] = []
+    handle = lm.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    with handle:
+        lm.generate(soft, mask, BEFORE, AFTER, 2)
+    assert seen == [(3, lm.width), (3, lm.width)]
+
+
 def test_generation_ends_each_row_at_its_own_eos(lm):
     soft, mask = soft_batch()
     free = lm.generate(soft, mask, BEFORE, AFTER, 8)

@@ -130,15 +130,15 @@ class HfLanguageModel(LanguageModel):
         done = torch.zeros(len(before), dtype=torch.bool, device=mask.device)
         for _ in range(max_new_tokens):
             with self._autocast():
-                out = self.model(
+                out = self.model.base_model(
                     inputs_embeds=inputs,
                     attention_mask=mask,
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=1,
                 )
-            chosen = out.logits[:, -1].float().argmax(-1).masked_fill(done, self.tokenizer.eos)
+            # [B, D]: a product of [B, 1, D], cut from longer rows, would copy the output matrix B times on a CPU
+            chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, self.tokenizer.eos)
             steps.append(chosen)
             step(chosen.tolist())
             done |= chosen == self.tokenizer.eos
