@@ -21,6 +21,7 @@ from train.checkpoint import checkpoints
 from train.evaluate import evaluate_run
 from train.loop import fit
 from train.runs import run_config
+from train.track import read_lines
 
 # 9 training rows in batches of at most 2: in one batch of an epoch, one of two processes has nothing to do
 KEYS: dict[str, Any] = {
@@ -96,7 +97,7 @@ def test_two_processes_under_torchrun_give_the_run_of_one(tmp_path, cache, alone
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
     for name in ("utterances", "n_val", "n_decoded", "steps"):
         assert two[name] == one[name], name
-    norms = [[json.loads(line)["grad_norm"] for line in (each / "metrics.jsonl").open()] for each in (alone, run)]
+    norms = [[line["grad_norm"] for line in read_lines(each / "metrics.jsonl")] for each in (alone, run)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
     assert out.count("first batch:") == out.count("report: ") == 1  # rank 0 alone speaks
     assert err == ""

@@ -12,6 +12,7 @@ from torch import nn
 
 from train.loop import fit
 from train.patience import Patience
+from train.track import read_lines
 
 
 def test_the_best_weights_are_kept_and_two_worse_evaluations_end_it():
@@ -41,7 +42,7 @@ def test_a_run_that_gets_worse_ends_early_with_its_best_weights_and_so_does_its_
     summary = json.loads((run / "summary.json").read_text())
     steps, best = summary["steps"], summary["best_step"]
     assert steps == len(losses(run)) == best + 4 < 200
-    judged = {line["step"]: line["val_loss"] for line in map(json.loads, (run / "evaluations.jsonl").open())}
+    judged = {line["step"]: line["val_loss"] for line in read_lines(run / "evaluations.jsonl")}
     assert judged[steps] == summary["val_loss"] == judged[best] == min(judged.values())
 
     resumed = tmp_path / "runs" / "resumed"

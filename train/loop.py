@@ -120,11 +120,15 @@ class Trainer:
         if self.group.is_first:
             counters = self.state.counters
             self.tracker = Tracker(self.run, self.config.steps, self.state.step, counters.evaluated, self.quiet)
-        if self.state.step == 0:
-            self.state.save()
-        with self.group.together():
-            if self.group.is_first and self.config.trackers:
-                self.tracker.attach(open_outlets(self.config, self.run, self.state.step))
+        try:
+            if self.state.step == 0:
+                self.state.save()
+            with self.group.together():
+                if self.group.is_first and self.config.trackers:
+                    self.tracker.attach(open_outlets(self.config, self.run, self.state.step))
+        except BaseException:
+            self.tracker.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
