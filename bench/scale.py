@@ -98,6 +98,7 @@ def prepare_plan(listed: list[Utterance]) -> pa.Table:
 
 def measure_plan(n: int) -> dict[str, float]:
     """Seconds, bytes in memory and bytes of plan.parquet an utterance, beyond what the source itself takes to list."""
+    prepare_plan(utterances(100))  # imports, which are held once, do not count
     tracemalloc.start()
     memory = prepare_plan(utterances(n)).nbytes + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -134,20 +135,35 @@ def write_cache(folder: Path, shards: int, rows: int, frames: int) -> Layout:
 
 
 def measure_shards(folder: Path, few: int, many: int) -> dict[str, float]:
-    """Of shards of 400 utterances: seconds to merge one, seconds to look at a record, bytes of the manifest a row."""
+    """Of shards of 400 utterances: seconds and memory to merge, seconds to look at a record, bytes of the manifest."""
     found = []
     for n in (few, many):
         layout = write_cache(folder / f"{n}", n, 400, 1)
         plan = read_plan(layout)
+        command = [sys.executable, __file__, "--merge", str(layout.path)]
+        peak = float(subprocess.check_output(command, text=True)) * 2**20
         begin = time.process_time()
         for shard in range(n):
             committed(layout, shard, SPEC.feature_id, plan.id)
         look = time.process_time() - begin
         begin = time.process_time()
         finalise(layout, SPEC, plan, new_owner(), {})
-        found.append((time.process_time() - begin, look / n, layout.manifest.stat().st_size))
+        found.append((time.process_time() - begin, look / n, layout.manifest.stat().st_size, peak))
     merge = max(found[1][0] - found[0][0], 0.0) / (many - few)
-    return {"merge_s": merge, "look_s": found[1][1], "manifest_bytes": found[1][2] / (400 * many)}
+    memory = max(found[1][3] - found[0][3], 0.0) / (400 * (many - few))
+    return {
+        "merge_s": merge,
+        "merge_memory": memory,
+        "look_s": found[1][1],
+        "manifest_bytes": found[1][2] / (400 * many),
+    }
+
+
+def merge_alone(folder: Path) -> None:
+    """Merge the shards of a cache in this process and print the most memory that it held, MiB."""
+    layout = Layout(folder)
+    finalise(layout, SPEC, read_plan(layout), new_owner(), {})
+    print(order_scale.peak_mb())
 
 
 def measure_verify(folder: Path, shards: int) -> dict[str, float]:
@@ -192,9 +208,30 @@ def human(seconds: float) -> str:
     return f"{seconds:,.1f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
 
 
+def gpu_hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.2f}"
+
+
 def size_of(bytes_: float) -> str:
     unit = next((u for u in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if bytes_ >= u[0]), (1e3, "kB"))
     return f"{bytes_ / unit[0]:,.1f} {unit[1]}"
+
+
+# what a slope is printed as: its name, its key in a measurement, printed units in one of ours
+SLOPES = [
+    ("plan, CPU us an utterance", "plan_s", 1e6),
+    ("plan, bytes of memory an utterance", "memory", 1.0),
+    ("plan.parquet, bytes a row", "plan_bytes", 1.0),
+    ("look at a commit record, CPU ms", "look_s", 1e3),
+    ("merge, CPU ms a shard of 400 rows", "merge_s", 1e3),
+    ("merge, bytes of memory a row", "merge_memory", 1.0),
+    ("manifest.parquet, bytes a row", "manifest_bytes", 1.0),
+    ("to the first batch, CPU s a million rows", "first_s", 1e6),
+    ("restore at 80 %, CPU s a million rows", "restore_s", 1e6),
+    ("trainer, bytes of memory a row", "trainer_memory", 1.0),
+    ("verify --deep, CPU s a GB", "verify_s", 1.0),
+    ("decode FLAC, core s an hour of audio", "decode_s", 1.0),
+]
 
 
 def table(m: dict[str, float]) -> list[tuple[str, ...]]:
@@ -206,16 +243,16 @@ def table(m: dict[str, float]) -> list[tuple[str, ...]]:
         shards = max(1.0, bytes_ / SHARD)
         columns.append([
             f"{name}, {model.name}", f"{rows / 1e6:,.2f} M", size_of(bytes_), size_of(bytes_ / 2), f"{shards:,.0f}",
-            f"{rows * model.flop / (H100 * SHARE) / 3600:,.1f}", human(m["decode_s"] * hours),
+            gpu_hours(rows * model.flop / (H100 * SHARE) / 3600), human(m["decode_s"] * hours),
             human(m["plan_s"] * rows), size_of(m["memory"] * rows), size_of(m["plan_bytes"] * rows),
-            human(m["look_s"] * shards), human(m["merge_s"] * rows / 400),
+            human(m["look_s"] * shards), human(m["merge_s"] * rows / 400), size_of(m["merge_memory"] * rows),
             size_of(m["manifest_bytes"] * rows), human(m["first_s"] * rows), human(m["restore_s"] * rows),
             size_of(m["trainer_memory"] * rows), human(m["verify_s"] * bytes_ / 1e9),
         ])  # fmt: skip
     names = [
         "", "utterances", "features, f16", "features, int8", "shards of 256 MB", "H100 hours (estimate)",
         "decode FLAC, one core", "plan (each worker)", "memory of it", "plan.parquet", "look over the records",
-        "merge", "manifest.parquet", "trainer: to the first batch", "trainer: restore at 80 %",
+        "merge", "memory of it", "manifest.parquet", "trainer: to the first batch", "trainer: restore at 80 %",
         "trainer: memory a rank", "verify --deep, one process",
     ]  # fmt: skip
     return [(name, *(column[i] for column in columns)) for i, name in enumerate(names)]
@@ -224,28 +261,21 @@ def table(m: dict[str, float]) -> list[tuple[str, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of every size")
-    part = 10 if parser.parse_args().quick else 1
+    parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)  # a process of the measurement itself
+    args = parser.parse_args()
+    if args.merge:
+        merge_alone(args.merge)
+        return
+    part = 10 if args.quick else 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         m = measure_plan(25_000 // part)
-        m |= measure_shards(folder, 4, 4 + 40 // part)
+        m |= measure_shards(folder, 4, 4 + 80 // part)
         m |= measure_verify(folder, 4 // min(part, 4))
         m |= measure_order(folder, 800_000 // part)
         m |= measure_decode(100 // part)
-    for what, value in [
-        ("plan, CPU us an utterance", 1e6 * m["plan_s"]),
-        ("plan, bytes of memory an utterance", m["memory"]),
-        ("plan.parquet, bytes a row", m["plan_bytes"]),
-        ("look at a commit record, CPU ms", 1e3 * m["look_s"]),
-        ("merge, CPU ms a shard of 400 rows", 1e3 * m["merge_s"]),
-        ("manifest.parquet, bytes a row", m["manifest_bytes"]),
-        ("to the first batch, CPU s a million rows", 1e6 * m["first_s"]),
-        ("restore at 80 %, CPU s a million rows", 1e6 * m["restore_s"]),
-        ("trainer, bytes of memory a row", m["trainer_memory"]),
-        ("verify --deep, CPU s a GB", m["verify_s"]),
-        ("decode FLAC, core s an hour of audio", m["decode_s"]),
-    ]:
-        print(f"{what:<42} {value:>10.2f}")
+    for what, key, factor in SLOPES:
+        print(f"{what:<42} {factor * m[key]:>10.4g}")
     print()
     lines = table(m)
     for i, line in enumerate(lines):
@@ -254,9 +284,10 @@ def main() -> None:
             print("|---" * len(line) + "|")
     for model in (BASE, LARGE):
         print(f"{model.name}: {model.flop / 1e12:.3f} TFLOP a window of 30 s")
-    most = WORKER_MEMORY / m["memory"]
-    print(f"first wall: a worker of {size_of(WORKER_MEMORY)} holds the plan of {most / 1e6:,.0f} M utterances, "
-          f"{most * SECONDS_AN_UTTERANCE / 3600:,.0f} h of {SECONDS_AN_UTTERANCE} s each")  # fmt: skip
+    for what, key in (("holds the plan", "memory"), ("merges the rows", "merge_memory")):
+        most = WORKER_MEMORY / m[key]
+        print(f"wall: {size_of(WORKER_MEMORY)} {what} of {most / 1e6:,.0f} M utterances, "
+              f"{most * SECONDS_AN_UTTERANCE / 3600:,.0f} h of {SECONDS_AN_UTTERANCE} s each")  # fmt: skip
 
 
 if __name__ == "__main__":
