@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from browser import Browser, find_browser
@@ -128,6 +129,48 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser, pages):
         browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
         assert browser.run("document.documentElement.scrollWidth") == 360
         assert browser.run(TOO_WIDE) == []
+
+
+LONG = "linear-stack5-norm-rms-hidden1024-lr0.002-seed0-mask_frames0.1-ema0.999"
+
+NAMES = """
+[...document.querySelectorAll("td:first-child")].filter(cell => cell.textContent.startsWith("linear-")).map(cell => {
+  const range = document.createRange();
+  const text = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+  const words = [], tops = new Set();
+  for (let node = text.nextNode(); node; node = text.nextNode())
+    for (const word of node.textContent.matchAll(/[A-Za-z0-9]+/g)) {
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      words.push(range.getClientRects().length);
+      tops.add(Math.round(range.getBoundingClientRect().top));
+    }
+  return {height: cell.getBoundingClientRect().height / parseFloat(getComputedStyle(cell).lineHeight),
+          lines: tops.size, broken: words.filter(pieces => pieces > 1).length};
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def long_names(sweep, tmp_path_factory):
+    """The sweep's page, with one of the experiments under the name that a grid gives."""
+    folder = tmp_path_factory.mktemp("long") / "sweep"
+    for name, source in (("slow", "slow"), (LONG, "fast")):
+        shutil.copytree(sweep / source, folder / name)
+    (folder / "sweep.json").write_text(json.dumps({"experiments": [{"name": "slow"}, {"name": LONG}]}))
+    return write_sweep_report(folder)
+
+
+@pytest.mark.parametrize(("width", "most"), [(390, 3), (700, 5), (1000, 5)])
+def test_a_long_name_breaks_between_its_words_into_few_lines(browser, long_names, width, most):
+    browser.open(long_names, width=width)
+    assert browser.run("document.documentElement.scrollWidth") == width
+    cells = browser.run(NAMES)
+    assert len(cells) >= 3
+    assert all(cell["broken"] == 0 for cell in cells)
+    assert max(cell["lines"] for cell in cells) <= most
+    if width == 390:
+        assert max(cell["height"] for cell in cells) <= most + 0.5  # with the cell's padding
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -7,6 +7,7 @@ to differ for colour-blind eyes and to stand out from both papers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -44,8 +45,17 @@ def tiles(rows: Sequence[tuple[str, str, str]]) -> str:
     ) + "</section>"  # fmt: skip
 
 
+def breakable(name: str) -> str:
+    """A name as HTML that may break behind its signs: a narrow column need not break it within a word."""
+    broken = re.sub(r"([-_/=]+)(?=\w)", r"\1<wbr>", escape(name))
+    return f'<span class="name">{broken}</span>'
+
+
 def table(headings: Sequence[str], rows: Sequence[Row], numbers: Sequence[int] = ()) -> str:
-    """A table of HTML cells that becomes blocks on a phone; ``numbers`` are the columns that are set to the right."""
+    """A table of HTML cells that becomes blocks on a phone, and scrolls by itself where it is wider than the page.
+
+    ``numbers`` are the columns that are set to the right.
+    """
     if not rows:
         return ""
     sides = ["number" if column in numbers else "" for column in range(len(headings))]
@@ -59,7 +69,7 @@ def table(headings: Sequence[str], rows: Sequence[Row], numbers: Sequence[int] =
         + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def listing(rows: Mapping[str, str]) -> str:
@@ -147,8 +157,11 @@ th{{text-align:left;font-weight:500;color:var(--soft);font-size:.8rem;vertical-a
 th,td{{padding:.5rem .9rem .5rem 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}}
 .key{{color:var(--soft);font-size:.8rem;display:block}}
 small{{color:var(--soft);font-size:.8rem}}
-.number{{text-align:right;padding-right:.2rem;font-variant-numeric:tabular-nums}}
+.number{{text-align:right;padding-left:.7rem;padding-right:.2rem;font-variant-numeric:tabular-nums}}
 td.number{{white-space:nowrap}}
+td.number>div{{white-space:normal}}td.number small{{white-space:nowrap;display:inline-block}}
+.wide{{overflow-x:auto}}
+.name{{display:inline-block;min-width:10rem;overflow-wrap:break-word}}
 ins,del{{text-decoration-thickness:2px;border-radius:.2rem;padding:0 .15rem;color:var(--ink)}}
 ins{{background:var(--added);text-decoration:underline}}del{{background:var(--lost);text-decoration:underline dotted}}
 audio{{display:block;width:14rem;max-width:100%;height:2.2rem;margin-top:.3rem}}
@@ -165,5 +178,6 @@ font-size:.82rem;line-height:1.5;margin:0}}
 thead{{display:none}}table,tbody{{display:block}}tr{{display:block;padding:.7rem 0;border-bottom:1px solid var(--line)}}
 td,td.number{{display:flex;gap:.6rem;border:0;padding:.1rem 0;text-align:left;white-space:normal}}
 td::before{{content:attr(data-label);flex:0 0 6.5rem;color:var(--soft);font-size:.8rem;padding-top:.15rem}}
-td>*{{min-width:0}}svg text{{font-size:23px}}}}
+td>*{{min-width:0}}td:first-child{{display:block;font-weight:600}}td:first-child::before{{content:none}}
+svg text{{font-size:23px}}}}
 """

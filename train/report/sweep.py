@@ -15,7 +15,7 @@ from typing import Any
 from shards.errors import UserError
 from train.charts import Curve, chart, smooth
 from train.measures.intervals import NATS, TOKENS, WORD_ERRORS, WORDS, Interval, paired_difference
-from train.report.page import COLOURS, folded, listing, page, percent, section, table, tiles
+from train.report.page import COLOURS, breakable, folded, listing, page, percent, section, table, tiles
 from train.report.run import HEARD_SAMPLES, identity, name_cell, points, seconds_a_frame
 from train.report.sounds import recordings
 from train.report.source import RunFiles
@@ -88,7 +88,7 @@ def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[s
         told = "" if run.summary else state.get("reason") or f"at step {figures.get('steps', 0):,}"
         rows.append(
             (
-                f"<div>{escape(run.name)} <small>{escape(told)}</small></div>",
+                f"<div>{breakable(run.name)} <small>{escape(told)}</small></div>",
                 figure(figures.get("val_loss"), 3),
                 _told(run, base, NATS, TOKENS, 1, 3),
                 figure(figures.get("audio_gain"), 2),
@@ -144,7 +144,7 @@ def _differences(runs: Sequence[RunFiles]) -> str:
         rows = [(escape(key), *map(escape, each)) for key, each in differ.items()]
         return table(("setting", *(name for name, _ in settings)), rows)
     told = [
-        (escape(name), escape(", ".join(f"{key} {own[key]}" for key in differ if own.get(key) is not None)))
+        (breakable(name), escape(", ".join(f"{key} {own[key]}" for key in differ if own.get(key) is not None)))
         for name, own in settings
     ]
     return table(("experiment", "settings"), told)
@@ -164,7 +164,7 @@ def _samples(runs: Sequence[RunFiles]) -> tuple[str, str]:
         for name, samples in decoded.items():
             if (own := samples.get(sample["key"])) is not None:
                 hypothesis = marked(own["reference"], own["hypothesis"])[1]
-                rows.append((escape(name), f"<span>{hypothesis}</span>", percent(own["wer"])))
+                rows.append((breakable(name), f"<span>{hypothesis}</span>", percent(own["wer"])))
         heading = f"<h3>{escape(sample['reference'])}</h3>{name_cell(sample['key'], sounds)}"
         blocks.append(heading + table(("experiment", "decoded", "WER"), rows, (2,)))
     return "", "".join(blocks)
@@ -179,7 +179,7 @@ def _space(run: RunFiles, is_best: bool) -> str:
 
 def _throughput(runs: Sequence[RunFiles]) -> str:
     rows = [
-        (escape(run.name), f"{run.figures.get('frames_per_second', 0.0):,.0f}",
+        (breakable(run.name), f"{run.figures.get('frames_per_second', 0.0):,.0f}",
          percent(run.figures.get("data_wait_fraction")), percent(run.figures.get("padding_fraction")),
          f"{run.figures.get('seconds', 0.0):,.0f}")
         for run in runs
