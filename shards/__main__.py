@@ -184,8 +184,12 @@ def _push(args: argparse.Namespace) -> None:
 
     if is_url(args.cache):
         raise UserError(f"'{args.cache}' is a URL: pull it into a folder first, then push that")
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     with _bar("push", "B") as progress:
-        push(args.cache, args.url, args.licence, progress)
+        push(args.cache, args.url, args.licence, progress, tell)
     print(f"pushed: {args.url} (records, tables and sizes compared from afar)")
 
 

@@ -23,6 +23,7 @@ from shards.disk import atomic_write, fsync_folder, make_folder, told
 from shards.errors import UserError, WorkFailed
 from shards.findings import Problem
 from shards.manifest import Layout, read_plan
+from shards.places import notice
 from shards.records import MAX_JSON, CacheInfo, FileInfo, RecordError, ShardRecord, is_claim, parse, unseal
 from shards.storage import Broken, Remote, connect, fetch_file, file_size, insist, open_filesystem, read_small
 from shards.verify import verify
@@ -32,11 +33,18 @@ SENDERS = 4  # shards on their way at once
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
 
 
-def push(path: Path, url: str, licence: str | None = None, progress: Progress | None = None) -> None:
+def push(
+    path: Path,
+    url: str,
+    licence: str | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
     """Copy the cache at ``path`` to ``url``; what stands there already is left, another cache is never replaced.
 
     Args:
         licence: for a hub, the licence that its dataset card names.
+        tell: takes the line that names paths of this machine, before anything is sent.
 
     Raises:
         UserError: no complete cache, a URL that cannot be written, or another cache stands there.
@@ -49,6 +57,9 @@ def push(path: Path, url: str, licence: str | None = None, progress: Progress | 
     if not layout.cache.exists():
         raise UserError(f"'{path}' is no complete cache (no CACHE.json): finish its extraction first")
     _require_sound(verify(path), str(path))
+    line = notice(unseal(layout.cache).get("provenance") or {})
+    if line is not None:
+        tell(line)
     if url.startswith("hf://"):
         from shards.hub import push_to_hub
 

@@ -17,9 +17,11 @@ from tiny_hub import serve_hub
 from tiny_server import serve
 
 from shards import storage
-from shards.errors import UserError, WorkFailed
+from shards.__main__ import main
+from shards.errors import UserError, WorkFailed, run_command
 from shards.exchange import pull, push
 from shards.manifest import Layout
+from shards.records import seal, unseal
 from shards.verify import verify
 
 PROGRAM = """
@@ -170,6 +172,27 @@ def test_a_cache_goes_to_any_filesystem_that_fsspec_writes_and_is_resumed(near, 
     assert contents(tmp_path / "back") == contents(near)
     with pytest.raises(UserError, match="another cache stands at 'memory://exchange/cache'"):
         push(make_cache(tmp_path / "other", n=4, shards=1, seed=9), url)
+
+
+def test_a_push_names_the_places_of_this_machine_that_it_publishes_and_sends_every_byte(near, tmp_path, memory, capsys):
+    cache = Path(shutil.copytree(near, tmp_path / "cache"))
+    assert run_command(main, ["push", str(cache), "memory://exchange/open"]) == 0
+    assert "places of this machine" not in capsys.readouterr().err
+    tree = unseal(Layout(cache).cache)
+    tree["provenance"] = {
+        "source": {"name": "mine", "root": "/home/ann/secret corpus"},
+        "encoder": {"reference": "path:~/models/whisper", "hub": "hf://openai/whisper-base"},
+        "config": {"root": "caches", "encoder": {"model": ["wheel:whisper-base", "path:/opt/whisper"]}},
+    }
+    Layout(cache).cache.write_bytes(seal(tree))
+    assert run_command(main, ["push", str(cache), "memory://exchange/mine"]) == 0
+    told = next(line for line in capsys.readouterr().err.splitlines() if "places of this machine" in line)
+    assert told.endswith(
+        "source.root '/home/ann/secret corpus', encoder.reference 'path:~/models/whisper', "
+        "config.encoder.model 'path:/opt/whisper'"
+    )
+    pull("memory://exchange/mine", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(cache)
 
 
 def test_a_pull_over_a_bad_line_goes_on_where_it_was_cut(near, tmp_path):
