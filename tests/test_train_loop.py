@@ -155,7 +155,7 @@ def test_a_run_leaves_what_is_promised(tmp_path, cache, lm, capsys):
     for name in ("config.yaml", "caches.json", "report.html", "projector.safetensors"):
         assert (run / name).is_file(), name
     said = capsys.readouterr().out
-    assert "first batch: features [4, " in said
+    assert f" utterances to train on, {summary['n_val']} to be judged on\nfirst batch: features [4, " in said
     assert "step      8/8  loss" in said
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "lr", "grad_norm", "projector_rms_ratio", "seconds", "data_wait", "padding"} <= line.keys()

@@ -27,6 +27,8 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 4 -m train fit --config configs/train/demo.yaml
   python -m train evaluate runs/demo --cache caches/librispeech-…/whisper-base-… --json figures.json
   python -m train transcribe runs/demo hello.wav
+  python -m train sweep --config configs/sweep/projectors.yaml
+  python -m train config --print --config configs/train/demo.yaml lr=5e-4
 """
 
 

@@ -232,6 +232,8 @@ class Trainer:
         where = f"{self.state.dtype} on {self.device}"
         if self.group.world > 1:
             where += f", the first of {self.group.world} processes"
+        held_out = len(self.data.held_out)
+        self.tracker.say(f"{len(self.data.train_rows):,} utterances to train on, {held_out:,} to be judged on")
         self.tracker.say(
             f"first batch: features [{batch}, {frames}, {channels}] -> soft tokens [{batch}, {soft}, "
             f"{self.model.lm.width}], {tokens} target tokens; {trained:,} trained parameters, {where}"
