@@ -188,8 +188,8 @@ def test_a_push_names_the_places_of_this_machine_that_it_publishes_and_sends_eve
     assert run_command(main, ["push", str(cache), "memory://exchange/mine"]) == 0
     told = next(line for line in capsys.readouterr().err.splitlines() if "places of this machine" in line)
     assert told.endswith(
-        "source.root '/home/ann/secret corpus', encoder.reference 'path:~/models/whisper', "
-        "config.encoder.model 'path:/opt/whisper'"
+        "config.encoder.model 'path:/opt/whisper', encoder.reference 'path:~/models/whisper', "
+        "source.root '/home/ann/secret corpus'"
     )
     pull("memory://exchange/mine", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(cache)
