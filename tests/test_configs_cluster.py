@@ -116,6 +116,7 @@ def test_the_indexed_job_is_one_that_kubernetes_would_run_with_matching_numbers(
     assert int(container["args"][container["args"].index("--num-workers") + 1]) == job["spec"]["completions"]
     volumes = {volume["name"]: volume for volume in job["spec"]["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    assert yaml.safe_load(config["data"]["extract.yaml"])["encoder"]["dtype"] != "auto"  # pods of unlike nodes agree
     assert volumes["config"]["configMap"]["name"] == config["metadata"]["name"]
     assert all(isinstance(word, str) for word in container["command"] + container["args"])
 
