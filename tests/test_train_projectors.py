@@ -94,6 +94,7 @@ def test_the_table_counts_every_kind_as_its_formula_does_and_finds_gradients_eve
         built = build_projector(load_config(Holder, None, [f"projector.kind={kind}", *words]).projector, 24, 8, 1.0)
         assert row.parameters == row.by_formula == sum(p.numel() for p in built.parameters())
         assert row.rate * built.soft_frames(3000) == 3000
+        assert row.soft == row.counted == built.soft_frames(61)
         assert (row.tensors, row.frames_reached) == (row.reached, True)
         assert row.holds
     assert rows["mlp"].step == 2  # W1's second matrix starts at zero

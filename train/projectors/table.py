@@ -19,7 +19,7 @@ from train.options import KINDS, ConvConfig, KindConfig, MoeConfig
 from train.projectors import build_projector
 from train.projectors.base import Projector
 
-LENGTHS = (61, 38)  # frames of the two utterances
+LENGTHS = (61, 37)  # frames of the two utterances
 STEPS = 3  # gradient steps within which every parameter must have been reached
 
 
@@ -29,6 +29,8 @@ class Row:
 
     name: str
     rate: int  # frames a soft token, on average
+    soft: int  # tokens of the longer utterance, by `soft_frames`
+    counted: int  # the same, as its mask has them
     parameters: int
     formula: str
     by_formula: int
@@ -39,8 +41,9 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether the count is the formula's and gradients reach all that they should."""
-        return self.parameters == self.by_formula and self.reached == self.tensors and self.frames_reached
+        """Whether counts are those of the formulas and gradients reach all that they should."""
+        counts = self.parameters == self.by_formula and self.soft == self.counted
+        return counts and self.reached == self.tensors and self.frames_reached
 
 
 def table(channels: int, width: int) -> list[Row]:
@@ -51,7 +54,8 @@ def table(channels: int, width: int) -> list[Row]:
 def render(rows: list[Row]) -> str:
     """The table as text."""
     lines = [
-        f"{'kind':<13}{'frames a token':>14}  {'parameters':>11} {'by formula':>11}  {'gradient reaches':<40} formula"
+        f"{'kind':<13}{'frames a token':>14} {f'tokens of {LENGTHS[0]}':>12}  {'parameters':>11} {'by formula':>11}  "
+        f"{'gradient reaches':<40} formula"
     ]
     for row in rows:
         reach = f"{row.reached} of {row.tensors} tensors"
@@ -59,8 +63,8 @@ def render(rows: list[Row]) -> str:
             reach += f" from step {row.step} on"
         reach += ", each frame" if row.frames_reached else ", NOT each frame"
         mark = "" if row.holds else "   <- does not hold"
-        counts = f"{row.parameters:>11,} {row.by_formula:>11,}"
-        lines.append(f"{row.name:<13}{row.rate:>14}  {counts}  {reach:<40} {row.formula.split(' [')[0]}{mark}")
+        counts = f"{row.rate:>14} {row.counted:>12}  {row.parameters:>11,} {row.by_formula:>11,}"
+        lines.append(f"{row.name:<13}{counts}  {reach:<40} {row.formula.split(' [')[0]}{mark}")
     return "\n".join(lines)
 
 
@@ -102,10 +106,12 @@ def _defaults() -> Iterator[tuple[str, KindConfig]]:
 def _row(name: str, config: KindConfig, channels: int, width: int) -> Row:
     projector = build_projector(config, channels, width, 1.0).eval()  # type: ignore[arg-type]
     letters = letters_of(config, projector, channels, width)
-    reached, step, frames = _probe(projector, channels, width)
+    reached, step, frames, counted = _probe(projector, channels, width)
     return Row(
         name=name,
         rate=round(3000 / projector.soft_frames(3000)),
+        soft=projector.soft_frames(LENGTHS[0]),
+        counted=counted,
         parameters=sum(parameter.numel() for parameter in projector.parameters()),
         formula=projector.formula,
         by_formula=evaluate_formula(projector.formula, letters),
@@ -116,8 +122,9 @@ def _row(name: str, config: KindConfig, channels: int, width: int) -> Row:
     )
 
 
-def _probe(projector: Projector, channels: int, width: int) -> tuple[int, int, bool]:
-    """(tensors reached, the first step that reaches all, whether each valid frame and no other is reached).
+def _probe(projector: Projector, channels: int, width: int) -> tuple[int, int, bool, int]:
+    """Tensors reached, the first step that reaches all, whether each valid frame and no other is reached; and how many
+    soft tokens the longer utterance has.
 
     A matrix that starts at zero, as W1's second does, hides what stands before it until it has made one step.
     """
@@ -125,22 +132,23 @@ def _probe(projector: Projector, channels: int, width: int) -> tuple[int, int, b
     features = torch.randn(len(LENGTHS), max(LENGTHS), channels, generator=draw)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     direction = torch.randn(width, generator=draw)
-    reached, frames = 0, False
+    reached, frames, counted = 0, False, 0
     for step in range(1, STEPS + 1):
         inputs = features.clone().requires_grad_()
         soft, soft_mask = projector(inputs, mask)
+        counted = int(soft_mask[0].sum())
         projector.zero_grad()
         (soft[soft_mask] * direction).sum().backward()
         reached = sum(_has_gradient(parameter.grad) for parameter in projector.parameters())
         found = inputs.grad if inputs.grad is not None else torch.zeros_like(inputs)
         frames = torch.equal(found.abs().sum(-1) > 0, mask)
         if reached == len(list(projector.parameters())) and frames:
-            return reached, step, frames
+            return reached, step, frames, counted
         with torch.no_grad():
             for parameter in projector.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=1e-3)
-    return reached, STEPS + 1, frames
+    return reached, STEPS + 1, frames, counted
 
 
 def _has_gradient(gradient: Tensor | None) -> bool:
