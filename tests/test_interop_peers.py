@@ -44,6 +44,7 @@ def assert_every_utterance(samples: Iterable[Mapping[str, Any]], cache: Cache) -
         assert json.loads(sample["json"])["text"] == row["text"]
 
 
+@pytest.mark.filterwarnings(r"ignore:`use_\w+` is deprecated:DeprecationWarning:ray\.data\.context")  # its own defaults
 def test_ray_data_reads_every_utterance(cache, tars):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
@@ -57,6 +58,7 @@ def test_ray_data_reads_every_utterance(cache, tars):
     assert_every_utterance(samples, cache)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")  # it always sets it
 def test_megatron_energon_prepares_the_shards_and_reads_every_utterance(cache, tars, tmp_path):
     energon = pytest.importorskip("megatron.energon")
     folder = tmp_path / "energon"
