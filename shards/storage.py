@@ -93,6 +93,7 @@ class _Http:
             with urlopen(request, timeout=SILENCE) as answer:
                 yield answer
         except HTTPError as error:
+            error.close()  # it holds the connection
             if error.code in (404, 410):
                 raise FileNotFoundError(name) from None
             if error.code in (401, 403):

@@ -287,3 +287,10 @@ def test_a_write_that_is_not_allowed_is_told_at_once(near, memory, monkeypatch):
     with pytest.raises(UserError, match="this key may only read"):
         push(near, "memory://exchange/cache")
     assert len(asked) == len(set(asked)) > 0
+
+
+def test_an_error_page_does_not_keep_its_connection(near):
+    """Thousands of answers "not there" in a row, as for shards that are not made yet, take no thousands of sockets."""
+    with serve(near) as server, pytest.raises(FileNotFoundError) as caught:
+        next(storage.connect(f"{server.url}/nothing").stream("CACHE.json", 0, 9))
+    assert caught.value.__context__.closed

@@ -94,7 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
                 with urlopen(request) as answer:
                     return answer.status, dict(answer.headers), answer.read()
             except HTTPError as error:
-                return error.code, dict(error.headers), error.read()
+                with error:
+                    return error.code, dict(error.headers), error.read()
         path = folder / unquote(self.path).lstrip("/")
         if not path.is_file():
             return 404, {}, b""
