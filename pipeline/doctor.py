@@ -231,8 +231,8 @@ def hub(name: str, url: str) -> Finding:
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT):
             pass
-    except urllib.error.HTTPError:
-        pass
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
     except (OSError, ValueError) as error:
         mend = "only models that are here already can be used"
         return Finding("hubs", f"{name} at {redact(address)} cannot be reached ({one_sentence(error)})", mend)
