@@ -17,7 +17,7 @@ from train.report.source import RunFiles
 from train.report.texts import marked
 
 
-def make_run(folder, losses, lr=1e-3, finished=True):
+def make_run(folder, losses, lr=1e-3, finished=True, gain=2.0):
     """A run folder with a nat a token and half the words wrong for each 1 of ``losses``."""
     folder.mkdir(parents=True)
     keys = [f"utt-{i}" for i in range(len(losses))]
@@ -28,7 +28,12 @@ def make_run(folder, losses, lr=1e-3, finished=True):
     write_utterances(folder, utterance_table({**counts, **words, "word_substitutions": errors}))
     loss = sum(losses) / len(losses)
     sample = {"key": "utt-0", "reference": "turn left now", "hypothesis": f"turn {folder.name} now", "wer": 1 / 3}
-    figures = {"val_loss": loss, "val_loss_shuffled": loss + 2, "audio_gain": 2.0, "wer": sum(errors) / 4 / len(losses)}
+    figures = {
+        "val_loss": loss,
+        "val_loss_shuffled": loss + gain,
+        "audio_gain": gain,
+        "wer": sum(errors) / 4 / len(losses),
+    }
     (folder / "evaluations.jsonl").write_text(json.dumps({"step": 9, **figures, "samples": [sample]}))
     (folder / "metrics.jsonl").write_text("")
     (folder / "config.yaml").write_text(json.dumps({"caches": ["/gone"], "lr": lr, "name": folder.name}))
@@ -55,6 +60,13 @@ def test_experiments_are_compared_with_the_best_over_the_same_utterances(sweep):
     assert "+0.000 [" in page.shown  # gamma is even
     assert "WER minus beta" in page.shown
     assert "2 of 3 experiments finished" in page.shown
+
+
+def test_the_best_of_a_sweep_that_hears_nothing_is_no_winner(sweep):
+    assert "does not listen" not in Page(write_sweep_report(sweep).read_text()).shown
+    make_run(sweep / "deaf", [0.5, 0.5, 0.5, 0.5], gain=0.01)
+    shown = Page(write_sweep_report(sweep).read_text()).shown
+    assert "deaf has the lowest held-out loss, 0.500 nats a token. It does not listen yet" in shown
 
 
 def test_a_sweeps_baseline_is_what_the_others_are_compared_with(sweep):

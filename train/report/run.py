@@ -18,6 +18,7 @@ from train.report.texts import marked
 from train.track import figure
 
 SHOWN_SAMPLES = 24
+LISTENS = 0.1  # nats a token of audio gain from which a model is said to listen
 HEARD_SAMPLES = 6  # with their sound
 
 LOSS_NOTE = (
@@ -75,7 +76,7 @@ def _verdict(figures: Figures) -> str:
     gain = figures.get("audio_gain")
     if gain is None:
         return '<p class="lead">Not evaluated yet.</p>'
-    if gain < 0.1:
+    if gain < LISTENS:
         text = "The language model does not listen yet: another utterance’s audio serves it as well as the right one."
     else:
         text = f"The right audio saves {gain:.2f} nats on every target token."

@@ -16,7 +16,7 @@ from shards.errors import UserError
 from train.charts import Curve, chart, smooth
 from train.measures.intervals import NATS, TOKENS, WORD_ERRORS, WORDS, Interval, paired_difference
 from train.report.page import COLOURS, breakable, folded, listing, page, percent, section, table, tiles
-from train.report.run import HEARD_SAMPLES, identity, name_cell, points, seconds_a_frame
+from train.report.run import HEARD_SAMPLES, LISTENS, identity, name_cell, points, seconds_a_frame
 from train.report.sounds import recordings
 from train.report.source import RunFiles
 from train.report.space import planes
@@ -64,7 +64,13 @@ def _verdict(best: RunFiles | None, base: RunFiles | None) -> str:
     if gap is not None:
         sure = "beyond chance" if gap.high < 0 else "which may be chance"
         text += f", {-gap.mean:.3f} below the baseline {base.name}, {sure}"
-    return f'<p class="lead">{escape(text)}.</p>'
+    text += "."
+    if best.figures.get("audio_gain", LISTENS) < LISTENS:
+        text += (
+            " It does not listen yet: another utterance’s audio serves it as well as the right one, so the losses "
+            "compare what was learned of the texts."
+        )
+    return f'<p class="lead">{escape(text)}</p>'
 
 
 def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
