@@ -69,7 +69,7 @@ test: setup ## lint the imports and run the tests
 	@$(PY) -m pytest -n auto --dist loadfile $(SKIPS) $(ARGS)
 
 test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
-	@$(ALL)/bin/python -m pytest -m "slow or not slow" $(SKIPS) $(ARGS)
+	@$(ALL)/bin/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(SKIPS) $(ARGS)
 
 # these watch the file calls of a process, and coverage makes some of its own in it
 UNCOVERED := --deselect tests/test_shards_disk.py::test_every_name_appears_after_its_bytes_and_is_durable_before_the_next \

@@ -117,6 +117,7 @@ def take_step(
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
     count = len(batches)
     pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
+    owns = group.gather((own.losses, own.figures))
     figures = StepFigures(
         loss=nats / tokens,
         grad_norm=norm,
@@ -127,8 +128,8 @@ def take_step(
         utterances=int(utterances),
         waited=max(waits),
         further=objectives.told(sums[2 * count :], tokens, utterances),
-        own_losses=_sum_by_name(group.gather(own.losses)),
-        own_figures=_sum_by_name(group.gather(own.figures)),
+        own_losses=_sum_by_name([losses for losses, _ in owns]),
+        own_figures=_sum_by_name([figures for _, figures in owns]),
     )
     if figures.finite:
         optimizer.step()
