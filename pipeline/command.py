@@ -103,10 +103,10 @@ def _summary(facts: Facts, tally: Tally, seconds: float) -> None:
     caches = [describe_cache(cache) for cache in facts.caches]
     busy = tally.stages.seconds["encode"] / seconds if seconds else 0.0
     size = sum(cache["counts"]["bytes"] for cache in caches)
-    rate = tally.audio_seconds / seconds if seconds else 0.0
+    rate, failed = tally.audio_seconds / seconds if seconds else 0.0, len(tally.failures)
     print(
-        f"extracted {tally.utterances} utterances, {tally.audio_seconds / 3600:.2f} h of audio in {seconds:.0f} s "
-        f"({rate:.1f} audio-h/h, encoder busy {busy:.0%}), {len(tally.failures)} failed, {size / 1e6:.0f} MB"
+        f"extracted {tally.utterances - failed} utterances, {tally.audio_seconds / 3600:.2f} h of audio in "
+        f"{seconds:.0f} s ({rate:.1f} audio-h/h, encoder busy {busy:.0%}), {failed} failed, {size / 1e6:.0f} MB"
     )
     for key, stage, reason in tally.failures[:5]:
         print(f"  failed: {key}: {stage}: {reason}", file=sys.stderr)

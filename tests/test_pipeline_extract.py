@@ -207,9 +207,11 @@ def test_retrying_makes_only_the_failed_utterances_shards_again_and_counts_attem
     write_corpus(folder, 8)
     good = (folder / "clip 03.flac").read_bytes()
     (folder / "clip 03.flac").write_bytes(good[:200] + bytes(len(good) - 200))  # same length in the header
-    root = tmp_path / "root"
+    root, log = tmp_path / "root", tmp_path / "log"
     argv = words(root, folder, whisper, "max_failures=8")
-    assert run(argv) == 0
+    assert run(argv, log=log) == 0
+    assert "extracted 7 utterances" in log.read_text()
+    assert ", 1 failed" in log.read_text()
     layout = Layout(only_cache(root))
     before = {path.name: path.stat().st_mtime_ns for path in layout.shards.iterdir()}
     assert run([*argv, "--retry-failed"]) == 0
