@@ -30,7 +30,7 @@ def make_run(folder, losses, lr=1e-3, finished=True, gain=2.0):
     sample = {"key": "utt-0", "reference": "turn left now", "hypothesis": f"turn {folder.name} now", "wer": 1 / 3}
     figures = {
         "val_loss": loss,
-        "val_loss_shuffled": loss + gain,
+        "val_loss_shuffled": None if gain is None else loss + gain,
         "audio_gain": gain,
         "wer": sum(errors) / 4 / len(losses),
     }
@@ -67,6 +67,8 @@ def test_the_best_of_a_sweep_that_hears_nothing_is_no_winner(sweep):
     make_run(sweep / "deaf", [0.5, 0.5, 0.5, 0.5], gain=0.01)
     shown = Page(write_sweep_report(sweep).read_text()).shown
     assert "deaf has the lowest held-out loss, 0.500 nats a token. It does not listen yet" in shown
+    make_run(sweep / "lone", [0.4], gain=None)  # one held-out utterance has no other's audio
+    assert "lone has the lowest held-out loss, 0.400 nats a token." in Page(write_sweep_report(sweep).read_text()).shown
 
 
 def test_a_sweeps_baseline_is_what_the_others_are_compared_with(sweep):

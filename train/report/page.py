@@ -134,9 +134,9 @@ h3{{font-size:.95rem;margin:1.4rem 0 .3rem;font-weight:600}}
 .over{{margin:0;color:var(--soft);font-size:.85rem}}
 .lead{{font-size:1.1rem;max-width:42rem;margin:0}}
 .note{{color:var(--soft);font-size:.875rem;max-width:46rem}}
-.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.6rem,1fr));gap:1px;margin-top:1.8rem;
+.tiles{{display:flex;flex-wrap:wrap;gap:1px;margin-top:1.8rem;
 background:var(--line);border:1px solid var(--line);border-radius:.5rem;overflow:hidden}}
-.tiles div{{background:var(--card);padding:.8rem .9rem}}
+.tiles div{{flex:1 1 8.6rem;background:var(--card);padding:.8rem .9rem}}
 .tiles span,.tiles small{{display:block;color:var(--soft);font-size:.8rem}}
 .tiles b{{font-size:1.45rem;font-weight:600;font-variant-numeric:tabular-nums;line-height:1.3}}
 figure{{margin:0}}

@@ -65,7 +65,8 @@ def _verdict(best: RunFiles | None, base: RunFiles | None) -> str:
         sure = "beyond chance" if gap.high < 0 else "which may be chance"
         text += f", {-gap.mean:.3f} below the baseline {base.name}, {sure}"
     text += "."
-    if best.figures.get("audio_gain", LISTENS) < LISTENS:
+    gain = best.figures.get("audio_gain")
+    if gain is not None and gain < LISTENS:
         text += (
             " It does not listen yet: another utterance’s audio serves it as well as the right one, so the losses "
             "compare what was learned of the texts."
