@@ -21,7 +21,7 @@ SECONDS = 300
 # what a cluster gives the scripts, on this machine: srun starts its command once a node, a job of Ray runs at once
 STUBS = {
     "srun": 'for i in $(seq "${SLURM_NNODES:-1}"); do "$@" & ids="$ids $!"; done; for id in $ids; do wait "$id"; done',
-    "scontrol": '[ "$*" = "show hostnames n[1-2]" ] && printf "localhost\\nelsewhere\\n"',
+    "scontrol": '[ "$*" = "show hostnames n[1-2]" ] && echo localhost && sleep 0.3 && echo elsewhere',
     "ray": 'while [ "$1" != "--" ]; do shift; done; shift; exec "$@"',
 }
 
