@@ -126,7 +126,7 @@ class Half(Group):
         self.texts = texts
 
     def gather(self, tree):
-        return [tree, [self.texts]] if isinstance(tree, list) else [tree, {}]  # batches' texts, or a projector's own
+        return [tree, [self.texts] if isinstance(tree, list) else ({}, {})]  # batches' texts, or a projector's own
 
 
 def test_the_texts_of_other_ranks_are_told_apart_too_and_each_term_has_its_own_mean(model):
