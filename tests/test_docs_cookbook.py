@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ case "$*" in
   "-m train sweep "*) for word in {FIT} retrieval_limit=0; do set -- "$@" "change.$word"; done;;
   "-m train evaluate "*) set -- "$@" val.limit=2 decode_limit=1 max_new_tokens=4 retrieval_limit=0;;
 esac
-exec {sys.executable} "$@"
+exec {shlex.quote(sys.executable)} "$@"
 """
 
 
