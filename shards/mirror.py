@@ -264,14 +264,9 @@ class Mirror:
         root = self.folder.parent
         while True:
             with _locked(root / "room.lock", wait=True):
-                held = []
-                for path in root.glob("*/shards/*"):
-                    if path.suffix in (".tar", ".part"):
-                        with suppress(FileNotFoundError):
-                            stat = path.stat()
-                            held.append((stat.st_mtime_ns, stat.st_size, path))
-                excess, under_way = sum(taken for _, taken, _ in held) + size - self.budget, False
-                for _, taken, path in sorted(held):
+                stored, under_way = _stored(root), False
+                excess = sum(taken for _, taken, _ in stored) + size - self.budget
+                for _, taken, path in stored:
                     if excess > 0 and _remove_unused(path):
                         excess -= taken
                     elif path.suffix == ".part":
@@ -333,6 +328,17 @@ def _still(fd: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
     return False
+
+
+def _stored(root: Path) -> list[tuple[int, int, Path]]:
+    """(time of last use in ns, bytes, path) of all shards, whole or under way; the longest unused first."""
+    found = []
+    for path in root.glob("*/shards/*"):
+        if path.suffix in (".tar", ".part"):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, path))
+    return sorted(found)
 
 
 def _remove_unused(path: Path) -> bool:
