@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from shards.reader import Cache
 
 @dataclass
 class Extraction:
-    """One run of the command; seconds, and GB of its largest process."""
+    """One run of the command; seconds, and the most GB of its process that were resident."""
 
     cache: Cache
     command: float
@@ -58,14 +59,24 @@ def extract(corpus: str | None, clips: int, encoder: str, threads: int, folder: 
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    peak = watch(process)
     seconds = time.perf_counter() - since
     if process.returncode:
         raise SystemExit(f"the extraction ended with status {process.returncode}")
     (info,) = folder.glob("*/*/CACHE.json")
     told = json.loads(profile.read_text())
-    return Extraction(Cache.open(info.parent), seconds, told["wall"], told["shares"], usage.ru_maxrss * 1024 / 1e9)
+    return Extraction(Cache.open(info.parent), seconds, told["wall"], told["shares"], peak)
+
+
+def watch(process: subprocess.Popen[bytes]) -> float:
+    """GB: the high-water mark of ``process``, until it ends. ``ru_maxrss`` would count ours from before its exec."""
+    peak = 0.0
+    while process.poll() is None:
+        with suppress(OSError, IndexError):  # it has just ended
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            peak = int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+        time.sleep(0.05)
+    return peak
 
 
 def clips_of(cache: Cache) -> list[np.ndarray]:
