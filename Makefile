@@ -12,7 +12,7 @@ READY_AUDIT := $(AUDIT)/.ready
 CACHES ?= $(wildcard caches/*/*)
 SKIPS := $(if $(CI),-rs)  # in CI the last lines say which tests were skipped, and why
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup extract train sweep report smoke verify test test-all coverage bench lint docs audit clean
+.PHONY: help doctor setup extract train sweep report smoke verify test test-all golden coverage bench lint docs audit clean
 
 extract: CONFIG ?= configs/extract/speech.yaml
 train: CONFIG ?= configs/train/demo.yaml
@@ -70,6 +70,9 @@ test: setup ## lint the imports and run the tests
 
 test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
 	@$(ALL)/bin/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(SKIPS) $(ARGS)
+
+golden: setup ## record the digests of tests/golden/ again, after a change that is meant to change caches or losses
+	@$(PY) tests/golden/regenerate.py
 
 # these watch the file calls of a process, and coverage makes some of its own in it
 UNCOVERED := --deselect tests/test_shards_disk.py::test_every_name_appears_after_its_bytes_and_is_durable_before_the_next \

@@ -35,3 +35,10 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("some audio")
     write_corpus(folder, 24)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print how the golden tests compared: bit by bit, or within a tolerance where arithmetic differs."""
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    for how in sorted({value for report in reports for key, value in report.user_properties if key == "golden"}):
+        terminalreporter.write_line(f"golden: compared {how}")
