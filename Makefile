@@ -75,8 +75,8 @@ golden: setup ## record the digests of tests/golden/ again, after a change that 
 	@$(PY) tests/golden/regenerate.py
 
 # these watch the file calls of a process, and coverage makes some of its own in it
-UNCOVERED := --deselect tests/test_shards_disk.py::test_every_name_appears_after_its_bytes_and_is_durable_before_the_next \
-	--deselect tests/test_shards_disk.py::test_a_file_limit_of_the_system_is_told_and_leaves_nothing
+UNCOVERED := --deselect tests/shards/test_files.py::test_every_name_appears_after_its_bytes_and_is_durable_before_the_next \
+	--deselect tests/shards/test_files.py::test_a_file_limit_of_the_system_is_told_and_leaves_nothing
 
 coverage: setup ## the tests with a report of the lines they reach; fails below 90 % on shards/
 	@$(PY) -m pytest -n auto --dist loadfile --cov --cov-report= $(UNCOVERED) $(ARGS)

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
-from pipeline.frames import encode_recording
-from pipeline.job import Job, finish, prepare
-from shards.codec import STORED_DTYPE
-from shards.config import load_config
+from pipeline.encoders.recording import encode_recording
+from pipeline.extract.job import Job, finish, prepare
+from shards.commit.writer import ShardWriter
+from shards.config.base import load_config
 from shards.errors import run_command
-from shards.writer import ShardWriter
+from shards.format.codec import STORED_DTYPE
 
 
 def main() -> int:

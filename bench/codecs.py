@@ -20,11 +20,11 @@ import numpy as np
 import soundfile
 
 from pipeline.audio import SAMPLING_RATE, decode
-from pipeline.encoder import load_encoder
-from pipeline.frames import encode_recording
-from pipeline.weights import resolve
-from shards import codec as codecs
-from shards.codec import STORED_DTYPE, relative_rms
+from pipeline.encoders.load import load_encoder
+from pipeline.encoders.recording import encode_recording
+from pipeline.weights.resolve import resolve
+from shards.format import codec as codecs
+from shards.format.codec import STORED_DTYPE, relative_rms
 
 LIMIT = 0.05  # of the time that extraction takes without a codec
 

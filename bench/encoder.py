@@ -33,13 +33,13 @@ import torch
 
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
-from pipeline.encoder import load_encoder
+from pipeline.encoders.load import load_encoder
+from pipeline.encoders.whisper import attend
 from pipeline.sources import open_source
 from pipeline.threads import Threads
-from pipeline.weights import Weights, resolve
-from pipeline.wheels import WHEELS
-from pipeline.whisper import attend
-from shards.config import load_config
+from pipeline.weights.resolve import Weights, resolve
+from pipeline.weights.wheels import WHEELS
+from shards.config.base import load_config
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 Encode = Callable[[np.ndarray], np.ndarray]  # float32 [samples] -> float32 [frames, channels]

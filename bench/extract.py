@@ -30,10 +30,10 @@ import torch
 from encoder import Encode, compare, ctranslate2_encoders, print_machine, transformers_loop
 
 from pipeline.audio import decode
-from pipeline.check import recorded_config
+from pipeline.maintain.check import recorded_config
 from pipeline.sources import open_source
-from pipeline.weights import resolve
-from shards.reader import Cache
+from pipeline.weights.resolve import resolve
+from shards.read.cache import Cache
 
 
 @dataclass

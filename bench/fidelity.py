@@ -20,11 +20,11 @@ import webdataset as wds
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from pipeline.audio import decode
-from pipeline.check import recorded_config
+from pipeline.maintain.check import recorded_config
 from pipeline.sources import open_source
-from pipeline.weights import resolve
-from shards.codec import relative_rms
-from shards.reader import Cache
+from pipeline.weights.resolve import resolve
+from shards.format.codec import relative_rms
+from shards.read.cache import Cache
 
 
 def main() -> None:

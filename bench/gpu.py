@@ -28,10 +28,10 @@ import numpy as np
 import soundfile
 import torch
 
-from pipeline.compiled import Compiled, has_compiler
-from pipeline.encoder import fast_dtype, load_encoder
-from pipeline.weights import Weights
-from pipeline.whisper import WhisperEncoder
+from pipeline.encoders.compile import Compiled, has_compiler
+from pipeline.encoders.load import fast_dtype, load_encoder
+from pipeline.encoders.whisper import WhisperEncoder
+from pipeline.weights.resolve import Weights
 
 SIZES = {  # layers, width, heads, mels (Radford et al., 2022, table 1; large-v3's model card)
     "tiny": (4, 384, 6, 80),

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.lms import LanguageModel, load_lm
-from train.lms.splice import lay_out
-from train.lms.tokenizers import ByteTokenizer
+from train.lms.base import LanguageModel
+from train.lms.layout import lay_out
+from train.lms.load import load_lm
+from train.lms.nanochat.tokenizers import ByteTokenizer
 
 BOUND = 1e-4
 ROWS, LENGTH = 3, 160  # the short window is 128

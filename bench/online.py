@@ -56,19 +56,19 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
     import transformers
 
     from pipeline.audio import decode
-    from pipeline.check import recorded_config
-    from pipeline.frames import open_encoder
+    from pipeline.encoders.recording import open_encoder
+    from pipeline.maintain.check import recorded_config
     from pipeline.sources import open_source
-    from shards.batch import Batch
-    from shards.codec import relative_rms
-    from shards.config import load_config
-    from shards.order import Rules
-    from shards.reader import Cache
-    from shards.stream import FeatureStream
-    from train.config import TrainConfig
-    from train.data import pad
-    from train.device import choose_device, choose_dtype
-    from train.runs import build_model
+    from shards.config.base import load_config
+    from shards.format.codec import relative_rms
+    from shards.read.cache import Cache
+    from shards.stream.batch import Batch
+    from shards.stream.iterable_dataset import FeatureStream
+    from shards.stream.sampler import Rules
+    from train.config.train import TrainConfig
+    from train.data.caches import pad
+    from train.distributed.device import choose_device, choose_dtype
+    from train.model.build import build_model
 
     cache = Cache.open(path)
     config = load_config(TrainConfig, "configs/train/demo.yaml", [f"caches={path}"])

@@ -28,9 +28,9 @@ def write(folder: Path, rows: int, shards: int, group: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from shards.disk import file_sha256
-    from shards.manifest import MANIFEST_SCHEMA, Layout, seal
-    from shards.spec import FeatureSpec
+    from shards.files import file_sha256
+    from shards.format.layout import MANIFEST_SCHEMA, Layout, seal
+    from shards.format.spec import FeatureSpec
 
     spec = FeatureSpec(
         family="whisper", tensors="0" * 64, frontend={"n_mels": 80}, layer=6, channels=512, hop=320,
@@ -95,9 +95,9 @@ def peak_mb() -> float:
 def measure(folder: Path, part: float, shuffle: str) -> dict[str, float]:
     import torch  # noqa: F401  (its import is no part of the figure)
 
-    from shards.order import Position, Rules
-    from shards.reader import Cache
-    from shards.stream import FeatureStream
+    from shards.read.cache import Cache
+    from shards.stream.iterable_dataset import FeatureStream
+    from shards.stream.sampler import Position, Rules
 
     before = peak_mb()
     begin, cpu = time.perf_counter(), time.process_time()

@@ -24,10 +24,11 @@ def write_cache(folder: Path, megabytes: int) -> Path:
     """A cache of random features of 100 to 800 frames, by the real writer; LibriSpeech-like lengths."""
     import pyarrow as pa
 
-    from shards.claims import new_owner
-    from shards.manifest import UTTERANCE_SCHEMA, Layout, finalise, write_plan
-    from shards.spec import FeatureSpec
-    from shards.writer import ShardWriter
+    from shards.commit.claims import new_owner
+    from shards.commit.finalize import finalise, write_plan
+    from shards.commit.writer import ShardWriter
+    from shards.format.layout import UTTERANCE_SCHEMA, Layout
+    from shards.format.spec import FeatureSpec
 
     spec = FeatureSpec(
         family="whisper", tensors="0" * 64, frontend={"n_mels": 80}, layer=6, channels=CHANNELS, hop=320,
@@ -102,7 +103,7 @@ class Peer:
         raise NotImplementedError
 
     def opened(self) -> Any:
-        from shards.reader import Cache
+        from shards.read.cache import Cache
 
         return Cache.open(self.cache)
 
@@ -130,8 +131,8 @@ class Earshard(Peer):
         return (torch.from_numpy(row) for row in self.rows())
 
     def stream(self, epochs: int | None = 1) -> Any:
-        from shards.order import Rules
-        from shards.stream import FeatureStream
+        from shards.stream.iterable_dataset import FeatureStream
+        from shards.stream.sampler import Rules
 
         rules = Rules(batch_size=BATCH, window_shards=self.window)
         return FeatureStream([self.opened()], rules, 1, epochs=epochs, threads=self.threads, prefetch=self.prefetch)
@@ -180,6 +181,6 @@ class FirstEpochUnchecked(FirstEpoch):
     label = "earshard, first, unchecked"
 
     def opened(self) -> Any:
-        from shards.reader import Cache
+        from shards.read.cache import Cache
 
         return Cache.open(self.cache, verify=False)

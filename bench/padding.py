@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.order import Order, Position, Rules
+from shards.stream.sampler import Order, Position, Rules
 
 ROWS, SHARD_ROWS = 28_539, 345  # of train-clean-100; 345 clips of whisper-base are 224 MB
 

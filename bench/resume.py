@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ours import BATCH, FirstEpoch, FirstEpochUnchecked, OneThread, write_cache
 from peers import PEERS, LitDataBucketed, WebdatasetWorkers
 
-from shards.reader import Cache
+from shards.read.cache import Cache
 
 PLACES = (0.01, 0.5, 0.99)
 SKIPPED = (OneThread, FirstEpochUnchecked, WebdatasetWorkers, LitDataBucketed)  # they restart as their parent does

@@ -30,13 +30,14 @@ import pyarrow as pa
 import soundfile
 
 from pipeline.audio import decode
-from pipeline.plan import fingerprint, make_plan
+from pipeline.extract.plan import fingerprint, make_plan
 from pipeline.sources import Utterance
-from shards.claims import new_owner
-from shards.manifest import UTTERANCE_SCHEMA, Layout, committed, finalise, parquet_bytes, read_plan, write_plan
-from shards.spec import FeatureSpec
-from shards.verify import verify
-from shards.writer import ShardWriter
+from shards.commit.claims import new_owner
+from shards.commit.finalize import committed, finalise, write_plan
+from shards.commit.writer import ShardWriter
+from shards.format.layout import UTTERANCE_SCHEMA, Layout, parquet_bytes, read_plan
+from shards.format.spec import FeatureSpec
+from shards.inspect.verify import verify
 
 SECONDS_AN_UTTERANCE = 12.3  # LibriSpeech: 960 h in 281,241 utterances
 H100, SHARE = 989e12, 0.4  # bfloat16 FLOP/s without sparsity by NVIDIA's data sheet; the part of it that is assumed
@@ -88,7 +89,7 @@ def plan_of(listed: list[Utterance], shard_mb: float = 256) -> pa.Table:
 
 
 def prepare_plan(listed: list[Utterance]) -> pa.Table:
-    """What every worker does with a listed source (pipeline/job.py): identify it, plan it, compare the plan with it."""
+    """What every worker does with a listed source (pipeline/extract/job.py): identify it, plan it, compare the plan with it."""
     fingerprint(listed, "")
     table = plan_of(listed)
     planned = table.drop_columns(["shard", "row"]).to_pylist()

@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.audio import SAMPLING_RATE, decode
-from pipeline.encoder import Encoder, load_encoder
+from pipeline.encoders.base import Encoder
+from pipeline.encoders.load import load_encoder
 from pipeline.sources import SourceConfig, open_source
-from pipeline.weights import resolve
-from shards.codec import relative_rms
+from pipeline.weights.resolve import resolve
+from shards.format.codec import relative_rms
 
 OVERLAPS = (1.0, 2.0, 4.0, 8.0)
 BANDS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # s from the seam

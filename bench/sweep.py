@@ -62,8 +62,8 @@ def main() -> None:
 
 def resolved(file: str, words: list[str]) -> dict[str, Any]:
     """The settings of a run without what a sweep sets itself."""
-    from shards.config import load_config
-    from train.config import TrainConfig
+    from shards.config.base import load_config
+    from train.config.train import TrainConfig
 
     return load_config(TrainConfig, file, words).model_dump(mode="json", exclude={"runs", "name"})
 

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.audio import decode
-from pipeline.check import recorded_config
-from pipeline.frames import open_encoder
+from pipeline.encoders.recording import open_encoder
+from pipeline.maintain.check import recorded_config
 from pipeline.sources import open_source
-from shards.codec import relative_rms
-from shards.reader import Cache
+from shards.format.codec import relative_rms
+from shards.read.cache import Cache
 
 
 def extract(config: str, words: list[str], root: Path, window: list[str]) -> Cache:

@@ -28,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from shards.codec import Encoded
-from shards.manifest import Layout
-from shards.spec import FeatureSpec
-from shards.writer import ShardWriter, describe
+from shards.commit.writer import ShardWriter
+from shards.format.codec import Encoded
+from shards.format.layout import Layout
+from shards.format.records import describe
+from shards.format.spec import FeatureSpec
 
 CHANNELS = 512
 SPEC = FeatureSpec(

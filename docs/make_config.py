@@ -14,9 +14,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from pipeline.config import ExtractConfig
-from shards.keys import Group, Key, groups
-from train.config import TrainConfig
-from train.options import KindConfig, MlpConfig
+from shards.config.fields import Group, Key, groups
+from train.config.model import KindConfig, MlpConfig
+from train.config.train import TrainConfig
 from train.sweeps.config import SweepConfig
 
 PAGE = Path(__file__).resolve().with_name("config.md")

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from browser import Browser, find_browser
 
     from train.report import write_report
-    from train.runs import find_run
+    from train.runs.folder import find_run
 
     program = find_browser()
     if program is None:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from shards.commandline import add_completion, add_config, parse, print_completion, show_config
+from pipeline.config import ExtractConfig
+from shards.config.base import load_config
+from shards.config.cli import add_completion, add_config, parse, print_completion, show_config
 from shards.errors import UserError, run_command
+from shards.files import told
+
+if TYPE_CHECKING:
+    from pipeline.extract.stats import Tally
+    from pipeline.extract.summary import Facts
+
 
 SCRIPT = "earshard-extract"
 EXAMPLES = """\
@@ -112,14 +125,13 @@ def command(argv: Sequence[str]) -> int:
         return doctor(hubs=args.hubs)
     if args.command in ("config", "completion"):
         return _config(args)
-    from pipeline.command import extract
 
     return extract(args)
 
 
 def _config(args: argparse.Namespace) -> int:
     from pipeline.config import ExtractConfig
-    from shards.keys import names
+    from shards.config.fields import names
 
     if args.command == "config":
         return show_config(ExtractConfig, args)
@@ -127,7 +139,7 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _merge(caches: Sequence[str]) -> int:
-    from pipeline.merge import merge
+    from pipeline.extract.finish import merge
 
     for cache in caches:
         print(f"{'complete' if merge(cache) else 'was complete already'}: {cache}")
@@ -135,7 +147,7 @@ def _merge(caches: Sequence[str]) -> int:
 
 
 def _weights(references: Sequence[str]) -> int:
-    from pipeline.weights import resolve
+    from pipeline.weights.resolve import resolve
 
     for reference in references:
         found = resolve(reference, what="lm" if "smollm" in reference else "encoder")
@@ -144,8 +156,8 @@ def _weights(references: Sequence[str]) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from pipeline.check import changed_audio, check, tolerance
-    from shards.reader import Cache
+    from pipeline.maintain.check import changed_audio, check, tolerance
+    from shards.read.cache import Cache
 
     if args.n < 1:
         raise UserError(f"--n is {args.n}: compare at least one utterance")
@@ -172,8 +184,8 @@ def _check(args: argparse.Namespace) -> int:
 def _repair(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from pipeline.repair import repair
-    from shards.storage import is_url
+    from pipeline.maintain.repair import repair
+    from shards.remote.client import is_url
 
     if is_url(args.cache):
         raise UserError(
@@ -196,6 +208,99 @@ def console() -> None:
     options = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     known = (*options.choices, "-h", "--help")
     sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
+
+
+def extract(args: argparse.Namespace) -> int:
+    """Make or resume the caches; 0 when they are complete. Raises UserError and WorkFailed."""
+    config = load_config(ExtractConfig, args.config, args.overrides)
+    signal.signal(signal.SIGTERM, _stop)
+    started = time.perf_counter()
+
+    def begin(facts: Facts) -> None:
+        nonlocal started
+        started = time.perf_counter()
+        print(facts.headline(), flush=True)
+
+    engine = _on_ray if args.engine == "ray" else _here
+    try:
+        facts, tally = engine(args, config, begin)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped: committed shards are kept, run the same command to go on", file=sys.stderr)
+        raise
+    for problem in facts.problems:
+        print(f"note: {problem}", file=sys.stderr)
+    if facts.complete:
+        print("nothing to do, complete:")
+        print("\n".join(f"  {cache}" for cache in facts.caches))
+        return 0
+    _summary(facts, tally, time.perf_counter() - started)
+    if args.profile is not None:
+        _profile(tally, facts.workers, args.profile)
+    return 0
+
+
+def _here(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Facts], None]) -> tuple[Facts, Tally]:
+    """Extract with the encoder of this process."""
+    from pipeline.extract.job import prepare, schedule
+    from pipeline.extract.local import run_local
+    from pipeline.extract.loop import tidy
+    from pipeline.extract.resources import find_worker
+    from pipeline.extract.stats import Tally
+    from pipeline.extract.summary import facts_of
+
+    worker = find_worker(args.worker_index, args.num_workers, os.environ)
+    job = prepare(config)
+    schedule(job, verify=args.verify, retry_failed=args.retry_failed)
+    facts = facts_of(job)
+    if facts.complete:
+        tidy(job)
+        return facts, Tally()
+    begin(facts)
+    return facts, run_local(job, worker=worker, trace=args.profile is not None)
+
+
+def _on_ray(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Facts], None]) -> tuple[Facts, Tally]:
+    """Extract on a Ray cluster."""
+    from pipeline.cluster.engine import Cluster, run_ray
+
+    for option in ("worker_index", "num_workers", "profile"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} is of --engine local: leave it out with --engine ray")
+    cluster = Cluster(args.ray_address, args.actor_cpus)
+    return run_ray(config, cluster, verify=args.verify, retry_failed=args.retry_failed, begin=begin)
+
+
+def _profile(tally: Tally, workers: int, file: str) -> None:
+    for line in tally.stages.table(workers):
+        print(f"  {line}")
+    with told("writing the profile", Path(file)):
+        tally.stages.write(Path(file), workers)
+
+
+def _stop(signum: int, frame: Any) -> None:
+    """SIGTERM unwinds like an exception: the shard in flight is abandoned, its claim released."""
+    raise SystemExit(128 + signum)
+
+
+def _summary(facts: Facts, tally: Tally, seconds: float) -> None:
+    from shards.inspect.info import cost, describe_cache
+
+    caches = [describe_cache(cache) for cache in facts.caches]
+    busy = tally.stages.seconds["encode"] / seconds if seconds else 0.0
+    size = sum(cache["counts"]["bytes"] for cache in caches)
+    rate, failed = tally.audio_seconds / seconds if seconds else 0.0, len(tally.failures)
+    print(
+        f"extracted {tally.utterances - failed} utterances, {tally.audio_seconds / 3600:.2f} h of audio in "
+        f"{seconds:.0f} s ({rate:.1f} audio-h/h, encoder busy {busy:.0%}), {failed} failed, {size / 1e6:.0f} MB"
+    )
+    for key, stage, reason in tally.failures[:5]:
+        print(f"  failed: {key}: {stage}: {reason}", file=sys.stderr)
+    if len(tally.failures) > 5:
+        print(f"  … and {len(tally.failures) - 5} more in failures.parquet", file=sys.stderr)
+    print("complete:")
+    for cache in caches:
+        print(f"  {cache['path']}")
+        print("\n".join(f"  {line}" for line in cost(cache)))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.sources import SourceConfig
-from shards.claims import LEASE
-from shards.config import Config
-from shards.spec import Codec, Window
+from shards.commit.claims import LEASE
+from shards.config.base import Config
+from shards.format.spec import Codec, Window
 
 
 class EncoderConfig(Config):
     """The frozen encoder. ``model`` is a reference or a list tried in order; none = the default order of weights.py."""
 
-    model: str | list[str] | None = None  # a reference, or several tried in order (pipeline/weights.py)
+    model: str | list[str] | None = None  # a reference, or several tried in order (pipeline/weights/resolve.py)
     layers: list[int] | None = None  # 0 … n; negative counts from the end; none = the last
     # what the encoder computes in; part of the identity, so name it: auto depends on the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -42,7 +42,7 @@ class ExtractConfig(Config):
     shard_mb: float = Field(default=256, gt=0)  # megabytes of a shard
     # threads or processes that decode audio; none = two beside an encoder on the CPU, else most of the cores of a GPU
     workers: int | None = Field(default=None, ge=1)
-    decode_in: Literal["auto", "thread", "process"] = "auto"  # auto: processes where they pay (pipeline/decoders.py)
+    decode_in: Literal["auto", "thread", "process"] = "auto"  # auto: processes where they pay (pipeline/decode/pool.py)
     processes: int | None = Field(default=None, ge=1)  # with an encoder each, on this machine; none = one for each GPU
     max_failures: float = Field(default=0.01, ge=0)  # below 1 a fraction of the utterances, else a count
     lease: float = Field(default=LEASE, gt=0)  # seconds without a sign of life before a shard's owner counts as dead

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.hubs import one_sentence, redact
-from pipeline.wheels import WHEELS, folder_name, installed_files, weights_home
+from pipeline.weights.hubs import one_sentence, redact
+from pipeline.weights.wheels import WHEELS, folder_name, installed_files, weights_home
 from shards.errors import UserError
 
 MINIMUM = (3, 11)
 LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"  # beside a checkout; absent from an installation
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as pipeline/encoder.py chooses
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as pipeline/encoders/base.py chooses
 LOW_DISK = 5e9  # bytes; the demo takes half of it, environment included
 HUBS = {
     "Hugging Face": ("HF_ENDPOINT", "https://huggingface.co"),

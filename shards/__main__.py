@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.commandline import add_completion, print_completion
+from shards.config.cli import add_completion, print_completion
 from shards.errors import WorkFailed, run_command
-from shards.storage import is_url
+from shards.remote.client import is_url
 
 if TYPE_CHECKING:
-    from shards.findings import Problem
+    from shards.inspect.findings import Problem
 
 RECORDED = ""  # `--source` without a folder
 SCRIPT = "earshard-shards"
@@ -109,14 +109,14 @@ def _count(text: str) -> int:
 def _info(args: argparse.Namespace) -> None:
     import json
 
-    from shards.info import describe_cache, lines
+    from shards.inspect.info import describe_cache, lines
 
     about = describe_cache(args.cache)
     print(json.dumps(about, indent=2, ensure_ascii=False) if args.json else "\n".join(lines(about)))
 
 
 def _ls(args: argparse.Namespace) -> None:
-    from shards.reader import Cache
+    from shards.read.cache import Cache
 
     cache = Cache.open(args.cache)
     rate, shown = cache.spec.sampling_rate, 0
@@ -133,7 +133,7 @@ def _ls(args: argparse.Namespace) -> None:
 def _head(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from shards.reader import Cache
+    from shards.read.cache import Cache
 
     cache = Cache.open(args.cache)
     for index in range(min(args.n, len(cache))):
@@ -149,7 +149,7 @@ def _head(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from shards.verify import verify
+    from shards.inspect.verify import verify
 
     with _bar("verify", "B") as progress:
         problems = verify(args.cache, args.deep, progress)
@@ -172,7 +172,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _compare_audio(cache: str | Path, folder: str) -> list[Problem]:
-    from shards.source import compare_audio
+    from shards.inspect.audio import compare_audio
 
     with _bar("audio", " files") as progress:
         return compare_audio(cache, Path(folder) if folder else None, progress)
@@ -180,7 +180,7 @@ def _compare_audio(cache: str | Path, folder: str) -> list[Problem]:
 
 def _push(args: argparse.Namespace) -> None:
     from shards.errors import UserError
-    from shards.exchange import push
+    from shards.share.transfer import push
 
     if is_url(args.cache):
         raise UserError(f"'{args.cache}' is a URL: pull it into a folder first, then push that")
@@ -195,7 +195,7 @@ def _push(args: argparse.Namespace) -> None:
 
 def _pull(args: argparse.Namespace) -> None:
     from shards.errors import UserError
-    from shards.exchange import pull
+    from shards.share.transfer import pull
 
     if not is_url(args.cache):
         raise UserError(f"'{args.cache}' is no URL: name one, such as hf://datasets/OWNER/NAME")

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.commandline import add_completion, add_config, parse, print_completion, show_config
+from shards.config.cli import add_completion, add_config, parse, print_completion, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from train.config import TrainConfig
+    from train.config.train import TrainConfig
 
 SCRIPT = "earshard-train"
 EXAMPLES = """examples:
@@ -139,13 +139,13 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from train.distributed import join
+    from train.distributed.group import join
 
     with join() as group:
         with group.together():
             config, resume = _what_to_fit(args)
 
-        from train.loop import Interrupted, fit
+        from train.trainer.trainer import Interrupted, fit
 
         try:
             run = fit(config, resume, group)
@@ -154,7 +154,7 @@ def _fit(args: argparse.Namespace) -> int:
             return 130
         if group.is_first:
             from train.report import REPORT
-            from train.runs import read_json
+            from train.runs.folder import read_json
 
             print(_table(read_json(run / "summary.json")))
             print(f"report: {run / REPORT}", flush=True)
@@ -169,8 +169,8 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
     """The settings, and the run to go on with."""
-    from shards.config import load_config
-    from train.config import TrainConfig
+    from shards.config.base import load_config
+    from train.config.train import TrainConfig
 
     words = list(args.overrides)
     if args.resume is None:
@@ -184,7 +184,7 @@ def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from train.distributed import join
+    from train.distributed.group import join
 
     words = list(args.overrides)
     if args.run is not None and "=" in args.run and not Path(args.run).exists():
@@ -194,11 +194,11 @@ def _evaluate(args: argparse.Namespace) -> int:
             target = _json_target(args.json)
             run = _config_and_run(args.run, args.config, [])[1]
 
-            from train.runs import run_config, write_json
+            from train.runs.folder import run_config, write_json
 
             config = run_config(run, words)
 
-        from train.evaluate import evaluate_run
+        from train.evaluation.run import evaluate_run
 
         figures = evaluate_run(run, config, args.cache, group)
         if group.is_first:
@@ -209,14 +209,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _lr_range(args: argparse.Namespace) -> int:
-    from shards.config import load_config
-    from train.config import TrainConfig
+    from shards.config.base import load_config
+    from train.config.train import TrainConfig
 
     config = load_config(TrainConfig, args.config, args.overrides)
     target = _json_target(args.json)
 
-    from train.lr_range import lr_range, record, suggest, table
-    from train.runs import write_json
+    from train.runs.folder import write_json
+    from train.trainer.lr_range import lr_range, record, suggest, table
 
     rates = lr_range(config, args.low, args.high, args.steps)
     print(table(rates, args.high), flush=True)
@@ -236,16 +236,16 @@ def _json_target(word: str | None) -> Path | None:
 
 
 def _transcribe(args: argparse.Namespace) -> int:
-    from train import runs
+    from train.runs import folder as runs
 
     run = runs.find_run(args.run)
     config = runs.run_config(run)
 
-    from train.recordings import find_recordings
+    from train.inference.transcribe import find_recordings
 
     recordings = find_recordings(args.audio, args.raw)
 
-    from train.transcribe import Typist, transcribe
+    from train.inference.transcribe import Typist, transcribe
 
     typist = Typist(sys.stdout)
     for name, text in transcribe(run, config, recordings, args.encoder, told=typist if args.stream else None):
@@ -254,17 +254,17 @@ def _transcribe(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from train.export import export
-    from train.runs import find_run
+    from train.inference.export import export
+    from train.runs.folder import find_run
 
     print(f"exported: {export(find_run(args.run), Path(args.folder))}")
     return 0
 
 
 def _needs(args: argparse.Namespace) -> int:
-    from shards.config import load_config, read_yaml
-    from train.config import TrainConfig
-    from train.data import needed
+    from shards.config.base import load_config, read_yaml
+    from train.config.train import TrainConfig
+    from train.data.caches import needed
 
     if "base" in read_yaml(args.config):
         from train.sweeps.config import load_sweep, needed_runs
@@ -278,7 +278,7 @@ def _needs(args: argparse.Namespace) -> int:
 
 
 def _projectors(args: argparse.Namespace) -> int:
-    from train.projectors.table import render, table
+    from train.projectors.summary import render, table
 
     rows = table(args.channels, args.width)
     print(f"from {args.channels} channels to width {args.width}, at default settings\n{render(rows)}")
@@ -287,7 +287,7 @@ def _projectors(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from train.report import is_sweep, write_report, write_sweep_report
-    from train.runs import find_run
+    from train.runs.folder import find_run
 
     if args.run is not None and is_sweep(Path(args.run)):
         print(f"report: {write_sweep_report(Path(args.run))}")
@@ -297,23 +297,23 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from train.config import TrainConfig
+    from train.config.train import TrainConfig
 
     return show_config(TrainConfig, args)
 
 
 def _completion(args: argparse.Namespace) -> int:
-    from shards.keys import names
-    from train.config import TrainConfig
+    from shards.config.fields import names
+    from train.config.train import TrainConfig
 
     return print_completion(parser(), SCRIPT, args.shell, names(TrainConfig))
 
 
 def _config_and_run(word: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:
     """The run that ``word`` names, or that ``file`` made, or the newest; with its settings and ``overrides``."""
-    from shards.config import load_config
-    from train import runs
-    from train.config import TrainConfig
+    from shards.config.base import load_config
+    from train.config.train import TrainConfig
+    from train.runs import folder as runs
 
     if file is None:
         run = runs.find_run(word)
@@ -325,7 +325,7 @@ def _config_and_run(word: str | None, file: str | None, overrides: Sequence[str]
 
 def _table(summary: dict[str, Any]) -> str:
     """The figures of a finished run, for people."""
-    from train.track import figure
+    from train.runs.metrics_log import figure
 
     def percent(key: str) -> str:
         return "–" if summary[key] is None else f"{100 * summary[key]:.1f} %"

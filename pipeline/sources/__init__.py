@@ -9,14 +9,15 @@ kind takes ``limit``, ``min_duration``, ``max_duration`` and ``val_fraction`` (`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.sources.base import Source, Utterance, safe_name
-from pipeline.sources.grammar import MAX_SENTENCES
-from pipeline.sources.keys import decode_key, encode_key
-from shards.config import Config
+from pipeline.sources.base import Source, Utterance, decode_key, encode_key, safe_name
+from pipeline.sources.parquet import ParquetFiles
+from pipeline.sources.synthetic.grammar import MAX_SENTENCES
+from shards.config.base import Config
 
 __all__ = ["Source", "SourceConfig", "Utterance", "decode_key", "encode_key", "open_source"]
 
@@ -96,15 +97,24 @@ def _open_kind(config: SourceConfig) -> Source:
     if config.kind == "parquet":
         from pipeline.sources import parquet
 
-        return parquet.open_parquet(path, config.splits, config.config)
+        return open_parquet(path, config.splits, config.config)
     if config.kind == "manifest":
         from pipeline.sources import manifest
 
         return manifest.Manifest(path, config.splits)
     if config.kind == "tones":
-        from pipeline.sources import tones
+        from pipeline.sources.synthetic import tones
 
         return tones.Tones(config.seed)
-    from pipeline.sources import speech
+    from pipeline.sources.synthetic import speech
 
     return speech.Speech(config.n, config.seed)
+
+
+def open_parquet(path: str, splits: Sequence[str], config: str | None) -> Source:
+    """Local files, or a streamed dataset when ``path`` starts with ``hf:``; raises UserError."""
+    if path.startswith("hf:"):
+        from pipeline.sources.hub import HubStream
+
+        return HubStream(path.removeprefix("hf:"), config, splits)
+    return ParquetFiles(path, splits)

@@ -6,6 +6,7 @@ In: nothing. Out: types. A kind (``librispeech.py`` …) yields utterances with 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,3 +107,37 @@ def missing_splits(missing: Sequence[str], where: str, present: Sequence[str]) -
 def listed(names: Sequence[str]) -> str:
     """The names for a sentence: sorted, with commas, or "none"."""
     return ", ".join(sorted(names)) or "none"
+
+
+MAX_KEY = 90
+_HEAD = 64
+_DIGITS = 24
+_ESCAPE = re.compile(rb"-x([0-9A-F]{2})-")
+_LOOKALIKE = re.compile(rb"x[0-9A-F]{2}(-|[^A-Za-z0-9_])")  # what follows a dash: another byte becomes a dash, too
+_LEGAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+def encode_key(identifier: str) -> str:
+    """A legal, unique key for ``identifier``; a legal one that looks like no escape stays as it is.
+
+    Raises:
+        ValueError: the id is empty.
+    """
+    if not identifier:
+        raise ValueError("an empty id has no key")
+    raw = identifier.encode("utf-8", "surrogatepass")
+    key = "".join(
+        f"-x{byte:02X}-"
+        if byte not in _LEGAL or (byte == ord("-") and _LOOKALIKE.match(raw, position + 1))
+        else chr(byte)
+        for position, byte in enumerate(raw)
+    )
+    if len(key) <= MAX_KEY:
+        return key
+    return f"{key[:_HEAD]}-{hashlib.sha256(raw).hexdigest()[:_DIGITS]}"
+
+
+def decode_key(key: str) -> str:
+    """The id that :func:`encode_key` made ``key`` of (not for keys that had to be cut)."""
+    raw = _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), key.encode())
+    return raw.decode("utf-8", "surrogatepass")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.sources.base import Tally, listed
-from pipeline.sources.manifest import Entry, json_rows, number_of, word_of
+from pipeline.sources.entries import Entry, json_rows, number_of, word_of
 from shards.errors import UserError
 
 _NAME = re.compile(r"^(?P<prefix>.*?)(?P<kind>recordings|supervisions)(?P<suffix>.*?)(?P<ending>\.jsonl(\.gz)?)$")

@@ -14,22 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.audio import AudioError, probe
-from pipeline.sources.base import Source, Tally, Utterance, listed, missing_splits, safe_name
+from pipeline.sources.base import Tally, Utterance, listed, missing_splits, safe_name
 from shards.errors import UserError
 
 NO_AUDIO = "rows without audio bytes"
 COLUMNS = ("audio", "text", "id", "speaker_id", "file")
 _BATCH = 32  # rows decoded at a time while listing: audio is large
 _PART = re.compile(r"-\d+-of-\d+$")
-
-
-def open_parquet(path: str, splits: Sequence[str], config: str | None) -> Source:
-    """Local files, or a streamed dataset when ``path`` starts with ``hf:``; raises UserError."""
-    if path.startswith("hf:"):
-        from pipeline.sources.hub import HubStream
-
-        return HubStream(path.removeprefix("hf:"), config, splits)
-    return ParquetFiles(path, splits)
 
 
 class ParquetFiles:

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.audio import SAMPLING_RATE
-from pipeline.sources.base import Source, Tally, Utterance
-from pipeline.sources.keys import MAX_KEY, encode_key
+from pipeline.sources.base import MAX_KEY, Source, Tally, Utterance, encode_key
 from shards.errors import UserError
 
 

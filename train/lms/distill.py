@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-import train.lms
-from train.lms import LanguageModel, sum_by_row
-from train.lms.splice import Ids, lay_out
+import train.lms.base
+from train.lms.base import LanguageModel, sum_by_row
+from train.lms.layout import Ids, lay_out
 
 TABLES = 4  # tables of [targets, V] that a piece holds: logits and log-probabilities of both
 
@@ -38,7 +38,7 @@ def distilled_nats(
     """(nats [B], divergence [B] in nats), float32, each summed over a row's targets; differentiable in ``soft``.
 
     ``targets`` are a transcript's ids and one that ends it. soft [B, S, D], soft_mask [B, S] bool. Logits exist at
-    target positions only, of at most ``train.lms.LOGITS`` numbers at a time over all tables of a piece.
+    target positions only, of at most ``train.lms.base.LOGITS`` numbers at a time over all tables of a piece.
     """
     layout = lay_out(soft_mask.sum(1), before, after, targets)
     heard_ND = lm.hidden(layout, soft[soft_mask])[layout.predicts]
@@ -53,7 +53,7 @@ def distilled_nats(
         divergence = F.kl_div(own, teacher, reduction="none", log_target=True).sum(-1)
         return F.cross_entropy(student, ids, reduction="none"), divergence
 
-    rows = max(1, train.lms.LOGITS // (TABLES * lm.vocabulary))
+    rows = max(1, train.lms.base.LOGITS // (TABLES * lm.vocabulary))
     split = [torch.split(each, rows) for each in (heard_ND, read_ND, layout.targets)]
     pieces = list(zip(*split, strict=True))
     if len(pieces) == 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from train.options import OwnConfig, ProjectorConfig
+from train.config.model import OwnConfig, ProjectorConfig
 from train.projectors.base import Projector, draw
 from train.projectors.conv import Conv
 from train.projectors.mixer import LayerMixer, MixedProjector

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train.options import Init, Norm
+from train.config.model import Init, Norm
 
 
 class Linear(nn.Linear):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.options import ConvConfig
+from train.config.model import ConvConfig
 from train.projectors.base import Conv1d, Linear, Projector, draw, make_norm, stack_frames
 
 

@@ -1,7 +1,7 @@
 """A layer mixer in front of a projector: which layers of the encoder a task wants, learned.
 
-In: features [B, T, L·C], the channels of L layers side by side (``train/layers.py``), and their mask. Out: the layers'
-weighted sum [B, T, C], softmax weights learned, as in SUPERB (Yang et al. 2021, arXiv 2105.01051; s3prl's
+In: features [B, T, L·C], the channels of L layers side by side (``train/data/layers.py``), and their mask. Out: the
+layers' weighted sum [B, T, C], softmax weights learned, as in SUPERB (Yang et al. 2021, arXiv 2105.01051; s3prl's
 ``Featurizer``).
 """
 

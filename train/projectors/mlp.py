@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.options import LinearConfig, MlpConfig, PoolConfig, ResidualConfig, SwigluConfig
+from train.config.model import LinearConfig, MlpConfig, PoolConfig, ResidualConfig, SwigluConfig
 from train.projectors.base import Framewise, Linear, RMSNorm, draw, make_norm, stack_frames
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.options import MoeConfig
+from train.config.model import MoeConfig
 from train.projectors.base import Framewise, Linear, Projector, RMSNorm, draw, make_norm
 from train.projectors.conv import Downsampler
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.options import QformerConfig
+from train.config.model import QformerConfig
 from train.projectors.base import Attention, LayerNorm, Linear, Projector, draw, make_norm, stack_frames
 
 _EPS = 1e-12  # BERT's

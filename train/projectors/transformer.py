@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.options import TransformerConfig
+from train.config.model import TransformerConfig
 from train.projectors.base import Attention, Framewise, LayerNorm, Linear, draw, make_norm
 
 

@@ -17,8 +17,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shards.disk import atomic_write, told
 from shards.errors import UserError
+from shards.files import atomic_write, told
 
 REPORT = "report.html"
 SWEEP = "sweep.json"
@@ -66,7 +66,7 @@ def experiments(folder: Path) -> list[Path]:
 
 def _state(folder: Path) -> dict[str, Any]:
     """``sweep.json``; empty where there is none."""
-    from train.runs import read_json
+    from train.runs.folder import read_json
 
     return read_json(folder / SWEEP) if (folder / SWEEP).is_file() else {}
 

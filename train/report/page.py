@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
@@ -181,3 +182,23 @@ td::before{{content:attr(data-label);flex:0 0 6.5rem;color:var(--soft);font-size
 td>*{{min-width:0}}td:first-child{{display:block;font-weight:600}}td:first-child::before{{content:none}}
 svg text{{font-size:23px}}}}
 """
+
+
+def marked(reference: str, hypothesis: str) -> tuple[str, str]:
+    """Both as HTML; a hypothesis without a word is a dash."""
+    said, heard = reference.split(), hypothesis.split()
+    left, right = [], []
+    matcher = SequenceMatcher(None, list(map(_plain, said)), list(map(_plain, heard)), autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        left.append(_run(said[a:b], "del" if kind != "equal" else ""))
+        right.append(_run(heard[c:d], "ins" if kind != "equal" else ""))
+    return " ".join(filter(None, left)), " ".join(filter(None, right)) or "–"
+
+
+def _plain(word: str) -> str:
+    return "".join(letter for letter in word.casefold() if letter.isalnum()) or word
+
+
+def _run(words: Sequence[str], tag: str) -> str:
+    text = escape(" ".join(words))
+    return f"<{tag}>{text}</{tag}>" if text and tag else text

@@ -9,13 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from train.charts import Curve, chart, smooth
-from train.report.page import bounds, duration, folded, listing, page, percent, section, table, tiles
-from train.report.sounds import recordings
-from train.report.source import Figures, RunFiles
-from train.report.space import nearest, planes
-from train.report.texts import marked
-from train.track import figure
+from train.report.audio import recordings
+from train.report.charts import Curve, chart, smooth
+from train.report.embedding_plot import nearest, planes
+from train.report.page import bounds, duration, folded, listing, marked, page, percent, section, table, tiles
+from train.report.run_files import Figures, RunFiles
+from train.runs.metrics_log import figure
 
 SHOWN_SAMPLES = 24
 LISTENS = 0.1  # nats a token of audio gain from which a model is said to listen

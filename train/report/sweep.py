@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from train.charts import Curve, chart, smooth
-from train.measures.intervals import NATS, TOKENS, WORD_ERRORS, WORDS, Interval, paired_difference
-from train.report.page import COLOURS, breakable, folded, listing, page, percent, section, table, tiles
+from train.evaluation.bootstrap import NATS, TOKENS, WORD_ERRORS, WORDS, Interval, paired_difference
+from train.report.audio import recordings
+from train.report.charts import Curve, chart, smooth
+from train.report.embedding_plot import planes
+from train.report.page import COLOURS, breakable, folded, listing, marked, page, percent, section, table, tiles
 from train.report.run import HEARD_SAMPLES, LISTENS, identity, name_cell, points, seconds_a_frame
-from train.report.sounds import recordings
-from train.report.source import RunFiles
-from train.report.space import planes
-from train.report.texts import marked
-from train.track import figure
+from train.report.run_files import RunFiles
+from train.runs.metrics_log import figure
 
 SHOWN_SAMPLES = 8
 OWN_KEYS = ("name", "runs")

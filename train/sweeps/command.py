@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.config import validate_config
+from shards.config.base import validate_config
 from shards.errors import UserError
 from train.sweeps.config import SweepConfig, load_sweep
 
@@ -21,11 +21,11 @@ def sweep(file: str | None, resume: str | None, words: Sequence[str], engine: st
     if engine is not None:
         config = validate_config(SweepConfig, {**config.model_dump(mode="json"), "engine": engine}, "--engine")
 
-    from train.loop import Interrupted
     from train.report import REPORT
-    from train.runs import read_json
-    from train.sweeps.figures import STATE, table
+    from train.runs.folder import read_json
+    from train.sweeps.results import STATE, table
     from train.sweeps.sweep import run_sweep
+    from train.trainer.trainer import Interrupted
 
     try:
         folder = run_sweep(config, resume is not None)

@@ -24,9 +24,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from shards.config import Config, flatten, parse_override, read_yaml, set_key, validate_config
+from shards.config.base import Config, flatten, parse_override, read_yaml, set_key, validate_config
 from shards.errors import UserError
-from train.config import TrainConfig
+from train.config.train import TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 OWN = ("runs", "name")  # keys of a run that a sweep sets

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from shards.errors import UserError, WorkFailed
-from train.config import TrainConfig
-from train.sweeps.lockstep import Mode
+from train.config.train import TrainConfig
+from train.sweeps.group import Mode
 
 OBJECT_STORE = 80 << 20  # bytes, of a local cluster: settings are all that travels, and Ray's least is 75 MB
 RETRIES = 3
@@ -94,8 +94,7 @@ def _group(settings: list[dict[str, Any]], mode: Mode, mailbox: Any, place: str)
     """
     import ray
 
-    from train.sweeps.lockstep import Lockstep, Models
-    from train.sweeps.sweep import unfinished
+    from train.sweeps.group import Lockstep, Models, unfinished
 
     sent: list[Any] = []
 
@@ -106,7 +105,7 @@ def _group(settings: list[dict[str, Any]], mode: Mode, mailbox: Any, place: str)
     tell(f"begins: {', '.join(str(config.name) for config in configs)}")
     try:
         if configs:
-            from train.stopping import StopRequest
+            from train.distributed.signals import StopRequest
 
             Lockstep(configs, Models(), mode, StopRequest(), tell).run()
     except UserError as error:

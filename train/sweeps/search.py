@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from train import runs
-from train.config import TrainConfig
-from train.loop import Interrupted
-from train.stopping import StopRequest
+from train.config.train import TrainConfig
+from train.distributed.signals import StopRequest
+from train.runs import folder as runs
+from train.runs.metrics_log import EVALUATIONS, read_lines
 from train.sweeps.config import Choices, SearchConfig, SweepConfig, as_run
-from train.sweeps.lockstep import DROPPED, Lockstep, Models, groups
-from train.sweeps.sweep import how_to_go_on, say, unfinished
-from train.track import EVALUATIONS, read_lines
+from train.sweeps.group import DROPPED, Lockstep, Models, groups, how_to_go_on, say, unfinished
+from train.trainer.trainer import Interrupted
 
 if TYPE_CHECKING:
     import optuna

@@ -21,15 +21,15 @@ from pathlib import Path
 
 import yaml
 
-from shards.disk import atomic_write, told
 from shards.errors import UserError, WorkFailed
-from train.config import TrainConfig
-from train.loop import Interrupted
+from shards.files import atomic_write, told
+from train.config.train import TrainConfig
+from train.distributed.signals import StopRequest
 from train.report import write_sweep_report
-from train.stopping import StopRequest
 from train.sweeps.config import SweepConfig, experiments
-from train.sweeps.figures import figures, write_state
-from train.sweeps.lockstep import DROPPED, Lockstep, Mode, Models, groups
+from train.sweeps.group import DROPPED, Lockstep, Mode, Models, groups, how_to_go_on, say, unfinished
+from train.sweeps.results import figures, write_state
+from train.trainer.trainer import Interrupted
 
 SWEEP = "sweep.yaml"
 
@@ -96,7 +96,7 @@ def enter_folder(config: SweepConfig, resume: bool) -> None:
 
 def found_sweep(folder: Path) -> SweepConfig:
     """The settings of the sweep that stands at ``folder``, wherever it was moved."""
-    from shards.config import load_config
+    from shards.config.base import load_config
 
     if not (folder / SWEEP).is_file():
         raise UserError(f"'{folder}' is not a sweep: it has no {SWEEP}; start one with --config (see configs/sweep/)")
@@ -111,12 +111,6 @@ def differences(mine: SweepConfig, theirs: SweepConfig) -> list[str]:
     return [key for key in one if key not in free and one[key] != other[key]]
 
 
-def unfinished(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
-    """Those that have neither a summary nor a reason to have none."""
-    folders = [(config, Path(config.runs) / str(config.name)) for config in configs]
-    return [c for c, run in folders if not (run / "summary.json").is_file() and not (run / DROPPED).is_file()]
-
-
 def _run(config: SweepConfig, configs: list[TrainConfig]) -> dict[str, float]:
     """The experiments of a list and a grid; what :func:`run_local` gives."""
     waiting = unfinished(configs)
@@ -129,16 +123,6 @@ def _run(config: SweepConfig, configs: list[TrainConfig]) -> dict[str, float]:
         run_groups(parts, config.lockstep)
         return {}
     return run_local(parts, config.lockstep, config.folder)
-
-
-def how_to_go_on(folder: Path) -> str:
-    """The end of a sentence about an interrupted sweep."""
-    return f"go on with: python -m train sweep --resume {folder}"
-
-
-def say(line: str) -> None:
-    """A line on standard output, at once."""
-    print(line, flush=True)
 
 
 def run_local(parts: Sequence[list[TrainConfig]], mode: Mode, folder: Path) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""An extraction on a Ray cluster."""

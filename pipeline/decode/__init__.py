@@ -1,0 +1,1 @@
+"""Audio decoded ahead of the encoder."""

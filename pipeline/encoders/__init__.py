@@ -1,0 +1,1 @@
+"""Frozen speech encoders: audio samples to frames."""

@@ -1,0 +1,85 @@
+"""One recording's samples to its frames: windows, encoder, stitching. Shared by extraction, check and transcription.
+
+In: float32 mono samples at the encoder's sampling rate. Out: float32 [frames, channels] for each layer. Audio longer
+than the encoder's window passes in overlapping windows, joined in the middle of each overlap; nothing is cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.audio import stitch, windows
+from pipeline.encoders.base import Encoder
+from pipeline.encoders.batching import encode_in_parts
+from pipeline.encoders.load import load_encoder
+from pipeline.weights.resolve import resolve
+from shards.errors import UserError
+from shards.format.spec import FeatureSpec
+
+Array = npt.NDArray[Any]
+Spans = list[tuple[int, int]]
+
+
+class NotFinite(ValueError):
+    """The encoder gave NaN or infinite values for this recording."""
+
+
+def spans_of(samples: int, encoder: Encoder, overlap: float) -> Spans:
+    """(start, stop) of each window in samples; ``overlap`` in seconds is rounded to whole frames."""
+    return windows(samples, encoder.window_samples, round(overlap * encoder.sampling_rate / encoder.hop) * encoder.hop)
+
+
+def join(outputs: Sequence[Mapping[int, Array]], spans: Spans, layers: Sequence[int], hop: int) -> dict[int, Array]:
+    """The windows' outputs as one array [frames, channels] a layer.
+
+    Raises:
+        NotFinite: a value is NaN or infinite.
+    """
+    joined = {}
+    for layer in layers:
+        parts = [output[layer] for output in outputs]
+        if len(parts) > 1:  # untrimmed windows lose their padding here: it would lie inside the speech
+            parts = [part[: -(-(stop - start) // hop)] for part, (start, stop) in zip(parts, spans, strict=True)]
+        frames = stitch(parts, spans, hop)
+        if not np.isfinite(frames).all():
+            raise NotFinite(f"layer {layer} of the encoder gave NaN or infinite values")
+        joined[layer] = frames
+    return joined
+
+
+def encode_recording(
+    samples: npt.NDArray[np.float32], encoder: Encoder, layers: Sequence[int], *, overlap: float, trim: str
+) -> dict[int, Array]:
+    """Frames of one recording as extraction makes them, before the codec."""
+    spans = spans_of(len(samples), encoder, overlap)
+    outputs = encode_in_parts(encoder, [samples[start:stop] for start, stop in spans], layers, trim)
+    return join(outputs, spans, layers, encoder.hop)
+
+
+def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto") -> Encoder:
+    """The encoder that made features of ``spec``; UserError when ``reference`` leads to another one."""
+    if not reference:
+        raise UserError("nothing says which encoder these features come from: name it with --encoder")
+    encoder = load_encoder(
+        resolve(reference, what="encoder"),
+        device=device,
+        dtype=spec.dtype,
+        window=spec.window,
+        margin=spec.margin,
+    )
+    for name, wanted, found in (
+        ("architecture", spec.family, encoder.family),
+        ("weights (sha256 of the tensors)", spec.tensors, encoder.tensors),
+        ("spectrogram settings", spec.frontend, encoder.frontend),
+        ("channels", spec.channels, encoder.channels),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"the encoder '{reference}' has other {name} than these features were made with "
+                f"({found}, not {wanted}): name the same encoder with --encoder"
+            )
+    return encoder

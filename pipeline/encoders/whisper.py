@@ -1,0 +1,274 @@
+"""Whisper's encoder: the forward pass, written over the tensors of a transformers folder.
+
+In: float32 clips at 16 kHz. Out: the hidden states of chosen layers, float32 [frames, channels] a clip. The decoder is
+never loaded; layers above the highest one asked for are not computed, and of that one only the frames that are kept;
+bfloat16 on a CPU is faster and nearer to float32 than transformers' (see ``attend`` and ``_forward``).
+
+On a CPU each clip passes alone on one thread, and as many clips at a time as torch has threads: nobody waits at
+barriers inside a layer, so a busy core costs its share and no more, and a clip's features depend neither on the batch
+nor on the number of threads. On a GPU clips pass in batches, and a kernel chosen for another batch size may round
+differently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.encoders.base import CONTEXT_STEP, check_request, context_samples, encoder_name, tensors_hash
+from pipeline.encoders.batching import fitting_batch
+from pipeline.encoders.compile import Forward
+from pipeline.encoders.logmel import LogMel, MelSettings
+from pipeline.threads import Threads
+from pipeline.weights.resolve import Weights, read_settings, weight_files
+from shards.errors import UserError
+from shards.format.spec import Window
+
+if TYPE_CHECKING:
+    import torch
+
+QUERY_BLOCK = 500  # rows of scores that stay in a core's cache: fastest of 125 to 1500 for 1500 frames
+KEPT_STEP = 50  # frames of the last layer are computed up to a multiple of this: few shapes, so few kernels to make
+
+
+class WhisperEncoder:
+    """Any OpenAI Whisper's encoder (Radford et al., 2022, arXiv:2212.04356); see :class:`Encoder`."""
+
+    family = "whisper"
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        device: str,
+        dtype: str,
+        batch_size: int | None,
+        window: Window = "full30",
+        margin: float = 0.0,
+    ) -> None:
+        import torch
+
+        config = read_settings(weights.folder / "config.json")
+        preprocessor = weights.folder / "preprocessor_config.json"
+        tree = read_settings(preprocessor) if preprocessor.is_file() else {}
+        tensors = read_encoder_tensors(weights.folder)
+        try:
+            self.channels: int = tensors["conv2.weight"].shape[0]
+            self.positions: int = tensors["embed_positions.weight"].shape[0]
+            self.n_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+            self.heads: int = config["encoder_attention_heads"]
+            mel = MelSettings.from_preprocessor(tree, preprocessor, tensors["conv1.weight"].shape[1])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"'{weights.folder}' holds no Whisper encoder ({error} is missing): name another model"
+            ) from None
+        if config.get("activation_function", "gelu") != "gelu" or mel.frames != 2 * self.positions:
+            raise UserError(f"'{weights.folder}' holds an encoder unlike OpenAI's Whisper: name an unmodified Whisper")
+        self.name = encoder_name(weights.reference)
+        self.hop = 2 * mel.hop_length  # the second convolution has stride 2
+        self.sampling_rate = mel.sampling_rate
+        self.window_samples = mel.samples
+        self.window, self.margin = window, margin
+        self.tensors = tensors_hash(tensors)
+        self.frontend = mel.frontend()
+        self.dtype = dtype
+        self.device = device
+        self._pool = Threads(torch.get_num_threads()) if device == "cpu" else None
+        self._torch_device = torch.device(device)
+        self._log_mel = LogMel(mel, self._torch_device)
+        inner = tensors["layers.0.fc1.weight"].shape[0]
+        self._weights = self._prepare(tensors)
+        self.forward: Forward = self._forward  # or a compiled one (pipeline/encoders/compile.py)
+        positions, channels = self.positions, self.channels
+        stem = 6 * positions * channels * (2 * mel.n_mels + channels)
+        layer = 2 * positions * channels * (4 * channels + 2 * inner) + 4 * positions**2 * channels
+        self.flop: float = stem + self.n_layers * layer  # of a whole window
+        # of a window at once: the stem's output and the residual stream in float32, the inner layer, q, k and v
+        window_bytes = positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
+        if self._pool:
+            self.batch_size = max(batch_size or 8, 4 * self._pool.n)
+        elif batch_size is None and self._torch_device.type == "cuda":
+            self.batch_size = fitting_batch(torch.cuda.mem_get_info(self._torch_device)[0], window_bytes)
+        else:
+            self.batch_size = batch_size or 8
+
+    def encode(
+        self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
+    ) -> list[dict[int, np.ndarray]]:
+        """See :meth:`Encoder.encode`. Raises ValueError for a clip, layer or trim that is out of range."""
+        import torch
+
+        check_request(self, clips, layers, trim)
+        results: list[dict[int, np.ndarray]] = [{} for _ in clips]
+
+        def encode_batch(context: int, batch: Sequence[int]) -> None:
+            positions = context // self.hop
+            frames = [-(-len(clips[i]) // self.hop) if trim == "valid" else positions for i in batch]
+            with torch.inference_mode():
+                mel = self._log_mel(self._pad([clips[i] for i in batch]), 2 * positions)
+                for layer, x_BTC in self._run(mel, sorted(set(layers)), max(frames)).items():
+                    values = x_BTC[: len(batch), : max(frames)].to("cpu", torch.float32).numpy()
+                    for row, (i, count) in enumerate(zip(batch, frames, strict=True)):
+                        results[i][layer] = values[row, :count].copy()  # a view would keep the whole batch alive
+
+        batches = self._batches(clips, 1 if self._pool else self.batch_size)
+        if self._pool:
+            self._pool.run(encode_batch, batches)
+        else:
+            for context, batch in batches:
+                encode_batch(context, batch)
+        return results
+
+    def _run(self, mel: torch.Tensor, layers: Sequence[int], frames: int) -> dict[int, torch.Tensor]:
+        """The forward pass; a compiled one takes whole batches alone: more than half a batch is filled with silence."""
+        import torch.nn.functional as F
+
+        compiled = self.forward != self._forward and 2 * len(mel) > self.batch_size
+        step = CONTEXT_STEP * self.sampling_rate // self.hop if compiled else KEPT_STEP
+        keep = min(mel.shape[2] // 2, max(1, -(-frames // step)) * step)
+        if not compiled:
+            return self._forward(mel, layers, keep)
+        return self.forward(F.pad(mel, (0, 0, 0, 0, 0, self.batch_size - len(mel))), layers, keep)
+
+    def _batches(self, clips: Sequence[np.ndarray], size: int) -> list[tuple[int, list[int]]]:
+        """(samples of context, indices of clips) of each forward pass, the longest contexts first."""
+        contexts = [context_samples(len(clip), self) for clip in clips]
+        batches = []
+        for context in sorted(set(contexts), reverse=True):
+            same = [i for i, found in enumerate(contexts) if found == context]
+            batches += [(context, same[start : start + size]) for start in range(0, len(same), size)]
+        return batches
+
+    def _pad(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
+        import torch
+
+        audio = np.zeros((len(clips), max(1, *(len(clip) for clip in clips))), np.float32)
+        for row, clip in zip(audio, clips, strict=True):
+            row[: len(clip)] = clip
+        return torch.from_numpy(audio).to(self._torch_device)
+
+    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """On the device: the layers' matrices in the run's dtype (q, k, v stacked, q scaled), the rest in float32."""
+        import torch
+
+        scale = (self.channels // self.heads) ** -0.5  # a power of two in every Whisper: exact in any dtype
+        ready = {name: value.float() for name, value in tensors.items()}
+        for i in range(self.n_layers):
+            attention = f"layers.{i}.self_attn"
+            q, k, v = (ready.pop(f"{attention}.{part}_proj.weight") for part in "qkv")
+            q_bias, v_bias = (ready.pop(f"{attention}.{part}_proj.bias") for part in "qv")
+            ready[f"{attention}.qkv.weight"] = torch.cat([q * scale, k, v])
+            ready[f"{attention}.qkv.bias"] = torch.cat([q_bias * scale, torch.zeros_like(q_bias), v_bias])
+        dtype = getattr(torch, self.dtype)
+        linear = re.compile(r"layers\..*\.(qkv|out_proj|fc1|fc2)\.|conv2\.")
+        placed = {
+            name: value.to(self._torch_device, dtype if linear.match(name) else torch.float32).contiguous()
+            for name, value in ready.items()
+        }
+        if self._pool and dtype == torch.bfloat16 and _has_packed_linear():
+            for name, value in placed.items():
+                if value.ndim == 2 and value.dtype == dtype:
+                    placed[name] = torch.ops.mkldnn._reorder_linear_weight(value, self.positions)
+        return placed
+
+    def _forward(self, mel: torch.Tensor, layers: Sequence[int], keep: int) -> dict[int, torch.Tensor]:
+        """Mel [B, n_mels, 2T] -> hidden states [B, T, C] of the sorted ``layers``; nothing above the last is computed.
+
+        Of the last one only the first ``keep`` frames are: [B, keep, C]. Every layer before it must be whole, because
+        all its frames are keys and values of the next.
+
+        The large matrix products run in the run's dtype, everything else (first convolution, residual stream, norms) in
+        float32: that costs 3 % of the time and makes bfloat16's error smaller than that of a model cast as a whole.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        w = self._weights
+
+        def linear(x: torch.Tensor, name: str, gelu: bool = False) -> torch.Tensor:
+            weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+            if weight.is_mkldnn:  # packed once, where F.linear packs at every call; the same sums
+                after, how = ("gelu", "none") if gelu else ("none", "")  # GELU by the error function
+                z: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.to(bias.dtype), weight, bias, after, [], how)
+                return z
+            y = F.linear(x.to(weight.dtype), weight, bias)
+            return F.gelu(y) if gelu else y
+
+        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+            return F.layer_norm(x, (self.channels,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+        x = F.gelu(F.conv1d(mel, w["conv1.weight"], w["conv1.bias"], padding=1))
+        x = F.conv1d(x.to(w["conv2.weight"].dtype), w["conv2.weight"], w["conv2.bias"], stride=2, padding=1)
+        x = F.gelu(x.float()).transpose(1, 2).contiguous()
+        x = x + w["embed_positions.weight"][: x.shape[1]]
+        hidden = {0: x}
+        for i in range(layers[-1]):
+            layer = f"layers.{i}"
+            qkv = linear(norm(x, f"{layer}.self_attn_layer_norm"), f"{layer}.self_attn.qkv")
+            rows = keep if i + 1 == layers[-1] else x.shape[1]
+            x = x[:, :rows] + linear(attend(qkv, self.heads, rows), f"{layer}.self_attn.out_proj")
+            inner = linear(norm(x, f"{layer}.final_layer_norm"), f"{layer}.fc1", gelu=True)
+            x = x + linear(inner, f"{layer}.fc2")
+            if i + 1 in layers:
+                hidden[i + 1] = x
+        if layers[-1] == self.n_layers:
+            hidden[self.n_layers] = norm(x, "layer_norm")
+        return {layer: hidden[layer] for layer in layers}
+
+
+def attend(qkv: torch.Tensor, heads: int, rows: int | None = None) -> torch.Tensor:
+    """Full self-attention of stacked q (already scaled), k, v: [B, T, 3C] -> [B, rows, C], in the dtype of ``qkv``.
+
+    ``rows``: only the first so many queries, all by default.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    B, T, _ = qkv.shape
+    R = T if rows is None else rows
+    q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+    if qkv.device.type != "cpu" or qkv.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q[:, :, :R], k, v, scale=1.0).transpose(1, 2).reshape(B, R, -1)
+    # torch's CPU kernel computes low-precision attention at a quarter of the speed of low-precision products.
+    out = qkv.new_empty(B, R, heads, q.shape[-1])
+    scores, shares = qkv.new_empty(2, min(R, QUERY_BLOCK), T)  # written again and again: fresh memory has to be mapped
+    for b in range(B):
+        for h in range(heads):
+            for i in range(0, R, QUERY_BLOCK):
+                block = min(QUERY_BLOCK, R - i)
+                torch.mm(q[b, h, i : i + block], k[b, h].T, out=scores[:block])
+                torch.softmax(scores[:block], -1, out=shares[:block])
+                torch.mm(shares[:block], v[b, h], out=out[b, i : i + block, h])
+    return out.view(B, R, -1)
+
+
+def _has_packed_linear() -> bool:
+    """Whether this torch has oneDNN's linear layer over packed weights, and in bfloat16 (it has on x86 servers)."""
+    import torch
+
+    operations = torch.ops.mkldnn
+    packed = all(hasattr(operations, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    return packed and bool(operations._is_mkldnn_bf16_supported())
+
+
+def read_encoder_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The encoder's tensors (as stored, on the CPU) of a Whisper folder, named as in ``WhisperModel.encoder``."""
+    import torch
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    prefixes = re.compile(r"^(?:model\.)?encoder\.")  # WhisperForConditionalGeneration, WhisperModel
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    if prefixes.match(name):
+                        found[prefixes.sub("", name)] = file.get_tensor(name)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found.update({prefixes.sub("", name): value for name, value in state.items() if prefixes.match(name)})
+    return found

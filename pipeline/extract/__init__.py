@@ -1,0 +1,1 @@
+"""An extraction: plan, shards, progress, the end of the job."""

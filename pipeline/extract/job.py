@@ -1,0 +1,316 @@
+"""The extraction job: everything that is decided before the first frame, and what is left to do after the last.
+
+In: an :class:`pipeline.config.ExtractConfig`. Out: a :class:`Job`, that is source, encoder, plan, and the caches (one a
+layer) to fill. :func:`prepare` makes it, :func:`schedule` marks shards to make again.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config import ExtractConfig
+from pipeline.encoders.base import Encoder
+from pipeline.encoders.load import load_encoder, speed_up
+from pipeline.extract.finish import write_job
+from pipeline.extract.plan import fingerprint, frames_of, list_source, make_plan, windows_of
+from pipeline.extract.resources import decoding_workers, my_device
+from pipeline.sources import Source, Utterance, open_source
+from pipeline.weights.resolve import Weights, resolve
+from shards.commit.claims import new_owner
+from shards.commit.store import Store, open_store
+from shards.errors import UserError
+from shards.format.codec import STORED_DTYPE
+from shards.format.layout import Layout, Plan, RecordError
+from shards.format.spec import FeatureSpec
+from shards.remote.client import is_url
+
+LARGEST_PUT = 4000  # MB; S3 takes 5 GiB in one put, and shards vary a little
+AT_ONCE = 3  # shards on the scratch disk of a process: one written, one being put, one waiting
+
+
+@dataclass(frozen=True)
+class Target:
+    """One cache to fill: a layer, where it stands or will stand, and its spec."""
+
+    layer: int
+    store: Store
+    spec: FeatureSpec
+
+    @property
+    def layout(self) -> Layout:
+        """The local folder that its shards are written into."""
+        return self.store.layout
+
+
+@dataclass
+class Job:
+    """Everything that is decided before the first frame."""
+
+    config: ExtractConfig
+    source: Source
+    encoder: Encoder
+    weights: Weights
+    targets: list[Target]
+    plan: Plan
+    fingerprint: str
+    owner: str = field(default_factory=new_owner)
+    attempts: dict[str, int] = field(default_factory=dict)  # key -> failed attempts before this run
+
+    def missing(self, shard: int) -> list[Target]:
+        """The targets that have no trusted record of ``shard``."""
+        return [t for t in self.targets if t.store.committed(shard, t.spec.feature_id, self.plan.id) is None]
+
+    @property
+    def workers(self) -> int:
+        """Threads or processes that decode for this process's encoder."""
+        import torch
+
+        return decoding_workers(
+            self.config.workers, device=self.encoder.device, cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count()
+        )
+
+    def complete(self) -> bool:
+        return all(t.store.is_complete(t.spec.feature_id, self.plan.id) for t in self.targets)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within it this process may take shards of all targets."""
+        with ExitStack() as stack:
+            for target in self.targets:
+                stack.enter_context(target.store.at_work(self.owner, self.config.lease))
+            yield
+
+
+def prepare(config: ExtractConfig) -> Job:
+    """Resolve weights, list the source, fix the plan, check the disk.
+
+    Raises:
+        UserError: weights, source or folder are not as they must be, or the disk is too small.
+    """
+    if is_url(config.root) and config.shard_mb > LARGEST_PUT:
+        raise UserError(
+            f"shard_mb={config.shard_mb:g} is more than a bucket takes in one piece: set it to {LARGEST_PUT} or less"
+        )
+    weights, encoder = open_weights(config, my_device(config))
+    if config.trim == "none" and encoder.window != "full30":
+        raise UserError(
+            f"trim=none keeps padded windows, and with window={encoder.window} there are none: use trim=valid"
+        )
+    if config.overlap * encoder.sampling_rate >= encoder.window_samples:
+        raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window")
+    layers = chosen_layers(config.encoder.layers, encoder.n_layers)
+    limits = [n for n in (config.limit, config.source.limit) if n is not None]
+    source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
+    utterances = list_source(source)
+    mark = fingerprint(utterances, source.version)
+    corpus = f"{config.root.rstrip('/') or '/'}/{source.name}-{mark[:8]}"
+    targets = []
+    for layer in layers:
+        spec = feature_spec(config, encoder, layer)
+        tight = "-tight" if spec.window == "tight" else ""
+        folder = f"{corpus}/{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
+        targets.append(Target(layer, open_store(folder, config.scratch), spec))
+    plan = _fix_plan(config, encoder, source, utterances, targets, mark)
+    job = Job(config, source, encoder, weights, targets, plan, mark)
+    speed_up(encoder, config.encoder.compile, windows_of(plan.table, encoder, config.overlap))
+    if not job.complete():
+        _check_disk(job)
+        for target in targets:
+            write_job(target.store, target.spec, plan.id, provenance(job))
+    return job
+
+
+def open_weights(config: ExtractConfig, device: str) -> tuple[Weights, Encoder]:
+    """The encoder of ``config`` on ``device``, and the weights that it was loaded from; raises UserError."""
+    weights = resolve(config.encoder.model, what="encoder")
+    encoder = load_encoder(
+        weights,
+        device=device,
+        dtype=config.encoder.dtype,
+        batch_size=config.encoder.batch_size,
+        window=config.window,
+        margin=config.margin if config.window == "tight" else 0.0,
+    )
+    return weights, encoder
+
+
+def chosen_layers(layers: list[int] | None, n: int) -> list[int]:
+    """Configured layers as 0 … n, sorted, each once; none means the last. UserError for one that the encoder lacks."""
+    chosen = set()
+    for layer in layers if layers is not None else [n]:
+        if not -n - 1 <= layer <= n:
+            raise UserError(f"encoder.layers names layer {layer} and this encoder has layers 0 to {n}")
+        chosen.add(layer if layer >= 0 else n + 1 + layer)
+    if not chosen:
+        raise UserError("encoder.layers is empty: name at least one layer, or leave the key out for the last")
+    return sorted(chosen)
+
+
+def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> FeatureSpec:
+    """The identity of the features that this configuration makes at ``layer``."""
+    return FeatureSpec(
+        family=encoder.family,
+        tensors=encoder.tensors,
+        frontend=encoder.frontend,
+        layer=layer,
+        channels=encoder.channels,
+        hop=encoder.hop,
+        sampling_rate=encoder.sampling_rate,
+        window=encoder.window,
+        margin=encoder.margin,
+        overlap=config.overlap,
+        trim=config.trim,
+        dtype=encoder.dtype,  # type: ignore[arg-type]
+        codec=config.codec,
+    )
+
+
+def _fix_plan(
+    config: ExtractConfig,
+    encoder: Encoder,
+    source: Source,
+    utterances: Sequence[Utterance],
+    targets: list[Target],
+    mark: str,
+) -> Plan:
+    """The plan of every target: an existing one counts, a new one is written to all."""
+    for target in targets:
+        _refuse_other_spec(target)
+    padded = encoder.window_samples // encoder.hop if config.trim == "none" else None
+    standing = [target.store.plan() for target in targets]
+    table = next((plan.table for plan in standing if plan is not None), None)
+    if table is None:
+        table = make_plan(
+            utterances,
+            shuffle=not source.sequential,
+            seed=config.source.seed,
+            frame_bytes=encoder.channels * STORED_DTYPE[config.codec].itemsize,
+            hop=encoder.hop,
+            padded=padded,
+            shard_mb=config.shard_mb,
+        )
+    plans = [plan or target.store.write_plan(table) for target, plan in zip(targets, standing, strict=True)]
+    for target, plan in zip(targets, plans, strict=True):
+        if plan.id != plans[0].id:
+            raise UserError(
+                f"'{target.store.location}' has another plan than '{targets[0].store.location}': "
+                "extract these layers separately"
+            )
+        planned = plan.table.select(_PLANNED).to_pylist()
+        found = fingerprint((Utterance(**row) for row in planned), source.version)
+        if found != mark:
+            raise UserError(
+                f"the plan in '{target.store.location}' is of another corpus ({found[:8]}, not {mark[:8]}): "
+                "move the folder away"
+            )
+    return plans[0]
+
+
+_PLANNED = ["key", "id", "audio", "samples", "text", "speaker", "split"]
+
+
+def _refuse_other_spec(target: Target) -> None:
+    try:
+        info = target.store.info()
+    except RecordError as error:
+        raise UserError(
+            f"'{target.store.location}/CACHE.json' is damaged ({error}): delete that file and extract again, shards "
+            "are kept"
+        ) from None
+    if info is None:
+        return
+    found = FeatureSpec.parse(info.get("spec"), f"'{target.store.location}/CACHE.json'")
+    if found.feature_id != target.spec.feature_id:
+        raise UserError(
+            f"'{target.store.location}' holds features of another spec ({'; '.join(found.differences(target.spec))}): "
+            "choose another root or move the folder away"
+        )
+
+
+def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
+    """Bytes that the tars of ``shards`` will take in all targets."""
+    padded = job.encoder.window_samples // job.encoder.hop if job.config.trim == "none" else None
+    wanted = set(shards)
+    total = 0
+    itemsize = STORED_DTYPE[job.config.codec].itemsize
+    for shard, samples in zip(job.plan.table["shard"].to_pylist(), job.plan.table["samples"].to_pylist(), strict=True):
+        if shard in wanted:
+            total += frames_of(samples, job.encoder.hop, padded) * job.encoder.channels * itemsize + 2600
+    return total * len(job.targets)
+
+
+def _check_disk(job: Job) -> None:
+    folder = job.targets[0].layout.path
+    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
+    if not job.targets[0].store.stays:
+        todo = todo[:AT_ONCE]  # shards are about equal in size
+    need = estimate_bytes(job, todo)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        cure = "choose another root, set limit" if job.targets[0].store.stays else "set scratch, lower shard_mb"
+        raise UserError(
+            f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
+            f"{cure}, or use codec=int8 for half the size"
+        )
+
+
+def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> set[int]:
+    """Mark shards to make again: ``shards``, damaged ones (``verify``), those with failures (``retry_failed``).
+
+    A cache that loses a shard is no longer complete, so its ``CACHE.json`` goes first. Failed utterances keep count of
+    their attempts.
+    """
+    redo = set(shards)
+    records: list[dict[int, dict[str, Any]]] = []
+    for target in job.targets:
+        records.append({})
+        for shard in range(job.plan.shards):
+            record = target.store.committed(shard, target.spec.feature_id, job.plan.id)
+            if record is None:
+                continue
+            records[-1][shard] = record
+            if (retry_failed and record["failures"]) or (verify and target.store.damaged(shard, record)):
+                redo.add(shard)
+    for target, found in zip(job.targets, records if redo else (), strict=False):
+        target.store.reopen({shard: found[shard] for shard in redo if shard in found})
+    for shard in redo & records[0].keys():
+        job.attempts.update({failure["key"]: failure["attempt"] for failure in records[0][shard]["failures"]})
+    return redo
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """Where the features are from and what makes them; part of no identity."""
+    import torch
+    import transformers
+
+    import shards
+
+    return {
+        "source": {
+            "kind": job.config.source.kind,
+            "name": job.source.name,
+            "root": str(job.source.root.resolve()) if job.source.root else None,
+            "fingerprint": job.fingerprint,
+            "problems": job.source.problems,
+        },
+        "encoder": {
+            "name": job.encoder.name,
+            "reference": job.weights.reference,
+            "revision": job.weights.revision,
+            "device": str(job.encoder.device),
+            "batch_size": job.config.encoder.batch_size,
+        },
+        "config": job.config.model_dump(mode="json"),
+        "earshard": shards.VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }

@@ -1,0 +1,74 @@
+"""What is to be told about a job, in plain values that travel between machines.
+
+In: a prepared :class:`pipeline.extract.job.Job`. Out: :class:`Facts`, from which a driver that holds no encoder knows
+what to hand out, what to print, and whether two machines would make the same cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from pipeline.extract.job import Job, estimate_bytes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A job as a driver or a person sees it.
+
+    Attributes:
+        caches: the folder or URL of each target.
+        identity: feature id of each target and the plan's id; machines that work together must agree.
+        sizes: planned utterances of each shard.
+        todo: shards that are not committed, or must be made again.
+        size: bytes that the tars of ``todo`` will take, about.
+        complete: nothing is left to do, the caches are merged.
+        problems: what was odd in the source, one sentence each.
+    """
+
+    source: str
+    encoder: str
+    layers: list[int]
+    device: str
+    dtype: str
+    workers: int
+    caches: list[str]
+    identity: list[str]
+    sizes: list[int]
+    todo: list[int]
+    size: int
+    complete: bool
+    problems: list[str]
+
+    @property
+    def utterances(self) -> int:
+        return sum(self.sizes)
+
+    def headline(self) -> str:
+        """What will be done, before it is."""
+        return (
+            f"{self.utterances} utterances of {self.source} -> {self.encoder} "
+            f"layer {', '.join(map(str, self.layers))} on {self.device} in {self.dtype}; "
+            f"{len(self.todo)} of {len(self.sizes)} shards to make, about {self.size / 1e6:.0f} MB"
+        )
+
+
+def facts_of(job: Job) -> Facts:
+    """What there is to tell about ``job`` now."""
+    counts = Counter(job.plan.table["shard"].to_pylist())
+    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
+    return Facts(
+        source=job.source.name,
+        encoder=job.encoder.name,
+        layers=[target.layer for target in job.targets],
+        device=str(job.encoder.device),
+        dtype=job.encoder.dtype,
+        workers=job.workers,
+        caches=[target.store.location for target in job.targets],
+        identity=[*(target.spec.feature_id for target in job.targets), job.plan.id],
+        sizes=[counts[shard] for shard in range(job.plan.shards)],
+        todo=todo,
+        size=estimate_bytes(job, todo),
+        complete=job.complete(),
+        problems=list(job.source.problems),
+    )

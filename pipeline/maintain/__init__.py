@@ -1,0 +1,1 @@
+"""Existing caches against the encoder and the audio: ``check``, ``repair``."""

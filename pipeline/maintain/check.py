@@ -1,0 +1,120 @@
+"""Are the stored features what the encoder gives? Encode some utterances again and compare.
+
+    python -m pipeline check CACHE --n 32
+    python -m pipeline check CACHE --hashes
+
+In: a cache, its source audio, its encoder. Out: for each of n random utterances the relative RMS error and the cosine
+of stored against fresh features; an utterance above the tolerance of the spec's dtype and codec fails the check. With
+``--hashes`` no encoder: the sha256 of every utterance's audio, as its source reads it, against the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.audio import AudioError, decode
+from pipeline.config import ExtractConfig
+from pipeline.encoders.recording import encode_recording, open_encoder
+from pipeline.sources import open_source
+from shards.config.base import validate_config
+from shards.errors import UserError
+from shards.format.codec import relative_rms
+from shards.read.cache import Cache
+
+# Relative RMS error that the arithmetic may differ by between two machines, and that the codec adds (measured on real
+# whisper-base features: bench/codecs.py).
+DTYPE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.035, "float16": 5e-3}
+CODEC_TOLERANCE = {"f16": 1e-3, "bf16": 4e-3, "int8": 0.02, "fp8": 0.05}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One utterance; ``problem`` is empty when it lies within tolerance."""
+
+    key: str
+    frames: int
+    error: float
+    cosine: float
+    problem: str
+
+
+def tolerance(cache: Cache) -> float:
+    """Largest relative RMS error that passes."""
+    return DTYPE_TOLERANCE[cache.spec.dtype] + CODEC_TOLERANCE[cache.spec.codec]
+
+
+def check(
+    cache: Cache, n: int, *, seed: int = 0, source: str | None = None, encoder: str | None = None
+) -> Iterator[Comparison]:
+    """Compare ``n`` utterances drawn by ``seed``; ``source`` and ``encoder`` stand in for what the cache recorded.
+
+    Raises:
+        UserError: the recorded source or encoder cannot be had, or the encoder is another one.
+    """
+    about = cache.info["provenance"]
+    config = recorded_config(cache.info, cache.path, source)
+    audio = open_source(config.source)
+    model = open_encoder(cache.spec, encoder or about["encoder"].get("reference"), config.encoder.device)
+    indices = sorted(random.Random(seed).sample(range(len(cache)), min(n, len(cache))))
+    rows = [cache.row(index) for index in indices]
+    limit = tolerance(cache)
+    for index, row, (_, data) in zip(indices, rows, audio.read([row["audio"] for row in rows]), strict=True):
+        if isinstance(data, Exception):
+            yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"no audio: {data}")
+            continue
+        try:
+            samples = decode(data)
+        except AudioError as reason:
+            yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"audio changed: {reason}")
+            continue
+        spec = cache.spec
+        fresh = encode_recording(samples, model, [spec.layer], overlap=spec.overlap, trim=spec.trim)[spec.layer]
+        stored = np.empty(fresh.shape, np.float32)
+        if len(fresh) != row["frames"]:
+            yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"{len(fresh)} frames now")
+            continue
+        cache.read_into(index, stored)
+        error, cosine = relative_rms(stored, fresh), _cosine(stored, fresh)
+        problem = "" if error <= limit else f"relative error above {limit:.3g}"
+        yield Comparison(row["key"], row["frames"], error, cosine, problem)
+
+
+def changed_audio(cache: Cache, source: str | None = None) -> Iterator[tuple[str, str]]:
+    """(key, problem or "") of every utterance: does its source still give the audio that the features were made from?
+
+    Raises:
+        UserError: the recorded source cannot be had.
+    """
+    audio = open_source(recorded_config(cache.info, cache.path, source).source)
+    keys, uris, wanted = (cache.manifest[name].to_pylist() for name in ("key", "audio", "audio_sha256"))
+    for key, digest, (_, data) in zip(keys, wanted, audio.read(uris), strict=True):
+        if isinstance(data, Exception):
+            yield key, f"no audio: {data}"
+        else:
+            yield key, "" if hashlib.sha256(data).hexdigest() == digest else "other audio than the features are of"
+
+
+def recorded_config(info: dict[str, Any], path: Path, source: str | None = None) -> ExtractConfig:
+    """The configuration that made the cache at ``path``, with another place of the audio if given."""
+    try:
+        tree = dict(info["provenance"]["config"])
+    except (KeyError, TypeError):
+        raise UserError(f"'{path}' does not record how it was extracted, so its audio cannot be found") from None
+    if source is not None:
+        tree["source"] = {**tree["source"], "path": source}
+    tree["root"] = str(path.resolve().parent.parent)
+    return validate_config(ExtractConfig, tree, f"{path}/CACHE.json")
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of the two arrays as one vector each, in float64."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / norm if norm else 1.0

@@ -1,0 +1,60 @@
+"""Redo exactly the shards that do not verify.
+
+    python -m pipeline repair CACHE
+
+In: a cache folder. Out: the same folder, sound. Every byte is read again (``shards/inspect/verify.py``); shards with a
+problem are extracted again from the recorded source with the recorded settings, everything merged is written anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.extract.job import prepare, schedule
+from pipeline.extract.local import run_local
+from pipeline.maintain.check import recorded_config
+from shards.errors import UserError, WorkFailed
+from shards.files import told
+from shards.format.layout import Layout, RecordError, unseal
+from shards.inspect.findings import Problem, Progress
+from shards.inspect.verify import verify
+
+
+def repair(path: Path, *, source: str | None = None, progress: Progress | None = None) -> list[Problem]:
+    """Mend the cache at ``path``; returns the problems that were found and mended, [] when it was sound.
+
+    Raises:
+        UserError: the cache does not say how it was made, or its source or encoder cannot be had.
+        WorkFailed: it is still not sound afterwards.
+    """
+    problems = verify(path, deep=True, progress=progress)
+    if not problems:
+        return []
+    layout = Layout(path)
+    try:
+        info = unseal(layout.cache)
+    except (FileNotFoundError, RecordError) as error:
+        raise UserError(
+            f"'{layout.cache}' cannot be read ({error}), so the cache does not say how it was made: delete that file "
+            "and run `python -m pipeline extract --verify --config …` with its configuration"
+        ) from None
+    layer = info["spec"]["layer"]
+    config = recorded_config(info, path, source)
+    config = config.model_copy(update={"encoder": config.encoder.model_copy(update={"layers": [layer]})})
+    with told("repairing the cache", path):
+        if any(problem.file == layout.plan.name for problem in problems):
+            layout.plan.unlink(missing_ok=True)  # made again below; the same corpus and settings give the same plan
+    job = prepare(config)
+    (target,) = job.targets
+    if target.layout.path.resolve() != path.resolve() or job.plan.id != info["plan_id"]:
+        raise UserError(
+            f"the recorded source and encoder now make '{target.layout.path}', not '{path}': bring back the audio and "
+            "weights that it was made from, or extract it anew"
+        )
+    schedule(job, shards={problem.shard for problem in problems if problem.shard is not None})
+    layout.cache.unlink(missing_ok=True)
+    run_local(job)
+    left = verify(path, deep=True)
+    if left:
+        raise WorkFailed(f"'{path}' still has {len(left)} problems, the first in {left[0].file}: {left[0].what}")
+    return problems

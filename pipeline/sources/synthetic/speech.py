@@ -1,0 +1,75 @@
+"""A spoken corpus made on demand: seeded sentences of a small grammar, said by espeak-ng in varied voices.
+
+In: how many sentences, and a seed. Out: PCM16 WAV at 16 kHz in memory. The uri says everything
+(``voice/rate/pitch/text``), so any utterance can be made again alone, in any order, with the same bytes on the same
+version of the library. All sentences differ: a validation split shares none with training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.audio import SAMPLING_RATE, AudioError, encode_wav, samples_at_16k
+from pipeline.sources.base import Utterance
+from pipeline.sources.synthetic import espeak, grammar
+
+VOICES = (
+    *("en-us", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+f4", "en-us+f5"),
+    *("en", "en+m7", "en+f3", "en-gb-x-rp", "en-gb-scotland", "en-029"),
+)
+RATES = (120, 160)  # words a minute
+PITCHES = (35, 65)
+
+
+class Speech:
+    """The source of kind ``speech``; the speaker of an utterance is its voice."""
+
+    sequential = False
+    speaker_split = False  # the sentence is what validation must not share; every voice stands on both sides
+    cpu_bound = True
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        self.name = f"speech-{n}"
+        self.root: Path | None = None
+        self.version = espeak.version()
+        self._n, self._seed = n, seed
+
+    @property
+    def problems(self) -> list[str]:
+        return []
+
+    def utterances(self) -> Iterator[Utterance]:
+        rng = random.Random(self._seed)
+        for number, text in enumerate(grammar.sentences(self._n, self._seed)):
+            voice = VOICES[int(rng.random() * len(VOICES))]
+            rate, pitch = (low + int(rng.random() * (high + 1 - low)) for low, high in (RATES, PITCHES))
+            wave, sampling_rate = espeak.say(text, voice, rate, pitch)
+            samples = samples_at_16k(len(wave), sampling_rate)
+            yield Utterance(
+                "", f"speech-{self._seed}-{number:05d}", f"{voice}/{rate}/{pitch}/{text}", text, voice, "", samples
+            )
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        for uri in uris:
+            try:
+                yield uri, speak(uri)
+            except (espeak.EspeakError, AudioError) as error:
+                yield uri, error
+
+
+def speak(uri: str) -> bytes:
+    """``voice/rate/pitch/text`` as a WAV file; raises EspeakError, or AudioError for what is no such uri."""
+    import soxr
+
+    voice, _, rest = uri.partition("/")
+    rate, _, rest = rest.partition("/")
+    pitch, _, text = rest.partition("/")
+    if not (rate.isdigit() and pitch.isdigit() and text):
+        raise AudioError(f"'{uri}' is no spoken sentence")
+    wave, sampling_rate = espeak.say(text, voice, int(rate), int(pitch))
+    audio = soxr.resample(wave.astype(np.float32), sampling_rate, SAMPLING_RATE, quality="HQ")
+    return encode_wav(np.clip(np.round(audio), -32768, 32767).astype(np.int16), SAMPLING_RATE)

@@ -1,0 +1,1 @@
+"""A model reference to a local, checked folder of weights."""

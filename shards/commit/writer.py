@@ -1,0 +1,267 @@
+"""Write one shard and commit it.
+
+In: utterances with their float32 features, in row order. Out: ``000042.tar``, ``000042.parquet`` and, last,
+``000042.json``. Until the commit everything stands under a temporary name; leaving the ``with`` block without
+:meth:`ShardWriter.commit`, by an exception or not, removes it: abort never equals close.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Sequence
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards.commit.finalize import committed
+from shards.errors import WorkFailed
+from shards.files import TEMPORARY, atomic_write, fsync_folder, publish, temporary, write_all
+from shards.format import tar
+from shards.format.codec import Array, Encoded, encode
+from shards.format.layout import MANIFEST_SCHEMA, Layout, parquet_bytes, seal
+from shards.format.records import describe
+from shards.format.spec import SCHEMA_VERSION, FeatureSpec
+
+Buffer = bytes | memoryview
+
+
+class CommitError(RuntimeError):
+    """What was read back from the disk is not what was written."""
+
+
+class ShardWriter:
+    """Writes shard ``shard`` of the cache at ``layout``; used by one thread, hashes in another."""
+
+    def __init__(self, layout: Layout, shard: int, spec: FeatureSpec, plan_id: str, owner: str) -> None:
+        self.layout, self.shard, self.spec, self.plan_id, self.owner = layout, shard, spec, plan_id, owner
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self.path = temporary(layout.tar(shard), owner)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._size = 0
+        self._rest = 0  # crc32 of every byte that the rows' crc32 do not cover
+        self._hash = BackgroundHash()
+        self._open = True
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def add(self, utterance: dict[str, Any], features: Array, *, samples: int, audio_sha256: str) -> None:
+        """Append one utterance.
+
+        Args:
+            utterance: its row of the plan (``UTTERANCE_SCHEMA``).
+            features: float32 [frames, channels], frames ≥ 1.
+            samples: length of the decoded audio at the spec's sampling rate.
+            audio_sha256: of the encoded audio file.
+
+        Raises:
+            CodecError: the features cannot be stored; nothing was written for this utterance.
+            OSError: the disk is full, or the like.
+        """
+        if features.ndim != 2 or features.shape[1] != self.spec.channels or not len(features):
+            raise ValueError(f"features of shape {features.shape}, wanted [frames ≥ 1, {self.spec.channels}]")
+        self.add_encoded(utterance, encode(self.spec.codec, features), samples=samples, audio_sha256=audio_sha256)
+
+    def add_encoded(self, utterance: dict[str, Any], encoded: Encoded, *, samples: int, audio_sha256: str) -> None:
+        """:meth:`add` of features that went through the spec's codec already."""
+        key = utterance["key"]
+        payload = npy_parts(encoded.payload)
+        row = {
+            **utterance,
+            "samples": samples,
+            "frames": len(encoded.payload),
+            "codec": self.spec.codec,
+            "scale_offset": -1,
+            "scale_length": 0,
+            "crc32": crc32(payload),
+            "error": encoded.error,
+            "audio_sha256": audio_sha256,
+        }
+        about = describe(row, self.spec)  # before the first byte: what cannot be described is not half written
+        row["offset"], row["length"] = self._member(f"{key}.npy", payload)
+        if encoded.scale is not None:
+            scale = npy_parts(encoded.scale)
+            row["crc32"] = crc32(scale, row["crc32"])
+            row["scale_offset"], row["scale_length"] = self._member(f"{key}.scale.npy", scale)
+        self._member(f"{key}.json", [about])
+        self.rows.append(row)
+
+    def fail(self, key: str, stage: str, error: str, attempt: int = 1) -> None:
+        """Record an utterance that has no features."""
+        self.failures.append({"key": key, "stage": stage, "error": error, "attempt": attempt})
+
+    def commit(self, timings: dict[str, float]) -> dict[str, Any]:
+        """Sync, read back, compare, rename; the commit record last. Returns the record.
+
+        Raises:
+            CommitError: the disk gave back other bytes than were written.
+            WorkFailed: another process took the shard over and has not committed it yet.
+        """
+        write_all(self._fd, end := tar.closing(self._size))
+        self._hash.update([end])
+        self._rest = zlib.crc32(end, self._rest)
+        self._size += len(end)
+        os.fsync(self._fd)
+        digest = self._hash.hexdigest()
+        self._read_back()
+        os.close(self._fd)
+        self._open = False
+        rows = parquet_bytes(pa.Table.from_pylist(self.rows, schema=MANIFEST_SCHEMA))
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "shard": self.shard,
+            "feature_id": self.spec.feature_id,
+            "plan_id": self.plan_id,
+            "tar": {"bytes": self._size, "sha256": digest},
+            "parquet": {"bytes": len(rows), "sha256": hashlib.sha256(rows).hexdigest()},
+            "rows": len(self.rows),
+            "frames": sum(row["frames"] for row in self.rows),
+            "failures": self.failures,
+            "timings": timings,
+        }
+        try:
+            publish(self.path, self.layout.tar(self.shard))
+            atomic_write(self.layout.rows(self.shard), rows, self.owner)
+            atomic_write(self.layout.record(self.shard), seal(record), self.owner)
+        except (
+            FileNotFoundError
+        ):  # a process that stood still for a lease lost its claim, and its files were cleaned up
+            theirs = committed(self.layout, self.shard, self.spec.feature_id, self.plan_id)
+            if theirs is None:
+                raise WorkFailed(
+                    f"shard {self.shard:06d} of '{self.layout.path}' was taken over by another extraction while this "
+                    "one stood still: run the same command again"
+                ) from None
+            return theirs
+        return record
+
+    def abort(self) -> None:
+        """Remove what is not committed. Harmless after a commit."""
+        self._hash.close()
+        if self._open:
+            self._open = False
+            os.close(self._fd)
+        self.path.unlink(missing_ok=True)
+
+    def _member(self, name: str, parts: Sequence[Buffer]) -> tuple[int, int]:
+        """Append a tar member; returns the offset of its data and their length."""
+        offset, length = self._size + tar.BLOCK, sum(map(len, parts))
+        around = tar.header(name, length), tar.padding(length)
+        whole = [around[0], *parts, around[1]]
+        written = os.writev(self._fd, whole)
+        total = tar.BLOCK + length + len(around[1])
+        while written < total:  # a nearly full disk or a signal can cut a write short
+            written += os.pwrite(self._fd, b"".join(whole)[written:], self._size + written)
+            os.lseek(self._fd, self._size + written, os.SEEK_SET)
+        self._hash.update(whole)
+        self._rest = crc32(around if name.endswith(".npy") else whole, self._rest)
+        self._size += total
+        return offset, length
+
+    def _read_back(self) -> None:
+        """Compare what the disk gives back by crc32: each row's arrays, then everything between them.
+
+        The crc32 of what was written are at hand, and reading is three times as fast as another sha256.
+        """
+        size = os.fstat(self._fd).st_size
+        rest, at, found = 0, 0, dict[str, int]()
+        with mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+            for member in tar.walk(view):
+                key, _, kind = member.name.partition(".")
+                if kind == "json":
+                    continue
+                end = member.offset + member.length
+                found[key] = zlib.crc32(view[member.offset : end], found.get(key, 0))
+                rest, at = zlib.crc32(view[at : member.offset], rest), end
+            rest = zlib.crc32(view[at:], rest)
+        if (size, found, rest) != (self._size, {row["key"]: row["crc32"] for row in self.rows}, self._rest):
+            raise CommitError(f"{self.path.name}: the disk gave back other bytes than were written (crc32)")
+
+
+def npy_parts(array: Array) -> list[Buffer]:
+    """``array`` as a version 1.0 ``.npy`` file: its header, and its bytes where they are."""
+    values = np.ascontiguousarray(array)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(values))
+    return [buffer.getvalue(), values.reshape(-1).view(np.uint8).data]
+
+
+def npy(array: Array) -> bytes:
+    """``array`` as a version 1.0 ``.npy`` file."""
+    return b"".join(npy_parts(array))
+
+
+def crc32(parts: Iterable[Buffer], before: int = 0) -> int:
+    """zlib's crc32 over ``parts``, going on from ``before``."""
+    for part in parts:
+        before = zlib.crc32(part, before)
+    return before
+
+
+def clean(layout: Layout, shard: int) -> None:
+    """Remove what dead owners left of a shard. Only for the holder of the shard's claim."""
+    prefix = f"{shard:06d}."
+    for path in list(layout.shards.iterdir()):
+        if path.name.startswith(prefix) and TEMPORARY in path.name:
+            path.unlink(missing_ok=True)
+
+
+def remove_shard(layout: Layout, shard: int) -> None:
+    """Take a shard back, its record first and durably, so that no moment shows a record without its tar."""
+    layout.record(shard).unlink(missing_ok=True)
+    fsync_folder(layout.shards)
+    for path in (layout.rows(shard), layout.tar(shard)):
+        path.unlink(missing_ok=True)
+
+
+MAX_WAITING = 8  # calls of update whose bytes wait in memory at most
+
+
+class BackgroundHash:
+    """Like ``hashlib.sha256()``, with a thread of its own from the first update to :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pieces: SimpleQueue[Sequence[bytes | memoryview] | None] = SimpleQueue()
+        self._room = threading.Semaphore(MAX_WAITING)
+        self._thread: threading.Thread | None = None
+
+    def update(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Hash ``pieces`` soon; waits while too many wait already."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
+            self._thread.start()
+        self._room.acquire()
+        self._pieces.put(pieces)
+
+    def hexdigest(self) -> str:
+        """64 hex digits over everything so far."""
+        self.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """End the thread when what waits is hashed."""
+        if self._thread is not None:
+            self._pieces.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _work(self) -> None:
+        while (pieces := self._pieces.get()) is not None:
+            for piece in pieces:
+                self._hash.update(piece)
+            self._room.release()

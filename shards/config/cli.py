@@ -1,0 +1,115 @@
+"""What the three command lines share: ``config`` (the resolved settings) and ``completion`` (of a shell's words).
+
+    python -m train config --print --config configs/train/demo.yaml lr=5e-4
+    source <(earshard-train completion bash)
+
+In: an argparse parser. Out: subcommands of it, and their output. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+SHELLS = ("bash", "zsh")
+FILES, FOLDERS, KEYS = ("FILE", "WAV"), ("CACHE", "RUN", "FOLDER", "DIR"), "key=value"  # metavars
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """As ``parse_args``, but ``key=value`` may also stand behind options that follow the first of them."""
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+        return parser.parse_args(argv)  # which tells what it does not know
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def add_config(commands: Any, module: str, example: str) -> None:
+    """Give ``python -m module`` the subcommand ``config``; ``example`` are its usual words."""
+    text = "check a configuration, or print it with where each value came from"
+    config = commands.add_parser(
+        "config",
+        help=text,
+        description=f"{text[:1].upper()}{text[1:]}. The print is YAML and may be saved as a configuration.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  python -m {module} config --print {example}",
+    )
+    config.add_argument("--config", metavar="FILE", help="YAML file")
+    config.add_argument("--print", action="store_true", help="all keys: default, file and line, or command line")
+    config.add_argument("overrides", nargs="*", metavar=KEYS, help="override a key; the value is YAML")
+
+
+def show_config(model: Any, args: argparse.Namespace) -> int:
+    """What ``config`` does with a :class:`shards.config.base.Config` class."""
+    from shards.config import origins as resolved
+    from shards.config.base import load_config
+
+    config = load_config(model, args.config, args.overrides)
+    told = resolved.render if args.print else resolved.summary
+    sys.stdout.write(f"{told(config, args.config, args.overrides).rstrip()}\n")
+    return 0
+
+
+def add_completion(commands: Any, script: str) -> None:
+    """Give the parser the subcommand ``completion`` for its console script ``script``."""
+    completion = commands.add_parser(
+        "completion",
+        help="print what makes a shell complete the words of this command",
+        description=f"Print what makes a shell complete commands, options, files and keys of {script}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  source <({script} completion bash)        # for good: the same line in ~/.bashrc",
+    )
+    completion.add_argument("shell", choices=SHELLS)
+
+
+def print_completion(parser: argparse.ArgumentParser, script: str, shell: str, keys: Sequence[str] = ()) -> int:
+    """Write ``script``'s completion for ``shell``; ``keys`` are offered where a ``key=value`` stands."""
+    import shtab
+
+    words = {
+        "bash": f"_{_word(script)}_keys",
+        "zsh": f"_{_word(script)}_keys",
+        "preamble": {"bash": _bash_keys(script, keys), "zsh": _zsh_keys(script, keys)},
+    }
+    for action in _arguments(parser):
+        if action.metavar == KEYS:
+            action.complete = words  # type: ignore[attr-defined]
+        elif action.metavar in (*FILES, *FOLDERS):
+            action.complete = shtab.FILE if action.metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
+    parser.prog = script
+    text = shtab.complete(parser, shell)
+    print(text + (_bash_no_space(script) if shell == "bash" else ""))
+    return 0
+
+
+def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from _arguments(below)
+        else:
+            yield action
+
+
+def _word(script: str) -> str:
+    return script.replace("-", "_")
+
+
+def _bash_keys(script: str, keys: Sequence[str]) -> str:
+    return f'_{_word(script)}_keys() {{ compgen -W "{" ".join(f"{key}=" for key in keys)}" -- "$1"; }}\n'
+
+
+def _zsh_keys(script: str, keys: Sequence[str]) -> str:
+    return f"_{_word(script)}_keys() {{ compadd -S = -- {' '.join(keys)} }}\n"
+
+
+def _bash_no_space(script: str) -> str:
+    """A key is completed to ``key=``, and its value is typed right behind."""
+    inner, outer = f"_shtab_{_word(script)}", f"_{_word(script)}"
+    return (
+        f'\n{outer}() {{\n  {inner} "$@"\n'
+        "  if [[ ${COMPREPLY[0]-} == *= ]]; then compopt -o nospace 2>/dev/null || :; fi\n}\n"
+        f"complete -o bashdefault -F {outer} {script}"
+    )

@@ -1,0 +1,127 @@
+"""The parquet files of a cache: their columns, their bytes, and reading one that nobody has vouched for.
+
+In: tables, or the path of a file. Out: the same bytes for the same table, or a table of exactly the wanted columns.
+What a file declares is bounded by its size before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.files import open_file
+from shards.format.records import RecordError
+
+UTTERANCE_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("id", pa.string()),
+        ("audio", pa.string()),
+        ("samples", pa.int64()),
+        ("text", pa.string()),
+        ("speaker", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.int32()),
+        ("row", pa.int32()),
+    ]
+)
+MANIFEST_SCHEMA = pa.schema(
+    [
+        *UTTERANCE_SCHEMA,
+        ("frames", pa.int32()),
+        ("codec", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("scale_offset", pa.int64()),
+        ("scale_length", pa.int64()),
+        ("crc32", pa.uint32()),
+        ("error", pa.float32()),
+        ("audio_sha256", pa.string()),
+    ]
+)
+ROW_GROUP = 16_384  # rows: a reader fetches the strings of a window of shards without those of the whole manifest
+FAILURE_SCHEMA = pa.schema(
+    [("key", pa.string()), ("stage", pa.string()), ("error", pa.string()), ("attempt", pa.int32())]
+)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """``table`` as parquet: one file for one table on one pyarrow version."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", store_schema=False, row_group_size=ROW_GROUP)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
+    """A parquet file that must have exactly ``schema`` and no nulls.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordError: other columns, nulls, no parquet, or far more rows or text than a file of its size can honestly
+            hold (a few bytes can declare, and a repeated string unpack to, more than any memory).
+    """
+    size = _size(path)
+    rows, room, batches = 0, TEXT_ROOM + TEXT_GROWTH * size, []
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            found = file.schema_arrow.remove_metadata()
+            if not found.equals(schema):
+                raise RecordError(f"{path.name} has other columns than this format: {_first_difference(found, schema)}")
+            _bound(path, file.metadata, size)
+            for batch in file.iter_batches(BATCH):
+                rows, room = rows + len(batch), room - batch.nbytes
+                if room < 0:
+                    raise RecordError(f"{path.name} unpacks to more than a file of {size} bytes can hold")
+                batches.append(batch)
+            if rows != file.metadata.num_rows:
+                raise RecordError(f"{path.name} has {rows} rows and declares {file.metadata.num_rows}")
+        table = pa.Table.from_batches(batches, schema)
+        table.validate(full=True)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{path.name} is not a readable parquet file ({type(error).__name__})") from None
+    for name in schema.names:
+        if table[name].null_count:
+            raise RecordError(f"{path.name} has empty values in column '{name}'")
+    return table.replace_schema_metadata(None)
+
+
+def _size(path: Path) -> int:
+    try:
+        with open_file(path) as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecordError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+BATCH = 8192  # rows unpacked at once
+ROWS_PER_BYTE = 4  # keys are unique, so rows cannot compress away; a row of a plan takes some 30 bytes
+TEXT_GROWTH, TEXT_ROOM = 200, 64 << 20  # bytes in memory for a byte of file, and what any file may take
+
+
+def _bound(path: Path, metadata: Any, size: int) -> None:
+    """Refuse declared sizes before anything is allocated by them."""
+    rows = metadata.num_rows
+    unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    if not 0 <= rows <= ROWS_PER_BYTE * size or not 0 <= unpacked <= TEXT_ROOM + TEXT_GROWTH * size:
+        raise RecordError(f"{path.name} declares {rows} rows and {unpacked} bytes in a file of {size} bytes")
+
+
+def _first_difference(found: pa.Schema, wanted: pa.Schema) -> str:
+    for field in wanted:
+        index = found.get_field_index(field.name)
+        if index < 0:
+            return f"'{field.name}' is missing"
+        if found.field(index).type != field.type:
+            return f"'{field.name}' is {found.field(index).type}, not {field.type}"
+    return f"{found.names} instead of {wanted.names}"

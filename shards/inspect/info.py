@@ -1,0 +1,148 @@
+"""What a cache holds, how large and how exact it is, where it is from: the text of ``python -m shards info``.
+
+In: a cache folder or its URL, complete or not. Out: a mapping that JSON can hold, and the lines that show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from shards.errors import UserError
+from shards.format.layout import Layout, RecordError, read_plan, unseal
+from shards.format.records import CacheInfo, ShardRecord
+from shards.format.spec import FeatureSpec
+from shards.inspect.break_even import Worth, measure, sentence
+from shards.read.cache import Cache
+from shards.remote.client import is_url
+from shards.remote.snapshot import far_copy
+
+
+def describe_cache(cache: str | Path) -> dict[str, Any]:
+    """Identity, counts, sizes and provenance of the cache at a path or URL.
+
+    Returns:
+        ``complete``, ``path``, ``counts``; of a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
+        ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (all bytes of the tars over all values),
+        ``codec_error``, ``seconds`` (spent extracting, all shards), ``worth`` (measured by reading now,
+        ``shards/inspect/break_even.py``; None when the shards are not sound, or far away) and ``provenance``.
+
+    Raises:
+        UserError: there is no cache, or CACHE.json is damaged.
+    """
+    if is_url(cache):
+        with far_copy(str(cache), tables=False) as copy:
+            return _describe(Layout(copy), str(cache))
+    return _describe(Layout(Path(cache)), str(cache))
+
+
+def _describe(layout: Layout, name: str) -> dict[str, Any]:
+    where = f"'{name}/{layout.cache.name}'"
+    try:
+        info = unseal(layout.cache)
+    except (FileNotFoundError, NotADirectoryError):
+        return _incomplete(layout, name)
+    except (RecordError, OSError) as error:
+        raise UserError(f"{where} is damaged ({error}): run `python -m shards verify {name}`") from None
+    spec = FeatureSpec.parse(info.get("spec"), where)
+    try:
+        counts = CacheInfo.model_validate(info).counts
+        if not isinstance(info["provenance"], dict):
+            raise TypeError("its provenance")
+        hours = counts["samples"] / spec.sampling_rate / 3600
+        values = counts["frames"] * spec.channels
+        return {
+            "complete": True,
+            "path": name,
+            "feature_id": info["feature_id"],
+            "manifest_id": info["manifest_id"],
+            "plan_id": info["plan_id"],
+            "spec": spec.model_dump(),
+            "counts": counts,
+            "hours": hours,
+            "bytes_per_audio_hour": counts["bytes"] / hours if hours else 0.0,
+            "bits_per_value": 8 * counts["bytes"] / values if values else 0.0,
+            "codec_error": {name: float(info["codec_error"][name]) for name in ("mean", "max")},
+            "seconds": float(info["seconds"]),
+            "worth": None if is_url(name) else _worth(layout.path),
+            "provenance": info["provenance"],
+        }
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        what = "what a cache says" if isinstance(error, ValidationError) else error
+        raise UserError(f"{where} lacks or garbles {what}: run `python -m shards verify {name}`") from None
+
+
+def _worth(path: Path) -> dict[str, Any] | None:
+    try:
+        return asdict(measure(Cache.open(path)))
+    except UserError:
+        return None
+
+
+def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
+    plan = read_plan(layout, name)
+    records = []
+    for shard in range(plan.shards):
+        try:
+            records.append(ShardRecord.model_validate(unseal(layout.record(shard))))
+        except (OSError, RecordError, ValidationError):
+            continue
+    counts = {
+        "planned": len(plan.table),
+        "utterances": sum(record.rows for record in records),
+        "failures": sum(len(record.failures) for record in records),
+        "shards": plan.shards,
+        "committed": len(records),
+    }
+    return {"complete": False, "path": name, "plan_id": plan.id, "counts": counts}
+
+
+def lines(about: dict[str, Any]) -> Iterator[str]:
+    """The mapping of :func:`describe_cache` for people."""
+    counts = about["counts"]
+    yield about["path"]
+    if not about["complete"]:
+        yield f"  not complete: {counts['committed']} of {counts['shards']} shards committed"
+        yield f"  {counts['utterances']} of {counts['planned']} utterances, {counts['failures']} failures"
+        yield "  run the same extraction again to finish it"
+        return
+    spec, error, provenance = about["spec"], about["codec_error"], about["provenance"]
+    parts = [provenance.get(name) for name in ("source", "encoder")]  # free form: a field may be missing or anything
+    source, encoder = (part if isinstance(part, dict) else {} for part in parts)
+    window = f"{spec['window']} with {spec['margin']} s of margin" if "margin" in spec else spec["window"]
+    yield f"  features      {spec['family']} layer {spec['layer']}, {spec['channels']} channels, codec {spec['codec']}"
+    yield (
+        f"  computed      {spec['dtype']}, window {window}, overlap {spec['overlap']} s, trim {spec['trim']}, "
+        f"{spec['sampling_rate'] / spec['hop']:g} frames a second"
+    )
+    yield f"  feature id    {about['feature_id']}"
+    yield f"  manifest id   {about['manifest_id']}"
+    yield f"  source        {source.get('name', '?')} (fingerprint {str(source.get('fingerprint', '?'))[:8]})"
+    yield f"  encoder       {encoder.get('reference', '?')} ({encoder.get('device', '?')}, {spec['tensors'][:8]})"
+    yield (
+        f"  utterances    {counts['utterances']:,} of {counts['planned']:,} planned, {counts['failures']:,} failed, "
+        f"in {counts['shards']:,} shards"
+    )
+    yield f"  audio         {about['hours']:.3f} h, {counts['frames']:,} frames"
+    yield f"  bits a value  {about['bits_per_value']:.2f} with tar headers and texts"
+    yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
+    yield from cost(about)
+
+
+def cost(about: dict[str, Any]) -> Iterator[str]:
+    """What a complete cache takes, what it took to make, and from when on that pays."""
+    counts, worth = about["counts"], about["worth"]
+    yield f"  bytes         {counts['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
+    encoding = f", of which the encoder {worth['encoding']:,.1f} s" if worth and worth["encoding"] else ""
+    yield f"  spent         {about['seconds']:,.1f} s of extraction{encoding}"
+    if worth:
+        told = sentence(Worth(**worth))
+    elif is_url(about["path"]):
+        told = "not measured from afar"
+    else:
+        told = "not measured: the shards are not sound, run `python -m shards verify`"
+    yield f"  worth         {told}"

@@ -1,0 +1,174 @@
+"""What must hold inside one plan, one shard's rows, one tar: the parts of ``shards/inspect/verify.py`` that know the
+bytes.
+
+In: tables of the right schema and tars, of any content. Out: the first row out of bounds; every member that is not what
+its row says. Nothing that a row declares is used as an offset or a size before it is bounded by the tar's own size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards.files import open_file
+from shards.format import tar
+from shards.format.codec import SCALED, STORED_DTYPE
+from shards.format.npy import NpyError, read_header
+from shards.format.records import describe
+from shards.format.spec import MAX_CHANNELS, FeatureSpec
+
+KEY = r"\A[A-Za-z0-9_-]{1,90}\z"
+CHUNK = 8 << 20
+
+
+def first_bad_utterance(plan: pa.Table) -> str | None:
+    """What is wrong with a plan: keys unique and legal; by shard and row, both counted from 0 without gaps."""
+    if not len(plan):
+        return None
+    legal = pc.match_substring_regex(plan["key"], KEY)
+    if not pc.all(legal).as_py():
+        return f"has the key {plan['key'][pc.index(legal, False).as_py()].as_py()!r:.100}, which no shard can hold"
+    if pc.count_distinct(plan["key"]).as_py() != len(plan):
+        return "has a key twice"
+    shard, row = plan["shard"].to_numpy().astype(np.int64), plan["row"].to_numpy().astype(np.int64)
+    first = np.concatenate([[True], np.diff(shard) != 0])
+    starts = np.flatnonzero(first)[np.cumsum(first) - 1]
+    if shard[0] != 0 or np.any(~np.isin(np.diff(shard), (0, 1))) or np.any(row != np.arange(len(row)) - starts):
+        return "does not count shards and rows from 0 without gaps"
+    return None
+
+
+def first_bad_row(rows: pa.Table, shard: int, spec: FeatureSpec | None, size: int) -> tuple[str, str] | None:
+    """(key, what) of the first row of a shard that no tar of ``size`` bytes can hold; None when there is none."""
+    column = {name: rows[name].to_numpy().astype(np.int64) for name in _NUMBERS}
+    codecs = rows["codec"]
+    scaled = pc.is_in(codecs, value_set=pa.array(sorted(SCALED))).to_numpy()
+    known = pc.is_in(codecs, value_set=pa.array([spec.codec] if spec else sorted(STORED_DTYPE))).to_numpy()
+    width = np.array([STORED_DTYPE[c].itemsize if c in STORED_DTYPE else 1 for c in codecs.to_pylist()], dtype=np.int64)
+    error, row = rows["error"].to_numpy(), column["row"]
+    complaints: list[tuple[Any, str]] = [
+        (column["shard"] == shard, "is a row of another shard"),
+        (np.diff(row, prepend=-1) > 0, "is out of order"),
+        (known, "has another codec than the cache"),
+        ((column["frames"] >= 1) & (column["samples"] >= 0), "has no frames, or less than no samples"),
+        (_inside(column["offset"], column["length"], size), "lies outside its tar"),
+        (column["length"] // width >= column["frames"] * (spec.channels if spec else 1), "has more frames than bytes"),
+        (scaled == (column["scale_offset"] >= 0), "has a scale where its codec has none, or none where it has one"),
+        (~scaled | _inside(column["scale_offset"], column["scale_length"], size), "has a scale outside its tar"),
+        (np.isfinite(error) & (error >= 0), "has a codec error that is no number"),
+    ]
+    for good, what in complaints:
+        if not np.all(good):
+            return rows["key"][int(np.argmin(good))].as_py(), what
+    return None
+
+
+_NUMBERS = ["samples", "shard", "row", "frames", "offset", "length", "scale_offset", "scale_length"]
+
+
+def _inside(offset: Any, length: Any, size: int) -> Any:
+    # each is bounded before the two are added: a sum of two large int64 would wrap
+    return (offset >= tar.BLOCK) & (offset <= size) & (length >= 1) & (length <= size) & (offset + length <= size)
+
+
+class TarFile:
+    """A tar on disk, mapped for reading."""
+
+    def __init__(self, path: Path) -> None:
+        with open_file(path) as file:  # a mapping outlives its file descriptor
+            size = os.fstat(file.fileno()).st_size
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else None
+        self.data = memoryview(self._map if self._map is not None else b"")
+
+    def __enter__(self) -> TarFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.data.release()
+        if self._map is not None:
+            self._map.close()
+
+    def sha256(self, step: Callable[[int], None]) -> str:
+        """64 hex digits; ``step`` is told of the bytes as they are hashed."""
+        digest = hashlib.sha256()
+        for start in range(0, len(self.data), CHUNK):
+            chunk = self.data[start : start + CHUNK]
+            digest.update(chunk)
+            step(len(chunk))
+        return digest.hexdigest()
+
+    def problems(self, rows: pa.Table | None, spec: FeatureSpec | None) -> Iterator[tuple[str | None, str]]:
+        """(key or None, what) for everything in the tar that is not as its manifest rows say."""
+        members: dict[str, tar.Member] = {}
+        try:
+            members.update((member.name, member) for member in tar.walk(self.data))
+            whole = True
+        except tar.TarError as error:
+            whole = False
+            yield None, str(error)
+        if rows is None:
+            return
+        expected = []
+        for batch in rows.to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                expected += [f"{row['key']}.npy", *([f"{row['key']}.scale.npy"] * (row["scale_offset"] >= 0))]
+                expected.append(f"{row['key']}.json")
+                if what := self._unlike(row, spec, members):
+                    yield row["key"], what
+        if whole and list(members) != expected:
+            yield None, "holds other members, or in another order, than its parquet file says"
+
+    def _unlike(self, row: dict[str, Any], spec: FeatureSpec | None, members: dict[str, tar.Member]) -> str | None:
+        """How an utterance differs from its row."""
+        parts = [(f"{row['key']}.npy", row["offset"], row["length"])]
+        if row["scale_offset"] >= 0:
+            parts.append((f"{row['key']}.scale.npy", row["scale_offset"], row["scale_length"]))
+        crc = 0
+        for name, offset, length in parts:
+            if offset + length > len(self.data):
+                return "runs past the end of the tar"
+            if (found := members.get(name)) and (found.offset, found.length) != (offset, length):
+                return f"stands at byte {found.offset}, not {offset}"
+            crc = zlib.crc32(self.data[offset : offset + length], crc)
+        if crc != row["crc32"]:
+            return "does not match its crc32"
+        try:
+            shapes = [read_header(self.data[offset : offset + length])[:2] for _, offset, length in parts]
+        except NpyError as error:
+            return str(error)
+        (dtype, shape), *scale = shapes
+        channels = spec.channels if spec else shape[-1]
+        if dtype != STORED_DTYPE[row["codec"]] or shape != (row["frames"], channels) or channels > MAX_CHANNELS:
+            return f"holds {dtype} {shape}, not {row['frames']} frames of {row['codec']}"
+        if scale and scale != [(np.dtype("<f4"), (channels,))]:
+            return "has a scale of another shape than its channels"
+        found = members.get(f"{row['key']}.json")
+        if found is not None and spec is not None:
+            return self._misdescribed(bytes(self.data[found.offset :][: min(found.length, 1 << 20)]), row, spec)
+        return None
+
+    def _misdescribed(self, text: bytes, row: dict[str, Any], spec: FeatureSpec) -> str | None:
+        wanted = describe(row, spec)
+        if text == wanted:
+            return None
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return "has a JSON member that is not JSON"
+        for name, value in json.loads(wanted).items():
+            if not isinstance(found, dict) or found.get(name) != value:
+                return f"has a JSON member whose {name} is not that of its row"
+        return None  # more fields than today's are no fault

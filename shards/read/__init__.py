@@ -1,0 +1,1 @@
+"""Committed features as memory-mapped, checked rows."""

@@ -1,0 +1,126 @@
+"""Rows by what the manifest says of them: a small expression, or any of pyarrow's.
+
+In: caches and a filter. Out: the rows of the joined manifest that pass, for ``FeatureStream(rows=…)``.
+
+    1 <= duration < 20 and speaker != '' and not (split in ['test', 'val'] or text_length == 0)
+
+Names are the columns of the manifest (``docs/format.md``), ``duration`` in seconds, and ``text_length`` in characters.
+The words are Python's; nothing is evaluated as Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+from shards.format.layout import MANIFEST_SCHEMA
+from shards.read.cache import Cache
+
+DERIVED = ("duration", "text_length")
+COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+
+
+def select(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray[np.int64]:
+    """The rows of ``caches`` joined end to end that pass ``filter``, ascending.
+
+    Raises:
+        UserError: the filter is no such expression, or compares a column with a value of another type.
+    """
+    expression = parse(filter) if isinstance(filter, str) else filter
+    found, start = [], 0
+    for cache in caches:
+        table = cache.manifest
+        seconds = pc.divide(pc.cast(table["samples"], pa.float64()), float(cache.spec.sampling_rate))
+        table = table.append_column("duration", seconds)
+        table = table.append_column("text_length", pc.cast(pc.utf8_length(table["text"]), pa.int64()))
+        table = table.select(MANIFEST_SCHEMA.names + list(DERIVED)).append_column("_at", pa.array(range(len(table))))
+        try:
+            passed = table.filter(expression)["_at"]
+        except (pa.ArrowException, TypeError) as error:
+            told = " ".join(str(error).split())
+            raise UserError(f"the filter '{filter}' does not fit the manifest of '{cache.location}': {told}") from None
+        found.append(passed.to_numpy() + start)
+        start += len(cache)
+    rows: NDArray[np.int64] = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+    return rows
+
+
+def parse(text: str) -> pc.Expression:
+    """The expression of a filter's text; UserError when it is none."""
+    try:
+        expression = _expression(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise _no_filter(text, "it is not an expression") from None
+    except _Unknown as error:
+        raise _no_filter(text, str(error)) from None
+    return expression
+
+
+class _Unknown(Exception):
+    """A part of the text that a filter does not have: one phrase."""
+
+
+def _no_filter(text: str, what: str) -> UserError:
+    return UserError(f"'{text}' is no filter: {what}; write it like \"duration < 20 and split != 'test'\"")
+
+
+def _expression(node: ast.expr) -> pc.Expression:
+    if isinstance(node, ast.BoolOp):
+        join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+        return reduce(join, map(_expression, node.values))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return ~_expression(node.operand)
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        return reduce(operator.and_, map(_comparison, sides, node.ops, sides[1:]))
+    raise _Unknown(f"'{ast.unparse(node)}' compares nothing")
+
+
+def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
+    if not any(isinstance(side, ast.Name) for side in (left, right)):
+        raise _Unknown(f"'{ast.unparse(left)}' and '{ast.unparse(right)}' are both no column")
+    if isinstance(op, ast.In | ast.NotIn):
+        if not isinstance(right, ast.List | ast.Tuple):
+            raise _Unknown(f"'in' wants a list such as ['a', 'b'], not '{ast.unparse(right)}'")
+        values = pa.array([_constant(value) for value in right.elts])
+        inside = _value(left).isin(values)
+        return ~inside if isinstance(op, ast.NotIn) else inside
+    if type(op) not in COMPARE:
+        raise _Unknown("it compares by '<', '<=', '>', '>=', '==', '!=', 'in' and 'not in' alone")
+    compared: pc.Expression = COMPARE[type(op)](_value(left), _value(right))
+    return compared
+
+
+def _value(node: ast.expr) -> pc.Expression:
+    if isinstance(node, ast.Name):
+        names = [*MANIFEST_SCHEMA.names, *DERIVED]
+        if node.id not in names:
+            raise _Unknown(f"there is no column '{node.id}' ({', '.join(names)})")
+        return pc.field(node.id)
+    return pc.scalar(_constant(node))
+
+
+def _constant(node: ast.expr) -> str | int | float:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        number = _constant(node.operand)
+        if not isinstance(number, str):
+            return -number
+    if isinstance(node, ast.Constant) and type(node.value) in (str, int, float):
+        return node.value  # type: ignore[return-value]
+    raise _Unknown(f"'{ast.unparse(node)}' is no column, text or number")

@@ -1,0 +1,208 @@
+"""Which shard, which bytes, which key and text belong to a row: ``manifest.parquet`` without holding all of it.
+
+In: the manifest of a committed cache. Out: frames and shards of all rows at once (:func:`read_frames`), and the rest a
+row group at a time (:class:`Index`), so that a manifest of many million rows opens in a second.
+
+Nothing that the file declares is believed before it is bounded by the file's size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+from shards.files import file_sha256
+from shards.format.codec import SCALED, STORED_DTYPE, Array
+from shards.format.layout import MANIFEST_SCHEMA, Layout
+from shards.format.schemas import BATCH, ROWS_PER_BYTE, TEXT_GROWTH, TEXT_ROOM
+from shards.format.spec import FeatureSpec
+
+GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
+HASHED_AT_OPEN = 64 << 20  # a larger manifest is hashed by `verify` alone: opening must stay quick
+PLACES = ["offset", "length", "scale_offset", "scale_length", "crc32"]
+FURTHEST = 1 << 48  # bytes: beyond any file, far below what an int64 sum overflows at
+
+
+def unsound(path: Path, what: str) -> UserError:
+    """What to raise for a cache whose files do not fit each other."""
+    return UserError(f"the cache '{path}' is not sound: {what}; run `python -m shards verify {path}`")
+
+
+class Strings:
+    """A column of text. One value costs a third of what an arrow scalar of it costs."""
+
+    def __init__(self, column: pa.StringArray) -> None:
+        _, offsets, data = column.buffers()
+        self._offsets = np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset)
+        self._data = memoryview(data or b"")
+
+    def __getitem__(self, at: int) -> str:
+        return str(self._data[self._offsets.item(at) : self._offsets.item(at + 1)], "utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A row group: value i belongs to row ``first + i``. Places are bytes of the row's tar, int64 [rows].
+
+    The payload is ``start`` to its member's end; ``scale`` is where the scales begin (unused without); no byte at
+    or beyond ``end`` is the row's. ``members`` are the [begin, end) pairs that the checksum ``crc32`` covers.
+    """
+
+    first: int
+    key: Strings
+    text: Strings
+    start: NDArray[np.int64]
+    scale: NDArray[np.int64]
+    end: NDArray[np.int64]
+    members: tuple[tuple[Array, Array], ...]
+    crc32: NDArray[np.uint32]
+    nbytes: int
+
+
+class Index:
+    """Row groups of a manifest, read when a row of them is asked for; the least recently used leaves.
+
+    Args:
+        path: the cache folder.
+        frames: int32 [rows].
+        size: bytes of the manifest, which bound what it may unpack to.
+    """
+
+    def __init__(self, path: Path, spec: FeatureSpec, frames: Array, size: int) -> None:
+        self._path, self._spec, self._frames, self._size = path, spec, frames, size
+        self._lock = threading.Lock()
+        self._groups: OrderedDict[int, Group] = OrderedDict()
+        self._file: pq.ParquetFile | None = None
+        self._starts: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
+
+    def find(self, rows: NDArray[np.int64]) -> list[tuple[Group, int]]:
+        """The row group of each row, and the row's place in it.
+
+        Raises:
+            UserError: the manifest cannot be read, or declares what cannot be.
+        """
+        with self._lock:
+            if self._file is None:
+                self._open()
+            numbers = np.searchsorted(self._starts, rows, side="right") - 1
+            found: dict[int, Group] = {}
+            for number in dict.fromkeys(numbers.tolist()):
+                found[number] = self._group(number)
+        places = (rows - self._starts[numbers]).tolist()
+        return [(found[number], at) for number, at in zip(numbers.tolist(), places, strict=True)]
+
+    def strings(self, column: Literal["key", "text"], rows: NDArray[np.int64]) -> list[str]:
+        """``key`` or ``text`` of ``rows``."""
+        return [getattr(group, column)[at] for group, at in self.find(rows)]
+
+    def _open(self) -> None:
+        with readable(self._path):
+            file = pq.ParquetFile(Layout(self._path).manifest, memory_map=True)
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        self._file, self._starts = file, np.array([0, *accumulate(sizes)], dtype=np.int64)
+
+    def _group(self, number: int) -> Group:
+        if number not in self._groups:
+            self._groups[number] = self._read(number)
+            held = sum(group.nbytes for group in self._groups.values())
+            while held > GROUP_BYTES and len(self._groups) > 1:
+                held -= self._groups.popitem(last=False)[1].nbytes
+        self._groups.move_to_end(number)
+        return self._groups[number]
+
+    def _read(self, number: int) -> Group:
+        assert self._file is not None
+        with readable(self._path):
+            batches, room = [], TEXT_ROOM + TEXT_GROWTH * self._size
+            # One thread: pyarrow's own pool is no company for a forked DataLoader worker.
+            for batch in self._file.iter_batches(
+                BATCH, row_groups=[number], columns=["key", "text", *PLACES], use_threads=False
+            ):
+                room -= batch.nbytes
+                if room < 0:
+                    raise unsound(self._path, "manifest.parquet unpacks to more than its size can hold")
+                batches.append(batch)
+            table = pa.Table.from_batches(batches).combine_chunks()
+            table.validate(full=True)  # offsets of strings, and UTF-8
+        if any(table[name].null_count for name in table.column_names):
+            raise unsound(self._path, "manifest.parquet has empty values")
+        first = int(self._starts[number])
+        places = {name: table[name].to_numpy() for name in PLACES}
+        frames = self._frames[first : first + len(table)].astype(np.int64)
+        wrong = _out_of_bounds(self._spec, frames, places)
+        if wrong is not None:
+            raise unsound(self._path, f"manifest.parquet: row {first + wrong} is out of bounds")
+        scaled, channels = self._spec.codec in SCALED, self._spec.channels
+        ends = places["offset"] + places["length"], places["scale_offset"] + places["scale_length"]
+        return Group(
+            first=first,
+            key=Strings(table["key"].chunk(0)),
+            text=Strings(table["text"].chunk(0)),
+            start=ends[0] - frames * (channels * STORED_DTYPE[self._spec.codec].itemsize),
+            scale=ends[1] - 4 * channels,
+            end=np.maximum(*ends),
+            members=((places["offset"], ends[0]), (places["scale_offset"], ends[1]))[: 1 + scaled],
+            crc32=places["crc32"],
+            nbytes=table.nbytes,
+        )
+
+
+def read_frames(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Array, Array]:
+    """Frames and shard of every row, int32 [rows]: as many as declared, in order of shards.
+
+    Raises:
+        UserError: the manifest is not the one that ``size`` and ``sha256`` tell of, or cannot be.
+    """
+    path = layout.manifest
+    with readable(layout.path):
+        found = path.stat().st_size
+        if found != size:
+            raise unsound(layout.path, f"{path.name} has {found} bytes, not {size}")
+        if size <= HASHED_AT_OPEN and file_sha256(path) != sha256:
+            raise unsound(layout.path, f"{path.name} does not match its sha256")
+        with pq.ParquetFile(path, memory_map=True) as file:
+            if not file.schema_arrow.remove_metadata().equals(MANIFEST_SCHEMA):
+                raise unsound(layout.path, f"{path.name} has other columns than this format")
+            if file.metadata.num_rows != rows or rows > ROWS_PER_BYTE * size:
+                raise unsound(layout.path, f"{path.name} has {file.metadata.num_rows} rows in {size} bytes, not {rows}")
+            table = file.read(columns=["frames", "shard"])
+    if table["frames"].null_count or table["shard"].null_count:
+        raise unsound(layout.path, f"{path.name} has empty values")
+    frames, shards = table["frames"].to_numpy(), table["shard"].to_numpy()
+    if len(frames) and (frames.min() < 1 or shards[0] < 0 or np.any(shards[1:] < shards[:-1])):
+        raise unsound(layout.path, f"{path.name} has rows without frames or out of order")
+    return frames, shards
+
+
+def _out_of_bounds(spec: FeatureSpec, frames: NDArray[np.int64], places: dict[str, Any]) -> int | None:
+    """The first row whose places cannot hold its frames; None when all can."""
+    width = spec.channels * STORED_DTYPE[spec.codec].itemsize
+    sound = (places["offset"] >= 0) & (places["offset"] < FURTHEST) & (places["length"] < FURTHEST)
+    sound &= frames * width <= places["length"]
+    if spec.codec in SCALED:
+        sound &= (places["scale_offset"] >= 0) & (places["scale_offset"] < FURTHEST)
+        sound &= (places["scale_length"] >= 4 * spec.channels) & (places["scale_length"] < FURTHEST)
+    else:
+        sound &= (places["scale_offset"] == -1) & (places["scale_length"] == 0)
+    return None if sound.all() else int(sound.argmin())
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Failures of reading the manifest of the cache at ``path`` as one sentence."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise unsound(path, f"manifest.parquet cannot be read ({error})") from None

@@ -1,0 +1,90 @@
+"""Shards in memory: as many mapped at once as may be, the least recently used leaves.
+
+In: a cache folder, the mirror that fills it where the cache is far, and a shard's number. Out: its bytes. A mapping
+that leaves is not closed: views that are still in use keep it alive, and the last of them frees it and its two file
+descriptors.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.files import open_file
+from shards.format.layout import Layout
+from shards.read.index import unsound
+from shards.remote.mirror import Mirror
+
+ADVICE = 1 << 20  # bytes the kernel is asked to read at once: some kernels cut off a longer request
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """The bytes of a shard, uint8 and read-only, and a descriptor that is open as long as they are."""
+
+    data: NDArray[np.uint8]
+    fd: int
+
+    def will_need(self, start: int, end: int) -> None:
+        """Ask the kernel to read these bytes from the disk while the caller does other things."""
+        for place in range(start, min(end, len(self.data)), ADVICE):
+            # Not the mapping's own madvise: it keeps Python's lock while it waits for the disk's queue.
+            os.posix_fadvise(self.fd, place, min(ADVICE, end - place), os.POSIX_FADV_WILLNEED)
+
+
+class Mappings:
+    """Maps shards on demand; for several threads at once.
+
+    Args:
+        path: the cache folder.
+        mirror: what fetches its shards; None of a local cache.
+        most: shards mapped at once.
+    """
+
+    def __init__(self, path: Path, mirror: Mirror | None, most: int) -> None:
+        self._path, self._mirror, self._most = path, mirror, most
+        self._lock = threading.Lock()
+        self._maps: OrderedDict[int, Mapped] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def get(self, shards: Iterable[int]) -> dict[int, Mapped]:
+        """The mappings of ``shards``, which may be more than are kept.
+
+        Raises:
+            UserError: one cannot be had, or cannot be mapped.
+        """
+        wanted = dict.fromkeys(shards)
+        found: dict[int, Mapped] = {}
+        with self._lock:
+            for shard in wanted:
+                if shard in self._maps:
+                    self._maps.move_to_end(shard)
+                    found[shard] = self._maps[shard]
+        for shard in [shard for shard in wanted if shard not in found]:
+            mapped = self._map(shard)  # without the lock: a far shard takes a while, and others wait for others
+            with self._lock:
+                found[shard] = self._maps.setdefault(shard, mapped)
+                while len(self._maps) > self._most:
+                    self._maps.popitem(last=False)
+        return found
+
+    def _map(self, shard: int) -> Mapped:
+        path = Layout(self._path).tar(shard)
+        try:
+            with open_file(path) if self._mirror is None else self._mirror.open_shard(shard) as file:
+                data, fd = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.dup(file.fileno())
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise unsound(self._path, f"shards/{path.name} cannot be read ({error})") from None
+        weakref.finalize(data, os.close, fd).atexit = False
+        return Mapped(np.frombuffer(data, dtype=np.uint8), fd)

@@ -1,0 +1,1 @@
+"""Whole caches to and from object stores and hubs: ``push``, ``pull``."""

@@ -1,0 +1,93 @@
+"""Caches of one feature spec joined end to end: rows of the joined manifest, wherever they are stored.
+
+In: opened caches. Out: :class:`Chain`, which gives stored utterances, keys and texts by joined row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shards.errors import UserError
+from shards.read.cache import Cache, Stored
+
+Rows = NDArray[np.int64]
+
+
+class Chain:
+    """Row r of the chain is row ``r - offsets[c]`` of cache c, the last one with ``offsets[c] <= r``.
+
+    Attributes:
+        offsets: int64 [caches + 1].
+        frames: int32 [rows].
+        bounds: int64 [shards + 1]: shard s of all caches holds the rows ``bounds[s]:bounds[s + 1]``.
+
+    Raises:
+        UserError: no cache, or caches of different feature specs.
+    """
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        self.caches = list(caches)
+        _require_one_spec(self.caches)
+        self.spec = self.caches[0].spec
+        self.offsets: Rows = np.cumsum([0, *map(len, self.caches)], dtype=np.int64)
+        frames = [cache.frames for cache in self.caches]
+        self.frames: NDArray[np.int32] = frames[0] if len(frames) == 1 else np.concatenate(frames)
+        bounds = [cache.bounds[1:] + at for cache, at in zip(self.caches, self.offsets, strict=False)]
+        self.bounds: Rows = np.concatenate([np.zeros(1, dtype=np.int64), *bounds])
+
+    def locate(self, row: int) -> tuple[Cache, int]:
+        """The cache of a joined row, and its row there."""
+        if not 0 <= row < self.offsets[-1]:
+            raise IndexError(f"row {row} of {self.offsets[-1]}")
+        place = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return self.caches[place], row - int(self.offsets[place])
+
+    def fetch(self, rows: Rows) -> list[Stored]:
+        """Stored utterances of ``rows``, in their order; see :meth:`shards.read.cache.Cache.fetch`."""
+        if len(self.caches) == 1:
+            return self.caches[0].fetch(rows)
+        found: dict[int, Stored] = {}
+        for cache, places, own in self._parts(rows):
+            found.update(zip(places.tolist(), cache.fetch(own), strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
+        """``key`` or ``text`` of ``rows``, in their order."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        found: dict[int, str] = {}
+        for cache, places, own in self._parts(wanted):
+            found.update(zip(places.tolist(), cache.strings(column, own), strict=True))
+        return [found[place] for place in range(len(wanted))]
+
+    def will_need(self, rows: Rows) -> None:
+        """Ask the kernel for the pages of ``rows``; those of far caches were just fetched, and are in memory."""
+        for cache, _, own in self._parts(rows):
+            if cache.mirror is None:
+                cache.will_need(own)
+
+    def _parts(self, rows: Rows) -> Iterator[tuple[Cache, Rows, Rows]]:
+        """Of each cache that holds some of ``rows``: the cache, their places in ``rows``, its own rows."""
+        if len(self.caches) == 1:
+            yield self.caches[0], np.arange(len(rows)), rows
+            return
+        caches = np.searchsorted(self.offsets, rows, side="right") - 1
+        for number in np.unique(caches).tolist():
+            places = np.flatnonzero(caches == number)
+            yield self.caches[number], places, rows[places] - self.offsets[number]
+
+
+def _require_one_spec(caches: Sequence[Cache]) -> None:
+    if not caches:
+        raise UserError("no cache is named: set caches to one or more cache folders")
+    first = caches[0]
+    for other in caches[1:]:
+        if other.feature_id != first.feature_id:
+            found = "; ".join(first.spec.differences(other.spec))
+            raise UserError(
+                f"the caches '{first.path}' and '{other.path}' hold different features ({found}): "
+                "extract both with the same encoder, layer, window and codec"
+            )

@@ -1,0 +1,234 @@
+"""Caches to padded batches: the torch IterableDataset over order and reader, with a state counted in batches taken.
+
+In: caches of one feature spec, joined end to end, :class:`~shards.stream.sampler.Rules` and a seed. Out:
+:class:`Batch`, the part of each global batch that belongs to this rank.
+
+```
+Order.walk -> global batch -> batch[rank::world] -> threads: mmap rows -> one copy into a padded buffer -> Batch
+```
+
+Buffers are reused, never under your feet (``shards/stream/prefetch.py``): a loop that drops each batch before long runs
+in a few buffers, one that keeps batches gets new ones.
+
+State. ``stream.state_dict()`` counts the batches that the loop took, not those read ahead. Every batch also carries its
+own ``batch.state``: the state once this batch is done. With ``DataLoader(stream, batch_size=None, num_workers=n)`` the
+counting happens in other processes, so save ``batch.state`` (or tell the stream: ``stream.consumed(batch)``).
+torchdata's ``StatefulDataLoader`` works by its own ``state_dict`` and wants as many workers as before; ``batch.state``
+restores under any world size and number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch.utils.data import IterableDataset, get_worker_info
+
+from shards.errors import UserError
+from shards.format.codec import decode
+from shards.read.cache import Cache
+from shards.remote.mirror import Mirror, require_room
+from shards.stream.batch import Batch
+from shards.stream.concat import Chain
+from shards.stream.prefetch import Pool, ahead
+from shards.stream.sampler import Order, Position, Rows, Rules
+
+STATE_VERSION = 2  # another order of batches is another version
+Step = tuple[Rows, Position, Position]  # of a walk: a batch's rows, its position, the one after it
+
+
+class FeatureStream(IterableDataset[Batch]):
+    """Batches of the joined caches in the order of ``rules`` and ``seed``.
+
+    A stream iterates once at a time, from where it stands: after a ``break``, the next loop goes on. A stream of a
+    finite number of epochs that ran to its end starts anew.
+
+    Args:
+        caches: joined end to end; one feature spec.
+        seed: 0 … 2**64 - 1; with the rules and the manifests it fixes every batch of every epoch.
+        rows: train on these rows of the joined manifest only; ``None`` is all.
+        rank, world: this process takes ``batch[rank::world]`` of each global batch.
+        epochs: end after so many passes; ``None`` goes on and on.
+        prefetch: batches read ahead of the loop; 0 reads in the loop's own thread.
+        threads: that read ahead.
+        pinned: fill page-locked buffers: for batches that go to a GPU, in the process that uses them.
+
+    Raises:
+        UserError: the specs differ, no utterance is left, or one alone is longer than ``max_frames``.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[Cache],
+        rules: Rules,
+        seed: int,
+        *,
+        rows: ArrayLike | None = None,
+        rank: int = 0,
+        world: int = 1,
+        epochs: int | None = None,
+        prefetch: int = 4,
+        threads: int = 2,
+        pinned: bool = False,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of a world of {world}")
+        if prefetch < 0 or threads < 1:
+            raise ValueError("prefetch is 0 or more and threads 1 or more")
+        self.chain = Chain(caches)
+        self.caches = self.chain.caches
+        self.rules, self.seed = rules, seed
+        self.rank, self.world, self.epochs, self.prefetch, self.threads = rank, world, epochs, prefetch, threads
+        self.order = Order(
+            self.chain.frames,
+            self.chain.bounds,
+            rules,
+            seed,
+            rows,
+            lambda row: "utterance '{}'".format(*self.chain.strings("key", [row])),
+            self.chain.offsets,
+        )
+        chosen = "all" if self.order.rows is None else hashlib.sha256(self.order.rows.tobytes()).hexdigest()[:16]
+        # A state names what it belongs to by 16 hex digits each, so that it stays a few hundred bytes.
+        self._identity: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "feature_id": self.chain.spec.feature_id[:16],
+            "manifests": [cache.manifest_id[:16] for cache in self.caches],
+            "rows": chosen,
+            "seed": seed,
+            "rules": rules.model_dump(),
+        }
+        self._at, self._ended = Position(), False
+        self._origin: int | None = None  # in a DataLoader worker: the batch that worker 0 began with
+        self._pool = Pool(prefetch + 2, pinned)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop stands: the next batch to take, and what this belongs to. JSON can hold it."""
+        state = self._state(self._at)
+        if self._origin is not None:
+            state["origin"] = self._origin  # StatefulDataLoader hands this back to the same worker of as many
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, made by this stream or an equal one under any world size.
+
+        Raises:
+            UserError: it belongs to other manifests, features, rows, rules or seed; names the first that differs.
+        """
+        for name, mine in self._identity.items():
+            if name not in state:
+                raise UserError(f"this is no state of a stream: it lacks '{name}'; name the checkpoint of a run")
+            if state[name] != mine:
+                raise UserError(_difference(name, state[name], mine))
+        try:
+            at = Position(**{name: int(state[name]) for name in ("epoch", "window", "batch", "count")})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is no state of a stream: {error} is missing or no number") from None
+        if min(asdict(at).values()) < 0 or at.window >= self.order.windows:
+            raise UserError(f"this is no state of this stream: it points at window {at.window} of {self.order.windows}")
+        self._at, self._ended = at, False
+        self._origin = state.get("origin") if get_worker_info() is not None else None
+
+    def consumed(self, batch: Batch) -> None:
+        """Count ``batch``, and all before it, as taken: for loops over a DataLoader with workers."""
+        self.load_state_dict(batch.state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._ended:
+            self._at, self._origin, self._ended = Position(), None, False
+        walk: Iterator[Step] = self.order.walk(self._at, self.epochs)
+        if any(cache.mirror for cache in self.caches):
+            walk = self._fetch_ahead(walk)
+        worker = get_worker_info()
+        if worker is not None:
+            # DataLoader takes from its workers in turn: worker w of n reads the batches w, w + n … from the origin on.
+            for cache in self.caches:
+                cache.detach()
+            origin = self._origin = self._at.count if self._origin is None else self._origin
+            walk = (step for step in walk if (step[1].count - origin) % worker.num_workers == worker.id)
+        for batch, step in ahead(walk, self._read, self._need, self.prefetch, self.threads):
+            self._at = step[2]
+            yield batch
+            del batch  # else its buffer would be held while the next is waited for
+        self._ended = True
+
+    def _fetch_ahead(self, walk: Iterator[Step]) -> Iterator[Step]:
+        """The same steps; at each new window, far caches are told which shards come next."""
+        seen, mirrors = None, [cache.mirror for cache in self.caches if cache.mirror is not None]
+        try:
+            for step in walk:
+                window = step[1].epoch, step[1].window
+                if window != seen:
+                    seen = window
+                    self._want(*window)
+                yield step
+        finally:
+            for mirror in mirrors:
+                mirror.want_nothing()
+
+    def _want(self, epoch: int, window: int) -> None:
+        now = self._far_shards(epoch, window)
+        require_room([(mirror, len(shards)) for mirror, shards in now.items()], "window_shards")
+        after = (epoch, window + 1) if window + 1 < self.order.windows else (epoch + 1, 0)
+        later = self._far_shards(*after) if self.epochs is None or after[0] < self.epochs else {}
+        for mirror in now.keys() | later.keys():
+            mirror.want([*now.get(mirror, []), *later.get(mirror, [])])
+
+    def _far_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
+        """The shards of far caches that a window reads, in order of need."""
+        found: dict[Mirror, list[int]] = {}
+        for cache, index in map(self.chain.locate, self.order.reads(epoch, window).tolist()):
+            if cache.mirror is not None:
+                found.setdefault(cache.mirror, []).append(cache.shard_of(index))
+        return found
+
+    def _mine(self, rows: Rows) -> Rows:
+        return rows[self.rank :: self.world]
+
+    def _need(self, step: Step) -> None:
+        self.chain.will_need(self._mine(step[0]))
+
+    def _read(self, step: Step) -> Batch:
+        """Fill a buffer with this rank's part of a global batch: one copy a row."""
+        rows, here, after = step
+        mine = self._mine(rows)
+        # Every row is bounded by its file, and checked, before memory is taken for the batch.
+        stored = self.chain.fetch(mine)
+        frames = self.chain.frames[mine]
+        longest = int((frames if len(mine) else self.chain.frames[rows]).max())
+        codec, channels = self.chain.spec.codec, self.chain.spec.channels
+        dtype = np.dtype(np.float16 if codec == "f16" else np.float32)
+        features = self._pool.take((len(mine), longest, channels), dtype)
+        for slot, row, end in zip(features, stored, frames.tolist(), strict=True):
+            decode(codec, row.payload, row.scale, slot[:end])
+            if end < longest:
+                slot[end:] = 0
+        return Batch(
+            features=torch.from_numpy(features),
+            lengths=torch.from_numpy(frames.astype(np.int64)),
+            keys=[row.key for row in stored],
+            texts=[row.text for row in stored],
+            rows=mine.tolist(),
+            epoch=here.epoch,
+            index=here.count,
+            state=self._state(after),
+        )
+
+    def _state(self, at: Position) -> dict[str, Any]:
+        return {**self._identity, "epoch": at.epoch, "window": at.window, "batch": at.batch, "count": at.count}
+
+
+def _difference(name: str, theirs: Any, mine: Any) -> str:
+    if name == "rules" and isinstance(theirs, dict):
+        name, theirs, mine = next(
+            (f"rules.{key}", theirs.get(key), value) for key, value in mine.items() if theirs.get(key) != value
+        )
+    return (
+        f"this state belongs to another stream: {name} is {theirs} there and {mine} here; "
+        "resume with the caches and settings of that run, or start a new one"
+    )

@@ -1,0 +1,113 @@
+"""Several caches of one corpus side by side: the same utterances as several layers, or several encoders, saw them.
+
+In: caches of the same audio with as many frames an utterance (an extraction with ``encoder.layers: [2, 4, 6]`` makes
+three). Out: :class:`Joined`: the utterances that all of them hold, and each one's features by cache.
+
+    joined = join([Cache.open(path) for path in paths])
+    stream = FeatureStream([joined.caches[0]], rules, seed, rows=joined.rows[:, 0])
+    for batch in stream:
+        layers = joined.layers(batch)  # one tensor [B, T, C] a cache, the first is batch.features
+
+Utterances are matched by key, and must be of the same audio, which the manifests' ``audio_sha256`` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+from shards.format.codec import Array
+from shards.read.cache import Cache
+
+if TYPE_CHECKING:
+    import torch
+
+    from shards.stream.batch import Batch
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What :func:`join` found: ``rows[i, c]`` is the row of utterance ``i`` in ``caches[c]``, in the first's order.
+
+    ``absent`` utterances of the first cache are missing in another (they failed there).
+    """
+
+    caches: tuple[Cache, ...]
+    rows: NDArray[np.int64]
+    absent: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def features(self, index: int) -> list[Array]:
+        """[frames, channels] of utterance ``index`` from each cache, as :meth:`Cache.features` gives it."""
+        return [cache.features(row) for cache, row in zip(self.caches, self.rows[index].tolist(), strict=True)]
+
+    def layers(self, batch: Batch) -> list[torch.Tensor]:
+        """The features of a batch over the first cache, from every cache: [B, T, channels] each, zeros behind.
+
+        Float16 where the codec is f16, else float32, as in ``batch.features``, which comes first.
+
+        Raises:
+            KeyError: the batch holds an utterance that is not joined; give the stream ``rows=joined.rows[:, 0]``.
+        """
+        import torch
+
+        chosen = [self._place[row] for row in batch.rows]
+        found = [batch.features]
+        for cache, rows in zip(self.caches[1:], self.rows.T[1:], strict=True):
+            dtype = np.float16 if cache.spec.codec == "f16" else np.float32
+            out = np.zeros((*batch.features.shape[:2], cache.spec.channels), dtype)
+            for slot, place, frames in zip(out, chosen, batch.lengths.tolist(), strict=True):
+                cache.read_into(int(rows[place]), slot[:frames])
+            found.append(torch.from_numpy(out))
+        return found
+
+    @cached_property
+    def _place(self) -> dict[int, int]:
+        return {row: place for place, row in enumerate(self.rows[:, 0].tolist())}
+
+
+def join(caches: Sequence[Cache]) -> Joined:
+    """Match the utterances of ``caches`` by key.
+
+    Raises:
+        UserError: fewer than one cache, one twice, an utterance of other audio or another number of frames, or none in
+            common.
+    """
+    if not caches:
+        raise UserError("no cache is named to join: name one or more cache folders")
+    if len({cache.manifest_id for cache in caches}) < len(caches):
+        raise UserError(f"one of {_names(caches)} is named twice, or is a copy of another: name each cache once")
+    first = caches[0]
+    columns = [{name: cache.manifest[name].to_pylist() for name in ("key", "audio_sha256")} for cache in caches]
+    places = [{key: row for row, key in enumerate(column["key"])} for column in columns]
+    rows = np.array(
+        [[place[key] for place in places] for key in columns[0]["key"] if all(key in place for place in places)],
+        dtype=np.int64,
+    ).reshape(-1, len(caches))
+    if not len(rows):
+        raise UserError(f"{_names(caches)} have no utterance in common: join caches of one corpus")
+    for other, column, mine in zip(caches[1:], columns[1:], rows.T[1:], strict=True):
+        for row, theirs in zip(rows[:, 0].tolist(), mine.tolist(), strict=True):
+            key, audio = columns[0]["key"][row], columns[0]["audio_sha256"][row]
+            if column["audio_sha256"][theirs] != audio:
+                raise UserError(f"'{key}' is other audio in '{other.path}' than in '{first.path}': extract one again")
+        differ = first.frames[rows[:, 0]] != other.frames[mine]
+        if differ.any():
+            row = int(rows[differ.argmax(), 0])
+            raise UserError(
+                f"'{columns[0]['key'][row]}' has {first.frames[row]} frames in '{first.path}' and "
+                f"{other.frames[mine[differ.argmax()]]} in '{other.path}': join caches of one frame rate and trim"
+            )
+    return Joined(tuple(caches), rows, len(first) - len(rows))
+
+
+def _names(caches: Sequence[Cache]) -> str:
+    return ", ".join(f"'{cache.path}'" for cache in caches)

@@ -1,0 +1,314 @@
+"""Which utterances form global batch b of epoch e: a pure function of (seed, epoch, frames, shard bounds, rules).
+
+In: ``frames`` int32 [rows] (frames of each row of the joined manifest), ``bounds`` int64 [shards + 1] (shard s holds
+the rows ``bounds[s]:bounds[s + 1]``), :class:`Rules`, a seed and, to train on a part, the eligible ``rows``. Out:
+windows of global batches, each an int64 array of row numbers. NumPy alone: no torch, no files.
+
+```
+shards --permuted--> windows of a few shards --rows sorted by length, with noise--> batches --shuffled-->
+```
+
+A window depends on (seed, epoch, window) and on no other window, so a restart costs one window wherever it happens.
+Rank r of a world of n takes ``batch[r::n]``: every world size sees the same global batches.
+
+Stability: the only randomness is the raw 64-bit words of Philox-4x64 with the position as its counter, ranked by a
+stable sort. NumPy guarantees the words of its bit generators (NEP 19) but not the methods of ``Generator``: none is
+used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
+
+from shards.config.base import Config
+from shards.errors import UserError
+
+Rows = NDArray[np.int64]
+
+# What a stretch of Philox words is used for: the highest word of the counter, so that no two uses overlap.
+SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS = range(6)
+# Rows are sorted by a length that is up to a 200th longer or shorter than theirs: who stands beside whom then changes
+# with the epoch, in a large window too, and costs at most half a percent of padding (bench/padding.py).
+LIKENESS = 200
+
+
+class Rules(Config):
+    """How rows become global batches.
+
+    Attributes:
+        batch_size: most utterances in a global batch (all ranks together).
+        max_frames: most padded frames in a global batch: utterances × frames of the longest.
+        window_shards: shards mixed with each other; more mixes better and pads less, fewer keeps reading local.
+        shuffle: ``none`` nothing is random; ``shard`` the order of shards; ``window`` also the rows and batches inside
+            a window; ``global`` one window spans the epoch. Every mode groups the rows of a window by length.
+        drop_last: leave out, at random in each window and epoch, the rows that would not fill a last batch.
+        weights: how often an epoch takes the rows of each cache, ``None`` once each. Weight 2 takes every row twice,
+            0.25 a quarter of the rows of every shard, another quarter in the next epoch: after E epochs each row of
+            the cache was taken floor(E × weight) or ceil(E × weight) times. Second copies are visits of their own.
+    """
+
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    max_frames: Annotated[int, Field(ge=1)] | None = None
+    window_shards: Annotated[int, Field(ge=1)] = 8
+    shuffle: Literal["none", "shard", "window", "global"] = "window"
+    drop_last: bool = False
+    weights: tuple[Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Rules:
+        if self.batch_size is None and self.max_frames is None:
+            raise ValueError("a batch needs a bound: set batch_size, max_frames or both")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The next batch to take: ``batch`` of ``window`` of ``epoch``; ``count`` batches of the run stand before it."""
+
+    epoch: int = 0
+    window: int = 0
+    batch: int = 0
+    count: int = 0
+
+
+class Window:
+    """The global batches of one window: ``len(window)`` of them, ``window[i]`` is int64 [rows], longest row first."""
+
+    def __init__(self, rows: Rows, frames: NDArray[np.int32], starts: Rows, sequence: Rows) -> None:
+        self._rows, self._frames, self._starts, self._sequence = rows, frames, starts, sequence
+
+    def __len__(self) -> int:
+        return len(self._sequence)
+
+    def __getitem__(self, index: int) -> Rows:
+        batch = self._sequence[index]
+        part = slice(self._starts[batch], self._starts[batch + 1])
+        # Longest first, so that rank slices batch[rank::world] pad to nearly the same length.
+        return self._rows[part][np.argsort(-self._frames[part], kind="stable")]
+
+
+class Order:
+    """The order of a joined manifest under ``rules`` and ``seed``.
+
+    Args:
+        frames: int32 [rows], frames of each row.
+        bounds: int64 [shards + 1], ascending, from 0 to the number of rows.
+        seed: 0 … 2**64 - 1.
+        rows: eligible rows (any order, no repeats); ``None`` is every row.
+        name: how an error calls a row (the stream gives the utterance's key).
+        caches: int64 [caches + 1], for ``rules.weights``: cache c holds the rows ``caches[c]:caches[c + 1]``.
+
+    Raises:
+        UserError: no row is eligible, or one alone is longer than ``max_frames``.
+        ValueError: arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        frames: ArrayLike,
+        bounds: ArrayLike,
+        rules: Rules,
+        seed: int,
+        rows: ArrayLike | None = None,
+        name: Callable[[int], str] = "row {}".format,
+        caches: ArrayLike | None = None,
+    ) -> None:
+        self.frames: NDArray[np.int32] = np.asarray(frames, dtype=np.int32)
+        self.rules, self.seed = rules, seed
+        edges: Rows = np.asarray(bounds, dtype=np.int64)
+        total = len(self.frames)
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed {seed} is out of range: take one from 0 to 2**64 - 1")
+        if len(edges) == 0 or edges[0] != 0 or edges[-1] != total or np.any(np.diff(edges) < 0):
+            raise ValueError(f"bounds do not divide {total} rows into shards")
+        self.rows: Rows | None = None if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
+        if self.rows is not None:
+            if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= total):
+                raise ValueError(f"rows lie outside the manifest of {total} rows")
+            if len(self.rows) != np.size(np.asarray(rows)):
+                raise ValueError("rows holds a row twice")
+            edges = np.searchsorted(self.rows, edges)
+        self.total = total if self.rows is None else len(self.rows)
+        if not self.total:
+            raise UserError("no utterance is left to read: widen the filter or name another cache")
+        eligible = self.frames if self.rows is None else self.frames[self.rows]
+        self.longest = int(eligible.max())
+        if rules.max_frames is not None and self.longest > rules.max_frames:
+            at = int(eligible.argmax())
+            row = at if self.rows is None else int(self.rows[at])
+            raise UserError(
+                f"{name(row)} is {self.longest} frames long and a batch may hold {rules.max_frames} (max_frames): "
+                f"set max_frames to {self.longest} or more, or filter utterances by duration"
+            )
+        self._mean = float(eligible.mean())
+        filled = np.flatnonzero(np.diff(edges) > 0)  # shards without an eligible row are never opened
+        self._first, self._last = edges[:-1][filled], edges[1:][filled]
+        # A filter thins the shards: a window takes more of them, to hold the rows of `window_shards` whole shards.
+        width = -(-rules.window_shards * total // self.total)
+        self._weights = np.ones(len(filled))  # of each shard
+        self._visits = np.arange(len(filled))  # an epoch's: the shard
+        self._copies = np.zeros(len(filled), dtype=np.int64)  # and the how manieth time
+        if rules.weights is not None:
+            self._weigh(edges[:-1][filled], [0, total] if caches is None else caches, rules.weights)
+            # Visits that take a part of a shard's rows thin the windows, as a filter does.
+            taken = float((self._weights * (self._last - self._first)).sum()) / len(self._visits)
+            width = math.ceil(rules.window_shards * (total / len(filled)) / taken)
+        self.windows = 1 if rules.shuffle == "global" else -(-len(self._visits) // width)
+
+    def _weigh(self, starts: Rows, caches: ArrayLike, weights: tuple[float, ...]) -> None:
+        edges = np.asarray(caches, dtype=np.int64)
+        if len(weights) != len(edges) - 1:
+            raise UserError(f"weights has {len(weights)} numbers for {len(edges) - 1} caches: give one for each cache")
+        edges = edges if self.rows is None else np.searchsorted(self.rows, edges)
+        self._weights = np.asarray(weights)[np.searchsorted(edges, starts, side="right") - 1]
+        most = np.ceil(self._weights).astype(np.int64)
+        self._visits = np.repeat(np.arange(len(most)), most)
+        self._copies = np.arange(len(self._visits)) - np.repeat(np.cumsum(most) - most, most)
+
+    def reads(self, epoch: int, window: int) -> Rows:
+        """One row of each shard that the window reads, in the order of visits, none twice."""
+        first = self._first[list(dict.fromkeys(self._visits[self._chosen(epoch, window)].tolist()))]
+        return first if self.rows is None else self.rows[first]
+
+    def window(self, epoch: int, window: int) -> Window:
+        """The global batches of one window of one epoch."""
+        rules = self.rules
+        mixed = rules.shuffle in ("window", "global")
+        rows = self._rows_of(epoch, window)
+        if rules.drop_last:
+            if mixed:
+                rows = rows[self._shuffle(epoch, window, ROWS, len(rows))]
+            caps = self._caps(self.frames[rows][self._by_length(self.frames[rows])])
+            rows = rows[: _greedy(caps, len(rows), whole=True)[1]]
+        rows = rows[self._grouped(epoch, window, self.frames[rows]) if mixed else self._by_length(self.frames[rows])]
+        frames = self.frames[rows]
+        starts = _cut(self._caps(frames))
+        count = len(starts) - 1
+        sequence = self._shuffle(epoch, window, BATCHES, count) if mixed else np.arange(count)
+        return Window(rows, frames, starts, sequence)
+
+    def walk(self, at: Position, epochs: int | None = None) -> Iterator[tuple[Rows, Position, Position]]:
+        """From ``at`` to the end of ``epochs`` (``None``: on and on): a batch's rows, its position, the one after it.
+
+        Raises:
+            UserError: ``at`` is no position of this order, or ``drop_last`` leaves an epoch without a batch.
+        """
+        idle = 0
+        while epochs is None or at.epoch < epochs:
+            if min(at.epoch, at.window, at.batch, at.count) < 0 or at.window >= self.windows:
+                raise UserError(f"{at} is no position of this order: the state was not made by it")
+            window = self.window(at.epoch, at.window)
+            if at.batch and at.batch >= len(window):
+                raise UserError(f"{at} is no position of this order: its window has {len(window)} batches")
+            idle = 0 if len(window) else idle + 1
+            if idle == self.windows and self.rules.drop_last:
+                raise UserError("drop_last leaves no batch in an epoch: lower batch_size or set drop_last=false")
+            end = Position(at.epoch, at.window + 1, 0, at.count + len(window) - at.batch)
+            if end.window == self.windows:
+                end = replace(end, epoch=at.epoch + 1, window=0)
+            while at.batch < len(window):
+                last = at.batch + 1 == len(window)
+                after = end if last else replace(at, batch=at.batch + 1, count=at.count + 1)
+                yield window[at.batch], at, after
+                if last:
+                    break
+                at = after
+            at = end
+
+    def _rows_of(self, epoch: int, window: int) -> Rows:
+        """Rows of the window's shards, in stored order of the (permuted) shards."""
+        places = np.concatenate([self._rows_at(epoch, visit) for visit in self._chosen(epoch, window).tolist()])
+        return places if self.rows is None else self.rows[places]
+
+    def _chosen(self, epoch: int, window: int) -> Rows:
+        """The visits of a window."""
+        count = len(self._visits)
+        visits = np.arange(count) if self.rules.shuffle == "none" else self._shuffle(epoch, 0, SHARDS, count)
+        return visits[window * count // self.windows : (window + 1) * count // self.windows]
+
+    def _rows_at(self, epoch: int, visit: int) -> Rows:
+        shard = int(self._visits[visit])
+        rows = np.arange(self._first[shard], self._last[shard])
+        weight = float(self._weights[shard])
+        if weight == 1.0:
+            return rows
+        # Row i of n, in an order drawn once, is taken floor((e + 1) w + i / n) - floor(e w + i / n) times in epoch e.
+        at = np.empty(len(rows))
+        at[self._shuffle(0, shard, DRAW, len(rows))] = np.arange(len(rows)) / len(rows)
+        times = np.floor((epoch + 1) * weight + at) - np.floor(epoch * weight + at)
+        taken: Rows = rows[times > self._copies[visit]]
+        return taken
+
+    def _shuffle(self, epoch: int, window: int, purpose: int, count: int) -> Rows:
+        return np.argsort(random_words(self.seed, epoch, window, purpose, count), kind="stable")
+
+    def _by_length(self, frames: NDArray[np.int32]) -> Rows:
+        """Longest first; rows of one length stay in their order."""
+        shorter = self.longest - frames
+        # NumPy's stable sort of 16-bit integers is a radix sort, several times faster.
+        return np.argsort(shorter.astype(np.uint16) if self.longest < 2**16 else shorter, kind="stable")
+
+    def _grouped(self, epoch: int, window: int, frames: NDArray[np.int32]) -> Rows:
+        """Longest first, nearly: by noisy lengths, then each rank moved by up to half a batch.
+
+        The first mixes large windows, where many rows are of like length; the second mixes small ones.
+        """
+        words = random_words(self.seed, epoch, window, LENGTHS, len(frames))
+        noise = ((words >> np.uint64(40)).astype(np.int64) - (1 << 23)) // (LIKENESS // 2)
+        by_length = np.argsort(-frames.astype(np.int64) * ((1 << 24) + noise), kind="stable")
+        rows = self.rules.batch_size or self.total
+        if self.rules.max_frames is not None:
+            rows = min(rows, int(self.rules.max_frames // max(self._mean, 1)))
+        moves = (random_words(self.seed, epoch, window, JITTER, len(frames)) >> np.uint64(41)) * np.uint64(rows)
+        ranks = np.arange(len(frames), dtype=np.uint64) << np.uint64(24)
+        grouped: Rows = by_length[np.argsort(ranks + moves, kind="stable")]
+        return grouped
+
+    def _caps(self, frames: NDArray[np.int32]) -> Rows:
+        """Most rows of a batch that starts at each place, counting every later row as long as the longest of them."""
+        caps = np.full(len(frames), self.rules.batch_size or len(frames), dtype=np.int64)
+        if self.rules.max_frames is not None:
+            bound = np.maximum(np.maximum.accumulate(frames[::-1])[::-1], 1)
+            np.minimum(caps, self.rules.max_frames // bound, out=caps)
+        return caps
+
+
+def random_words(seed: int, epoch: int, window: int, purpose: int, count: int) -> NDArray[np.uint64]:
+    """``count`` raw Philox-4x64 words; distinct (epoch, window, purpose) never share a word."""
+    counter = np.array([0, window, epoch, purpose], dtype=np.uint64)
+    words: NDArray[np.uint64] = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter).random_raw(
+        count
+    )
+    return words
+
+
+def _greedy(caps: Rows, count: int, *, whole: bool) -> tuple[int, int]:
+    """(batches, rows they hold) when each batch is filled; ``whole`` leaves out a last batch that is not full."""
+    at = batches = 0
+    while at < count:
+        size = caps.item(at)
+        if whole and at + size > count:
+            break
+        at, batches = min(at + size, count), batches + 1
+    return batches, at
+
+
+def _cut(caps: Rows) -> Rows:
+    """Batch starts [batches + 1] over rows whose caps do not fall: as few batches as greedy filling, no tiny last one.
+
+    Each batch takes its cap or an even share of what is left, whichever is less. Once a share fits under its cap, later
+    shares do too (shares do not grow, caps do not fall), so the batches suffice and the last ones are of one size.
+    """
+    left = _greedy(caps, len(caps), whole=False)[0]
+    starts, at = [0], 0
+    for batches in range(left, 0, -1):
+        at += min(caps.item(at), -(-(len(caps) - at) // batches))
+        starts.append(at)
+    return np.array(starts, dtype=np.int64)

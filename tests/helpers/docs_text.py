@@ -1,0 +1,40 @@
+"""Code blocks, commands and sections of the Markdown pages, for the tests of the documentation."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = [
+    ROOT / "README.md",
+    *(page for page in (ROOT / "CONTRIBUTING.md",) if page.exists()),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+OURS = re.compile(r"(?:python -m |torchrun .*-m |earshard-)(pipeline|extract|shards|train)\b ?(.*)")
+
+
+def blocks(text: str, language: str | None = None) -> list[str]:
+    """The fenced blocks of ``text``, of one language or of any."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [body for name, body in found if language is None or name == language]
+
+
+def sections(text: str) -> dict[str, str]:
+    """``{heading: text below it}`` of the second level."""
+    _, *parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(package, words) of every command of ours in the blocks of ``text``, as a shell would cut it."""
+    found = []
+    for block in blocks(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            code = re.split(r"\s#\s|\s{2,}#|\s\|\|\s|\s&&\s|\s\|\s|\s&$|;\s|\s>\s", line)
+            for part in code:
+                if match := OURS.search(part):
+                    package = {"extract": "pipeline"}.get(match[1], match[1])
+                    found.append((package, shlex.split(match[2])))
+    return found

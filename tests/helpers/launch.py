@@ -1,0 +1,32 @@
+"""Runs of several processes, started as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+
+
+SECONDS = 300  # on a machine that does much else
+
+
+def torchrun(
+    processes: int, *words: object, job: str = "fit", launcher: Sequence[object] = ("--standalone",)
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, launcher), "--nproc-per-node", str(processes)]
+    return popen([*command, "-m", "train", job, *map(str, words)])
+
+
+def popen(command: Sequence[str], **env: object) -> subprocess.Popen[str]:
+    environment = {**ENV, **{name: str(value) for name, value in env.items()}}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Standard output and error of a launch that must end well."""
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, err
+    return out, err

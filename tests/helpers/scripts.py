@@ -1,0 +1,21 @@
+"""Scripts that stand outside the packages, for the tests that call their functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def load_script(path: str) -> ModuleType:
+    """The script at ``path`` below the repository as a module; its main part does not run."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses of the script look for it
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,199 @@
+"""The Ray engine: its actor alone in this process, and real clusters of two nodes of which one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from extraction import only_cache, run, snapshot, words, write_corpus
+
+from pipeline.__main__ import command
+from pipeline.cluster.actor import Extractor, Outcome, Ready, Trouble
+from pipeline.config import ExtractConfig
+from shards.commit.claims import Claims
+from shards.commit.finalize import is_tidy
+from shards.config.base import load_config
+from shards.errors import run_command
+from shards.format.layout import Layout
+
+SECONDS = 500
+
+
+CLIPS = 150
+
+
+@pytest.fixture(scope="module")
+def world(corpus, whisper) -> tuple[Path, Path]:
+    return corpus, whisper
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, whisper) -> tuple[Path, Path]:
+    """Clips that two nodes need some seconds for, and the tiny Whisper."""
+    folder = tmp_path_factory.mktemp("large")
+    write_corpus(folder, CLIPS, seconds=0.1)
+    return folder, whisper
+
+
+def made_alone(root: Path, world: tuple[Path, Path]) -> Path:
+    """The cache of one local process."""
+    assert run(words(root, *world)) == 0
+    return root
+
+
+def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]:
+    return load_config(ExtractConfig, None, [*words(root, *world)[1:], *more]).model_dump(mode="json")
+
+
+def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world):
+    root = tmp_path / "actors"
+    first, second = (Extractor(settings(root, world), str(tmp_path)) for _ in range(2))
+    ready = [actor.ready(False, False, []) for actor in (first, second)]
+    assert isinstance(ready[0], Ready)
+    assert isinstance(ready[1], Ready)
+    facts = ready[0].facts
+    assert facts.identity == ready[1].facts.identity
+    assert (facts.utterances, len(facts.sizes), facts.todo) == (24, len(facts.todo), list(range(len(facts.sizes))))
+    held = Layout(only_cache(root)).claim(0)
+    with Claims("another") as others:
+        assert others.take(held)
+        assert second.extract(0) == Outcome("held")
+    outcomes = [(first, second)[shard % 2].extract(shard) for shard in facts.todo]
+    assert [outcome.state for outcome in outcomes if isinstance(outcome, Outcome)] == ["made"] * len(facts.todo)
+    assert sum(outcome.utterances for outcome in outcomes if isinstance(outcome, Outcome)) == 24
+    assert second.extract(0) == Outcome("found")
+    assert first.pulse()[:2] == (facts.todo[-1 - len(facts.todo) % 2 + 1], facts.sizes[first.pulse()[0]])
+    assert first.finish(1.0) is second.finish(1.0) is None
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
+
+
+def test_an_actor_hands_on_what_a_person_must_mend(tmp_path, world):
+    actor = Extractor(settings(tmp_path, world, "encoder.model=path:/nowhere"), str(tmp_path))
+    found = actor.ready(False, False, [])
+    assert isinstance(found, Trouble)
+    assert found.kind == "user"
+    assert "/nowhere" in found.text
+
+
+def test_without_ray_the_engine_says_what_to_install(tmp_path, world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run_command(command, [*words(tmp_path, *world), "--engine", "ray"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --engine ray needs ray, which is not installed: `pip install 'earshard[ray]'`\n"
+    )
+    assert run_command(command, [*words(tmp_path, *world), "--engine", "ray", "--num-workers", "2"]) == 2
+    assert "--num-workers is of --engine local" in capsys.readouterr().err
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Any, Any]]:
+    """A Ray cluster of two raylets of one CPU each; gives the cluster and its second node."""
+    utilities = pytest.importorskip("ray.cluster_utils")
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets want a short path
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = utilities.Cluster(
+        initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": folder}
+    )
+    try:
+        yield cluster, cluster.add_node(**node)
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def driver(argv: list[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
+    with log.open("ab") as out:
+        command = [sys.executable, "-m", "pipeline", *argv, "--engine", "ray", "--actor-cpus", "1"]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return subprocess.Popen(command, stdout=out, stderr=out, env={**environment, **env})
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+
+
+def makers(root: Path) -> set[int]:
+    """Process ids that hold claims of shards."""
+    found = set()
+    for claim in root.rglob("shards/*.claim"):
+        try:
+            found.add(int(json.loads(claim.read_bytes())["pid"]))
+        except (FileNotFoundError, ValueError):  # just released, or just being written
+            continue
+    return found
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.slow
+def test_a_node_killed_in_the_middle_costs_its_shard_and_nothing_else(tmp_path, large):
+    root, log = tmp_path / "cluster", tmp_path / "log"
+    with two_nodes() as (cluster, doomed):
+        raylet = doomed.all_processes["raylet"][0].process.pid
+        process = driver(words(root, *large), log, RAY_ADDRESS=cluster.address)
+
+        def in_the_middle() -> bool:
+            return any(root.rglob("shards/*.json")) and any(parent(pid) == raylet for pid in makers(root))
+
+        wait_for(in_the_middle, process, log)
+        victims = [pid for pid in makers(root) if parent(pid) == raylet]
+        os.kill(raylet, signal.SIGKILL)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(SECONDS) == 0, log.read_text()
+    said = log.read_text()
+    assert "a worker was lost" in said
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", large))
+    assert is_tidy(Layout(only_cache(root)))
+    (line,) = [line for line in said.splitlines() if line.startswith("extracted ")]
+    assert line.split()[1] == str(CLIPS)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_started_again_on_the_same_cluster(tmp_path, large):
+    root, log = tmp_path / "cluster", tmp_path / "log"
+    with two_nodes() as (cluster, _):
+        argv = [*words(root, *large), "--ray-address", cluster.address]
+        process = driver(argv, log)
+        wait_for(lambda: any(root.rglob("shards/*.json")), process, log)
+        process.kill()
+        process.wait()
+        assert driver(argv, log).wait(SECONDS) == 0, log.read_text()
+        assert driver(argv, log).wait(SECONDS) == 0
+    assert "nothing to do, complete:" in log.read_text()
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", large))
+
+
+@pytest.mark.slow
+def test_without_an_address_a_cluster_of_this_machine_does_it_and_max_failures_hold(tmp_path, world):
+    pytest.importorskip("ray")
+    root, log = tmp_path / "local", tmp_path / "log"
+    assert driver(words(root, *world), log).wait(SECONDS) == 0, log.read_text()
+    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(world[0], poisoned)
+    for clip in sorted(poisoned.glob("*.flac"))[:9]:
+        clip.write_bytes(b"")
+    argv = words(tmp_path / "failing", poisoned, world[1], "max_failures=8")
+    assert driver(argv, log).wait(SECONDS) == 1
+    assert "9 of 24 utterances failed, more than max_failures=8" in log.read_text()

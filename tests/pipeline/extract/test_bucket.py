@@ -1,0 +1,219 @@
+"""Extraction into a bucket, by processes that share nothing else, on a real S3 server on the loopback interface."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+from extraction import only_cache, run, snapshot, start, words, write_corpus, write_world
+from tiny_s3 import S3, s3_server, use
+
+from shards.__main__ import main
+from shards.errors import UserError, WorkFailed
+from shards.inspect.verify import verify
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, Path]:
+    """18 clips and a tiny Whisper."""
+    return write_world(tmp_path_factory.mktemp("bucket"), 18)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, world) -> Path:
+    """The same cache, made by one process in a folder."""
+    root = tmp_path_factory.mktemp("local")
+    assert run(words(root, *world)) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("boto3")
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    with s3_server("bucket") as served:
+        yield served
+
+
+@pytest.fixture
+def s3(server, monkeypatch, tmp_path):
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION", "ENDPOINT_URL"):
+        monkeypatch.setenv(f"AWS_{name}", "")  # so that it is undone
+    monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
+    server.account()
+    server.puts.clear()
+    return server
+
+
+def far_words(root: str, scratch: Path, world: tuple[Path, Path], *more: str) -> list[str]:
+    scratch.mkdir(exist_ok=True)
+    return [*words(Path("unused"), *world), f"root={root}", f"scratch={scratch}", *more]
+
+
+def download(server: S3, prefix: str, folder: Path) -> Path:
+    """Everything below a prefix of the bucket, as files."""
+    import boto3
+
+    bucket = boto3.resource("s3", endpoint_url=server.url).Bucket("bucket")
+    for entry in bucket.objects.filter(Prefix=f"{prefix}/"):
+        path = folder / entry.key.removeprefix(f"{prefix}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(entry.get()["Body"].read())
+    return folder
+
+
+def located(server: S3, prefix: str) -> str:
+    """The URL of the one cache below a prefix."""
+    (cache,) = {key.rpartition("/plan.parquet")[0] for key, _ in server.puts if key.endswith("/plan.parquet")}
+    assert cache.startswith(f"bucket/{prefix}/")
+    return f"s3://{cache}"
+
+
+def wait_for(condition, processes=(), seconds: float = 120) -> None:
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        assert not any(process.exitcode for process in processes)
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def test_four_workers_and_a_killed_one_make_the_cache_of_one_process(s3, world, local, tmp_path):
+    argv = [far_words("s3://bucket/four", tmp_path / f"scratch {i}", world, "workers=1") for i in range(4)]
+    begin = partial(use, s3.url)
+    first = start(argv[0], before=begin, log=tmp_path / "0.log")
+    wait_for(lambda: len(s3.commits()) == 2, [first])
+    made = Counter(s3.commits())
+    # A tar that no record follows: the process is in the middle of a shard.
+    wait_for(lambda: [key[-4:] for key, _ in s3.puts].count(".tar") > len(s3.commits()) or first.exitcode is not None)
+    os.kill(first.pid, signal.SIGKILL)
+    others = [start(words, before=begin, log=tmp_path / f"{i}.log") for i, words in enumerate(argv[1:], 1)]
+    for process in others:
+        process.join(150)
+        assert process.exitcode == 0, (tmp_path / "1.log").read_text()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL
+    assert snapshot(download(s3, "four", tmp_path / "copy")) == snapshot(local)
+    commits = Counter(s3.commits())
+    assert set(commits.values()) == {1}
+    assert len(commits) == len(list(only_cache(local).glob("shards/*.tar"))) > len(made)
+    assert verify(located(s3, "four"), deep=True) == []
+    left = list(tmp_path.glob("scratch ?/*"))
+    assert len(left) <= 4  # a process that is ended without its exit handlers leaves its scratch folder …
+    assert run(argv[0], before=begin) == 0  # … to the next one
+    assert not list((tmp_path / "scratch 0").glob("*/shards/*.tar"))
+
+
+@pytest.mark.parametrize("moment", ["claim", "tar", "parquet", "record", "manifest", "CACHE"])
+def test_an_extraction_that_was_killed_at_any_put_is_finished_by_the_next(s3, world, local, tmp_path, moment):
+    argv = far_words(f"s3://bucket/{moment}", tmp_path / "scratch", world)
+    at = {
+        "claim": lambda key, body: key.endswith("000001.json") and b'"claim"' in body,
+        "tar": lambda key, body: key.endswith("000001.tar"),
+        "parquet": lambda key, body: key.endswith("000001.parquet"),
+        "record": lambda key, body: key.endswith("000001.json") and b'"timings"' in body,
+        "manifest": lambda key, body: key.endswith("manifest.parquet"),
+        "CACHE": lambda key, body: key.endswith("CACHE.json") and b'"manifest_id"' in body,
+    }[moment]
+    process = start(argv, before=partial(use, s3.url))
+    wait_for(lambda: any(at(key, body) for key, body in s3.puts), [process])
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert run(argv, before=partial(use, s3.url), log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert snapshot(download(s3, moment, tmp_path / "copy")) == snapshot(local)
+
+
+def test_a_bucket_whose_last_worker_was_lost_is_completed_without_its_encoder(s3, world, local, tmp_path):
+    process = start(far_words("s3://bucket/merged", tmp_path / "scratch", world), before=partial(use, s3.url))
+    wait_for(lambda: any(key.endswith("failures.parquet") for key, _ in s3.puts), [process])
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    url = located(s3, "merged")
+    assert run(["merge", url], before=partial(use, s3.url), log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert snapshot(download(s3, "merged", tmp_path / "copy")) == snapshot(local)
+
+
+def test_a_far_cache_is_described_verified_and_made_again_where_it_is_damaged(s3, world, local, tmp_path, capsys):
+    import boto3
+
+    argv = far_words("s3://bucket/damaged", tmp_path / "scratch", world)
+    begin = partial(use, s3.url)
+    assert run(argv, before=begin) == 0
+    url = located(s3, "damaged")
+    assert main(["info", url]) is None
+    assert "18 of 18 planned, 0 failed" in capsys.readouterr().out
+    assert main(["verify", url, "--deep"]) is None
+    client = boto3.client("s3", endpoint_url=s3.url)
+    key = f"{url.removeprefix('s3://bucket/')}/shards/000001.tar"
+    data = bytearray(client.get_object(Bucket="bucket", Key=key)["Body"].read())
+    data[3000] ^= 1
+    client.put_object(Bucket="bucket", Key=key, Body=bytes(data))
+    assert verify(url) == []
+    with pytest.raises(WorkFailed, match="is not sound: 2 problems"):
+        main(["verify", url, "--deep"])
+    assert "000001" in capsys.readouterr().out
+    s3.puts.clear()
+    assert run([*argv, "--verify"], before=begin, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert s3.commits() == ["000001.json"]
+    assert snapshot(download(s3, "damaged", tmp_path / "copy")) == snapshot(local)
+    assert run(argv, before=begin, log=tmp_path / "again") == 0
+    assert "nothing to do, complete:" in (tmp_path / "again").read_text()
+
+
+def test_failures_are_told_counted_and_tried_again_in_a_bucket(s3, world, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_corpus(corpus, 6)
+    whole = (corpus / "clip 03.flac").read_bytes()
+    (corpus / "clip 03.flac").write_bytes(whole[:200] + bytes(len(whole) - 200))  # same length in the header
+    argv, begin = far_words("s3://bucket/failed", tmp_path / "scratch", (corpus, world[1])), partial(use, s3.url)
+    log = tmp_path / "log"
+    assert run([*argv, "max_failures=0"], before=begin, log=log) == 1
+    assert "more than max_failures=0 allows" in log.read_text()
+    assert run([*argv, "max_failures=2"], before=begin) == 0
+    url = located(s3, "failed")
+    assert verify(url, deep=True) == []
+    assert run([*argv, "max_failures=2", "--retry-failed"], before=begin) == 0
+    copy = only_cache(download(s3, "failed", tmp_path / "copy"))
+    failures = [shard for shard in copy.glob("shards/*.json") if b'"attempt":2' in shard.read_bytes()]
+    assert len(failures) == 1
+    (corpus / "clip 03.flac").write_bytes(whole)
+    assert run([*argv, "max_failures=2", "--retry-failed"], before=begin) == 0
+    assert verify(url, deep=True) == []
+    assert run(words(tmp_path / "near", corpus, world[1])) == 0
+    assert snapshot(download(s3, "failed", tmp_path / "again")) == snapshot(tmp_path / "near")
+
+
+def test_writes_whose_answers_were_lost_count_and_are_not_made_twice(s3, world, local, tmp_path):
+    s3.loses = 3
+    try:
+        argv = far_words("s3://bucket/lost", tmp_path / "scratch", world)
+        assert run(argv, before=partial(use, s3.url), log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    finally:
+        s3.loses = 0
+    assert snapshot(download(s3, "lost", tmp_path / "copy")) == snapshot(local)
+    assert set(Counter(s3.commits()).values()) == {1}
+
+
+def test_several_layers_go_into_several_folders_of_a_bucket(s3, world, tmp_path):
+    more = ["encoder.layers=[0,1]", "codec=int8"]
+    assert run(far_words("s3://bucket/layers", tmp_path / "scratch", world, *more), before=partial(use, s3.url)) == 0
+    assert run(words(tmp_path / "near", *world, *more)) == 0
+    assert snapshot(download(s3, "layers", tmp_path / "copy")) == snapshot(tmp_path / "near")
+
+
+def test_a_bucket_that_is_not_there_is_refused_in_a_sentence(s3, world, tmp_path):
+    log = tmp_path / "log"
+    argv = far_words("s3://nobody/caches", tmp_path / "scratch", world)
+    assert run(argv, before=partial(use, s3.url), log=log) == 2
+    assert "error: there is no bucket 'nobody': make it" in log.read_text()
+    with pytest.raises(UserError, match=r"there is no cache at 's3://bucket/nothing'"):
+        verify("s3://bucket/nothing")

@@ -1,0 +1,120 @@
+"""Several processes of one machine on one extraction, and processes that decode: the same bytes, and no orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from extraction import only_cache, run, snapshot, start, words
+
+from pipeline.extract.resources import devices
+from shards.commit.finalize import stray_files
+from shards.errors import UserError
+from shards.format.layout import Layout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus, whisper) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert run(words(root, corpus, whisper)) == 0
+    return root
+
+
+def children(pid: int) -> set[int]:
+    """Processes that ``pid`` started and that run."""
+    found: set[int] = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        found |= {int(child) for child in file.read_text().split()}
+    return found
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds: float = 60.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def claimants(root: Path) -> set[int]:
+    """The processes that hold a shard below ``root``."""
+    found = set()
+    for claim in root.rglob("*.claim"):
+        with suppress(FileNotFoundError, ValueError):  # given back, or half written
+            found.add(json.loads(claim.read_text())["pid"])
+    return found
+
+
+def start_two(root: Path, corpus: Path, whisper: Path, log: Path) -> tuple[Any, int]:
+    """An extraction of two processes, the first of which is stopped until the second holds a shard, and the second."""
+    process = start(words(root, corpus, whisper, "processes=2", "lease=60"), log=log)
+    wait_for(lambda: claimants(root))
+    os.kill(process.pid, signal.SIGSTOP)
+    (other,) = children(process.pid)
+    wait_for(lambda: other in claimants(root))
+    return process, other
+
+
+def test_two_processes_make_the_same_cache_as_one_and_are_one_run(tmp_path, undisturbed, corpus, whisper):
+    root, log = tmp_path / "two", tmp_path / "log"
+    process, _ = start_two(root, corpus, whisper, log)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
+    assert snapshot(root) == snapshot(undisturbed)
+    assert "extracted 24 utterances" in log.read_text()
+    assert "ended" not in log.read_text()
+
+
+def test_a_killed_process_costs_its_shard_only_and_is_told(tmp_path, undisturbed, corpus, whisper):
+    root, log = tmp_path / "one dies", tmp_path / "log"
+    process, other = start_two(root, corpus, whisper, log)
+    os.kill(other, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
+    assert snapshot(root) == snapshot(undisturbed)
+    assert "note: the process on cpu ended by signal 9: its shard is made again" in log.read_text()
+    assert list(stray_files(Layout(only_cache(root)))) == []
+
+
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.parametrize("setting", ["decode_in=process", "processes=2"])
+def test_no_process_outlives_an_extraction_that_is_ended(tmp_path, undisturbed, corpus, whisper, setting, how):
+    root = tmp_path / "ended"
+    argv = words(root, corpus, whisper, setting)
+    process = start(argv)
+    started = wait_for(lambda: children(process.pid))
+    wait_for(lambda: claimants(root))
+    os.kill(process.pid, how)
+    process.join(20)
+    assert process.exitcode == (-how if how == signal.SIGKILL else 128 + how)
+    wait_for(lambda: not any(runs(pid) for pid in started), 20)
+    assert run(words(root, corpus, whisper)) == 0
+    assert snapshot(root) == snapshot(undisturbed)
+
+
+def test_the_devices_of_a_machine_are_one_process_each():
+    assert devices("auto", None, 0) == ["auto"]
+    assert devices("auto", None, 1) == ["auto"]
+    assert devices("auto", None, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert devices("cuda", 2, 4) == ["cuda:0", "cuda:1"]
+    assert devices("cuda:1", None, 4) == ["cuda:1"]
+    assert devices("cpu", 3, 4) == ["cpu"] * 3
+    with pytest.raises(UserError, match="there are 2 GPUs"):
+        devices("auto", 3, 2)
+    with pytest.raises(UserError, match=r"encoder\.device=cuda for"):
+        devices("cuda:0", 2, 2)

@@ -1,0 +1,116 @@
+"""Workers of a job array on one cache, and the merge at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from extraction import only_cache, run, snapshot, start, words, write_world
+
+from pipeline.__main__ import command
+from pipeline.extract.resources import Worker, find_worker
+from shards.errors import UserError, run_command
+from shards.format.layout import Layout
+
+
+@pytest.mark.parametrize(("shards", "count"), [(10, 1), (10, 3), (2, 5), (0, 4)])
+def test_every_worker_takes_every_shard_once_its_own_first(shards, count):
+    for index in range(count):
+        turn = Worker(index, count).turn(shards)
+        own = list(range(index, shards, count))
+        assert turn[: len(own)] == own
+        assert sorted(turn) == list(range(shards))
+
+
+def test_a_helper_comes_from_the_other_end():
+    assert Worker(1, 3).turn(9) == [1, 4, 7, 8, 5, 2, 6, 3, 0]
+
+
+SLURM = {"SLURM_ARRAY_TASK_ID": "30", "SLURM_ARRAY_TASK_COUNT": "4"}
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "environ", "wanted"),
+    [
+        (None, None, {}, Worker(0, 1)),
+        (2, 5, {}, Worker(2, 5)),
+        (2, 5, SLURM, Worker(2, 5)),
+        (None, None, {**SLURM, "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5"}, Worker(2, 4)),
+        (None, None, {**SLURM, "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_STEP": "10"}, Worker(3, 4)),
+        (None, None, {**SLURM, "SLURM_ARRAY_TASK_MIN": "1"}, Worker(1, 4)),  # --array=1,2,5,30
+        (None, 8, {"JOB_COMPLETION_INDEX": "3"}, Worker(3, 8)),
+        (None, None, {"JOB_COMPLETION_INDEX": "3"}, Worker(0, 1)),
+    ],
+)
+def test_a_worker_is_told_by_options_a_slurm_array_or_an_indexed_job(index, count, environ, wanted):
+    assert find_worker(index, count, environ) == wanted
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "environ", "sentence"),
+    [
+        (1, None, {}, "add --num-workers"),
+        (None, 4, {}, "add --worker-index"),
+        (4, 4, {}, "indices go from 0 to 3"),
+        (-1, 4, {}, "indices go from 0 to 3"),
+        (None, 0, {}, "at least one worker"),
+        (None, None, {**SLURM, "SLURM_ARRAY_TASK_ID": "x"}, "SLURM_ARRAY_TASK_ID is 'x'"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_in_a_sentence(index, count, environ, sentence):
+    with pytest.raises(UserError, match=sentence):
+        find_worker(index, count, environ)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, Path]:
+    """12 clips and a tiny Whisper."""
+    return write_world(tmp_path_factory.mktemp("workers"), 12)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, world) -> Path:
+    """The cache of one process; the tests below may finish it again."""
+    root = tmp_path_factory.mktemp("alone")
+    assert run(words(root, *world)) == 0
+    return root
+
+
+def test_three_workers_of_which_one_never_comes_leave_the_cache_of_one(tmp_path, world, alone):
+    root = tmp_path / "array"
+    workers = [start([*words(root, *world), "--worker-index", str(i), "--num-workers", "3"]) for i in range(2)]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert snapshot(root) == snapshot(alone)
+
+
+def test_a_merge_completes_what_is_committed_without_encoder_and_audio_as_often_as_it_is_asked(alone, capsys):
+    layout, before = Layout(only_cache(alone)), snapshot(alone)
+    for name in ("CACHE.json", "manifest.parquet", "failures.parquet"):
+        (layout.path / name).unlink()
+    assert run_command(command, ["merge", str(layout.path)]) == 0
+    assert snapshot(alone) == before
+    assert run_command(command, ["merge", str(layout.path)]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "complete",
+        "was complete already",
+    ]
+
+
+def test_a_merge_tells_what_is_absent(alone, capsys):
+    layout = Layout(only_cache(alone))
+    info, record = layout.cache.read_bytes(), layout.record(1).read_bytes()
+    layout.cache.unlink()
+    layout.record(1).unlink()
+    try:
+        assert run_command(command, ["merge", str(layout.path)]) == 1
+        assert "1 of 3 shards" in (err := capsys.readouterr().err)
+        assert "the first is 000001" in err
+        layout.job.rename(layout.job.with_suffix(".away"))
+        assert run_command(command, ["merge", str(layout.path)]) == 2
+        assert "run its extraction again" in capsys.readouterr().err
+        layout.job.with_suffix(".away").rename(layout.job)
+    finally:
+        layout.cache.write_bytes(info)
+        layout.record(1).write_bytes(record)

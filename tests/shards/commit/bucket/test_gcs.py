@@ -1,0 +1,104 @@
+"""gs:// by gcsfs against a server of Google's JSON API on the loopback interface."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from tiny_bucket import SPEC, finish, make, plan_table
+from tiny_cache import make_cache
+from tiny_gcs import GCS, serve_gcs
+
+from shards.commit.bucket.store import Bucket, connect_objects
+from shards.errors import UserError
+from shards.inspect.verify import verify
+from shards.read.cache import Cache
+from shards.remote import client as storage
+from shards.stream.iterable_dataset import FeatureStream
+from shards.stream.sampler import Rules
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def gcs(monkeypatch, tmp_path) -> GCS:
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
+    monkeypatch.setattr(storage, "WAITS", (0.01,) * 3)
+    with serve_gcs("bucket") as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        yield server
+
+
+def test_a_cache_is_read_from_google_cloud_storage(gcs, tmp_path):
+    near = make_cache(tmp_path / "near", n=12, shards=3, seed=4)
+    for path in near.rglob("*.*"):
+        gcs.generation += 1
+        gcs.objects["bucket", f"some/cache/{path.relative_to(near)}"] = (gcs.generation, path.read_bytes())
+    url = "gs://bucket/some/cache"
+    local, far = Cache.open(near), Cache.open(url)
+    rows = []
+    for batch in FeatureStream([far], Rules(batch_size=4, window_shards=2), 5, epochs=1):
+        rows += batch.rows
+        for row, features, frames in zip(batch.rows, batch.features, batch.lengths, strict=True):
+            assert np.array_equal(features[:frames].numpy(), local.features(row))
+    assert sorted(rows) == list(range(12))
+    assert verify(url, deep=True) == []
+    with pytest.raises(UserError, match=r"there is no 'gs://bucket/other/CACHE.json'"):
+        Cache.open("gs://bucket/other")
+
+
+def test_writes_keep_to_their_conditions(gcs):
+    objects = connect_objects("gs://bucket/folder")
+    assert objects.sizes("") == {}
+    assert objects.read("x") is objects.tag("x") is None
+    first = objects.put("x", b"1", None)
+    assert first is not None
+    assert objects.put("x", b"2", None) is None
+    second = objects.put("x", b"2", first)
+    assert objects.put("x", b"3", first) is None
+    found = objects.read("x")
+    assert (found.data, found.tag, objects.tag("x")) == (b"2", second, second)
+    objects.delete("x", first)
+    assert objects.sizes("") == {"x": 1}
+    objects.delete("x", second)
+    assert objects.read("x") is None
+    for i in range(9):
+        objects.put(f"shards/{i}", b"x" * i, None)
+    assert objects.sizes("shards") == {str(i): i for i in range(9)}
+
+
+def test_of_many_who_create_at_once_one_does(gcs):
+    objects = [connect_objects("gs://bucket/folder") for _ in range(4)]
+    tags: list[str | None] = []
+    threads = [
+        threading.Thread(target=lambda o=o, i=i: tags.append(o.put("x", b"%d" % i, None)))
+        for i, o in enumerate(objects)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [tag for tag in tags if tag is not None] == [objects[0].tag("x")]
+
+
+def test_two_makers_share_a_bucket(gcs):
+    url = "gs://bucket/made"
+    a, b = Bucket(url), Bucket(url)
+    plan = a.write_plan(plan_table())
+    with a.at_work("a"), b.at_work("b"):
+        assert a.take(0)
+        assert not b.take(0)
+        a.release(0)
+        make(a, plan)
+        assert b.take(None)
+        b.release(None)
+        finish(b, plan)
+    assert a.is_complete(SPEC.feature_id, plan.id)
+    assert verify(url, deep=True) == []
+
+
+def test_a_bucket_that_is_not_there_is_told(gcs):
+    with pytest.raises(UserError, match="there is no bucket 'nobody': make it"):
+        connect_objects("gs://nobody/cache")

@@ -1,0 +1,235 @@
+"""Caches made in a bucket, on a store in memory; tests/pipeline/extract/test_bucket.py has a real S3 server."""
+
+from __future__ import annotations
+
+import uuid
+
+import fsspec
+import pytest
+from tiny_bucket import SPEC, finish, make, plan_table, write
+from tiny_objects import MemoryObjects
+
+from pipeline.config import ExtractConfig
+from pipeline.extract.job import prepare
+from shards.commit.bucket import store as bucket_module
+from shards.commit.bucket.store import Bucket, _try_conditions, connect_objects
+from shards.errors import UserError
+from shards.format.layout import Plan
+from shards.inspect.info import describe_cache
+from shards.inspect.verify import verify
+from shards.read.cache import Cache
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket_module, "connect_objects", MemoryObjects)
+    monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
+    return f"memory://bucket/{uuid.uuid4().hex}"
+
+
+def test_two_that_share_a_bucket_alone_agree_on_a_plan_and_make_one_cache(url):
+    a, b = Bucket(url), Bucket(url)
+    assert a.plan() is None
+    plan = a.write_plan(plan_table())
+    assert b.write_plan(plan_table().slice(0, 2)).id == plan.id
+    with a.at_work("a"), b.at_work("b"):
+        assert a.take(0)
+        assert not b.take(0)
+        assert b.take(1)
+        for store, shard in ((a, 0), (b, 1)):
+            write(store, shard, plan)
+            store.publish(shard)
+        make(a, plan)
+        assert not a.is_complete(SPEC.feature_id, plan.id)
+        finish(b, plan)
+    assert a.is_complete(SPEC.feature_id, plan.id)
+    assert verify(url, deep=True) == []
+    assert len(Cache.open(url)) == 6
+    assert [name for name in a._objects.puts + b._objects.puts if name.endswith("2.tar")] == ["shards/000002.tar"]
+    names = {path.rpartition("/")[2] for path in fsspec.filesystem("memory").find(url)}
+    assert not [name for name in names if "claim" in name or "tmp" in name]
+
+
+def test_a_shard_that_was_taken_over_meanwhile_is_left_to_the_other(url):
+    a, b = Bucket(url), Bucket(url)
+    plan = a.write_plan(plan_table(1))
+    with a.at_work("a"), b.at_work("b", lease=0.0):
+        assert a.take(0)
+        write(a, 0, plan)
+        assert not b.take(0)
+        assert b.take(0)  # a lease of nothing has passed
+        write(b, 0, plan, shift=1.0)
+        b.publish(0)
+        a.publish(0)
+        finish(a, plan)
+    assert verify(url, deep=True) == []
+    assert Cache.open(url).features(0)[0, 0] == 1.0
+
+
+def test_a_reader_sees_no_cache_before_it_is_complete(url):
+    store = Bucket(url)
+    store.write_plan(plan_table())
+    with store.at_work("a"):
+        assert store.take(0)
+        assert [problem.what for problem in verify(url)][:2] == [
+            "is missing: the extraction is not complete",
+            "is missing: the shard is not committed",
+        ]
+        about = describe_cache(url)
+        assert (about["complete"], about["path"]) == (False, url)
+        assert (about["counts"]["committed"], about["counts"]["shards"]) == (0, 3)
+        with pytest.raises(UserError, match="there is no"):
+            Cache.open(url)
+        assert store.take(None)
+        with pytest.raises(UserError, match="is not complete: an extraction is just finishing it"):
+            Cache.open(url)
+
+
+def test_leftovers_of_a_killed_writer_are_written_over(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(1))
+    for name in ("shards/000000.tar", "shards/000000.parquet"):
+        store._objects.put(name, b"half", None)
+    store._objects.put("shards/000000.json", b'{"of": "something else"}', None)
+    with store.at_work("a"):
+        assert store.committed(0, SPEC.feature_id, plan.id) is None
+        make(store, plan)
+        finish(store, plan)
+    assert verify(url, deep=True) == []
+
+
+def test_a_record_whose_files_are_gone_counts_as_none(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, plan)
+    fsspec.filesystem("memory").rm_file(f"{url.removeprefix('memory:/')}/shards/000001.tar")
+    again = Bucket(url)
+    assert again.committed(0, SPEC.feature_id, plan.id) is not None
+    assert again.committed(1, SPEC.feature_id, plan.id) is None
+    with again.at_work("b"):
+        make(again, plan)
+        finish(again, plan)
+    assert verify(url, deep=True) == []
+
+
+def test_shards_with_failures_are_made_again_once_by_whoever_comes_first(url):
+    store, other = Bucket(url), Bucket(url)
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, plan, fail="utt-1")
+        finish(store, plan)
+    for one in (store, other):
+        found = one.committed(0, SPEC.feature_id, plan.id)
+        assert [failure["key"] for failure in found["failures"]] == ["utt-1"]
+        one.reopen({0: found})
+    assert not store.is_complete(SPEC.feature_id, plan.id)
+    with store.at_work("a"):
+        make(store, plan)
+    assert other.committed(0, SPEC.feature_id, plan.id) is None  # as it knew the shard …
+    with other.at_work("b"):
+        assert not other.take(0)  # … but it was made again
+        other._listed = 0.0
+        assert other.committed(0, SPEC.feature_id, plan.id)["failures"] == []
+        finish(other, plan)
+    assert verify(url, deep=True) == []
+
+
+def test_what_stands_of_other_features_counts_as_nothing_and_is_made_anew(url):
+    store, other = Bucket(url), "0" * 64
+    plan = store.write_plan(plan_table(1))
+    with store.at_work("a"):
+        make(store, plan)
+        finish(store, plan)
+        assert store.committed(0, other, plan.id) is None
+        assert not store.is_complete(other, plan.id)
+        assert store.take(0)
+        assert store.take(None)
+
+
+def test_the_cache_file_of_a_bucket_is_there_when_the_cache_is_complete(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(1))
+    with store.at_work("a"):
+        assert store.info() is None
+        make(store, plan)
+        assert store.take(None)
+        assert store.info() is None  # a claim stands there
+        store.finish(SPEC, plan, {"source": {"name": "small"}})
+    assert store.info()["feature_id"] == SPEC.feature_id
+
+
+def test_the_first_job_file_of_a_bucket_stays(url):
+    store = Bucket(url)
+    with pytest.raises(FileNotFoundError):
+        store.job()
+    store.write_job({"config": 1})
+    Bucket(url).write_job({"config": 2})
+    assert store.job() == {"config": 1}
+
+
+def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damaged(url):
+    store, files = Bucket(url), fsspec.filesystem("memory")
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, Plan(plan.table.slice(0, 2), plan.id))
+        with pytest.raises(UserError, match=r"shard 000001 of .* is not committed: run the same extraction again"):
+            finish(store, plan)
+        make(store, plan)
+        path = f"{url.removeprefix('memory:/')}/shards/000000.parquet"
+        files.pipe_file(path, files.cat_file(path)[::-1])
+        with pytest.raises(UserError, match=r"shard 000000 of .* is damaged: .* run the same extraction with --verify"):
+            store.finish(SPEC, plan, {})
+    assert not store.is_complete(SPEC.feature_id, plan.id)
+
+
+def test_damage_is_found_by_reading_a_shard_whole(url):
+    store = Bucket(url)
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        make(store, plan)
+    record = store.committed(1, SPEC.feature_id, plan.id)
+    assert not store.damaged(1, record)
+    files, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/shards/000001.tar"
+    data = bytearray(files.cat_file(path))
+    data[700] ^= 1
+    files.pipe_file(path, bytes(data))
+    assert store.damaged(1, record)
+    files.rm_file(path)
+    assert store.damaged(1, record)
+
+
+def test_scratch_folders_go_with_their_process_and_those_of_killed_ones_go_at_the_next_start(url, tmp_path):
+    left = tmp_path / "earshard-scratch-dead"
+    left.mkdir()
+    (left / "lock").touch()
+    store = Bucket(url, tmp_path)
+    other = Bucket(url, tmp_path)
+    assert {store.layout.path, other.layout.path} == set(tmp_path.glob("earshard-scratch-*"))
+    del store, other
+    assert not list(tmp_path.glob("earshard-scratch-*"))
+
+
+@pytest.mark.parametrize("scheme", ["hf", "sftp", "file"])
+def test_a_store_without_known_conditions_is_refused_in_a_sentence(scheme):
+    with pytest.raises(UserError, match=rf"knows no conditional writes for {scheme}://.* push"):
+        connect_objects(f"{scheme}://bucket/cache")
+
+
+def test_shards_larger_than_a_bucket_takes_at_once_are_refused_before_any_work():
+    source = {"kind": "manifest", "path": "clips.csv"}
+    with pytest.raises(UserError, match="shard_mb=8000 is more than a bucket takes in one piece"):
+        prepare(ExtractConfig(root="s3://bucket/caches", shard_mb=8000, source=source))
+
+
+def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(url):
+    class Careless(MemoryObjects):
+        def put(self, name, data, over):
+            return super().put(name, data, self.tag(name))
+
+    careless = Careless(url)
+    with pytest.raises(UserError, match="does not keep to conditional writes"):
+        _try_conditions(careless)
+    assert careless.sizes("") == {}
+    _try_conditions(MemoryObjects(url))
+    assert MemoryObjects(url).sizes("") == {}

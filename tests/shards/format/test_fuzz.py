@@ -1,0 +1,213 @@
+"""Whatever stands in a file of a cache, reading it ends in a result or in one of our own errors; never in a crash.
+
+The bytes are honest ones that hypothesis bends (bytes changed, cut out, doubled, put in) or none at all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_faults import make_small_cache
+
+from shards.commit.writer import npy
+from shards.errors import UserError
+from shards.format.layout import (
+    FAILURE_SCHEMA,
+    MANIFEST_SCHEMA,
+    UTTERANCE_SCHEMA,
+    Layout,
+    RecordError,
+    read_parquet,
+    seal,
+    unseal,
+)
+from shards.format.npy import NpyError, read_header
+from shards.format.spec import FeatureSpec
+from shards.format.tar import BLOCK, TarError, header, walk
+from shards.inspect.info import describe_cache, lines
+from shards.inspect.verify import verify
+from shards.read.cache import Cache
+
+Edit = tuple[int, int, bytes]
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory) -> Layout:
+    return Layout(make_small_cache(tmp_path_factory.mktemp("fuzz") / "cache"))
+
+
+def edits(most: int = 5) -> st.SearchStrategy[list[Edit]]:
+    """(place, bytes taken out there, bytes put in there), a few times over."""
+    put = st.binary(max_size=8) | st.sampled_from(
+        [b"\0" * 512, b"\xff" * 8, b"7" * 11, b"NaN", b"[[[[", b"-1", b"\\ud800"]
+    )
+    return st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 9), put), max_size=most)
+
+
+def bend(data: bytes, changes: list[Edit]) -> bytes:
+    for place, gone, put in changes:
+        at = place % (len(data) + 1)
+        data = data[:at] + put + data[at + gone :]
+    return data
+
+
+def check_sentence(error: Exception) -> None:
+    assert 10 < len(str(error)) < 1000
+    assert "\n" not in str(error)
+
+
+def fuzz(cases: int, case: Callable[..., None], *strategies: st.SearchStrategy) -> None:
+    run = settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    run(given(*strategies)(case))()
+
+
+def fuzz_tar(layout: Layout, cases: int) -> None:
+    honest = layout.tar(0).read_bytes()
+    allowed = st.builds(bend, st.just(honest), edits()) | st.binary(max_size=2 * BLOCK)
+    sizes = st.builds(lambda n: header("a.npy", n) + bytes(1024), st.integers(0, (1 << 33) - 1))
+
+    def case(data: bytes) -> None:
+        try:
+            for member in walk(memoryview(data)):
+                assert 0 <= member.offset <= member.offset + member.length <= len(data)
+                assert "/" not in member.name
+        except TarError as error:
+            check_sentence(error)
+
+    fuzz(cases, case, allowed | sizes)
+
+
+def fuzz_npy(layout: Layout, cases: int) -> None:
+    import numpy as np
+
+    honest = npy(np.ones((7, 4), np.float16))
+    head = st.builds(
+        lambda d, f, s: f"{{'descr': '{d}', 'fortran_order': {f}, 'shape': {s}, }}".ljust(117).encode() + b"\n",
+        st.sampled_from(["<f2", "<f4", "|O", "<U9", "|V8", "<u2"]),
+        st.booleans(),
+        st.lists(st.integers(-2, 10**12), max_size=3).map(tuple),
+    )
+    built = st.builds(lambda h, body: b"\x93NUMPY\x01\x00" + len(h).to_bytes(2, "little") + h + body, head, st.binary())
+    bent = st.builds(bend, st.just(honest), edits())
+
+    def case(data: bytes) -> None:
+        try:
+            dtype, shape, start = read_header(memoryview(data))
+            assert int(np.prod(shape, dtype=object)) * dtype.itemsize == len(data) - start
+        except NpyError as error:
+            check_sentence(error)
+
+    fuzz(cases, case, bent | built | st.binary(max_size=300))
+
+
+def fuzz_json(layout: Layout, cases: int) -> None:
+    path, honest = layout.path / "fuzzed.json", layout.cache.read_bytes()
+    tree = json.loads(honest)
+    del tree["sha256"]
+    values = st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=9),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+        max_leaves=6,
+    )
+    fields = st.dictionaries(st.sampled_from(sorted(tree)), values, max_size=3)
+    spec = st.dictionaries(st.sampled_from(sorted(tree["spec"])), values, max_size=3)
+    lies = st.builds(lambda f, s: seal({**tree, "spec": {**tree["spec"], **s}, **f}), fields, spec)
+
+    def case(data: bytes) -> None:
+        path.write_bytes(data)
+        try:
+            FeatureSpec.parse(unseal(path).get("spec"), "CACHE.json")
+        except (RecordError, UserError) as error:
+            check_sentence(error)
+
+    fuzz(cases, case, lies | st.builds(bend, st.just(honest), edits()) | st.binary(max_size=200))
+
+
+def fuzz_cache(layout: Layout, cases: int) -> None:
+    """CACHE.json with a whole seal and other values: opening and verifying."""
+    honest = layout.cache.read_bytes()
+    tree = json.loads(honest)
+    del tree["sha256"]
+    odd = (
+        st.none()
+        | st.integers(-(2**70), 2**70)
+        | st.text(max_size=5)
+        | st.just([])
+        | st.just({})
+        | st.floats(-1e300, 1e300)
+    )
+    places = [(a, None) for a in tree] + [(a, b) for a in tree if isinstance(tree[a], dict) for b in tree[a]]
+
+    def case(place: tuple[str, str | None], value: object) -> None:
+        changed = json.loads(json.dumps(tree))
+        if place[1] is None:
+            changed[place[0]] = value
+        else:
+            changed[place[0]][place[1]] = value
+        layout.cache.write_bytes(seal(changed))
+        for read in (verify, lambda path: Cache.open(path).features(0), lambda path: list(lines(describe_cache(path)))):
+            try:
+                read(layout.path)
+            except UserError as error:
+                check_sentence(error)
+
+    try:
+        fuzz(cases, case, st.sampled_from(places), odd)
+    finally:
+        layout.cache.write_bytes(honest)
+
+
+def fuzz_parquet(layout: Layout, cases: int) -> None:
+    path = layout.path / "fuzzed.parquet"
+    files = [(layout.plan, UTTERANCE_SCHEMA), (layout.rows(0), MANIFEST_SCHEMA), (layout.failures, FAILURE_SCHEMA)]
+    honest = [(file.read_bytes(), schema) for file, schema in files]
+
+    def case(which: int, changes: list[Edit]) -> None:
+        data, schema = honest[which]
+        path.write_bytes(bend(data, changes))
+        try:
+            assert read_parquet(path, schema).schema == schema
+        except RecordError as error:
+            check_sentence(error)
+
+    fuzz(cases, case, st.integers(0, 2), edits(3))
+
+
+FUZZERS = {
+    "tar": (fuzz_tar, 150, 35_000),
+    "npy": (fuzz_npy, 150, 35_000),
+    "json": (fuzz_json, 100, 20_000),
+    "parquet": (fuzz_parquet, 80, 8_500),
+    "cache": (fuzz_cache, 40, 1_500),
+}
+
+
+@pytest.mark.parametrize("name", FUZZERS)
+def test_a_bent_file_ends_in_a_result_or_in_a_sentence(layout, name):
+    fuzzer, cases, _ = FUZZERS[name]
+    fuzzer(layout, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUZZERS)
+def test_a_hundred_thousand_bent_files_end_in_a_result_or_in_a_sentence(layout, name, capsys):
+    fuzzer, _, cases = FUZZERS[name]
+    started = time.perf_counter()
+    fuzzer(layout, cases)
+    with capsys.disabled():
+        print(f"\nfuzz {name}: {cases} cases in {time.perf_counter() - started:.0f} s, none but our own errors")
+
+
+def test_a_hundred_thousand_cases_are_meant():
+    assert sum(cases for _, _, cases in FUZZERS.values()) == 100_000
+    assert all(Path(__file__).read_text().count(f"def fuzz_{name}(") == 1 for name in FUZZERS)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_cache import make_cache
+
+from shards.errors import UserError
+from shards.read.cache import Cache
+from shards.read.filters import parse, select
+from shards.stream.iterable_dataset import FeatureStream
+from shards.stream.sampler import Rules
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caches")
+    return [
+        Cache.open(make_cache(folder / "a", n=30, seed=1, shards=4, val_every=5)),
+        Cache.open(make_cache(folder / "b", n=17, seed=2, shards=2, prefix="other")),
+    ]
+
+
+def rows(caches) -> list[dict]:
+    joined = [row for cache in caches for row in cache.manifest.to_pylist()]
+    return [{**row, "duration": row["samples"] / 16000, "text_length": len(row["text"])} for row in joined]
+
+
+FILTERS = [
+    "duration < 0.5",
+    "0.2 <= duration <= 0.6",
+    "split == 'val'",
+    "split != 'val' and frames > 20",
+    "speaker in ['speaker-1', 'speaker-3']",
+    "speaker not in ('speaker-1',)",
+    "text_length > 12 or not (frames >= 10 and split == 'train')",
+    "offset > -1",
+    "key == 'utt-00003'",
+]
+
+
+@pytest.mark.parametrize("text", FILTERS)
+def test_a_filter_selects_what_python_would(caches, text):
+    wanted = [index for index, row in enumerate(rows(caches)) if eval(text, {}, row)]
+    assert select(caches, text).tolist() == wanted
+
+
+def test_an_expression_of_pyarrow_is_a_filter(caches):
+    wanted = [index for index, row in enumerate(rows(caches)) if row["duration"] < 0.5]
+    assert select(caches, pc.field("duration") < 0.5).tolist() == wanted
+
+
+@given(st.sampled_from(FILTERS), st.integers(1, 9), st.integers(1, 3), st.integers(0, 5))
+def test_a_filtered_epoch_holds_every_passing_row_exactly_once(caches, text, size, window, seed):
+    passing = select(caches, text)
+    if len(passing):
+        rules = Rules(batch_size=size, window_shards=window)
+        order = FeatureStream(caches, rules, seed, rows=passing, epochs=1, prefetch=0).order
+        seen = np.concatenate(
+            [batch for batch, _, _ in order.walk(at=FeatureStream(caches, rules, seed)._at, epochs=1)]
+        )
+        assert sorted(seen.tolist()) == passing.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "it is not an expression"),
+        ("duration <", "it is not an expression"),
+        ("lenght > 3", "there is no column 'lenght'"),
+        ("duration", "'duration' compares nothing"),
+        ("1 < 2", "both no column"),
+        ("speaker in 'abc'", "'in' wants a list"),
+        ("__import__('os').system('true') == 0", "both no column"),
+        ("duration < frames.real", "'frames.real' is no column, text or number"),
+        ("duration is 3", "it compares by"),
+        ("duration < [1]", "is no column, text or number"),
+        ("duration < -'a'", "is no column, text or number"),
+        ("(" * 300 + "1", "it is not an expression"),
+    ],
+)
+def test_what_is_no_filter_is_told_in_one_sentence(text, reason):
+    with pytest.raises(UserError, match="is no filter") as told:
+        parse(text)
+    assert reason in str(told.value)
+
+
+def test_a_comparison_of_text_with_a_number_is_told(caches):
+    with pytest.raises(UserError, match="the filter 'speaker < 3' does not fit the manifest of"):
+        select(caches, "speaker < 3")

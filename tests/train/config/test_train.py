@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from shards.config.base import load_config, validate_config
+from shards.errors import UserError
+from train.config.train import TrainConfig
+
+
+def load(**keys):
+    return validate_config(TrainConfig, {"caches": ["a"], **keys}, "the test")
+
+
+def test_an_unknown_key_is_refused_with_the_allowed_ones():
+    with pytest.raises(UserError, match=r"unknown key 'val\.fractoin' .*allowed here: caches, fraction, limit, seed"):
+        load(val={"fractoin": 0.1})
+
+
+def test_caches_must_be_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: 3\n")
+    with pytest.raises(UserError, match="key 'caches' is missing"):
+        load_config(TrainConfig, tmp_path / "c.yaml")
+
+
+def test_one_cache_may_be_written_without_a_list(tmp_path):
+    (tmp_path / "c.yaml").write_text("caches: some/folder\nlr: 1e-3\n")
+    config = load_config(TrainConfig, tmp_path / "c.yaml", ["val.caches=other"])
+    assert (config.caches, config.val.caches, config.lr) == (["some/folder"], ["other"], 1e-3)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.03, 6), (0.5, 100), (7, 7), (0, 0)])
+def test_warmup_is_a_fraction_below_one_and_steps_from_one_on(warmup, steps):
+    assert load(steps=200, warmup=warmup).warmup_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"warmup": 2.5}, "neither whole steps nor a fraction"),
+        ({"min_lr": 1.0}, "is above lr"),
+        ({"patience": 2}, "set eval_every"),
+        ({"name": "latest"}, "choose another name"),
+        ({"name": "../up"}, "pattern"),
+        ({"betas": [0.9, 1.0]}, "must lie in"),
+        ({"steps": 0}, "greater than or equal to 1"),
+        ({"seed": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(keys, said):
+    with pytest.raises(UserError, match=said):
+        load(**keys)
+
+
+def test_a_batch_without_bounds_holds_eight_utterances():
+    assert load().batch.rules().batch_size == 8
+    assert load(batch={"max_frames": 500}).batch.rules().batch_size is None
+
+
+def test_differences_name_the_keys_that_change_a_runs_numbers_and_no_other():
+    one = load(lr=1e-3, projector={"kind": "mlp", "stack": 2})
+    assert one.differences(load(lr=1e-3, projector={"kind": "mlp", "stack": 2}, name="b", eval_every=7)) == []
+    changed = one.differences(load(lr=2e-3, projector={"kind": "mlp", "stack": 4}))
+    assert changed == ["lr: 0.001, not 0.002", "projector.stack: 2, not 4"]
+    kinds = one.differences(load(lr=1e-3, projector={"kind": "residual"}))
+    assert any(line.startswith("projector.kind: mlp, not residual") for line in kinds)

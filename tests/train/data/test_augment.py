@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_cache import make_cache
+
+from shards.stream.sampler import Rules
+from shards.read.cache import Cache
+from shards.stream.iterable_dataset import FeatureStream
+from train.data.loader import augment
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("augment") / "cache"
+    return Cache.open(make_cache(folder, 8, channels=16, min_frames=150, max_frames=300))
+
+
+def utterances(cache: Cache, world: int = 1, seed: int = 3, **keys: float) -> dict[tuple[int, int], np.ndarray]:
+    """(batch, row) -> features [T, C] of two epochs after augmentation; the padding behind must stay zero."""
+    found = {}
+    for rank in range(world):
+        for batch in FeatureStream([cache], Rules(batch_size=3), 0, rank=rank, world=world, epochs=2):
+            stored = batch.features.clone()
+            batch, given = augment(batch, seed, **{"mask_frames": 0.0, "noise": 0.0, **keys}), batch
+            assert torch.equal(given.features, stored)
+            assert not batch.features[~batch.mask()].any()
+            for i, row in enumerate(batch.rows):
+                found[batch.index, row] = batch.features[i, : batch.lengths[i]].numpy().copy()
+    return found
+
+
+def test_without_settings_nothing_changes(cache):
+    for (_, row), features in utterances(cache).items():
+        assert np.array_equal(features, cache.features(row))
+
+
+def test_a_tenth_of_the_frames_is_zero_and_the_others_are_untouched(cache):
+    zero = total = 0
+    for (_, row), features in utterances(cache, mask_frames=0.1).items():
+        silent = ~features.any(1)
+        assert np.array_equal(features[~silent], cache.features(row)[~silent])
+        zero, total = zero + silent.sum(), total + len(silent)
+    assert zero / total == pytest.approx(0.1, abs=0.02)
+
+
+def test_noise_is_as_large_as_told_in_units_of_each_channel(cache):
+    for (_, row), features in utterances(cache, noise=0.2).items():
+        clean = cache.features(row).astype(np.float32)
+        ratio = (features - clean).std(0) / clean.std(0)
+        assert ratio.mean() == pytest.approx(0.2, rel=0.1)
+
+
+@pytest.mark.parametrize("keys", [{"mask_frames": 0.3}, {"noise": 0.1}])
+def test_it_is_the_same_under_any_world_size_and_another_in_each_epoch(cache, keys):
+    one, three = utterances(cache, **keys), utterances(cache, world=3, **keys)
+    assert one.keys() == three.keys()
+    assert all(np.array_equal(one[place], three[place]) for place in one)
+    epochs: dict[int, list[np.ndarray]] = {}
+    for (_, row), features in one.items():
+        epochs.setdefault(row, []).append(features)
+    assert all(len(both) == 2 and not np.array_equal(*both) for both in epochs.values())
+    other = utterances(cache, seed=4, **keys)
+    assert not any(np.array_equal(one[place], other[place]) for place in one)
+
+
+def test_an_utterance_of_one_frame_takes_noise_without_becoming_nan(tmp_path):
+    short = Cache.open(make_cache(tmp_path / "cache", 3, min_frames=1, max_frames=1))
+    assert all(np.isfinite(features).all() for features in utterances(short, noise=0.5).values())

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_cache import make_cache
+from tiny_lm import save_tiny_lm
+from tiny_run import make_config
+
+from train.data.caches import Utterances, open_data
+from train.distributed.group import Group
+from train.evaluation.batches import Reader
+from train.evaluation.embedding_space import look, nearest_tokens
+from train.evaluation.evaluate import evaluate
+from train.evaluation.held_out_loss import text_only_losses
+from train.evaluation.retrieval import make_groups, retrieve
+from train.evaluation.run import evaluate_run
+from train.evaluation.silence import Silence, listen_to_silence
+from train.evaluation.utterance_table import read_utterances
+from train.model.build import build_model
+from train.trainer.trainer import fit
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A cache of 80 utterances, 20 held out, and a tiny frozen LM."""
+    folder = tmp_path_factory.mktemp("measures")
+    cache = make_cache(folder / "cache", 80, val_every=4)
+    return make_config(folder, cache, f"path:{save_tiny_lm(folder / 'lm')}", retrieval_limit=20)
+
+
+@pytest.fixture(scope="module")
+def held_out(config) -> Utterances:
+    return open_data(config).held_out
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return build_model(config, 8, torch.device("cpu"), torch.float32).eval()
+
+
+@pytest.fixture
+def reader(held_out) -> Reader:
+    return Reader(held_out, 5, None, lambda: False, Group())
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return fit(config)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():  # as an evaluation does; the run above trains before it
+        yield
+
+
+def summary_of(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_silence_is_judged_as_if_every_utterance_were_its_frames_of_it(config, held_out, model):
+    result = evaluate(model, held_out, decode=0, whole=True, max_new_tokens=4)
+    silence = np.zeros((1, 8), np.float32)
+    assert result.more["silence"].startswith("zeros: ")  # the tiny cache's encoder exists nowhere
+    nats, tokens = 0.0, 0
+    for text, frames in zip(*held_out.columns("text", "frames").values(), strict=True):
+        features = torch.from_numpy(np.repeat(silence, frames, 0))[None]
+        out = model.nats(features, torch.ones(1, frames, dtype=torch.bool), [text])
+        nats, tokens = nats + float(out.nats.sum()), tokens + int(out.tokens.sum())
+    assert result.more["val_loss_silent"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert result.more["silent_gain"] == pytest.approx(nats / tokens - result.val_loss, rel=1e-4)
+
+
+def test_silence_longer_than_was_encoded_is_heard_again(model):
+    silence = Silence(np.arange(6, dtype=np.float32).reshape(3, 2), "test")
+    assert silence.audio(2).tolist() == [[0, 1], [2, 3]]
+    assert silence.audio(4).tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
+
+
+def test_text_alone_is_the_language_model_without_any_soft_token(model, reader):
+    found = text_only_losses(model, reader)
+    hf = model.lm.model
+    for index, text in enumerate(reader.texts):
+        ids = model.prompt.target(text)
+        read = torch.tensor([[model.lm.tokenizer.bos, *ids]])
+        logits = hf(input_ids=read).logits[0, :-1].float()
+        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+        assert found.nats[index] == pytest.approx(float(wanted), rel=1e-4)
+    assert found.tokens.tolist() == [len(model.prompt.target(text)) for text in reader.texts]
+
+
+def test_the_share_of_silent_inputs_with_words_is_counted(model, reader, monkeypatch):
+    said = ["go left", "", " … ", "no"]
+    monkeypatch.setattr(type(model), "generate", lambda self, features, mask, most: [said[len(mask) % 4]] * len(mask))
+    found = listen_to_silence(model, reader, Silence(np.zeros((1, 8), np.float32), "test"), 4)
+    lengths = min(16, len(set(reader.frames)))
+    batches = [5] * (lengths // 5) + [lengths % 5] * bool(lengths % 5)
+    spoken = sum(size for size in batches if said[size % 4].isascii() and said[size % 4])
+    assert found.inputs == lengths
+    assert found.rate == pytest.approx(spoken / lengths)
+
+
+def test_groups_hold_sixteen_texts_that_differ_with_audio_of_like_length():
+    texts = [f"text {i % 40}" for i in range(60)]
+    frames = [(7 * i) % 60 for i in range(60)]
+    groups = make_groups(texts, frames, range(60))
+    assert [len(group) for group in groups] == [16, 16]
+    for group in groups:
+        assert len({texts[i] for i in group}) == 16
+    ordered = [frames[i] for group in groups for i in group]
+    assert ordered == sorted(ordered)
+    assert make_groups(["a", "a"], [1, 2], range(2)) == []
+    assert [len(group) for group in make_groups(["a", "b", "a"], [1, 2, 3], range(3))] == [2]
+
+
+class Oracle(torch.nn.Module):
+    """A stand-in for the LM's judgement: a text costs the distance between its length and the audio's frames."""
+
+    def __init__(self, model, frames_of):
+        super().__init__()
+        self.prompt, self.lm, self.soft_tokens = model.prompt, model.lm, model.soft_tokens
+        self.frames_of = frames_of
+
+    def candidates(self, features, mask, texts):
+        return torch.tensor([float(self.frames_of[text] != int(mask.sum())) for text in texts])
+
+
+def test_a_model_that_knows_the_pairs_finds_all_and_a_deaf_one_finds_one_in_a_group(model, tmp_path):
+    cache = make_cache(tmp_path / "cache", 60, min_frames=1, max_frames=900, seed=2)
+    utterances = open_data(make_config(tmp_path, cache, "", val={"fraction": 0.9})).held_out
+    reader = Reader(utterances, 5, None, lambda: False, Group())
+    frames = {}  # one utterance a text and a length
+    for index, text in enumerate(reader.texts):
+        if reader.frames[index] not in frames.values():
+            frames.setdefault(text, reader.frames[index])
+    chosen = [i for i, text in enumerate(reader.texts) if frames.get(text) == reader.frames[i]]
+    found = retrieve(Oracle(model, frames), reader, chosen)
+    assert found.candidates == 16
+    assert (found.by_likelihood.mean, found.audio_by_likelihood.mean) == (1, 1)
+    deaf = retrieve(Oracle(model, dict.fromkeys(frames, 0)), reader, chosen)
+    assert deaf.audio_by_likelihood.mean == pytest.approx(1 / 16)
+    assert found.figures()["chance"] == 1 / 16
+
+
+def test_retrieval_with_few_frames_at_a_time_finds_the_same(model, held_out):
+    narrow, wide = (Reader(held_out, 5, most, lambda: False, Group()) for most in (100, None))
+    for reader in (narrow, wide):
+        reader.found = retrieve(model, reader, range(20))
+    assert narrow.found == wide.found
+
+
+@pytest.mark.parametrize("template", ["plain", "slam"])
+def test_candidates_after_one_audio_cost_what_they_cost_alone(config, held_out, template):
+    options = config.model_copy(update={"prompt": config.prompt.model_copy(update={"template": template})})
+    model = build_model(options, 8, torch.device("cpu"), torch.float32).eval()
+    features = torch.from_numpy(held_out.features(0)[None].copy())
+    mask = torch.ones(features.shape[:2], dtype=torch.bool)
+    texts = ["one", "", "turn left at the red light", "x"]
+    together = model.candidates(features, mask, texts)
+    alone = [float(model.nats(features, mask, [text]).nats[0]) for text in texts]
+    assert together.tolist() == pytest.approx(alone, rel=1e-4)
+    assert model.candidates(features, mask, [""]).tolist() == pytest.approx(alone[1:2], rel=1e-4)
+
+
+def test_the_nearest_tokens_of_embeddings_are_their_own_tokens(model):
+    ids = torch.tensor([40, 7, 200])
+    nearest = nearest_tokens(model, 3 * model.lm.embed(ids))
+    assert [text for text, _ in nearest] == [model.lm.tokenizer.decode([i]) for i in ids.tolist()]
+    assert [cosine for _, cosine in nearest] == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+def test_the_plane_is_that_of_the_two_main_components(model, reader):
+    tree = look(model, reader)
+    plane = tree["plane"]
+    points = np.array(
+        [[x, y] for x, y, _ in plane["vocabulary"]] + [p for u in plane["utterances"] for p in u["points"]]
+    )
+    assert np.abs(points.mean(0)).max() < 1e-3  # centred
+    assert abs(np.corrcoef(points.T)[0, 1]) < 1e-3  # components do not correlate
+    assert points[:, 0].var() >= points[:, 1].var()
+    assert 0 < plane["explained"][1] <= plane["explained"][0] <= 1
+    assert len(plane["utterances"]) == 8
+    frames = [each["frames"] for each in plane["utterances"]]
+    assert frames[0] == min(reader.frames)
+    assert frames[-1] == max(reader.frames)
+    assert len(tree["tokens"]) == 4
+    assert look(model, reader) == tree
+
+
+def test_a_finished_run_holds_every_figure_with_its_interval(run):
+    summary = summary_of(run)
+    for name in ("val_loss", "audio_gain", "silent_gain", "text_only_gain", "wer", "cer"):
+        low, high = summary["intervals"][name]
+        assert low <= summary[name] <= high, name
+    assert summary["word_edits"].keys() == {"length", "insertions", "deletions", "substitutions"}
+    errors = sum(summary["word_edits"].values()) - summary["word_edits"]["length"]
+    assert summary["wer"] == errors / summary["word_edits"]["length"]
+    assert 0 <= summary["hallucination_rate"] <= 1
+    assert summary["retrieval"]["candidates"] == 16
+    assert (run / "space.json").is_file()
+
+
+def test_the_counts_of_the_utterances_add_up_to_the_figures(run):
+    summary, table = summary_of(run), read_utterances(run)
+    assert len(table) == summary["n_val"] == 20
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    tokens = columns["tokens"].sum()
+    for column, figure in (
+        ("nats", "val_loss"),
+        ("nats_shuffled", "val_loss_shuffled"),
+        ("nats_silent", "val_loss_silent"),
+        ("nats_text_only", "val_loss_text_only"),
+    ):
+        assert columns[column].sum() / tokens == pytest.approx(summary[figure])
+    assert sum(text is not None for text in table["hypothesis"].to_pylist()) == summary["n_decoded"] == 3
+    assert np.nansum(columns["words"]) == summary["word_edits"]["length"]
+    assert all(heard != key for heard, key in zip(columns["heard"], columns["key"], strict=True))
+
+
+def test_another_corpus_is_judged_whole_into_a_folder_of_its_own(run, config, tmp_path):
+    before = read_utterances(run)
+    other = make_cache(tmp_path / "other", 18, seed=3)
+    figures = evaluate_run(run, config, str(other))
+    assert figures["retrieval"]["utterances"] >= 16
+    (folder,) = (run / "judged").iterdir()
+    assert len(read_utterances(folder)) == figures["n_val"] == 18
+    assert json.loads((folder / "figures.json").read_text())["val_loss"] == figures["val_loss"]
+    assert f"{figures['val_loss']:.3f}" in (run / "report.html").read_text()
+    assert (folder / "space.json").is_file()
+    assert read_utterances(run).equals(before)
+
+
+def test_nanochat_is_judged_whole_with_its_soft_tokens_as_it_takes_them_in(config, held_out):
+    options = config.model_copy(update={"lm": config.lm.model_copy(update={"model": "nanochat:d1"})})
+    nanochat = build_model(options, 8, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        nanochat.lm.gpt.lm_head.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+    result = evaluate(nanochat, held_out, decode=0, max_new_tokens=4, whole=True, retrieval=16)
+    assert result.more["retrieval"]["candidates"] == 16
+    assert result.more["val_loss_text_only"] != result.val_loss
+    soft = torch.randn(3, nanochat.lm.width)
+    assert nanochat.lm.enter(soft).square().mean(-1).tolist() == pytest.approx([1, 1, 1], rel=1e-3)
+    assert nearest_tokens(nanochat, nanochat.lm.enter(nanochat.lm.embed(torch.tensor([5]))))[0][1] == pytest.approx(1)
+
+
+def test_an_evaluation_on_the_way_leaves_the_costly_figures_out(model, held_out):
+    result = evaluate(model, held_out, decode=0)
+    assert result.space is None
+    assert not {"val_loss_silent", "retrieval", "hallucination_rate"} & result.figures().keys()

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from tiny_lm import save_tiny_tokenizer
+from transformers import AutoTokenizer
+
+from shards.errors import UserError
+from train.config.model import PromptConfig
+from train.lms.hf.model import HfTokenizer
+from train.lms.nanochat.model import ByteTokenizer
+from train.model.prompt import Prompt
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tiny_tokenizer(folder)
+    return HfTokenizer(AutoTokenizer.from_pretrained(folder), "tiny")
+
+
+def words(prompt, tokenizer):
+    return tokenizer.decode(prompt.before), tokenizer.decode(prompt.after)
+
+
+def test_plain_is_audio_and_then_the_text(tokenizer):
+    prompt = Prompt(PromptConfig(), tokenizer)
+    assert (prompt.before, prompt.after) == ([], [])
+    assert prompt.target("six") == [*tokenizer.encode("six"), tokenizer.eos]
+
+
+def test_slam_is_its_template(tokenizer):
+    prompt = Prompt(PromptConfig(template="slam", instruction="Write it down."), tokenizer)
+    assert words(prompt, tokenizer) == ("", " USER: Write it down. ASSISTANT: ")
+
+
+def test_chat_puts_the_audio_in_the_user_turn_with_the_models_own_special_tokens(tokenizer):
+    prompt = Prompt(PromptConfig(template="chat", instruction="Write."), tokenizer)
+    assert prompt.text == "<|im_start|>user\nWrite.\n<|audio|><|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.before == [1, *tokenizer.encode("user\nWrite.\n")]
+    assert prompt.after == [2, *tokenizer.encode("\n"), 1, *tokenizer.encode("assistant\n")]
+
+
+def test_chat_without_an_instruction_is_the_audio_alone(tokenizer):
+    prompt = Prompt(PromptConfig(template="chat", instruction=""), tokenizer)
+    assert prompt.text.startswith("<|im_start|>user\n<|audio|><|im_end|>")
+
+
+def test_your_own_string_is_split_at_the_mark(tokenizer):
+    prompt = Prompt(PromptConfig(template="Q: {instruction} <|audio|> A:", instruction="What?"), tokenizer)
+    assert words(prompt, tokenizer) == ("Q: What? ", " A:")
+
+
+@pytest.mark.parametrize("template", ["no mark", "<|audio|> and <|audio|>", "Plain"])
+def test_a_template_without_exactly_one_mark_is_refused(template, tokenizer):
+    with pytest.raises(UserError, match="must hold it once"):
+        Prompt(PromptConfig(template=template), tokenizer)
+
+
+def test_an_instruction_with_the_mark_is_refused(tokenizer):
+    with pytest.raises(UserError, match="2 times"):
+        Prompt(PromptConfig(template="slam", instruction="Write <|audio|>."), tokenizer)
+
+
+def test_chat_needs_a_chat_template(tmp_path):
+    save_tiny_tokenizer(tmp_path, chat=False)
+    for tokenizer in (HfTokenizer(AutoTokenizer.from_pretrained(tmp_path), "tiny"), ByteTokenizer()):
+        with pytest.raises(UserError, match="no chat template"):
+            Prompt(PromptConfig(template="chat"), tokenizer)
+
+
+def test_a_text_is_tokenised_once_and_its_ids_cannot_be_spoilt(tokenizer):
+    calls = []
+
+    class Counting(ByteTokenizer):
+        def encode(self, text, special=False):
+            calls.append(text)
+            return super().encode(text, special)
+
+    prompt = Prompt(PromptConfig(), Counting())
+    prompt.target("six").append(99)
+    assert prompt.target("six") == [*b"six", 256]
+    assert calls == ["six"]
+
+
+def test_bytes_know_a_written_bos_in_the_template():
+    prompt = Prompt(PromptConfig(template="<|audio|><|bos|>"), ByteTokenizer())
+    assert prompt.after == [256]
+
+
+def test_options_and_prompt_are_imported_without_torch():
+    code = "import sys, train.config.model, train.model.prompt; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,191 @@
+"""Reports in a real browser: headless Chromium opens a run's page and a sweep's, on a desk, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from browser import Browser, find_browser
+from extraction import only_cache, run, words
+from tiny_lm import save_tiny_lm
+from tiny_run import make_config
+
+from train.evaluation.run import evaluate_run
+from train.report import experiments, write_report, write_sweep_report
+from train.trainer.trainer import fit
+
+pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path (Debian: apt install chromium)")
+
+CONTRAST = """
+(() => {
+  const number = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = number(getComputedStyle(at).backgroundColor);
+      if (colour.length == 3 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
+  const poor = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const style = getComputedStyle(element);
+    const says = [...element.childNodes].some(node => node.nodeType == 3 && node.textContent.trim());
+    const inside = element.closest("svg");
+    let wanted = 0, colour = "";
+    if (says && element.tagName != "title") { wanted = 4.5; colour = inside ? style.fill : style.color; }
+    if (element.matches(".curve:not(.faint)")) { wanted = 3; colour = style.stroke; }
+    if (element.matches(".mark:not(.word)")) { wanted = 3; colour = style.fill; }
+    if (wanted && ratio(number(colour), behind(element)) < wanted)
+      poor.push([element.tagName, element.getAttribute("class"), colour, behind(element).join()].join(" "));
+  }
+  return [...new Set(poor)];
+})()
+"""
+
+PICTURES = """
+[...document.querySelectorAll("svg, img, canvas")].map(picture => {
+  const box = picture.getBoundingClientRect();
+  const marks = picture.querySelectorAll("polyline, circle, polygon, line").length;
+  return {width: box.width, height: box.height, marks};
+})
+"""
+
+SOUNDS = """
+Promise.all([...document.querySelectorAll("audio")].map(audio => new Promise(done => {
+  if (audio.readyState) done(audio.duration);
+  audio.onloadedmetadata = () => done(audio.duration);
+  audio.onerror = () => done(-1);
+})))
+"""
+
+TOO_WIDE = """
+[...document.querySelectorAll("main *:not(pre *)")].filter(element => !element.closest("svg") &&
+  element.getBoundingClientRect().right > 360.5).map(element => element.outerHTML.slice(0, 200))
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, whisper, corpus):
+    """Two experiments over features of real audio files, one of them judged by name of the cache as well."""
+    folder = tmp_path_factory.mktemp("report")
+    assert run(words(folder / "caches", corpus, whisper, "source.val_fraction=0.5")) == 0
+    cache = only_cache(folder / "caches")
+    lm = save_tiny_lm(folder / "lm")
+    runs = folder / "sweep"
+    for name, rate in (("slow", 1e-3), ("fast", 1e-2)):
+        config = make_config(folder, cache, f"path:{lm}", name=name, runs=str(runs), lr=rate, eval_every=4)
+        last = fit(config)
+    evaluate_run(last, config, str(cache))
+    (runs / "sweep.json").write_text(json.dumps({"experiments": [{"name": "slow"}, {"name": "fast"}]}))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def pages(sweep):
+    return [write_report(sweep / "fast"), write_sweep_report(sweep)]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = find_browser()
+    assert program is not None
+    with Browser(program, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+def test_pages_load_nothing_and_raise_no_complaint(browser, pages):
+    for page in pages:
+        browser.open(page)
+        assert browser.complaints() == []
+        assert [url for url in browser.requested() if not url.startswith(("data:", page.resolve().as_uri()))] == []
+
+
+def test_every_picture_is_there_with_marks_in_it(browser, pages):
+    for page, least in zip(pages, (6, 4), strict=True):
+        browser.open(page)
+        browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
+        pictures = browser.run(PICTURES)
+        assert sum(picture["width"] > 300 for picture in pictures) >= least
+        assert all(p["width"] > 0 and p["height"] > 0 and p["marks"] > 0 for p in pictures)
+
+
+def test_recordings_can_be_played(browser, pages):
+    for page in pages:
+        browser.open(page)
+        seconds = browser.run(SOUNDS)
+        assert len(seconds) >= 3
+        assert all(0.1 < each < 3 for each in seconds)
+
+
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser, pages):
+    for page in pages:
+        browser.open(page, width=360, height=740)
+        browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert browser.run("document.documentElement.scrollWidth") == 360
+        assert browser.run(TOO_WIDE) == []
+
+
+LONG = "linear-stack5-norm-rms-hidden1024-lr0.002-seed0-mask_frames0.1-ema0.999"
+
+NAMES = """
+[...document.querySelectorAll("td:first-child")].filter(cell => cell.textContent.startsWith("linear-")).map(cell => {
+  const range = document.createRange();
+  const text = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+  const words = [], tops = new Set();
+  for (let node = text.nextNode(); node; node = text.nextNode())
+    for (const word of node.textContent.matchAll(/[A-Za-z0-9]+/g)) {
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      words.push(range.getClientRects().length);
+      tops.add(Math.round(range.getBoundingClientRect().top));
+    }
+  return {height: cell.getBoundingClientRect().height / parseFloat(getComputedStyle(cell).lineHeight),
+          lines: tops.size, broken: words.filter(pieces => pieces > 1).length};
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def long_names(sweep, tmp_path_factory):
+    """The sweep's page, with one of the experiments under the name that a grid gives."""
+    folder = tmp_path_factory.mktemp("long") / "sweep"
+    for name, source in (("slow", "slow"), (LONG, "fast")):
+        shutil.copytree(sweep / source, folder / name)
+    (folder / "sweep.json").write_text(json.dumps({"experiments": [{"name": "slow"}, {"name": LONG}]}))
+    return write_sweep_report(folder)
+
+
+@pytest.mark.parametrize(("width", "most"), [(390, 3), (700, 5), (1000, 5)])
+def test_a_long_name_breaks_between_its_words_into_few_lines(browser, long_names, width, most):
+    browser.open(long_names, width=width)
+    assert browser.run("document.documentElement.scrollWidth") == width
+    cells = browser.run(NAMES)
+    assert len(cells) >= 3
+    assert all(cell["broken"] == 0 for cell in cells)
+    assert max(cell["lines"] for cell in cells) <= most
+    if width == 390:
+        assert max(cell["height"] for cell in cells) <= most + 0.5  # with the cell's padding
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_curves_stand_out_from_the_paper(browser, pages, scheme):
+    for page in pages:
+        browser.open(page, scheme=scheme)
+        paper = [int(v) for v in re.findall(r"\d+", browser.run("getComputedStyle(document.body).backgroundColor"))]
+        assert (sum(paper[:3]) / 3 < 60) == (scheme == "dark")
+        assert browser.run(CONTRAST) == []
+
+
+def test_silence_of_a_real_cache_is_its_encoders_own(sweep):
+    summary = json.loads((sweep / "fast" / "summary.json").read_text())
+    assert summary["silence"] == "digital silence through the encoder"
+
+
+def test_experiments_stand_in_the_order_of_the_sweep(sweep):
+    assert [folder.name for folder in experiments(sweep)] == ["slow", "fast"]

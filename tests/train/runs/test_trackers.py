@@ -1,0 +1,120 @@
+"""Figures beside metrics.jsonl: wandb offline and TensorBoard, as the libraries themselves write and read them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tiny_run import forget_after
+from tiny_cache import make_cache
+from tiny_run import losses, make_config
+
+from shards.errors import UserError
+from train.runs import trackers as outlets
+from train.config.train import TrainConfig
+from train.trainer.trainer import fit
+from train.runs.trackers import Outlets, project_of, require_trackers
+
+KEYS = {"checkpoint_every": 4, "eval_every": 4, "decode_samples": 0}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("outlets") / "cache", 12, val_every=4)
+
+
+def test_tensorboard_has_every_step_once_also_after_a_resume(tmp_path, cache):
+    pytest.importorskip("tensorboard")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make_config(tmp_path, cache, "nanochat:d1", **KEYS, trackers=["tensorboard"])
+    run = fit(config)
+    forget_after(run, 4)
+    fit(config, run)
+    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    assert [event.step for event in scalars] == list(range(1, 9))
+    assert [event.value for event in scalars] == pytest.approx(losses(run), rel=1e-6)
+    held_out = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    gains = {event.step: event.value for event in events.Scalars("held_out/audio_gain")}
+    assert gains == pytest.approx({line["step"]: line["audio_gain"] for line in held_out}, rel=1e-5)
+
+
+def test_wandb_works_offline_and_a_resumed_run_goes_on_under_its_id(tmp_path, cache, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = make_config(tmp_path, cache, "nanochat:d1", **KEYS, trackers=["wandb"])
+    run = fit(config)
+    identity = (run / "wandb-id").read_text()
+    (first,) = (run / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb")
+    written = first.read_bytes()
+    for name in (b"nanochat-omni-audio", b"train/loss", b"held_out/val_loss", b"lm.model"):
+        assert name in written
+    shutil.rmtree(run / "wandb")
+    forget_after(run, 4)
+    fit(config, run)
+    (second,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    assert second.name == f"run-{identity}.wandb"
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_an_outlet_that_fails_in_a_run_is_told_and_the_run_and_the_others_go_on(tmp_path, cache, monkeypatch, capsys):
+    class Fake:
+        def __init__(self, name, breaks):
+            self.name, self.breaks, self.steps = name, breaks, []
+
+        def log(self, figures, step):
+            if step == self.breaks:
+                raise ConnectionError("the network\nis gone")
+            self.steps.append((step, sorted(figures)))
+
+        def close(self):
+            self.steps.append("closed")
+
+    bad, good = Fake("wandb", 3), Fake("tensorboard", None)
+    monkeypatch.setattr(outlets, "require_trackers", lambda config: None)
+    monkeypatch.setattr("train.trainer.trainer.require_trackers", lambda config: None)
+    monkeypatch.setattr("train.trainer.trainer.open_outlets", lambda *_: Outlets([bad, good]))
+    run = fit(make_config(tmp_path, cache, "nanochat:d1", eval_every=0, trackers=["wandb", "tensorboard"]))
+    assert len(losses(run)) == 8
+    assert [step for step, _ in bad.steps] == [1, 2]
+    assert [step for step, _ in good.steps[:-1]] == list(range(1, 9))
+    assert {"train/loss", "train/lr", "train/grad_norm"} <= set(good.steps[0][1])
+    assert "train/step" not in good.steps[0][1]
+    assert good.steps[-1] == "closed"
+    told = capsys.readouterr().err
+    assert told.count("note: wandb failed (ConnectionError: the network is gone)") == 1
+
+
+def test_a_library_that_is_not_installed_is_told_before_a_folder_is_made(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(outlets.importlib.util, "find_spec", lambda name: None)
+    for name in ("wandb", "tensorboard"):
+        config = make_config(tmp_path, cache, "nanochat:d1", trackers=[name])
+        with pytest.raises(UserError, match=f"{name}, which is not installed: pip install {name}"):
+            fit(config)
+    assert not (tmp_path / "runs").exists()
+    require_trackers(make_config(tmp_path, cache, "nanochat:d1"))
+
+
+def test_an_outlet_that_does_not_start_says_how_to_go_on(tmp_path, cache, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(outlets, "require_trackers", lambda config: None)
+    monkeypatch.setattr("train.trainer.trainer.require_trackers", lambda config: None)
+    monkeypatch.setattr(outlets, "Wandb", fails)
+    config = make_config(tmp_path, cache, "nanochat:d1", eval_every=0, trackers=["wandb"])
+    with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline.*--resume .* 'trackers=\[\]'"):
+        fit(config)
+    run = tmp_path / "runs" / "run"
+    assert len(losses(fit(config.model_copy(update={"trackers": []}), run))) == 8
+
+
+def test_the_project_of_a_nanochat_run_is_the_nanochat_omni_audio_one():
+    def project(**keys):
+        return project_of(TrainConfig.model_validate({"caches": "a", **keys}))
+
+    assert project(lm={"model": "nanochat:d6"}) == "nanochat-omni-audio"
+    assert project() == "earshard"
+    assert project(wandb_project="mine", lm={"model": "nanochat:d6"}) == "mine"

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file
+from tiny_cache import make_cache
+from tiny_lm import save_tiny_lm
+from tiny_run import losses, make_config
+from torch import nn
+
+from train.runs.metrics_log import read_lines
+from train.trainer.early_stopping import Patience
+from train.trainer.trainer import fit
+
+
+def test_the_best_weights_are_kept_and_two_worse_evaluations_end_it():
+    parameter = nn.Parameter(torch.zeros(1))
+    patience = Patience(2)
+    for step, loss in enumerate([3.0, 2.0, 2.5, 1.9, 1.9, 2.0]):
+        assert not patience.ended
+        parameter.data.fill_(step)
+        patience.judge(loss, step, {"p": parameter})
+    assert patience.ended
+    assert (patience.loss, patience.step, patience.best["p"].item()) == (1.9, 3, 3)
+
+
+def test_without_patience_nothing_is_kept():
+    patience = Patience(None)
+    for loss in (1.0, 2.0, 3.0):
+        patience.judge(loss, 1, {"p": nn.Parameter(torch.zeros(1))})
+    assert not patience.ended
+    assert not patience.best
+
+
+def test_a_run_that_gets_worse_ends_early_with_its_best_weights_and_so_does_its_resumption(tmp_path):
+    cache, lm = make_cache(tmp_path / "cache", 12, val_every=4), f"path:{save_tiny_lm(tmp_path / 'lm')}"
+    keys = {"steps": 200, "lr": 0.3, "schedule": "constant", "eval_every": 2, "patience": 2, "checkpoint_every": 3}
+    config = make_config(tmp_path, cache, lm, **keys, warmup=0, decode_limit=1, decode_samples=0)
+    run = fit(config)
+    summary = json.loads((run / "summary.json").read_text())
+    steps, best = summary["steps"], summary["best_step"]
+    assert steps == len(losses(run)) == best + 4 < 200
+    judged = {line["step"]: line["val_loss"] for line in read_lines(run / "evaluations.jsonl")}
+    assert judged[steps] == summary["val_loss"] == judged[best] == min(judged.values())
+
+    resumed = tmp_path / "runs" / "resumed"
+    shutil.copytree(run, resumed)
+    (resumed / "checkpoints" / f"step-{steps:06d}.safetensors").unlink()
+    (resumed / "summary.json").unlink()
+    fit(config.model_copy(update={"name": "resumed"}), resumed)
+    one, two = (load_file(each / "projector.safetensors") for each in (run, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert losses(resumed) == losses(run)

@@ -1,0 +1,105 @@
+"""This rank's batches of a run: a ``FeatureStream`` over its caches, with the channels of all its layers.
+
+In: settings and opened data. Out: what a training loop iterates and a checkpoint remembers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from shards.stream.batch import Batch
+import hashlib
+import torch
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from shards.stream.batch import Batch
+from shards.stream.iterable_dataset import FeatureStream
+from train.config.train import TrainConfig
+from train.data.caches import Data
+from train.distributed.device import choose_device
+from train.distributed.group import Group
+from train.data.layers import Layers
+
+AHEAD = 2  # batches whose further layers are read while the loop works
+
+
+class LayeredStream:
+    """A ``FeatureStream`` over the first caches whose batches carry all layers; iterate it once.
+
+    A thread reads the further layers ahead. The state is that of the last batch taken.
+    """
+
+    def __init__(self, stream: FeatureStream, layers: Layers) -> None:
+        self.stream, self.layers = stream, layers
+        self._state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``FeatureStream.state_dict``."""
+        return self.stream.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As ``FeatureStream.load_state_dict``."""
+        self.stream.load_state_dict(state)
+        self._state = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.stream)
+        executor = ThreadPoolExecutor(1, thread_name_prefix="earshard-layers")
+
+        def read() -> Batch | None:
+            batch = next(batches, None)
+            return None if batch is None else self.layers.widen(batch)
+
+        waiting: deque[Future[Batch | None]] = deque(executor.submit(read) for _ in range(AHEAD))
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(executor.submit(read))
+                self._state = batch.state
+                yield batch
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)  # first: a generator cannot end while it runs
+            batches.close()  # type: ignore[attr-defined]
+
+
+Stream = FeatureStream | LayeredStream
+
+
+def open_stream(config: TrainConfig, data: Data, group: Group) -> Stream:
+    """This rank's batches of a run, with all layers of it."""
+    stream = FeatureStream(
+        data.caches,
+        config.batch.rules(),
+        config.order_seed,
+        rows=data.train_rows,
+        rank=group.rank,
+        world=group.world,
+        pinned=data.layers is None and choose_device(config.device).type == "cuda",
+    )
+    return stream if data.layers is None else LayeredStream(stream, data.layers)
+
+
+def augment(batch: Batch, seed: int, mask_frames: float, noise: float) -> Batch:
+    """``batch`` with each frame set to zero with probability ``mask_frames``, after adding ``noise``.
+
+    ``noise`` is the standard deviation in units of each channel's own over the utterance: a few channels of a speech
+    encoder are a hundred times as large as the others. What is changed is a copy.
+    """
+    if not (mask_frames or noise):
+        return batch
+    batch = replace(batch, features=batch.features.clone())
+    for features, frames, row in zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True):
+        generator = torch.Generator().manual_seed(_seed(seed, batch.index, row))
+        own = features[:frames]
+        if noise and frames > 1:
+            drawn = torch.randn(own.shape, generator=generator)
+            own += (noise * own.float().std(0, unbiased=False) * drawn).to(own.dtype)
+        if mask_frames:
+            own[torch.rand(frames, generator=generator) < mask_frames] = 0
+    return batch
+
+
+def _seed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:8], "big") >> 1

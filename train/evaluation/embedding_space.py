@@ -1,0 +1,112 @@
+"""Where soft tokens lie among the language model's embeddings: nearest vocabulary tokens, and a plane to look at.
+
+In: a model and a few held-out utterances. Out: ``space.json`` in the run's folder, which the report draws:
+
+    {"tokens": [{"key", "reference", "nearest": [[text, cosine], …]}, …],
+     "plane": {"explained": [share, share], "vocabulary": [[x, y, text], …],
+               "utterances": [{"key", "reference", "frames", "points": [[x, y], …]}, …]}}
+
+The nearest token of a soft token is the one of the highest cosine. The plane is that of the two main components (PCA)
+of the soft tokens and of as many vocabulary embeddings together: the tokens of the utterances' texts, then others drawn
+by a seed. Its data is a picture, not a measure: two components hold a part of the variance, which ``explained`` tells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shards.files import atomic_write, told
+from train.data.caches import pad
+from train.evaluation.batches import Reader
+from train.model.audio_lm import AudioLM
+from train.runs.folder import SPACE
+
+SHOWN = 8  # utterances on the plane: as many as have colours of their own
+NEAREST = 4  # utterances with their nearest tokens
+_ROWS = 8192  # rows of the vocabulary embedded at a time
+_MOST = 60  # soft tokens of an utterance on the plane
+
+
+def look(model: AudioLM, reader: Reader, seed: int = 0) -> dict[str, Any]:
+    """The tree of ``space.json``; the utterances are spread evenly over the lengths. Every rank does all of it."""
+    order = sorted(range(len(reader)), key=lambda index: (reader.frames[index], index))
+    places = np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int)
+    chosen = [order[place] for place in dict.fromkeys(places.tolist())]
+    soft = [_soft(model, reader, index) for index in chosen]
+    step = max(1, len(chosen) // NEAREST)
+    return {
+        "tokens": [
+            {"key": reader.keys[index], "reference": reader.texts[index], "nearest": nearest_tokens(model, rows)}
+            for index, rows in list(zip(chosen, soft, strict=True))[::step][:NEAREST]
+        ],
+        "plane": _plane(model, reader, chosen, soft, seed),
+    }
+
+
+def nearest_tokens(model: AudioLM, soft: Tensor) -> list[tuple[str, float]]:
+    """Of each row of ``soft`` [S, D] the vocabulary token with the highest cosine, and that cosine."""
+    directions = F.normalize(soft.float(), dim=-1)
+    best = torch.full((len(soft),), -2.0)
+    chosen = torch.zeros(len(soft), dtype=torch.int64)
+    for start in range(0, model.lm.vocabulary, _ROWS):
+        ids = torch.arange(start, min(start + _ROWS, model.lm.vocabulary), device=model.lm.device)
+        rows = F.normalize(model.lm.embed(ids).float(), dim=-1)
+        cosine, index = (directions @ rows.T).max(1)
+        better = cosine.cpu() > best
+        best = torch.where(better, cosine.cpu(), best)
+        chosen = torch.where(better, index.cpu() + start, chosen)
+    texts = [model.lm.tokenizer.decode([token]) for token in chosen.tolist()]
+    return [(text, round(cosine, 4)) for text, cosine in zip(texts, best.tolist(), strict=True)]
+
+
+def write_space(folder: Path, tree: dict[str, Any]) -> None:
+    """``space.json`` in ``folder``, at once."""
+    path = folder / SPACE
+    with told("writing the picture of the soft tokens", path):
+        atomic_write(path, json.dumps(tree, ensure_ascii=False).encode(), str(os.getpid()))
+
+
+def _soft(model: AudioLM, reader: Reader, index: int) -> Tensor:
+    """[S, D] soft tokens of one utterance, as the LM takes them in."""
+    soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
+    return model.lm.enter(soft[mask])
+
+
+def _plane(model: AudioLM, reader: Reader, chosen: Sequence[int], soft: Sequence[Tensor], seed: int) -> dict[str, Any]:
+    """PCA of the soft tokens and as many vocabulary embeddings, in float64."""
+    thinned = [rows[np.linspace(0, len(rows) - 1, min(_MOST, len(rows))).astype(int)] for rows in soft]
+    ids = _vocabulary(model, [reader.texts[index] for index in chosen], sum(map(len, thinned)), seed)
+    words = model.lm.embed(torch.tensor(ids, device=model.lm.device))
+    cloud = torch.cat([*thinned, words]).double().cpu()
+    cloud = cloud - cloud.mean(0)
+    _, scales, axes = torch.linalg.svd(cloud, full_matrices=False)
+    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()  # a sign is arbitrary: fix it
+    variances = scales.square() / scales.square().sum()
+    points = [[round(x, 4), round(y, 4)] for x, y in (cloud @ axes.T).tolist()]
+    utterances, start = [], 0
+    for index, rows in zip(chosen, thinned, strict=True):
+        place = {"key": reader.keys[index], "reference": reader.texts[index], "frames": reader.frames[index]}
+        utterances.append({**place, "points": points[start : start + len(rows)]})
+        start += len(rows)
+    texts = [model.lm.tokenizer.decode([token]) for token in ids]
+    return {
+        "explained": [round(share, 4) for share in variances[:2].tolist()],
+        "vocabulary": [[*point, text] for point, text in zip(points[start:], texts, strict=True)],
+        "utterances": utterances,
+    }
+
+
+def _vocabulary(model: AudioLM, texts: Sequence[str], count: int, seed: int) -> list[int]:
+    """At most ``count`` token ids: those of ``texts``, then others drawn by ``seed``."""
+    said = dict.fromkeys(token for text in texts for token in model.prompt.target(text)[:-1])
+    drawn = np.random.default_rng(seed).permutation(model.lm.vocabulary).tolist()
+    return list(dict.fromkeys([*said, *drawn]))[:count]

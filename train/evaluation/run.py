@@ -1,0 +1,134 @@
+"""What a finished run may be judged on, beside what it held out: any other corpus of the same features.
+
+In: the cache that ``--cache`` names (of a run on several layers one a layer, with commas between, in the run's order)
+and ``caches.json`` of the run. Out: the :class:`~train.data.caches.Utterances` of it that the run was not trained on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import UserError
+from shards.files import make_folder, told
+from shards.format.spec import FeatureSpec
+from train.config.train import TrainConfig
+from train.data.caches import AbsentCache, Utterances, find_cache, held_out_mask, open_data, open_judged, same_folder
+from train.distributed.device import choose_device, choose_dtype
+from train.distributed.group import Group
+from train.evaluation.evaluate import Evaluation, evaluate
+from train.model.build import load_model
+from train.runs import folder as runs
+
+
+def judged_on(word: str, config: TrainConfig, about: dict[str, Any]) -> Utterances:
+    """The utterances of the cache ``word`` that a run may be judged on; ``about`` is its ``caches.json``.
+
+    Of a cache that the run trained on only its held-out rows; one that it named in ``val.caches`` whole.
+
+    Raises:
+        UserError: there is no such cache, it holds other features, or the run trained on all of it.
+    """
+    names = word.split(",") if config.layers > 1 else [word]
+    if len(names) != config.layers:
+        raise UserError(
+            f"the run hears {config.layers} layers and --cache names {len(names)}: name one cache a layer, with commas "
+            "between, in the order of the run's caches"
+        )
+    try:
+        found = open_judged([names if config.layers > 1 else word])
+    except AbsentCache as absent:
+        told = str(absent).partition(": ")[0]
+        raise UserError(f"{told}: correct --cache, or make it with `make extract`") from None
+    _require_features(found, about)
+    cache, rows = found.caches[0], found.rows
+    if cache.manifest_id in [each["manifest_id"] for each in about["caches"]]:
+        named = [find_cache(entry if isinstance(entry, str) else entry[0]) for entry in config.val.caches]
+        if not any(path is not None and same_folder(path, cache.path) for path in named):
+            rows = np.intersect1d(rows, np.flatnonzero(held_out_mask(cache, config.val)))
+    if not len(rows):
+        raise UserError(f"the run trained on every utterance of '{cache.path}': name another cache with --cache")
+    return Utterances(found.caches, rows, found.layers).first(config.val.limit)
+
+
+def _require_features(found: Utterances, about: dict[str, Any]) -> None:
+    caches = [found.caches[0]] if found.layers is None else found.layers.joined[0].caches
+    specs = [about["spec"]] if found.layers is None else [FeatureSpec.parse(s, "caches.json") for s in about["layers"]]
+    for cache, spec in zip(caches, specs, strict=True):
+        if cache.feature_id != spec.feature_id:
+            raise UserError(
+                f"'{cache.path}' holds other features than the run was trained on "
+                f"({'; '.join(cache.spec.differences(spec))}): extract the cache with the run's encoder settings"
+            )
+
+
+JUDGE_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and judging
+
+
+def evaluate_run(
+    run: Path, config: TrainConfig, cache: str | None = None, group: Group | None = None
+) -> dict[str, Any]:
+    """Judge a finished run on what it held out, or on ``cache``; the keys of its ``summary.json`` with new figures.
+
+    Of a cache that the run trained on only the held-out rows are used. What tells about the training (``steps``,
+    ``seconds`` …) stays as it was. The counts of the utterances go to the run's folder with the figures, or for
+    another ``cache`` to ``judged/<manifest id>/`` below it, and the report shows them.
+
+    Every process of ``group`` calls this and does its part of the batches; rank 0 writes.
+
+    Raises:
+        UserError: the run is not finished, ``cache`` holds other features, or nothing was held out.
+    """
+    group = group or Group()
+    with group.together():
+        utterances = _to_judge(run, config, cache)
+        device = choose_device(group.device(config.device))
+        model = load_model(run, config, device, choose_dtype(config.dtype, device))
+    manifests = [each.manifest_id for each in utterances.caches]
+    group.agree({"choice of utterances": [manifests, utterances.rows.tolist()]})
+    result = evaluate(
+        model,
+        utterances,
+        batch_size=config.eval_batch,
+        max_frames=config.batch.max_frames,
+        decode=config.decode_limit,
+        max_new_tokens=config.max_new_tokens,
+        whole=True,
+        retrieval=config.retrieval_limit,
+        group=group,
+    )
+    caches = [str(each.path) for each in utterances.caches]
+    with group.together():
+        if group.is_first:
+            _keep(run, run if cache is None else run / runs.JUDGED / manifests[0][:8], result, caches)
+    return {**runs.read_json(run / "summary.json"), **result.figures(), "judged_on": caches}
+
+
+def _to_judge(run: Path, config: TrainConfig, cache: str | None) -> Utterances:
+    """What ``run`` held out, or what it may be judged on in ``cache``."""
+    if not (run / "summary.json").is_file():
+        raise UserError(f"'{run}' is not finished: go on with python -m train fit --resume {run}")
+    changed = [key for key in runs.run_config(run).differences(config) if not key.startswith(JUDGE_KEYS)]
+    if changed:
+        raise UserError(f"'{run}' was trained with other settings ({'; '.join(changed)}): leave these keys alone")
+    about = runs.run_caches(run)
+    if cache is None:
+        utterances = open_data(config).held_out
+        if not len(utterances):
+            raise UserError(f"'{run}' held nothing out: name a cache to judge it on with --cache")
+    else:
+        utterances = judged_on(cache, config, about)
+    return utterances
+
+
+def _keep(run: Path, folder: Path, result: Evaluation, caches: list[str]) -> None:
+    """What was judged, in ``folder``, and a new report of the run that shows it."""
+    from train.report import write_report
+
+    with told("writing what was judged", folder):
+        make_folder(folder)
+    result.write(folder)
+    runs.write_json(folder / runs.FIGURES, {**result.record(), "judged_on": caches})
+    write_report(run)

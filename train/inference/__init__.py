@@ -1,0 +1,1 @@
+"""A trained projector in use: ``transcribe``, ``export``."""

@@ -1,0 +1,161 @@
+"""Audio in, text out, through the encoder and the trained model of a run.
+
+```
+file -> 16 kHz -> windows -> encoder of the run's feature spec -> stitched frames -> codec -> projector -> LM -> text
+```
+
+Audio passes exactly the way it passed in extraction, codec included. An encoder whose tensors are not those of the spec
+is refused: its features would be another language to the projector.
+
+    python -m train transcribe runs/demo one.wav two.flac
+    ffmpeg -i talk.mp4 -f wav - | python -m train transcribe runs/demo --stream -
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.audio import AudioError, decode, to_mono_16k
+from pipeline.encoders.recording import NotFinite, open_encoder
+from shards.errors import UserError
+from shards.format import codec
+from train.config.train import TrainConfig
+from train.data.caches import pad
+from train.data.live import Features, features_of, require_one_encoder, specs_of
+from train.distributed.device import choose_device, choose_dtype
+from train.model.build import load_model
+from train.runs.folder import run_caches
+
+
+def transcribe(
+    run: Path,
+    config: TrainConfig,
+    recordings: Sequence[Recording],
+    encoder: str | None = None,
+    *,
+    batch_size: int = 8,
+    told: Callable[[str, str], None] | None = None,
+) -> Iterator[tuple[str, str]]:
+    """(name, text) of each recording that can be read, in the order given; texts are one line.
+
+    Args:
+        encoder: a model reference to use instead of the one that the run recorded.
+        told: hears name and text so far after every token; recordings then pass one at a time.
+
+    Raises:
+        UserError: the encoder cannot be had or is another one; after all others are done: a recording that could not
+            be read.
+    """
+    about = run_caches(run)
+    specs = specs_of(about)
+    require_one_encoder(specs)
+    ears = open_encoder(specs[0], encoder or about.get("encoder"), config.device)
+    device = choose_device(config.device)
+    model = load_model(run, config, device, choose_dtype(config.dtype, device))
+    failures: list[str] = []
+    size = batch_size if told is None else 1
+    for start in range(0, len(recordings), size):
+        heard: list[tuple[str, Features]] = []
+        for recording in recordings[start : start + size]:
+            try:
+                heard.append((recording.name, features_of(recording.samples(), ears, specs)))
+            except (AudioError, OSError, NotFinite, codec.CodecError) as error:
+                failures.append(f"'{recording.name}' ({error})")
+        if heard:
+            features, mask = pad([frames for _, frames in heard])
+            texts = model.generate(features, mask, config.max_new_tokens, *_listeners(heard[0][0], told))
+            yield from ((name, one_line(text)) for (name, _), text in zip(heard, texts, strict=True))
+    if failures:
+        raise UserError(f"could not read {', '.join(failures)}: give audio that soundfile can decode")
+
+
+def _listeners(name: str, told: Callable[[str, str], None] | None) -> list[Callable[[list[str]], None]]:
+    """What :meth:`AudioLM.generate` is to call after every token of a batch of one, if anything."""
+    if told is None:
+        return []
+    return [lambda texts: told(name, one_line(texts[0]))]
+
+
+def one_line(text: str) -> str:
+    """``text`` with every run of white space as one space; what begins a text begins its line."""
+    return " ".join(text.split())
+
+
+class Typist:
+    """Writes a recording's text as it grows: ``name``, a tab, then what each token added."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out, self._name, self._written = out, "", ""
+
+    def __call__(self, name: str, text: str) -> None:
+        """``text`` so far; an unfinished character at its end (a token may be part of one) waits for the next token."""
+        if name != self._name:
+            self._out.write(f"{name}\t")
+            self._name, self._written = name, ""
+        self._write(text.rstrip("\ufffd"))
+
+    def end(self, name: str, text: str) -> None:
+        """``text`` is complete."""
+        if name != self._name:
+            self._out.write(f"{name}\t")
+            self._written = ""
+        self._write(text)
+        self._out.write("\n")
+        self._out.flush()
+        self._name = ""
+
+    def _write(self, text: str) -> None:
+        if text.startswith(self._written) and len(text) > len(self._written):
+            self._out.write(text[len(self._written) :])
+            self._out.flush()
+            self._written = text
+
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Audio by its name, a path or ``-``; ``raw`` is the rate in Hz of headerless 16-bit little-endian mono samples."""
+
+    name: str
+    raw: int | None = None
+
+    def samples(self) -> npt.NDArray[np.float32]:
+        """float32 [samples], mono, 16 kHz.
+
+        Raises:
+            AudioError: no audio can be decoded from it.
+            OSError: it cannot be read.
+        """
+        data = sys.stdin.buffer.read() if self.name == STDIN else Path(self.name).read_bytes()
+        if self.raw is None:
+            return decode(data)
+        if len(data) % 2 or not data:
+            raise AudioError(f"{len(data)} bytes are no 16-bit samples")
+        return to_mono_16k(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw)
+
+
+def find_recordings(words: Sequence[str], raw: int | None = None) -> list[Recording]:
+    """The recordings that ``words`` name; ``raw`` is of what comes on standard input.
+
+    Raises:
+        UserError: a file does not exist, ``-`` stands twice, or ``raw`` is no rate or has no ``-`` to be of.
+    """
+    if words.count(STDIN) > 1:
+        raise UserError("standard input is one recording: write - once")
+    if raw is not None and STDIN not in words:
+        raise UserError("--raw is of samples on standard input: write - where the recording belongs")
+    if raw is not None and not 1000 <= raw <= 384_000:
+        raise UserError(f"--raw is {raw}: give the sampling rate in Hz, such as 16000")
+    for word in words:
+        if word != STDIN and not Path(word).is_file():
+            raise UserError(f"there is no audio file at '{word}': correct the path")
+    return [Recording(word, raw if word == STDIN else None) for word in words]

@@ -1,0 +1,52 @@
+"""load."""
+
+from __future__ import annotations
+
+import torch
+
+from shards.errors import UserError
+from train.config.model import LmConfig
+from train.lms.base import LanguageModel
+
+
+def load_lm(
+    reference: str,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    train: bool = False,
+    seed: int = 0,
+    options: LmConfig | None = None,
+) -> LanguageModel:
+    """The language model of ``reference``: ``nanochat:d<depth>`` (random, from ``seed``), ``nanochat:FOLDER`` or what
+    ``weights`` resolves, with the other settings of ``options`` (its ``model`` and ``train`` are not read).
+
+    ``dtype`` is that of the activations; a model that trains keeps float32 masters.
+
+    Raises:
+        UserError: the reference cannot be resolved, or the model lacks what a run needs (see ``hf.py``).
+    """
+    options = options or LmConfig()
+    if reference.startswith("nanochat:"):
+        from train.lms.nanochat.model import load_nanochat
+
+        return load_nanochat(reference, device=device, dtype=dtype, train=train, seed=seed, options=options)
+    if options.audio_value != "id0":
+        raise UserError(
+            f"lm.audio_value={options.audio_value}: '{reference}' has no value embeddings, nanochat alone does"
+        )
+    from pipeline.weights.resolve import resolve
+    from train.lms.hf.model import files_identity, load_folder
+
+    weights = resolve(reference, what="lm")
+    lm: LanguageModel = load_folder(
+        weights.folder,
+        reference=reference,
+        identity=files_identity(weights.folder),
+        device=device,
+        dtype=dtype,
+        train=train,
+        seed=seed,
+        options=options,
+    )
+    return lm

@@ -1,0 +1,1 @@
+"""nanochat's GPT: model, checkpoints, tokenizers."""

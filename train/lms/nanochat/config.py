@@ -1,0 +1,68 @@
+"""Sizes of a nanochat GPT, and the constants in which its generations differ.
+
+nanochat's code changed while its checkpoints kept their names. A checkpoint does not say which code wrote it, but its
+keys and shapes do (``train/lms/nanochat/checkpoint.py`` reads them). What older ones lack is neutral in the newest:
+smear and backout of 0, residual factors of 1. Source: the history of github.com/karpathy/nanochat, ``nanochat/gpt.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The constants of one stretch of nanochat's history; the defaults are today's (from 2026-03-14 on)."""
+
+    name: str = "2026-03-14"
+    rotary_base: float = 100_000.0
+    qk_scale: float = 1.2  # of normed queries and keys, each
+    short: int = 4  # an S layer sees one part in so many of sequence_len
+    tile: int = 128  # rounded up to a multiple of this
+    value_embeddings: bool = True
+    gate_channels: int = 12
+    gate_scale: float = 3.0
+    softcap: float = 15.0
+
+
+TODAY = Generation()
+EARLY_MARCH = Generation("2026-03-09", qk_scale=1.15, short=3)
+FIRST = Generation("2025-10-13", 10_000.0, qk_scale=1.0, short=2, tile=1, value_embeddings=False)
+
+
+@dataclass(frozen=True, slots=True)
+class GPTConfig:
+    """nanochat's ``model_config``; the defaults are those of the W1 smoke run (d6, head size 64, bytes)."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 257
+    n_layer: int = 6
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 384
+    window_pattern: str = "SSSL"
+
+    @classmethod
+    def from_depth(cls, depth: int, head_size: int = 128, vocab_size: int = 257) -> GPTConfig:
+        """nanochat's one dial: width = depth · 64 rounded up to a multiple of the head size."""
+        width = -(-depth * 64 // head_size) * head_size
+        heads = width // head_size
+        return cls(vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.n_embd // self.n_head
+
+    def windows(self, generation: Generation = TODAY) -> list[int]:
+        """How many positions back each layer sees, itself not counted: L = sequence_len, S = a part of it."""
+        part = generation.short * generation.tile
+        short = self.sequence_len // part if generation.tile == 1 else -(-self.sequence_len // part) * generation.tile
+        sizes = {"L": self.sequence_len, "S": short}
+        pattern = self.window_pattern.upper()
+        windows = [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer)]
+        return [*windows[:-1], self.sequence_len]
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every other layer, the last one included."""
+        return layer % 2 == (self.n_layer - 1) % 2

@@ -1,0 +1,186 @@
+"""nanochat's GPT, with audio in its residual stream.
+
+In: a ``Layout`` of token ids and the soft tokens of a batch. Out: hidden states, and logits of those asked for.
+Parameter names and shapes are nanochat's own (``transformer.wte.weight``, ``value_embeds.1.weight`` …), so that its
+checkpoints fit. Source: github.com/karpathy/nanochat, ``nanochat/gpt.py``; value embeddings: arXiv 2410.17897.
+
+Soft tokens, as W1: the projected audio is RMS-normed and joins the text **after** the smear; rotary positions run over
+audio and text alike; on audio positions the value embeddings look up id 0 (``audio_value`` chooses BOS or nothing
+instead). The smear runs over the text tokens as one chain, so a prompt before the audio smears into the first token
+after it, and decoding goes on from the last text token, whether or not audio stands between.
+
+Letters: B rows, T positions, D width, H heads, G kv heads, d head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shards.errors import UserError
+from train.config.model import AudioValue
+from train.lms.layout import Layout
+from train.lms.nanochat.config import TODAY, Generation, GPTConfig
+from train.lms.nanochat.layers import Block, Embedding, KvCache, Linear, Transformer, norm
+
+_SMEAR_CHANNELS = 24
+
+
+class GPT(nn.Module):
+    """The transformer: a ``Layout`` and audio rows in, normed hidden states out; ``head`` makes logits of them."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, generation: Generation = TODAY, rows: int | None = None) -> None:
+        """``rows`` of the token tables: the vocabulary, padded to a multiple of 64 unless told."""
+        super().__init__()
+        self.config, self.generation = config, generation
+        self.audio_value: AudioValue = "id0"
+        self.bos = 0  # what audio positions look up with ``audio_value`` bos
+        self.checkpointing = False  # layers are computed again in the backward pass
+        self.absent: frozenset[str] = frozenset()  # parameters that a checkpoint lacked: neutral, never trained
+        width, layers = config.n_embd, config.n_layer
+        rows = rows or -(-config.vocab_size // 64) * 64
+        self.transformer = Transformer(config, generation, rows)
+        self.lm_head = Linear(width, rows)
+        voiced = [i for i in range(layers) if generation.value_embeddings and config.has_value_embedding(i)]
+        self.value_embeds = nn.ModuleDict(
+            {str(i): Embedding(rows, config.n_kv_head * config.head_size) for i in voiced}
+        )
+        self.resid_lambdas = nn.Parameter(torch.empty(layers))
+        self.x0_lambdas = nn.Parameter(torch.empty(layers))
+        self.smear_gate = Linear(_SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        with torch.device("cpu"):  # the tables are no weights: they are computed where weights are only sized
+            frequency = generation.rotary_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)
+            angle = torch.outer(torch.arange(10 * config.sequence_len), frequency)  # 10 ×: prompts may outgrow training
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return [block for block in self.transformer.h if isinstance(block, Block)]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """nanochat's start, drawn from a generator of its own: the same seed gives the same bytes."""
+        generator, layers = torch.Generator().manual_seed(seed), self.config.n_layer
+        bound = (3 / self.config.n_embd) ** 0.5
+        self.transformer.wte.weight.normal_(0, 0.8, generator=generator)
+        self.lm_head.weight.normal_(0, 0.001, generator=generator)
+        for block in self.blocks:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                linear.weight.uniform_(-bound, bound, generator=generator)
+            block.mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if block.attn.ve_gate is not None:
+                block.attn.ve_gate.weight.uniform_(0, 0.02, generator=generator)
+        for table in self.value_embeds.parameters():
+            table.uniform_(-bound, bound, generator=generator)
+        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, layers))
+        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, layers))
+        self.smear_gate.weight.uniform_(0, 0.02, generator=generator)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+
+    def forward(
+        self, layout: Layout, audio_features: Tensor, dtype: torch.dtype, cache: KvCache | None = None
+    ) -> Tensor:
+        """``audio_features`` [all soft tokens of the batch, D] at ``layout.is_soft`` -> normed hidden [B, T, D].
+
+        Rows are padded on the right, which causal attention keeps from the rest, so there is no padding mask. An empty
+        ``cache`` is filled for ``step``.
+        """
+        width = layout.ids.shape[1]
+        if width > len(self.cos):
+            raise self._too_long(width)
+        plain_ND, text_ND = self._smear(layout, dtype)
+        x = text_ND.new_zeros(*layout.ids.shape, self.config.n_embd)
+        x = x.masked_scatter(layout.is_text[..., None], text_ND)
+        x = x.masked_scatter(layout.is_soft[..., None], norm(audio_features.to(dtype)))
+        ids, voiced = layout.ids, None
+        if self.audio_value == "bos":
+            ids = ids.masked_fill(layout.is_soft, self.bos)
+        elif self.audio_value == "zero":
+            voiced = ~layout.is_soft
+        hidden = self._trunk(x, ids, voiced, self.cos[:width], self.sin[:width], cache)
+        if cache is not None:
+            last = layout.is_text.sum(1).cumsum(0) - 1  # each row's last text token among all of them
+            none = ~layout.is_text.any(1)
+            padded_ND = torch.cat([plain_ND, x.new_zeros(1, x.shape[-1])])  # a batch may hold no text token at all
+            cache.previous = padded_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
+            cache.lengths, cache.used = layout.valid.sum(1), width
+        return hidden
+
+    def cache(self, batch: int, positions: int, dtype: torch.dtype) -> KvCache:
+        """An empty cache for ``batch`` rows of up to ``positions`` positions."""
+        if positions > len(self.cos):
+            raise self._too_long(positions)
+        shape = (batch, self.config.n_kv_head, positions, self.config.head_size)
+        device = self.cos.device
+
+        def rooms() -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.config.n_layer)]
+
+        none = torch.zeros(batch, dtype=torch.int64, device=device)
+        return KvCache(rooms(), rooms(), none, 0, torch.zeros(batch, self.config.n_embd, dtype=dtype, device=device))
+
+    def step(self, tokens: Tensor, cache: KvCache, dtype: torch.dtype) -> Tensor:
+        """One text token a row, int64 [B], behind what ``cache`` holds -> normed hidden [B, D]; the cache grows."""
+        x = norm(self.transformer.wte(tokens).to(dtype))
+        smeared = x + self._gate(x) * cache.previous
+        positions = cache.lengths[:, None]
+        cos, sin = self.cos[positions], self.sin[positions]
+        hidden = self._trunk(smeared[:, None], tokens[:, None], None, cos, sin, cache)
+        cache.previous, cache.lengths, cache.used = x, cache.lengths + 1, cache.used + 1
+        return hidden[:, 0]
+
+    def _trunk(
+        self, x: Tensor, ids: Tensor, voiced: Tensor | None, cos: Tensor, sin: Tensor, cache: KvCache | None
+    ) -> Tensor:
+        """x [B, T, D], ids [B, T] for the value embeddings (where ``voiced``, if told) -> normed hidden [B, T, D]."""
+        x0 = kept = x
+        for i, (block, window) in enumerate(zip(self.blocks, self.config.windows(self.generation), strict=True)):
+            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            ve = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
+            if ve is not None and voiced is not None:
+                ve = ve.masked_fill(~voiced[..., None], 0)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, ve, cos, sin, window, use_reentrant=False)
+            else:
+                x = block(x, ve, cos, sin, window, cache)
+            if i == self.config.n_layer // 2:
+                kept = x
+        return norm(x - self.backout_lambda.to(x.dtype) * kept)
+
+    def head(self, hidden_ND: Tensor) -> Tensor:
+        """[N, D] -> logits [N, V] float32, softcapped."""
+        z: Tensor = self.lm_head(hidden_ND)[..., : self.config.vocab_size].float()
+        return self.generation.softcap * torch.tanh(z / self.generation.softcap)
+
+    def _smear(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Normed embeddings of all text tokens, plain and with a gated part of the token before (but a row's first).
+
+        Both [all text tokens of the batch, D], in row-major order.
+        """
+        text_ids = layout.ids[layout.is_text]
+        x = norm(self.transformer.wte(text_ids).to(dtype))
+        row = layout.is_text.nonzero()[:, 0]
+        follows = torch.zeros_like(row, dtype=torch.bool)
+        follows[1:] = row[1:] == row[:-1]
+        return x, x + torch.where(follows[:, None], self._gate(x) * x.roll(1, 0), 0)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., 1]: how much of the token before a token takes on."""
+        return self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :_SMEAR_CHANNELS]))
+
+    def _too_long(self, width: int) -> UserError:
+        return UserError(
+            f"a row of {width} positions is longer than nanochat's {len(self.cos)}: raise projector.stack or drop "
+            "long utterances"
+        )

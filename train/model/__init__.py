@@ -1,0 +1,1 @@
+"""Projector, prompt and language model together."""

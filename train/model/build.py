@@ -1,0 +1,62 @@
+"""A model from the settings of a run, or from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shards.errors import UserError
+from train.config.train import TrainConfig
+from train.runs.folder import run_caches
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.lms.base import LanguageModel
+    from train.model.audio_lm import AudioLM
+
+
+def build_model(
+    config: TrainConfig, channels: int, device: torch.device, dtype: torch.dtype, lm: LanguageModel | None = None
+) -> AudioLM:
+    """The model of ``config`` for features of ``channels`` (of each layer), at its start values, on ``device``.
+
+    ``lm``: the frozen language model of ``config.lm`` where one is in memory already.
+    """
+    import torch
+
+    from train.lms.load import load_lm
+    from train.model.audio_lm import AudioLM
+    from train.model.prompt import Prompt
+    from train.projectors import LayerMixer, MixedProjector, build_projector
+
+    torch.manual_seed(config.seed)  # dropout draws from the global generator
+    if lm is None:
+        options = config.lm
+        lm = load_lm(options.model, device=device, dtype=dtype, train=options.train, seed=config.seed, options=options)
+    projector = build_projector(config.projector, channels, lm.width, lm.embedding_rms, seed=config.seed)
+    if config.layers > 1:
+        projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
+    return AudioLM(projector, lm, Prompt(config.prompt, lm.tokenizer)).to(device)
+
+
+def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> AudioLM:
+    """The trained model of a run, in evaluation mode.
+
+    Raises:
+        UserError: the run was not finished, or its weights do not fit the model that its config describes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from train.model.checkpoint import restore_parameters
+
+    weights = run / "projector.safetensors"
+    if not weights.is_file():
+        raise UserError(f"'{run}' holds no trained projector yet: finish it with python -m train fit --resume {run}")
+    model = build_model(config, run_caches(run)["spec"].channels, device, dtype)
+    try:
+        restore_parameters(model, load_file(weights), str(weights))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{weights}' cannot be read ({error}): train the run again") from None
+    return model.eval()

@@ -1,0 +1,152 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+In: the model, its optimizer and the loop's state. Out: ``checkpoints/step-000500.safetensors``, whole or absent: the
+trained tensors and Adam's moments, everything else as JSON in the file's metadata. No pickle. No generator's state
+either: what a step draws is a function of its number (``train/trainer/step.py``). The newest two are kept; a damaged
+one is told and passed over.
+
+| tensor                        | what                                            |
+|-------------------------------|-------------------------------------------------|
+| ``projector.…`` ``lm.…``      | trained parameters, float32 (``lm`` if trained) |
+| ``optimizer.<name>.exp_avg`` … | AdamW's state of that parameter                 |
+| ``ema.<name>``                | its moving average (with ``ema``)               |
+| ``best.<name>``               | its best values so far (with ``patience``)      |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from shards.files import publish, temporary, told
+
+FORMAT = 1
+KEEP = 2
+SUFFIX = ".safetensors"
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that have gradients, by name: ``projector.…`` and, where the LM is trained, ``lm.…``."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    further: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` (see the module) and delete all but the newest two.
+
+    ``state`` is what JSON can hold, ``further`` tensors beside those of model and optimizer. Raises UserError when the
+    disk is full or the folder cannot be written.
+    """
+    parameters = trained_parameters(model)
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value.detach()
+    tensors.update(further or {})
+    path = folder / f"step-{step:06d}{SUFFIX}"
+    metadata = {"state": json.dumps({**state, "format": FORMAT, "step": step}, allow_nan=False)}
+    write_tensors(path, tensors, metadata, "saving a checkpoint")
+    with told("removing an older checkpoint", folder):
+        for old in checkpoints(folder)[KEEP:]:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint that can be read: its path, its tensors on the CPU, its state.
+
+    Raises:
+        UserError: there is none, or it was written by a newer earshard.
+    """
+    for path in checkpoints(folder):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            print(f"warning: passing over the damaged checkpoint '{path}' ({error})", file=sys.stderr)
+            continue
+        if state.get("format") != FORMAT:
+            raise UserError(f"'{path}' is a checkpoint of format {state.get('format')}, not {FORMAT}: update earshard")
+        return path, tensors, state
+    raise UserError(f"'{folder}' holds no checkpoint to go on from: train again under another name=…")
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put parameters and AdamW's state back; UserError when a tensor does not fit."""
+    restore_parameters(model, tensors, where)
+    states: dict[int, dict[str, Tensor]] = {}
+    names = {id(parameter): name for name, parameter in trained_parameters(model).items()}
+    index = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = f"optimizer.{names[id(parameter)]}."
+            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if found:
+                states[index] = found
+            index += 1
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy ``tensors`` into the trained parameters of the same names; UserError when one is missing or misshapen."""
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            saved = tensors.get(name)
+            if saved is None or saved.shape != parameter.shape:
+                found = "is missing" if saved is None else f"has the shape {list(saved.shape)}"
+                raise UserError(
+                    f"'{name}' {found} in '{where}', where the config describes {list(parameter.shape)}: the run's "
+                    "config.yaml was changed after training; restore it or train again"
+                )
+            parameter.copy_(saved)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of ``folder``, newest first."""
+    return sorted(folder.glob(f"step-*{SUFFIX}"), key=lambda path: int(path.stem.split("-")[1]), reverse=True)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], doing: str = "saving trained tensors"
+) -> None:
+    """A safetensors file under ``path``, durably and at once; UserError when it cannot be stored."""
+    partial = temporary(path, str(os.getpid()))
+    with told(doing, path):
+        try:
+            _write(partial, tensors, metadata)
+            publish(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # the library has no other way to say what the system said
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

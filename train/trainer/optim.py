@@ -1,0 +1,70 @@
+"""The learning rate of each step: a pure function of the settings and the step's number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from train.config.train import TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step ``step`` (0 is the first): linear warm-up, then a fall to ``min_lr`` or constant.
+
+    ``cosine`` is half a cosine (Loshchilov & Hutter 2017, without restarts), ``linear`` a straight line.
+    """
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - warmup) / max(1, config.steps - warmup)
+    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + (config.lr - config.min_lr) * left
+
+
+PREFIX = "ema."
+
+
+class Ema:
+    """Averages of ``named``, in their dtype and on their device; with ``decay`` 0 there are none."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.named, self.decay = named, decay
+        self.averages = {name: p.detach().clone() for name, p in named.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after ``step`` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, average in self.averages.items():
+            average.lerp_(self.named[name], 1 - decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of this."""
+        return {f"{PREFIX}{name}": average for name, average in self.averages.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to what :meth:`tensors` gave."""
+        for name, average in self.averages.items():
+            average.copy_(tensors[f"{PREFIX}{name}"])
+
+
+@contextmanager
+def stand_in(named: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> Iterator[None]:
+    """The model computes with ``tensors`` instead of the parameters of the same names inside the block."""
+
+    def swap() -> None:
+        for name in tensors:
+            named[name].data, tensors[name] = tensors[name], named[name].data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()

@@ -1,0 +1,180 @@
+"""What a run is at a step, and how it is saved and comes back: model, optimizer, place in the data, counters.
+
+In: a config, opened caches, a built model. Out: checkpoints that rank 0 writes and every rank takes up again, under any
+number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards.errors import UserError
+from shards.stream.batch import Batch
+from train.config.train import TrainConfig
+from train.data.caches import Data
+from train.data.loader import Stream, open_stream
+from train.distributed.group import Group
+from train.model.audio_lm import AudioLM
+from train.model.checkpoint import load_checkpoint, restore, save_checkpoint, trained_parameters
+from train.trainer.early_stopping import Patience
+from train.trainer.optim import Ema, stand_in
+from train.trainer.step import StepFigures
+
+
+class RunState:
+    """A run between two steps.
+
+    Attributes:
+        step: steps done.
+        named, parameters: what is trained.
+        stream: this rank's batches; ``iter`` it once.
+        position: the stream's state after the last whole step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        model: AudioLM,
+        dtype: torch.dtype,
+        run: Path,
+        group: Group,
+        stream: Stream | None = None,
+    ) -> None:
+        """``stream``: that of another run of equal data, batches and order, which both are fed from."""
+        self.data, self.model, self.dtype, self.run, self.group = data, model, dtype, run, group
+        self.step = 0
+        self.counters = Counters()
+        self.named = trained_parameters(model)
+        self.parameters = list(self.named.values())
+        groups = [  # norms' gains and biases are not decayed
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        self.stream = stream or open_stream(config, data, group)
+        self.ema = Ema(self.named, config.ema)
+        self.patience = Patience(config.patience)
+        self.position = self.stream.state_dict()
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """This rank's batches from where the run stands; close it to end the threads that read ahead."""
+        yield from self.stream
+
+    def advance(self, done: StepFigures, seconds: float) -> None:
+        """Count a step that is done and took ``seconds``."""
+        self.step += 1
+        self.ema.update(self.step)
+        self.counters.add(done, seconds)
+        # Kept for `save`: a step that breaks off has taken batches from the stream already.
+        self.position = self.stream.state_dict()
+
+    def judged(self) -> AbstractContextManager[None]:
+        """Inside it, the weights are those that an evaluation on the way judges: their averages, or the last."""
+        return stand_in(self.named, self.ema.averages)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Inside it, the weights are those that a finished run keeps: the best judged, their averages, or the last."""
+        return stand_in(self.named, self.patience.best or self.ema.averages)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on: the features and the language model."""
+        return {
+            **self.data.identity(),
+            "language model": self.model.lm.identity,
+            "dtype": str(self.dtype),
+        }
+
+    def save(self) -> None:
+        """Rank 0 writes the checkpoint of the last whole step."""
+        if self.group.is_first:
+            state = {
+                "stream": self.position,
+                "counters": asdict(self.counters),
+                "patience": self.patience.state(),
+                "identity": self.identity(),
+            }
+            further = self.ema.tensors() | self.patience.tensors()
+            save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state, further)
+
+    def share_start(self) -> None:
+        """Take rank 0's start values: another kind of CPU may draw others in the last bit."""
+        for name, tensor in self.group.broadcast_tensors(self.named).items():
+            self.named[name].data.copy_(tensor)
+        self.ema = Ema(self.named, self.ema.decay)
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint of the run folder, which rank 0 reads for all.
+
+        Raises:
+            UserError: there is none, or it belongs to other features, weights or settings of the stream.
+        """
+        group = self.group
+        tensors: Any = {}
+        state, where = None, ""
+        with group.together():
+            if group.is_first:
+                path, tensors, state = load_checkpoint(self.run / "checkpoints")
+                where = str(path)
+        state, where = group.broadcast([state, where])
+        tensors = group.broadcast_tensors(tensors)
+        with group.together():
+            for name, value in self.identity().items():
+                if state["identity"].get(name) != value:
+                    raise UserError(
+                        f"'{self.run}' was trained with another {name} ({state['identity'].get(name)}, now {value}): "
+                        "give back what it was trained on, or train a new run"
+                    )
+            restore(self.model, self.optimizer, tensors, where)
+            self.ema.load(tensors)
+            self.patience.load(state["patience"], tensors, self.named)
+            self.stream.load_state_dict(state["stream"])
+        self.position = state["stream"]
+        self.step, self.counters = state["step"], Counters(**state["counters"])
+
+
+@dataclass
+class Counters:
+    """Sums over the steps of a run; frames and utterances are those of all ranks, times those of rank 0."""
+
+    seconds: float = 0.0  # wall time of training and evaluation
+    step_seconds: float = 0.0  # of which in training steps
+    wait_seconds: float = 0.0  # of which waiting for data, on the rank that waited longest
+    frames: int = 0  # valid frames seen
+    padded_frames: int = 0  # frames of the batches, padding included
+    utterances: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    evaluated: int = 0  # step of the last evaluation
+
+    def add(self, step: StepFigures, seconds: float) -> None:
+        """Count one step that took ``seconds``, waiting included."""
+        self.seconds, self.step_seconds = self.seconds + seconds, self.step_seconds + seconds
+        self.wait_seconds += step.waited
+        self.frames, self.padded_frames = self.frames + step.frames, self.padded_frames + step.padded_frames
+        self.utterances += step.utterances
+        self.first_loss = step.loss if self.first_loss is None else self.first_loss
+        self.last_loss = step.loss
+
+    @property
+    def frames_per_second(self) -> float:
+        """Valid frames a second of training."""
+        return self.frames / max(self.step_seconds, 1e-9)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures by the names of ``summary.json``."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "data_wait_fraction": self.wait_seconds / max(self.step_seconds, 1e-9),
+            "padding_fraction": 1 - self.frames / max(self.padded_frames, 1),
+            "train_loss_first": self.first_loss,
+            "train_loss_last": self.last_loss,
+            "frames_per_second": self.frames_per_second,
+            "utterances": self.utterances,
+        }
