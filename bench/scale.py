@@ -89,7 +89,7 @@ def plan_of(listed: list[Utterance], shard_mb: float = 256) -> pa.Table:
 
 
 def prepare_plan(listed: list[Utterance]) -> pa.Table:
-    """What every worker does with a listed source (pipeline/extract/job.py): identify it, plan it, compare the plan with it."""
+    """What every worker does with a listed source: identify it, plan it, compare the plan with it."""
     fingerprint(listed, "")
     table = plan_of(listed)
     planned = table.drop_columns(["shard", "row"]).to_pylist()

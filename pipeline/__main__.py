@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import ExtractConfig
-from shards.config.base import load_config
 from shards.config.cli import add_completion, add_config, parse, print_completion, show_config
 from shards.errors import UserError, run_command
 from shards.files import told
 
 if TYPE_CHECKING:
+    from pipeline.config import ExtractConfig
     from pipeline.extract.stats import Tally
     from pipeline.extract.summary import Facts
 
@@ -212,6 +211,9 @@ def console() -> None:
 
 def extract(args: argparse.Namespace) -> int:
     """Make or resume the caches; 0 when they are complete. Raises UserError and WorkFailed."""
+    from pipeline.config import ExtractConfig
+    from shards.config.base import load_config
+
     config = load_config(ExtractConfig, args.config, args.overrides)
     signal.signal(signal.SIGTERM, _stop)
     started = time.perf_counter()

@@ -199,9 +199,11 @@ def _evaluate(args: argparse.Namespace) -> int:
             config = run_config(run, words)
 
         from train.evaluation.run import evaluate_run
+        from train.report import write_report
 
         figures = evaluate_run(run, config, args.cache, group)
         if group.is_first:
+            write_report(run)
             if target is not None:
                 write_json(target, figures)
             print(json.dumps(figures, indent=1, ensure_ascii=False))

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extract.loop import count_committed_failures, finish_caches, make_shards
+from pipeline.extract.progress import Progress
 from pipeline.extract.resources import Worker, devices
 from pipeline.extract.shard import open_decoders
 from pipeline.extract.stats import Tally, check_failures
@@ -27,7 +28,6 @@ from pipeline.profile import Stages
 
 if TYPE_CHECKING:
     from pipeline.extract.job import Job
-    from pipeline.extract.progress import Progress
 
 PATIENCE = 10.0  # seconds that a process may take to abandon its shard
 

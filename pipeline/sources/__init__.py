@@ -95,8 +95,6 @@ def _open_kind(config: SourceConfig) -> Source:
 
         return librispeech.open_librispeech(path, config.splits)
     if config.kind == "parquet":
-        from pipeline.sources import parquet
-
         return open_parquet(path, config.splits, config.config)
     if config.kind == "manifest":
         from pipeline.sources import manifest

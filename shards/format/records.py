@@ -68,7 +68,7 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
 
 
 def is_claim(data: bytes) -> bool:
-    """Whether an object of a bucket holds a claim (``shards/commit/bucket/claims.py``) and not yet what it will become."""
+    """Whether an object of a bucket is a claim (``shards/commit/bucket/claims.py``), not yet what it will become."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):

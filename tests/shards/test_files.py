@@ -32,7 +32,7 @@ def strace_works() -> bool:
 def traced_by_strace(path: Path) -> list[Event]:
     """The calls that a process makes while it writes a cache at ``path``, as the kernel saw them."""
     log = path.with_name("strace.log")
-    program = COMMIT.format(tests=str(Path(__file__).parent.parent), path=str(path))
+    program = COMMIT.format(tests=str(Path(__file__).parent.parent / "helpers"), path=str(path))
     calls = "trace=write,writev,pwrite64,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
     command = ["strace", "-f", "-y", "-e", calls, "-s", "1", "-o", log, sys.executable, "-c", program]
     subprocess.run(command, check=True, timeout=60)

@@ -64,7 +64,7 @@ class ValConfig(Config):
 
 
 class BatchConfig(Config):
-    """How utterances form batches (``shards/stream/sampler.py``). With neither ``size`` nor ``max_frames``, ``size`` is 8."""
+    """How utterances form batches (``shards/stream/sampler.py``); ``size`` is 8 without it and ``max_frames``."""
 
     size: int | None = Field(default=None, ge=1)  # most utterances of a batch
     max_frames: int | None = Field(default=None, ge=1)  # padded frames of a batch

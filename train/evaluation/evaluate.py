@@ -1,7 +1,7 @@
 """Does the language model listen? Held-out loss with the right audio, with another's, with none, and decoded text.
 
 In: a model and held-out utterances. Out: an :class:`Evaluation`. All losses are nats per target token, over all
-utterances; every figure is defined in the module of ``train/measures/`` that computes it.
+utterances; every figure is defined in the module of ``train/evaluation/`` that computes it.
 
 | figure | what it says | cost, in evaluations of the loss |
 |---|---|---|
@@ -43,12 +43,11 @@ from train.evaluation.embedding_space import look, write_space
 from train.evaluation.error_rates import Edits, Sample, corpus_edits, edit_columns, make_sample
 from train.evaluation.held_out_loss import Losses, losses, text_only_losses
 from train.evaluation.retrieval import retrieve
-from train.evaluation.run import evaluate_run
 from train.evaluation.silence import listen_to_silence, record_silence
 from train.evaluation.utterance_table import cache_ids, utterance_table, write_utterances
 from train.model.audio_lm import AudioLM
 
-__all__ = ["Evaluation", "Stopped", "evaluate", "evaluate_run"]
+__all__ = ["Evaluation", "Stopped", "evaluate"]
 
 KEPT_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
 

@@ -124,11 +124,8 @@ def _to_judge(run: Path, config: TrainConfig, cache: str | None) -> Utterances:
 
 
 def _keep(run: Path, folder: Path, result: Evaluation, caches: list[str]) -> None:
-    """What was judged, in ``folder``, and a new report of the run that shows it."""
-    from train.report import write_report
-
+    """What was judged, in ``folder``."""
     with told("writing what was judged", folder):
         make_folder(folder)
     result.write(folder)
     runs.write_json(folder / runs.FIGURES, {**result.record(), "judged_on": caches})
-    write_report(run)

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from shards.read.cache import Cache
     from train.data.layers import Layers
-    from train.lms.base import LanguageModel
-    from train.model.audio_lm import AudioLM
 
 LATEST = "latest"
 SHOWN = 8  # runs that an error names

@@ -39,7 +39,7 @@ class Tones:
         return []
 
     def utterances(self) -> Iterator[Utterance]:
-        manifest = resources.files("pipeline.sources").joinpath("tones.jsonl").read_text(encoding="utf-8")
+        manifest = resources.files("pipeline.sources.synthetic").joinpath("tones.jsonl").read_text(encoding="utf-8")
         for row in map(json.loads, manifest.splitlines()):
             uri = f"{self._seed}/{row['frequency']}"
             yield Utterance("", row["key"], uri, row["text"], samples=SECONDS * SAMPLING_RATE)

@@ -77,7 +77,7 @@ def test_the_feature_id_of_a_known_spec_never_changes():
 
 def test_the_feature_id_survives_json_and_another_process():
     spec = make_spec()
-    program = "import sys, shards.format.spec; print(shards.format.spec.FeatureSpec.model_validate_json(sys.argv[1]).feature_id)"
+    program = "import sys, shards.format.spec as s; print(s.FeatureSpec.model_validate_json(sys.argv[1]).feature_id)"
     found = subprocess.run(
         [sys.executable, "-c", program, spec.model_dump_json()], capture_output=True, text=True, check=True
     )

@@ -26,7 +26,8 @@ from shards.share.transfer import pull, push
 
 PROGRAM = """
 import json, sys
-from shards import hub, storage
+from shards.remote import client as storage
+from shards.share import hub
 from shards.__main__ import main
 from shards.errors import run_command
 

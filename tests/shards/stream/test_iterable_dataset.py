@@ -353,7 +353,8 @@ def test_a_stream_survives_pickling_for_spawned_workers(caches):
 def test_a_loop_left_standing_ends_with_its_process_and_says_nothing(tmp_path):
     cache = make_cache(tmp_path / "cache", n=40)
     script = (
-        "from shards.stream.sampler import Rules; from shards.read.cache import Cache; from shards.stream.iterable_dataset import FeatureStream\n"
+        "from shards.stream.sampler import Rules; from shards.read.cache import Cache\n"
+        "from shards.stream.iterable_dataset import FeatureStream\n"
         f"loop = iter(FeatureStream([Cache.open({str(cache)!r})], Rules(batch_size=2), 0)); next(loop)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

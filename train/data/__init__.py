@@ -1,0 +1,1 @@
+"""The caches of a run: rows to train on, held-out rows, batches."""
