@@ -7,8 +7,8 @@ script, no network: curves are inline SVG, sound is data inside the page.
     python -m train report runs/demo
     python -m train report runs/six        (a sweep: its run folders stand in it)
 
-``source`` reads the files, ``run`` and ``sweep`` lay out the pages, ``texts``, ``sounds`` and ``space`` make samples
-and pictures, ``page`` holds the shell and the style.
+``source`` reads the files, ``run`` and ``sweep`` fill in the templates, ``sounds`` and ``space`` make samples and
+pictures, ``page`` holds the Jinja2 environment.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SWEEP = "sweep.json"
 
 def write_report(run: Path) -> Path:
     """Write ``report.html`` into the folder of a run from what stands there; returns its path."""
-    from train.report.run import render
+    from train.report.run import render_run
 
-    return _write(run, render(run))
+    return _write(run, render_run(run))
 
 
 def write_sweep_report(folder: Path) -> Path:
@@ -40,10 +40,9 @@ def write_sweep_report(folder: Path) -> Path:
     Raises:
         UserError: no run stands in it.
     """
-    from train.report.sweep import render
+    from train.report.sweep import render_sweep
 
-    state = _state(folder)
-    return _write(folder, render(folder, experiments(folder), state))
+    return _write(folder, render_sweep(folder, experiments(folder), _state(folder)))
 
 
 def is_sweep(folder: Path) -> bool:
@@ -74,5 +73,5 @@ def _state(folder: Path) -> dict[str, Any]:
 def _write(folder: Path, text: str) -> Path:
     path = folder / REPORT
     with told("writing the report", path):
-        atomic_write(path, text.encode(), str(os.getpid()))
+        atomic_write(path, text.encode(errors="replace"), str(os.getpid()))  # a text may hold a lone surrogate
     return path

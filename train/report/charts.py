@@ -1,8 +1,8 @@
-"""Charts as inline SVG in HTML text, written by hand: no script, no library.
+"""Charts as inline SVG: no script, no plotting library.
 
-In: curves as (x, y) points, or points of several groups. Out: one ``<figure>`` with axes, their units, a legend, and a
-tooltip (``<title>``) on every mark. Colours are CSS classes (``train/report/page.py``); curves differ in their dashes
-and groups in their shapes as well, so that nothing hangs on colour alone.
+In: curves as (x, y) points, or points of several groups. Out: one ``<figure>`` (``templates/chart.html.j2``) with axes,
+their units, a legend, and a tooltip (``<title>``) on every mark. Colours are classes of ``templates/report.css``.
+Curves differ in their dashes and groups in their shapes as well, so that nothing depends on colour alone.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import cycle
+
+from markupsafe import Markup
+
+from train.report.page import render
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 60, 14, 12, 34
 MOST_POINTS = 1200  # drawn of a curve; more cannot be told apart
-TOLD_POINTS = 60  # of a curve without dots, that have a tooltip
+TOOLTIPS = 60  # of a curve without dots
+NOTHING = Markup('<p class="note">No figures yet.</p>')
 
 Point = tuple[float, float]
 
@@ -37,9 +41,32 @@ class Cloud:
     name: str
     style: str
     points: Sequence[Point]
-    told: Sequence[str] = field(default_factory=list)
+    texts: Sequence[str] = field(default_factory=list)
     shape: int = 0
     radius: float = 3.5
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A circle at a place in the drawing, or where it has ``corners`` a polygon, with the text of its tooltip."""
+
+    style: str
+    x: float
+    y: float
+    radius: float
+    text: str
+    corners: str = ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A curve or a cloud as the template draws it; a curve has ``points``, a cloud the mark ``key`` in the legend."""
+
+    name: str
+    marks: list[Mark]
+    style: str = ""
+    points: str = ""
+    key: Mark | None = None
 
 
 @dataclass(frozen=True)
@@ -59,51 +86,44 @@ class Frame:
         return round(across, 1), round(down, 1)
 
 
-def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: str = "", height: int = 300) -> str:
+def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: str = "", height: int = 300) -> Markup:
     """The curves on shared axes from 0; a sentence instead when none has a point. What is not finite is left out."""
     curves = [Curve(c.name, c.style, _thin(_finite(c.points)), c.dots) for c in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
-        return '<p class="note">No figures yet.</p>'
+        return NOTHING
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys), max(ys), max(2, height // 50))
     frame = Frame(0.0, max(max(xs), 1.0), y_ticks[0], max(y_ticks[-1], max(ys)), height)
-    parts = [*_axes(frame, [x for x in x_ticks if x <= frame.x_high], y_ticks)]
-    dashes = _dashes(curves)
-    for curve, dash in zip(curves, dashes, strict=True):
+    layers = []
+    for curve, dash in zip(curves, _dashes(curves), strict=True):
         places = [frame.at(x, y) for x, y in curve.points]
-        path = " ".join(f"{x},{y}" for x, y in places)
-        parts.append(f'<polyline class="curve {curve.style} {dash}" points="{path}"/>')
-        marked = curve.dots or len(places) == 1
-        every = 1 if marked else -(-len(places) // TOLD_POINTS)
-        look = curve.style if marked else "unseen"
-        for (x, y), (across, down) in list(zip(curve.points, places, strict=True))[::every]:
-            told = f"{curve.name}: {y:.4g} at {x_label} {x:,.10g}"
-            radius = 3.5 if marked else 7
-            parts.append(
-                f'<circle class="{look}" cx="{across}" cy="{down}" r="{radius}"><title>{escape(told)}</title></circle>'
-            )
-    keys = [(c.name, f'<line class="curve {c.style} {dash}" x1="0" x2="32" y1="5" y2="5"/>')
-            for c, dash in zip(curves, dashes, strict=True)]  # fmt: skip
-    return _figure(title, height, parts, keys, x_label, y_label)
+        dots = curve.dots or len(places) == 1
+        style, radius, every = (curve.style, 3.5, 1) if dots else ("unseen", 7, -(-len(places) // TOOLTIPS))
+        marks = [
+            Mark(style, *place, radius, f"{curve.name}: {y:.4g} at {x_label} {x:,.10g}")
+            for (x, y), place in list(zip(curve.points, places, strict=True))[::every]
+        ]
+        line = " ".join(f"{x},{y}" for x, y in places)
+        layers.append(Layer(curve.name, marks, f"{curve.style} {dash}", line))
+    return _figure(title, frame, [x for x in x_ticks if x <= frame.x_high], y_ticks, layers, x_label, y_label)
 
 
-def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 440) -> str:
+def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 440) -> Markup:
     """The clouds on shared axes, the first at the back."""
     xs = [x for cloud in clouds for x, _ in cloud.points]
     ys = [y for cloud in clouds for _, y in cloud.points]
     if not xs:
-        return '<p class="note">No figures yet.</p>'
+        return NOTHING
     x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
     frame = Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1], height)
-    parts = [*_axes(frame, x_ticks, y_ticks)]
+    layers = []
     for cloud in clouds:
-        told = list(cloud.told) or [cloud.name] * len(cloud.points)
-        for point, text in zip(cloud.points, told, strict=True):
-            parts.append(_mark(cloud, *frame.at(*point), text))
-    keys = [(cloud.name, _mark(cloud, 16, 5, cloud.name)) for cloud in clouds]
-    return _figure(title, height, parts, keys, x_label, y_label)
+        texts = list(cloud.texts) or [cloud.name] * len(cloud.points)
+        marks = [_mark(cloud, *frame.at(*point), text) for point, text in zip(cloud.points, texts, strict=True)]
+        layers.append(Layer(cloud.name, marks, key=_mark(cloud, 16, 5, cloud.name)))
+    return _figure(title, frame, x_ticks, y_ticks, layers, x_label, y_label)
 
 
 def smooth(points: Sequence[Point], span: int = 0) -> list[Point]:
@@ -127,49 +147,46 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def _axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
-    parts = []
-    for value in y_ticks:
-        _, y = frame.at(frame.x_low, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>')
-    for value in x_ticks:
-        x, _ = frame.at(value, frame.y_low)
-        side = "end" if x > WIDTH - 40 else "middle"
-        parts.append(f'<text x="{x}" y="{frame.height - 8}" text-anchor="{side}">{value:,.10g}</text>')
-    return parts
-
-
 def _dashes(curves: Sequence[Curve]) -> list[str]:
     """A class of its own for each of four curves; a faint one, which stands behind its smoothed self, has none."""
     kinds = cycle(range(4))
     return ["" if curve.style == "faint" else f"dash{next(kinds)}" for curve in curves]
 
 
-def _mark(cloud: Cloud, x: float, y: float, told: str) -> str:
+def _mark(cloud: Cloud, x: float, y: float, text: str) -> Mark:
     """Circle, square, triangle or diamond around a place."""
-    r, end = cloud.radius, f"<title>{escape(told)}</title>"
-    if cloud.shape % 4 == 0:
-        return f'<circle class="mark {cloud.style}" cx="{x}" cy="{y}" r="{r}">{end}</circle>'
+    r = cloud.radius
     corners = (
+        [],
         [(-r, -r), (r, -r), (r, r), (-r, r)],
         [(0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)],
         [(0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)],
-    )[cloud.shape % 4 - 1]
+    )[cloud.shape % 4]
     path = " ".join(f"{x + across:.1f},{y + down:.1f}" for across, down in corners)
-    return f'<polygon class="mark {cloud.style}" points="{path}">{end}</polygon>'
+    return Mark(f"mark {cloud.style}", x, y, r, text, path)
 
 
 def _figure(
-    title: str, height: int, parts: Sequence[str], keys: Sequence[tuple[str, str]], x_label: str, y_label: str
-) -> str:
-    legend = "".join(
-        f'<li><svg viewBox="0 0 32 10" aria-hidden="true">{mark}</svg>{escape(name)}</li>' for name, mark in keys
-    )
-    return (
-        f'<figure><p class="axis">{escape(y_label)}</p><svg viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}"><title>{escape(title)}</title>{"".join(parts)}</svg>'
-        f'<p class="axis across">{escape(x_label)}</p><ul class="legend">{legend}</ul></figure>'
+    title: str,
+    frame: Frame,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    layers: Sequence[Layer],
+    x_label: str,
+    y_label: str,
+) -> Markup:
+    return render(
+        "chart.html.j2",
+        title=title,
+        width=WIDTH,
+        height=frame.height,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        x_ticks=[(frame.at(value, frame.y_low)[0], f"{value:,.10g}") for value in x_ticks],
+        y_ticks=[(frame.at(frame.x_low, value)[1], f"{value:g}") for value in y_ticks],
+        layers=layers,
+        x_label=x_label,
+        y_label=y_label,
     )
 
 

@@ -1,12 +1,13 @@
 """Pictures of the soft tokens: among the LM's embeddings by utterance and by length, and their nearest tokens.
 
-In: the tree of ``space.json`` (``train/evaluation/embedding_space.py``). Out: HTML.
+In: the tree of ``space.json`` (``train/evaluation/embedding_space.py``). Out: what the templates show of it.
 """
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from train.report.charts import Cloud, scatter
 from train.report.page import COLOURS, SCALE
@@ -14,17 +15,17 @@ from train.report.page import COLOURS, SCALE
 SHOWN_TOKENS = 40  # of an utterance
 
 
-def planes(space: dict[str, Any], seconds: float) -> str:
-    """Both pictures; ``seconds`` a frame."""
+def planes(space: dict[str, Any], seconds: float) -> list[tuple[str, Markup]]:
+    """(what the colours say, the drawing) of both pictures; ``seconds`` a frame."""
     plane = space.get("plane")
     if not plane:
-        return ""
+        return []
     words = Cloud(
         "vocabulary", "word", [(x, y) for x, y, _ in plane["vocabulary"]],
         [f"token {text!r}" for *_, text in plane["vocabulary"]], radius=2.5,
     )  # fmt: skip
-    labels = [f"{name} component ({100 * share:.0f} % of the variance)"
-              for name, share in zip(("first", "second"), plane["explained"], strict=True)]  # fmt: skip
+    across, up = [f"{name} component ({100 * share:.0f} % of the variance)"
+                  for name, share in zip(("first", "second"), plane["explained"], strict=True)]  # fmt: skip
     by_utterance = [
         _cloud(each, seconds, _short(each["reference"]), f"c{i % COLOURS}", i)
         for i, each in enumerate(plane["utterances"])
@@ -35,32 +36,24 @@ def planes(space: dict[str, Any], seconds: float) -> str:
         _cloud(each, seconds, f"{each['frames'] * seconds:.1f} s", f"s{round(i / last * (SCALE - 1))}", 0)
         for i, each in enumerate(ordered)
     ]
+    title = "PCA of soft tokens among the embeddings, coloured"
     pictures = (("by utterance", by_utterance), ("by length", by_length))
-    return "".join(
-        f"<h3>Coloured {how}</h3>"
-        + scatter([words, *clouds], f"PCA of soft tokens among the embeddings, coloured {how}", labels[0], labels[1])
-        for how, clouds in pictures
-    )
+    return [(how, scatter([words, *clouds], f"{title} {how}", across, up)) for how, clouds in pictures]
 
 
-def nearest(space: dict[str, Any]) -> str:
-    """The nearest vocabulary token of every soft token of a few utterances."""
-    blocks = []
+def nearest(space: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a few utterances: ``reference``, the nearest vocabulary ``tokens`` as (text, cosine), and their ``mean``."""
+    found = []
     for each in space.get("tokens", []):
-        shown = each["nearest"][:SHOWN_TOKENS]
-        tokens = "".join(
-            f'<li title="cosine {cosine:.2f}">{escape(text.replace(chr(10), "⏎").strip() or "␣")}</li>'
-            for text, cosine in shown
-        )
-        mean = sum(cosine for _, cosine in shown) / max(1, len(shown))
-        heading = f"{escape(each['reference'])} <small>mean cosine {mean:.2f}</small>"
-        blocks.append(f'<h3>{heading}</h3><ul class="tokens">{tokens}</ul>')
-    return "".join(blocks)
+        tokens = [(text.replace("\n", "⏎").strip() or "␣", cosine) for text, cosine in each["nearest"][:SHOWN_TOKENS]]
+        mean = sum(cosine for _, cosine in tokens) / max(1, len(tokens))
+        found.append({"reference": each["reference"], "mean": mean, "tokens": tokens})
+    return found
 
 
 def _cloud(each: dict[str, Any], seconds: float, name: str, style: str, shape: int) -> Cloud:
-    told = [f"{each['key']}, {each['frames'] * seconds:.1f} s, soft token {i + 1}" for i in range(len(each["points"]))]
-    return Cloud(name, style, [(x, y) for x, y in each["points"]], told, shape)
+    texts = [f"{each['key']}, {each['frames'] * seconds:.1f} s, soft token {i + 1}" for i in range(len(each["points"]))]
+    return Cloud(name, style, [(x, y) for x, y in each["points"]], texts, shape)
 
 
 def _short(text: str, most: int = 40) -> str:

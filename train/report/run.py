@@ -1,18 +1,19 @@
 """The page about one run.
 
-In: a run's folder. Out: HTML text.
+In: a run's folder. Out: its page, ``templates/run.html.j2`` filled in.
 """
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from train.report.audio import recordings
 from train.report.charts import Curve, chart, smooth
 from train.report.embedding_plot import nearest, planes
-from train.report.page import bounds, duration, folded, listing, marked, page, percent, section, table, tiles
+from train.report.page import SPAN, WITH_SMALL, Row, bounds, duration, marked, percent, render, utterance
 from train.report.run_files import Figures, RunFiles
 from train.runs.metrics_log import figure
 
@@ -20,85 +21,55 @@ SHOWN_SAMPLES = 24
 LISTENS = 0.1  # nats a token of audio gain from which a model is said to listen
 HEARD_SAMPLES = 6  # with their sound
 
-LOSS_NOTE = (
-    "The distance between held-out loss with the right audio and with another utterance’s audio is the audio gain: "
-    "what the language model takes from listening."
-)
-LISTEN_NOTE = (
-    "Differences to the right audio, in nats a token, with 95 % bootstrap intervals over utterances. A model that does "
-    "not listen shows none."
-)
-RETRIEVAL_NOTE = (
-    "Candidates differ in their text and are of like length. By embedding: mean soft token against mean text "
-    "embedding, which a projector need not be good at."
-)
-SPACE_NOTE = (
-    "Main components (PCA) of the soft tokens of up to eight held-out utterances and of vocabulary embeddings (grey). "
-    "A picture, not a measure: two components hold only a part of the variance."
-)
-RMS_NOTE = "RMS of the projector’s output over RMS of the language model’s embeddings; far from 1 the gradient starves."
 
-
-def render(folder: Path) -> str:
-    """The page as text; everything that comes from data is escaped."""
+def render_run(folder: Path) -> str:
+    """The page as text."""
     run = RunFiles(folder)
     figures = run.figures
-    state = "finished" if run.summary else "running or stopped"
-    changed = table(
-        ("setting", "this run", "default"),
-        [
-            (escape(key), escape(str(value)), "–" if default is None else escape(str(default)))
-            for key, value, default in run.changed_settings()
-        ],
-    )
-    text = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").is_file() else ""
-    parts = [
-        f'<header><p class="over">earshard run · {state}</p><h1>{escape(run.name)}</h1>{_verdict(figures)}</header>',
-        _tiles(figures),
-        section("Loss", loss_chart(run), note=LOSS_NOTE),
-        section("What it hears", _listening(figures), note=LISTEN_NOTE),
-        section("Telling utterances apart", _retrieval(figures.get("retrieval")), note=RETRIEVAL_NOTE),
-        section("Errors and inventions", _errors(figures), _silence(figures)),
-        section("Soft tokens among the embeddings", planes(run.space, seconds_a_frame(run)), note=SPACE_NOTE),
-        section("Nearest vocabulary tokens", nearest(run.space)),
-        section("Size of the soft tokens", _rms_chart(run.metrics), note=RMS_NOTE),
-        section("Held-out utterances, decoded", *_samples(run)),
-        section("Judged elsewhere", _elsewhere(run.judged)),
-        section("Throughput", listing(throughput(figures)), _speed_chart(run.metrics)),
-        section("Features", listing(identity(run.about, figures))),
-        section("Settings", changed, folded("all settings", f"<pre>{escape(text)}</pre>")),
-    ]
-    return page(run.name, "\n".join(filter(None, parts)))
-
-
-def _verdict(figures: Figures) -> str:
     gain = figures.get("audio_gain")
-    if gain is None:
-        return '<p class="lead">Not evaluated yet.</p>'
-    if gain < LISTENS:
-        text = "The language model does not listen yet: another utterance’s audio serves it as well as the right one."
-    else:
-        text = f"The right audio saves {gain:.2f} nats on every target token."
-    return f'<p class="lead">{text}</p>'
+    config = folder / "config.yaml"
+    no_audio, samples = _samples(run)
+    return render(
+        "run.html.j2",
+        title=run.name,
+        finished=bool(run.summary),
+        gain=gain,
+        listens=gain is not None and gain >= LISTENS,
+        summary=_tiles(figures),
+        loss_chart=loss_chart(run),
+        listening=_listening(figures),
+        retrieval=_retrieval(figures.get("retrieval")),
+        errors=_errors(figures),
+        silence=_silence(figures),
+        drawings=planes(run.space, seconds_a_frame(run)),
+        nearest=nearest(run.space),
+        rms_chart=_rms_chart(run.metrics),
+        no_audio=no_audio,
+        samples=samples,
+        elsewhere=_elsewhere(run.judged),
+        throughput=throughput(figures),
+        speed_charts=_speed_charts(run.metrics),
+        features=identity(run.about, figures),
+        changed=[(key, value, "–" if default is None else default) for key, value, default in run.changed_settings()],
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
 
 
-def _tiles(figures: Figures) -> str:
+def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
     def beside(name: str, unit: str, scale: float = 1) -> str:
         return f"{bounds(figures, name, scale, 2 if scale == 1 else 1)} {unit}".lstrip()
 
-    return tiles(
-        [
-            ("audio gain", figure(figures.get("audio_gain"), 2), beside("audio_gain", "nats a token")),
-            ("held-out loss", figure(figures.get("val_loss"), 3), beside("val_loss", "nats a token")),
-            ("word error rate", percent(figures.get("wer")), beside("wer", "%", 100)),
-            ("character error rate", percent(figures.get("cer")), beside("cer", "%", 100)),
-            ("words to silence", percent(figures.get("hallucination_rate"), 0), "of silent inputs"),
-            ("steps", f"{figures.get('steps', 0):,}", duration(figures.get("seconds", 0.0))),
-        ]
-    )
+    return [
+        ("audio gain", figure(figures.get("audio_gain"), 2), beside("audio_gain", "nats a token")),
+        ("held-out loss", figure(figures.get("val_loss"), 3), beside("val_loss", "nats a token")),
+        ("word error rate", percent(figures.get("wer")), beside("wer", "%", 100)),
+        ("character error rate", percent(figures.get("cer")), beside("cer", "%", 100)),
+        ("words to silence", percent(figures.get("hallucination_rate"), 0), "of silent inputs"),
+        ("steps", f"{figures.get('steps', 0):,}", duration(figures.get("seconds", 0.0))),
+    ]
 
 
-def loss_chart(run: RunFiles) -> str:
+def loss_chart(run: RunFiles) -> Markup:
     """Training and held-out loss over steps."""
     train = [(line["step"], line["loss"]) for line in run.metrics]
     return chart(
@@ -113,16 +84,16 @@ def loss_chart(run: RunFiles) -> str:
     )
 
 
-def _rms_chart(metrics: list[Figures]) -> str:
+def _rms_chart(metrics: list[Figures]) -> Markup:
     curve = Curve("soft tokens / embeddings", "c0", points(metrics, "projector_rms_ratio"))
     title = "Ratio of soft-token RMS to embedding RMS, over steps"
     return chart([curve], title, y_label="RMS ratio", height=160)
 
 
-def _speed_chart(metrics: list[Figures]) -> str:
+def _speed_charts(metrics: list[Figures]) -> Markup:
     lines = [line for line in metrics if line["seconds"] > 0]
     if not lines:
-        return ""
+        return Markup()
     speed = Curve("frames a second, smoothed", "c0", smooth([(x["step"], x["frames"] / x["seconds"]) for x in lines]))
     waits = [(line["step"], 100 * line["data_wait"] / line["seconds"]) for line in lines]
     wait = Curve("waiting for data, smoothed", "c1", smooth(waits))
@@ -136,88 +107,74 @@ def points(lines: list[Figures], key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
 
 
-def _listening(figures: Figures) -> str:
+def _listening(figures: Figures) -> list[Row]:
     rows = [
         ("the utterance itself", "val_loss", None),
         ("another utterance", "val_loss_shuffled", "audio_gain"),
         ("silence", "val_loss_silent", "silent_gain"),
         ("nothing: text alone", "val_loss_text_only", "text_only_gain"),
     ]
-    known = [row for row in rows if figures.get(row[1]) is not None]
-    cells = [
-        (escape(what), figure(figures[loss], 3), "–" if gain is None or figures.get(gain) is None
-         else f"{figures[gain]:+.2f} <small>{bounds(figures, gain, signed=True)}</small>")
-        for what, loss, gain in known
+    return [
+        (what, figure(figures[loss], 3), "–" if gain is None or figures.get(gain) is None
+         else WITH_SMALL.format(f"{figures[gain]:+.2f}", bounds(figures, gain, signed=True)))
+        for what, loss, gain in rows if figures.get(loss) is not None
     ]  # fmt: skip
-    return table(("it hears", "loss, nats a token", "worse by"), cells, (1, 2))
 
 
-def _retrieval(found: Figures | None) -> str:
+def _retrieval(found: Figures | None) -> dict[str, Any] | None:
     if not found:
-        return ""
+        return None
     rows = [
         ("audio finds its text, by the LM’s likelihood", "by_likelihood"),
         ("text finds its audio, by the LM’s likelihood", "audio_by_likelihood"),
         ("audio finds its text, by pooled embedding", "by_embedding"),
     ]
-    cells = [(escape(what), percent(found[name], 0), bounds(found, name, 100, 0)) for what, name in rows]
+    cells = [(what, percent(found[name], 0), bounds(found, name, 100, 0)) for what, name in rows]
     cells.append(("by chance", percent(found["chance"], 0), f"one of {found['candidates']}"))
-    return table((f"first choice right, {found['utterances']} utterances", "share", "95 % interval"), cells, (1, 2))
+    return {"utterances": found["utterances"], "rows": cells}
 
 
-def _errors(figures: Figures) -> str:
-    rows = []
+def _errors(figures: Figures) -> list[Row]:
+    rows: list[Row] = []
     for name, rate, key in (("words", "wer", "word_edits"), ("characters", "cer", "character_edits")):
         edits = figures.get(key)
         if edits:
             kinds = (f"{edits[kind]:,}" for kind in ("insertions", "deletions", "substitutions", "length"))
             rows.append((name, percent(figures.get(rate)), *kinds))
-    headings = ("of", "error rate", "insertions", "deletions", "substitutions", "in the reference")
-    return table(headings, rows, range(1, 6))
+    return rows
 
 
-def _silence(figures: Figures) -> str:
+def _silence(figures: Figures) -> dict[str, str]:
     found = figures.get("hallucination")
     if not found:
-        return ""
+        return {}
     examples = "; ".join(f"“{text}”" for text in found["texts"] if text)
     share = percent(figures["hallucination_rate"], 0)
     answered = f"{share} of {found['inputs']} silent inputs, {found['words']:.1f} words each"
     rows = {"answered with words": answered, "silence is": figures["silence"]}
-    return "<h3>To silence</h3>" + listing(rows | ({"it says": examples} if examples else {}))
+    return rows | ({"it says": examples} if examples else {})
 
 
-def _samples(run: RunFiles) -> tuple[str, str]:
+def _samples(run: RunFiles) -> tuple[str, list[Row]]:
+    """Why no audio is in the page ("" when it is), and a row a sample."""
     shown = run.samples[:SHOWN_SAMPLES]
-    if not shown:
-        return "", ""
     sounds: dict[str, str] = {}
     reason = "Audio is put in when the run is finished."
     if run.summary:
         sounds, reason = recordings(run.cache_paths(), [sample["key"] for sample in shown[:HEARD_SAMPLES]])
-    rows = []
-    for sample in shown:
-        reference, hypothesis = marked(sample["reference"], sample["hypothesis"])
-        rows.append((name_cell(sample["key"], sounds), f"<span>{reference}</span>", f"<span>{hypothesis}</span>",
-                     percent(sample["wer"])))  # fmt: skip
-    note = f'<p class="note">{escape(reason)}</p>' if reason else ""
-    return note, table(("utterance", "said", "decoded", "WER"), rows, (3,))
+    return reason, [
+        (utterance(sample["key"], sounds), *map(SPAN.format, marked(sample["reference"], sample["hypothesis"])),
+         percent(sample["wer"]))
+        for sample in shown
+    ]  # fmt: skip
 
 
-def name_cell(key: str, sounds: dict[str, str]) -> str:
-    """An utterance's key with a player where there is sound."""
-    sound = sounds.get(key)
-    player = "" if sound is None else f'<audio controls preload="metadata" src="{escape(sound)}"></audio>'
-    return f'<div><span class="key">{escape(key)}</span>{player}</div>'
-
-
-def _elsewhere(judged: list[Figures]) -> str:
-    rows = [
-        (escape(", ".join(each["judged_on"])), f"{each['n_val']:,}", figure(each["val_loss"], 3),
+def _elsewhere(judged: list[Figures]) -> list[Row]:
+    return [
+        (", ".join(each["judged_on"]), f"{each['n_val']:,}", figure(each["val_loss"], 3),
          figure(each["audio_gain"], 2), percent(each["wer"]), percent(each["hallucination_rate"], 0))
         for each in judged
     ]  # fmt: skip
-    return table(("cache", "utterances", "loss", "audio gain", "WER", "words to silence"), rows, range(1, 6))
 
 
 def throughput(figures: Figures) -> dict[str, str]:

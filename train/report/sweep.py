@@ -1,119 +1,102 @@
 """The page about a sweep: experiments side by side, with paired differences over the same held-out utterances.
 
-In: the run folders of a sweep, and its ``sweep.json``. Out: HTML text. The sweep's baseline, or where it names none the
-experiment of the lowest held-out loss, is what the others are compared with; a difference whose interval holds 0 may be
-chance.
+In: the run folders of a sweep, and its ``sweep.json``. Out: its page, ``templates/sweep.html.j2`` filled in. The others
+are compared with the sweep's baseline or, where it names none, with the experiment of the lowest held-out loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from shards.errors import UserError
 from train.evaluation.bootstrap import NATS, TOKENS, WORD_ERRORS, WORDS, Interval, paired_difference
 from train.report.audio import recordings
 from train.report.charts import Curve, chart, smooth
 from train.report.embedding_plot import planes
-from train.report.page import COLOURS, breakable, folded, listing, marked, page, percent, section, table, tiles
-from train.report.run import HEARD_SAMPLES, LISTENS, identity, name_cell, points, seconds_a_frame
+from train.report.page import COLOURS, DIV, SPAN, WITH_SMALL, Row, breakable, marked, percent, render, utterance
+from train.report.run import HEARD_SAMPLES, LISTENS, identity, points, seconds_a_frame
 from train.report.run_files import RunFiles
 from train.runs.metrics_log import figure
 
 SHOWN_SAMPLES = 8
 OWN_KEYS = ("name", "runs")
 
-DIFFERENCE_NOTE = (
-    "Held-out figures. Differences are paired over the same utterances, with 95 % bootstrap intervals: one that "
-    "holds 0 may be chance. The best of many experiments looks better than it is."
-)
 
-
-def render(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> str:
-    """The page as text; everything that comes from data is escaped."""
+def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> str:
+    """The page as text."""
     found = [RunFiles(run) for run in runs]
     judged = [run for run in found if run.figures.get("val_loss") is not None]
     best = min(judged, key=lambda run: float(run.figures["val_loss"]), default=None)
     base = next((run for run in judged if run.name == state.get("baseline")), best)
     states = {each["name"]: each for each in state.get("experiments", [])}
-    done = sum(bool(run.summary) for run in found)
-    parts = [
-        f'<header><p class="over">earshard sweep · {done} of {len(found)} experiments finished</p>'
-        f"<h1>{escape(folder.name)}</h1>{_verdict(best, base)}</header>",
-        _tiles(found, best),
-        section("Experiments", _experiments(found, base, states), note=DIFFERENCE_NOTE),
-        section("Held-out loss", _curves(found, held_out=True)),
-        section("Training loss", _curves(found, held_out=False)),
-        section("What differs", _differences(found)),
-        section("The same utterances, decoded by each", *_samples(found)),
-        section("Soft tokens among the embeddings", *(_space(run, run is best) for run in found)),
-        section("Throughput", _throughput(found)),
-        section("Features", *_identities(found)),
-    ]
-    return page(folder.name, "\n".join(filter(None, parts)))
+    gain = None if best is None else best.figures.get("audio_gain")
+    no_audio, samples = _samples(found)
+    return render(
+        "sweep.html.j2",
+        title=folder.name,
+        runs=len(found),
+        finished=sum(bool(run.summary) for run in found),
+        best=best and {
+            "name": best.name, "loss": best.figures["val_loss"], "listens": gain is None or gain >= LISTENS
+        },
+        base="–" if base is None else base.name,
+        gap=None if best is None or base is None or best is base else _gap(best, base, NATS, TOKENS),
+        summary=_tiles(found, best),
+        experiments=_experiments(found, base, states),
+        held_out_chart=_curves(found, held_out=True),
+        training_chart=_curves(found, held_out=False),
+        differences=_differences(found),
+        no_audio=no_audio,
+        samples=samples,
+        spaces=[(run.name, run is best, drawn) for run in found if (drawn := planes(run.space, seconds_a_frame(run)))],
+        throughput=_throughput(found),
+        features=_identities(found),
+    )  # fmt: skip
 
 
-def _verdict(best: RunFiles | None, base: RunFiles | None) -> str:
-    if best is None or base is None:
-        return '<p class="lead">Not evaluated yet.</p>'
-    text = f"{best.name} has the lowest held-out loss, {best.figures['val_loss']:.3f} nats a token"
-    gap = None if best is base else _gap(best, base, NATS, TOKENS)
-    if gap is not None:
-        sure = "beyond chance" if gap.high < 0 else "which may be chance"
-        text += f", {-gap.mean:.3f} below the baseline {base.name}, {sure}"
-    text += "."
-    gain = best.figures.get("audio_gain")
-    if gain is not None and gain < LISTENS:
-        text += (
-            " It does not listen yet: another utterance’s audio serves it as well as the right one, so the losses "
-            "compare what was learned of the texts."
-        )
-    return f'<p class="lead">{escape(text)}</p>'
-
-
-def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
+def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[tuple[str, str, str]]:
     figures = {} if best is None else best.figures
     wers = [(float(run.figures["wer"]), run.name) for run in runs if run.figures.get("wer") is not None]
     low, name = min(wers, default=(None, "–"))
-    return tiles(
-        [
-            ("lowest held-out loss", figure(figures.get("val_loss"), 3), "–" if best is None else best.name),
-            ("its audio gain", figure(figures.get("audio_gain"), 2), "nats a token"),
-            ("lowest word error rate", percent(low), name),
-            ("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
-        ]
-    )
+    return [
+        ("lowest held-out loss", figure(figures.get("val_loss"), 3), "–" if best is None else best.name),
+        ("its audio gain", figure(figures.get("audio_gain"), 2), "nats a token"),
+        ("lowest word error rate", percent(low), name),
+        ("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
+    ]
 
 
-def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[str, Any]) -> str:
-    rows = []
+def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = []
     for run in runs:
         figures, state = run.figures, states.get(run.name, {})
-        told = "" if run.summary else state.get("reason") or f"at step {figures.get('steps', 0):,}"
+        status = "" if run.summary else state.get("reason") or f"at step {figures.get('steps', 0):,}"
         rows.append(
             (
-                f"<div>{breakable(run.name)} <small>{escape(told)}</small></div>",
+                DIV.format(WITH_SMALL.format(breakable(run.name), status)),
                 figure(figures.get("val_loss"), 3),
-                _told(run, base, NATS, TOKENS, 1, 3),
+                _difference(run, base, NATS, TOKENS, 1, 3),
                 figure(figures.get("audio_gain"), 2),
                 percent(figures.get("wer")),
-                _told(run, base, WORD_ERRORS, WORDS, 100, 1),
+                _difference(run, base, WORD_ERRORS, WORDS, 100, 1),
                 f"{figures['trained_parameters']:,}" if figures.get("trained_parameters") else "–",
             )
         )
-    other = "–" if base is None else base.name
-    headings = ("experiment", "loss", f"loss minus {other}", "audio gain", "WER", f"WER minus {other}, %", "parameters")
-    return table(headings, rows, range(1, 7))
+    return rows
 
 
-def _told(run: RunFiles, base: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int) -> str:
+def _difference(
+    run: RunFiles, base: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int
+) -> str:
     gap = None if base is None or run is base else _gap(run, base, counts, per)
     if gap is None:
         return "–"
-    mean, low, high = (scale * value for value in gap)
-    return f"<div>{mean:+.{digits}f} <small>[{low:+.{digits}f}, {high:+.{digits}f}]</small></div>"
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in gap)
+    return DIV.format(WITH_SMALL.format(mean, f"[{low}, {high}]"))
 
 
 def _gap(run: RunFiles, base: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
@@ -126,7 +109,7 @@ def _gap(run: RunFiles, base: RunFiles, counts: Sequence[str], per: str) -> Inte
         return None
 
 
-def _curves(runs: Sequence[RunFiles], held_out: bool) -> str:
+def _curves(runs: Sequence[RunFiles], held_out: bool) -> Markup:
     curves = []
     for number, run in enumerate(runs):
         train = [(line["step"], line["loss"]) for line in run.metrics]
@@ -136,8 +119,8 @@ def _curves(runs: Sequence[RunFiles], held_out: bool) -> str:
     return chart(curves, f"{what} of every experiment, over steps", y_label=f"{what.lower()}, nats a target token")
 
 
-def _differences(runs: Sequence[RunFiles]) -> str:
-    """What is not the same in all: a row a setting where experiments are few, else a row an experiment."""
+def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:
+    """Headings and rows of what is not the same in all: a row a setting, or of many experiments a row an experiment."""
     settings = [(run.name, run.settings) for run in runs if run.settings]
     values = {
         key: [str(own.get(key, "–")) for _, own in settings]
@@ -145,57 +128,50 @@ def _differences(runs: Sequence[RunFiles]) -> str:
     }
     differ = {key: each for key, each in values.items() if len(set(each)) > 1 and key not in OWN_KEYS}
     if not differ:
-        return ""
+        return (), []
     if len(settings) <= 4:
-        rows = [(escape(key), *map(escape, each)) for key, each in differ.items()]
-        return table(("setting", *(name for name, _ in settings)), rows)
-    told = [
-        (breakable(name), escape(", ".join(f"{key} {own[key]}" for key in differ if own.get(key) is not None)))
+        return ("setting", *(name for name, _ in settings)), [(key, *each) for key, each in differ.items()]
+    return ("experiment", "settings"), [
+        (breakable(name), ", ".join(f"{key} {own[key]}" for key in differ if own.get(key) is not None))
         for name, own in settings
     ]
-    return table(("experiment", "settings"), told)
 
 
-def _samples(runs: Sequence[RunFiles]) -> tuple[str, str]:
+def _samples(runs: Sequence[RunFiles]) -> tuple[str, list[dict[str, Any]]]:
+    """Why no audio is in the page ("" when it is), and each utterance with what every experiment made of it."""
     decoded = {run.name: {sample["key"]: sample for sample in run.samples} for run in runs}
     first = next((run for run in runs if run.samples), None)
     if first is None:
-        return "", ""
+        return "", []
     shown = first.samples[:SHOWN_SAMPLES]
     paths = list(dict.fromkeys(path for run in runs for path in run.cache_paths()))
     sounds, reason = recordings(paths, [sample["key"] for sample in shown[:HEARD_SAMPLES]])
-    blocks = [f'<p class="note">{escape(reason)}</p>' if reason else ""]
-    for sample in shown:
-        rows = []
-        for name, samples in decoded.items():
-            if (own := samples.get(sample["key"])) is not None:
-                hypothesis = marked(own["reference"], own["hypothesis"])[1]
-                rows.append((breakable(name), f"<span>{hypothesis}</span>", percent(own["wer"])))
-        heading = f"<h3>{escape(sample['reference'])}</h3>{name_cell(sample['key'], sounds)}"
-        blocks.append(heading + table(("experiment", "decoded", "WER"), rows, (2,)))
-    return "", "".join(blocks)
+    return reason, [
+        {
+            "reference": sample["reference"],
+            "utterance": utterance(sample["key"], sounds),
+            "rows": [
+                (breakable(name), SPAN.format(marked(own["reference"], own["hypothesis"])[1]), percent(own["wer"]))
+                for name, samples in decoded.items()
+                if (own := samples.get(sample["key"])) is not None
+            ],
+        }
+        for sample in shown
+    ]
 
 
-def _space(run: RunFiles, is_best: bool) -> str:
-    picture = planes(run.space, seconds_a_frame(run))
-    if not picture:
-        return ""
-    return f"<h3>{escape(run.name)}</h3>{picture}" if is_best else folded(run.name, picture)
-
-
-def _throughput(runs: Sequence[RunFiles]) -> str:
-    rows = [
+def _throughput(runs: Sequence[RunFiles]) -> list[Row]:
+    return [
         (breakable(run.name), f"{run.figures.get('frames_per_second', 0.0):,.0f}",
          percent(run.figures.get("data_wait_fraction")), percent(run.figures.get("padding_fraction")),
          f"{run.figures.get('seconds', 0.0):,.0f}")
         for run in runs
     ]  # fmt: skip
-    return table(("experiment", "frames a second", "waiting for data", "padding", "seconds"), rows, range(1, 5))
 
 
-def _identities(runs: Sequence[RunFiles]) -> list[str]:
-    """Once for all experiments that share it."""
-    seen: dict[str, list[str]] = {}
+def _identities(runs: Sequence[RunFiles]) -> list[tuple[str, dict[str, str]]]:
+    """(names of the experiments that share it, its rows) of each identity."""
+    seen: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for run in runs:
-        seen.setdefault(listing(identity(run.about, run.figures)), []).append(run.name)
-    return [text if len(seen) == 1 else f"<h3>{escape(', '.join(names))}</h3>{text}" for text, names in seen.items()]
+        seen.setdefault(tuple(identity(run.about, run.figures).items()), []).append(run.name)
+    return [(", ".join(names), dict(rows)) for rows, names in seen.items()]

@@ -140,6 +140,6 @@ def test_marks_add_and_lose_no_word(reference, hypothesis):
     from html import unescape
 
     for text, found in zip((reference, hypothesis), marked(reference, hypothesis), strict=True):
-        plain = found.replace("<del>", "").replace("</del>", "").replace("<ins>", "").replace("</ins>", "")
+        plain = str(found).replace("<del>", "").replace("</del>", "").replace("<ins>", "").replace("</ins>", "")
         if text.split():
             assert unescape(plain).split() == text.split()
