@@ -3,7 +3,7 @@
 In: the folders of caches and keys of utterances. Out: a ``data:`` URI for each key, or one sentence that says why there
 is none. Only sources on this machine that give a single recording at once are asked: folders of files, local parquet,
 and speech or tones, which are made again. The caches say where their audio is; the sha256 of what is read must be the
-one that the features were made from.
+one that the features were extracted from.
 
 The only module of ``train`` that reads audio sources: a training run needs none, and this one answers with a sentence.
 """
@@ -36,7 +36,7 @@ def recordings(caches: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, st
                     room -= len(data)
                     found[key] = f"data:audio/wav;base64,{base64.b64encode(data).decode()}"
         except (UserError, OSError) as error:
-            reasons.append(f"No audio here: {error}")
+            reasons.append(f"No audio: {error}")
     return (found, "") if found or not reasons else ({}, reasons[0])
 
 
@@ -50,22 +50,22 @@ def _read(path: str, keys: Sequence[str]) -> Mapping[str, bytes]:
     from pipeline.sources import open_source
 
     if "://" in path:
-        raise UserError(f"'{path}' is far away")
+        raise UserError(f"'{path}' is a remote cache")
     cache = Cache.open(path)
     rows = np.flatnonzero(pc.is_in(cache.manifest["key"], value_set=_strings(keys)).to_numpy(zero_copy_only=False))
     config = recorded_config(cache.info, Path(path)).source
     if str(config.path or "").startswith("hf:"):
-        raise UserError(f"the source of '{path}' is streamed from a hub")
+        raise UserError(f"the source of '{path}' is streamed from a remote dataset")
     source = open_source(config)
     if source.sequential:
-        raise UserError(f"the source of '{path}' is an archive that is read from its start")
+        raise UserError(f"the source of '{path}' is an archive that can only be read from its start")
     wanted = [cache.row(int(row)) for row in rows]
     wavs = {}
     for row, (_, data) in zip(wanted, source.read([row["audio"] for row in wanted]), strict=True):
         if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() == row["audio_sha256"]:
             wavs[row["key"]] = _wav(data)
     if wanted and not wavs:
-        raise UserError(f"the source of '{path}' no longer gives the recordings that its features were made from")
+        raise UserError(f"the source of '{path}' no longer has the recordings that its features were extracted from")
     return wavs
 
 

@@ -19,7 +19,7 @@ from train.report.page import render
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 60, 14, 12, 34
 MOST_POINTS = 1200  # drawn of a curve; more cannot be told apart
 TOOLTIPS = 60  # of a curve without dots
-NOTHING = Markup('<p class="note">No figures yet.</p>')
+NOTHING = Markup('<p class="note">No data yet.</p>')
 
 Point = tuple[float, float]
 

@@ -18,7 +18,7 @@ from train.report.run_files import Figures, RunFiles
 from train.runs.metrics_log import figure
 
 SHOWN_SAMPLES = 24
-LISTENS = 0.1  # nats a token of audio gain from which a model is said to listen
+LISTENS = 0.1  # nats per token of audio gain from which a model is said to listen
 HEARD_SAMPLES = 6  # with their sound
 
 
@@ -60,11 +60,11 @@ def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
         return f"{bounds(figures, name, scale, 2 if scale == 1 else 1)} {unit}".lstrip()
 
     return [
-        ("audio gain", figure(figures.get("audio_gain"), 2), beside("audio_gain", "nats a token")),
-        ("held-out loss", figure(figures.get("val_loss"), 3), beside("val_loss", "nats a token")),
+        ("audio gain", figure(figures.get("audio_gain"), 2), beside("audio_gain", "nats per token")),
+        ("held-out loss", figure(figures.get("val_loss"), 3), beside("val_loss", "nats per token")),
         ("word error rate", percent(figures.get("wer")), beside("wer", "%", 100)),
         ("character error rate", percent(figures.get("cer")), beside("cer", "%", 100)),
-        ("words to silence", percent(figures.get("hallucination_rate"), 0), "of silent inputs"),
+        ("hallucination rate", percent(figures.get("hallucination_rate"), 0), "of silent inputs"),
         ("steps", f"{figures.get('steps', 0):,}", duration(figures.get("seconds", 0.0))),
     ]
 
@@ -76,17 +76,17 @@ def loss_chart(run: RunFiles) -> Markup:
         [
             Curve("training, each step", "faint", train),
             Curve("training, smoothed", "c0", smooth(train)),
-            Curve("held out, other audio", "c1", points(run.evaluations, "val_loss_shuffled"), dots=True),
+            Curve("held out, another utterance’s audio", "c1", points(run.evaluations, "val_loss_shuffled"), dots=True),
             Curve("held out", "c2", points(run.evaluations, "val_loss"), dots=True),
         ],
-        "Training loss and held-out loss with matched and with shuffled audio, over steps",
-        y_label="loss, nats a target token",
+        "Training loss and held-out loss with the right and with another utterance’s audio, by step",
+        y_label="loss, nats per token",
     )
 
 
 def _rms_chart(metrics: list[Figures]) -> Markup:
     curve = Curve("soft tokens / embeddings", "c0", points(metrics, "projector_rms_ratio"))
-    title = "Ratio of soft-token RMS to embedding RMS, over steps"
+    title = "Ratio of soft-token RMS to embedding RMS, by step"
     return chart([curve], title, y_label="RMS ratio", height=160)
 
 
@@ -94,10 +94,10 @@ def _speed_charts(metrics: list[Figures]) -> Markup:
     lines = [line for line in metrics if line["seconds"] > 0]
     if not lines:
         return Markup()
-    speed = Curve("frames a second, smoothed", "c0", smooth([(x["step"], x["frames"] / x["seconds"]) for x in lines]))
+    speed = Curve("frames per second, smoothed", "c0", smooth([(x["step"], x["frames"] / x["seconds"]) for x in lines]))
     waits = [(line["step"], 100 * line["data_wait"] / line["seconds"]) for line in lines]
     wait = Curve("waiting for data, smoothed", "c1", smooth(waits))
-    return chart([speed], "Frames a second, over steps", y_label="frames a second", height=160) + chart(
+    return chart([speed], "Frames per second, by step", y_label="frames per second", height=160) + chart(
         [wait], "Share of each step spent waiting for data", y_label="% of the step", height=120
     )
 
@@ -109,10 +109,10 @@ def points(lines: list[Figures], key: str) -> list[tuple[float, float]]:
 
 def _listening(figures: Figures) -> list[Row]:
     rows = [
-        ("the utterance itself", "val_loss", None),
+        ("the right utterance", "val_loss", None),
         ("another utterance", "val_loss_shuffled", "audio_gain"),
         ("silence", "val_loss_silent", "silent_gain"),
-        ("nothing: text alone", "val_loss_text_only", "text_only_gain"),
+        ("none (text only)", "val_loss_text_only", "text_only_gain"),
     ]
     return [
         (what, figure(figures[loss], 3), "–" if gain is None or figures.get(gain) is None
@@ -125,12 +125,12 @@ def _retrieval(found: Figures | None) -> dict[str, Any] | None:
     if not found:
         return None
     rows = [
-        ("audio finds its text, by the LM’s likelihood", "by_likelihood"),
-        ("text finds its audio, by the LM’s likelihood", "audio_by_likelihood"),
-        ("audio finds its text, by pooled embedding", "by_embedding"),
+        ("text for an audio, by LM likelihood", "by_likelihood"),
+        ("audio for a text, by LM likelihood", "audio_by_likelihood"),
+        ("text for an audio, by pooled embeddings", "by_embedding"),
     ]
     cells = [(what, percent(found[name], 0), bounds(found, name, 100, 0)) for what, name in rows]
-    cells.append(("by chance", percent(found["chance"], 0), f"one of {found['candidates']}"))
+    cells.append(("chance", percent(found["chance"], 0), f"one of {found['candidates']}"))
     return {"utterances": found["utterances"], "rows": cells}
 
 
@@ -150,16 +150,16 @@ def _silence(figures: Figures) -> dict[str, str]:
         return {}
     examples = "; ".join(f"“{text}”" for text in found["texts"] if text)
     share = percent(figures["hallucination_rate"], 0)
-    answered = f"{share} of {found['inputs']} silent inputs, {found['words']:.1f} words each"
-    rows = {"answered with words": answered, "silence is": figures["silence"]}
-    return rows | ({"it says": examples} if examples else {})
+    answered = f"{share} of {found['inputs']} silent inputs, {found['words']:.1f} words on average"
+    rows = {"answered with words": answered, "silent input": figures["silence"]}
+    return rows | ({"output": examples} if examples else {})
 
 
 def _samples(run: RunFiles) -> tuple[str, list[Row]]:
     """Why no audio is in the page ("" when it is), and a row a sample."""
     shown = run.samples[:SHOWN_SAMPLES]
     sounds: dict[str, str] = {}
-    reason = "Audio is put in when the run is finished."
+    reason = "Audio is added when the run is finished."
     if run.summary:
         sounds, reason = recordings(run.cache_paths(), [sample["key"] for sample in shown[:HEARD_SAMPLES]])
     return reason, [
@@ -181,10 +181,10 @@ def throughput(figures: Figures) -> dict[str, str]:
     """Speed, waiting, padding."""
     first, last = figure(figures.get("train_loss_first")), figure(figures.get("train_loss_last"))
     return {
-        "frames a second": f"{figures.get('frames_per_second', 0.0):,.0f} (50 frames are one second of audio)",
+        "frames per second": f"{figures.get('frames_per_second', 0.0):,.0f} (50 frames are one second of audio)",
         "waiting for data": percent(figures.get("data_wait_fraction")),
         "padding": percent(figures.get("padding_fraction")),
-        "training loss, first to last step": f"{first} → {last}",
+        "training loss, first and last step": f"{first} → {last}",
         "device": f"{figures.get('device', '–')}, {figures.get('dtype', '–')}",
         "trained parameters": f"{figures.get('trained_parameters', 0):,}" if figures.get("trained_parameters") else "–",
     }

@@ -64,7 +64,7 @@ def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[tuple[str, s
     low, name = min(wers, default=(None, "–"))
     return [
         ("lowest held-out loss", figure(figures.get("val_loss"), 3), "–" if best is None else best.name),
-        ("its audio gain", figure(figures.get("audio_gain"), 2), "nats a token"),
+        ("its audio gain", figure(figures.get("audio_gain"), 2), "nats per token"),
         ("lowest word error rate", percent(low), name),
         ("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
     ]
@@ -116,7 +116,7 @@ def _curves(runs: Sequence[RunFiles], held_out: bool) -> Markup:
         line = points(run.evaluations, "val_loss") if held_out else smooth(train)
         curves.append(Curve(run.name, f"c{number % COLOURS}", line, dots=held_out))
     what = "Held-out loss" if held_out else "Training loss, smoothed"
-    return chart(curves, f"{what} of every experiment, over steps", y_label=f"{what.lower()}, nats a target token")
+    return chart(curves, f"{what} of every experiment, by step", y_label=f"{what.lower()}, nats per token")
 
 
 def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:

@@ -26,7 +26,7 @@ def test_ticks_cover_the_range_in_a_few_round_steps(one, two):
 def test_any_figures_give_a_drawing_inside_its_frame(points):
     drawing = chart([Curve("a <b>", "train", points, dots=True)], 'title "<&"')
     if not any(math.isfinite(y) for _, y in points):
-        assert "No figures yet" in drawing
+        assert "No data yet" in drawing
         return
     root = ElementTree.fromstring(f"<div>{drawing}</div>")
     for circle in root.iter("circle"):

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
 from page import Page
 from tiny_cache import make_spec
 
-from train.report import write_report
+from train.report import write_report, write_sweep_report
+from train.report.page import render
 
 
 @pytest.fixture
@@ -56,3 +65,73 @@ def test_a_run_that_just_began_has_a_page(run):
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (run / name).unlink()
     assert "Not evaluated yet" in Page(write_report(run).read_text()).shown
+
+
+def test_the_policy_of_the_page_admits_its_own_style_and_nothing_else(run):
+    text = write_report(run).read_text()
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{digest}'; media-src data:;" in text
+
+
+MARKUP = st.text(st.characters(), max_size=8).map(lambda text: f"<i onload='x'>{text}\"&amp;</i>")
+NAME = "<i onload='x'>\"&amp;"  # a folder's name has no slash
+
+
+def write_everything(folder, text):
+    """A finished run with all that a page can show, where every string that comes from data is ``text``."""
+    counts = {"insertions": 1, "deletions": 2, "substitutions": 3, "length": 9}
+    figures = {
+        **dict.fromkeys(("val_loss", "val_loss_silent", "val_loss_text_only", "wer", "cer", "hallucination_rate"), 0.5),
+        **dict.fromkeys(("val_loss_shuffled", "audio_gain", "silent_gain", "text_only_gain"), 1.0),
+        "intervals": {"audio_gain": [0.5, 1.5]},
+        "retrieval": {"by_likelihood": 0.5, "audio_by_likelihood": 0.5, "by_embedding": 0.5, "chance": 0.1,
+                      "candidates": 10, "utterances": 20},
+        "word_edits": counts,
+        "character_edits": counts,
+        "hallucination": {"inputs": 4, "words": 2.0, "texts": [text, ""]},
+        "silence": text,
+        "samples": [{"key": text, "reference": text, "hypothesis": text, "wer": 0.25}],
+    }  # fmt: skip
+    about = {**figures, "steps": 9, "seconds": 4.0, "device": text, "dtype": text, "language_model": text}
+    cache = {"path": text, "manifest_id": text, "utterances": 1234}
+    spec = dict.fromkeys(("layer", "channels", "window", "trim", "dtype", "codec"), text)
+    space = {
+        "tokens": [{"key": text, "reference": text, "nearest": [[text, 0.5]]}],
+        "plane": {"explained": [0.5, 0.25], "vocabulary": [[0.0, 1.0, text]],
+                  "utterances": [{"key": text, "reference": text, "frames": 9, "points": [[1.0, 0.0]]}]},
+    }  # fmt: skip
+    step = {"loss": 5.0, "seconds": 0.5, "frames": 100, "data_wait": 0.1, "projector_rms_ratio": 1.0}
+    other = {"judged_on": [text], "n_val": 5, **figures}
+    config = {"caches": [text], "name": text, "prompt": {"instruction": text}, "lm": {"model": text}}
+    (folder / "judged" / "other").mkdir(parents=True)
+    caches = {"spec": spec, "feature_id": text, "encoder": text, "caches": [cache]}
+    files = {"summary.json": about, "caches.json": caches, "space.json": space,
+             "judged/other/figures.json": other, "config.yaml": config,
+             "evaluations.jsonl": {"step": 9, **figures}}  # fmt: skip
+    for name, tree in files.items():
+        (folder / name).write_text(json.dumps(tree))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, **step}) + "\n" for i in (1, 2)))
+
+
+@settings(max_examples=25, deadline=None)
+@example("<i onload='x'>\x00\ud800</i>")
+@given(MARKUP)
+def test_no_string_of_a_run_or_of_a_sweep_becomes_markup(text):
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = Path(folder) / NAME
+        for name in (NAME, "second"):
+            write_everything(sweep / name, text)
+        (sweep / "second" / "summary.json").unlink()
+        state = {"baseline": "second", "experiments": [{"name": "second", "state": text, "reason": text}]}
+        (sweep / "sweep.json").write_text(json.dumps(state))
+        for path, least in ((write_report(sweep / NAME), 30), (write_sweep_report(sweep), 30)):
+            page = Page(path.read_text())
+            assert page.shown.count("onload='x'") >= least
+            assert not {"i", "script"} & set(page.tags)
+            assert page.fetched == []
+
+
+def test_a_name_that_a_template_asks_for_and_nobody_gives_is_an_error():
+    with pytest.raises(UndefinedError, match="'title' is undefined"):
+        render("page.html.j2")

@@ -55,7 +55,7 @@ def sweep(tmp_path):
 
 def test_experiments_are_compared_with_the_best_over_the_same_utterances(sweep):
     page = Page(write_sweep_report(sweep).read_text())
-    assert "beta has the lowest held-out loss, 1.175 nats a token." in page.shown
+    assert "beta has the lowest held-out loss: 1.175 nats per token." in page.shown
     assert "+1.000 [+1.000, +1.000]" in page.shown  # alpha is worse by exactly 1 everywhere
     assert "+0.000 [" in page.shown  # gamma is even
     assert "WER minus beta" in page.shown
@@ -66,16 +66,18 @@ def test_the_best_of_a_sweep_that_hears_nothing_is_no_winner(sweep):
     assert "does not listen" not in Page(write_sweep_report(sweep).read_text()).shown
     make_run(sweep / "deaf", [0.5, 0.5, 0.5, 0.5], gain=0.01)
     shown = Page(write_sweep_report(sweep).read_text()).shown
-    assert "deaf has the lowest held-out loss, 0.500 nats a token. It does not listen yet" in shown
+    assert "deaf has the lowest held-out loss: 0.500 nats per token. It does not listen yet" in shown
     make_run(sweep / "lone", [0.4], gain=None)  # one held-out utterance has no other's audio
-    assert "lone has the lowest held-out loss, 0.400 nats a token." in Page(write_sweep_report(sweep).read_text()).shown
+    assert (
+        "lone has the lowest held-out loss: 0.400 nats per token." in Page(write_sweep_report(sweep).read_text()).shown
+    )
 
 
 def test_a_sweeps_baseline_is_what_the_others_are_compared_with(sweep):
     listed = [{"name": "alpha"}, {"name": "gamma", "state": "failed", "reason": "the loss of step 7 is not finite"}]
     (sweep / "sweep.json").write_text(json.dumps({"baseline": "alpha", "experiments": listed}))
     page = Page(write_sweep_report(sweep).read_text())
-    assert "1.000 below the baseline alpha, beyond chance" in page.shown
+    assert "1.000 below the baseline alpha (the 95 % interval excludes 0)" in page.shown
     assert "-1.000 [-1.000, -1.000]" in page.shown
     assert "the loss of step 7 is not finite" in page.shown
 
@@ -121,7 +123,7 @@ def test_a_run_of_another_earshard_is_shown_without_what_cannot_be_read(sweep):
 def test_a_source_that_is_gone_is_told_in_a_sentence(tmp_path):
     sounds, reason = recordings([str(tmp_path / "nowhere")], ["utt-00000"])
     assert sounds == {}
-    assert reason.startswith("No audio here: ")
+    assert reason.startswith("No audio: ")
     sounds, reason = recordings([str(make_cache(tmp_path / "cache", 3))], ["utt-00000"])
     assert sounds == {}
     assert "does not record how it was extracted" in reason
