@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
     export = add("export", "a trained projector as a folder to give away", "export runs/demo exported/demo")
     export.add_argument("run", metavar="RUN", help="run folder")
-    export.add_argument("folder", metavar="DIR", help="new folder: weights, settings, model card")
+    export.add_argument("folder", metavar="DIR", help="new folder: weights, settings, source, model card")
 
     needs = add(
         "needs", "list the extraction configs whose caches are absent", "needs --config configs/train/demo.yaml"

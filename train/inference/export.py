@@ -1,45 +1,64 @@
-"""A trained projector to give away: weights, settings, and a card that says what it was trained on.
+"""A trained projector to give away: weights, settings, its source, and a card that says what it was trained on.
 
     python -m train export runs/demo exported/demo
 
-    exported/demo/   projector.safetensors  config.json  README.md  [lm.safetensors, where the LM was trained too]
+    exported/demo/   projector.safetensors  config.json  README.md  projector/*.py  [lm.safetensors]
 
-In: a finished run. Out: that folder, which needs neither the run nor its cache. One line loads it,
-``load_exported(folder)``; the card shows how plain PyTorch does.
+In: a finished run. Out: that folder, which needs neither the run nor its cache; ``lm.safetensors`` where the LM was
+trained, too. Its package ``projector`` loads it with torch and safetensors alone: ``from projector import load``.
+:func:`load_projector` does the same with earshard's own code and runs none of the folder's.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.config.base import Config, validate_config
 from shards.errors import UserError
 from shards.files import atomic_write, told
-from train.config.model import LmConfig, ProjectorConfig, PromptConfig
+from train.config.model import LmConfig, OwnConfig, ProjectorConfig, PromptConfig
 from train.config.train import TrainConfig
-from train.inference.pytorch_card import plain
 from train.model.build import load_model
 from train.runs.folder import read_json, run_caches, run_config
 
 if TYPE_CHECKING:
+    from train.lms.base import LanguageModel
     from train.projectors import Projector
 
 FORMAT = 1
 WEIGHTS, SETTINGS, CARD, LM_WEIGHTS = "projector.safetensors", "config.json", "README.md", "lm.safetensors"
+PACKAGE = "projector"
+OWN = "own"  # the name that a module of the user's has in the package
+CHECK = """
+import sys
+sys.modules.update(dict.fromkeys(("train", "pipeline", "shards")))  # as where earshard is not installed
+sys.path.insert(0, sys.argv[1])
+from projector import load
+load(sys.argv[1])
+"""
 
 
 class Exported(Config):
-    """``config.json`` of an export: all that ``load_exported`` and a reader of another program need."""
+    """``config.json`` of an export: all that :func:`load_projector`, or another program, needs."""
 
     format: int
     projector: ProjectorConfig
+    source: str = ""  # module:Class of the package; exports of earlier versions have no package
     layers: int
     normalise_layers: bool
     channels: int  # of each layer
     width: int  # of a soft token
+    embedding_rms: float = 1.0  # of the LM's embeddings
     lm: LmConfig
     lm_identity: str
     prompt: PromptConfig
@@ -50,10 +69,11 @@ class Exported(Config):
 
 
 def export(run: Path, folder: Path) -> Path:
-    """Write the projector of ``run`` into ``folder``, which must not stand yet; returns it.
+    """Write the projector of ``run`` into ``folder``, which must not exist yet; returns it.
 
     Raises:
-        UserError: the run is not finished, the folder stands, or it cannot be written.
+        UserError: the run is not finished, the folder exists or cannot be written, or the source of a projector of the
+            user's own cannot be carried.
     """
     import torch
 
@@ -63,38 +83,59 @@ def export(run: Path, folder: Path) -> Path:
         raise UserError(f"'{folder}' exists already: name another folder, or delete it")
     config, about = run_config(run), run_caches(run)
     model = load_model(run, config, torch.device("cpu"), torch.float32)
-    trained = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
-    settings = _settings(config, about, model.lm.width, model.lm.identity)
-    parts = {"projector.": WEIGHTS, "lm.": LM_WEIGHTS}
+    settings = make_settings(config, about, model.lm, model.projector)
+    write_projector(folder, settings, model.projector)
+    trained = trained_parameters(model.lm)
+    if trained:
+        tensors = {name: parameter.detach() for name, parameter in trained.items()}
+        write_tensors(folder / LM_WEIGHTS, tensors, {"feature_id": settings.feature_ids[0]})
+    text = card(settings, read_json(run / "summary.json"), folder.name, bool(trained))
     with told("exporting", folder):
-        folder.mkdir(parents=True)
-    for prefix, file in parts.items():
-        tensors = {name.removeprefix(prefix): value for name, value in trained.items() if name.startswith(prefix)}
-        if tensors:
-            write_tensors(folder / file, tensors, {"feature_id": settings.feature_ids[0]})
-    owner = str(os.getpid())
-    with told("exporting", folder):
-        atomic_write(folder / SETTINGS, (json.dumps(settings.model_dump(mode="json"), indent=1) + "\n").encode(), owner)
-        has_lm = any(name.startswith("lm.") for name in trained)
-        atomic_write(
-            folder / CARD, card(settings, read_json(run / "summary.json"), folder.name, has_lm).encode(), owner
-        )
+        atomic_write(folder / CARD, text.encode(), str(os.getpid()))
     return folder
 
 
-def _settings(config: TrainConfig, about: dict[str, Any], width: int, identity: str) -> Exported:
+def write_projector(folder: Path, settings: Exported, projector: Projector) -> None:
+    """Make ``folder`` with the settings, the weights and the source: all of an export that loading it takes.
+
+    Raises:
+        UserError: as :func:`export`.
+    """
+    from train.model.checkpoint import write_tensors
+
+    sources = _sources(settings)
+    with told("exporting", folder):
+        (folder / PACKAGE).mkdir(parents=True)
+        for name, text in sources.items():
+            atomic_write(folder / PACKAGE / name, text.encode(), str(os.getpid()))
+        tree = json.dumps(settings.model_dump(mode="json"), indent=1) + "\n"
+        atomic_write(folder / SETTINGS, tree.encode(), str(os.getpid()))
+    # all of them, trained or not; of two names of one tensor each gets its own
+    tensors = {name: value.detach().clone() for name, value in projector.state_dict().items()}
+    write_tensors(folder / WEIGHTS, tensors, {"feature_id": settings.feature_ids[0]})
+    if isinstance(settings.projector, OwnConfig):
+        _check_own(folder, settings.projector.kind)
+
+
+def make_settings(config: TrainConfig, about: dict[str, Any], lm: LanguageModel, projector: Projector) -> Exported:
+    """``config.json`` of a run with these settings, ``caches.json``, language model and trained projector."""
     from shards.format.spec import FeatureSpec
+    from train.projectors import MixedProjector
 
     specs = about.get("layers") or [about["spec"].model_dump()]
+    kind = type(projector.projector if isinstance(projector, MixedProjector) else projector)
+    module = OWN if isinstance(config.projector, OwnConfig) else kind.__module__.rpartition(".")[2]
     return Exported(
         format=FORMAT,
         projector=config.projector,
+        source=f"{module}:{kind.__name__}",
         layers=config.layers,
         normalise_layers=config.normalise_layers,
         channels=about["spec"].channels,
-        width=width,
+        width=lm.width,
+        embedding_rms=lm.embedding_rms,
         lm=config.lm,
-        lm_identity=identity,
+        lm_identity=lm.identity,
         prompt=config.prompt,
         specs=specs,
         feature_ids=[FeatureSpec.parse(spec, "caches.json").feature_id for spec in specs],
@@ -103,52 +144,111 @@ def _settings(config: TrainConfig, about: dict[str, Any], width: int, identity: 
     )
 
 
-def load_exported(folder: str | Path) -> Projector:
-    """The projector in ``folder``, in evaluation mode, float32 on the CPU; see :class:`train.projectors.Projector`.
+def _sources(settings: Exported) -> dict[str, str]:
+    """File names and texts of the package: its loader, the module of the projector, and what they import there."""
+    module = settings.source.split(":")[0]
+    config = settings.projector
+    text = _own_source(config.kind.split(":")[0]) if isinstance(config, OwnConfig) else _source(module)
+    return _with_imports("__init__", _source("standalone")) | _with_imports(module, text)
+
+
+def _with_imports(module: str, text: str) -> dict[str, str]:
+    found = {f"{module}.py": text}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None:
+            found |= _with_imports(node.module, _source(node.module))
+    return found
+
+
+def _source(module: str) -> str:
+    return (files("train.projectors") / f"{module}.py").read_text(encoding="utf-8")
+
+
+def _own_source(module: str) -> str:
+    """The source of the user's module, its imports of earshard's projectors made relative; UserError if unreadable."""
+    try:
+        text = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError) as error:
+        raise UserError(f"the source of '{module}' cannot be read ({error}), and an export carries it") from None
+    local = re.compile(r"^(\s*)from train\.projectors(\.\w+)? import\b", re.MULTILINE)
+    return local.sub(lambda found: f"{found[1]}from {found[2] or '.'} import", text)
+
+
+def _check_own(folder: Path, kind: str) -> None:
+    """Load the package where there is no earshard and no working folder; UserError, and no folder, when it fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-P", "-c", CHECK, str(folder)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(folder)
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(
+            f"the projector {kind} cannot be exported, its source does not load by itself ({reason}): it may import "
+            "installed packages and, of earshard, train.projectors.Projector and the modules of train.projectors"
+        )
+
+
+def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
+    """The projector of an export, in evaluation mode, float32 on the CPU; see :class:`train.projectors.Projector`.
+
+    The code in ``folder`` is not run. ``kind`` is the import path of a projector of your own, ``my_module:Mine``: it is
+    imported because you name it, never because the export does.
 
     Raises:
-        UserError: the folder is no export, of a newer format, or damaged.
+        UserError: the folder is no export, of a newer format, or damaged; or its projector is not one of earshard's and
+            ``kind`` is not given.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from train.model.checkpoint import restore_parameters
     from train.projectors import LayerMixer, MixedProjector, build_projector
 
     settings = read_settings(Path(folder))
-    weights = Path(folder) / WEIGHTS
-    projector = build_projector(settings.projector, settings.channels, settings.width, 1.0)
+    config = settings.projector
+    if isinstance(config, OwnConfig):
+        if kind is None:
+            raise UserError(
+                f"'{folder}' holds a projector of the class {config.kind}, which is not earshard's: pass "
+                f"kind='{config.kind}' to import it from your own Python path, or use the code in the folder as its "
+                f"{CARD} shows"
+            )
+        config = validate_config(OwnConfig, {"kind": kind, "settings": config.settings}, "kind")
+    projector = build_projector(config, settings.channels, settings.width, settings.embedding_rms)
     if settings.layers > 1:
         projector = MixedProjector(LayerMixer(settings.layers, settings.normalise_layers), projector)
+    weights = Path(folder) / WEIGHTS
     try:
-        restore_parameters(projector, load_file(weights), str(weights))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"'{weights}' cannot be read ({error}): export the run again") from None
+        projector.load_state_dict(load_file(weights))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{weights}' cannot be loaded ({reason}): export the run again") from None
     return projector.eval()
 
 
 def read_settings(folder: Path) -> Exported:
-    """``config.json`` of an export; raises UserError as :func:`load_exported`."""
+    """``config.json`` of an export; raises UserError as :func:`load_projector`."""
     path = folder / SETTINGS
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"'{folder}' is no export: it has no {SETTINGS}; make one with python -m train export"
+            f"'{folder}' is not an export: it has no {SETTINGS}; make one with python -m train export"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): export the run again") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise UserError(f"'{path}' is not of export format {FORMAT}: update earshard, or export the run again")
+        raise UserError(f"'{path}' does not have export format {FORMAT}: update earshard, or export the run again")
     return validate_config(Exported, tree, str(path))
 
 
 def card(settings: Exported, summary: dict[str, Any], name: str, has_lm: bool) -> str:
     """``README.md`` of an export."""
-    text = plain(settings.projector, settings.layers, settings.normalise_layers)
     spec = settings.specs[0]
     channels = settings.layers * settings.channels
     source = f"`{settings.encoder}`" if settings.encoder else "an encoder whose reference was not recorded"
+    is_own = isinstance(settings.projector, OwnConfig)
+    needs = ", and what `projector/own.py` imports" if is_own else ""
+    own = ", but for `projector/own.py`, which is its author's" if is_own else ""
     layers = ", ".join(str(each["layer"]) for each in settings.specs)
     rows = [
         ("encoder", f"{source}, {spec['family']}, layer {layers}, window {spec['window']}, {spec['dtype']}"),
@@ -162,10 +262,6 @@ def card(settings: Exported, summary: dict[str, Any], name: str, has_lm: bool) -
         *((label, f"{summary[key]:.4g}") for label, key in _FIGURES if isinstance(summary.get(key), int | float)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    own = (
-        f"The projector is the class `{settings.projector.kind}` of the person who trained it: its module must be on "
-        "Python's path."
-    )
     return f"""\
 ---
 library_name: earshard
@@ -174,34 +270,35 @@ tags: [audio, speech, projector]
 
 # {name}
 
-A projector from features of a frozen speech encoder into the input of a language model, trained by earshard.
+A projector from the features of a frozen speech encoder to the input of a language model, trained with earshard.
 
 | | |
 |---|---|
 {table}
 
-Features of another encoder, layer, window or codec are another language to it: compare the feature id.
+Features of another encoder, layer, window or codec have another meaning: compare the feature id.
 
 ## Use
 
-With earshard: `features` float32 [B, frames, {channels}] and their `mask` [B, frames] give `soft` [B, soft tokens,
-{settings.width}], which stand where `<|audio|>` stands in the prompt, and their mask.
+`features` are float32 [B, frames, {channels}] and their `mask` bool [B, frames], True where there is a frame. `soft`
+[B, soft tokens, {settings.width}] and `soft_mask` [B, soft tokens] come back; valid soft tokens take the place of
+`<|audio|>` in the prompt. These lines need torch and safetensors{needs}:
 
 ```python
-from train.inference.export import load_exported
-soft, soft_mask = load_exported("{name}")(features, mask)
+import sys; sys.path.insert(0, "{name}")  # this folder, or where its folder projector/ is
+from projector import load
+soft, soft_mask = load("{name}")(features, mask)
 ```
 
-With PyTorch alone: `x` is one utterance, float32 [1, frames, {channels}].
-
-{f"```python{chr(10)}{text}```" if text else own}
+`projector/` is the source of the projector as it was trained, part of earshard (MIT licence){own}. With earshard
+installed, `train.load_projector("{name}")` loads the same without running code of this folder.
 """
 
 
 _FIGURES = (
-    ("held-out loss, nats a token", "val_loss"),
-    ("the same with other audio", "val_loss_shuffled"),
-    ("audio gain, nats a token", "audio_gain"),
+    ("held-out loss, nats per token", "val_loss"),
+    ("held-out loss with another utterance's audio", "val_loss_shuffled"),
+    ("audio gain, nats per token", "audio_gain"),
     ("WER", "wer"),
     ("CER", "cer"),
 )

@@ -2,9 +2,8 @@
 
 In: features [B, T, C] in the run's dtype and their mask [B, T]. Out: soft tokens [B, S, D] in the same dtype and their
 mask [B, S]. Weights are float32 masters, cast to the input's dtype in ``forward``. ``base.py`` says what a projector is
-and how one of yours comes in; ``mixer.py`` puts several layers in front of one.
-
-    python -m train projectors        # the kinds: parameter counts and where gradients reach (table.py)
+and how one of yours comes in; ``mixer.py`` puts several layers in front of one. An export carries the files of its
+projector as they are, so these import torch and each other alone, relatively; ``standalone.py`` loads them there.
 
 Letters: B utterances, T frames, C encoder channels, k frames stacked, S soft tokens, H hidden width, D the LM's width.
 """
@@ -17,11 +16,10 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from shards.errors import UserError
 from train.config.model import OwnConfig, ProjectorConfig
-from train.projectors.base import Projector, draw
+from train.projectors.base import Projector, draw, under_autocast
 from train.projectors.conv import Conv
 from train.projectors.mixer import LayerMixer, MixedProjector
 from train.projectors.mlp import ConcatLinear, Mlp, Pool, Residual, SwiGlu
@@ -62,24 +60,14 @@ def build_projector(
         projector = _build_own(config, channels, width, embedding_rms, seed)
         projector.initialise(generator)
         return projector
-    projector = REGISTRY[config.kind](config, channels, width, embedding_rms)
+    try:
+        projector = REGISTRY[config.kind](config, channels, width, embedding_rms)
+    except ValueError as error:
+        raise UserError(f"projector.kind={config.kind}: {error}") from None
     projector.initialise(generator)
     if config.init != "source":
         draw(projector, config.init, generator)
     return projector
-
-
-def _of_the_runs_dtype(found: type[Projector]) -> Callable[..., Projector]:
-    """``found`` with its float32 masters run under autocast, so that layers of plain torch do in any dtype."""
-
-    def forward(self: Projector, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = features.dtype != torch.float32
-        dtype = features.dtype if mixed else torch.bfloat16
-        with torch.autocast(features.device.type, dtype=dtype, enabled=mixed):
-            soft, soft_mask = found.forward(self, features, mask)
-        return soft.to(features.dtype), soft_mask
-
-    return type(found.__name__, (found,), {"forward": forward})
 
 
 def _build_own(config: OwnConfig, channels: int, width: int, embedding_rms: float, seed: int) -> Projector:
@@ -93,7 +81,7 @@ def _build_own(config: OwnConfig, channels: int, width: int, embedding_rms: floa
         raise UserError(f"projector.kind={config.kind}: '{module}' cannot be imported ({error})") from None
     if not (isinstance(found, type) and issubclass(found, Projector)):
         raise UserError(f"projector.kind={config.kind} is no class derived from train.projectors.Projector")
-    make = _of_the_runs_dtype(found)
+    make = under_autocast(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

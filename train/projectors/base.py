@@ -16,14 +16,15 @@ on Python's path and in the working folder.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards.errors import UserError
-from train.config.model import Init, Norm
+if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+    from train.config.model import Init, Norm
 
 
 class Linear(nn.Linear):
@@ -82,7 +83,7 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, heads: int, context: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         if hidden % heads:
-            raise UserError(f"an attention of width {hidden} does not divide into {heads} heads: set projector.heads")
+            raise ValueError(f"an attention of width {hidden} does not divide into {heads} heads: set projector.heads")
         self.heads, self.dropout = heads, dropout
         self.q = Linear(hidden, hidden)
         self.k = Linear(context or hidden, hidden)
@@ -175,6 +176,19 @@ class Projector(nn.Module):
         """What ``metrics.jsonl`` tells beside these losses, by name: scalars without gradient, handed out alike."""
         figures, self._figures = self._figures, {}
         return figures
+
+
+def under_autocast(kind: type[Projector]) -> Callable[..., Projector]:
+    """``kind`` with its ``forward`` under autocast to the input's dtype, so that layers of plain torch run in any."""
+
+    def forward(self: Projector, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = features.dtype != torch.float32
+        dtype = features.dtype if mixed else torch.bfloat16
+        with torch.autocast(features.device.type, dtype=dtype, enabled=mixed):
+            soft, soft_mask = kind.forward(self, features, mask)
+        return soft.to(features.dtype), soft_mask
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 class Framewise(Projector):

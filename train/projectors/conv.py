@@ -4,12 +4,16 @@ Letters as in ``base.py``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import ConvConfig
-from train.projectors.base import Conv1d, Linear, Projector, draw, make_norm, stack_frames
+from .base import Conv1d, Linear, Projector, draw, make_norm, stack_frames
+
+if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+    from train.config.model import ConvConfig
 
 
 class Downsampler(nn.Module):

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards.errors import UserError
-from train.projectors.base import Projector
+from .base import Projector
 
 
 class LayerMixer(nn.Module):
@@ -28,7 +27,7 @@ class LayerMixer(nn.Module):
     def __init__(self, layers: int, normalise: bool = False) -> None:
         super().__init__()
         if layers < 1:
-            raise UserError(f"a layer mixer over {layers} layers cannot be: name at least one cache")
+            raise ValueError(f"a layer mixer needs at least one layer and was given {layers}")
         self.normalise = normalise
         self.logits = nn.Parameter(torch.zeros(layers))
 

@@ -4,12 +4,16 @@ and ``pool`` (Qwen2-Audio, Audio Flamingo 3). Letters as in ``base.py``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import LinearConfig, MlpConfig, PoolConfig, ResidualConfig, SwigluConfig
-from train.projectors.base import Framewise, Linear, RMSNorm, draw, make_norm, stack_frames
+from .base import Framewise, Linear, RMSNorm, draw, make_norm, stack_frames
+
+if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+    from train.config.model import LinearConfig, MlpConfig, PoolConfig, ResidualConfig, SwigluConfig
 
 
 class Mlp(Framewise):

@@ -5,14 +5,17 @@ Letters as in ``base.py``; E experts, N valid soft tokens of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import MoeConfig
-from train.projectors.base import Framewise, Linear, Projector, RMSNorm, draw, make_norm
-from train.projectors.conv import Downsampler
+from .base import Framewise, Linear, Projector, RMSNorm, draw, make_norm
+from .conv import Downsampler
+
+if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+    from train.config.model import MoeConfig
 
 _TOP = 2
 _ROUTER_HIDDEN = 512

@@ -5,12 +5,16 @@ Letters as in ``base.py``; W frames a window, Q queries, N windows.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import QformerConfig
-from train.projectors.base import Attention, LayerNorm, Linear, Projector, draw, make_norm, stack_frames
+from .base import Attention, LayerNorm, Linear, Projector, draw, make_norm, stack_frames
+
+if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+    from train.config.model import QformerConfig
 
 _EPS = 1e-12  # BERT's
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import TransformerConfig
-from train.projectors.base import Attention, Framewise, LayerNorm, Linear, draw, make_norm
+from .base import Attention, Framewise, LayerNorm, Linear, draw, make_norm
+
+if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+    from train.config.model import TransformerConfig
 
 
 class TransformerLayer(nn.Module):

@@ -1,77 +1,179 @@
-"""What leaves the laboratory: the same soft tokens from a run, from its export, and from the card's plain PyTorch."""
+"""What leaves the laboratory: the same soft tokens from a run, from its export, and from the export's own source."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny_cache import make_cache
+from safetensors.torch import load_file, save_file
+from tiny_cache import make_cache, make_spec
 from tiny_projectors import CONFIGS
 from tiny_run import make_config
 
+import train
 from shards.errors import UserError, run_command
 from train.__main__ import command
 from train.config.model import MlpConfig, OwnConfig
-from train.inference.export import load_exported
-from train.inference.pytorch_card import plain
+from train.inference.export import export, load_projector, make_settings, write_projector
 from train.model.build import load_model
 from train.projectors import LayerMixer, MixedProjector, build_projector
 from train.trainer.trainer import fit
 
-TEN = ("mlp", "linear", "pool", "swiglu", "conv", "residual")  # kinds whose text has at most ten lines
+OWN = """
+import torch
+from torch import nn
+from train.projectors import Projector
+from train.projectors.base import Linear, stack_frames
+
+class Mine(Projector):
+    def __init__(self, channels, width, embedding_rms, *, stack=2):
+        super().__init__()
+        self.stack, self.scale = stack, embedding_rms
+        self.fc1, self.fc2 = Linear(stack * channels, 8), nn.Linear(8, width)
+        self.register_buffer("shift", torch.randn(width))
+        self.fc2.weight.requires_grad = False
+
+    def initialise(self, generator):
+        nn.init.normal_(self.fc1.weight, generator=generator)
+        nn.init.zeros_(self.fc1.bias)
+
+    def soft_frames(self, frames):
+        return -(-frames // self.stack)
+
+    def forward(self, features, mask):
+        x, mask = stack_frames(features, mask, self.stack)
+        return self.scale * self.fc2(self.fc1(x).relu()) + self.shift, mask
+"""
+
+# a process that has torch and safetensors, and neither earshard nor what it stands on
+ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(("train", "pipeline", "shards", "pydantic", "yaml")))
+import torch
+from safetensors.torch import load_file, save_file
+inputs = {name: x.clone() for name, x in load_file(sys.argv[1]).items()}  # bits depend on alignment in memory
+results = {}
+for folder in sys.argv[3:]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "projector"]:
+        del sys.modules[name]
+    sys.path.insert(0, folder)
+    from projector import load
+    projector = load(folder)
+    sys.path.pop(0)
+    for name, x in inputs.items():
+        with torch.no_grad():
+            soft, soft_mask = projector(x, torch.ones(x.shape[:2], dtype=torch.bool))
+        results[f"{folder} {name}"], results[f"{folder} {name} mask"] = soft.contiguous(), soft_mask.contiguous()
+save_file(results, sys.argv[2])
+"""
 
 
-def run_text(text: str, folder: Path, x: torch.Tensor) -> torch.Tensor:
-    """Execute the card's lines in ``folder``; they see ``x`` and no module of ours."""
-    scope: dict[str, Any] = {"x": x}
-    code = text.replace('"projector.safetensors"', repr(str(folder / "projector.safetensors")))
-    assert "train" not in re.findall(r"import (\w+)|from (\w+)", code)
-    with torch.no_grad():
-        exec(code, scope)
-    soft: torch.Tensor = scope["soft"]
-    return soft
+class SmallLm:
+    """What of a language model an export records."""
+
+    width, embedding_rms, identity = 16, 0.136, "sha256:0"
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-{CONFIGS.index(config)}")
-def test_plain_pytorch_gives_the_same_bits_for_every_kind(tmp_path, config):
-    projector = build_projector(config, 12, 16, 0.136).eval()
+def write(folder: Path, config: Any, projector: Any, layers: int = 1, normalise: bool = False) -> None:
+    """The export of a projector for features of 12 channels, with every parameter off its start."""
     with torch.no_grad():
         for parameter in projector.parameters():  # a second layer that starts at zero would hide the first
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    save_file(dict(projector.named_parameters()), tmp_path / "projector.safetensors")
-    text = plain(config)
-    assert text is not None
-    assert config.kind not in TEN or len(text.splitlines()) <= 10 + (config.norm == "layer"), text
-    assert max(map(len, text.splitlines())) <= 120
-    for frames in (1, 7, 40):
-        x = torch.randn(1, frames, 12, generator=torch.Generator().manual_seed(frames))
-        with torch.no_grad():
-            soft, mask = projector(x, torch.ones(1, frames, dtype=torch.bool))
-        assert mask.all()
-        assert torch.equal(run_text(text, tmp_path, x), soft)
+    caches = [[f"layer-{layer}" for layer in range(layers)]] if layers > 1 else ["cache"]
+    run = make_config(folder, "cache", "nanochat:d1", caches=caches, normalise_layers=normalise)
+    run = run.model_copy(update={"projector": config})
+    about = {"spec": make_spec(channels=12 // layers), "caches": []}
+    write_projector(folder, make_settings(run, about, SmallLm(), projector.eval()), projector)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_a_mixer_of_layers_comes_along(tmp_path, normalise):
-    config = MlpConfig(stack=2, norm="rms")
-    projector = MixedProjector(LayerMixer(3, normalise), build_projector(config, 4, 16, 0.1)).eval()
+def run_alone(folders: list[Path], tmp_path: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the exports in ``folders`` give in one fresh process."""
+    save_file(inputs, tmp_path / "inputs")
+    words = [sys.executable, "-I", "-c", ALONE, str(tmp_path / "inputs"), str(tmp_path / "results"), *map(str, folders)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(tmp_path / "results")
+
+
+def assert_same_bits(projectors: dict[Path, Any], tmp_path: Path) -> None:
+    inputs = {str(n): torch.randn(2, n, 12, generator=torch.Generator().manual_seed(n)) for n in (1, 7, 40)}
+    results = run_alone(list(projectors), tmp_path, inputs)
+    for folder, projector in projectors.items():
+        for name, x in inputs.items():
+            with torch.no_grad():
+                soft, soft_mask = projector(x, torch.ones(x.shape[:2], dtype=torch.bool))
+            assert torch.equal(results[f"{folder} {name}"], soft), (folder.name, name)
+            assert torch.equal(results[f"{folder} {name} mask"], soft_mask)
+
+
+def test_every_kind_gives_the_same_bits_where_there_is_torch_alone(tmp_path):
+    projectors: dict[Path, Any] = {}
+    for number, config in enumerate(CONFIGS):
+        folder = tmp_path / f"{number}-{config.kind}"
+        projectors[folder] = build_projector(config, 12, 16, 0.136)
+        write(folder, config, projectors[folder])
+        assert {path.name for path in (folder / "projector").iterdir()} <= {
+            "__init__.py", "base.py", "mixer.py", "conv.py", "mlp.py", "moe.py", "qformer.py", "transformer.py",
+        }  # fmt: skip
+    for normalise in (False, True):
+        folder, config = tmp_path / f"mixed-{normalise}", MlpConfig(stack=2, norm="rms")
+        projectors[folder] = MixedProjector(LayerMixer(3, normalise), build_projector(config, 4, 16, 0.136))
+        write(folder, config, projectors[folder], 3, normalise)
+    assert_same_bits(projectors, tmp_path)
+    for folder, projector in projectors.items():
+        ours = load_projector(folder).state_dict()
+        assert all(torch.equal(ours[name], value) for name, value in projector.state_dict().items())
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes a module of the user's own into the working folder; a configuration of the class in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def make(text: str) -> OwnConfig:
+        (tmp_path / "own_export.py").write_text(text)
+        return OwnConfig(kind="own_export:Mine", settings={"stack": 3})
+
+    yield make
+    sys.modules.pop("own_export", None)
+
+
+def test_a_projector_of_ones_own_takes_its_module_buffers_and_frozen_weights_along(own, tmp_path):
+    config, folder = own(OWN), tmp_path / "exported"
+    projector = build_projector(config, 12, 16, 0.136, seed=5)
+    write(folder, config, projector)
+    assert_same_bits({folder: projector}, tmp_path)
+    assert (folder / "projector" / "own.py").read_text().count("train") == 0
+
+
+def test_a_module_of_ones_own_that_cannot_stand_alone_is_not_exported(own, tmp_path):
+    config, folder = own("import train.config.model\n" + OWN), tmp_path / "exported"
+    with pytest.raises(UserError, match=r"own_export:Mine cannot be exported.*ModuleNotFoundError.*train"):
+        write(folder, config, build_projector(config, 12, 16, 0.136))
+    assert not folder.exists()
+
+
+def test_loading_an_export_runs_no_code_that_it_brings_or_names(own, tmp_path):
+    config, folder = own(OWN), tmp_path / "exported"
+    projector = build_projector(config, 12, 16, 0.136)
+    write(folder, config, projector)
+    for file in (folder / "projector").iterdir():
+        file.write_text("raise SystemExit('ran')")
+    sys.modules.pop("own_export")
+    with pytest.raises(UserError, match="pass kind='own_export:Mine' to import it"):
+        train.load_projector(folder)
+    assert "own_export" not in sys.modules
+    x, mask = torch.randn(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
     with torch.no_grad():
-        projector.mixer.logits.copy_(torch.tensor([0.3, -1.0, 2.0]))
-    save_file(dict(projector.named_parameters()), tmp_path / "projector.safetensors")
-    x = torch.randn(1, 9, 12)
-    text = plain(config, 3, normalise)
-    assert text is not None
-    with torch.no_grad():
-        assert torch.equal(run_text(text, tmp_path, x), projector(x, torch.ones(1, 9, dtype=torch.bool))[0])
-
-
-def test_a_projector_of_ones_own_has_no_text():
-    assert plain(OwnConfig(kind="my_module:Mine")) is None
+        loaded = train.load_projector(folder, kind="own_export:Mine")
+        assert torch.equal(loaded(x, mask)[0], projector(x, mask)[0])
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +184,28 @@ def run(tmp_path_factory) -> tuple[Path, Any]:
     return fit(config), config
 
 
-def test_an_export_has_the_soft_tokens_of_its_run_in_one_line_and_in_ten(run, tmp_path, capsys):
-    folder = tmp_path / "exported" / "demo"
+def test_an_export_has_the_soft_tokens_of_its_run_in_the_three_lines_of_its_card(run, tmp_path, capsys):
+    folder = tmp_path / "demo"
     assert run_command(command, ["export", str(run[0]), str(folder)]) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "projector.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "config.json", "projector", "projector.safetensors",
+    ]  # fmt: skip
     model = load_model(run[0], run[1], torch.device("cpu"), torch.float32)
     x, mask = torch.randn(1, 9, 8), torch.ones(1, 9, dtype=torch.bool)
     with torch.no_grad():
         wanted = model.projector(x, mask)[0]
-        assert torch.equal(load_exported(folder)(x, mask)[0], wanted)
+        assert torch.equal(load_projector(folder)(x, mask)[0], wanted)
     card = (folder / "README.md").read_text()
-    texts = re.findall(r"```python\n(.*?)```", card, flags=re.S)
-    assert len(texts[1].splitlines()) <= 10
-    assert torch.equal(run_text(texts[1], folder, x), wanted)
+    (text,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+    assert len(text.splitlines()) == 3
+    save_file({"x": x, "mask": mask}, tmp_path / "inputs")
+    lines = [
+        "from safetensors.torch import load_file, save_file",
+        "inputs = load_file('inputs'); features, mask = inputs['x'].clone(), inputs['mask']",
+        text + "save_file({'soft': soft.detach()}, 'soft')",
+    ]
+    subprocess.run([sys.executable, "-I", "-c", "\n".join(lines)], cwd=tmp_path, check=True)
+    assert torch.equal(load_file(tmp_path / "soft")["soft"], wanted)
     about = json.loads((run[0] / "caches.json").read_text())
     assert about["feature_id"] in card
     assert about["caches"][0]["manifest_id"] in card
@@ -103,14 +214,17 @@ def test_an_export_has_the_soft_tokens_of_its_run_in_one_line_and_in_ten(run, tm
     assert "exists already" in capsys.readouterr().err
 
 
-def test_what_is_no_export_is_told(run, tmp_path):
-    with pytest.raises(UserError, match=r"is no export: it has no config\.json"):
-        load_exported(tmp_path)
-    folder = tmp_path / "damaged"
-    assert run_command(command, ["export", str(run[0]), str(folder)]) == 0
+def test_a_folder_that_is_not_an_export_is_refused_in_one_sentence(run, tmp_path):
+    with pytest.raises(UserError, match=r"is not an export: it has no config\.json"):
+        load_projector(tmp_path)
+    folder = export(run[0], tmp_path / "damaged")
+    tensors = load_file(folder / "projector.safetensors")
+    save_file({name: value[:1] for name, value in tensors.items()}, folder / "projector.safetensors")
+    with pytest.raises(UserError, match=r"size mismatch .*: export the run again"):
+        load_projector(folder)
     (folder / "projector.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="export the run again"):
-        load_exported(folder)
+        load_projector(folder)
     (folder / "config.json").write_text('{"format": 2}')
     with pytest.raises(UserError, match="update earshard"):
-        load_exported(folder)
+        load_projector(folder)

@@ -105,7 +105,7 @@ def test_a_mixer_starts_at_the_mean_of_its_layers_and_learns_which_to_hear(norma
 def test_a_mixer_refuses_another_number_of_layers():
     with pytest.raises(ValueError, match="2 layers was given 1"):
         LayerMixer(2)([torch.randn(1, 2, 6)])
-    with pytest.raises(UserError, match="at least one cache"):
+    with pytest.raises(ValueError, match="at least one layer"):
         LayerMixer(0)
 
 
