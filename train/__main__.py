@@ -106,10 +106,6 @@ def parser() -> argparse.ArgumentParser:
     needs.add_argument("--config", metavar="FILE", required=True)
     overrides(needs)
 
-    projectors = add("projectors", "the projectors: counts, formulas, reach of gradients", "projectors --channels 512")
-    projectors.add_argument("--channels", type=int, default=512, help="of the features (default: 512, whisper-base)")
-    projectors.add_argument("--width", type=int, default=576, help="of the LM (default: 576, SmolLM2-135M)")
-
     report = add("report", "write report.html of a run or a sweep anew", "report runs/demo")
     report.add_argument(
         "run", nargs="?", metavar="RUN", help="run folder, or a folder of them (default: the newest run)"
@@ -130,7 +126,6 @@ def command(argv: Sequence[str]) -> int:
         "transcribe": _transcribe,
         "export": _export,
         "needs": _needs,
-        "projectors": _projectors,
         "report": _report,
         "config": _config,
         "completion": _completion,
@@ -277,14 +272,6 @@ def _needs(args: argparse.Namespace) -> int:
     for file in dict.fromkeys(file for config in configs for file in needed(config)):
         print(file)
     return 0
-
-
-def _projectors(args: argparse.Namespace) -> int:
-    from train.projectors.summary import render, table
-
-    rows = table(args.channels, args.width)
-    print(f"from {args.channels} channels to width {args.width}, at default settings\n{render(rows)}")
-    return int(not all(row.holds for row in rows))
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -86,14 +85,6 @@ def test_needs_prints_the_extractions_of_absent_caches_one_a_line(config, tmp_pa
     assert capsys.readouterr().out == ""
     assert run("needs", "--config", config, f"caches=[{tmp_path}/x,{tmp_path}/y]", "extract=[a.yaml,b.yaml]") == 0
     assert capsys.readouterr().out == "a.yaml\nb.yaml\n"
-
-
-def test_projectors_lists_every_kind_with_its_parameters_and_where_gradients_reach(capsys):
-    assert run("projectors", "--channels", 24, "--width", 16) == 0
-    out, count = capsys.readouterr().out, 24 * 16 + 16 * 16
-    assert re.search(rf"mlp +1 +61 +{count} +{count} +2 of 2 tensors from step 2 on, each frame", out)
-    assert "moe (top2)" in out
-    assert "does not hold" not in out
 
 
 @pytest.mark.parametrize(
