@@ -6,7 +6,6 @@ In: a cache folder or its URL, complete or not. Out: a mapping that JSON can hol
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from shards.errors import UserError
 from shards.format.layout import Layout, RecordError, read_plan, unseal
 from shards.format.records import CacheInfo, ShardRecord
 from shards.format.spec import FeatureSpec
-from shards.inspect.break_even import Worth, measure, sentence
-from shards.read.cache import Cache
 from shards.remote.client import is_url
 from shards.remote.snapshot import far_copy
 
@@ -28,8 +25,8 @@ def describe_cache(cache: str | Path) -> dict[str, Any]:
     Returns:
         ``complete``, ``path``, ``counts``; of a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
         ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (all bytes of the tars over all values),
-        ``codec_error``, ``seconds`` (spent extracting, all shards), ``worth`` (measured by reading now,
-        ``shards/inspect/break_even.py``; None when the shards are not sound, or far away) and ``provenance``.
+        ``codec_error``, ``seconds`` and ``encode_seconds`` (spent extracting all shards, and the encoder's part of it;
+        0 where it was not recorded) and ``provenance``.
 
     Raises:
         UserError: there is no cache, or CACHE.json is damaged.
@@ -68,19 +65,12 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
             "bits_per_value": 8 * counts["bytes"] / values if values else 0.0,
             "codec_error": {name: float(info["codec_error"][name]) for name in ("mean", "max")},
             "seconds": float(info["seconds"]),
-            "worth": None if is_url(name) else _worth(layout.path),
+            "encode_seconds": float(info.get("encode_seconds", 0.0)),
             "provenance": info["provenance"],
         }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = "what a cache says" if isinstance(error, ValidationError) else error
         raise UserError(f"{where} lacks or garbles {what}: run `python -m shards verify {name}`") from None
-
-
-def _worth(path: Path) -> dict[str, Any] | None:
-    try:
-        return asdict(measure(Cache.open(path)))
-    except UserError:
-        return None
 
 
 def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
@@ -134,15 +124,7 @@ def lines(about: dict[str, Any]) -> Iterator[str]:
 
 
 def cost(about: dict[str, Any]) -> Iterator[str]:
-    """What a complete cache takes, what it took to make, and from when on that pays."""
-    counts, worth = about["counts"], about["worth"]
-    yield f"  bytes         {counts['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
-    encoding = f", of which the encoder {worth['encoding']:,.1f} s" if worth and worth["encoding"] else ""
-    yield f"  spent         {about['seconds']:,.1f} s of extraction{encoding}"
-    if worth:
-        told = sentence(Worth(**worth))
-    elif is_url(about["path"]):
-        told = "not measured from afar"
-    else:
-        told = "not measured: the shards are not sound, run `python -m shards verify`"
-    yield f"  worth         {told}"
+    """The size of a complete cache, and the time that it took to make."""
+    yield f"  bytes         {about['counts']['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
+    encoder = f", {about['encode_seconds']:,.1f} s of it in the encoder" if about["encode_seconds"] else ""
+    yield f"  spent         {about['seconds']:,.1f} s extracting{encoder}"

@@ -15,7 +15,7 @@ from tiny_faults import make_small_cache
 
 from shards.__main__ import main
 from shards.errors import run_command
-from shards.format.layout import Layout
+from shards.format.layout import Layout, seal, unseal
 from shards.read.cache import Cache
 
 
@@ -72,6 +72,17 @@ def test_info_tells_people_the_same(cache, capsys):
     text = capsys.readouterr().out
     assert Cache.open(cache).feature_id in text
     assert "12 of 12 planned, 0 failed, in 2 shards" in text
+    assert "MB per audio hour" in text
+
+
+def test_info_tells_the_time_of_the_extraction_and_the_encoders_part_where_it_is_recorded(cache, capsys):
+    layout = Layout(cache)
+    recorded = {**unseal(layout.cache), "seconds": 1000.0}
+    for part, line in (({"encode_seconds": 900.0}, "1,000.0 s extracting, 900.0 s of it in the encoder"), ({}, "g\n")):
+        recorded.pop("encode_seconds", None)
+        layout.cache.write_bytes(seal({**recorded, **part}))
+        assert run_command(main, ["info", str(cache)]) == 0
+        assert line in capsys.readouterr().out
 
 
 def test_info_of_an_unfinished_cache_tells_how_far_it_is(cache, capsys):
