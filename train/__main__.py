@@ -238,12 +238,9 @@ def _transcribe(args: argparse.Namespace) -> int:
     run = runs.find_run(args.run)
     config = runs.run_config(run)
 
-    from train.inference.transcribe import find_recordings
+    from train.inference.transcribe import Typist, find_recordings, transcribe
 
     recordings = find_recordings(args.audio, args.raw)
-
-    from train.inference.transcribe import Typist, transcribe
-
     typist = Typist(sys.stdout)
     for name, text in transcribe(run, config, recordings, args.encoder, told=typist if args.stream else None):
         typist.end(name, text)

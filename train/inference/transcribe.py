@@ -9,6 +9,7 @@ is refused: its features would be another language to the projector.
 
     python -m train transcribe runs/demo one.wav two.flac
     ffmpeg -i talk.mp4 -f wav - | python -m train transcribe runs/demo --stream -
+    arecord -f S16_LE -r 16000 -t raw | python -m train transcribe runs/demo --raw 16000 -
 """
 
 from __future__ import annotations
@@ -32,6 +33,48 @@ from train.data.live import Features, features_of, require_one_encoder, specs_of
 from train.distributed.device import choose_device, choose_dtype
 from train.model.build import load_model
 from train.runs.folder import run_caches
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Audio by its name, a path or ``-``; ``raw`` is the rate in Hz of headerless 16-bit little-endian mono samples."""
+
+    name: str
+    raw: int | None = None
+
+    def samples(self) -> npt.NDArray[np.float32]:
+        """float32 [samples], mono, 16 kHz.
+
+        Raises:
+            AudioError: no audio can be decoded from it.
+            OSError: it cannot be read.
+        """
+        data = sys.stdin.buffer.read() if self.name == STDIN else Path(self.name).read_bytes()
+        if self.raw is None:
+            return decode(data)
+        if len(data) % 2 or not data:
+            raise AudioError(f"{len(data)} bytes are no 16-bit samples")
+        return to_mono_16k(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw)
+
+
+def find_recordings(words: Sequence[str], raw: int | None = None) -> list[Recording]:
+    """The recordings that ``words`` name; ``raw`` is the sampling rate in Hz of the samples on standard input.
+
+    Raises:
+        UserError: a file does not exist, ``-`` is given twice, or ``raw`` is out of range or given without ``-``.
+    """
+    if words.count(STDIN) > 1:
+        raise UserError("standard input is one recording: write - once")
+    if raw is not None and STDIN not in words:
+        raise UserError("--raw describes samples on standard input: write - in place of a file")
+    if raw is not None and not 1000 <= raw <= 384_000:
+        raise UserError(f"--raw is {raw}: give the sampling rate in Hz, such as 16000")
+    for word in words:
+        if word != STDIN and not Path(word).is_file():
+            raise UserError(f"there is no audio file at '{word}': correct the path")
+    return [Recording(word, raw if word == STDIN else None) for word in words]
 
 
 def transcribe(
@@ -116,46 +159,3 @@ class Typist:
             self._out.write(text[len(self._written) :])
             self._out.flush()
             self._written = text
-
-
-STDIN = "-"
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """Audio by its name, a path or ``-``; ``raw`` is the rate in Hz of headerless 16-bit little-endian mono samples."""
-
-    name: str
-    raw: int | None = None
-
-    def samples(self) -> npt.NDArray[np.float32]:
-        """float32 [samples], mono, 16 kHz.
-
-        Raises:
-            AudioError: no audio can be decoded from it.
-            OSError: it cannot be read.
-        """
-        data = sys.stdin.buffer.read() if self.name == STDIN else Path(self.name).read_bytes()
-        if self.raw is None:
-            return decode(data)
-        if len(data) % 2 or not data:
-            raise AudioError(f"{len(data)} bytes are no 16-bit samples")
-        return to_mono_16k(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw)
-
-
-def find_recordings(words: Sequence[str], raw: int | None = None) -> list[Recording]:
-    """The recordings that ``words`` name; ``raw`` is of what comes on standard input.
-
-    Raises:
-        UserError: a file does not exist, ``-`` stands twice, or ``raw`` is no rate or has no ``-`` to be of.
-    """
-    if words.count(STDIN) > 1:
-        raise UserError("standard input is one recording: write - once")
-    if raw is not None and STDIN not in words:
-        raise UserError("--raw is of samples on standard input: write - where the recording belongs")
-    if raw is not None and not 1000 <= raw <= 384_000:
-        raise UserError(f"--raw is {raw}: give the sampling rate in Hz, such as 16000")
-    for word in words:
-        if word != STDIN and not Path(word).is_file():
-            raise UserError(f"there is no audio file at '{word}': correct the path")
-    return [Recording(word, raw if word == STDIN else None) for word in words]

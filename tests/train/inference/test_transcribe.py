@@ -120,7 +120,7 @@ def test_a_stream_writes_the_same_line_in_pieces_and_standard_input_is_a_recordi
     ("words", "sentence"),
     [
         (["-", "-"], "write - once"),
-        (["--raw", "16000", "x.wav"], "--raw is of"),
+        (["--raw", "16000", "x.wav"], "--raw describes samples on standard input"),
         (["--raw", "1", "-"], "such as 16000"),
     ],
 )
