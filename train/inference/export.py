@@ -155,13 +155,15 @@ def _sources(settings: Exported) -> dict[str, str]:
 def _with_imports(module: str, text: str) -> dict[str, str]:
     found = {f"{module}.py": text}
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None:
-            found |= _with_imports(node.module, _source(node.module))
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and (source := _source(node.module or "")):
+            found |= _with_imports(node.module or "", source)
     return found
 
 
 def _source(module: str) -> str:
-    return (files("train.projectors") / f"{module}.py").read_text(encoding="utf-8")
+    """The text of a module of ``train.projectors``; nothing where there is no such module."""
+    file = files("train.projectors") / f"{module}.py"
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _own_source(module: str) -> str:
@@ -276,16 +278,16 @@ A projector from the features of a frozen speech encoder to the input of a langu
 |---|---|
 {table}
 
-Features of another encoder, layer, window or codec have another meaning: compare the feature id.
+Features of another encoder, layer, window or codec do not fit: compare the feature id.
 
 ## Use
 
-`features` are float32 [B, frames, {channels}] and their `mask` bool [B, frames], True where there is a frame. `soft`
-[B, soft tokens, {settings.width}] and `soft_mask` [B, soft tokens] come back; valid soft tokens take the place of
-`<|audio|>` in the prompt. These lines need torch and safetensors{needs}:
+`features` are float32 [B, frames, {channels}] and their `mask` is bool [B, frames], True where there is a frame. The
+result is `soft` [B, soft tokens, {settings.width}] and its mask; the valid soft tokens take the place of `<|audio|>` in
+the prompt. These lines need torch and safetensors{needs}:
 
 ```python
-import sys; sys.path.insert(0, "{name}")  # this folder, or where its folder projector/ is
+import sys; sys.path.insert(0, "{name}")  # this folder
 from projector import load
 soft, soft_mask = load("{name}")(features, mask)
 ```
