@@ -75,6 +75,18 @@ def test_pages_load_nothing_and_raise_no_complaint(browser, pages):
         assert [url for url in browser.requested() if not url.startswith(("data:", page.resolve().as_uri()))] == []
 
 
+def test_markup_that_came_in_all_the_same_cannot_run_load_or_restyle(browser, pages, tmp_path):
+    smuggled = (
+        "<script>document.title = 'ran'</script><style>h1 {color: rgb(1, 2, 3)}</style><h1 style='color: rgb(1, 2, 3)'>"
+        "<img src='file:///x.png' onerror='document.title = 1'>"
+    )
+    (tmp_path / "page.html").write_text(pages[0].read_text().replace("<h1>", smuggled, 1))
+    browser.open(tmp_path / "page.html")
+    assert len([line for line in browser.complaints() if "Content Security Policy" in line]) >= 4
+    assert browser.run("document.title").startswith("fast")
+    assert browser.run("getComputedStyle(document.querySelector('h1')).color") != "rgb(1, 2, 3)"
+
+
 def test_every_picture_is_there_with_marks_in_it(browser, pages):
     for page, least in zip(pages, (6, 4), strict=True):
         browser.open(page)
