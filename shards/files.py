@@ -7,13 +7,14 @@ writer's owner tag, so that whoever cleans up can tell a live writer's file from
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,64 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def open_file(path: Path) -> io.FileIO:
-    """Open for reading what must be a regular file: a pipe would wait for ever, a device has no end. Else OSError."""
+def open_file(path: Path, *, lock: bool = False) -> io.FileIO:
+    """Open a regular file for reading. A pipe would block and a device has no end: both raise OSError.
+
+    Args:
+        lock: take a shared lock on the file first. It lasts as long as the descriptor or a mapping made from it.
+    """
     file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115 - the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if lock:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+    except BaseException:
         file.close()
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise
     return file
 
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True, create: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on ``path`` inside the ``with`` block. The kernel releases it if the process dies.
+
+    Yields True when the lock is held. The holder may unlink the file. Yields False when another process, thread or
+    :func:`open_file` with ``lock`` holds it and ``wait`` is false.
+
+    Raises:
+        FileNotFoundError: ``create`` is false and there is no such file.
+        OSError: the file cannot be opened, or its file system has no locks.
+    """
+    fd = lock_file(path, wait=wait, create=create)
+    try:
+        yield fd is not None
+    finally:
+        if fd is not None:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough where a fork has copied the descriptor
+            os.close(fd)
+
+
+def lock_file(path: Path, *, wait: bool = True, create: bool = True) -> int | None:
+    """:func:`file_lock` without the block: a descriptor that holds the lock until it is closed; None for False."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # the last holder unlinked the file: a lock on it protects nothing, so open the path again
 
 
 def file_sha256(path: Path) -> str:

@@ -16,12 +16,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.files import file_lock, fsync_folder
 
 CONVERTER_VERSION = 1  # raise it when a conversion writes other bytes
 
@@ -99,7 +100,11 @@ def convert_wheel(name: str, home: Path | None = None) -> tuple[Path, str]:
     if not final.is_dir():
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(final.parent / f".{name}.lock") as alone:
+            with contextlib.ExitStack() as held:
+                try:
+                    alone = held.enter_context(file_lock(final.parent / f".{name}.lock"))
+                except OSError:  # this file system has no locks; any other cause fails the conversion just below
+                    alone = False
                 if not final.is_dir():
                     _publish(wheel, name, files, final, alone)
         except OSError as error:
@@ -162,14 +167,16 @@ def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, a
         for path in temporary.iterdir():  # safetensors writes 0600 and mkdtemp 0700: a shared cache is read by others
             path.chmod(0o644)
         temporary.chmod(0o755)
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+        for path in temporary.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        fsync_folder(temporary)
         try:
             temporary.rename(final)
         except OSError:
             if not final.is_dir():  # else another process was first, with the same bytes
                 raise
-        _fsync(final.parent)
+        fsync_folder(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"converted wheel:{name} in {time.monotonic() - started:.1f} s", file=sys.stderr)
@@ -180,25 +187,3 @@ def _check_hash(file: InstalledFile, name: str) -> None:
         digest = hashlib.file_digest(stream, "sha256").digest()
     if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.sha256:
         raise UserError(f"'{file.path}' of wheel:{name} is not what its wheel recorded: reinstall it with `make setup`")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold ``path`` exclusively (freed by the kernel when a process dies); False where the file system has no locks."""
-    import fcntl
-
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True

@@ -1,18 +1,31 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from shards.errors import UserError
-from shards.files import TEMPORARY, atomic_write, file_sha256, make_folder, temporary, told, write_all
+from shards.files import (
+    TEMPORARY,
+    atomic_write,
+    file_lock,
+    file_sha256,
+    make_folder,
+    open_file,
+    temporary,
+    told,
+    write_all,
+)
 
 COMMIT = """
 import sys
@@ -189,3 +202,80 @@ def test_write_all_takes_views(tmp_path):
     with open(tmp_path / "x", "wb", buffering=0) as file:
         write_all(file.fileno(), memoryview(b"xyz")[1:])
     assert (tmp_path / "x").read_bytes() == b"yz"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from shards.files import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+        holder.kill()
+
+
+def test_a_lock_held_by_another_process_is_refused_at_once_and_free_when_that_process_is_killed(tmp_path):
+    path = tmp_path / "lock"
+    with held_by_another_process(path) as holder:
+        with file_lock(path, wait=False) as held:
+            assert not held
+        holder.kill()
+        with file_lock(path) as held:
+            assert held
+
+
+def test_a_lock_file_that_was_unlinked_while_one_waited_for_it_is_made_and_locked_anew(tmp_path, monkeypatch):
+    path, real, calls = tmp_path / "lock", fcntl.flock, []
+
+    def flock(fd, operation):
+        if not calls:
+            path.unlink()  # as the last holder did, before it let go
+        calls.append(operation)
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with file_lock(path) as held, file_lock(path, wait=False) as again:
+        assert (held, again) == (True, False)
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_its_parent(tmp_path):
+    path, (end, start) = tmp_path / "lock", os.pipe()
+    with file_lock(path):
+        child = os.fork()
+        if not child:
+            os.close(start)
+            os.read(end, 1)
+            os._exit(0)
+    try:
+        with file_lock(path, wait=False) as held:
+            assert held
+    finally:
+        os.close(start)
+        os.close(end)
+        os.waitpid(child, 0)
+
+
+def test_a_file_opened_with_a_lock_is_shared_with_readers_and_kept_from_writers(tmp_path):
+    path = tmp_path / "data"
+    path.touch()
+    with open_file(path, lock=True), open_file(path, lock=True), file_lock(path, wait=False) as held:
+        assert not held
+    with file_lock(path, wait=False) as held:
+        assert held
+
+
+def test_a_lock_on_a_file_that_must_exist_makes_none(tmp_path):
+    with pytest.raises(FileNotFoundError), file_lock(tmp_path / "absent", create=False):
+        pass
+    assert not list(tmp_path.iterdir())
