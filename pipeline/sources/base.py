@@ -1,6 +1,6 @@
-"""What every kind of source shares: the utterance, the protocol, and the tally of what was odd on the way.
+"""What every kind of source shares: the utterance, its key, the protocol, and the tally of what was odd on the way.
 
-In: nothing. Out: types. A kind (``librispeech.py`` …) yields utterances with the source's own ``id`` and an empty
+A kind (``librispeech.py`` …) yields utterances with the source's own ``id`` and an empty
 ``key``; ``selection.py`` wraps it, makes the keys and applies the filters.
 """
 
@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 from shards.errors import UserError
+
+MAX_KEY = 90
+_HEAD = 64
+_DIGITS = 24
+_ESCAPE = re.compile(rb"-x([0-9A-F]{2})-")
+_LOOKALIKE = re.compile(rb"x[0-9A-F]{2}(-|[^A-Za-z0-9_])")  # what follows a dash: another byte becomes a dash, too
+_LEGAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +116,14 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-MAX_KEY = 90
-_HEAD = 64
-_DIGITS = 24
-_ESCAPE = re.compile(rb"-x([0-9A-F]{2})-")
-_LOOKALIKE = re.compile(rb"x[0-9A-F]{2}(-|[^A-Za-z0-9_])")  # what follows a dash: another byte becomes a dash, too
-_LEGAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
-
-
 def encode_key(identifier: str) -> str:
-    """A legal, unique key for ``identifier``; a legal one that looks like no escape stays as it is.
+    """A key for the source's own id: ``[A-Za-z0-9_-]{1,90}``, because a dot would split a WebDataset key.
+
+    Different ids have different keys.
+    A legal id that does not look like an escape is its own key. Each byte (UTF-8) that a key may not hold becomes
+    ``-xHH-``. A dash before what reads like an escape is escaped, too (``-x2D-``), so that :func:`decode_key` returns
+    the id exactly. A key longer than 90 characters is cut to 64 and ends in 24 digits of the id's sha256; its id is in
+    the ``id`` column only.
 
     Raises:
         ValueError: the id is empty.

@@ -31,6 +31,7 @@ from shards.format.records import describe
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
 Buffer = bytes | memoryview
+MAX_WAITING = 8  # updates of a BackgroundHash whose bytes may wait in memory
 
 
 class CommitError(RuntimeError):
@@ -192,6 +193,46 @@ class ShardWriter:
             raise CommitError(f"{self.path.name}: the disk gave back other bytes than were written (crc32)")
 
 
+class BackgroundHash:
+    """Like ``hashlib.sha256()``, but another thread hashes, from the first update until :meth:`close`.
+
+    Hashing is the slowest part of writing a shard. hashlib releases the interpreter's lock, so the writer packs and
+    writes the next member in the meantime.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pieces: SimpleQueue[Sequence[Buffer] | None] = SimpleQueue()
+        self._room = threading.Semaphore(MAX_WAITING)
+        self._thread: threading.Thread | None = None
+
+    def update(self, pieces: Sequence[Buffer]) -> None:
+        """Queue ``pieces`` for hashing; blocks while ``MAX_WAITING`` calls are queued."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
+            self._thread.start()
+        self._room.acquire()
+        self._pieces.put(pieces)
+
+    def hexdigest(self) -> str:
+        """64 hex digits: sha256 of everything so far."""
+        self.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Hash what is queued, then end the thread."""
+        if self._thread is not None:
+            self._pieces.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _work(self) -> None:
+        while (pieces := self._pieces.get()) is not None:
+            for piece in pieces:
+                self._hash.update(piece)
+            self._room.release()
+
+
 def npy_parts(array: Array) -> list[Buffer]:
     """``array`` as a version 1.0 ``.npy`` file: its header, and its bytes where they are."""
     values = np.ascontiguousarray(array)
@@ -226,42 +267,3 @@ def remove_shard(layout: Layout, shard: int) -> None:
     fsync_folder(layout.shards)
     for path in (layout.rows(shard), layout.tar(shard)):
         path.unlink(missing_ok=True)
-
-
-MAX_WAITING = 8  # calls of update whose bytes wait in memory at most
-
-
-class BackgroundHash:
-    """Like ``hashlib.sha256()``, with a thread of its own from the first update to :meth:`close`."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._pieces: SimpleQueue[Sequence[bytes | memoryview] | None] = SimpleQueue()
-        self._room = threading.Semaphore(MAX_WAITING)
-        self._thread: threading.Thread | None = None
-
-    def update(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Hash ``pieces`` soon; waits while too many wait already."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
-            self._thread.start()
-        self._room.acquire()
-        self._pieces.put(pieces)
-
-    def hexdigest(self) -> str:
-        """64 hex digits over everything so far."""
-        self.close()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        """End the thread when what waits is hashed."""
-        if self._thread is not None:
-            self._pieces.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _work(self) -> None:
-        while (pieces := self._pieces.get()) is not None:
-            for piece in pieces:
-                self._hash.update(piece)
-            self._room.release()

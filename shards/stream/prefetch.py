@@ -1,6 +1,6 @@
-"""Read ahead of a loop: threads that fill the next batches, and one that asks the disk for those after them.
+"""Prefetching: threads that read the next batches, one that asks the disk for those after them, buffers to read into.
 
-In: the steps to come, and what reads one. Out: what was read, in the order of the steps.
+In: the steps to come, and a function that reads one. Out: what was read, in the order of the steps.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ class Asked:
 
 
 class Pool:
-    """Buffers that come back by themselves when nothing refers to their memory any more.
+    """Buffers that are reused once nothing refers to their memory any more.
 
+    A new buffer of a few megabytes costs more in page faults than the copy into it, a page-locked one far more.
     An array handed out is a view of a buffer; a torch tensor made of it, and every view of that tensor, keeps the array
     alive. So the array's end is the end of all use, and a weak reference tells it. A copy to a GPU that was begun and
     not waited for is no reference: :meth:`shards.stream.batch.Batch.to` waits.

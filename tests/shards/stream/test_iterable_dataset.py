@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from shards.errors import UserError
 from shards.read.cache import Cache
-from shards.stream import prefetch as buffers
+from shards.stream import prefetch as ahead
 from shards.stream.batch import Batch
 from shards.stream.iterable_dataset import FeatureStream
 from shards.stream.prefetch import Pool
@@ -232,7 +232,7 @@ def test_buffers_are_reused_once_their_batches_are_gone(caches):
 
 def test_page_locked_buffers_are_few_and_used_again(caches, monkeypatch):
     made = []
-    monkeypatch.setattr(buffers, "page_locked", lambda size: made.append(size) or np.empty(size, dtype=np.uint8))
+    monkeypatch.setattr(ahead, "page_locked", lambda size: made.append(size) or np.empty(size, dtype=np.uint8))
     plain, pinned = (rows_and_sums(stream(caches, prefetch=2, pinned=flag)) for flag in (False, True))
     assert pinned == plain
     assert 1 <= len(made) < len(pinned) / 2
