@@ -1,17 +1,17 @@
-"""What every kind of source shares: the utterance, its key, the protocol, and the tally of what was odd on the way.
+"""What every kind of source shares: the utterance, its key, the base class, and the tally of what was odd on the way.
 
-A kind (``librispeech.py`` …) yields utterances with the source's own ``id`` and an empty
-``key``; ``selection.py`` wraps it, makes the keys and applies the filters.
+A kind (``librispeech.py`` …) yields utterances with the source's own ``id`` and an empty ``key``; ``selection.py``
+wraps it, makes the keys and applies the filters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from shards.errors import UserError
 
@@ -46,38 +46,6 @@ class Utterance:
     samples: int = 0
 
 
-class Source(Protocol):
-    """Where utterances come from.
-
-    Attributes:
-        name: part of the cache's folder name, ``[A-Za-z0-9_-]``.
-        sequential: reading out of order is expensive (archives, streams): a plan keeps the source's order.
-        root: the folder that uris are relative to; None when there is none.
-        version: what else decides the bytes of the audio (the synthesiser's version); "" where the files do.
-        speaker_split: ``val_fraction`` keeps a speaker on one side; False where each utterance stands for itself.
-        cpu_bound: ``read`` computes the audio and takes no file's time: it pays to do so in other processes.
-        problems: what was odd in the last pass over ``utterances``, one sentence each with a count and the first few.
-    """
-
-    name: str
-    sequential: bool
-    root: Path | None
-    version: str
-    speaker_split: bool
-    cpu_bound: bool
-
-    @property
-    def problems(self) -> list[str]: ...
-
-    def utterances(self) -> Iterator[Utterance]:
-        """All utterances, lazily, in an order that never changes."""
-        ...
-
-    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        """The encoded audio file of each uri, in the order given; what went wrong stands in place of the bytes."""
-        ...
-
-
 class Tally:
     """Counts by kind of problem, with the first ``shown`` names of each."""
 
@@ -101,17 +69,71 @@ class Tally:
         ]
 
 
+class Source(ABC):
+    """Where utterances come from.
+
+    A kind defines :meth:`utterances` and either :meth:`read_file` or, where the order of reading matters, :meth:`read`.
+
+    Attributes:
+        name: part of the cache's folder name, ``[A-Za-z0-9_-]``.
+        sequential: reading out of order is expensive (archives, streams): a plan keeps the source's order.
+        root: the folder that uris are relative to; None when there is none.
+        version: what else decides the bytes of the audio (the synthesiser's version); "" where the files do.
+        speaker_split: ``val_fraction`` keeps a speaker on one side; False where each utterance stands for itself.
+        cpu_bound: reading takes the processor rather than the disk: decoding processes read for themselves.
+    """
+
+    name: str
+    sequential: bool = False
+    root: Path | None = None
+    version: str = ""
+    speaker_split: bool = True
+    cpu_bound: bool = False
+
+    def __init__(self) -> None:
+        self._tally = Tally()
+
+    @property
+    def problems(self) -> list[str]:
+        """What was odd in the last pass over ``utterances``, a sentence each with a count and the first few names."""
+        return self._tally.sentences()
+
+    @abstractmethod
+    def utterances(self) -> Iterator[Utterance]:
+        """All utterances, lazily, in an order that never changes."""
+
+    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
+        """(uri, encoded audio file, or the error that reading it raised) for each uri, in the order given."""
+        from pipeline.audio import AudioError  # imports NumPy: a command that reads no audio starts without it
+
+        for uri in uris:
+            try:
+                data = self.read_file(uri)
+            except (AudioError, OSError) as error:
+                yield uri, error
+            else:
+                yield uri, data
+
+    def read_file(self, uri: str) -> bytes:
+        """The encoded audio file of one uri. Raises :class:`~pipeline.audio.AudioError` or OSError."""
+        raise NotImplementedError
+
+
 def safe_name(text: str, otherwise: str) -> str:
     """``text`` with every run of other characters than ``[A-Za-z0-9_-]`` as one dash, at most 80 characters."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:80] or otherwise
 
 
-def missing_splits(missing: Sequence[str], where: str, present: Sequence[str]) -> UserError:
-    """The error for splits that were asked for and are not there; it lists those that are."""
-    return UserError(f"no split {listed(missing)} in {where}, which holds {listed(present)}: set source.splits")
+def require_splits(wanted: Iterable[str], present: Iterable[str], where: str) -> None:
+    """UserError if a split is not there; the message names those that are."""
+    found = set(present)
+    missing = [split for split in wanted if split not in found]
+    if missing:
+        names = listed(filter(None, found))
+        raise UserError(f"no split {listed(missing)} in {where}, which holds {names}: set source.splits")
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The names for a sentence: sorted, with commas, or "none"."""
     return ", ".join(sorted(names)) or "none"
 

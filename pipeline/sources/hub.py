@@ -9,35 +9,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.audio import AudioError
-from pipeline.sources.base import Tally, Utterance, missing_splits, safe_name
-from pipeline.sources.parquet import check_columns, first_line, utterance_of
+from pipeline.sources.base import Source, Utterance, require_splits, safe_name
+from pipeline.sources.parquet import NO_BYTES, audio_bytes, check_columns, first_line, utterance_of
 from shards.errors import UserError
 
 
-class HubStream:
+class HubStream(Source):
     """The source of kind ``parquet`` with a path ``hf:owner/name``."""
 
     sequential = True
-    version = ""
-    speaker_split = True
-    cpu_bound = False
 
     def __init__(self, dataset: str, config: str | None, splits: Sequence[str]) -> None:
-        self.root: Path | None = None
+        super().__init__()
         parts = [dataset.rpartition("/")[2], *([config] if config else []), *splits]
         self.name = safe_name("-".join(parts), "parquet")
         self._dataset, self._config, self._splits = dataset, config, list(dict.fromkeys(splits))
-        self._tally = Tally()
         self._streams: dict[str, Any] | None = None
         self._cursor: tuple[str, int, Iterator[dict[str, Any]]] | None = None  # split, next row, rows
-
-    @property
-    def problems(self) -> list[str]:
-        return self._tally.sentences()
 
     def utterances(self) -> Iterator[Utterance]:
         self._tally.clear()
@@ -75,11 +66,10 @@ class HubStream:
                 raise AudioError(f"no row {row} in the stream")
             at += 1
         self._cursor = (split, at, rows)
-        audio = record["audio"] if record is not None else None
-        data = audio.get("bytes") if isinstance(audio, dict) else audio
-        if not data:
-            raise AudioError("no audio bytes in the row")
-        return bytes(data)
+        data = audio_bytes(record["audio"]) if record is not None else None
+        if data is None:
+            raise AudioError(NO_BYTES)
+        return data
 
     def _next(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
         try:
@@ -99,9 +89,7 @@ class HubStream:
                     f"cannot open the dataset hf:{self._dataset}"
                     f"{f' ({self._config})' if self._config else ''}: {first_line(error)}; see source.config"
                 ) from error
-            missing = [split for split in self._splits if split not in found]
-            if missing:
-                raise missing_splits(missing, f"hf:{self._dataset}", list(found))
+            require_splits(self._splits, found, f"hf:{self._dataset}")
             self._streams = {split: _undecoded(stream) for split, stream in found.items()}
         return self._streams
 

@@ -12,11 +12,12 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.audio import AudioError, probe
 from pipeline.sources.archive import DAMAGED, ArchivePass
-from pipeline.sources.base import Source, Tally, Utterance, missing_splits, safe_name
+from pipeline.sources.base import Source, Utterance, require_splits, safe_name
 from shards.errors import UserError
 
 _NO_AUDIO = "transcript lines without audio"
@@ -46,22 +47,15 @@ def open_librispeech(path: str, splits: Sequence[str]) -> Source:
     )
 
 
-class Tree:
+class Tree(Source):
     """The unpacked folders; ``root`` holds the split folders."""
 
-    sequential = False
-    version = ""
-    speaker_split = True
     cpu_bound = True
 
     def __init__(self, root: Path, splits: Sequence[str]) -> None:
-        self.root: Path | None = root
-        self.name = _name(splits)
-        self._root, self._splits, self._tally = root, splits, Tally()
-
-    @property
-    def problems(self) -> list[str]:
-        return self._tally.sentences()
+        super().__init__()
+        self.name, self.root = _name(splits), root
+        self._root, self._splits = root, splits
 
     def utterances(self) -> Iterator[Utterance]:
         self._tally.clear()
@@ -83,32 +77,25 @@ class Tree:
         for identifier in texts:
             self._tally.add(_NO_AUDIO, identifier)
 
-    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        for uri in uris:
-            try:
-                yield uri, (self._root / uri).read_bytes()
-            except OSError as error:
-                yield uri, AudioError(f"cannot read the file: {error.strerror}")
+    def read_file(self, uri: str) -> bytes:
+        try:
+            return (self._root / uri).read_bytes()
+        except OSError as error:
+            raise AudioError(f"cannot read the file: {error.strerror}") from None
 
 
-class Archives:
+class Archives(Source):
     """``.tar.gz`` files, each read from its start to its end: once to list it, once more for the audio."""
 
     sequential = True
-    version = ""
-    speaker_split = True
     cpu_bound = True
 
     def __init__(self, archives: Sequence[Path], splits: Sequence[str]) -> None:
-        self.root: Path | None = archives[0].parent
+        super().__init__()
         self.name = _name(splits or [_stem(file) for file in archives])
-        self._root, self._archives, self._splits = archives[0].parent, archives, splits
-        self._tally = Tally()
+        self.root = self._root = archives[0].parent
+        self._archives, self._splits = archives, splits
         self._cursor: ArchivePass | None = None
-
-    @property
-    def problems(self) -> list[str]:
-        return self._tally.sentences()
 
     def utterances(self) -> Iterator[Utterance]:
         self._tally.clear()
@@ -118,9 +105,7 @@ class Archives:
                 yield from self._archive(archive, found)
             except DAMAGED as error:
                 raise UserError(f"the archive '{archive}' is cut short or damaged ({error}): fetch it again") from None
-        missing = [split for split in self._splits if split not in found]
-        if missing:
-            raise missing_splits(missing, f"'{self._root}'", list(found))
+        require_splits(self._splits, found, f"'{self._root}'")
 
     def _archive(self, archive: Path, found: set[str]) -> Iterator[Utterance]:
         """Utterances in the order of their audio; a transcript may stand before or after it."""
@@ -204,8 +189,7 @@ class Archives:
 
 
 def _with_text(utterance: Utterance, texts: dict[str, str]) -> Utterance:
-    u = utterance
-    return Utterance("", u.id, u.audio, texts.pop(u.id), u.speaker, u.split, u.samples)
+    return replace(utterance, text=texts.pop(utterance.id))
 
 
 def _parse(data: bytes, where: str, known: dict[str, str]) -> dict[str, str]:
@@ -226,9 +210,7 @@ def _parse(data: bytes, where: str, known: dict[str, str]) -> dict[str, str]:
 
 
 def _choose(wanted: Sequence[str], present: Sequence[str], where: Path) -> list[str]:
-    missing = [split for split in wanted if split not in present]
-    if missing:
-        raise missing_splits(missing, f"'{where}'", present)
+    require_splits(wanted, present, f"'{where}'")
     return list(dict.fromkeys(wanted)) or sorted(present)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.audio import SAMPLING_RATE, AudioError, cut, probe
-from pipeline.sources.base import Tally, Utterance, listed, missing_splits, safe_name
+from pipeline.sources.base import Source, Utterance, listed, require_splits, safe_name
 from pipeline.sources.entries import Entry, _lines, _open_text, json_rows, number_of, word_of
 from shards.errors import UserError
 
@@ -31,26 +31,17 @@ _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
 
-class Manifest:
+class Manifest(Source):
     """The source of kind ``manifest``."""
 
-    sequential = False
-    version = ""
-    speaker_split = True
-    cpu_bound = False
-
     def __init__(self, path: str, splits: Sequence[str]) -> None:
+        super().__init__()
         self._path = Path(path).expanduser()
         if not self._path.exists():
             raise UserError(f"source.path '{path}' does not exist: give a .jsonl, .csv or .tsv file or a lhotse folder")
-        self._root = self._path if self._path.is_dir() else self._path.parent
-        self.root: Path | None = self._root
+        self.root = self._root = self._path if self._path.is_dir() else self._path.parent
         self.name = safe_name(self._path.resolve().name.split(".")[0], "manifest")
-        self._splits, self._tally = list(splits), Tally()
-
-    @property
-    def problems(self) -> list[str]:
-        return self._tally.sentences()
+        self._splits = list(splits)
 
     def utterances(self) -> Iterator[Utterance]:
         self._tally.clear()
@@ -59,18 +50,9 @@ class Manifest:
             seen.add(entry.split)
             if not self._splits or entry.split in self._splits:
                 yield self._utterance(entry)
-        missing = [split for split in self._splits if split not in seen]
-        if missing:
-            raise missing_splits(missing, f"'{self._path}'", [split for split in seen if split])
+        require_splits(self._splits, seen, f"'{self._path}'")
 
-    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        for uri in uris:
-            try:
-                yield uri, self._read(uri)
-            except (AudioError, OSError) as error:
-                yield uri, error
-
-    def _read(self, uri: str) -> bytes:
+    def read_file(self, uri: str) -> bytes:
         segment = _SEGMENT.search(uri)
         file = self._root / (uri[: segment.start()] if segment else uri)
         if not file.is_file():

@@ -14,41 +14,31 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.audio import AudioError, probe
-from pipeline.sources.base import Tally, Utterance, listed, missing_splits, safe_name
+from pipeline.sources.base import Source, Tally, Utterance, listed, require_splits, safe_name
 from shards.errors import UserError
 
 NO_AUDIO = "rows without audio bytes"
+NO_BYTES = "no audio bytes in the row"
 COLUMNS = ("audio", "text", "id", "speaker_id", "file")
 _BATCH = 32  # rows decoded at a time while listing: audio is large
 _PART = re.compile(r"-\d+-of-\d+$")
 
 
-class ParquetFiles:
+class ParquetFiles(Source):
     """Local files. Audio is read by row group: one that a call of ``read`` needs is read once in that call."""
 
-    sequential = False
-    version = ""
-    speaker_split = True
-    cpu_bound = False
-
     def __init__(self, path: str, splits: Sequence[str]) -> None:
+        super().__init__()
         root, files = _find(path)
         by_split: dict[str, list[Path]] = {}
         for file in files:
             by_split.setdefault(_split(file, root), []).append(file)
-        missing = [split for split in splits if split not in by_split]
-        if missing:
-            raise missing_splits(missing, f"'{path}'", list(by_split))
+        require_splits(splits, by_split, f"'{path}'")
         chosen = list(dict.fromkeys(splits)) or sorted(by_split)
-        self.root: Path | None = root
+        self.root = self._root = root
         self.name = safe_name("-".join([safe_name(_stem(path), "parquet"), *splits]), "parquet")
-        self._root, self._tally = root, Tally()
         self._files = [(split, file) for split in chosen for file in by_split[split]]
         self._held: tuple[tuple[str, int], Any] | None = None  # the last row group's audio column
-
-    @property
-    def problems(self) -> list[str]:
-        return self._tally.sentences()
 
     def utterances(self) -> Iterator[Utterance]:
         import pyarrow
@@ -96,7 +86,7 @@ class ParquetFiles:
                 try:
                     column = self._row_group(name, group)
                     for other in dict.fromkeys(groups[name, group]):
-                        ready[other] = _bytes_at(column, places[other][2])
+                        ready[other] = audio_bytes(column[places[other][2]].as_py()) or AudioError(NO_BYTES)
                 except (pyarrow.ArrowException, OSError, UserError) as error:
                     reason = AudioError(f"cannot read row group {group} of {name}: {first_line(error)}")
                     ready |= dict.fromkeys(groups[name, group], reason)
@@ -135,7 +125,7 @@ def check_columns(names: Sequence[str], where: str) -> None:
 def utterance_of(record: dict[str, Any], uri: str, split: str, tally: Tally) -> Utterance:
     """One row of the layout as an utterance."""
     audio = record["audio"]
-    data, name = (audio.get("bytes"), audio.get("path")) if isinstance(audio, dict) else (audio, None)
+    data, name = audio_bytes(audio), audio.get("path") if isinstance(audio, dict) else None
     identifier = record.get("id")
     if identifier is None:
         file = name or record.get("file")
@@ -151,7 +141,7 @@ def utterance_of(record: dict[str, Any], uri: str, split: str, tally: Tally) -> 
         text="" if text is None else str(text),
         speaker="" if speaker is None else str(speaker),
         split=split,
-        samples=probe(bytes(data)) if data else 0,
+        samples=probe(data) if data else 0,
     )
 
 
@@ -159,10 +149,10 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _bytes_at(column: Any, row: int) -> bytes | Exception:
-    value = column[row].as_py()
-    data = value.get("bytes") if isinstance(value, dict) else value
-    return data if data else AudioError("no audio bytes in the row")
+def audio_bytes(audio: Any) -> bytes | None:
+    """The encoded file in a row's ``audio``, which is ``{bytes, path}`` or plain bytes; None when there is none."""
+    data = audio.get("bytes") if isinstance(audio, dict) else audio
+    return bytes(data) if data else None
 
 
 def _group_starts(parquet: Any) -> list[int]:

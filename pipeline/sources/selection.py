@@ -10,14 +10,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from pipeline.audio import SAMPLING_RATE
 from pipeline.sources.base import MAX_KEY, Source, Tally, Utterance, encode_key
 from shards.errors import UserError
 
 
-class Selection:
+class Selection(Source):
     """A :class:`Source` over another one. A ``val_fraction`` of 0 keeps the source's own splits and stays lazy."""
 
     def __init__(
@@ -31,12 +30,9 @@ class Selection:
         val_fraction: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.name = name
-        self.sequential: bool = source.sequential
-        self.root: Path | None = source.root
-        self.version: str = source.version
-        self.speaker_split: bool = source.speaker_split
-        self.cpu_bound: bool = source.cpu_bound
+        super().__init__()
+        self.name, self.sequential, self.root, self.version = name, source.sequential, source.root, source.version
+        self.speaker_split, self.cpu_bound = source.speaker_split, source.cpu_bound
         self._source = source
         self._limit, self._shortest, self._longest = limit, min_duration, max_duration
         self._val_fraction, self._seed = val_fraction, seed

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from pipeline.audio import AudioError
 from shards.errors import UserError
 
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000  # espeak_AUDIO_OUTPUT, espeakINITIALIZE_DONT_EXIT
@@ -25,7 +26,7 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 _lock = threading.Lock()  # the library is one per process
 
 
-class EspeakError(Exception):
+class EspeakError(AudioError):
     """A call of the library failed; the message names it."""
 
 

@@ -8,13 +8,12 @@ version of the library. All sentences differ: a validation split shares none wit
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
 from pipeline.audio import SAMPLING_RATE, AudioError, encode_wav, samples_at_16k
-from pipeline.sources.base import Utterance
+from pipeline.sources.base import Source, Utterance
 from pipeline.sources.synthetic import espeak, grammar
 
 VOICES = (
@@ -25,22 +24,17 @@ RATES = (120, 160)  # words a minute
 PITCHES = (35, 65)
 
 
-class Speech:
+class Speech(Source):
     """The source of kind ``speech``; the speaker of an utterance is its voice."""
 
-    sequential = False
     speaker_split = False  # the sentence is what validation must not share; every voice stands on both sides
     cpu_bound = True
 
     def __init__(self, n: int, seed: int = 0) -> None:
+        super().__init__()
         self.name = f"speech-{n}"
-        self.root: Path | None = None
         self.version = espeak.version()
         self._n, self._seed = n, seed
-
-    @property
-    def problems(self) -> list[str]:
-        return []
 
     def utterances(self) -> Iterator[Utterance]:
         rng = random.Random(self._seed)
@@ -53,12 +47,8 @@ class Speech:
                 "", f"speech-{self._seed}-{number:05d}", f"{voice}/{rate}/{pitch}/{text}", text, voice, "", samples
             )
 
-    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        for uri in uris:
-            try:
-                yield uri, speak(uri)
-            except (espeak.EspeakError, AudioError) as error:
-                yield uri, error
+    def read_file(self, uri: str) -> bytes:
+        return speak(uri)
 
 
 def speak(uri: str) -> bytes:

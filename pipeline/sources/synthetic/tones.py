@@ -8,35 +8,27 @@ uri.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.audio import SAMPLING_RATE, AudioError, encode_wav
-from pipeline.sources.base import Utterance
+from pipeline.sources.base import Source, Utterance
 
 SECONDS = 5
 _LEVEL = 0.5  # of full scale; the harmonic and the noise stay clear of clipping
 
 
-class Tones:
+class Tones(Source):
     """The source of kind ``tones``."""
 
     name = "tones"
-    sequential = False
-    version = ""
     speaker_split = False
-    cpu_bound = False
 
     def __init__(self, seed: int = 0) -> None:
-        self.root: Path | None = None
+        super().__init__()
         self._seed = seed
-
-    @property
-    def problems(self) -> list[str]:
-        return []
 
     def utterances(self) -> Iterator[Utterance]:
         manifest = resources.files("pipeline.sources.synthetic").joinpath("tones.jsonl").read_text(encoding="utf-8")
@@ -44,13 +36,11 @@ class Tones:
             uri = f"{self._seed}/{row['frequency']}"
             yield Utterance("", row["key"], uri, row["text"], samples=SECONDS * SAMPLING_RATE)
 
-    def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        for uri in uris:
-            seed, _, frequency = uri.partition("/")
-            if seed.isdigit() and frequency.isdigit():
-                yield uri, encode_wav(tone(int(frequency), int(seed)), SAMPLING_RATE)
-            else:
-                yield uri, AudioError(f"'{uri}' is no tone")
+    def read_file(self, uri: str) -> bytes:
+        seed, _, frequency = uri.partition("/")
+        if not (seed.isdigit() and frequency.isdigit()):
+            raise AudioError(f"'{uri}' is no tone")
+        return encode_wav(tone(int(frequency), int(seed)), SAMPLING_RATE)
 
 
 def tone(frequency: int, seed: int) -> np.ndarray:
