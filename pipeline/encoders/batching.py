@@ -1,4 +1,4 @@
-"""How many windows pass through an encoder at once: from the memory that is free, and less after running out of it.
+"""The one place that cuts windows into batches for an encoder: as many as fit, and fewer after memory ran out.
 
 In: windows. Out: their features, whatever the first guess was: a batch that does not fit is halved and tried again, and
 later ones stay at that size. On a CPU every clip passes alone, so the bytes are the same in any batch.

@@ -152,12 +152,12 @@ def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages, decoders
     encoder = job.encoder
     queue, windows = deque[Heard](), deque[tuple[Heard, Samples]]()
 
-    def encode(least: int) -> None:
-        while len(windows) >= least and windows:
-            batch = [windows.popleft() for _ in range(min(encoder.batch_size, len(windows)))]
+    def encode(count: int) -> None:
+        if count:
+            clips = [windows.popleft() for _ in range(count)]
             with stages.busy("encode"):
-                outputs = encode_in_parts(encoder, [clip for _, clip in batch], layers, job.config.trim)
-            for (heard, _), output in zip(batch, outputs, strict=True):
+                outputs = encode_in_parts(encoder, [clip for _, clip in clips], layers, job.config.trim)
+            for (heard, _), output in zip(clips, outputs, strict=True):
                 heard.parts.append(output)
 
     def ready() -> Iterator[Heard]:
@@ -172,9 +172,9 @@ def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages, decoders
             heard.samples, heard.spans = len(audio), spans_of(len(audio), encoder, job.config.overlap)
             windows.extend((heard, audio[start:stop]) for start, stop in heard.spans)
         queue.append(heard)
-        encode(encoder.batch_size)  # less, after memory ran out
+        encode(len(windows) // encoder.batch_size * encoder.batch_size)  # whole batches
         yield from ready()
-    encode(1)
+    encode(len(windows))
     yield from ready()
 
 
