@@ -66,22 +66,15 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
             hold (a few bytes can declare, and a repeated string unpack to, more than any memory).
     """
     size = _size(path)
-    rows, room, batches = 0, TEXT_ROOM + TEXT_GROWTH * size, []
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             found = file.schema_arrow.remove_metadata()
             if not found.equals(schema):
                 raise RecordError(f"{path.name} has other columns than this format: {_first_difference(found, schema)}")
             _bound(path, file.metadata, size)
-            for batch in file.iter_batches(BATCH):
-                rows, room = rows + len(batch), room - batch.nbytes
-                if room < 0:
-                    raise RecordError(f"{path.name} unpacks to more than a file of {size} bytes can hold")
-                batches.append(batch)
-            if rows != file.metadata.num_rows:
-                raise RecordError(f"{path.name} has {rows} rows and declares {file.metadata.num_rows}")
-        table = pa.Table.from_batches(batches, schema)
-        table.validate(full=True)
+            table = read_batches(path.name, file, size, schema)
+            if len(table) != file.metadata.num_rows:
+                raise RecordError(f"{path.name} has {len(table)} rows and declares {file.metadata.num_rows}")
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
@@ -92,6 +85,26 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
         if table[name].null_count:
             raise RecordError(f"{path.name} has empty values in column '{name}'")
     return table.replace_schema_metadata(None)
+
+
+def read_batches(
+    name: str, file: pq.ParquetFile, size: int, schema: pa.Schema | None = None, **options: Any
+) -> pa.Table:
+    """The rows of an open parquet file of ``size`` bytes, validated; ``options`` are those of ``iter_batches``.
+
+    Raises:
+        RecordError: they unpack to more than a file of that size can hold; the message calls it ``name``.
+        pyarrow.ArrowException: an offset or a text is invalid.
+    """
+    room, batches = TEXT_ROOM + TEXT_GROWTH * size, []
+    for batch in file.iter_batches(BATCH, **options):
+        room -= batch.nbytes
+        if room < 0:
+            raise RecordError(f"{name} unpacks to more than a file of {size} bytes can hold")
+        batches.append(batch)
+    table = pa.Table.from_batches(batches, schema)
+    table.validate(full=True)  # offsets of strings, and UTF-8
+    return table
 
 
 def _size(path: Path) -> int:

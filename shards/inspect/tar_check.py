@@ -7,12 +7,11 @@ its row says. Nothing that a row declares is used as an offset or a size before 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +28,6 @@ from shards.format.records import describe
 from shards.format.spec import MAX_CHANNELS, FeatureSpec
 
 KEY = r"\A[A-Za-z0-9_-]{1,90}\z"
-CHUNK = 8 << 20
 
 
 def first_bad_utterance(plan: pa.Table) -> str | None:
@@ -100,15 +98,6 @@ class TarFile:
         self.data.release()
         if self._map is not None:
             self._map.close()
-
-    def sha256(self, step: Callable[[int], None]) -> str:
-        """64 hex digits; ``step`` is told of the bytes as they are hashed."""
-        digest = hashlib.sha256()
-        for start in range(0, len(self.data), CHUNK):
-            chunk = self.data[start : start + CHUNK]
-            digest.update(chunk)
-            step(len(chunk))
-        return digest.hexdigest()
 
     def problems(self, rows: pa.Table | None, spec: FeatureSpec | None) -> Iterator[tuple[str | None, str]]:
         """(key or None, what) for everything in the tar that is not as its manifest rows say."""

@@ -208,12 +208,13 @@ class _Audit:
                 )
         if self.deep:
             try:
-                with self.whole(tar) as local, TarFile(local) as file:
-                    found = file.sha256(self.found.step)
+                with self.whole(tar) as local:
+                    found = self.found.digest(local)
                     if sound_size and found != record.tar.sha256:
                         self.found.tell(shard, tar, "does not match its sha256")
-                    for key, what in file.problems(rows, self.spec):
-                        self.found.tell(shard, tar, what, key)
+                    with TarFile(local) as file:
+                        for key, what in file.problems(rows, self.spec):
+                            self.found.tell(shard, tar, what, key)
             except OSError as error:
                 self.found.tell_error(shard, tar, error)
         return rows

@@ -26,7 +26,8 @@ from shards.errors import UserError
 from shards.files import file_sha256
 from shards.format.codec import SCALED, STORED_DTYPE, Array
 from shards.format.layout import MANIFEST_SCHEMA, Layout
-from shards.format.schemas import BATCH, ROWS_PER_BYTE, TEXT_GROWTH, TEXT_ROOM
+from shards.format.records import RecordError
+from shards.format.schemas import ROWS_PER_BYTE, read_batches
 from shards.format.spec import FeatureSpec
 
 GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
@@ -125,17 +126,10 @@ class Index:
     def _read(self, number: int) -> Group:
         assert self._file is not None
         with readable(self._path):
-            batches, room = [], TEXT_ROOM + TEXT_GROWTH * self._size
-            # One thread: pyarrow's own pool is no company for a forked DataLoader worker.
-            for batch in self._file.iter_batches(
-                BATCH, row_groups=[number], columns=["key", "text", *PLACES], use_threads=False
-            ):
-                room -= batch.nbytes
-                if room < 0:
-                    raise unsound(self._path, "manifest.parquet unpacks to more than its size can hold")
-                batches.append(batch)
-            table = pa.Table.from_batches(batches).combine_chunks()
-            table.validate(full=True)  # offsets of strings, and UTF-8
+            columns = ["key", "text", *PLACES]
+            # One thread: pyarrow's own pool does not survive the fork of a DataLoader worker.
+            options = {"row_groups": [number], "columns": columns, "use_threads": False}
+            table = read_batches("manifest.parquet", self._file, self._size, **options).combine_chunks()
         if any(table[name].null_count for name in table.column_names):
             raise unsound(self._path, "manifest.parquet has empty values")
         first = int(self._starts[number])
@@ -204,5 +198,7 @@ def readable(path: Path) -> Iterator[None]:
     """Failures of reading the manifest of the cache at ``path`` as one sentence."""
     try:
         yield
+    except RecordError as error:
+        raise unsound(path, str(error)) from None
     except (OSError, pa.ArrowException) as error:
         raise unsound(path, f"manifest.parquet cannot be read ({error})") from None

@@ -5,8 +5,8 @@ In: opened caches. Out: :class:`Chain`, which gives stored utterances, keys and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +15,7 @@ from shards.errors import UserError
 from shards.read.cache import Cache, Stored
 
 Rows = NDArray[np.int64]
+T = TypeVar("T")
 
 
 class Chain:
@@ -50,18 +51,18 @@ class Chain:
         """Stored utterances of ``rows``, in their order; see :meth:`shards.read.cache.Cache.fetch`."""
         if len(self.caches) == 1:
             return self.caches[0].fetch(rows)
-        found: dict[int, Stored] = {}
-        for cache, places, own in self._parts(rows):
-            found.update(zip(places.tolist(), cache.fetch(own), strict=True))
-        return [found[place] for place in range(len(rows))]
+        return self._gather(rows, Cache.fetch)
 
     def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
         """``key`` or ``text`` of ``rows``, in their order."""
-        wanted = np.asarray(rows, dtype=np.int64)
-        found: dict[int, str] = {}
-        for cache, places, own in self._parts(wanted):
-            found.update(zip(places.tolist(), cache.strings(column, own), strict=True))
-        return [found[place] for place in range(len(wanted))]
+        return self._gather(np.asarray(rows, dtype=np.int64), lambda cache, own: cache.strings(column, own))
+
+    def _gather(self, rows: Rows, read: Callable[[Cache, Rows], list[T]]) -> list[T]:
+        """What ``read`` gives for the rows of each cache, in the order of ``rows``."""
+        found: dict[int, T] = {}
+        for cache, places, own in self._parts(rows):
+            found.update(zip(places.tolist(), read(cache, own), strict=True))
+        return [found[place] for place in range(len(rows))]
 
     def will_need(self, rows: Rows) -> None:
         """Ask the kernel for the pages of ``rows``; those of far caches were just fetched, and are in memory."""

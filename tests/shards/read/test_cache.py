@@ -13,6 +13,7 @@ import pytest
 from tiny_cache import flip, make_cache, original
 
 from shards.errors import UserError
+from shards.format import schemas as tables
 from shards.format.codec import relative_rms
 from shards.format.layout import Layout, parquet_bytes, seal, unseal
 from shards.read import cache as reader
@@ -232,9 +233,9 @@ def test_a_cache_file_that_lies_about_its_features_is_refused(path):
 
 
 def test_a_manifest_that_unpacks_without_end_is_refused(path, monkeypatch):
-    monkeypatch.setattr(index, "TEXT_ROOM", 100)
-    monkeypatch.setattr(index, "TEXT_GROWTH", 0)
-    with pytest.raises(UserError, match="unpacks to more than its size can hold"):
+    monkeypatch.setattr(tables, "TEXT_ROOM", 100)
+    monkeypatch.setattr(tables, "TEXT_GROWTH", 0)
+    with pytest.raises(UserError, match="unpacks to more than a file of"):
         Cache.open(path).strings("text", [0])
     monkeypatch.setattr(index, "ROWS_PER_BYTE", 0.001)
     with pytest.raises(UserError, match=r"has 12 rows in \d+ bytes"):
