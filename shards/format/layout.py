@@ -34,6 +34,7 @@ __all__ = [
     "read_parquet",
     "read_plan",
     "seal",
+    "shard_number",
     "unseal",
 ]
 
@@ -85,6 +86,11 @@ class Layout:
     def finishing(self) -> Path:
         """The claim of the process that merges the shards."""
         return self.path / "finish.claim"
+
+
+def shard_number(stem: str) -> int | None:
+    """42 of ``000042``, the stem of a shard's files; None for what is no such name."""
+    return int(stem) if stem.isascii() and stem.isdigit() and stem == f"{int(stem):06d}" else None
 
 
 @dataclass(frozen=True)

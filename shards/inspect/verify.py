@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from shards.errors import UserError, first_complaint
-from shards.format.layout import Layout, manifest_id
+from shards.format.layout import Layout, manifest_id, shard_number
 from shards.format.records import CacheInfo, RecordError, ShardRecord
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, read_parquet
 from shards.format.spec import FeatureSpec
@@ -129,8 +129,8 @@ class _Audit:
     def _records(self) -> dict[int, ShardRecord]:
         records: dict[int, ShardRecord] = {}
         for path in sorted(self.layout.shards.glob("*.json")):
-            shard = int(path.stem) if path.stem.isascii() and path.stem.isdigit() else -1
-            if path.name != self.layout.record(shard).name or not path.is_file():
+            shard = shard_number(path.stem)
+            if shard is None or not path.is_file():
                 continue
             tree = self.found.sealed(path, shard)
             if tree is None:
@@ -238,7 +238,7 @@ class _Audit:
     def _strangers(self, shards: Sequence[int]) -> None:
         """Tars and records that are not of the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
         for path in sorted([*self.layout.shards.glob("*.tar"), *self.layout.shards.glob("*.json")]):
-            if not (path.stem.isascii() and path.stem.isdigit() and int(path.stem) in shards):
+            if shard_number(path.stem) not in shards:
                 self.found.tell(None, path, "is no shard of this cache")
 
     def _summary(

@@ -146,6 +146,13 @@ def test_a_record_that_is_of_no_planned_shard_is_told(cache):
     assert (None, "shards/000007.json", None, "is no shard of this cache") in what(verify(cache))
 
 
+def test_a_tar_that_other_readers_would_take_for_a_shard_is_told_by_whatever_number_it_has(cache):
+    for name in ("1.tar", "-00001.tar", "0000001.tar", "000007.tar"):
+        shutil.copy(Layout(cache).tar(1), cache / "shards" / name)
+    strangers = [file for _, file, _, told in what(verify(cache)) if told == "is no shard of this cache"]
+    assert strangers == ["shards/-00001.tar", "shards/0000001.tar", "shards/000007.tar", "shards/1.tar"]
+
+
 def test_what_an_interrupted_or_running_extraction_leaves_is_no_fault(cache):
     (cache / "shards" / "000001.tar.tmp-9-x").write_bytes(b"half")
     (cache / "shards" / "000001.claim").write_bytes(b"{}")
