@@ -20,10 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.read.filters import select
 from shards.format.layout import Layout
-from shards.read.cache import Cache
 from shards.format.spec import FeatureSpec
+from shards.read.cache import Cache
+from shards.read.filters import select
 from train.config.train import TrainConfig, ValConfig
 from train.data.layers import Layers
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import UserError
-from shards.stream.join import Joined, join
 from shards.read.cache import Cache
+from shards.stream.join import Joined, join
 
 if TYPE_CHECKING:
     from shards.stream.batch import Batch

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pipeline.encoders.base import Encoder
-from pipeline.encoders.recording import encode_recording
-from shards.format import codec
-from shards.errors import UserError
-from shards.format.spec import FeatureSpec
 from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.encoders.base import Encoder
+from pipeline.encoders.recording import encode_recording
+from shards.errors import UserError
+from shards.format import codec
+from shards.format.spec import FeatureSpec
 
 Features = npt.NDArray[Any]
 

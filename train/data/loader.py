@@ -5,23 +5,22 @@ In: settings and opened data. Out: what a training loop iterates and a checkpoin
 
 from __future__ import annotations
 
-from dataclasses import replace
-from shards.stream.batch import Batch
 import hashlib
-import torch
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from shards.stream.batch import Batch
 from shards.stream.iterable_dataset import FeatureStream
 from train.config.train import TrainConfig
 from train.data.caches import Data
+from train.data.layers import Layers
 from train.distributed.device import choose_device
 from train.distributed.group import Group
-from train.data.layers import Layers
 
 AHEAD = 2  # batches whose further layers are read while the loop works
 

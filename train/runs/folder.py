@@ -22,14 +22,12 @@ import yaml
 
 from shards import files as disk
 from shards.config.base import load_config
-from shards.files import atomic_write, fsync_folder, told
 from shards.errors import UserError
+from shards.files import atomic_write, fsync_folder, told
 from shards.format.spec import FeatureSpec
 from train.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from shards.read.cache import Cache
     from train.data.layers import Layers
 
@@ -119,10 +117,6 @@ def run_caches(run: Path) -> dict[str, Any]:
     """``caches.json`` of a run; its ``spec`` as a FeatureSpec."""
     about = read_json(run / "caches.json")
     return {**about, "spec": FeatureSpec.parse(about.get("spec"), str(run / "caches.json"))}
-
-
-
-
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from shards.config.base import flatten
-from shards.files import atomic_write, told
 from shards.errors import UserError
+from shards.files import atomic_write, told
 from train.config.train import TrainConfig
 
 NEEDS = {"wandb": "wandb", "tensorboard": "tensorboard"}  # what each imports, and how pip calls it

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_cache import make_cache
 
-from shards.stream.sampler import Rules
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
+from shards.stream.sampler import Rules
 from train.data.loader import augment
 
 

@@ -7,24 +7,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_cache import without
 from launch import finish, torchrun
-from tiny_run import forget_after
-from tiny_cache import make_cache
-from tiny_run import losses, make_config, write_config
+from tiny_cache import make_cache, without
+from tiny_run import forget_after, losses, make_config, write_config
 
 from shards.errors import UserError
-from shards.stream.sampler import Rules
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
-from train.data.loader import LayeredStream
+from shards.stream.sampler import Rules
 from train.config.train import TrainConfig
 from train.data.caches import needed, open_data
-from train.evaluation.run import evaluate_run
 from train.data.layers import Layers
-from train.trainer.trainer import fit
+from train.data.loader import LayeredStream
+from train.evaluation.run import evaluate_run
 from train.model.build import load_model
 from train.runs.folder import run_config
+from train.trainer.trainer import fit
 
 KEYS = {"projector": {"kind": "mlp", "stack": 4, "norm": "rms"}, "checkpoint_every": 4}
 

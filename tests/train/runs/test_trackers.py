@@ -6,15 +6,14 @@ import json
 import shutil
 
 import pytest
-from tiny_run import forget_after
 from tiny_cache import make_cache
-from tiny_run import losses, make_config
+from tiny_run import forget_after, losses, make_config
 
 from shards.errors import UserError
-from train.runs import trackers as outlets
 from train.config.train import TrainConfig
-from train.trainer.trainer import fit
+from train.runs import trackers as outlets
 from train.runs.trackers import Outlets, project_of, require_trackers
+from train.trainer.trainer import fit
 
 KEYS = {"checkpoint_every": 4, "eval_every": 4, "decode_samples": 0}
 
