@@ -29,7 +29,8 @@ def write(folder: Path, rows: int, shards: int, group: int) -> None:
     import pyarrow.parquet as pq
 
     from shards.files import file_sha256
-    from shards.format.layout import MANIFEST_SCHEMA, Layout, seal
+    from shards.format.layout import MANIFEST_SCHEMA, Layout
+    from shards.format.records import seal
     from shards.format.spec import FeatureSpec
 
     spec = FeatureSpec(

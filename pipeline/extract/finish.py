@@ -17,7 +17,8 @@ from typing import Any
 from shards.commit.claims import LEASE, new_owner
 from shards.commit.store import Store, open_store
 from shards.errors import UserError, WorkFailed
-from shards.format.layout import Plan, RecordError
+from shards.format.layout import Plan
+from shards.format.records import RecordError
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
 POLL = 0.5  # seconds between two looks at what another process does

@@ -15,7 +15,8 @@ from pipeline.extract.local import run_local
 from pipeline.maintain.check import recorded_config
 from shards.errors import UserError, WorkFailed
 from shards.files import told
-from shards.format.layout import Layout, RecordError, unseal
+from shards.format.layout import Layout
+from shards.format.records import RecordError, unseal
 from shards.inspect.findings import Problem, Progress
 from shards.inspect.verify import verify
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 from shards.commit.claims import LEASE, Claims, new_owner
 from shards.commit.finalize import committed, finalise, is_complete, is_tidy, sweep, write_plan
 from shards.files import file_sha256, told, write_new
-from shards.format.layout import Layout, Plan, read_plan, unseal
-from shards.format.records import seal
+from shards.format.layout import Layout, Plan, read_plan
+from shards.format.records import seal, unseal
 from shards.format.spec import FeatureSpec
 
 

@@ -26,8 +26,8 @@ from shards.errors import WorkFailed
 from shards.files import TEMPORARY, atomic_write, fsync_folder, publish, temporary, write_all
 from shards.format import tar
 from shards.format.codec import Array, Encoded, encode
-from shards.format.layout import MANIFEST_SCHEMA, Layout, parquet_bytes, seal
-from shards.format.records import describe
+from shards.format.layout import MANIFEST_SCHEMA, Layout, parquet_bytes
+from shards.format.records import describe, seal
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
 Buffer = bytes | memoryview

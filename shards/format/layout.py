@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from shards.errors import UserError
 from shards.files import file_sha256
-from shards.format.records import RecordError, seal, unseal
+from shards.format.records import RecordError
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, parquet_bytes, read_parquet
 from shards.format.spec import canonical_json
 
@@ -28,14 +28,11 @@ __all__ = [
     "UTTERANCE_SCHEMA",
     "Layout",
     "Plan",
-    "RecordError",
     "manifest_id",
     "parquet_bytes",
     "read_parquet",
     "read_plan",
-    "seal",
     "shard_number",
-    "unseal",
 ]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from shards.format.layout import Layout, RecordError, read_plan, unseal
-from shards.format.records import CacheInfo, ShardRecord
+from shards.format.layout import Layout, read_plan
+from shards.format.records import CacheInfo, RecordError, ShardRecord, unseal
 from shards.format.spec import FeatureSpec
 from shards.remote.client import is_url
 from shards.remote.snapshot import far_copy

@@ -25,7 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from shards.errors import UserError
 from shards.format.codec import SCALED, STORED_DTYPE, Array, decode
-from shards.format.layout import MANIFEST_SCHEMA, Layout, RecordError, read_parquet, unseal
+from shards.format.layout import MANIFEST_SCHEMA, Layout, read_parquet
+from shards.format.records import RecordError, unseal
 from shards.format.spec import FeatureSpec
 from shards.read.index import Group, Index, read_frames, unsound
 from shards.read.mmap import Mappings

@@ -12,7 +12,8 @@ import pytest
 from scripts import load_script
 from tiny_cache import make_cache
 
-from shards.format.layout import FAILURE_SCHEMA, MANIFEST_SCHEMA, Layout, unseal
+from shards.format.layout import FAILURE_SCHEMA, MANIFEST_SCHEMA, Layout
+from shards.format.records import unseal
 from shards.format.spec import FeatureSpec
 from shards.read.cache import Cache
 

@@ -21,7 +21,8 @@ from tiny_cache import make_spec
 from shards.commit.finalize import finalise, write_plan
 from shards.commit.writer import ShardWriter
 from shards.format import tar
-from shards.format.layout import UTTERANCE_SCHEMA, Layout, seal, unseal
+from shards.format.layout import UTTERANCE_SCHEMA, Layout
+from shards.format.records import seal, unseal
 
 
 def make_small_cache(folder: Path, codec: str = "f16", tensors: str = "weights", seed: int = 0) -> Path:

@@ -37,8 +37,8 @@ from shards.commit.claims import LEASE, new_owner
 from shards.commit.finalize import hashed_rows, is_of, merged
 from shards.errors import UserError
 from shards.files import make_folder, told
-from shards.format.layout import UTTERANCE_SCHEMA, Layout, Plan, RecordError, parquet_bytes, read_plan
-from shards.format.records import is_claim, parse, seal
+from shards.format.layout import UTTERANCE_SCHEMA, Layout, Plan, parquet_bytes, read_plan
+from shards.format.records import RecordError, is_claim, parse, seal
 from shards.format.spec import FeatureSpec
 from shards.remote.client import connect, insist, next_chunk
 

@@ -20,13 +20,11 @@ from shards.format.layout import (
     MANIFEST_SCHEMA,
     UTTERANCE_SCHEMA,
     Layout,
-    RecordError,
     parquet_bytes,
     read_parquet,
     read_plan,
-    seal,
-    unseal,
 )
+from shards.format.records import RecordError, seal, unseal
 
 SPEC = make_spec(4)
 TREES = st.dictionaries(

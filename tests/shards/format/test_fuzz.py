@@ -17,17 +17,9 @@ from tiny_faults import make_small_cache
 
 from shards.commit.writer import npy
 from shards.errors import UserError
-from shards.format.layout import (
-    FAILURE_SCHEMA,
-    MANIFEST_SCHEMA,
-    UTTERANCE_SCHEMA,
-    Layout,
-    RecordError,
-    read_parquet,
-    seal,
-    unseal,
-)
+from shards.format.layout import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, read_parquet
 from shards.format.npy import NpyError, read_header
+from shards.format.records import RecordError, seal, unseal
 from shards.format.spec import FeatureSpec
 from shards.format.tar import BLOCK, TarError, header, walk
 from shards.inspect.info import describe_cache, lines

@@ -15,7 +15,8 @@ from tiny_cache import flip, make_cache, original
 from shards.errors import UserError
 from shards.format import schemas as tables
 from shards.format.codec import relative_rms
-from shards.format.layout import Layout, parquet_bytes, seal, unseal
+from shards.format.layout import Layout, parquet_bytes
+from shards.format.records import seal, unseal
 from shards.read import cache as reader
 from shards.read import index
 from shards.read.cache import Cache
