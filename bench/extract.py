@@ -49,7 +49,9 @@ class Extraction:
 
 def extract(corpus: str | None, clips: int, encoder: str, threads: int, folder: Path) -> Extraction:
     source = ["source.kind=librispeech", f"source.path={corpus}"] if corpus else ["source.kind=speech"]
-    source += ["source.max_duration=30", f"source.limit={clips}"] + ([] if corpus else [f"source.n={clips}"])
+    source += ["source.max_duration=30", f"source.limit={clips}"] + (
+        [] if corpus else [f"source.num_sentences={clips}"]
+    )
     profile = folder / "profile.json"
     argv = [sys.executable, "-m", "pipeline", "extract", f"root={folder}", f"encoder.model={encoder}"]
     argv += ["encoder.dtype=bfloat16", "encoder.device=cpu", "window=full30", "shard_mb=16", *source]

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"root={folder}", f"source.n={arguments.utterances}", "source.val_fraction=0"]
+        words = [f"root={folder}", f"source.num_sentences={arguments.utterances}", "source.val_fraction=0"]
         words += [f"window={arguments.window}", f"encoder.device={arguments.device}"]
         command = [sys.executable, "-m", "pipeline", "extract", "--config", "configs/extract/speech.yaml", *words]
         begin = time.perf_counter()

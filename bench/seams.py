@@ -126,7 +126,7 @@ def clips(folder: Path | None) -> Iterator[np.ndarray]:
         paths = sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav"))
         yield from (decode(path.read_bytes()) for path in paths)
         return
-    source = open_source(SourceConfig(kind="speech", n=400))
+    source = open_source(SourceConfig(kind="speech", num_sentences=400))
     for _, data in source.read([utterance.audio for utterance in source.utterances()]):
         assert isinstance(data, bytes)
         yield decode(data)

@@ -93,7 +93,7 @@ def compare(folder: Path, base: dict[str, Any], count: int, alone: list[dict[str
     print(f"\n{count} experiments\n  one after another   {told(total)}")
     for mode in ("separate", "batched"):
         name = f"{mode}-{count}"
-        tree = {"base": base, "list": LIST[:count], "lockstep": mode, "runs": str(folder), "name": name}
+        tree = {"base": base, "experiments": LIST[:count], "lockstep": mode, "runs": str(folder), "name": name}
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         seconds, cpu = timed(["sweep", "--config", str(path)])

@@ -2,7 +2,7 @@
 
     make docs          (python docs/make_config.py)
 
-In: the models and the comments beside their fields. Out: the page; a test compares it with what this script writes.
+In: the models and the strings below their fields. Out: the page; a test compares it with what this script writes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from pipeline.config import ExtractConfig
-from shards.config.fields import Group, Key, groups
+from shards.config.fields import Group, Key, groups, old_names, submodels
 from train.config.model import KindConfig, MlpConfig
 from train.config.train import TrainConfig
 from train.sweeps.config import SweepConfig
@@ -23,13 +23,22 @@ PAGE = Path(__file__).resolve().with_name("config.md")
 HEAD = """\
 # Configuration
 
-Written by `make docs` from the code; edit the comments there. A key is set in the YAML file that `--config` names, or
-on the command line as `key=value` with its dots (`lm.lora.rank=16`), which wins. Unknown keys are refused.
+This page is written by `make docs` from the docstrings in the code. Set a key in the YAML file given by `--config`, or
+on the command line as `key=value` with dots (`lm.lora.rank=16`), which overrides the file. Unknown keys are errors.
+YAML anchors and aliases are not supported.
 
 ```
-python -m train config --print --config configs/train/demo.yaml lr=5e-4     # every value, and where it came from
+python -m train config --config configs/train/demo.yaml lr=5e-4             # check, and print the keys that are set
+python -m train config --print --config configs/train/demo.yaml lr=5e-4     # print every key
 ```
 """
+RENAMED = """\
+## Renamed keys
+
+The old names are still accepted. Setting a key by both names is an error.
+
+| old name | name |
+|---|---|"""
 PARTS: list[tuple[str, str, type[BaseModel]]] = [
     ("Extraction", "`python -m pipeline extract`, files in `configs/extract/`", ExtractConfig),
     ("Training", "`python -m train fit`, files in `configs/train/`", TrainConfig),
@@ -42,6 +51,12 @@ def page() -> str:
     for title, about, model in PARTS:
         lines += [f"## {title}", "", f"{about}.", ""]
         lines += [line for group in groups(model) for line in section(group, model)]
+    lines += [RENAMED]
+    for _, _, model in PARTS:
+        old = {
+            prefix + name: prefix + new for prefix, each in submodels(model) for name, new in old_names(each).items()
+        }
+        lines += [f"| `{name}` | `{new}` |" for name, new in old.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -52,7 +67,7 @@ def section(group: Group, top: type[BaseModel]) -> Iterator[str]:
     if group.model is not top:
         yield f"### `{group.prefix.removesuffix('.')}`{f' of kind `{kind.default}`' if kind else ''}"
         yield ""
-        yield " ".join((group.model.__doc__ or "").partition("Attributes:")[0].replace("``", "`").split())
+        yield " ".join((group.model.__doc__ or "").split())
         yield ""
     if kind is not None:  # the keys that all kinds share stand with the first of them, last
         shared = [key for key in keys if key.name.removeprefix(group.prefix) in KindConfig.model_fields]
@@ -69,9 +84,8 @@ def section(group: Group, top: type[BaseModel]) -> Iterator[str]:
 
 
 def row(key: Key) -> str:
-    about = key.about.replace("``", "`").replace("None:", "null:").replace("none =", "null:")
-    about = about.replace("<", "&lt;")
-    cells = [f"`{key.name}`", key.values, "required" if key.default == "required" else f"`{key.default}`", about]
+    default = "required" if key.default == "required" else f"`{key.default}`"
+    cells = [f"`{key.name}`", key.values, default, key.about]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

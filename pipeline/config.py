@@ -1,8 +1,9 @@
-"""What an extraction is told: the keys of ``configs/extract/*.yaml`` and of ``key=value`` on the command line."""
+"""The settings of an extraction: the keys of ``configs/extract/*.yaml`` and of ``key=value`` on the command line."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,36 +14,62 @@ from shards.format.spec import Codec, Window
 
 
 class EncoderConfig(Config):
-    """The frozen encoder. ``model`` is a reference or a list tried in order; none = the default order of weights.py."""
+    """The frozen speech encoder."""
 
-    model: str | list[str] | None = None  # a reference, or several tried in order (pipeline/weights/resolve.py)
-    layers: list[int] | None = None  # 0 … n; negative counts from the end; none = the last
-    # what the encoder computes in; part of the identity, so name it: auto depends on the machine
+    model: str | list[str] | None = None
+    """Model reference, or several that are tried in order: `path:/folder`, `hf:owner/name[@revision]`,
+    `modelscope:owner/name[@revision]` or `wheel:whisper-base`. null: `modelscope:$WHISPER_MS_ID` if that is set, then
+    `hf:openai/whisper-base`, then `wheel:whisper-base`."""
+    layers: list[int] | None = None
+    """Layers to store, a cache for each. 0 is the input of the first layer, negative numbers count from the end. null:
+    the last layer, after the final norm."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"  # cpu, cuda, cuda:1 …; auto: a GPU where there is one
-    batch_size: int | None = Field(default=None, ge=1)  # windows in a pass on a GPU; none = as many as fit, at most 32
-    compile: Literal["auto", "always", "never"] = "auto"  # torch.compile on a GPU; auto: where the job is long enough
+    """Compute dtype of the encoder. It is part of the feature id: name one to get the same features on every machine,
+    because auto depends on the device."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1` … auto: a GPU if there is one."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Windows in a forward pass on a GPU. null: as many as fit into its memory, at most 32."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether to use torch.compile on a GPU. auto: if the job is long enough to win back the minute that it takes."""
 
 
 class ExtractConfig(Config):
     """One source × one encoder: a cache for each layer."""
 
-    root: str = "caches"  # folder or URL (s3://bucket/caches) under which caches are made
-    scratch: str | None = None  # where shards on their way to a URL are made; none: the folder for temporary files
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"workers": "decode_workers", "lease": "lease_seconds"}
+
+    root: str = "caches"
+    """Folder or URL (`s3://bucket/caches`) below which caches are created."""
+    scratch: str | None = None
+    """Local folder for shards on their way to a URL. null: the system's folder for temporary files."""
     source: SourceConfig
     encoder: EncoderConfig = EncoderConfig()
-    limit: int | None = Field(default=None, ge=1)  # utterances; the smaller of this and source.limit
-    # full30, or tight: contexts cut to the utterance, faster on short clips and other features; none: full30 for a
-    # Whisper, clip (the audio alone) for encoders that take any length
+    limit: int | None = Field(default=None, ge=1)
+    """Maximum number of utterances. The smaller of this and `source.limit` applies."""
     window: Window | None = None
-    margin: float = Field(default=2.0, ge=0, le=30)  # seconds of silence that a tight context keeps after the utterance
-    overlap: float = Field(default=4.0, ge=0, le=20)  # seconds that neighbouring windows of long audio share
-    trim: Literal["valid", "none"] = "valid"  # valid: the frames of the audio; none: padded windows stay whole
-    codec: Codec = "f16"  # how features are stored (docs/format.md); int8 halves the disk
-    shard_mb: float = Field(default=256, gt=0)  # megabytes of a shard
-    # threads or processes that decode audio; none = two beside an encoder on the CPU, else most of the cores of a GPU
-    workers: int | None = Field(default=None, ge=1)
-    decode_in: Literal["auto", "thread", "process"] = "auto"  # auto: processes where they pay (pipeline/decode/pool.py)
-    processes: int | None = Field(default=None, ge=1)  # with an encoder each, on this machine; none = one for each GPU
-    max_failures: float = Field(default=0.01, ge=0)  # below 1 a fraction of the utterances, else a count
-    lease: float = Field(default=LEASE, gt=0)  # seconds without a sign of life before a shard's owner counts as dead
+    """Context of the encoder. full30: audio padded to 30 s, as Whisper was trained. tight: padded to the utterance plus
+    `margin`; faster on short clips, but the features differ. clip: the audio alone, for encoders that take any length.
+    null: full30 for Whisper, clip for the others."""
+    margin: float = Field(default=2.0, ge=0, le=30)
+    """Seconds of silence after the utterance in a tight window."""
+    overlap: float = Field(default=4.0, ge=0, le=20)
+    """Seconds shared by neighbouring windows of audio that is longer than one window."""
+    trim: Literal["valid", "none"] = "valid"
+    """valid: store the frames of the audio only. none: store the whole padded window."""
+    codec: Codec = "f16"
+    """Storage format of the features (`docs/format.md`). int8 takes half the disk space of f16."""
+    shard_mb: float = Field(default=256, gt=0)
+    """Target size of a shard, in megabytes."""
+    decode_workers: int | None = Field(default=None, ge=1)
+    """Threads or processes that decode audio. null: two for an encoder on the CPU, most of the cores for one on a
+    GPU."""
+    decode_in: Literal["auto", "thread", "process"] = "auto"
+    """Whether audio is decoded in threads or in processes. auto: processes where they are faster, that is for a GPU or
+    for synthesised audio."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes on this machine, each with its own encoder. null: one for each GPU, else one."""
+    max_failures: float = Field(default=0.01, ge=0)
+    """Utterances that may fail before the extraction does: a fraction below 1, a number from 1 on."""
+    lease_seconds: float = Field(default=LEASE, gt=0)
+    """Seconds without a heartbeat after which another worker may take over a shard."""

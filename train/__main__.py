@@ -256,7 +256,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _needs(args: argparse.Namespace) -> int:
-    from shards.config.base import load_config, read_yaml
+    from shards.config.base import load_config
+    from shards.config.origins import read_yaml
     from train.config.train import TrainConfig
     from train.data.caches import needed
 

@@ -26,7 +26,8 @@ from shards.commit.claims import new_owner
 from shards.commit.store import Store, open_store
 from shards.errors import UserError
 from shards.format.codec import STORED_DTYPE
-from shards.format.layout import Layout, Plan, RecordError
+from shards.format.layout import Layout, Plan
+from shards.format.records import RecordError
 from shards.format.spec import FeatureSpec
 from shards.remote.client import is_url
 
@@ -72,7 +73,10 @@ class Job:
         import torch
 
         return decoding_workers(
-            self.config.workers, device=self.encoder.device, cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count()
+            self.config.decode_workers,
+            device=self.encoder.device,
+            cpus=os.cpu_count() or 1,
+            gpus=torch.cuda.device_count(),
         )
 
     def complete(self) -> bool:
@@ -83,7 +87,7 @@ class Job:
         """Within it this process may take shards of all targets."""
         with ExitStack() as stack:
             for target in self.targets:
-                stack.enter_context(target.store.at_work(self.owner, self.config.lease))
+                stack.enter_context(target.store.at_work(self.owner, self.config.lease_seconds))
             yield
 
 

@@ -110,7 +110,7 @@ def recorded_config(info: dict[str, Any], path: Path, source: str | None = None)
     if source is not None:
         tree["source"] = {**tree["source"], "path": source}
     tree["root"] = str(path.resolve().parent.parent)
-    return validate_config(ExtractConfig, tree, f"{path}/CACHE.json")
+    return validate_config(ExtractConfig, tree, f"'{path}/CACHE.json'")
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

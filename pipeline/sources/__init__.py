@@ -9,8 +9,8 @@ kind takes ``limit``, ``min_duration``, ``max_duration`` and ``val_fraction`` (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,32 +25,34 @@ _SENTENCES = 400
 
 
 class SourceConfig(Config):
-    """The ``source`` part of an extraction's configuration.
+    """The utterances to extract: where their audio and texts are."""
 
-    Attributes:
-        kind: which module reads it.
-        path: file or folder; ``hf:owner/name`` for a parquet dataset that is streamed. tones and speech have none.
-        splits: which splits of the corpus; empty means all that are there.
-        limit: at most so many utterances, the first ones.
-        min_duration, max_duration: seconds; a recording of unknown length is kept.
-        seed: of the validation split, and of what tones and speech make.
-        val_fraction: share of the utterances whose split becomes ``val``, the others ``train``; by speaker where known.
-        name: folder-name part of the caches; made from the source when not given.
-        n: sentences to speak (speech only).
-        config: configuration of a streamed dataset (``hf:`` only), such as ``clean``.
-    """
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"n": "num_sentences", "config": "config_name"}
 
     kind: Literal["librispeech", "parquet", "manifest", "tones", "speech"]
+    """Format of the corpus. librispeech: OpenSLR folders or archives. parquet: Hugging Face parquet files. manifest: a
+    JSONL, CSV, NeMo or lhotse manifest. tones, speech: synthetic audio."""
     path: str | None = None
+    """File or folder of the corpus; `hf:owner/name` streams a parquet dataset. Synthetic kinds take none."""
     splits: list[str] = Field(default_factory=list)
+    """Splits to read, such as `[dev-clean, test-clean]`. Empty: all."""
     limit: int | None = Field(default=None, ge=1)
+    """Maximum number of utterances; the first ones are taken."""
     min_duration: float | None = Field(default=None, ge=0)
+    """Shortest utterance, in seconds. Utterances of unknown duration are kept."""
     max_duration: float | None = Field(default=None, gt=0)
+    """Longest utterance, in seconds. Utterances of unknown duration are kept."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the order of utterances, of the validation split, and of synthetic audio."""
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the utterances that get the split `val`; the others get `train`. Whole speakers are held out where
+    speakers are known. 0: keep the splits of the corpus."""
     name: str | None = None
-    n: int = Field(default=_SENTENCES, ge=1, le=MAX_SENTENCES)
-    config: str | None = None
+    """Name of the corpus in the cache's path. null: derived from the corpus."""
+    num_sentences: int = Field(default=_SENTENCES, ge=1, le=MAX_SENTENCES)
+    """Sentences to synthesise (speech only)."""
+    config_name: str | None = None
+    """Configuration of a streamed dataset, such as `clean` (`hf:` only)."""
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> SourceConfig:
@@ -59,10 +61,12 @@ class SourceConfig(Config):
             raise ValueError(f"kind {self.kind} is made on demand: it has no path and no splits")
         if not made and not self.path:
             raise ValueError(f"kind {self.kind} needs a path: set source.path")
-        if self.n != _SENTENCES and self.kind != "speech":
-            raise ValueError(f"n belongs to kind speech, not to {self.kind}: use limit")
-        if self.config is not None and not (self.kind == "parquet" and str(self.path).startswith("hf:")):
-            raise ValueError("config belongs to a streamed dataset: kind parquet with a path such as hf:owner/name")
+        if self.num_sentences != _SENTENCES and self.kind != "speech":
+            raise ValueError(f"num_sentences belongs to kind speech, not to {self.kind}: use limit")
+        if self.config_name is not None and not (self.kind == "parquet" and str(self.path).startswith("hf:")):
+            raise ValueError(
+                "config_name belongs to a streamed dataset: kind parquet with a path such as hf:owner/name"
+            )
         if self.min_duration and self.max_duration and self.min_duration > self.max_duration:
             raise ValueError(f"min_duration {self.min_duration} is above max_duration {self.max_duration}")
         return self
@@ -95,7 +99,7 @@ def _open_kind(config: SourceConfig) -> Source:
 
         return librispeech.open_librispeech(path, config.splits)
     if config.kind == "parquet":
-        return open_parquet(path, config.splits, config.config)
+        return open_parquet(path, config.splits, config.config_name)
     if config.kind == "manifest":
         from pipeline.sources import manifest
 
@@ -106,7 +110,7 @@ def _open_kind(config: SourceConfig) -> Source:
         return tones.Tones(config.seed)
     from pipeline.sources.synthetic import speech
 
-    return speech.Speech(config.n, config.seed)
+    return speech.Speech(config.num_sentences, config.seed)
 
 
 def open_parquet(path: str, splits: Sequence[str], config: str | None) -> Source:

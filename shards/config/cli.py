@@ -1,4 +1,4 @@
-"""What the three command lines share: ``config`` (the resolved settings) and ``completion`` (of a shell's words).
+"""What the three command lines share: ``config`` (check and print settings) and ``completion`` (for a shell).
 
     python -m train config --print --config configs/train/demo.yaml lr=5e-4
     source <(earshard-train completion bash)
@@ -9,7 +9,6 @@ In: an argparse parser. Out: subcommands of it, and their output. Nothing heavy 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,27 +27,30 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 def add_config(commands: Any, module: str, example: str) -> None:
     """Give ``python -m module`` the subcommand ``config``; ``example`` are its usual words."""
-    text = "check a configuration, or print it with where each value came from"
+    text = "check a configuration and print what it sets"
     config = commands.add_parser(
         "config",
         help=text,
-        description=f"{text[:1].upper()}{text[1:]}. The print is YAML and may be saved as a configuration.",
+        description=(
+            "Check a configuration and print the keys that the file and the command line set. The output is YAML that "
+            "may be saved as a configuration."
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example:\n  python -m {module} config --print {example}",
     )
     config.add_argument("--config", metavar="FILE", help="YAML file")
-    config.add_argument("--print", action="store_true", help="all keys: default, file and line, or command line")
+    config.add_argument("--print", action="store_true", help="print every key, also those at their defaults")
     config.add_argument("overrides", nargs="*", metavar=KEYS, help="override a key; the value is YAML")
 
 
 def show_config(model: Any, args: argparse.Namespace) -> int:
     """What ``config`` does with a :class:`shards.config.base.Config` class."""
-    from shards.config import origins as resolved
+    import yaml
+
     from shards.config.base import load_config
 
-    config = load_config(model, args.config, args.overrides)
-    told = resolved.render if args.print else resolved.summary
-    sys.stdout.write(f"{told(config, args.config, args.overrides).rstrip()}\n")
+    tree = load_config(model, args.config, args.overrides).model_dump(mode="json", exclude_unset=not args.print)
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
     return 0
 
 

@@ -1,22 +1,14 @@
-"""The keys of a configuration model, as its code tells them: for shell completion and for ``docs/config.md``.
+"""The keys of a configuration model: their old names, and what completion and ``docs/config.md`` say of them.
 
-In: a pydantic model class. Out: one :class:`Key` a leaf, in order, and one :class:`Group` for each model in which keys
-stand. What a key is about is the comment beside or above it in the source, or its line under ``Attributes:`` in the
-docstring of its class: each is written once.
+In: a pydantic model class. Out: a tree with old names replaced; one :class:`Key` a leaf, in order, and one
+:class:`Group` for each model in which keys stand. The string below a field in the source documents its key.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import io
-import re
-import textwrap
-import tokenize
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -24,6 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+CHOICE = (Union, types.UnionType, Annotated)
 BOUNDS = {
     Ge: ("≥", "ge"),
     Gt: (">", "gt"),
@@ -39,6 +32,13 @@ NAMES = {
     "NoneType": "null",
     "Any": "anything",
 }
+
+
+@dataclass(frozen=True)
+class KeysOf:
+    """Marks a field (in ``Annotated``) that holds some of the keys of ``model`` as a plain mapping."""
+
+    model: type[BaseModel]
 
 
 @dataclass(frozen=True)
@@ -60,74 +60,81 @@ class Group:
     keys: list[Key]
 
 
-def groups(model: type[BaseModel], prefix: str = "") -> Iterator[Group]:
-    """``model`` itself with the keys that hold values, then each model below it (of a choice: every member)."""
-    here, below = [], []
-    told = comments(model)
+def models_in(annotation: Any, through: tuple[Any, ...] = CHOICE) -> list[type[BaseModel]]:
+    """The models that a value may be; with ``list`` or ``dict`` in ``through`` also those that it may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in through:
+        return [found for part in get_args(annotation) for found in models_in(part, through)]
+    return []
+
+
+def content_of(field: FieldInfo) -> Any:
+    """The annotation of a field, or the model some of whose keys it holds."""
+    return next((mark.model for mark in field.metadata if isinstance(mark, KeysOf)), field.annotation)
+
+
+def submodels(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """``("", model)``, then each model below it (of a choice: every member) with its prefix, such as ``lm.lora.``."""
+    yield prefix, model
     for name, field in model.model_fields.items():
-        members = _models(field.annotation)
-        below += [(f"{prefix}{name}.", member) for member in members]
-        if not members or type(None) in get_args(field.annotation):
-            default = _default(field) if not members else "null"
-            here.append(Key(prefix + name, _values(field, members), default, told.get(name, "")))
-    yield Group(prefix, model, here)
-    for place, member in below:
-        yield from groups(member, place)
+        for below in models_in(field.annotation):
+            yield from submodels(below, f"{prefix}{name}.")
+
+
+def old_names(model: type[BaseModel]) -> dict[str, str]:
+    """Old name -> name of the keys of ``model`` that were renamed."""
+    found: dict[str, str] = getattr(model, "OLD_NAMES", {})
+    return found
+
+
+def rename_keys(model: type[BaseModel], tree: Any) -> Any:
+    """``tree`` with old names of keys replaced; ValueError where one key is set by both names."""
+    return _rename([model], tree)
+
+
+def rename_key(model: type[BaseModel], dotted: str, value: Any = None) -> tuple[str, Any]:
+    """The same for one dotted key and its value."""
+    parts = dotted.split(".")
+    for part in reversed(parts):
+        value = {part: value}
+    value, names = rename_keys(model, value), []
+    for _ in parts:
+        ((name, value),) = value.items()
+        names.append(name)
+    return ".".join(names), value
+
+
+def _rename(models: Sequence[type[BaseModel]], tree: Any) -> Any:
+    if not isinstance(tree, dict) or not models:
+        return tree
+    old = {name: new for model in models for name, new in old_names(model).items()}
+    renamed: dict[Any, Any] = {}
+    for key, value in tree.items():
+        name = old.get(key, key)
+        if name in renamed:
+            former = next(each for each in tree if old.get(each) == name)
+            raise ValueError(f"'{former}' is the old name of '{name}', and both are set: remove '{former}'")
+        fields = [model.model_fields[name] for model in models if name in model.model_fields]
+        renamed[name] = _rename([below for field in fields for below in models_in(content_of(field))], value)
+    return renamed
+
+
+def groups(model: type[BaseModel]) -> Iterator[Group]:
+    """``model`` itself with the keys that hold values, then each model below it (of a choice: every member)."""
+    for prefix, each in submodels(model):
+        keys = []
+        for name, field in each.model_fields.items():
+            members = models_in(field.annotation)
+            if not members or type(None) in get_args(field.annotation):
+                values, default = ("null, or a mapping", "null") if members else (_values(field), _default(field))
+                keys.append(Key(prefix + name, values, default, " ".join((field.description or "").split())))
+        yield Group(prefix, each, keys)
 
 
 def names(model: type[BaseModel]) -> list[str]:
     """Every key that ``key=value`` may set, sorted, each once."""
     return sorted({key.name for group in groups(model) for key in group.keys})
-
-
-@cache
-def comments(model: type[BaseModel]) -> dict[str, str]:
-    """What the source says of each field, fields of base classes included."""
-    found: dict[str, str] = {}
-    for base in reversed(model.__mro__):
-        if issubclass(base, BaseModel) and base is not BaseModel:
-            found |= {name: text for name, text in _comments_of(base).items() if text or name not in found}
-    return found
-
-
-def _comments_of(model: type[BaseModel]) -> dict[str, str]:
-    source = textwrap.dedent(inspect.getsource(model))
-    lines = source.splitlines()
-    told = {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = _attributes(inspect.cleandoc(model.__doc__ or ""))
-    body = ast.parse(source).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for field in body.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            above = field.lineno
-            while above - 1 in told and lines[above - 2].lstrip().startswith("#"):
-                above -= 1
-            within = range(above, (field.end_lineno or field.lineno) + 1)
-            text = " ".join(told[line] for line in within if line in told)
-            found[field.target.id] = text or found.get(field.target.id, "")
-    return found
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    """The lines ``name, other: text`` under ``Attributes:``."""
-    found: dict[str, str] = {}
-    block = doc.partition("Attributes:\n")[2]
-    for entry in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", block, re.MULTILINE):
-        found |= {name.strip(): " ".join(entry[1].split()) for name in entry[0].split(",")}
-    return found
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a value may be; none for a plain value or a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return [found for part in get_args(annotation) for found in _models(part)]
-    return []
 
 
 def _default(field: FieldInfo) -> str:
@@ -139,11 +146,9 @@ def _default(field: FieldInfo) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _values(field: FieldInfo, members: list[type[BaseModel]]) -> str:
-    if members:
-        return "null, or a mapping"
+def _values(field: FieldInfo) -> str:
     bounds = [_bound(part) for part in field.metadata]
-    return ", ".join([_type(field.annotation), *(b for b in bounds if b)])
+    return ", ".join([_type(field.annotation), *(bound for bound in bounds if bound)])
 
 
 def _bound(part: Any) -> str:

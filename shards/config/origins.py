@@ -1,104 +1,134 @@
-"""A resolved configuration as text: every key, its value, and whether a file, a word or the default set it.
+"""Reading a YAML file, and finding the line or the ``key=value`` argument that set a key.
 
-In: a validated model with the file and the words that it came from. Out: YAML that loads to the same model again;
-behind each value a comment says where it is from::
-
-    lr: 0.0005           # command line
-    steps: 600           # configs/train/demo.yaml:17
-    min_lr: 0.0          # default
-
-    python -m train config --print --config configs/train/demo.yaml lr=5e-4
+In: paths and arguments. Out: a mapping; for a wrong key, a place such as ``configs/train/demo.yaml:17``.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
-from shards.config.base import flatten, parse_override
-
-DEFAULT, WORD = "default", "command line"
-WIDTH = 72  # a line longer than this does not push the comments of all others to the right
+from shards.config.fields import rename_key, rename_keys
+from shards.errors import UserError
 
 
-def origins(path: str | os.PathLike[str] | None, overrides: Sequence[str]) -> dict[str, str]:
-    """Where each key that was set comes from: ``file:line`` or ``command line``, by dotted key; later ones win."""
-    found = _lines(path) if path is not None else {}
-    for word in overrides:
-        key, value = parse_override(word)
-        found = {k: place for k, place in found.items() if not _within(k, key) and not _within(key, k)}
-        found |= dict.fromkeys(flatten({key: value}), WORD)
-    return found
+class _Loader(yaml.SafeLoader):
+    """YAML without anchors and aliases: a few lines of them can expand to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if event.anchor is not None:
+            problem = "anchors and aliases are not supported, write the value out;"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
-def _within(key: str, above: str) -> bool:
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        ValueError: one line, why ``text`` is no value.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ValueError(
+            f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}" if mark else error
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def read_yaml(path: str | os.PathLike[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, empty for an empty file; keys of ``model`` by their present names.
+
+    Raises:
+        UserError: there is no such file, it is not YAML or not a mapping, or sets a key by its old and its new name.
+    """
+    text = _read(path)
+    try:
+        tree = parse_yaml(text)
+        if isinstance(tree, dict) and model is not None:
+            tree = rename_keys(model, tree)
+    except ValueError as error:
+        raise UserError(f"'{path}' is not a valid configuration: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"'{path}' holds a {type(tree).__name__}, not a mapping of keys: see configs/ for examples")
+    return tree
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where the keys of a configuration were set; files are read again, so ask only when a key is wrong.
+
+    Attributes:
+        model: whose keys they are.
+        files: YAML files by the key that their keys stand below, ``{"": "sweep.yaml", "base.": "run.yaml"}``.
+        words: ``key=value`` arguments; later ones override earlier ones and files.
+    """
+
+    model: type[BaseModel]
+    files: Mapping[str, str]
+    words: Sequence[str]
+
+    def find(self, key: str) -> str:
+        """``the argument 'lr=fast'``, ``run.yaml:3``, or the file as a whole."""
+        names = {word: self._present(word.partition("=")[0]) for word in reversed(self.words)}
+        for word, name in names.items():
+            if within(key, name):
+                return f"the argument '{word}'"
+        for prefix, path in sorted(self.files.items(), reverse=True):
+            lines = {self._present(f"{prefix}{name}"): line for name, line in _lines(path)}
+            above = key if key.startswith(prefix) else ""
+            while above:  # the nearest mapping around a key that is missing
+                if above in lines:
+                    return f"{path}:{lines[above]}"
+                above = above.rpartition(".")[0]
+        for word, name in names.items():
+            if within(name, key):
+                return f"the argument '{word}'"
+        return f"'{self.files['']}'" if "" in self.files else "the command line"
+
+    def _present(self, key: str) -> str:
+        return rename_key(self.model, key)[0]
+
+
+def within(key: str, above: str) -> bool:
+    """Whether the dotted ``key`` is ``above`` or stands below it."""
     return key == above or key.startswith(f"{above}.")
 
 
-def _lines(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The line of each leaf of a YAML file that is known to be a mapping (or empty)."""
-    with open(path, encoding="utf-8") as file:
-        loader = yaml.SafeLoader(file.read())
-    found: dict[str, str] = {}
+def _lines(path: str) -> Iterator[tuple[str, int]]:
+    """The line of each dotted key of a YAML file that was read before."""
 
-    def walk(node: yaml.MappingNode, prefix: str) -> None:
-        loader.flatten_mapping(node)
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if isinstance(value, yaml.MappingNode) and value.value:
-                walk(value, f"{name}.")
-            else:
-                found[name] = f"{os.fspath(path)}:{key.start_mark.line + 1}"
+    def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+        children: list[tuple[str, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [(str(key.value), key, value) for key, value in node.value]
+        if isinstance(node, yaml.SequenceNode):
+            children = [(str(index), value, value) for index, value in enumerate(node.value)]
+        for name, start, value in children:
+            yield f"{prefix}{name}", start.start_mark.line + 1
+            yield from walk(value, f"{prefix}{name}.")
 
-    root = loader.get_single_node()
-    if isinstance(root, yaml.MappingNode):
-        walk(root, "")
-    return found
+    yield from walk(_Loader(_read(path)).get_single_node(), "")
 
 
-def place_of(key: str, found: dict[str, str]) -> str:
-    """Where ``key`` was set, also by a word or line that set the mapping it is in as one value."""
-    while key:
-        if key in found:
-            return found[key]
-        key = key.rpartition(".")[0]
-    return DEFAULT
-
-
-def render(config: BaseModel, path: str | os.PathLike[str] | None, overrides: Sequence[str]) -> str:
-    """YAML of all keys of ``config`` with the place of each value as a comment; loads to an equal model."""
-    found = origins(path, overrides)
-    lines = list(_emit(config.model_dump(mode="json"), "", found))
-    column = max((len(text) for text, place in lines if place and len(text) <= WIDTH), default=0)
-    return "\n".join(f"{text.ljust(column)}  # {place}" if place else text for text, place in lines) + "\n"
-
-
-def summary(config: BaseModel, path: str | os.PathLike[str] | None, overrides: Sequence[str]) -> str:
-    """One line: how many keys came from where."""
-    found = origins(path, overrides)
-    places = Counter(place_of(key, found) for key in flatten(config.model_dump(mode="json")))
-    defaults, words = places.pop(DEFAULT, 0), places.pop(WORD, 0)
-    told = [f"{path} sets {places.total()} keys"] if path is not None else []
-    told += [f"the command line {words}"] if words else []
-    return ", ".join([*told, f"{defaults} are at their defaults"])
-
-
-def _emit(tree: dict[str, Any], indent: str, found: dict[str, str], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        name = f"{indent}{_scalar(key)}:"
-        if isinstance(value, dict) and value:
-            yield name, ""
-            yield from _emit(value, f"{indent}  ", found, f"{prefix}{key}.")
-        else:
-            yield f"{name} {_scalar(value)}", place_of(f"{prefix}{key}", found)
-
-
-def _scalar(value: Any) -> str:
-    """``value`` as YAML on one line."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("\n").removesuffix("\n...")
+def _read(path: str | os.PathLike[str]) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no configuration file '{path}': name one with --config (examples are in configs/)"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration file '{path}': {' '.join(str(error).split())}") from None

@@ -20,4 +20,4 @@ def test_the_page_is_up_to_date(script):
 def test_every_key_is_explained(script):
     keys = [key for _, _, model in script.PARTS for group in groups(model) for key in group.keys]
     unexplained = {key.name for key in keys if not key.about}
-    assert unexplained <= {"projector.kind"}, "write a comment beside each field of the configuration"
+    assert unexplained <= {"projector.kind"}, "write a string below each field of the configuration"

@@ -55,7 +55,7 @@ class Kitchen:
         (shown,) = blocks(COOKBOOK["3. Your own recordings"], "csv")
         head, *rows = shown.splitlines()
         rows += [f'Tuesday/take {n}.mp3,"Another one, please.",anna' for n in range(1, 5)]
-        source = open_source(SourceConfig(kind="speech", n=len(rows)))
+        source = open_source(SourceConfig(kind="speech", num_sentences=len(rows)))
         for row, utterance in zip(rows, list(source.utterances()), strict=True):
             path = folder / row.split(",")[0]
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,7 @@ def words(root: Path, corpus: Path, whisper: Path, *more: str) -> list[str]:
         "encoder.dtype=float32",
         "encoder.batch_size=2",
         "shard_mb=0.02",
-        "lease=3",
+        "lease_seconds=3",
         *more,
     ]
 

@@ -21,7 +21,7 @@ def make_config(folder: Path, cache: Path | str, model: str, **keys: Any) -> Tra
         "steps": 8,
         "lr": 1e-2,
         "batch": {"size": 4},
-        "eval_batch": 5,
+        "eval_batch_size": 5,
         "decode_limit": 3,
         "max_new_tokens": 4,
         "device": "cpu",

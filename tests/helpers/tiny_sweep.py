@@ -24,7 +24,7 @@ TIMED = {"seconds", "data_wait_fraction", "frames_per_second", "eval_seconds"}
 LIST: list[dict[str, Any]] = [
     {"name": "mlp"},
     {"name": "dropout", "projector": DROPOUT, "prompt": {"template": "slam"}, "seed": 3, "lr": 2e-2},
-    {"name": "short", "steps": 4, "schedule": "constant", "ema": 0.5, "mask_frames": 0.2, "noise": 0.1},
+    {"name": "short", "steps": 4, "schedule": "constant", "ema_decay": 0.5, "frame_mask_prob": 0.2, "noise_std": 0.1},
     {"name": "distilled", "distill": {"weight": 0.5}, "contrastive": {"weight": 0.1}, "steps": 5, "eval_every": 0},
     {"name": "pool", "projector": {"kind": "pool", "pool": 2}, "eval_every": 3, "patience": 3},
 ]
@@ -34,7 +34,7 @@ def make_sweep(folder: Path, cache: Path, lm: str, base: dict[str, Any] | None =
     """A sweep over short runs under ``folder``; ``base`` changes keys of all, ``keys`` those of the sweep."""
     given = {"eval_every": 4, "checkpoint_every": 2, "data_seed": 7, "decode_samples": 1, "retrieval_limit": 0}
     run = make_config(folder, cache, lm, **{**given, **(base or {})}).model_dump(mode="json", exclude={"runs", "name"})
-    tree = {"base": run, "runs": str(folder / "runs"), "name": "sweep", "list": LIST, "lockstep": "separate"}
+    tree = {"base": run, "runs": str(folder / "runs"), "name": "sweep", "experiments": LIST, "lockstep": "separate"}
     return SweepConfig.model_validate({**tree, **keys})
 
 

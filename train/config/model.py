@@ -7,9 +7,10 @@ Nothing here imports torch, so that ``--help`` and a refusal of a bad key cost n
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from shards.config.base import Config
 
@@ -20,51 +21,69 @@ AUDIO_MARK = "<|audio|>"
 
 
 class KindConfig(Config):
-    """What every projector of ours takes, beside its ``kind`` and its ``stack``."""
+    """Keys that all built-in projectors share."""
 
-    norm: Norm = "none"  # over the soft tokens; its gain starts at the RMS of the LM's embeddings
-    # matrices and biases: the source's own, U(±1/sqrt(fan_in)), N(0, 0.02) or Glorot's; the last two with zero biases
+    norm: Norm = "none"
+    """Normalisation of the soft tokens. Its gain starts at the RMS of the LM's embeddings, which the LM expects."""
     init: Init = "source"
+    """Initial weights. source: as in the original implementation. torch: U(±1/sqrt(fan_in)), weights and biases.
+    normal: N(0, 0.02). xavier: Glorot uniform. The last two set biases to zero."""
 
 
 class MlpConfig(KindConfig):
-    """concat ``stack`` frames -> [norm] -> ``hidden`` -> GELU -> width -> [norm]. The defaults are W1's projector."""
+    """Concatenate `stack` frames -> [norm] -> `hidden` -> GELU -> LM width -> [norm].
+
+    The defaults are those of stage W1 of nanochat-omni.
+    """
 
     kind: Literal["mlp"] = "mlp"
-    stack: int = Field(default=1, ge=1)  # frames concatenated into one soft token; the tail is zero-padded
-    hidden: int | None = Field(default=None, ge=1)  # None: the LM's width
-    bias: bool = False  # of both linear layers
-    input_norm: Literal["none", "layer"] = "none"  # over the concatenated frames
+    stack: int = Field(default=1, ge=1)
+    """Frames concatenated into one soft token. The last token is padded with zeros."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Hidden width. null: the LM's width."""
+    bias: bool = False
+    """Whether both linear layers have biases."""
+    input_norm: Literal["none", "layer"] = "none"
+    """Normalisation of the concatenated frames."""
 
 
 class ResidualConfig(KindConfig):
-    """tiny-audio's projector: concat ``stack`` frames -> width -> RMSNorm -> ``blocks`` × (residual MLP, RMSNorm).
+    """Projector of tiny-audio: concatenate `stack` frames -> LM width -> RMSNorm -> `blocks` × (residual MLP, RMSNorm).
 
-    Without ``norm`` the last block ends as tiny-audio's does, in an RMSNorm of gain 1.
+    With `norm: none` the last block ends in an RMSNorm of gain 1, as in the original.
     """
 
     kind: Literal["residual"] = "residual"
-    stack: int = Field(default=4, ge=1)  # frames concatenated into one soft token
-    blocks: int = Field(default=2, ge=1)  # residual MLPs
-    hidden: int | None = Field(default=None, ge=1)  # None: 4 × the LM's width
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # inside each block
+    stack: int = Field(default=4, ge=1)
+    """Frames concatenated into one soft token."""
+    blocks: int = Field(default=2, ge=1)
+    """Number of residual MLPs."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Hidden width of each MLP. null: 4 × the LM's width."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability inside each block."""
 
 
 class LinearConfig(KindConfig):
-    """SLAM-LLM's ``linear``: concat ``stack`` frames -> ``hidden`` -> ReLU -> width."""
+    """Projector `linear` of SLAM-LLM: concatenate `stack` frames -> `hidden` -> ReLU -> LM width."""
 
     kind: Literal["linear"] = "linear"
-    stack: int = Field(default=5, ge=1)  # frames concatenated into one soft token
-    hidden: int = Field(default=2048, ge=1)  # width between the two linear layers
+    stack: int = Field(default=5, ge=1)
+    """Frames concatenated into one soft token."""
+    hidden: int = Field(default=2048, ge=1)
+    """Width between the two linear layers."""
 
 
 class ConvConfig(KindConfig):
-    """A convolution over time, then ``hidden`` -> ReLU -> width: SLAM-LLM's one wide stride or MOSA's strides of 2."""
+    """Convolution over time -> `hidden` -> ReLU -> LM width."""
 
     kind: Literal["conv"] = "conv"
-    variant: Literal["slam", "mosa"] = "slam"  # slam: one convolution of stride stack; mosa: several of stride 2
-    stack: int | None = Field(default=None, ge=2)  # frames a soft token; None: slam 5, mosa 4 (a power of 2)
-    hidden: int | None = Field(default=None, ge=1)  # None: slam 2048, mosa 4096
+    variant: Literal["slam", "mosa"] = "slam"
+    """slam: one convolution of stride `stack` (SLAM-LLM). mosa: several of stride 2 (MOSA)."""
+    stack: int | None = Field(default=None, ge=2)
+    """Frames per soft token; a power of 2 for mosa. null: 5 for slam, 4 for mosa."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Hidden width. null: 2048 for slam, 4096 for mosa."""
 
     @model_validator(mode="after")
     def _powers(self) -> ConvConfig:
@@ -73,76 +92,109 @@ class ConvConfig(KindConfig):
 
 
 class SwigluConfig(KindConfig):
-    """Ultravox's projector: concat ``stack`` frames -> RMSNorm -> ``hidden`` -> SwiGLU -> [RMSNorm] -> width."""
+    """Projector of Ultravox: concatenate `stack` frames -> RMSNorm -> `hidden` -> SwiGLU -> [RMSNorm] -> LM width."""
 
     kind: Literal["swiglu"] = "swiglu"
-    stack: int = Field(default=8, ge=1)  # frames concatenated into one soft token
-    hidden: int = Field(default=4096, ge=2, multiple_of=2)  # both halves of the SwiGLU together
-    mid_norm: bool = True  # Ultravox from 0.5; without it and with norm=rms as up to 0.4.1
-    norm_init: float = Field(default=0.4, gt=0)  # start of the gains of the norms before and amid
+    stack: int = Field(default=8, ge=1)
+    """Frames concatenated into one soft token."""
+    hidden: int = Field(default=4096, ge=2, multiple_of=2)
+    """Width of both halves of the SwiGLU together."""
+    mid_norm: bool = True
+    """Whether to normalise after the SwiGLU, as Ultravox does from 0.5 on. For the form up to 0.4.1 set it to false and
+    `norm` to rms."""
+    norm_init: float = Field(default=0.4, gt=0)
+    """Initial gain of the input norm and the middle norm."""
 
 
 class QformerConfig(KindConfig):
-    """A Q-Former over windows: ``queries`` attend to each other and to the frames of one window, ``layers`` times.
+    """Q-Former: `queries` attend to each other and to the frames of one window, in `layers` layers.
 
-    The defaults are Granite Speech's; SALMONN's are window=17, queries=1, query_std=0.02.
+    The defaults are those of Granite Speech; for SALMONN set window=17, queries=1 and query_std=0.02.
     """
 
     kind: Literal["qformer"] = "qformer"
-    stack: int = Field(default=1, ge=1)  # frames concatenated before the windows are cut
-    window: int = Field(default=15, ge=1)  # (stacked) frames
-    queries: int = Field(default=3, ge=1)  # soft tokens a window
-    layers: int = Field(default=2, ge=1)  # of self- and cross-attention
-    hidden: int | None = Field(default=None, ge=1)  # None: the encoder's channels
-    heads: int | None = Field(default=None, ge=1)  # None: one for each 64 of hidden
-    intermediate: int | None = Field(default=None, ge=1)  # None: 4 × hidden
-    dropout: float = Field(default=0.1, ge=0, lt=1)  # in attention and MLPs
-    query_std: float = Field(default=1.0, gt=0)  # of the queries at the start
+    stack: int = Field(default=1, ge=1)
+    """Frames concatenated before they are divided into windows."""
+    window: int = Field(default=15, ge=1)
+    """Frames (after stacking) of a window."""
+    queries: int = Field(default=3, ge=1)
+    """Soft tokens per window."""
+    layers: int = Field(default=2, ge=1)
+    """Layers of self-attention and cross-attention."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Width of the layers. null: the encoder's channels."""
+    heads: int | None = Field(default=None, ge=1)
+    """Attention heads. null: one for every 64 of `hidden`."""
+    intermediate: int | None = Field(default=None, ge=1)
+    """Width of the MLPs. null: 4 × `hidden`."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout probability in attention and MLPs."""
+    query_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the initial queries."""
 
 
 class MoeConfig(KindConfig):
-    """A mixture of experts: MOSA's dense one over a convolution, or tiny-audio's top-2 beside a shared expert."""
+    """Mixture of experts: MOSA's dense one after a convolution, or tiny-audio's top-2 with a shared expert."""
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "balance": "router_aux_loss_coef",
+        "router_z": "router_z_loss_coef",
+        "jitter": "router_jitter_noise",
+    }
 
     kind: Literal["moe"] = "moe"
-    routing: Literal["dense", "top2"] = "dense"  # every expert for each token, or the two best beside a shared one
-    stack: int = Field(default=4, ge=2)  # dense: a power of 2
-    experts: int = Field(default=4, ge=2)  # routed ones
-    hidden: int | None = Field(default=None, ge=1)  # of each expert; None: dense 4096, top2 the LM's width
-    balance: float = Field(default=0.01, ge=0)  # top2: weight of the load-balancing loss
-    router_z: float = Field(default=1e-4, ge=0)  # top2: weight of the loss on large router logits
-    jitter: float = Field(default=0.01, ge=0, lt=1)  # top2: relative noise on router logits in training
+    routing: Literal["dense", "top2"] = "dense"
+    """dense: all experts for each token (MOSA). top2: the two best for each token, and a shared one (tiny-audio)."""
+    stack: int = Field(default=4, ge=2)
+    """Frames per soft token; a power of 2 for dense routing."""
+    experts: int = Field(default=4, ge=2)
+    """Number of routed experts."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Hidden width of each expert. null: 4096 for dense, the LM's width for top2."""
+    router_aux_loss_coef: float = Field(default=0.01, ge=0)
+    """Weight of the load-balancing loss (top2 only)."""
+    router_z_loss_coef: float = Field(default=1e-4, ge=0)
+    """Weight of the router z-loss, which penalises large logits (top2 only)."""
+    router_jitter_noise: float = Field(default=0.01, ge=0, lt=1)
+    """Relative noise on the router's logits in training (top2 only)."""
 
     @model_validator(mode="after")
     def _routing(self) -> MoeConfig:
-        given = {"balance", "router_z", "jitter"} & self.model_fields_set
+        given = set(self.OLD_NAMES.values()) & self.model_fields_set
         if self.routing == "dense":
             _check_power("routing=dense", self.stack)
             defaults = {name: type(self).model_fields[name].default for name in given}
             if any(getattr(self, name) != value for name, value in defaults.items()):
-                raise ValueError(
-                    f"{', '.join(sorted(given))}: only routing=top2 reads it, a dense router has no losses"
-                )
+                raise ValueError(f"{', '.join(sorted(given))}: dense routing has no such key, set routing=top2")
         return self
 
 
 class PoolConfig(KindConfig):
-    """The mean of ``pool`` frames, then a linear layer (Qwen2-Audio) or, with ``hidden``, two (Audio Flamingo 3)."""
+    """Mean of `pool` frames -> LM width (Qwen2-Audio), or -> `hidden` -> GELU -> LM width (Audio Flamingo 3)."""
 
     kind: Literal["pool"] = "pool"
-    pool: int = Field(default=2, ge=1)  # frames averaged
-    stack: int = Field(default=1, ge=1)  # means concatenated
-    hidden: int | None = Field(default=None, ge=1)  # null: one linear layer, else two with this width between
+    pool: int = Field(default=2, ge=1)
+    """Frames averaged."""
+    stack: int = Field(default=1, ge=1)
+    """Averages concatenated into one soft token."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Width between two linear layers. null: a single linear layer."""
 
 
 class TransformerConfig(KindConfig):
-    """NeMo SALM's adapter with transformer layers: concat ``stack`` -> ``hidden`` -> ``layers`` layers -> width."""
+    """Adapter of NeMo SALM, with transformer layers: concatenate `stack` frames -> `hidden` -> `layers` -> LM width."""
 
     kind: Literal["transformer"] = "transformer"
-    stack: int = Field(default=4, ge=1)  # four 20 ms frames: SALM's encoder emits one frame in 80 ms
-    layers: int = Field(default=2, ge=1)  # of self-attention
-    hidden: int = Field(default=1024, ge=2, multiple_of=2)  # width of the layers
-    heads: int = Field(default=8, ge=1)  # of attention; divide hidden
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # in attention and MLPs
+    stack: int = Field(default=4, ge=1)
+    """Frames concatenated into one soft token. Four frames of 20 ms are one frame of SALM's encoder (80 ms)."""
+    layers: int = Field(default=2, ge=1)
+    """Transformer layers."""
+    hidden: int = Field(default=1024, ge=2, multiple_of=2)
+    """Width of the layers."""
+    heads: int = Field(default=8, ge=1)
+    """Attention heads; must divide `hidden`."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability in attention and MLPs."""
 
     @model_validator(mode="after")
     def _heads(self) -> TransformerConfig:
@@ -152,13 +204,12 @@ class TransformerConfig(KindConfig):
 
 
 class OwnConfig(Config):
-    """A projector of yours: ``kind`` is the import path of its class, ``settings`` its keyword arguments.
+    """A projector class of your own, derived from `train.projectors.Projector`."""
 
-    See ``train/projectors/base.py`` for the class to derive from and its signature.
-    """
-
-    kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # my_module:MyProjector
-    settings: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of its class
+    kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Import path of the class: `my_module:MyProjector`."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
 
 
 def _check_power(what: str, stack: int | None) -> None:
@@ -179,85 +230,83 @@ KINDS: dict[str, type[KindConfig]] = {
 }
 
 
-def _choose(value: Any) -> Any:
-    """The model of ``value["kind"]`` (``mlp`` when not told), so that an error names the keys of that kind alone."""
-    if isinstance(value, Config):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"it must be a mapping with the key 'kind' ({', '.join(KINDS)}) and that kind's own keys")
-    kind = value.get("kind", "mlp")
-    if not isinstance(kind, str) or (kind not in KINDS and ":" not in kind):
-        raise ValueError(
-            f"there is no projector kind {kind!r}; the kinds are {', '.join(KINDS)}, or my_module:MyProjector for one "
-            "of yours"
-        )
-    model = KINDS.get(kind, OwnConfig)
-    for key in value:
-        if key not in model.model_fields:
-            raise ValueError(
-                f"unknown key '{key}'; the {kind} projector takes {', '.join(_keys(model))}; to leave the keys of "
-                f"another kind behind, set projector={{kind: {kind}}}"
-            )
-    return model.model_validate(value)
+def _kind(value: Any) -> str | None:
+    """The tag of a projector's settings: its kind (``mlp`` when not set), or that of classes of one's own."""
+    kind = value.get("kind", "mlp") if isinstance(value, dict) else getattr(value, "kind", None)
+    return OWN if ":" in str(kind) else str(kind) if kind is not None or isinstance(value, dict) else None
 
 
-def _keys(model: type[Config]) -> list[str]:
-    """``kind`` and the model's own keys, then those that all kinds share."""
-    shared = [key for key in KindConfig.model_fields if key in model.model_fields]
-    return [key for key in model.model_fields if key not in shared] + shared
-
-
+OWN = "my_module:MyProjector"
 ProjectorConfig = Annotated[
-    MlpConfig
-    | ResidualConfig
-    | LinearConfig
-    | ConvConfig
-    | SwigluConfig
-    | QformerConfig
-    | MoeConfig
-    | PoolConfig
-    | TransformerConfig
-    | OwnConfig,
-    BeforeValidator(_choose),
-    WithJsonSchema({"oneOf": [m.model_json_schema() for m in [*KINDS.values(), OwnConfig]]}),
+    Annotated[MlpConfig, Tag("mlp")]
+    | Annotated[ResidualConfig, Tag("residual")]
+    | Annotated[LinearConfig, Tag("linear")]
+    | Annotated[ConvConfig, Tag("conv")]
+    | Annotated[SwigluConfig, Tag("swiglu")]
+    | Annotated[QformerConfig, Tag("qformer")]
+    | Annotated[MoeConfig, Tag("moe")]
+    | Annotated[PoolConfig, Tag("pool")]
+    | Annotated[TransformerConfig, Tag("transformer")]
+    | Annotated[OwnConfig, Tag(OWN)],
+    Discriminator(_kind),
 ]
 
 
 class LoraConfig(Config):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) beside the frozen linear layers of the LM, by peft."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on the frozen linear layers of the LM; needs peft."""
 
-    rank: int = Field(default=8, ge=1)  # of the two factors of an adapter
-    alpha: float = Field(default=16, gt=0)  # an adapter's output is scaled by alpha / rank
-    # names of linear layers, such as [q_proj, v_proj]; None: all but the output matrix
-    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"targets": "target_modules"}
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=16, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of the adapted layers, such as `[q_proj, v_proj]`. null: all linear layers except the output matrix."""
 
 
 class DistillConfig(Config):
-    """Distillation from the same frozen LM that reads the transcript (Ultravox; ``train/lms/distill.py``)."""
+    """Distillation from the same frozen LM reading the transcript (Ultravox; `train/lms/distill.py`)."""
 
-    weight: float = Field(default=0.0, ge=0, le=1)  # of the divergence, against cross-entropy; 0: off, 1: it alone
-    temperature: float = Field(default=2.0, gt=0)  # of both softmaxes
+    weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the KL divergence; cross-entropy has 1 - weight. 0: off."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Temperature of both softmaxes."""
 
 
 class ContrastiveConfig(Config):
-    """InfoNCE between mean soft tokens and the mean embeddings of the batch's texts (``train/trainer/losses.py``)."""
+    """InfoNCE between the mean soft token and the mean text embedding of each utterance of a batch."""
 
-    weight: float = Field(default=0.0, ge=0)  # beside the other losses; 0: off
-    temperature: float = Field(default=0.07, gt=0)  # cosines are divided by it
+    weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss, added to the others. 0: off."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Temperature: cosine similarities are divided by it."""
 
 
 class LmConfig(Config):
-    """Which language model. Frozen unless ``train`` (then its parameters get gradients beside the projector's) or, of a
-    Hugging Face model, ``lora`` (then its adapters do)."""
+    """The language model. It is frozen unless `train` or `lora` is set."""
 
-    # a model reference, nanochat:d<depth> (random initialisation) or nanochat:FOLDER (a checkpoint)
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "audio_value": "audio_value_embedding",
+        "checkpointing": "gradient_checkpointing",
+    }
+
     model: str = "wheel:smollm2-135m-instruct"
-    train: bool = False  # train the LM itself beside the projector
-    audio_value: AudioValue = "id0"  # nanochat: what the value embeddings look up on audio positions; id0 as W1
-    checkpointing: bool = False  # compute each layer again in the backward pass: a third more time, far less memory
-    compile: bool = False  # torch.compile the forward pass of training and evaluation; the first step takes minutes
-    lora: LoraConfig | None = None  # needs peft
-    bits: Literal[4, 8] | None = None  # hold the frozen matrices in so many bits; needs bitsandbytes
+    """Model reference (`path:`, `hf:`, `modelscope:`, `wheel:`), `nanochat:d<depth>` for a nanochat GPT with random
+    weights, or `nanochat:FOLDER` for a nanochat checkpoint."""
+    train: bool = False
+    """Whether to train the parameters of the LM together with the projector."""
+    audio_value_embedding: AudioValue = "id0"
+    """Value embedding at audio positions (nanochat only): that of token 0, zero, or that of the BOS token. id0 is what
+    stage W1 of nanochat-omni trained with."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: takes a third more time and far less memory."""
+    compile: bool = False
+    """Compile the forward pass of training and evaluation with torch.compile. The first step takes minutes."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (Hugging Face models only). null: off."""
+    bits: Literal[4, 8] | None = None
+    """Quantise the frozen matrices to 4 or 8 bits with bitsandbytes. null: off."""
 
     @model_validator(mode="after")
     def _frozen(self) -> LmConfig:
@@ -267,7 +316,10 @@ class LmConfig(Config):
 
 
 class PromptConfig(Config):
-    """``template``: ``plain``, ``slam``, ``chat`` or a string with ``<|audio|>`` and, if wanted, ``{instruction}``."""
+    """The text around the audio."""
 
-    template: str = "plain"  # plain, slam, chat, or text with <|audio|> and perhaps {instruction}
-    instruction: str = "Transcribe the speech."  # what {instruction} stands for
+    template: str = "plain"
+    """plain: the audio alone. slam: `<|audio|> USER: {instruction} ASSISTANT:`. chat: the LM's own chat template. Any
+    other text must contain `<|audio|>` once and may contain `{instruction}`."""
+    instruction: str = "Transcribe the speech."
+    """Replaces `{instruction}` in the template."""

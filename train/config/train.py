@@ -8,7 +8,8 @@ keys a resumed run may not change.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -26,7 +27,7 @@ FREE_KEYS = frozenset(
         "device",
         "eval_every",
         "eval_limit",
-        "eval_batch",
+        "eval_batch_size",
         "decode_limit",
         "decode_samples",
         "max_new_tokens",
@@ -44,35 +45,43 @@ def _as_list(value: Any) -> Any:
 
 
 Strings = Annotated[list[str], BeforeValidator(_as_list)]
-# a cache, or the caches of several layers of one corpus (train/data/layers.py)
+# each a cache, or the caches of several layers of one corpus (train/data/layers.py)
 Corpora = Annotated[list[str | Annotated[list[str], Field(min_length=2)]], BeforeValidator(_as_list)]
 
 
 class ValConfig(Config):
-    """Which utterances are held out.
+    """The held-out utterances.
 
-    Rows that the extraction marked ``val`` are never trained on. ``caches`` names what is evaluated instead of them,
-    whole caches; else ``fraction`` holds out further speakers until that part of each cache is held out.
+    Rows that the extraction marked `val` are always held out. Evaluation uses them and those of `fraction`, or else the
+    whole of `caches`.
     """
 
-    caches: Corpora = Field(default_factory=list)  # whole caches to judge on, layers as in the run's
-    fraction: float = Field(default=0.0, ge=0, lt=1)  # of each cache, by speaker where speakers are known
-    limit: int | None = Field(default=None, ge=1)  # most utterances in a final evaluation; None: all held out
-    seed: int = Field(
-        default=0, ge=0
-    )  # apart from the run's seed: runs that differ in seed are judged on the same utterances
+    caches: Corpora = Field(default_factory=list)
+    """Caches to evaluate on, instead of held-out rows. As many layers as in the run's caches."""
+    fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of each cache to hold out. Whole speakers are held out where speakers are known."""
+    limit: int | None = Field(default=None, ge=1)
+    """Maximum number of utterances in the final evaluation. null: all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the choice of speakers. Separate from the run's seed, so that runs with other seeds are evaluated on the
+    same utterances."""
 
 
 class BatchConfig(Config):
-    """How utterances form batches (``shards/stream/sampler.py``); ``size`` is 8 without it and ``max_frames``."""
+    """How utterances form batches (`shards/stream/sampler.py`). `size` is 8 if it and `max_frames` are not set."""
 
-    size: int | None = Field(default=None, ge=1)  # most utterances of a batch
-    max_frames: int | None = Field(default=None, ge=1)  # padded frames of a batch
-    window_shards: int = Field(default=8, ge=1)  # shards whose rows are mixed and grouped by length together
-    # none: stored order; shard: order of shards; window: also rows within window_shards; global: all rows
+    size: int | None = Field(default=None, ge=1)
+    """Maximum number of utterances in a batch, over all processes."""
+    max_frames: int | None = Field(default=None, ge=1)
+    """Maximum number of frames in a batch, padding included."""
+    window_shards: int = Field(default=8, ge=1)
+    """Shards that are shuffled and sorted by length together. More mix better and need less padding; fewer read the
+    disk more locally."""
     shuffle: Literal["none", "shard", "window", "global"] = "window"
-    # of each cache: how often an epoch takes its rows (shards/stream/sampler.py); None: once
+    """none: stored order. shard: shuffle shards. window: also rows within `window_shards` shards. global: shuffle all
+    rows."""
     weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
+    """How often an epoch visits the rows of each cache; 0.25 is a different quarter in each epoch. null: once."""
 
     def rules(self) -> Rules:
         """The same as the stream's rules; no batch is dropped."""
@@ -89,58 +98,99 @@ class BatchConfig(Config):
 class TrainConfig(Config):
     """Every key of ``python -m train fit``; see ``configs/train/`` for files."""
 
-    # cache folders or glob patterns that match one complete cache each; a list in this list names layers of one corpus
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "accumulate": "gradient_accumulation_steps",
+        "clip": "max_grad_norm",
+        "ema": "ema_decay",
+        "eval_batch": "eval_batch_size",
+        "mask_frames": "frame_mask_prob",
+        "noise": "noise_std",
+    }
+
     caches: Corpora = Field(min_length=1)
-    # extraction configs that make the caches: one each in order, or all for any
+    """Caches to train on: folders, or glob patterns that each match one complete cache. A list inside the list names
+    the caches of several layers of one corpus."""
     extract: Strings = Field(default_factory=list)
-    filter: str | None = None  # train on the rows that pass: "duration < 20 and speaker != ''" (shards/read/filters.py)
+    """Extraction configs that create the caches: one for each in the same order, or one for all."""
+    filter: str | None = None
+    """Train only on rows that match, for example `duration < 20 and speaker != ''` (`shards/read/filters.py`). null: all."""
     val: ValConfig = ValConfig()
 
-    runs: str = "runs"  # folder under which run folders are made
-    # None: the time and the projector's kind
+    runs: str = "runs"
+    """Folder in which run folders are created."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run's folder. null: the time and the projector's kind."""
 
     projector: ProjectorConfig = MlpConfig()
-    normalise_layers: bool = False  # each of several layers to mean 0 and variance 1 before they are mixed
+    normalise_layers: bool = False
+    """Scale each of several layers to mean 0 and variance 1 before they are mixed."""
     lm: LmConfig = LmConfig()
     prompt: PromptConfig = PromptConfig()
 
     distill: DistillConfig = DistillConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
 
-    steps: int = Field(default=1000, ge=1)  # optimiser steps of the whole run
-    lr: float = Field(default=1e-3, gt=0)  # highest learning rate
-    min_lr: float = Field(default=0.0, ge=0)  # where cosine and linear end
-    warmup: float = Field(default=0.03, ge=0)  # steps, or a fraction of ``steps`` when below 1
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate after the warm-up
-    weight_decay: float = Field(default=0.0, ge=0)  # of matrices alone: norms' gains and biases are not decayed
-    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
-    clip: float = Field(default=1.0, gt=0)  # largest norm of a step's gradient
-    ema: float = Field(default=0.0, ge=0, lt=1)  # decay of a moving average of the weights, judged and kept; 0: none
-    mask_frames: float = Field(default=0.0, ge=0, lt=1)  # part of the frames set to zero in training (0.1 works well)
-    noise: float = Field(default=0.0, ge=0)  # Gaussian, in standard deviations of each channel, in training
+    steps: int = Field(default=1000, ge=1)
+    """Number of optimiser steps."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Final learning rate of the cosine and linear schedules."""
+    warmup: float = Field(default=0.03, ge=0)
+    """Linear warm-up of the learning rate: a fraction of `steps` below 1, a number of steps from 1 on."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate schedule after the warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW. Applies to matrices, not to norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Betas of AdamW."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is evaluated and kept instead of them. 0: off."""
+    frame_mask_prob: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which each frame is set to zero in training. 0.1 works well."""
+    noise_std: float = Field(default=0.0, ge=0)
+    """Gaussian noise on features in training, in standard deviations of each channel."""
 
     batch: BatchConfig = BatchConfig()
-    accumulate: int = Field(default=1, ge=1)  # batches in a step; every target token of the step weighs the same
-    seed: int = Field(default=0, ge=0)  # of the order of the data, the initialisation and dropout
-    data_seed: int | None = Field(default=None, ge=0)  # of the order of the data alone; None: seed
-    device: str = "auto"  # cpu, cuda, cuda:1 …; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; weights that are trained are float32
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches per optimiser step. Every target token of a step has the same weight."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, of dropout, and of the data order unless `data_seed` is set."""
+    data_seed: int | None = Field(default=None, ge=0)
+    """Seed of the data order. null: `seed`."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1` … auto: a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of activations. Trained weights are always float32."""
 
-    eval_every: int | None = Field(default=None, ge=0)  # steps; None: only at the end; 0: never, not even at the end
-    # evaluations on the way without a lower held-out loss before the run ends; the best weights are kept
+    eval_every: int | None = Field(default=None, ge=0)
+    """Steps between evaluations. null: evaluate at the end only. 0: never evaluate."""
     patience: int | None = Field(default=None, ge=1)
-    eval_limit: int | None = Field(default=64, ge=1)  # most utterances in an evaluation on the way
-    eval_batch: int = Field(default=16, ge=1)  # utterances in a batch of an evaluation
-    decode_limit: int = Field(default=200, ge=1)  # most utterances decoded for WER and CER in a final evaluation
-    decode_samples: int = Field(default=4, ge=0)  # utterances decoded in an evaluation on the way
-    max_new_tokens: int = Field(default=64, ge=1)  # of a decoded text
-    retrieval_limit: int = Field(default=32, ge=0)  # utterances told apart in groups of 16 at the end; 0: none
-    checkpoint_every: int | None = Field(default=500, ge=1)  # steps; None: only at the end
-    # where figures go beside metrics.jsonl (train/runs/trackers.py)
+    """Early stopping: end after this many evaluations without a lower held-out loss, and keep the best weights. null:
+    off."""
+    eval_limit: int | None = Field(default=64, ge=1)
+    """Maximum number of utterances in an evaluation during training. null: all."""
+    eval_batch_size: int = Field(default=16, ge=1)
+    """Utterances in an evaluation batch."""
+    decode_limit: int = Field(default=200, ge=1)
+    """Maximum number of utterances decoded for WER and CER in the final evaluation."""
+    decode_samples: int = Field(default=4, ge=0)
+    """Utterances decoded in an evaluation during training."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Maximum number of tokens in a decoded text."""
+    retrieval_limit: int = Field(default=32, ge=0)
+    """Utterances in the final retrieval test, which matches audio to text in groups of 16. 0: off."""
+    checkpoint_every: int | None = Field(default=500, ge=1)
+    """Steps between checkpoints. null: at the end only."""
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
-    wandb_project: str | None = None  # None: nanochat-omni-audio for a nanochat LM, else earshard
-    min_loss_drop: float | None = None  # first minus last training loss below this: the run fails (exit status 1)
+    """Experiment trackers that receive the metrics, besides `metrics.jsonl`."""
+    wandb_project: str | None = None
+    """wandb project. null: `nanochat-omni-audio` for a nanochat LM, else `earshard`."""
+    min_loss_drop: float | None = None
+    """The run fails (exit status 1) if the training loss falls by less than this from the first step to the last. null:
+    off."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

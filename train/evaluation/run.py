@@ -91,7 +91,7 @@ def evaluate_run(
     result = evaluate(
         model,
         utterances,
-        batch_size=config.eval_batch,
+        batch_size=config.eval_batch_size,
         max_frames=config.batch.max_frames,
         decode=config.decode_limit,
         max_new_tokens=config.max_new_tokens,

@@ -239,8 +239,8 @@ def read_settings(folder: Path) -> Exported:
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): export the run again") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise UserError(f"'{path}' does not have export format {FORMAT}: update earshard, or export the run again")
-    return validate_config(Exported, tree, str(path))
+        raise UserError(f"'{path}' is not of export format {FORMAT}: update earshard, or export the run again")
+    return validate_config(Exported, tree, f"'{path}'")
 
 
 def card(settings: Exported, summary: dict[str, Any], name: str, has_lm: bool) -> str:

@@ -31,9 +31,10 @@ def load_lm(
         from train.lms.nanochat.model import load_nanochat
 
         return load_nanochat(reference, device=device, dtype=dtype, train=train, seed=seed, options=options)
-    if options.audio_value != "id0":
+    if options.audio_value_embedding != "id0":
         raise UserError(
-            f"lm.audio_value={options.audio_value}: '{reference}' has no value embeddings, nanochat alone does"
+            f"lm.audio_value_embedding={options.audio_value_embedding}: '{reference}' has no value embeddings, only "
+            "nanochat models have"
         )
     from pipeline.weights.resolve import resolve
     from train.lms.hf.model import files_identity, load_folder

@@ -9,7 +9,7 @@ one is told and passed over.
 |-------------------------------|-------------------------------------------------|
 | ``projector.…`` ``lm.…``      | trained parameters, float32 (``lm`` if trained) |
 | ``optimizer.<name>.exp_avg`` … | AdamW's state of that parameter                 |
-| ``ema.<name>``                | its moving average (with ``ema``)               |
+| ``ema.<name>``                | its moving average (with ``ema_decay``)         |
 | ``best.<name>``               | its best values so far (with ``patience``)      |
 """
 

@@ -93,7 +93,8 @@ class TopMoe(Framewise):
     def __init__(self, config: MoeConfig, channels: int, width: int, embedding_rms: float) -> None:
         super().__init__()
         self.stack = config.stack
-        self.balance, self.router_z, self.jitter = config.balance, config.router_z, config.jitter
+        self.aux_loss_coef, self.z_loss_coef = config.router_aux_loss_coef, config.router_z_loss_coef
+        self.jitter_noise = config.router_jitter_noise
         inputs, hidden = config.stack * channels, config.hidden or width
         self.input_norm = RMSNorm(inputs)
         self.router = Linear(inputs, config.experts, bias=False)
@@ -111,8 +112,8 @@ class TopMoe(Framewise):
     def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
         x_NK = self.input_norm(x_BSK[mask_BS])  # padding is not routed: it would count in the losses
         logits_NE = self.router(x_NK).float()
-        if self.training and self.jitter:
-            logits_NE = logits_NE * torch.empty_like(logits_NE).uniform_(1 - self.jitter, 1 + self.jitter)
+        if self.training and self.jitter_noise:
+            logits_NE = logits_NE * torch.empty_like(logits_NE).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         probabilities_NE = logits_NE.softmax(-1)
         best, chosen = probabilities_NE.topk(_TOP, -1)
         weights = torch.zeros_like(probabilities_NE).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
@@ -123,8 +124,8 @@ class TopMoe(Framewise):
         if self.training:
             spread = probabilities_NE.mean(0) - 1 / len(self.experts)
             self._losses = {
-                "balance": self.balance * len(self.experts) * spread.square().mean(),
-                "router_z": self.router_z * logits_NE.logsumexp(-1).square().mean(),
+                "balance": self.aux_loss_coef * len(self.experts) * spread.square().mean(),
+                "router_z": self.z_loss_coef * logits_NE.logsumexp(-1).square().mean(),
             }
             self._figures = _use((weights.detach() > 0).float().mean(0) / _TOP)
         soft_ND: Tensor = self.norm(total)

@@ -1,11 +1,11 @@
-"""The settings of a sweep: a YAML file and ``key=value`` words in, one :class:`SweepConfig` and its experiments out.
+"""The settings of a sweep: a YAML file and ``key=value`` arguments in, a :class:`SweepConfig` and its experiments out.
 
     base: configs/train/demo.yaml      # or the keys themselves; on the command line base.steps=100
     change: {steps: 300}               # dotted keys that all experiments change
-    list:                              # experiments, each a mapping of the keys that differ from the base
+    experiments:                       # each a mapping of the keys that differ from the base
       - projector: {kind: mlp, stack: 5}
       - projector: {kind: linear}
-    grid:                              # dotted key -> values; every combination, of each experiment of the list
+    grid:                              # dotted key -> values; every combination, of each of the experiments
       lr: [1e-3, 2e-3]
 
 A value that is a mapping replaces the whole key; a dotted key sets what it names alone. The first experiment is the
@@ -17,14 +17,16 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
-from shards.config.base import Config, flatten, parse_override, read_yaml, set_key, validate_config
+from shards.config.base import Config, flatten, parse_overrides, set_key, validate_config
+from shards.config.fields import KeysOf, rename_key
+from shards.config.origins import Origins, read_yaml, within
 from shards.errors import UserError
 from train.config.train import TrainConfig
 
@@ -33,11 +35,14 @@ OWN = ("runs", "name")  # keys of a run that a sweep sets
 
 
 class Range(Config):
-    """Numbers between ``low`` and ``high``: whole ones when both are."""
+    """Numbers from `low` to `high`: integers if both are."""
 
     low: int | float
+    """Smallest value."""
     high: int | float
-    log: bool = False  # drawn evenly in the logarithm
+    """Largest value."""
+    log: bool = False
+    """Draw uniformly in the logarithm."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Range:
@@ -47,57 +52,102 @@ class Range(Config):
 
 
 class Choices(Config):
-    """One of ``choices``, of any kind: a mapping replaces the whole key."""
+    """One of `choices`, of any type: a mapping replaces the whole key."""
 
     choices: list[Any] = Field(min_length=1)
+    """The values."""
 
 
 class SearchConfig(Config):
-    """A search by Optuna for the lowest held-out loss: trials are drawn and run in lockstep, ``together`` at a time."""
+    """An Optuna search for the lowest held-out loss."""
 
-    trials: int = Field(ge=1)  # experiments to draw
-    space: dict[str, Range | Choices] = Field(min_length=1)  # dotted key -> what it may be
-    together: int = Field(default=4, ge=1)  # trials in lockstep; the sampler learns from those before
-    sampler: Literal["tpe", "random"] = "tpe"  # how trials are drawn
-    # whom evaluations on the way drop: below the median of the others, or not among the best third at each rung
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"together": "max_concurrent_trials"}
+
+    trials: int = Field(ge=1)
+    """Number of experiments to draw."""
+    space: dict[str, Range | Choices] = Field(min_length=1)
+    """Dotted key -> `{low: …, high: …, log: true}` or `{choices: […]}`."""
+    max_concurrent_trials: int = Field(default=4, ge=1)
+    """Trials that run in lockstep. The sampler learns only from those before."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """How trials are drawn: by the Tree-structured Parzen Estimator, or at random."""
     pruner: Literal["none", "median", "halving"] = "none"
-    seed: int = Field(default=0, ge=0)  # of the sampler
+    """Which trials end early, at an evaluation during training. median: those below the median of the others. halving:
+    all but the best quarter at each rung."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sampler."""
 
 
 def _flat(value: Any) -> Any:
     return flatten(value) if isinstance(value, dict) else value
 
 
-Changes = list[dict[str, Any]]  # named here: SweepConfig has a key of the name list
-Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat)]
+def _present(changes: dict[str, Any]) -> dict[str, Any]:
+    """``changes`` by the present names of the dotted keys of a run; ValueError where one key has two."""
+    found: dict[str, Any] = {}
+    for key, value in changes.items():
+        name, value = rename_key(TrainConfig, key, value)
+        if name in found:
+            raise ValueError(f"'{name}' is set by its old and its new name: remove one")
+        found[name] = value
+    return found
+
+
+def _checked(changes: dict[str, Any]) -> dict[str, Any]:
+    """``changes`` as typed, because experiments are named by it."""
+    _present(changes)
+    return changes
+
+
+Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat), AfterValidator(_checked)]
 
 
 class SweepConfig(Config):
     """Every key of ``python -m train sweep``; see ``configs/sweep/`` for files."""
 
-    base: dict[str, Any]  # keys of a run, or the file that holds them
-    change: dict[str, Any] = Field(default={})  # dotted key -> value, of all experiments
-    list: Changes = Field(default=[])  # experiments: the keys in which each differs from the base
-    grid: Grid = Field(default={})  # dotted key -> values; every combination, of each experiment of the list
-    name: Name  # folder below ``runs``; the file's name when not told
-    runs: str = "runs"  # folder under which the sweep's folder is made
-    names: str | None = None  # pattern of the experiments' names, such as "{projector.kind}-{lr}"; None: what differs
-    engine: Literal["local", "ray"] = "local"  # local: this process; ray: groups over a Ray cluster
-    # batched: one pass of the language model for all experiments of a group; separate: a pass each, bit-equal to runs
-    # alone on a CPU in float32; none: one experiment after another
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "list": "experiments",
+        "names": "name_template",
+        "together": "max_group_size",
+    }
+
+    base: Annotated[dict[str, Any], KeysOf(TrainConfig)]
+    """Training config that all experiments start from: its keys, or the file that holds them."""
+    change: Annotated[dict[str, Any], KeysOf(TrainConfig), AfterValidator(_present)] = Field(default={})
+    """Dotted key -> value: what all experiments change in the base."""
+    experiments: list[Annotated[dict[str, Any], AfterValidator(_checked)]] = Field(default=[])
+    """The experiments: for each the keys in which it differs from the base."""
+    grid: Grid = Field(default={})
+    """Dotted key -> values. Every combination is run, of each of `experiments`."""
+    name: Name
+    """Name of the sweep's folder. Default: the name of the YAML file."""
+    runs: str = "runs"
+    """Folder in which the sweep's folder is created."""
+    name_template: str | None = None
+    """Template of the experiments' names, such as `{projector.kind}-{lr}`. null: what differs between them."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process. ray: groups of experiments on a Ray cluster."""
     lockstep: Literal["batched", "separate", "none"] = "batched"
-    together: int | None = Field(default=None, ge=1)  # most experiments in a group; None: all that fit together
-    search: SearchConfig | None = None  # needs optuna
+    """batched: one pass of the language model for all experiments of a group. separate: one pass for each, bit-equal to
+    runs of their own on a CPU in float32. none: one experiment after another."""
+    max_group_size: int | None = Field(default=None, ge=1)
+    """Maximum number of experiments in lockstep. null: all that share data, order and language model."""
+    search: SearchConfig | None = None
+    """Draw the experiments with Optuna. null: run `experiments` and `grid`."""
+
+    _origins: Origins | None = PrivateAttr(default=None)  # of a sweep read from its file
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
         own = [key for key in OWN if key in self.base or key in self.change]
         if own:
-            raise ValueError(f"base or change sets {', '.join(own)}: a sweep names its runs by its own keys")
-        if self.search is not None and (self.list or self.grid or self.names or self.engine != "local"):
-            raise ValueError("search draws its experiments itself, on this machine: leave list, grid, names and engine")
+            raise ValueError(f"base or change sets {', '.join(own)}: a sweep names its runs by its own keys, remove it")
+        if self.search is not None and (self.experiments or self.grid or self.name_template or self.engine != "local"):
+            raise ValueError(
+                "search draws its experiments itself, on this machine: remove experiments, grid, name_template, engine"
+            )
         if self.search is not None and {**self.base, **self.change}.get("eval_every") == 0:
-            raise ValueError("search goes by the held-out loss: leave eval_every=0 away")
+            raise ValueError("search goes by the held-out loss: remove eval_every=0")
         return self
 
     @property
@@ -112,14 +162,16 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
     Raises:
         UserError: a file is missing or not a mapping, a key is unknown, a value of the wrong type.
     """
-    tree = read_yaml(path)
-    _resolve(tree)
-    for word in overrides:
-        key, value = parse_override(word)
+    tree = read_yaml(path, SweepConfig)
+    files = {"": path} | _read_base(tree)
+    for word, key, value in parse_overrides(overrides, SweepConfig):
         set_key(tree, key, value, word)
-        _resolve(tree)
+        files |= _read_base(tree)
     tree.setdefault("name", Path(path).stem)
-    return validate_config(SweepConfig, tree, path, overrides)
+    origins = Origins(SweepConfig, files, [word for word in overrides if not word.startswith("base=")])
+    config = validate_config(SweepConfig, tree, origins.find)
+    config._origins = origins
+    return config
 
 
 def experiments(config: SweepConfig) -> list[TrainConfig]:
@@ -128,19 +180,25 @@ def experiments(config: SweepConfig) -> list[TrainConfig]:
     Raises:
         UserError: one has a key that no run has, or a bad value; two have the same name, or one's name is no name.
     """
-    grid = [[(key, value) for value in values] for key, values in config.grid.items()]
-    changes = [{**entry, **dict(cell)} for entry in config.list or [{}] for cell in product(*grid)]
+    cells = [dict(zip(config.grid, cell, strict=True)) for cell in product(*config.grid.values())]
+    listed = list(enumerate(config.experiments or [{}]))
+    changes = [{**entry, **cell} for _, entry in listed for cell in cells]
+    places = [
+        {key: f"experiments.{n}.{key}" for key in entry} | {key: f"grid.{key}" for key in cell}
+        for n, entry in listed
+        for cell in cells
+    ]
     varied = [key for key in dict.fromkeys(key for change in changes for key in change) if key != "name"]
     found = []
-    for number, change in enumerate(changes, 1):
-        run = as_run(config, change, str(change.get("name") or f"number-{number}"))
+    for number, (change, where) in enumerate(zip(changes, places, strict=True), 1):
+        run = as_run(config, change, str(change.get("name") or f"number-{number}"), where)
         name = str(change.get("name") or _name(config, run, change, varied))
-        found.append(validate_config(TrainConfig, run.model_dump() | {"name": name}, f"experiment {name}"))
+        found.append(validate_config(TrainConfig, run.model_dump() | {"name": name}, f"experiment '{name}'"))
     twice = [name for name, count in Counter(run.name for run in found).items() if count > 1]
     if twice:
         raise UserError(
             f"{len(found)} experiments of '{config.name}' are called {', '.join(map(str, twice))} more than once: set "
-            f"names to a pattern of what differs, such as names='{{{'}-{'.join(varied or ['lr'])}}}'"
+            f"name_template to what differs, such as name_template='{{{'}-{'.join(varied or ['lr'])}}}'"
         )
     return found
 
@@ -150,32 +208,54 @@ def needed_runs(config: SweepConfig) -> Sequence[TrainConfig]:
     return [as_run(config, {}, "base")] if config.search is not None else experiments(config)
 
 
-def as_run(config: SweepConfig, change: dict[str, Any], name: str) -> TrainConfig:
-    """The base with the keys of ``change`` as the settings of the experiment ``name``."""
+def as_run(
+    config: SweepConfig, change: dict[str, Any], name: str, places: Mapping[str, str] | None = None
+) -> TrainConfig:
+    """The base with the keys of ``change`` as the settings of the experiment ``name``.
+
+    ``places``: the key of the sweep that each is from, for errors; ``search.space`` by default.
+    """
     tree = copy.deepcopy(config.base)
-    for key, value in {**config.change, **change}.items():
+    present = dict(rename_key(TrainConfig, key, value) for key, value in change.items())
+    for key, value in {**config.change, **present}.items():
         if key != "name":
             set_key(tree, key, copy.deepcopy(value), f"{config.name}: {key}")
     tree |= {"runs": str(config.folder), "name": name}
-    return validate_config(TrainConfig, tree, f"experiment {name} of {config.name}")
+
+    def find(key: str) -> str:
+        origins = config._origins
+        if origins is None:
+            return f"experiment '{name}' of '{config.name}'"
+        for typed in change:
+            if within(key, rename_key(TrainConfig, typed)[0]):
+                return origins.find((places or {}).get(typed, f"search.space.{typed}"))
+        above = "change" if any(within(key, changed) for changed in config.change) else "base"
+        return origins.find(f"{above}.{key}")
+
+    return validate_config(TrainConfig, tree, find)
 
 
-def _resolve(tree: dict[str, Any]) -> None:
-    if isinstance(tree.get("base"), str):
-        tree["base"] = {key: value for key, value in read_yaml(tree["base"]).items() if key not in OWN}
+def _read_base(tree: dict[str, Any]) -> dict[str, str]:
+    """Put the keys of the file that ``base`` names in its place; that file by where its keys stand now."""
+    file = tree.get("base")
+    if not isinstance(file, str):
+        return {}
+    tree["base"] = {key: value for key, value in read_yaml(file, TrainConfig).items() if key not in OWN}
+    return {"base.": file}
 
 
 def _name(config: SweepConfig, run: TrainConfig, change: dict[str, Any], varied: Sequence[str]) -> str:
-    if config.names is None:
+    if config.name_template is None:
         return "-".join(word for key in varied if key in change for word in _words(key, change[key])) or "base"
     flat = flatten(run.model_dump(mode="json"))
 
     def fill(match: re.Match[str]) -> str:
-        if match[1] not in flat:
-            raise UserError(f"names of '{config.name}' asks for '{match[1]}', no key of a run: correct it")
-        return _plain(flat[match[1]])
+        key = rename_key(TrainConfig, match[1])[0]
+        if key not in flat:
+            raise UserError(f"name_template of '{config.name}' asks for '{match[1]}', which is no key of a run")
+        return _plain(flat[key])
 
-    return re.sub(r"\{([\w.]+)\}", fill, config.names)
+    return re.sub(r"\{([\w.]+)\}", fill, config.name_template)
 
 
 def _words(key: str, value: Any) -> Iterator[str]:

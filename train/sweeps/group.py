@@ -42,7 +42,7 @@ DROPPED = "dropped.json"  # in the folder of an experiment that left before its 
 TOLD = 10  # lines with all losses that a whole group prints
 Mode = Literal["batched", "separate", "none"]
 # What experiments of a group have in common, beside the language model. ``extract`` only makes caches.
-SHARED = ("caches", "filter", "val", "batch", "accumulate", "device", "dtype")
+SHARED = ("caches", "filter", "val", "batch", "gradient_accumulation_steps", "device", "dtype")
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Lockstep:
 
     def _advance(self, at: int, batches: Generator[Batch, None, None]) -> None:
         """One step of everyone who stands at ``at``, with the same batches."""
-        held, waited = take(batches, self.members[0].trainer.config.accumulate)
+        held, waited = take(batches, self.members[0].trainer.config.gradient_accumulation_steps)
         turn = [member for member in self.training if member.step == at]
         for member, error in self._each(turn, lambda trainer: trainer.advance(held, waited)):
             if error is not None:

@@ -2,11 +2,11 @@
 
 In: groups of experiments, and a cluster: the one at ``RAY_ADDRESS``, else one of this machine alone that lives as long
 as the command. Out: their run folders. A task is a whole group in lockstep in one process, on one GPU where the cluster
-has any; ``together`` cuts groups smaller, so that there are as many as nodes. Caches and runs must stand on storage
-that all nodes see under the same paths. A task that is lost with its node is tried again, from its checkpoints. What
-groups tell comes through an actor, the mailbox, which the driver empties once a second.
+has any; ``max_group_size`` cuts groups smaller, so that there are as many as nodes. Caches and runs must stand on
+storage that all nodes see under the same paths. A task that is lost with its node is tried again, from its checkpoints.
+What groups tell comes through an actor, the mailbox, which the driver empties once a second.
 
-    python -m train sweep --config configs/sweep/projectors.yaml --engine ray together=2
+    python -m train sweep --config configs/sweep/projectors.yaml --engine ray max_group_size=2
 """
 
 from __future__ import annotations

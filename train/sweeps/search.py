@@ -41,10 +41,10 @@ def search(config: SweepConfig, configs: list[TrainConfig]) -> None:
     drawn: list[dict[str, Any]] = runs.read_json(path)["trials"] if path.is_file() else []
     models = Models()
     with StopRequest() as stop:
-        for start in range(0, wanted.trials, wanted.together):
+        for start in range(0, wanted.trials, wanted.max_concurrent_trials):
             trials: dict[str, optuna.Trial] = {}
             fresh = []
-            for number in range(start, min(start + wanted.together, wanted.trials)):
+            for number in range(start, min(start + wanted.max_concurrent_trials, wanted.trials)):
                 if number < len(drawn):  # by an earlier session
                     study.enqueue_trial(drawn[number])
                 trial = study.ask()

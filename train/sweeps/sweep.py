@@ -106,7 +106,7 @@ def found_sweep(folder: Path) -> SweepConfig:
 
 def differences(mine: SweepConfig, theirs: SweepConfig) -> list[str]:
     """The keys that decide what the experiments are, and differ."""
-    free = {"engine", "runs", "together"}
+    free = {"engine", "runs", "max_group_size"}
     one, other = mine.model_dump(mode="json"), theirs.model_dump(mode="json")
     return [key for key in one if key not in free and one[key] != other[key]]
 
@@ -114,7 +114,7 @@ def differences(mine: SweepConfig, theirs: SweepConfig) -> list[str]:
 def _run(config: SweepConfig, configs: list[TrainConfig]) -> dict[str, float]:
     """The experiments of a list and a grid; what :func:`run_local` gives."""
     waiting = unfinished(configs)
-    parts = groups(waiting, 1 if config.lockstep == "none" else config.together)
+    parts = groups(waiting, 1 if config.lockstep == "none" else config.max_group_size)
     done = len(configs) - len(waiting)
     say(f"{len(configs)} experiments, {done} of them done; {len(parts)} groups, lockstep: {config.lockstep}")
     if config.engine == "ray":

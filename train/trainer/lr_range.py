@@ -79,12 +79,12 @@ def lr_range(config: TrainConfig, low: float, high: float, steps: int) -> list[R
             lr = low * (high / low) ** (step / (steps - 1))
             for each in state.optimizer.param_groups:
                 each["lr"] = lr
-            held, waited = take(batches, config.accumulate)
-            held = [augment(batch, config.seed, config.mask_frames, config.noise) for batch in held]
+            held, waited = take(batches, config.gradient_accumulation_steps)
+            held = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in held]
             seed_step(config.seed, step, group.rank)
             done = take_step(
                 model, state.optimizer, state.parameters, held,
-                clip=config.clip, group=group, waited=waited, objectives=objectives,
+                clip=config.max_grad_norm, group=group, waited=waited, objectives=objectives,
             )  # fmt: skip
             if not done.finite:
                 break

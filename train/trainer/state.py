@@ -59,7 +59,7 @@ class RunState:
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
         self.stream = stream or open_stream(config, data, group)
-        self.ema = Ema(self.named, config.ema)
+        self.ema = Ema(self.named, config.ema_decay)
         self.patience = Patience(config.patience)
         self.position = self.stream.state_dict()
 

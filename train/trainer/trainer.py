@@ -148,7 +148,7 @@ class Trainer:
                     if self.ended:
                         break
                     self._check_stop()
-                    self.advance(*take(batches, self.config.accumulate))
+                    self.advance(*take(batches, self.config.gradient_accumulation_steps))
                     self.save_if_due()
                 self.state.save()
                 self._check_stop()
@@ -176,7 +176,7 @@ class Trainer:
             WorkFailed: loss or gradient is not finite; no weight was changed.
         """
         config, begun = self.config, time.perf_counter() - waited
-        held = [augment(batch, config.seed, config.mask_frames, config.noise) for batch in held]
+        held = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in held]
         rate = learning_rate(config, self.state.step)
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
@@ -186,7 +186,7 @@ class Trainer:
             self.state.optimizer,
             self.state.parameters,
             held,
-            clip=config.clip,
+            clip=config.max_grad_norm,
             group=self.group,
             waited=waited,
             objectives=self.objectives,
@@ -248,7 +248,7 @@ class Trainer:
         result = evaluate(
             self.model,
             utterances,
-            batch_size=self.config.eval_batch,
+            batch_size=self.config.eval_batch_size,
             max_frames=self.config.batch.max_frames,
             decode=decode,
             max_new_tokens=self.config.max_new_tokens,

@@ -87,7 +87,7 @@ def wait_for(condition, processes=(), seconds: float = 120) -> None:
 
 
 def test_four_workers_and_a_killed_one_make_the_cache_of_one_process(s3, world, local, tmp_path):
-    argv = [far_words("s3://bucket/four", tmp_path / f"scratch {i}", world, "workers=1") for i in range(4)]
+    argv = [far_words("s3://bucket/four", tmp_path / f"scratch {i}", world, "decode_workers=1") for i in range(4)]
     begin = partial(use, s3.url)
     first = start(argv[0], before=begin, log=tmp_path / "0.log")
     wait_for(lambda: len(s3.commits()) == 2, [first])

@@ -60,7 +60,7 @@ def claimants(root: Path) -> set[int]:
 
 def start_two(root: Path, corpus: Path, whisper: Path, log: Path) -> tuple[Any, int]:
     """An extraction of two processes, the first of which is stopped until the second holds a shard, and the second."""
-    process = start(words(root, corpus, whisper, "processes=2", "lease=60"), log=log)
+    process = start(words(root, corpus, whisper, "processes=2", "lease_seconds=60"), log=log)
     wait_for(lambda: claimants(root))
     os.kill(process.pid, signal.SIGSTOP)
     (other,) = children(process.pid)

@@ -15,7 +15,8 @@ import soundfile
 from extraction import Kill, only_cache, run, snapshot, start, words, write_corpus
 
 from shards.commit.finalize import stray_files
-from shards.format.layout import FAILURE_SCHEMA, Layout, read_parquet, read_plan, unseal
+from shards.format.layout import FAILURE_SCHEMA, Layout, read_parquet, read_plan
+from shards.format.records import unseal
 from shards.read.cache import Cache
 
 
@@ -137,7 +138,7 @@ def test_a_claim_of_another_machine_is_taken_over_after_its_lease_whatever_its_c
         claim.write_text('{"owner":"1-abc","host":"elsewhere","pid":1,"started":"1"}')
         later = time.time() + 120
         os.utime(claim, (later, later))
-    assert run(words(root, corpus, whisper, "lease=1")) == 0
+    assert run(words(root, corpus, whisper, "lease_seconds=1")) == 0
     assert_same(root, undisturbed[0])
 
 

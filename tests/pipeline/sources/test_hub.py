@@ -72,8 +72,8 @@ FILES = {
 
 URIS = ["train.100#0", "train.100#3", "train.100#4", "test#1", "test#0", "test#9", "dev#0", "test#2"]
 QUESTIONS = [
-    ({"path": "hf:owner/tiny", "config": "clean", "splits": ["test", "train.100"]}, URIS),
-    ({"path": "hf:owner/tiny", "config": "clean", "splits": ["dev"]}, []),
+    ({"path": "hf:owner/tiny", "config_name": "clean", "splits": ["test", "train.100"]}, URIS),
+    ({"path": "hf:owner/tiny", "config_name": "clean", "splits": ["dev"]}, []),
     ({"path": "hf:owner/absent"}, []),
 ]
 

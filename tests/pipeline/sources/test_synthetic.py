@@ -78,7 +78,7 @@ def test_every_slot_of_a_template_is_filled():
 
 
 def test_speech_has_the_length_that_was_told_and_is_audible():
-    source = open_source(SourceConfig(kind="speech", n=12))
+    source = open_source(SourceConfig(kind="speech", num_sentences=12))
     made = list(source.utterances())
     assert len({u.speaker for u in made}) > 5
     for utterance, (_, data) in zip(made, source.read([u.audio for u in made]), strict=True):
@@ -91,7 +91,7 @@ def test_speech_has_the_length_that_was_told_and_is_audible():
 
 
 def test_the_same_seed_gives_the_same_utterances_and_training_shares_no_sentence_with_validation():
-    config = SourceConfig(kind="speech", n=40, val_fraction=0.2)
+    config = SourceConfig(kind="speech", num_sentences=40, val_fraction=0.2)
     made = list(open_source(config).utterances())
     assert made == list(open_source(config).utterances())
     texts = {split: {u.text for u in made if u.split == split} for split in ("train", "val")}

@@ -8,15 +8,22 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 import pipeline.__main__
 import shards.__main__
 import train.__main__
+from pipeline.config import ExtractConfig
 from shards.config import cli as commandline
+from shards.config.base import load_config
+from train.config.train import TrainConfig
 
 MODULES = {"pipeline": pipeline.__main__, "shards": shards.__main__, "train": train.__main__}
+CONFIGS = Path(__file__).resolve().parent.parent.parent.parent / "configs"
+FILES = sorted(file for folder in ("extract", "train") for file in (CONFIGS / folder).glob("*.yaml"))
 HEAVY = {"torch", "pandas", "numpy", "pyarrow", "transformers", "datasets", "pydantic", "fsspec", "soundfile", "shtab"}
 
 
@@ -104,7 +111,7 @@ def test_bash_completes_commands_options_and_keys():
     assert set(complete("train", ["fit", "--config", "x.yaml", "lm.lora."])) == {
         "lm.lora.rank=",
         "lm.lora.alpha=",
-        "lm.lora.targets=",
+        "lm.lora.target_modules=",
     }
     assert complete("pipeline", ["extract", "source.spl"]) == ["source.splits="]
     assert complete("shards", ["ver"]) == ["verify"]
@@ -118,14 +125,31 @@ def test_zsh_gets_a_script_for_the_console_command(name):
         subprocess.run([zsh, "-n"], input=done.stdout, text=True, check=True)
 
 
-def test_config_prints_settings_with_their_places_and_checks_them(tmp_path, capsys):
+def test_config_prints_what_is_set_or_every_key_and_checks_them(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text("caches: [a]\n")
-    assert train.__main__.command(["config", "--print", "--config", str(file), "lr=5e-4"]) == 0
-    text = capsys.readouterr().out
-    assert re.search(rf"^caches: \[a\] +# {re.escape(str(file))}:1$", text, re.MULTILINE)
-    assert re.search(r"^lr: 0.0005 +# command line$", text, re.MULTILINE)
-    assert pipeline.__main__.main(["config", "source.kind=tones"]) == 0
-    assert "the command line 1" in capsys.readouterr().out
+    file.write_text("caches: [a]\nclip: 2\nprojector: {kind: linear}\n")
+    words = ["--config", str(file), "lr=5e-4"]
+    assert train.__main__.command(["config", *words]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == {
+        "caches": ["a"],
+        "projector": {"kind": "linear"},
+        "lr": 5e-4,
+        "max_grad_norm": 2.0,
+    }
+    assert train.__main__.command(["config", "--print", *words]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == load_config(TrainConfig, file, ["lr=5e-4"]).model_dump(
+        mode="json"
+    )
     assert pipeline.__main__.main(["config", "source.kid=tones"]) == 2
-    assert "unknown key 'source.kid'" in capsys.readouterr().err
+    assert "unknown key 'source.kid' in the argument 'source.kid=tones'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_print_of_every_configuration_of_this_repository_is_that_configuration(path, tmp_path, capsys):
+    model, main = {"extract": (ExtractConfig, pipeline.__main__), "train": (TrainConfig, train.__main__)}[
+        path.parent.name
+    ]
+    for words in ([], ["--print"]):
+        assert main.command(["config", "--config", str(path), *words]) == 0
+        (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+        assert load_config(model, tmp_path / "again.yaml") == load_config(model, path)

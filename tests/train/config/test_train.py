@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from shards.config.base import load_config, validate_config
 from shards.errors import UserError
 from train.config.train import TrainConfig
+from train.runs.folder import run_config
 
 
 def load(**keys):
@@ -12,7 +14,7 @@ def load(**keys):
 
 
 def test_an_unknown_key_is_refused_with_the_allowed_ones():
-    with pytest.raises(UserError, match=r"unknown key 'val\.fractoin' .*allowed here: caches, fraction, limit, seed"):
+    with pytest.raises(UserError, match=r"unknown key 'val\.fractoin' in the test: did you mean 'val\.fraction'"):
         load(val={"fractoin": 0.1})
 
 
@@ -63,3 +65,48 @@ def test_differences_name_the_keys_that_change_a_runs_numbers_and_no_other():
     assert changed == ["lr: 0.001, not 0.002", "projector.stack: 2, not 4"]
     kinds = one.differences(load(lr=1e-3, projector={"kind": "residual"}))
     assert any(line.startswith("projector.kind: mlp, not residual") for line in kinds)
+
+
+OLD = {
+    "accumulate": 2,
+    "clip": 0.5,
+    "ema": 0.9,
+    "eval_batch": 3,
+    "mask_frames": 0.1,
+    "noise": 0.2,
+    "projector": {"kind": "moe", "routing": "top2", "balance": 0.3, "router_z": 0.4, "jitter": 0.5},
+    "lm": {"audio_value": "bos", "checkpointing": True, "lora": {"targets": ["q_proj"]}},
+}
+NEW = {
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.5,
+    "ema_decay": 0.9,
+    "eval_batch_size": 3,
+    "frame_mask_prob": 0.1,
+    "noise_std": 0.2,
+    "projector": {
+        "kind": "moe",
+        "routing": "top2",
+        "router_aux_loss_coef": 0.3,
+        "router_z_loss_coef": 0.4,
+        "router_jitter_noise": 0.5,
+    },
+    "lm": {
+        "audio_value_embedding": "bos",
+        "gradient_checkpointing": True,
+        "lora": {"target_modules": ["q_proj"]},
+    },
+}
+
+
+def test_the_config_of_a_run_written_with_old_names_loads_as_the_present_one(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"caches": ["a"], **OLD}))
+    old = run_config(tmp_path)
+    assert old == load(**NEW)
+    assert old.differences(load(**NEW)) == []
+    assert TrainConfig.model_validate(old.model_dump(mode="json")) == old
+
+
+def test_both_names_of_a_key_are_refused():
+    with pytest.raises(UserError, match="'checkpointing' is the old name of 'gradient_checkpointing'"):
+        load(lm={"checkpointing": True, "gradient_checkpointing": True})

@@ -114,7 +114,7 @@ def test_a_run_on_equal_layers_is_the_run_on_one_and_resumes_and_is_judged(folde
 
 def test_a_mix_learns_in_front_of_any_projector_and_leaves_out_what_a_layer_lacks(folder, tmp_path):
     caches = [[str(folder / name) for name in ("L2", "L4", "L6")]]
-    keys = {"projector": {"kind": "qformer", "window": 4}, "normalise_layers": True, "lr": 0.1, "mask_frames": 0.1}
+    keys = {"projector": {"kind": "qformer", "window": 4}, "normalise_layers": True, "lr": 0.1, "frame_mask_prob": 0.1}
     config = make_config(tmp_path, "", "nanochat:d1", caches=caches, **keys)
     data = open_data(config)
     assert (len(data.train_rows), len(data.held_out)) == (12, 3)
@@ -128,7 +128,7 @@ def test_a_mix_learns_in_front_of_any_projector_and_leaves_out_what_a_layer_lack
 
 @pytest.mark.slow
 def test_two_processes_train_on_layers_as_one_does(folder, tmp_path):
-    keys = {**KEYS, "caches": [[str(folder / "L2"), str(folder / "L6")]], "eval_batch": 2}
+    keys = {**KEYS, "caches": [[str(folder / "L2"), str(folder / "L6")]], "eval_batch_size": 2}
     alone = fit(make_config(tmp_path / "alone", "", "nanochat:d1", **keys))
     config = make_config(tmp_path, "", "nanochat:d1", **keys)
     finish(torchrun(2, "--config", write_config(tmp_path / "c.yaml", config)))

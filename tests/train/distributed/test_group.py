@@ -29,7 +29,7 @@ KEYS: dict[str, Any] = {
     "batch": {"size": 2},
     "lm": {"model": "nanochat:d1", "train": True},
     "lr": 3e-3,
-    "eval_batch": 2,
+    "eval_batch_size": 2,
     "projector": {"kind": "mlp", "norm": "rms"},
 }
 

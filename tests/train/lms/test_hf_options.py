@@ -74,7 +74,7 @@ def shaken(lm):
 def test_checkpointed_layers_give_the_same_nats_and_gradients_and_keep_less(tiny, kind):
     reference = tiny if kind == "hf" else "nanochat:d3"
     nats, grad, kept = run(shaken(load(reference)))
-    again = shaken(load(reference, checkpointing=True))
+    again = shaken(load(reference, gradient_checkpointing=True))
     nats_again, grad_again, kept_again = run(again)
     torch.testing.assert_close(nats_again, nats)
     torch.testing.assert_close(grad_again, grad)
@@ -89,7 +89,7 @@ def test_a_training_model_may_be_checkpointed(tiny):
     grads = []
     for checkpointing in (False, True):
         lm = load_lm(
-            tiny, device="cpu", dtype=torch.float32, train=True, options=LmConfig(checkpointing=checkpointing)
+            tiny, device="cpu", dtype=torch.float32, train=True, options=LmConfig(gradient_checkpointing=checkpointing)
         ).train()
         run(lm)
         grads.append([p.grad for p in lm.parameters()])
@@ -155,7 +155,9 @@ def test_adapters_start_at_nothing_and_alone_get_gradients(tiny):
 
 def test_adapters_of_a_bfloat16_model_are_float32_and_start_from_the_seed(tiny):
     pytest.importorskip("peft")
-    one, two, other = (load(tiny, torch.bfloat16, seed, lora=LoraConfig(targets=["q_proj"])) for seed in (1, 1, 2))
+    one, two, other = (
+        load(tiny, torch.bfloat16, seed, lora=LoraConfig(target_modules=["q_proj"])) for seed in (1, 1, 2)
+    )
     first, second, third = ({n: p for n, p in lm.named_parameters() if p.requires_grad} for lm in (one, two, other))
     assert {p.dtype for p in first.values()} == {torch.float32}
     assert all("q_proj" in name for name in first)
@@ -169,7 +171,7 @@ def test_adapters_of_a_bfloat16_model_are_float32_and_start_from_the_seed(tiny):
 
 def test_adapters_go_with_checkpointed_layers(tiny):
     pytest.importorskip("peft")
-    lm = load(tiny, lora=LoraConfig(), checkpointing=True)
+    lm = load(tiny, lora=LoraConfig(), gradient_checkpointing=True)
     run(lm)
     assert all(p.grad is not None for p in lm.parameters() if p.requires_grad)
 
@@ -177,7 +179,7 @@ def test_adapters_go_with_checkpointed_layers(tiny):
 def test_targets_that_fit_no_layer_are_one_sentence(tiny):
     pytest.importorskip("peft")
     with pytest.raises(UserError, match="fits no linear layer"):
-        load(tiny, lora=LoraConfig(targets=["c_attn"]))
+        load(tiny, lora=LoraConfig(target_modules=["c_attn"]))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -244,25 +244,23 @@ def test_dropout_acts_in_training_only(config):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (
-            ["projector.kind=residual", "projector.stak=4"],
-            "the residual projector takes kind, stack, blocks, hidden, dropout, norm, init",
-        ),
-        (["projector.kind=linear", "projector.bias=true"], "behind, set projector={kind: linear}"),
-        (["projector.bloks=4"], "the mlp projector takes kind, stack, hidden, bias, input_norm, norm, init"),
+        (["projector.kind=residual", "projector.stak=4"], "did you mean 'projector.stack'?"),
+        (["projector.kind=linear", "projector.bias=true"], "to drop the keys of another kind, set projector={kind: …}"),
+        (["projector.bloks=4"], "allowed here: norm, init, kind, stack, hidden, bias, input_norm"),
         (
             ["projector.kind=lstm"],
-            "the kinds are mlp, residual, linear, conv, swiglu, qformer, moe, pool, transformer, or my",
+            "expected 'mlp', 'residual', 'linear', 'conv', 'swiglu', 'qformer', 'moe', 'pool', 'transformer', 'my_mod",
         ),
         (["projector.kind=conv", "projector.variant=mosa", "projector.stack=6"], "stack=6 must be a power of 2"),
         (["projector.kind=moe", "projector.stack=5"], "stack=5 must be a power of 2"),
-        (["projector.kind=moe", "projector.balance=0.1"], "only routing=top2 reads it"),
+        (["projector.kind=moe", "projector.router_aux_loss_coef=0.1"], "set routing=top2"),
         (["projector.kind=swiglu", "projector.hidden=5"], "multiple of 2"),
         (["projector.kind=transformer", "projector.heads=7"], "does not divide into heads=7"),
-        (["projector.kind=my_module:Mine", "projector.stack=2"], "the my_module:Mine projector takes kind, settings"),
+        (["projector.kind=my_module:Mine", "projector.stack=2"], "allowed here: kind, settings; to drop"),
         (["projector.kind=my module:Mine"], "string should match"),
-        (["projector.stack=0"], "key 'projector.stack' in 'projector.stack=0' on the command line"),
-        (["projector=5"], "a mapping"),
+        (["projector.stack=0"], "key 'projector.stack' in the argument 'projector.stack=0' is 0: "),
+        (["projector=5"], "is 5: expected a mapping of keys"),
+        (["projector={kind: null}"], "key 'projector.kind' in the argument 'projector={kind: null}' is 'None'"),
     ],
 )
 def test_a_bad_projector_key_names_the_allowed_ones(words, told):
@@ -282,7 +280,9 @@ def test_attention_heads_must_divide_the_width():
 
 
 def test_a_top2_mixture_hands_out_its_losses_once_and_only_those_of_training():
-    projector = build(MoeConfig(routing="top2", jitter=0.0, balance=0.5, router_z=2.0))
+    projector = build(
+        MoeConfig(routing="top2", router_jitter_noise=0.0, router_aux_loss_coef=0.5, router_z_loss_coef=2.0)
+    )
     features, mask = torch.randn(2, 9, 6), mask_of([9, 3], 9)
     projector(features, mask)
     losses = projector.take_losses()

@@ -80,7 +80,7 @@ def test_a_routers_losses_and_the_use_of_its_experts_are_told_as_by_a_run_alone(
     top2 = {"name": "top2", "projector": {"kind": "moe", "routing": "top2"}, "prompt": {"template": "slam"}}
     dense = {"name": "dense", "projector": {"kind": "moe", "hidden": 8}}
     base = {"steps": 3, "eval_every": 0}
-    config = make_sweep(tmp_path, cache, lm, base, list=[top2, dense, {"name": "mlp"}], lockstep=mode)
+    config = make_sweep(tmp_path, cache, lm, base, experiments=[top2, dense, {"name": "mlp"}], lockstep=mode)
     folder = run_sweep(config)
     assert re.search(
         r"step +3/3  top2 [\d.]+ \(balance \S+, router_z \S+\)  dense [\d.]+  mlp", capsys.readouterr().out
@@ -100,14 +100,14 @@ def test_a_routers_losses_and_the_use_of_its_experts_are_told_as_by_a_run_alone(
 def test_an_experiment_that_diverges_leaves_and_the_others_keep_their_bytes(tmp_path, cache, lm, mode):
     bad = {"name": "bad", "lr": 3e37, "warmup": 0, "projector": {"kind": "mlp"}}
     others = [LIST[0], LIST[1]]
-    with_it = run_sweep(make_sweep(tmp_path, cache, lm, list=[*others, bad], lockstep=mode))
+    with_it = run_sweep(make_sweep(tmp_path, cache, lm, experiments=[*others, bad], lockstep=mode))
     dropped = read_json(with_it / "bad" / "dropped.json")
     assert dropped["state"] == "failed"
     assert "is not finite: lower lr" in dropped["reason"]
     assert not (with_it / "bad" / "summary.json").exists()
     state = {each["name"]: each["state"] for each in read_json(with_it / "sweep.json")["experiments"]}
     assert state == {"mlp": "finished", "dropout": "finished", "bad": "failed"}
-    without = run_sweep(make_sweep(tmp_path, cache, lm, list=others, lockstep=mode, name="without"))
+    without = run_sweep(make_sweep(tmp_path, cache, lm, experiments=others, lockstep=mode, name="without"))
     for each in others:
         if mode == "separate":
             same_run(with_it / each["name"], without / each["name"])
@@ -118,7 +118,7 @@ def test_an_experiment_that_diverges_leaves_and_the_others_keep_their_bytes(tmp_
 def test_a_sweep_in_which_nothing_comes_to_its_end_fails(tmp_path, cache, lm):
     bad = {"lr": 3e37, "warmup": 0, "projector": {"kind": "mlp"}}
     with pytest.raises(WorkFailed, match=r"no experiment of .* came to its end"):
-        run_sweep(make_sweep(tmp_path, cache, lm, list=[{"name": "bad", **bad}]))
+        run_sweep(make_sweep(tmp_path, cache, lm, experiments=[{"name": "bad", **bad}]))
 
 
 def test_every_experiment_is_a_run_that_the_other_commands_take(whole, capsys):
@@ -187,7 +187,7 @@ def write_sweep(path: Path, config: SweepConfig) -> Path:
 def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, cache, lm):
     base = {"steps": 60, "eval_every": 0, "checkpoint_every": 5}
     shortened = [{**LIST[0]}, {**LIST[1]}]
-    config = make_sweep(tmp_path, cache, lm, base, list=shortened, name="killed")
+    config = make_sweep(tmp_path, cache, lm, base, experiments=shortened, name="killed")
     file = write_sweep(tmp_path / "sweep.yaml", config)
     process = subprocess.Popen(
         [sys.executable, "-m", "train", "sweep", "--config", str(file)],
@@ -208,7 +208,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, cache, lm
     folder = tmp_path / "runs" / "killed"
     assert not (folder / "mlp" / "summary.json").exists()
     assert command(["sweep", "--resume", str(folder)]) == 0
-    undisturbed = run_sweep(make_sweep(tmp_path, cache, lm, base, list=shortened))
+    undisturbed = run_sweep(make_sweep(tmp_path, cache, lm, base, experiments=shortened))
     for name in ("mlp", "dropout"):
         assert len(losses(folder / name)) == 60
         assert losses(folder / name) == losses(undisturbed / name)
@@ -219,7 +219,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, cache, lm
 def test_a_signal_saves_all_and_says_how_to_go_on(tmp_path, cache, lm, monkeypatch):
     from train.sweeps import group as lockstep
 
-    config = make_sweep(tmp_path, cache, lm, {"eval_every": 0}, list=LIST[:2])
+    config = make_sweep(tmp_path, cache, lm, {"eval_every": 0}, experiments=LIST[:2])
     taken = []
 
     def take_and_stop(batches, count):

@@ -33,9 +33,9 @@ def lm(tmp_path_factory):
 def test_groups_on_a_ray_cluster_leave_what_one_process_leaves_and_tell_of_it(tmp_path, cache, lm, monkeypatch, capsys):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    here = run_sweep(make_sweep(tmp_path, cache, lm, list=LIST, name="here"))
+    here = run_sweep(make_sweep(tmp_path, cache, lm, experiments=LIST, name="here"))
     capsys.readouterr()
-    there = run_sweep(make_sweep(tmp_path, cache, lm, list=LIST, name="there", engine="ray", together=2))
+    there = run_sweep(make_sweep(tmp_path, cache, lm, experiments=LIST, name="there", engine="ray", max_group_size=2))
     lines = capsys.readouterr().out.splitlines()
     for number, names in ((1, ("one", "two")), (2, ("three",))):
         told = [
@@ -56,7 +56,7 @@ def test_groups_on_a_ray_cluster_leave_what_one_process_leaves_and_tell_of_it(tm
 
 SEARCH = {
     "trials": 5,
-    "together": 2,
+    "max_concurrent_trials": 2,
     "pruner": "halving",
     "space": {
         "lr": {"low": 1e-4, "high": 1e-1, "log": True},
@@ -72,7 +72,7 @@ def values(folder: Path) -> dict[str, float | None]:
 
 def test_a_search_draws_judges_and_prunes_trials_and_goes_on_after_a_loss(tmp_path, cache, lm):
     pytest.importorskip("optuna")
-    config = make_sweep(tmp_path, cache, lm, {"eval_every": 2}, list=[], search=SEARCH)
+    config = make_sweep(tmp_path, cache, lm, {"eval_every": 2}, experiments=[], search=SEARCH)
     folder = run_sweep(config)
     drawn = read_json(folder / "search.json")["trials"]
     assert len(drawn) == 5

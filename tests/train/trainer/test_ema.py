@@ -40,7 +40,7 @@ def test_stand_ins_leave_after_the_block_even_when_it_fails():
 def test_a_run_keeps_and_judges_the_averages_and_trains_on_with_the_weights(tmp_path):
     cache, lm = make_cache(tmp_path / "cache", 12, val_every=4), f"path:{save_tiny_lm(tmp_path / 'lm')}"
     runs = {
-        decay: fit(make_config(tmp_path, cache, lm, name=f"run-{decay}", ema=decay, decode_limit=1))
+        decay: fit(make_config(tmp_path, cache, lm, name=f"run-{decay}", ema_decay=decay, decode_limit=1))
         for decay in (0.0, 0.5)
     }
     last = load_file(runs[0.5] / "checkpoints" / "step-000008.safetensors")

@@ -24,7 +24,7 @@ from train.trainer.trainer import fit
 
 def router_gradient(batches, **keys):
     lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32)
-    projector = build_projector(MoeConfig(routing="top2", stack=2, jitter=0, **keys), 6, lm.width, 1.0)
+    projector = build_projector(MoeConfig(routing="top2", stack=2, router_jitter_noise=0, **keys), 6, lm.width, 1.0)
     model = AudioLM(projector, lm, Prompt(PromptConfig(template="<|audio|><|bos|>"), lm.tokenizer))
     parameters = list(projector.parameters())
     figures = take_step(model, torch.optim.SGD(parameters, lr=0.0), parameters, batches, clip=1e9, group=Group())
@@ -34,8 +34,8 @@ def router_gradient(batches, **keys):
 
 def test_a_projectors_own_losses_weigh_as_much_as_their_batch_does():
     batches = [make_batch([8, 4], ["six", "a"], 0), make_batch([6], ["seven"], 1)]
-    _, without, told = router_gradient(batches, balance=0.0, router_z=0.0)
-    projector, grad, told_too = router_gradient(batches, balance=3.0, router_z=0.5)
+    _, without, told = router_gradient(batches, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    projector, grad, told_too = router_gradient(batches, router_aux_loss_coef=3.0, router_z_loss_coef=0.5)
     assert told.loss == told_too.loss
     assert told.terms == {"balance": 0.0, "router_z": 0.0}
     assert (grad - without).abs().max() > 1e-4
@@ -60,7 +60,7 @@ def cache(tmp_path_factory):
 
 
 def test_a_run_tells_its_routers_losses_and_the_use_of_experts_beside_its_loss(tmp_path, cache, capsys):
-    routed = {"kind": "moe", "routing": "top2", "balance": 1.0}
+    routed = {"kind": "moe", "routing": "top2", "router_aux_loss_coef": 1.0}
     lines = read_lines(fit(make_config(tmp_path, cache, "nanochat:d1", projector=routed, steps=3)) / "metrics.jsonl")
     assert len(lines) == 3
     for line in lines:
@@ -103,7 +103,7 @@ def test_a_run_with_a_projector_of_the_users_is_named_after_it_and_comes_back(tm
 
 def test_a_run_with_adapters_resumes_to_the_very_losses_and_comes_back(tmp_path, cache):
     pytest.importorskip("peft")
-    lm = {"model": f"path:{save_tiny_lm(tmp_path / 'tiny')}", "lora": {"rank": 2, "targets": ["q_proj"]}}
+    lm = {"model": f"path:{save_tiny_lm(tmp_path / 'tiny')}", "lora": {"rank": 2, "target_modules": ["q_proj"]}}
     keys = {"lm": lm, "checkpoint_every": 3, "eval_every": 0}
     whole = fit(make_config(tmp_path / "a", cache, "", **keys))
     again = fit(make_config(tmp_path / "b", cache, "", **keys))

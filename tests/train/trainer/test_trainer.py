@@ -42,7 +42,7 @@ def lm(tmp_path_factory):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"projector": DROPOUT, "accumulate": 2, "eval_every": 2},
+        {"projector": DROPOUT, "gradient_accumulation_steps": 2, "eval_every": 2},
         {"lm": {"model": "nanochat:d1", "train": True}, "weight_decay": 0.1},
     ],
     ids=["dropout, accumulation, evaluations", "trained LM"],
@@ -101,7 +101,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on_exactly(tmp_path
 
 def test_the_gradient_of_a_step_is_that_of_its_tokens_together(tmp_path, cache, lm):
     """Two batches of unequal token counts give the gradient of the mean over all their tokens, as one batch would."""
-    config = make_config(tmp_path, cache, lm, accumulate=3, clip=1e9)
+    config = make_config(tmp_path, cache, lm, gradient_accumulation_steps=3, max_grad_norm=1e9)
     data = open_data(config)
     model = build_model(config, 8, CPU, torch.float32)
     run = run_folder(config)

@@ -59,7 +59,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
         raise UserError("lm.lora needs peft: pip install --no-deps peft") from None
     scale: Any = config.alpha  # peft declares an int and takes any number
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=scale, target_modules=config.targets or "all-linear", lora_dropout=0.0
+        r=config.rank, lora_alpha=scale, target_modules=config.target_modules or "all-linear", lora_dropout=0.0
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,7 +67,9 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
             peft.inject_adapter_in_model(settings, model)
         except ValueError as error:
             told = " ".join(str(error).split())[:200]
-            raise UserError(f"lm.lora.targets={config.targets} fits no linear layer of this model: {told}") from None
+            raise UserError(
+                f"lm.lora.target_modules={config.target_modules} fits no linear layer of this model: {told}"
+            ) from None
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

@@ -281,7 +281,7 @@ def load_folder(
         _attend_in_float32(model)
     if options.lora is not None:
         add_lora(model, options.lora, seed)
-    if options.checkpointing:
+    if options.gradient_checkpointing:
         checkpoint_layers(model)
     lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference), reference, identity, dtype)
     lm.train(train)

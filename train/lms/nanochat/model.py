@@ -141,7 +141,8 @@ def load_nanochat(
         gpt, tokenizer = GPT(GPTConfig.from_depth(int(match[1]), head_size)), ByteTokenizer()
         gpt.initialise(seed)
         identity = f"nanochat-{tensors_sha256(gpt)[:16]}"
-    gpt.audio_value, gpt.bos, gpt.checkpointing = options.audio_value, tokenizer.bos or 0, options.checkpointing
+    gpt.audio_value, gpt.bos = options.audio_value_embedding, tokenizer.bos or 0
+    gpt.checkpointing = options.gradient_checkpointing
     return NanochatLanguageModel(gpt.to(device), tokenizer, reference, identity, dtype, train)
 
 

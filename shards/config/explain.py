@@ -1,0 +1,95 @@
+"""A validation error of pydantic as one sentence: the key, the file and line or argument that set it, what is meant.
+
+In: the error, the model, the mapping that was validated. Out: text for a :class:`shards.errors.UserError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, Tag, ValidationError
+
+from shards.config.fields import CHOICE, content_of, models_in, old_names, submodels
+
+
+def explain(model: type[BaseModel], error: ValidationError, tree: Any, find: Callable[[str], str]) -> str:
+    """The first error, an unknown key before what is missing for it, and the count of the others.
+
+    ``find`` returns where a dotted key was set.
+    """
+    first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    kind, value, context = first["type"], first["input"], first.get("ctx", {})
+    key, siblings = _locate(model, first["loc"], tree, kind == "missing")
+    if kind == "union_tag_invalid":
+        key, value, context = f"{key}.kind", context["tag"], {"expected": context["expected_tags"]}
+    place = find(key)
+    message = first["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        told = f"unknown key '{key}' in {place}: {_meant(model, key, siblings)}"
+    elif kind == "missing":
+        told = f"key '{key}' is missing in {place}: set it in the file or as {key}=…"
+    elif kind in ("literal_error", "union_tag_invalid"):
+        close = difflib.get_close_matches(str(value), re.findall("'(.*?)'", context["expected"]), 1)
+        told = f"key '{key}' in {place} is {value!r}: expected {context['expected']}"
+        told += f"; did you mean '{close[0]}'?" if close else ""
+    elif kind in ("model_type", "union_tag_not_found"):
+        told = f"key '{key}' in {place} is {value!r}: expected a mapping of keys"
+    elif not key or (kind == "value_error" and isinstance(value, dict)):  # keys that do not go together
+        told = f"'{key}' in {place}: {message}" if key else f"{place}: {message}"
+    else:
+        told = f"key '{key}' in {place} is {value!r}: {message[:1].lower()}{message[1:]}"
+    return f"{told} (and {len(others)} more)" if others else told
+
+
+def _locate(model: type[BaseModel], loc: Sequence[Any], tree: Any, missing: bool) -> tuple[str, list[str]]:
+    """The dotted key of pydantic's ``loc``, which also names members of unions; every name that may stand there."""
+    found: list[str] = []
+    current: Any = model
+    siblings = list(model.model_fields)
+    for part in loc:
+        if member := _tagged(current, part):
+            current = member
+            continue
+        held = (isinstance(tree, dict) and part in tree) or (isinstance(tree, list) and isinstance(part, int))
+        if not held and not (missing and part == loc[-1]):
+            continue
+        fields = {
+            k: v for each in models_in(current, (*CHOICE, list, tuple, dict)) for k, v in each.model_fields.items()
+        }
+        found, siblings, tree = [*found, str(part)], list(fields), tree[part] if held else None
+        current = content_of(fields[part]) if part in fields else current
+    return ".".join(found), siblings
+
+
+def _tagged(annotation: Any, tag: Any) -> Any:
+    """The member of a discriminated union that ``tag`` names."""
+    for part in get_args(annotation):
+        if any(isinstance(mark, Tag) and mark.tag == tag for mark in getattr(part, "__metadata__", ())):
+            return part
+    return None
+
+
+def _meant(model: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
+    """What an unknown key may stand for: the same name elsewhere, a similar one, or any that may stand here."""
+    above, dot, last = key.rpartition(".")
+    here = {name: above + dot + name for name in siblings}
+    elsewhere: dict[str, str] = {}
+    for prefix, each in submodels(model):
+        for name, present in {**old_names(each), **{name: name for name in each.model_fields}}.items():
+            if prefix != above + dot:
+                if not key.startswith(f"{prefix}{name}."):
+                    elsewhere[prefix + name] = prefix + present
+            elif present in siblings:
+                here.setdefault(name, prefix + present)
+            elif name == last:
+                told = f"allowed here: {', '.join(siblings)}"
+                return f"{told}; to drop the keys of another kind, set {above}={{kind: …}}"
+    same = [name for name in elsewhere if name.endswith(f".{last}")]
+    if len(same) == 1:
+        return f"did you mean '{elsewhere[same[0]]}'?"
+    close = [here[name] for name in difflib.get_close_matches(last, here, 1)]
+    close += [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, 1, cutoff=0.75)]
+    return f"did you mean '{close[0]}'?" if close else f"allowed here: {', '.join(siblings) or 'no key'}"
