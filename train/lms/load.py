@@ -34,7 +34,7 @@ def load_lm(
     if options.audio_value_embedding != "id0":
         raise UserError(
             f"lm.audio_value_embedding={options.audio_value_embedding}: '{reference}' has no value embeddings, only "
-            "nanochat models have"
+            "nanochat models have them"
         )
     from pipeline.weights.resolve import resolve
     from train.lms.hf.model import files_identity, load_folder

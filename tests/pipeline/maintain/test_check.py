@@ -11,7 +11,7 @@ from extraction import only_cache, run, words, write_corpus
 from tiny_whisper import write_tiny_whisper
 
 from pipeline.__main__ import main
-from pipeline.maintain.check import check, tolerance
+from pipeline.maintain.check import check, recorded_config, tolerance
 from shards.__main__ import main as shards_main
 from shards.commit.finalize import finalise
 from shards.commit.writer import ShardWriter
@@ -166,3 +166,10 @@ def test_verify_with_source_says_where_to_go_for_audio_that_is_no_file(tmp_path,
 def test_verify_with_source_needs_a_folder_that_exists(cache, tmp_path, capsys):
     assert shards_verify(cache, "--source", tmp_path / "nowhere") == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_configuration_that_a_cache_recorded_with_old_names_of_keys_is_read(tmp_path):
+    source = {"kind": "speech", "n": 3, "config": None}
+    info = {"provenance": {"config": {"source": source, "workers": 2, "lease": 9.0}}}
+    config = recorded_config(info, tmp_path / "corpus" / "cache")
+    assert (config.source.num_sentences, config.decode_workers, config.lease_seconds) == (3, 2, 9.0)
