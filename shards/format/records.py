@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shards.files import open_file
 from shards.format.spec import FeatureSpec, canonical_json
 
+RELEASED = b'{"claim":null}\n'  # what stands in a bucket where a claim was given back, or a record revoked
 MAX_JSON = 16 << 20  # a larger record or CACHE.json is no file of ours; small JSON values take 30 times their text
 
 
@@ -68,12 +69,22 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
 
 
 def is_claim(data: bytes) -> bool:
-    """Whether an object of a bucket is a claim (``shards/commit/bucket/claims.py``), not yet what it will become."""
+    """Whether an object of a bucket is a claim (``shards/commit/bucket/claims.py``), held or released, and no record yet."""
+    return "claim" in _object(data)
+
+
+def is_released(data: bytes) -> bool:
+    """Whether an object of a bucket holds a claim that nobody holds: it counts as absent."""
+    return _object(data).get("claim", "") is None
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    """The JSON object that ``data`` is, or an empty one."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(tree, dict) and "claim" in tree
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 class _Part(BaseModel):

@@ -77,7 +77,7 @@ class Mirror:
         def fetch() -> bytes:
             data = read_small(remote, "CACHE.json", MAX_JSON + 1)
             if is_claim(data):
-                raise UserError(f"the cache '{url}' is not complete: an extraction is just finishing it")
+                raise UserError(f"the cache '{url}' is not complete: finish its extraction first")
             try:
                 CacheInfo.model_validate(parse(data, "CACHE.json"))
             except RecordError as error:

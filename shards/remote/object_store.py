@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "azure", "abfs", "abfss", "adl")
 SCHEMES = (*S3, *GCS, *AZURE)
-SILENCE = "30s"  # without a byte of the answer, after which a request fails
-LONGEST_REQUEST = "2h"  # an upload of 5 GB at 0.7 MB/s; a connection that is gone fails earlier
+SILENCE = 30  # seconds without a byte of the answer, after which a request fails
+SLOWEST_UPLOAD = 128 << 10  # bytes a second: 256 MB in half an hour
 ENDPOINTS = (
     ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
     ("GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"),
@@ -49,13 +49,13 @@ def is_object_store(url: str) -> bool:
     return url.partition("://")[0] in SCHEMES
 
 
-def connect(url: str, upload: bool = False) -> ObjectStore:
+def connect(url: str, upload: int = 0) -> ObjectStore:
     """The folder at ``url``. Nothing is asked of the server yet.
 
     The store may be used from any thread, but not after a fork.
 
     Args:
-        upload: for writing large objects. The server may be silent for as long as it receives.
+        upload: bytes of the largest object to write, which decide how long the server may be silent while it receives.
 
     Raises:
         UserError: the URL names no folder of an object store, or the environment contradicts itself.
@@ -65,9 +65,8 @@ def connect(url: str, upload: bool = False) -> ObjectStore:
 
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
-    client: dict[str, Any] = {"user_agent": "earshard", "connect_timeout": "10s", "timeout": LONGEST_REQUEST}
-    if not upload:
-        client["read_timeout"] = SILENCE
+    client: dict[str, Any] = {"user_agent": "earshard", "connect_timeout": "10s", "timeout": "30days"}
+    client["read_timeout"] = f"{SILENCE + upload // SLOWEST_UPLOAD}s"  # it counts while a request is sent, too
     options: dict[str, Any] = {"prefix": prefix.strip("/") or None, "retry_config": {"max_retries": 0}}
     options["client_options"] = client
     try:
@@ -86,7 +85,7 @@ def connect(url: str, upload: bool = False) -> ObjectStore:
             if endpoint:
                 options["base_url"] = endpoint
             if endpoint and not os.environ.get("GOOGLE_BASE_URL"):
-                options["skip_signature"] = True  # an emulator knows no credentials
+                options["bearer_token"] = "none"  # an emulator knows no credentials, and writes ask for some
             return GCSStore(bucket, **options)
         if scheme in AZURE:
             if endpoint:

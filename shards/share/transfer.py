@@ -23,7 +23,17 @@ from shards.config.base import flatten
 from shards.errors import UserError, WorkFailed
 from shards.files import atomic_write, fsync_folder, make_folder, told
 from shards.format.layout import Layout, sequence
-from shards.format.records import MAX_JSON, CacheInfo, FileInfo, RecordError, ShardRecord, is_claim, parse, unseal
+from shards.format.records import (
+    MAX_JSON,
+    CacheInfo,
+    FileInfo,
+    RecordError,
+    ShardRecord,
+    is_claim,
+    is_released,
+    parse,
+    unseal,
+)
 from shards.inspect.findings import Problem
 from shards.inspect.verify import verify
 from shards.remote.client import Broken, Remote, connect, fetch_file, file_size, insist, open_filesystem, read_small
@@ -75,8 +85,9 @@ def _push_files(layout: Layout, url: str, progress: Progress | None) -> None:
     first, *shards, last = sequence(layout)
     done, total = 0, sum(path.stat().st_size for group in (first, *shards, last) for path in group)
     for path in (layout.plan, layout.cache):
-        if (found := _small(remote, path.name, url, path.stat().st_size + 1)) not in (None, path.read_bytes()):
-            what = "an extraction is under way" if found and is_claim(found) else "another cache stands"
+        found = _small(remote, path.name, url, path.stat().st_size + 1)
+        if found is not None and not is_released(found) and found != path.read_bytes():
+            what = "an extraction is under way" if is_claim(found) else "another cache stands"
             raise UserError(f"{what} at '{url}': push to an empty place")
 
     def send(group: list[Path]) -> int:

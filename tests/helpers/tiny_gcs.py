@@ -1,4 +1,7 @@
-"""As much of Google Cloud Storage's JSON API as reading a cache and extracting into a bucket need, on loopback."""
+"""As much of Google Cloud Storage on loopback as reading a cache and extracting into a bucket need.
+
+gcsfs reads by the JSON API, obstore reads and writes by the XML API.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
 
 PAGE = 7  # objects in one answer to a listing
 
 
 class GCS(ThreadingHTTPServer):
-    """``objects``: (bucket, name) -> (generation, bytes). A generation is never given twice."""
+    """A server and what happened to it.
+
+    Attributes:
+        objects: (bucket, name) -> (generation, bytes). A generation is never given twice.
+        marks: (bucket, name) -> the user's metadata, by the name of its header.
+        puts: names that were written, in order.
+        loses: of how many writes one is carried out and answered by an error all the same; 0 is none.
+    """
 
     daemon_threads = True
 
@@ -24,6 +35,9 @@ class GCS(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.buckets = buckets
         self.objects: dict[tuple[str, str], tuple[int, bytes]] = {}
+        self.marks: dict[tuple[str, str], dict[str, str]] = {}
+        self.puts: list[str] = []
+        self.loses = 0
         self.generation = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -37,7 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         found = re.fullmatch(r"(/download)?/storage/v1/b/([^/]+)(/o(/(.+))?)?", url.path)
-        if not found or found[2] not in self.server.buckets:
+        if not found:
+            self.get_xml(url.path, query)
+        elif found[2] not in self.server.buckets:
             self.answer(404, {"error": {"code": 404, "message": "no such bucket"}})
         elif not found[3]:
             self.answer(200, {"name": found[2]})
@@ -46,40 +62,61 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.get((found[2], unquote(found[5])), query.get("alt") == "media")
 
-    def do_POST(self) -> None:
-        url = urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        found = re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", url.path)
-        if not found or found[1] not in self.server.buckets or query.get("uploadType") != "media":
-            self.answer(404, {"error": {"code": 404, "message": "no such bucket"}})
-            return
-        key = (found[1], query["name"])
-        with self.server.lock:
-            if self.holds(key, query):
-                self.server.generation += 1
-                self.server.objects[key] = (self.server.generation, data)
-        if self.server.objects[key][1] is data:
-            self.answer(200, self.about(key))
+    def do_HEAD(self) -> None:
+        self.get_xml(self.path, {})
+
+    def get_xml(self, path: str, query: dict[str, str]) -> None:
+        bucket, _, name = path[1:].partition("/")
+        key = (bucket, unquote(name))
+        if bucket not in self.server.buckets:
+            self.refuse(404, "NoSuchBucket")
+        elif not name:
+            self.list_xml(bucket, query)
+        elif key in self.server.objects:
+            generation, data = self.server.objects[key]
+            headers = {
+                "ETag": f'"{generation}"',
+                "X-Goog-Generation": str(generation),
+                **self.server.marks.get(key, {}),
+            }
+            self.send(200, data, {**headers, "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"})
         else:
-            self.answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
+            self.refuse(404, "NoSuchKey")
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        bucket, _, name = self.path[1:].partition("/")
+        key, server = (bucket, unquote(name)), self.server
+        if bucket not in server.buckets:
+            self.refuse(404, "NoSuchBucket")
+            return
+        wanted = self.headers.get("X-Goog-If-Generation-Match")
+        with server.lock:
+            if written := wanted is None or int(wanted) == server.objects.get(key, (0, b""))[0]:
+                server.generation += 1
+                server.objects[key] = (server.generation, data)
+                server.marks[key] = {h: v for h, v in self.headers.items() if h.lower().startswith("x-goog-meta-")}
+                server.puts.append(key[1])
+            generation, lost = server.objects.get(key, (0, b""))[0], bool(server.loses)
+            lost = lost and written and len(server.puts) % server.loses == 0
+        if not written:
+            self.refuse(412, "PreconditionFailed")
+        elif lost:
+            self.refuse(503, "ServiceUnavailable")
+        else:
+            self.send(200, b"", {"ETag": f'"{generation}"', "X-Goog-Generation": str(generation)})
 
     def do_DELETE(self) -> None:
-        url = urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        bucket, _, name = url.path.removeprefix("/storage/v1/b/").partition("/o/")
-        key = (bucket, unquote(name))
+        bucket, _, name = self.path[1:].partition("/")
         with self.server.lock:
-            held = self.holds(key, query)
-            gone = self.server.objects.pop(key, None) if held else None
+            gone = self.server.objects.pop((bucket, unquote(name)), None)
         if gone:
             self.send(204, b"", {})
         else:
-            self.answer(412 if not held else 404, {"error": {"code": 412, "message": "conditionNotMet"}})
+            self.refuse(404, "NoSuchKey")
 
-    def holds(self, key: tuple[str, str], query: dict[str, str]) -> bool:
-        wanted = query.get("ifGenerationMatch")
-        return wanted is None or int(wanted) == self.server.objects.get(key, (0, b""))[0]
+    def refuse(self, status: int, code: str) -> None:
+        self.send(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode(), {})
 
     def about(self, key: tuple[str, str]) -> dict:
         generation, data = self.server.objects[key]
@@ -112,18 +149,32 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send(200, data, headers)
 
-    def list(self, bucket: str, query: dict[str, str]) -> None:
+    def page(self, bucket: str, query: dict[str, str], token: str) -> tuple[list[str], list[str], str | None]:
+        """Names directly below a prefix, folders there, and where the next page begins."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "\0")
         names = sorted(name for held, name in self.server.objects if held == bucket and name.startswith(prefix))
         inside = [name for name in names if delimiter not in name[len(prefix) :]]
         below = {f"{prefix}{name[len(prefix) :].split(delimiter)[0]}{delimiter}" for name in set(names) - set(inside)}
-        start = int(query.get("pageToken", 0))
-        tree: dict = {"items": [self.about((bucket, name)) for name in inside[start : start + PAGE]]}
-        if start == 0:
-            tree["prefixes"] = sorted(below)
-        if start + PAGE < len(inside):
-            tree["nextPageToken"] = str(start + PAGE)
-        self.answer(200, tree)
+        start = int(query.get(token, 0))
+        after = str(start + PAGE) if start + PAGE < len(inside) else None
+        return inside[start : start + PAGE], [] if start else sorted(below), after
+
+    def list(self, bucket: str, query: dict[str, str]) -> None:
+        names, folders, after = self.page(bucket, query, "pageToken")
+        tree = {"items": [self.about((bucket, name)) for name in names], "prefixes": folders}
+        self.answer(200, {**tree, "nextPageToken": after} if after else tree)
+
+    def list_xml(self, bucket: str, query: dict[str, str]) -> None:
+        names, folders, after = self.page(bucket, query, "continuation-token")
+        lines = [f"<NextContinuationToken>{after}</NextContinuationToken>"] if after else []
+        lines += [f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in folders]
+        for name in names:
+            generation, data = self.server.objects[bucket, name]
+            lines.append(
+                f"<Contents><Key>{escape(name)}</Key><Size>{len(data)}</Size><ETag>{generation}</ETag>"
+                "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            )
+        self.send(200, f"<ListBucketResult>{''.join(lines)}</ListBucketResult>".encode(), {})
 
     def answer(self, status: int, tree: object) -> None:
         self.send(status, json.dumps(tree).encode(), {"Content-Type": "application/json"})
@@ -133,7 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, *words: object) -> None:
         pass

@@ -1,63 +1,67 @@
-"""An object store in memory that keeps to conditions, for tests of what is built on them; readable as ``memory://``."""
+"""Object stores in memory, by obstore, that tests can look into and interrupt; readable as ``tiny://``."""
 
 from __future__ import annotations
 
-import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import obstore
+from obstore.store import MemoryStore
 
-from shards.commit.bucket.objects import Found
+from shards.commit.bucket.objects import Found, Objects, Version
 
-LOCK = threading.Lock()
-TAGS: dict[str, str] = {}
+STORES: dict[str, MemoryStore] = {}
 
 
-class MemoryObjects:
-    """``shards.commit.bucket.objects.Objects`` on fsspec's filesystem in memory.
+class MemoryObjects(Objects):
+    """The objects of the process below ``tiny://bucket/folder``.
 
-    ``before(what, name)`` is called ahead of every operation, so that a test can do something at the worst moment.
+    ``before(what, name)`` is called ahead of every reading and writing, so that a test can do something at the worst
+    moment. ``puts`` are the names that were written, in order.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._files = fsspec.filesystem("memory")
-        self._top = "/" + self.url.removeprefix("memory://").strip("/")
+        super().__init__(url, memory(url))
         self.before: Callable[[str, str], object] = lambda what, name: None
         self.puts: list[str] = []
 
     def read(self, name: str) -> Found | None:
         self.before("read", name)
-        with LOCK:
-            path = f"{self._top}/{name}"
-            return Found(self._files.cat_file(path), TAGS[path]) if self._files.isfile(path) else None
+        return super().read(name)
 
-    def tag(self, name: str) -> str | None:
-        found = self.read(name)
-        return found.tag if found else None
-
-    def put(self, name: str, data: bytes | Path, over: str | None) -> str | None:
+    def put(self, name: str, data: bytes | Path, over: Version | None) -> Version | None:
         self.before("put", name)
-        with LOCK:
-            path = f"{self._top}/{name}"
-            if (TAGS[path] if self._files.isfile(path) else None) != over:
-                return None
-            self._files.pipe_file(path, data if isinstance(data, bytes) else data.read_bytes())
-            TAGS[path] = uuid.uuid4().hex
+        version = super().put(name, data, over)
+        if version is not None:
             self.puts.append(name)
-            return TAGS[path]
+        return version
 
-    def delete(self, name: str, over: str) -> None:
-        self.before("delete", name)
-        with LOCK:
-            path = f"{self._top}/{name}"
-            if self._files.isfile(path) and TAGS[path] == over:
-                self._files.rm_file(path)
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        with LOCK:
-            path = f"{self._top}/{folder}".rstrip("/")
-            entries = self._files.ls(path, detail=True) if self._files.isdir(path) else []
-            return {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
+def memory(url: str) -> MemoryStore:
+    return STORES.setdefault(url, MemoryStore())
+
+
+def names(url: str) -> set[str]:
+    """Every object below a URL."""
+    return {entry["path"] for entry in obstore.list(memory(url)).collect()}
+
+
+class _Reading(fsspec.AbstractFileSystem):
+    protocol = "tiny"
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        folder, name = self._split(path)
+        return {"name": path, "size": obstore.head(folder, name)["size"], "type": "file"}
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        folder, name = self._split(path)
+        return bytes(obstore.get(folder, name).bytes())[start:end]
+
+    def _split(self, path: str) -> tuple[MemoryStore, str]:
+        bucket, folder, name = path.split("/", 2)
+        return memory(f"tiny://{bucket}/{folder}"), name
+
+
+fsspec.register_implementation("tiny", _Reading, clobber=True)

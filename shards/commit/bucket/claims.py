@@ -8,6 +8,10 @@ the holder made sure of its claim: a late upload cannot fall on those of a succe
 
 The holder counts up a beat in its claim every third of a lease. A contender that sees the same beat for one lease of
 its own monotonic clock replaces the claim; a holder that died on the same machine is replaced at once.
+
+A claim that comes to nothing is released by a marker in its place, on the same condition, for there is no conditional
+delete. A marker is never deleted: a plain delete could fall on the claim, or the record, of whoever came in between.
+It stands where a record will stand, so a complete cache holds none.
 """
 
 from __future__ import annotations
@@ -17,18 +21,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from shards.commit.bucket.objects import Objects
+from shards.commit.bucket.objects import Found, Objects, Version
 from shards.commit.claims import LEASE, Holder, died_here, process_identity
 from shards.errors import UserError
-from shards.format.records import is_claim
+from shards.format.records import RELEASED, is_claim, is_released
 
 
 class TakenOver(Exception):
     """Another process took the claim while this one stood still; what it was for is that one's business now."""
 
 
-class FarClaims(Holder[str, str]):
-    """The claims of one process on the objects below one URL: for each name the tag of the claim as written last."""
+class FarClaims(Holder[str, Version]):
+    """The claims of one process on the objects below one URL: for each name the version of the claim written last."""
 
     def __init__(self, objects: Objects, owner: str, lease: float = LEASE) -> None:
         super().__init__(owner, lease)
@@ -38,22 +42,20 @@ class FarClaims(Holder[str, str]):
     def take(self, name: str, void: Callable[[bytes], bool]) -> bool:
         """Claim ``name``; False while a live holder's claim stands there, or what is not ``void``."""
         found = self.objects.read(name)
-        if found is not None and not (
-            self._dead(name, found.data, found.tag) if is_claim(found.data) else void(found.data)
-        ):
+        if found is not None and not self._is_free(name, found, void):
             return False
-        tag = self.objects.put(name, self._claim(), found.tag if found else None)
-        if tag is None:
+        version = self.objects.put(name, self._claim(), found.version if found else None)
+        if version is None:
             return False
         with self._lock:
-            self._held[name] = tag
+            self._held[name] = version
         self._seen.pop(name, None)
         return True
 
     def commit(self, name: str, data: bytes) -> None:
         """Replace the claim by what it was for; TakenOver when it is no longer ours."""
         with self._lock:
-            if self.objects.put(name, data, self._tag(name)) is None:
+            if self.objects.put(name, data, self._version(name)) is None:
                 del self._held[name]
                 raise TakenOver(name)
             del self._held[name]
@@ -64,9 +66,9 @@ class FarClaims(Holder[str, str]):
         Raises:
             TakenOver: the claim is no longer ours; the successor's object is untouched.
         """
-        left: str | None = None
+        left: Version | None = None
         while self.objects.put(name, data, left) is None:
-            left = self.objects.tag(name)  # seen before the claim is made sure of: a successor writes after that
+            left = self.objects.version(name)  # seen before the claim is made sure of: a successor writes after that
             self._beat(claim)
 
     def release(self, name: str) -> None:
@@ -75,23 +77,23 @@ class FarClaims(Holder[str, str]):
         Where the store is away the claim stays, and runs out by itself: what went wrong before is to be told, not this.
         """
         with self._lock:
-            tag = self._held.pop(name, None)
-            if tag is not None:
+            version = self._held.pop(name, None)
+            if version is not None:
                 with suppress(UserError):
-                    self.objects.delete(name, tag)
+                    self.objects.put(name, RELEASED, version)
 
-    def _tag(self, name: str) -> str:
+    def _version(self, name: str) -> Version:
         if name not in self._held:
             raise TakenOver(name)
         return self._held[name]
 
     def _beat(self, name: str) -> None:
         with self._lock:
-            tag = self.objects.put(name, self._claim(), self._tag(name))
-            if tag is None:
+            version = self.objects.put(name, self._claim(), self._version(name))
+            if version is None:
                 del self._held[name]
                 raise TakenOver(name)
-            self._held[name] = tag
+            self._held[name] = version
 
     def _refresh(self) -> None:
         for name in list(self._held):
@@ -103,6 +105,8 @@ class FarClaims(Holder[str, str]):
             self._beats += 1
             return json.dumps({"claim": self.owner, "beat": self._beats, **process_identity()}).encode()
 
-    def _dead(self, name: str, claim: bytes, tag: str) -> bool:
-        """Whether a claim's holder died on this machine, or wrote nothing for one lease of our watching."""
-        return died_here(claim) or self._silent(name, tag)
+    def _is_free(self, name: str, found: Found, void: Callable[[bytes], bool]) -> bool:
+        """Whether what stands there may be replaced: void, released, or claimed by a holder that is dead or silent."""
+        if not is_claim(found.data):
+            return void(found.data)
+        return is_released(found.data) or died_here(found.data) or self._silent(name, found.version)

@@ -1,66 +1,167 @@
-"""Objects of a bucket, each write on a condition: what stands in for exclusive creation and rename.
+"""Objects below one URL, each written on a condition: what stands in for exclusive creation and rename.
 
-In: the URL of a folder in an object store. Out: :class:`Objects`, by which a process writes an object only where
-nothing stands, or only over what it has seen; the store decides between two who try at once. :func:`connect_objects`
-tries whether the store keeps to the conditions: one that ignores them would lose shards without a word.
+In: the URL of a folder in an object store. Out: :class:`Objects`, by which a process writes an object only where there
+is none, or only over the version that it has seen; the store decides between two who try at once.
+:func:`connect_objects` tries whether the store honors the conditions: one that ignores them would lose shards silently.
 
-S3's conditions are ``If-None-Match: *`` and ``If-Match: <ETag>`` (Google's: ``shards/commit/bucket/gcs.py``); every
-read and write goes by one object, whole.
+obstore sends the conditions: ``If-None-Match: *`` and ``If-Match`` to S3 and Azure, ``x-goog-if-generation-match`` to
+Google. It has no conditional delete, so :class:`Objects` has none either.
 """
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from shards.remote.client import open_filesystem
+import obstore
+from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+from shards.commit.bucket.s3 import MARK
+from shards.errors import UserError
+from shards.remote import object_store
+from shards.remote.client import Broken, Doing, insist
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+T = TypeVar("T")
+Version = dict[str, str]  # ``e_tag`` and, where the store numbers its objects, ``version``
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An object as it stands: its bytes, and a tag that changes with them."""
+    """An object as it stands: its bytes, and a version that changes with them."""
 
     data: bytes
-    tag: str
+    version: Version
 
 
-class Objects(Protocol):
+class Objects:
     """The objects below one folder of a store; names are relative to it. Methods may be called from any thread.
 
     All raise UserError when the store cannot be reached, refuses, or has no such bucket.
+
+    Args:
+        store: instead of the one that the URL names.
+
+    Attributes:
+        url: of the folder, without a trailing slash.
     """
 
-    url: str
+    def __init__(self, url: str, store: ObjectStore | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._given = store
+        self._store = store or object_store.connect(self.url)
 
     def read(self, name: str) -> Found | None:
         """A small object, or None."""
 
-    def tag(self, name: str) -> str | None:
-        """The tag of an object, or None."""
+        def get() -> Found:
+            answer = obstore.get(self._store, name)
+            return Found(bytes(answer.bytes()), _version(answer.meta))
 
-    def put(self, name: str, data: bytes | Path, over: str | None) -> str | None:
-        """Write ``data``, or a file's bytes, if the object's tag is ``over`` (None: if there is no object).
+        return self._request(get, name)
 
-        Returns the new tag, or None when something else stands there.
+    def version(self, name: str) -> Version | None:
+        """The version of an object, or None."""
+        return self._request(lambda: _version(obstore.head(self._store, name)), name)
+
+    def put(self, name: str, data: bytes | Path, over: Version | None) -> Version | None:
+        """Write ``data``, or a file's bytes, if the object's version is ``over`` (None: if there is no object).
+
+        A write whose answer was lost is repeated, and recognizes itself by a mark.
+
+        Returns:
+            The new version, or None when something else stands there.
         """
-
-    def delete(self, name: str, over: str) -> None:
-        """Delete an object whose tag is ``over``; another is left."""
+        mark = uuid.uuid4().hex
+        if isinstance(data, bytes):
+            return self._put(self._store, name, data, mark, over)
+        with open(data, "rb") as file:
+            body = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # obstore would read a file into memory
+        return self._put(self._given or object_store.connect(self.url, len(body)), name, body, mark, over)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every object directly below ``folder``, by name without the folder."""
 
+        def listed() -> dict[str, int]:
+            entries = obstore.list_with_delimiter(self._store, folder or None)["objects"]
+            return {entry["path"].rpartition("/")[2]: entry["size"] for entry in entries}
 
-class InBucket:
-    """A folder of a bucket by its URL, and the filesystem whose session the requests go through."""
+        return self._request(listed, folder) or {}
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._files, path = open_filesystem(self.url)
-        self._bucket, _, prefix = path.strip("/").partition("/")
-        self._prefix = f"{prefix}/" if prefix else ""
+    def sha256(self, name: str, limit: int) -> str | None:
+        """64 hex digits of an object's first ``limit`` bytes, or None."""
 
-    def _below(self, folder: str) -> str:
-        """What the names of the objects below ``folder`` begin with."""
-        return f"{self._prefix}{folder}/" if folder else self._prefix
+        def read() -> str:
+            digest, left = hashlib.sha256(), limit
+            for chunk in obstore.get(self._store, name):
+                digest.update(memoryview(chunk)[:left])
+                left -= len(chunk)
+                if left <= 0:
+                    break
+            return digest.hexdigest()
+
+        return self._request(read, name)
+
+    def check_conditions(self) -> None:
+        """UserError unless the store refuses a second creation and a replacement of what has changed."""
+        name = f"trial-{uuid.uuid4().hex}"
+        first = self.put(name, b"1", None)
+        if first is None:
+            raise UserError(f"'{self.url}' refuses to create an object where there is none: check the store")
+        again = self.put(name, b"2", None)
+        second = self.put(name, b"3", first) if again is None else None
+        stale = self.put(name, b"4", first) if second is not None else None
+        self._request(lambda: obstore.delete(self._store, name), name, "written")  # nobody else knows its name
+        if again is not None or second is None or stale is not None:
+            raise UserError(
+                f"the store of '{self.url}' does not keep to conditional writes (If-None-Match, If-Match), so two "
+                "workers may spoil each other's shards: extract to a local root, then `python -m shards push` the cache"
+            )
+
+    def _put(
+        self, store: ObjectStore, name: str, body: bytes | mmap.mmap, mark: str, over: Version | None
+    ) -> Version | None:
+        mode: Any = "create" if over is None else over
+
+        def put() -> Version | None:
+            try:
+                return _version(obstore.put(store, name, body, mode=mode, attributes={MARK: mark}))
+            except FileNotFoundError:
+                raise object_store.no_bucket(self.url) from None
+            except (AlreadyExistsError, PreconditionError) as error:
+                try:
+                    standing = obstore.get(store, name, options={"head": True})
+                except FileNotFoundError:
+                    standing = None
+                if standing and standing.attributes.get(MARK) == mark:  # the answer to our own write was lost
+                    return _version(standing.meta)
+                if isinstance(error, AlreadyExistsError) and (over is not None or standing is None):
+                    raise Broken("another write to it was under way") from None  # HTTP 409
+                return None
+
+        return self._request(put, name, "written")
+
+    def _request(self, call: Callable[[], T], name: str, doing: Doing = "fetched") -> T | None:
+        """The call's answer, None when there is no such object; repeated for as long as that may help."""
+
+        def attempt() -> T | None:
+            try:
+                with object_store.translate_errors(self.url):
+                    return call()
+            except FileNotFoundError:
+                return None
+            except ConnectionError as error:
+                raise Broken(str(error)) from None
+
+        return insist(attempt, f"{self.url}/{name}", doing=doing)
+
+
+def _version(meta: Any) -> Version:
+    return {key: meta[key] for key in ("e_tag", "version") if meta.get(key) is not None}

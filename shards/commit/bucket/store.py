@@ -15,12 +15,10 @@ record, and files that the next owner of the shard writes over. Records do not c
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
 import time
-import uuid
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,15 +30,14 @@ import pyarrow as pa
 
 from shards.commit.bucket.claims import FarClaims, TakenOver
 from shards.commit.bucket.objects import Objects
-from shards.commit.bucket.s3 import S3Objects
 from shards.commit.claims import LEASE, new_owner
 from shards.commit.finalize import hashed_rows, is_of, merged
 from shards.errors import UserError
 from shards.files import make_folder, told
 from shards.format.layout import UTTERANCE_SCHEMA, Layout, Plan, parquet_bytes, read_plan
-from shards.format.records import RecordError, is_claim, parse, seal
+from shards.format.records import RELEASED, RecordError, is_claim, is_released, parse, seal
 from shards.format.spec import FeatureSpec
-from shards.remote.client import connect, insist, next_chunk
+from shards.remote import object_store
 
 SCRATCH = "earshard-scratch-"
 READERS = 16  # small objects read at once
@@ -105,14 +102,17 @@ class Bucket:
 
     def damaged(self, shard: int, record: dict[str, Any]) -> bool:
         files = (("tar", self.layout.tar(shard)), ("parquet", self.layout.rows(shard)))
-        return any(self._sha256(path, record[kind]["bytes"]) != record[kind]["sha256"] for kind, path in files)
+        return any(
+            self._objects.sha256(f"shards/{path.name}", record[kind]["bytes"] + 1) != record[kind]["sha256"]
+            for kind, path in files
+        )
 
     def reopen(self, shards: dict[int, dict[str, Any]]) -> None:
         for shard, record in shards.items():
             self._forget(shard, seal(record))
         found = self._objects.read("CACHE.json")
-        if found is not None:
-            self._objects.delete("CACHE.json", found.tag)
+        if found is not None and not is_released(found.data):
+            self._objects.put("CACHE.json", RELEASED, found.version)
 
     def is_complete(self, feature_id: str, plan_id: str) -> bool:
         found = self._objects.read("CACHE.json")
@@ -218,21 +218,6 @@ class Bucket:
         finally:
             path.unlink(missing_ok=True)
 
-    def _sha256(self, path: Path, size: int) -> str:
-        """sha256 of a far file's first ``size`` bytes and one more; empty where there is none."""
-        name = f"shards/{path.name}"
-
-        def attempt() -> str:
-            digest, source = hashlib.sha256(), connect(self.location).stream(name, 0, size + 1)
-            try:
-                while (chunk := next_chunk(source)) is not None:
-                    digest.update(chunk)
-            except FileNotFoundError:
-                return ""
-            return digest.hexdigest()
-
-        return insist(attempt, f"{self.location}/{name}")
-
 
 class _Scratch:
     """A folder of this process; a lock of the kernel tells that it lives, and those of dead processes are removed."""
@@ -259,41 +244,17 @@ def _remove_left(folder: Path) -> None:
 
 
 def connect_objects(url: str) -> Objects:
-    """The objects below ``url``, of a store that keeps to conditions.
+    """The objects below ``url``, of a store that honors conditions.
 
     Raises:
         UserError: no such bucket, no access, or a store whose writes cannot be made conditional.
     """
-    scheme = url.split("://")[0]
-    objects: Objects
-    if scheme in ("s3", "s3a"):
-        objects = S3Objects(url)
-    elif scheme in ("gs", "gcs"):
-        from shards.commit.bucket.gcs import GCSObjects
-
-        objects = GCSObjects(url)
-    else:
+    if not object_store.is_object_store(url):
+        scheme = url.split("://")[0]
         raise UserError(
             f"'{url}' cannot be extracted to: earshard knows no conditional writes for {scheme}://, and without them "
             "two workers may spoil each other's shards; extract to a local root, then `python -m shards push` the cache"
         )
-    _try_conditions(objects)
+    objects = Objects(url)
+    objects.check_conditions()
     return objects
-
-
-def _try_conditions(objects: Objects) -> None:
-    """UserError unless the store refuses a second creation and a replacement of what has changed."""
-    name = f"trial-{uuid.uuid4().hex}"
-    first = objects.put(name, b"1", None)
-    if first is None:
-        raise UserError(f"'{objects.url}' refuses to create an object where there is none: check the store")
-    again = objects.put(name, b"2", None)
-    second = objects.put(name, b"3", first) if again is None else None
-    stale = objects.put(name, b"4", first) if second is not None else None
-    last = stale or second or again or first
-    objects.delete(name, last)
-    if again is not None or second is None or stale is not None:
-        raise UserError(
-            f"the store of '{objects.url}' does not keep to conditional writes (If-None-Match, If-Match), so two "
-            "workers may spoil each other's shards: extract to a local root, then `python -m shards push` the cache"
-        )

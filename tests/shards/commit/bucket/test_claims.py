@@ -12,14 +12,14 @@ from tiny_objects import MemoryObjects
 from shards.commit.bucket.claims import FarClaims, TakenOver
 from shards.commit.claims import process_identity
 from shards.errors import UserError
-from shards.format.records import is_claim
+from shards.format.records import RELEASED, is_claim, is_released
 
 OWNERS = iter(range(1000))
 
 
 @pytest.fixture
 def url():
-    return f"memory://bucket/{uuid.uuid4().hex}"
+    return f"tiny://bucket/{uuid.uuid4().hex}"
 
 
 def claims(url: str, lease: float = 60.0) -> FarClaims:
@@ -48,6 +48,31 @@ def test_a_claim_is_given_back_by_its_holder_alone(url):
     assert not b.take("x", never)
     a.release("x")
     assert b.take("x", never)
+
+
+def test_a_released_claim_is_marked_and_free_at_once(url):
+    a, b, c = claims(url), claims(url), claims(url)
+    assert a.take("x", never)
+    a.release("x")
+    assert is_released(a.objects.read("x").data)
+    assert is_claim(a.objects.read("x").data)  # so that no reader takes it for a record
+    assert b.take("x", never)
+    a.release("x")
+    assert not c.take("x", never)
+    b.commit("x", b"{}")
+    b.release("x")
+    assert b.objects.read("x").data == b"{}"
+
+
+def test_a_release_that_comes_after_a_takeover_falls_on_nothing(url):
+    a, b = claims(url), claims(url, lease=0.0)
+    assert a.take("x", never)
+    assert not b.take("x", never)
+    assert b.take("x", never)  # a lease of nothing has passed
+    held = b.objects.read("x")
+    a.release("x")
+    assert b.objects.read("x") == held
+    b.commit("x", b"{}")
 
 
 def test_a_store_that_is_away_hides_no_error_by_not_taking_a_claim_back(url):
@@ -100,8 +125,8 @@ def test_what_a_lost_holder_left_is_written_over_and_a_late_write_of_it_is_not_a
     a, b = claims(url), claims(url)
     assert a.take("x", never)
     a.put("x.tar", b"half of a", claim="x")
-    b.objects.put("x", b.objects.read("x").data.replace(b"owner", b"other"), b.objects.tag("x"))  # taken over
-    b._held["x"] = b.objects.tag("x")
+    b.objects.put("x", b.objects.read("x").data.replace(b"owner", b"other"), b.objects.version("x"))  # taken over
+    b._held["x"] = b.objects.version("x")
     b.put("x.tar", b"all of b", claim="x")
     with pytest.raises(TakenOver):
         a.put("x.tar", b"all of a", claim="x")
@@ -118,8 +143,8 @@ def test_a_write_that_was_under_way_when_the_claim_went_falls_on_nothing(url):
     def succeed(what: str, name: str) -> None:
         if what == "put" and name == "x.tar" and a.objects.puts[-1] == "x":  # after the beat that made sure
             a.objects.before = lambda what, name: None
-            b.objects.put("x", b'{"claim":"b"}', b.objects.tag("x"))
-            b._held["x"] = b.objects.tag("x")
+            b.objects.put("x", b'{"claim":"b"}', b.objects.version("x"))
+            b._held["x"] = b.objects.version("x")
             b.put("x.tar", b"all of b", claim="x")
             b.commit("x", b"{}")
 
@@ -152,3 +177,4 @@ def test_a_claim_is_told_from_what_it_becomes(tmp_path):
     assert not is_claim(b"[1]")
     assert not is_claim(b"\xff")
     assert is_claim(b'{"claim": "x"}')
+    assert [is_released(data) for data in (RELEASED, b'{"claim": "x"}', b"{}", b"[]", b"")] == [True, *[False] * 4]

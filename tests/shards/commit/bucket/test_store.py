@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 
-import fsspec
+import obstore
 import pytest
 from tiny_bucket import SPEC, finish, make, plan_table, write
-from tiny_objects import MemoryObjects
+from tiny_objects import MemoryObjects, memory, names
 
 from pipeline.config import ExtractConfig
 from pipeline.extract.job import prepare
 from shards.commit.bucket import store as bucket_module
-from shards.commit.bucket.store import Bucket, _try_conditions, connect_objects
+from shards.commit.bucket.store import Bucket, connect_objects
 from shards.errors import UserError
 from shards.format.layout import Plan
+from shards.format.records import is_released
 from shards.inspect.info import describe_cache
 from shards.inspect.verify import verify
 from shards.read.cache import Cache
+from shards.share.transfer import pull
 
 
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     monkeypatch.setattr(bucket_module, "connect_objects", MemoryObjects)
     monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
-    return f"memory://bucket/{uuid.uuid4().hex}"
+    return f"tiny://bucket/{uuid.uuid4().hex}"
+
+
+def change(url: str, name: str, edit: Callable[[bytearray], object]) -> None:
+    data = bytearray(obstore.get(memory(url), name).bytes())
+    edit(data)
+    obstore.put(memory(url), name, bytes(data))
 
 
 def test_two_that_share_a_bucket_alone_agree_on_a_plan_and_make_one_cache(url):
@@ -46,8 +55,8 @@ def test_two_that_share_a_bucket_alone_agree_on_a_plan_and_make_one_cache(url):
     assert verify(url, deep=True) == []
     assert len(Cache.open(url)) == 6
     assert [name for name in a._objects.puts + b._objects.puts if name.endswith("2.tar")] == ["shards/000002.tar"]
-    names = {path.rpartition("/")[2] for path in fsspec.filesystem("memory").find(url)}
-    assert not [name for name in names if "claim" in name or "tmp" in name]
+    shards = [f"shards/{i:06d}.{kind}" for i in range(3) for kind in ("tar", "parquet", "json")]
+    assert names(url) == {"plan.parquet", "manifest.parquet", "failures.parquet", "CACHE.json", *shards}
 
 
 def test_a_shard_that_was_taken_over_meanwhile_is_left_to_the_other(url):
@@ -81,8 +90,36 @@ def test_a_reader_sees_no_cache_before_it_is_complete(url):
         with pytest.raises(UserError, match="there is no"):
             Cache.open(url)
         assert store.take(None)
-        with pytest.raises(UserError, match="is not complete: an extraction is just finishing it"):
+        with pytest.raises(UserError, match="is not complete: finish its extraction first"):
             Cache.open(url)
+
+
+def test_what_was_released_or_reopened_counts_as_absent_and_does_not_stay(url, tmp_path):
+    store, near = Bucket(url), tmp_path / "near"
+    plan = store.write_plan(plan_table(2))
+    with store.at_work("a"):
+        assert store.take(0)
+        store.release(0)
+        make(store, plan)
+        assert store.take(None)
+        store.release(None)
+        assert store.info() is None
+        finish(store, plan)
+        pull(url, near)
+        store.reopen({})
+    assert is_released(store._objects.read("CACHE.json").data)
+    assert store.info() is None
+    assert not store.is_complete(SPEC.feature_id, plan.id)
+    assert [problem.file for problem in verify(url)] == ["CACHE.json"]
+    assert not describe_cache(url)["complete"]
+    for attempt in (lambda: pull(url, tmp_path / "other"), lambda: Cache.open(url)):
+        with pytest.raises(UserError, match="complete"):
+            attempt()
+    with store.at_work("b"):
+        finish(store, plan)
+    assert verify(url, deep=True) == []
+    shards = [f"shards/{i:06d}.{kind}" for i in range(2) for kind in ("tar", "parquet", "json")]
+    assert names(url) == {"plan.parquet", "manifest.parquet", "failures.parquet", "CACHE.json", *shards}
 
 
 def test_leftovers_of_a_killed_writer_are_written_over(url):
@@ -103,7 +140,7 @@ def test_a_record_whose_files_are_gone_counts_as_none(url):
     plan = store.write_plan(plan_table(2))
     with store.at_work("a"):
         make(store, plan)
-    fsspec.filesystem("memory").rm_file(f"{url.removeprefix('memory:/')}/shards/000001.tar")
+    obstore.delete(memory(url), "shards/000001.tar")
     again = Bucket(url)
     assert again.committed(0, SPEC.feature_id, plan.id) is not None
     assert again.committed(1, SPEC.feature_id, plan.id) is None
@@ -169,15 +206,14 @@ def test_the_first_job_file_of_a_bucket_stays(url):
 
 
 def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damaged(url):
-    store, files = Bucket(url), fsspec.filesystem("memory")
+    store = Bucket(url)
     plan = store.write_plan(plan_table(2))
     with store.at_work("a"):
         make(store, Plan(plan.table.slice(0, 2), plan.id))
         with pytest.raises(UserError, match=r"shard 000001 of .* is not committed: run the same extraction again"):
             finish(store, plan)
         make(store, plan)
-        path = f"{url.removeprefix('memory:/')}/shards/000000.parquet"
-        files.pipe_file(path, files.cat_file(path)[::-1])
+        change(url, "shards/000000.parquet", lambda data: data.reverse())
         with pytest.raises(UserError, match=r"shard 000000 of .* is damaged: .* run the same extraction with --verify"):
             store.finish(SPEC, plan, {})
     assert not store.is_complete(SPEC.feature_id, plan.id)
@@ -190,12 +226,13 @@ def test_damage_is_found_by_reading_a_shard_whole(url):
         make(store, plan)
     record = store.committed(1, SPEC.feature_id, plan.id)
     assert not store.damaged(1, record)
-    files, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/shards/000001.tar"
-    data = bytearray(files.cat_file(path))
-    data[700] ^= 1
-    files.pipe_file(path, bytes(data))
+    change(url, "shards/000001.tar", lambda data: data.append(0))
     assert store.damaged(1, record)
-    files.rm_file(path)
+    change(url, "shards/000001.tar", lambda data: data.pop())
+    assert not store.damaged(1, record)
+    change(url, "shards/000001.tar", lambda data: data.reverse())
+    assert store.damaged(1, record)
+    obstore.delete(memory(url), "shards/000001.tar")
     assert store.damaged(1, record)
 
 
@@ -225,11 +262,10 @@ def test_shards_larger_than_a_bucket_takes_at_once_are_refused_before_any_work()
 def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(url):
     class Careless(MemoryObjects):
         def put(self, name, data, over):
-            return super().put(name, data, self.tag(name))
+            return super().put(name, data, self.version(name))
 
-    careless = Careless(url)
     with pytest.raises(UserError, match="does not keep to conditional writes"):
-        _try_conditions(careless)
-    assert careless.sizes("") == {}
-    _try_conditions(MemoryObjects(url))
-    assert MemoryObjects(url).sizes("") == {}
+        Careless(url).check_conditions()
+    assert names(url) == set()
+    MemoryObjects(url).check_conditions()
+    assert names(url) == set()
