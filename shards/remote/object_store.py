@@ -4,15 +4,15 @@ In: the URL of a folder, such as ``s3://bucket/caches``. Out: an obstore store w
 and :func:`translate_errors`, which turns obstore's exceptions into the few kinds that a caller acts on. A request is
 sent once: the callers retry, because only they know whether a repeated write is the same write.
 
-Credentials and endpoints come from the environment:
+A store may be used from any thread, but not after a fork: obstore's own threads do not survive it, and a request hangs.
 
-- ``s3://``, ``s3a://``: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, the
-  role of an instance or a container; the profiles of ``~/.aws`` if boto3 is installed. ``AWS_ENDPOINT_URL`` names
-  another server than Amazon's, ``AWS_CA_BUNDLE`` the certificates to trust, ``AWS_SKIP_SIGNATURE=true`` reads a public
-  bucket.
+Credentials and endpoints are those by which fsspec reads:
+
+- ``s3://``, ``s3a://``: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``; with
+  botocore, which s3fs installs, the profiles of ``~/.aws``; else the role of an instance or a container.
+  ``AWS_ENDPOINT_URL`` names another server than Amazon's, ``AWS_CA_BUNDLE`` the certificates to trust.
 - ``gs://``, ``gcs://``: ``GOOGLE_APPLICATION_CREDENTIALS``, the login of ``gcloud``, the role of an instance.
-  ``GOOGLE_BASE_URL`` or ``STORAGE_EMULATOR_HOST`` names another server, ``GOOGLE_SKIP_SIGNATURE=true`` reads a public
-  bucket.
+  ``STORAGE_EMULATOR_HOST`` names another server.
 - ``az://``, ``abfs://``: ``AZURE_STORAGE_ACCOUNT_NAME`` with ``AZURE_STORAGE_ACCOUNT_KEY``,
   ``AZURE_STORAGE_SAS_TOKEN`` or a role. ``AZURE_STORAGE_ENDPOINT`` names another server.
 """
@@ -23,83 +23,79 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import AzureStore, GCSStore, S3Store
 
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "azure", "abfs", "abfss", "adl")
+S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
 SCHEMES = (*S3, *GCS, *AZURE)
 SILENCE = 30  # seconds without a byte of the answer, after which a request fails
 SLOWEST_UPLOAD = 128 << 10  # bytes a second: 256 MB in half an hour
-ENDPOINTS = (
-    ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-    ("GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"),
-    ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-)
 METADATA_SERVICE = "//169.254."  # the link-local address at which a cloud gives credentials to its machines
 
 
-def is_object_store(url: str) -> bool:
-    """Whether :func:`connect` knows the scheme of ``url``."""
-    return url.partition("://")[0] in SCHEMES
-
-
-def connect(url: str, upload: int = 0) -> ObjectStore:
+def connect(url: str) -> ObjectStore:
     """The folder at ``url``. Nothing is asked of the server yet.
 
-    The store may be used from any thread, but not after a fork.
-
-    Args:
-        upload: bytes of the largest object to write, which decide how long the server may be silent while it receives.
-
     Raises:
-        UserError: the URL names no folder of an object store, or the environment contradicts itself.
+        UserError: the URL names no folder of an object store, or an environment variable is wrong.
     """
-    from obstore.exceptions import BaseError
-    from obstore.store import AzureStore, GCSStore, S3Store
-
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
     client: dict[str, Any] = {"user_agent": "earshard", "connect_timeout": "10s", "timeout": "30days"}
-    client["read_timeout"] = f"{SILENCE + upload // SLOWEST_UPLOAD}s"  # it counts while a request is sent, too
+    client["read_timeout"] = f"{SILENCE}s"
     options: dict[str, Any] = {"prefix": prefix.strip("/") or None, "retry_config": {"max_retries": 0}}
     options["client_options"] = client
     try:
+        if scheme not in SCHEMES:
+            raise ValueError(f"'{scheme}://' is no object store")
         if not re.fullmatch(r"[\w.@-]+", bucket, re.ASCII):
             raise ValueError(f"'{bucket}' is no name of a bucket")
-        endpoint = _endpoint(scheme)
-        client["allow_http"] = endpoint.startswith("http:")  # only where the user wrote it
         if scheme in S3:
+            options.update(_endpoint(client, "endpoint", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+            options.update(_aws_profile())
             if bundle := os.environ.get("AWS_CA_BUNDLE"):
                 client["root_certificate"] = Path(bundle).read_bytes()
-            if endpoint:
-                options["endpoint"] = endpoint
-            # Not every server knows the request that deletes many.
-            return S3Store(bucket, disable_bulk_delete=True, **_aws_profile(url), **options)
+            return S3Store(bucket, disable_bulk_delete=True, **options)  # not every server knows the bulk request
         if scheme in GCS:
-            if endpoint:
-                options["base_url"] = endpoint
-            if endpoint and not os.environ.get("GOOGLE_BASE_URL"):
-                options["bearer_token"] = "none"  # an emulator knows no credentials, and writes ask for some
+            if endpoint := _endpoint(client, "base_url", "STORAGE_EMULATOR_HOST"):
+                options.update(endpoint, bearer_token="none")  # it knows no credentials, and a write sends some
             return GCSStore(bucket, **options)
-        if scheme in AZURE:
-            if endpoint:
-                options["endpoint"] = endpoint
-            container, _, host = bucket.partition("@")
-            if host:
-                options["account_name"] = host.partition(".")[0]
-            return AzureStore(container, **options)
+        options.update(_endpoint(client, "endpoint", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"))
+        container, _, host = bucket.partition("@")
+        if host:
+            options["account_name"] = host.partition(".")[0]
+        return AzureStore(container, **options)
     except (BaseError, ValueError, OSError) as error:
         raise UserError(
             f"'{url}' cannot be opened ({_reason(error)}): write scheme://bucket/folder, and check the environment "
             f"variables for {scheme}://"
         ) from None
-    raise UserError(f"'{url}' is in no known object store: use {', '.join(f'{known}://' for known in SCHEMES)}")
+
+
+def for_upload(store: ObjectStore, size: int) -> ObjectStore:
+    """The same store, whose server may be silent for as long as it takes to receive ``size`` bytes."""
+    if not isinstance(store, S3Store | GCSStore | AzureStore):  # in memory
+        return store
+    wait = f"{SILENCE + size // SLOWEST_UPLOAD}s"  # obstore counts it from the beginning of the request
+    client: Any = {**(store.client_options or {}), "read_timeout": wait}
+    options: dict[str, Any] = {"config": store.config, "credential_provider": store.credential_provider}
+    return type(store)(prefix=store.prefix, client_options=client, retry_config=store.retry_config, **options)
 
 
 @contextmanager
@@ -117,18 +113,10 @@ def translate_errors(url: str) -> Iterator[None]:
         UserError: there is no such bucket, or the server refuses the request for good.
         ConnectionError: anything else; the same request may succeed when it is repeated.
     """
-    from obstore.exceptions import (
-        AlreadyExistsError,
-        BaseError,
-        PermissionDeniedError,
-        PreconditionError,
-        UnauthenticatedError,
-    )
-
     try:
         yield
     except (FileNotFoundError, BaseError) as error:
-        text, reason = str(error), _reason(error)
+        text, reason, scheme = str(error), _reason(error), url.partition("://")[0]
         found = re.search(r"status code: (\d{3})", text)
         status = int(found[1]) if found else 0
         if re.search("<Code>(NoSuchBucket|ContainerNotFound)</Code>", text):
@@ -138,9 +126,10 @@ def translate_errors(url: str) -> Iterator[None]:
         if isinstance(error, AlreadyExistsError | PreconditionError):
             raise
         if METADATA_SERVICE in text and not (status == 429 or status >= 500):
-            raise PermissionError("there are no credentials in the environment") from None
+            hint = "; those of ~/.aws need `pip install 'earshard[s3]'`" if scheme in S3 else ""
+            raise PermissionError(f"no credentials were found{hint}") from None
         if "Received redirect" in text or "AuthorizationHeaderMalformed" in text:
-            raise UserError(f"'{url}' is in another region ({reason}): set AWS_REGION") from None
+            raise UserError(f"'{url}' is in another region ({reason}): set AWS_REGION to it") from None
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
             raise PermissionError(reason) from None
         if status in (400, 405, 501):
@@ -157,48 +146,53 @@ def no_bucket(url: str) -> UserError:
     return UserError(f"there is no {kind} '{rest.partition('/')[0]}': make it, or correct the URL '{url}'")
 
 
-def _first(*names: str) -> str:
-    """The first of these environment variables that is set and not empty, else an empty string."""
-    return next((os.environ[name] for name in names if os.environ.get(name)), "")
-
-
-def _endpoint(scheme: str) -> str:
-    """The server that the environment names for ``scheme``, or an empty string."""
-    names = ENDPOINTS[0 if scheme in S3 else 1 if scheme in GCS else 2]
-    endpoint = _first(*names)
-    if endpoint and endpoint == os.environ.get("STORAGE_EMULATOR_HOST") and "://" not in endpoint:
+def _endpoint(client: dict[str, Any], option: str, *names: str) -> dict[str, str]:
+    """``{option: URL}`` of the server that the environment names, or nothing; HTTP is allowed where it is written."""
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return {}
+    endpoint = os.environ[name].rstrip("/")
+    if name == "STORAGE_EMULATOR_HOST" and "://" not in endpoint:
         endpoint = f"http://{endpoint}"
     parts = urlsplit(endpoint)
-    if endpoint and not (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0):
-        raise ValueError(f"{' or '.join(names)} is '{endpoint}', expected http://… or https://…")
-    return endpoint.rstrip("/")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{name} is '{endpoint}', expected http://… or https://…")
+    client["allow_http"] = parts.scheme == "http"
+    return {option: endpoint}
 
 
-def _aws_profile(url: str) -> dict[str, Any]:
-    """Credentials of ``~/.aws`` (keys, SSO, assumed roles), by boto3, unless the environment has some."""
-    names = ("ACCESS_KEY_ID", "WEB_IDENTITY_TOKEN_FILE", "CONTAINER_CREDENTIALS_RELATIVE_URI")
-    given = _first(*(f"AWS_{name}" for name in (*names, "CONTAINER_CREDENTIALS_FULL_URI", "SKIP_SIGNATURE")))
-    shared = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
-    if given or not (os.environ.get("AWS_PROFILE") or shared.is_file()):
-        return {}
+def _aws_profile() -> dict[str, Any]:
+    """Credentials and region of ``~/.aws`` (keys, SSO, assumed roles) that the environment does not give."""
     try:
-        from obstore.auth.boto3 import Boto3CredentialProvider
+        from botocore.exceptions import BotoCoreError
+        from botocore.session import get_session
     except ImportError:
-        raise UserError(
-            f"the credentials for '{url}' are in the configuration files of AWS, which are read by boto3: run "
-            "`pip install boto3`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from None
+        return {}
+    options: dict[str, Any] = {}
     try:
-        return {"credential_provider": Boto3CredentialProvider()}
-    except Exception as error:  # botocore's own kinds: no such profile, a file that cannot be read
-        raise UserError(
-            f"the configuration files of AWS give no credentials for '{url}' ({_reason(error)}): check AWS_PROFILE"
-        ) from None
+        session = get_session()
+        credentials = None if os.environ.get("AWS_ACCESS_KEY_ID") else session.get_credentials()
+        region = session.get_config_variable("region")
+    except BotoCoreError as error:
+        raise ValueError(str(error)) from None
+    if credentials:
+
+        def provide() -> dict[str, Any]:
+            keys = credentials.get_frozen_credentials()
+            known = {"access_key_id": keys.access_key, "secret_access_key": keys.secret_key, "token": keys.token}
+            return {**known, "expires_at": datetime.now(UTC) + timedelta(minutes=10)}
+
+        options["credential_provider"] = provide
+    if region and not os.environ.get("AWS_REGION"):
+        options["region"] = region
+    return options
 
 
 def _reason(error: Exception) -> str:
     """What an error says, on one line; of a server's error document the code and message."""
-    text = str(error).partition("Debug source:")[0]
+    text, _, debug = str(error).partition("Debug source:")
     text = re.sub(r".*Error performing .* in [\d.]+\w+ - ", "", text, flags=re.DOTALL)
     parts = [found[1] for tag in ("Code", "Message") if (found := re.search(f"<{tag}>([^<]*)</{tag}>", text))]
+    if found := re.search(r"(?:message|error): \"([^\"]*)\"|(TimedOut|IncompleteMessage)", debug):
+        text = f"{text.strip()}: {found[1] or found[2]}"
     return " ".join(" ".join(parts or [text or type(error).__name__]).split())[:200]

@@ -55,7 +55,6 @@ class Objects:
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         self.url = url.rstrip("/")
-        self._given = store
         self._store = store or object_store.connect(self.url)
 
     def read(self, name: str) -> Found | None:
@@ -84,7 +83,7 @@ class Objects:
             return self._put(self._store, name, data, mark, over)
         with open(data, "rb") as file:
             body = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # obstore would read a file into memory
-        return self._put(self._given or object_store.connect(self.url, len(body)), name, body, mark, over)
+        return self._put(object_store.for_upload(self._store, len(body)), name, body, mark, over)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every object directly below ``folder``, by name without the folder."""

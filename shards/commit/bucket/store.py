@@ -249,8 +249,7 @@ def connect_objects(url: str) -> Objects:
     Raises:
         UserError: no such bucket, no access, or a store whose writes cannot be made conditional.
     """
-    if not object_store.is_object_store(url):
-        scheme = url.split("://")[0]
+    if (scheme := url.partition("://")[0]) not in object_store.SCHEMES:
         raise UserError(
             f"'{url}' cannot be extracted to: earshard knows no conditional writes for {scheme}://, and without them "
             "two workers may spoil each other's shards; extract to a local root, then `python -m shards push` the cache"

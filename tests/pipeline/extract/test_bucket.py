@@ -15,6 +15,7 @@ from tiny_s3 import S3, s3_server, use
 
 from shards.__main__ import main
 from shards.errors import UserError, WorkFailed
+from shards.format.records import is_released
 from shards.inspect.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -186,6 +187,11 @@ def test_failures_are_told_counted_and_tried_again_in_a_bucket(s3, world, tmp_pa
     failures = [shard for shard in copy.glob("shards/*.json") if b'"attempt":2' in shard.read_bytes()]
     assert len(failures) == 1
     (corpus / "clip 03.flac").write_bytes(whole)
+    s3.puts.clear()
+    process = start([*argv, "max_failures=2", "--retry-failed"], before=begin)
+    wait_for(lambda: any(key.endswith("CACHE.json") and is_released(body) for key, body in s3.puts), [process])
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     assert run([*argv, "max_failures=2", "--retry-failed"], before=begin) == 0
     assert verify(url, deep=True) == []
     assert run(words(tmp_path / "near", corpus, world[1])) == 0
