@@ -140,10 +140,9 @@ def translate_errors(url: str) -> Iterator[None]:
 
 
 def no_bucket(url: str) -> UserError:
-    """What to raise when there is no bucket of the name that ``url`` gives."""
-    scheme, _, rest = url.partition("://")
-    kind = "container" if scheme in AZURE else "bucket"
-    return UserError(f"there is no {kind} '{rest.partition('/')[0]}': make it, or correct the URL '{url}'")
+    """What to raise when there is no bucket, or container of Azure, of the name that ``url`` gives."""
+    name = url.partition("://")[2].partition("/")[0]
+    return UserError(f"there is no bucket '{name}': make it, or correct the URL '{url}'")
 
 
 def _endpoint(client: dict[str, Any], option: str, *names: str) -> dict[str, str]:
