@@ -6,7 +6,7 @@ sent once: the callers retry, because only they know whether a repeated write is
 
 A store may be used from any thread, but not after a fork: obstore's own threads do not survive it, and a request hangs.
 
-Credentials and endpoints are those by which fsspec reads:
+Credentials and endpoints come from the environment, by the variables that fsspec's readers know:
 
 - ``s3://``, ``s3a://``: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``; with
   botocore, which s3fs installs, the profiles of ``~/.aws``; else the role of an instance or a container.
@@ -14,7 +14,7 @@ Credentials and endpoints are those by which fsspec reads:
 - ``gs://``, ``gcs://``: ``GOOGLE_APPLICATION_CREDENTIALS``, the login of ``gcloud``, the role of an instance.
   ``STORAGE_EMULATOR_HOST`` names another server.
 - ``az://``, ``abfs://``: ``AZURE_STORAGE_ACCOUNT_NAME`` with ``AZURE_STORAGE_ACCOUNT_KEY``,
-  ``AZURE_STORAGE_SAS_TOKEN`` or a role. ``AZURE_STORAGE_ENDPOINT`` names another server.
+  ``AZURE_STORAGE_SAS_TOKEN`` or a role. ``AZURE_STORAGE_ENDPOINT`` names another server, for writing.
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ def translate_errors(url: str) -> Iterator[None]:
             raise PermissionError(f"no credentials were found{hint}") from None
         if "Received redirect" in text or "AuthorizationHeaderMalformed" in text:
             raise UserError(f"'{url}' is in another region ({reason}): set AWS_REGION to it") from None
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
+        denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403)
+        if denied or "<Code>ExpiredToken</Code>" in text:
             raise PermissionError(reason) from None
-        if status in (400, 405, 501):
+        if status in (400, 405, 501) and not re.search("<Code>(RequestTimeout|IncompleteBody|BadDigest)</Code>", text):
             raise UserError(f"'{url}' refused a request ({reason}): correct the URL, or use another store") from None
         raise ConnectionError(reason) from None
     except ValueError as error:  # a path with an empty part

@@ -12,6 +12,7 @@ import pytest
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from shards.commit.bucket.objects import Objects
+from shards.commit.bucket.store import connect_objects
 from shards.errors import UserError
 from shards.remote import client as storage
 from shards.remote import object_store
@@ -40,7 +41,7 @@ def server(monkeypatch, tmp_path):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_GET = do_HEAD = do_PUT
+        do_GET = do_HEAD = do_DELETE = do_PUT
 
         def log_message(self, *words: object) -> None:
             pass
@@ -66,6 +67,8 @@ def server(monkeypatch, tmp_path):
         (301, "PermanentRedirect", UserError, "is in another region .*: set AWS_REGION"),
         (400, "AuthorizationHeaderMalformed", UserError, r"is in another region \(\w+ so it is here\): set AWS_REGION"),
         (400, "InvalidArgument", UserError, r"refused a request \(InvalidArgument so it is here\)"),
+        (400, "RequestTimeout", ConnectionError, "RequestTimeout so it is here"),  # a body that came too slowly
+        (400, "ExpiredToken", PermissionError, "ExpiredToken so it is here"),
         (401, "x", PermissionError, "x so it is here"),
         (403, "AccessDenied", PermissionError, "AccessDenied so it is here"),
         (404, "NoSuchBucket", UserError, "there is no bucket 'bucket': make it, or correct the URL 's3://bucket/some"),
@@ -88,6 +91,12 @@ def test_a_failed_condition_passes_unchanged(server):
     server.answers = [(412, "PreconditionFailed")]
     with pytest.raises(PreconditionError), translate_errors(URL):
         obstore.put(connect(URL), "name", b"x", mode={"e_tag": "1"})
+
+
+def test_a_server_that_accepts_every_write_is_refused(server):
+    with pytest.raises(UserError, match="does not keep to conditional writes"):
+        connect_objects(URL)
+    assert [headers.get("If-None-Match") for headers in server.seen] == ["*", "*", None]  # the trial object went
 
 
 @pytest.mark.parametrize("over", [None, {"e_tag": "0"}])

@@ -19,7 +19,7 @@ from tiny_server import serve
 from shards.__main__ import main
 from shards.errors import UserError, WorkFailed, run_command
 from shards.format.layout import Layout
-from shards.format.records import seal, unseal
+from shards.format.records import RELEASED, seal, unseal
 from shards.inspect.verify import verify
 from shards.remote import client as storage
 from shards.share.transfer import pull, push
@@ -171,6 +171,13 @@ def test_a_cache_goes_to_any_filesystem_that_fsspec_writes_and_is_resumed(near, 
     assert verify(url, deep=True) == []
     pull(url, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(near)
+    memory.pipe("/exchange/cache/CACHE.json", RELEASED)  # of an extraction that gave up
+    push(near, url)
+    assert verify(url, deep=True) == []
+    memory.pipe("/exchange/cache/CACHE.json", b'{"claim":"somebody"}')
+    with pytest.raises(UserError, match="an extraction is under way at 'memory://exchange/cache'"):
+        push(near, url)
+    memory.pipe("/exchange/cache/CACHE.json", Layout(near).cache.read_bytes())
     with pytest.raises(UserError, match="another cache stands at 'memory://exchange/cache'"):
         push(make_cache(tmp_path / "other", n=4, shards=1, seed=9), url)
 
