@@ -9,8 +9,8 @@ A store may be used from any thread, but not after a fork: obstore's own threads
 Credentials and endpoints come from the environment, by the variables that fsspec's readers know:
 
 - ``s3://``, ``s3a://``: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``; with
-  botocore, which s3fs installs, the profiles of ``~/.aws``; else the role of an instance or a container.
-  ``AWS_ENDPOINT_URL`` names another server than Amazon's, ``AWS_CA_BUNDLE`` the certificates to trust.
+  boto3, the profiles of ``~/.aws``; else the role of an instance or a container. ``AWS_ENDPOINT_URL`` names another
+  server than Amazon's, ``AWS_CA_BUNDLE`` the certificates to trust.
 - ``gs://``, ``gcs://``: ``GOOGLE_APPLICATION_CREDENTIALS``, the login of ``gcloud``, the role of an instance.
   ``STORAGE_EMULATOR_HOST`` names another server.
 - ``az://``, ``abfs://``: ``AZURE_STORAGE_ACCOUNT_NAME`` with ``AZURE_STORAGE_ACCOUNT_KEY``,
@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -162,30 +162,20 @@ def _endpoint(client: dict[str, Any], option: str, *names: str) -> dict[str, str
 
 
 def _aws_profile() -> dict[str, Any]:
-    """Credentials and region of ``~/.aws`` (keys, SSO, assumed roles) that the environment does not give."""
+    """Credentials and region of ``~/.aws`` (keys, SSO, assumed roles), unless the environment has credentials."""
     try:
         from botocore.exceptions import BotoCoreError
-        from botocore.session import get_session
+        from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
         return {}
-    options: dict[str, Any] = {}
     try:
-        session = get_session()
-        credentials = None if os.environ.get("AWS_ACCESS_KEY_ID") else session.get_credentials()
-        region = session.get_config_variable("region")
+        if not os.environ.get("AWS_ACCESS_KEY_ID"):
+            return {"credential_provider": Boto3CredentialProvider(ttl=timedelta(minutes=10))}
     except BotoCoreError as error:
         raise ValueError(str(error)) from None
-    if credentials:
-
-        def provide() -> dict[str, Any]:
-            keys = credentials.get_frozen_credentials()
-            known = {"access_key_id": keys.access_key, "secret_access_key": keys.secret_key, "token": keys.token}
-            return {**known, "expires_at": datetime.now(UTC) + timedelta(minutes=10)}
-
-        options["credential_provider"] = provide
-    if region and not os.environ.get("AWS_REGION"):
-        options["region"] = region
-    return options
+    except ValueError:  # there are none: obstore asks for a role of the machine
+        pass
+    return {}
 
 
 def _reason(error: Exception) -> str:

@@ -159,7 +159,7 @@ def test_an_account_of_azure_may_stand_in_the_url(monkeypatch):
 
 @pytest.mark.slow
 def test_keys_and_region_of_an_aws_profile_are_used(server, monkeypatch, tmp_path):
-    pytest.importorskip("botocore")
+    pytest.importorskip("boto3")
     (tmp_path / "AWS_SHARED_CREDENTIALS_FILE").write_text(
         "[default]\naws_access_key_id = default\naws_secret_access_key = x\n"
         "[mine]\naws_access_key_id = profile\naws_secret_access_key = y\n"
