@@ -19,6 +19,18 @@ class UserError(Exception):
     """One sentence: what is wrong, where, and which command or setting mends it. Exit status 2, no traceback."""
 
 
+def install_command(extra: str) -> str:
+    """What installs the packages of an extra, also for a checkout: there pip finds that earshard is installed."""
+    return f"`python -m pip install 'earshard[{extra}]'`"
+
+
+def missing_package(feature: str, package: str, extra: str) -> UserError:
+    """What to raise when a package of an optional feature is not installed."""
+    return UserError(
+        f"{feature} needs the Python package {package}, which is not installed: run {install_command(extra)}"
+    )
+
+
 class WorkFailed(Exception):
     """The input was fine and the work was not (an unsound cache, too many failures). Exit status 1, no traceback."""
 

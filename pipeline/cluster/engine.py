@@ -21,7 +21,7 @@ from pipeline.cluster.driver import Driver
 from pipeline.config import ExtractConfig
 from pipeline.extract.stats import Tally
 from pipeline.extract.summary import Facts
-from shards.errors import UserError
+from shards.errors import UserError, missing_package
 
 OBJECT_STORE = 80 << 20  # bytes, of a local cluster: numbers are all that travels, and Ray's least is 75 MB
 
@@ -72,7 +72,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise UserError("--engine ray needs ray, which is not installed: `pip install 'earshard[ray]'`") from None
+        raise missing_package("--engine ray", "ray", "ray") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a corpus tool sends nothing home
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE, "include_dashboard": False}

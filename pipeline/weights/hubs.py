@@ -41,10 +41,8 @@ MEND = "check the name, the network and the token, or name a folder (path:…) o
 
 def download_hf(repo: str, revision: str | None) -> tuple[Path, str]:
     """Folder and commit hash of ``repo`` at ``revision`` (default: the main branch). Raises UserError."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError("the Python package huggingface_hub is missing: run `make setup`") from None
+    from huggingface_hub import snapshot_download
+
     where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
     def fetch(patterns: list[str]) -> Path:
@@ -56,13 +54,8 @@ def download_hf(repo: str, revision: str | None) -> tuple[Path, str]:
 
 def download_modelscope(repo: str, revision: str | None) -> tuple[Path, str]:
     """Folder and revision (default: ``master``) of ``repo`` on ModelScope. Raises UserError."""
-    try:
-        from modelscope import snapshot_download
-    except ImportError:
-        raise UserError(
-            f"modelscope:{repo} needs the Python package modelscope, which is not installed: "
-            "install it with `pip install 'earshard[modelscope]'`, or name another reference such as hf:… or wheel:…"
-        ) from None
+    from modelscope import snapshot_download
+
     where = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
     _check_reachable(f"modelscope:{repo}", where)
 
@@ -79,7 +72,7 @@ def cached_folder(reference: str) -> Path | None:
     try:
         library = import_module("huggingface_hub" if scheme == "hf" else "modelscope")
         return Path(library.snapshot_download(repo, revision=revision or None, local_files_only=True))
-    except (ImportError, OSError, ValueError):  # absent: LocalEntryNotFoundError is both of the latter
+    except (OSError, ValueError):  # absent: LocalEntryNotFoundError is both of the latter
         return None
 
 

@@ -16,7 +16,7 @@ from shards.format.layout import Layout, read_plan
 from shards.format.records import CacheInfo, RecordError, ShardRecord, unseal
 from shards.format.spec import FeatureSpec
 from shards.remote.client import is_url
-from shards.remote.snapshot import far_copy
+from shards.remote.snapshot import snapshot
 
 
 def describe_cache(cache: str | Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def describe_cache(cache: str | Path) -> dict[str, Any]:
         UserError: there is no cache, or CACHE.json is damaged.
     """
     if is_url(cache):
-        with far_copy(str(cache), tables=False) as copy:
+        with snapshot(str(cache), tables=False) as copy:
             return _describe(Layout(copy), str(cache))
     return _describe(Layout(Path(cache)), str(cache))
 

@@ -29,7 +29,7 @@ from shards.format.spec import FeatureSpec
 from shards.inspect.findings import Findings, Problem, Progress
 from shards.inspect.tar_check import TarFile, first_bad_row, first_bad_utterance
 from shards.remote.client import is_url
-from shards.remote.snapshot import far_copy, far_tar
+from shards.remote.snapshot import snapshot, whole_tar
 
 PLANNED = [name for name in UTTERANCE_SCHEMA.names if name != "samples"]  # what a manifest row keeps of its plan row
 
@@ -45,8 +45,8 @@ def verify(path: str | Path, deep: bool = False, progress: Progress | None = Non
         UserError: there is no such folder, it is no cache, or it is of a newer format.
     """
     if is_url(path):
-        with far_copy(str(path)) as copy:
-            return _Audit(Layout(copy), deep, progress, partial(far_tar, str(path))).run()
+        with snapshot(str(path)) as copy:
+            return _Audit(Layout(copy), deep, progress, partial(whole_tar, str(path))).run()
     layout = Layout(Path(path))
     if not layout.path.is_dir():
         raise UserError(f"there is no folder '{layout.path}': name a cache folder, such as caches/CORPUS/ENCODER")

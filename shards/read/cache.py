@@ -88,7 +88,7 @@ class Cache:
     def open(cls, path: str | Path | Mirror, verify: bool = True) -> Cache:
         """The cache at ``path``, a folder or a URL; ``verify=False`` skips the checksum of rows.
 
-        A :class:`~shards.remote.client.Mirror` in place of a URL sets the local folder and its size.
+        A :class:`~shards.remote.mirror.Mirror` in place of a URL sets the local folder and its size.
 
         Raises:
             UserError: there is no complete cache, it is of another format, its files do not fit each other, or a far

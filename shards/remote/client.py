@@ -1,27 +1,38 @@
-"""Files that are far away: one connection type, two ways there, and patience.
+"""Remote files: the one way to fetch them, with retries, resume, bounds and hashes.
 
-In: the URL of a folder, of any scheme that fsspec or plain HTTP knows. Out: :class:`Remote`, which streams parts of the
-files below it, and :func:`insist`, which tries again for as long as that may help and then tells why in one sentence.
-Nothing is listed, so a plain web server will do.
+In: the URL of a folder, of any scheme that fsspec or plain HTTP supports. Out: :class:`Remote`, the files below it by
+their relative names. Nothing is listed, so a plain web server is enough.
+
+    remote = Remote("https://host/caches/mine")
+    info = remote.read("CACHE.json", MAX_JSON + 1, parse_info)
+    remote.download("shards/000042.tar", path, record.tar.bytes, record.tar.sha256)
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
+from urllib.parse import quote
 
-from shards.errors import UserError
+from shards.errors import UserError, missing_package
+from shards.files import publish
 
 T = TypeVar("T")
 Doing = Literal["fetched", "written"]
-CHUNK = 8 << 20  # bytes asked for at once from an object store
-WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt; progress starts the row anew
-SILENCE = 30.0  # seconds without a byte after which an HTTP transfer is given up
+CHUNK = 8 << 20  # bytes per request to an object store
+BACKOFF = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt; progress starts the row anew
+EXTRAS = {  # scheme -> package, extra
+    **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
+    **dict.fromkeys(("gs", "gcs"), ("gcsfs", "gs")),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), ("adlfs", "azure")),
+}
+TIMEOUT = 30.0  # seconds without a byte after which an HTTP transfer is given up
 
 
 def is_url(path: str | Path) -> bool:
@@ -29,68 +40,207 @@ def is_url(path: str | Path) -> bool:
     return isinstance(path, str) and "://" in path
 
 
-class Broken(Exception):
+class TransientError(Exception):
     """A transfer failed and may succeed when repeated: one phrase."""
 
 
-class Remote(Protocol):
-    """Where the files of a cache come from."""
+@contextmanager
+def _transient_errors() -> Iterator[None]:
+    """Whatever a file system raises, except for absence and refusal, may pass."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, TransientError, UserError):
+        raise
+    except Exception as error:
+        raise TransientError(str(getattr(error, "reason", "") or error) or type(error).__name__) from error
+
+
+class Remote:
+    """The files below a URL. Methods may be called from any thread, but not after a fork: make a new one there.
+
+    Methods retry what may pass, and raise UserError, one sentence, when retrying is no use.
+
+    Attributes:
+        url: without a trailing slash.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._opened: Any = None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None if it does not exist."""
+        return self._unless_absent(name, lambda: self._connection.size(name))
+
+    def read(self, name: str, limit: int, parse: Callable[[bytes], T]) -> T:
+        """``parse`` of a small file's first ``limit`` bytes; the file is read again if it raises TransientError."""
+        return retry(lambda: parse(b"".join(self.stream(name, 0, limit))), f"{self.url}/{name}")
+
+    def find(self, name: str, limit: int) -> bytes | None:
+        """The first ``limit`` bytes of a small file, or None if it does not exist."""
+        return self._unless_absent(name, lambda: b"".join(self.stream(name, 0, limit)))
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
-        """Bytes ``start:end`` of a file, or less where it is shorter."""
+        """Bytes ``start:end`` of a file, or fewer where it is shorter, never more. Without retries."""
+        with _transient_errors():
+            for chunk in self._connection.stream(name, start, end) if start < end else ():
+                yield chunk[: end - start]
+                start += len(chunk)
 
-    def size(self, name: str) -> int:
-        """Bytes of a file; FileNotFoundError, PermissionError, or anything else that may pass."""
+    def fetch(self, name: str, file: BinaryIO, size: int, sha256: str | None = None) -> None:
+        """Write a file of exactly ``size`` bytes, and of this ``sha256`` if given, into ``file`` from its beginning.
+
+        A broken transfer resumes where it broke; it is given up after several attempts without any progress. A wrong
+        hash starts it anew. Never more than ``size`` bytes are written.
+        """
+        done, furthest, digest = 0, 0, hashlib.sha256()
+
+        def attempt() -> None:
+            nonlocal done, digest
+            file.seek(done)
+            for chunk in self.stream(name, done, size):
+                file.write(chunk)
+                digest.update(chunk)
+                done += len(chunk)
+            if done < size:
+                raise TransientError(f"it ended after {done} of {size} bytes")
+            if sha256 not in (None, digest.hexdigest()):
+                done, digest = 0, hashlib.sha256()
+                raise TransientError("its sha256 is not the declared one")
+
+        def progressed() -> bool:
+            nonlocal furthest
+            before, furthest = furthest, max(furthest, done)
+            return furthest > before
+
+        retry(attempt, f"{self.url}/{name}", progressed)
+
+    def download(
+        self,
+        name: str,
+        path: Path,
+        partial: Path,
+        size: int,
+        sha256: str | None = None,
+        space: AbstractContextManager[bool] | None = None,
+    ) -> bool:
+        """:meth:`fetch` a file into ``partial``, then rename it durably to ``path``: whole under its name, or absent.
+
+        Args:
+            space: entered before ``partial`` is made in its full size; False in it means that there is no room.
+
+        Returns:
+            False if there is no room; then nothing was fetched.
+        """
+        try:
+            with space or nullcontext(True) as fits:
+                if not fits:
+                    return False
+                file = open(partial, "wb")  # noqa: SIM115 - closed below, outside of ``space``
+                file.truncate(size)
+            with file:
+                self.fetch(name, file, size, sha256)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
+
+    def upload(self, path: Path, name: str) -> None:
+        """Write a local file under ``name``, over what is there."""
+        retry(lambda: self._connection.put(path, name), f"{self.url}/{name}", doing="written")
+
+    @property
+    def _connection(self) -> Any:
+        # Without the lock of functools.cached_property: a process forked meanwhile would inherit it locked.
+        if self._opened is None:
+            self._opened = (_Http if self.url.startswith(("http://", "https://")) else _Filesystem)(self.url)
+        return self._opened
+
+    def _unless_absent(self, name: str, attempt: Callable[[], T]) -> T | None:
+        def found() -> T | None:
+            try:
+                return attempt()
+            except FileNotFoundError:
+                return None
+
+        return retry(found, f"{self.url}/{name}")
 
 
-def connect(url: str) -> Remote:
-    """The remote of a URL's scheme.
-
-    Raises:
-        UserError: no installed package knows the scheme.
-    """
-    if url.startswith(("http://", "https://")):
-        return _Http(url)
-    return _Store(url)
+def retry(
+    attempt: Callable[[], T],
+    what: str,
+    progressed: Callable[[], bool] = lambda: False,
+    doing: Doing = "fetched",
+) -> T:
+    """``attempt()`` until it raises no TransientError, waiting longer each time; UserError when it is no use."""
+    start, failures = time.monotonic(), 0
+    while True:
+        try:
+            return attempt()
+        except FileNotFoundError:
+            raise UserError(f"there is no '{what}': name the folder of a complete cache") from None
+        except PermissionError as error:
+            raise UserError(f"permission denied for '{what}' ({error}): check credentials and access rights") from None
+        except TransientError as error:
+            reason = " ".join(str(error).split())[:200]
+        failures = 0 if progressed() else failures + 1
+        if failures > len(BACKOFF):
+            raise UserError(
+                f"'{what}' could not be {doing} in {failures} attempts and {time.monotonic() - start:.0f} s "
+                f"({reason}): check the connection and the files there, then rerun the same command"
+            )
+        time.sleep(BACKOFF[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # not all ranks at the same moment
 
 
 class _Http:
-    """A plain web server. Not through fsspec: its HTTP wants aiohttp, an event loop, and has no limit on silence."""
+    """A plain web server, by Python's own client.
+
+    Not by obstore, whose runtime hangs forever in a forked DataLoader worker, and which needs ranges and an ETag to
+    resume; not by fsspec, whose HTTP needs aiohttp and has no limit on silence.
+    """
 
     def __init__(self, url: str) -> None:
-        from urllib.parse import quote
+        from urllib.request import HTTPRedirectHandler, build_opener
 
-        self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # blanks and letters as they were typed; what is quoted stays
+        class StaysEncrypted(HTTPRedirectHandler):
+            def redirect_request(self, request: Any, *answer: Any) -> Any:
+                if request.type == "https" and not answer[-1].startswith("https://"):
+                    raise UserError(f"'{request.full_url}' redirects from https to http: name another URL")
+                return super().redirect_request(request, *answer)
+
+        self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # spaces and letters as typed; what is quoted stays
+        self.open = build_opener(StaysEncrypted).open
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
         headers = {"Range": f"bytes={start}-{end - 1}"} if start else {}
-        with self._opened(name, "GET", headers) as answer:
-            skip, left = (0 if answer.status == 206 else start), end - start  # 200: it knows no ranges
-            while left and (chunk := answer.read(min(1 << 20, skip or left))):
+        with self._answer(name, "GET", headers) as answer:
+            skip, left = (0 if answer.status == 206 else start), end - start  # 200: the server ignores ranges
+            while left > 0 and (chunk := answer.read(min(1 << 20, skip or left))):
                 if skip:
                     skip -= len(chunk)
-                    continue
-                left -= len(chunk)
-                yield chunk
+                else:
+                    left -= len(chunk)
+                    yield chunk
 
+    @_transient_errors()
     def size(self, name: str) -> int:
-        with self._opened(name, "HEAD", {}) as answer:
+        with self._answer(name, "HEAD", {}) as answer:
             length = answer.headers.get("Content-Length", "")
             if not length.isdigit():
-                raise Broken("it does not tell its length")
+                raise TransientError("the server does not tell its length")
             return int(length)
 
     @contextmanager
-    def _opened(self, name: str, method: str, headers: dict[str, str]) -> Iterator[Any]:
-        from http.client import HTTPException
+    def _answer(self, name: str, method: str, headers: dict[str, str]) -> Iterator[Any]:
         from urllib.error import HTTPError
-        from urllib.parse import quote
-        from urllib.request import Request, urlopen
+        from urllib.request import Request
 
         headers = {"User-Agent": "earshard", "Accept-Encoding": "identity", **headers}
+        request = Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
         try:
-            request = Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
-            with urlopen(request, timeout=SILENCE) as answer:
+            with self.open(request, timeout=TIMEOUT) as answer:
                 yield answer
         except HTTPError as error:
             error.close()  # it holds the connection
@@ -98,133 +248,44 @@ class _Http:
                 raise FileNotFoundError(name) from None
             if error.code in (401, 403):
                 raise PermissionError(f"HTTP {error.code}") from None
-            raise Broken(f"HTTP {error.code} {error.reason}") from None
-        except (HTTPException, OSError) as error:
-            raise Broken(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
+            raise TransientError(f"HTTP {error.code} {error.reason}") from None
 
 
-class _Store:
-    """Any other scheme, by fsspec. Opened in the process that reads: fsspec's filesystems do not survive a fork."""
+class _Filesystem:
+    """Any other scheme, by fsspec, which resets itself after a fork."""
 
     def __init__(self, url: str) -> None:
-        self.files, self.path = open_filesystem(url)
+        import fsspec
+
+        self.url, scheme = url, url.split("://")[0]
+        try:  # a filesystem of our own, which remembers no listings
+            self.files, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+        except ImportError as error:
+            if scheme in EXTRAS:
+                raise missing_package(f"{scheme}://", *EXTRAS[scheme]) from None
+            raise UserError(f"'{scheme}://' needs another package ({error}): install it with pip") from None
+        except ValueError as error:
+            raise UserError(f"'{url}' names no cache ({error}): write scheme://bucket/folder") from None
+        self.path = path.rstrip("/")
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
         while start < end:
-            wanted = min(end, start + CHUNK)
-            chunk: bytes = self.files.cat_file(f"{self.path.rstrip('/')}/{name}", start=start, end=wanted)
+            stop = min(end, start + CHUNK)
+            chunk: bytes = self.files.cat_file(f"{self.path}/{name}", start=start, end=stop)
             yield chunk
             start += len(chunk)
-            if start < wanted:
+            if start < stop:
                 return
 
+    @_transient_errors()
     def size(self, name: str) -> int:
-        return int(self.files.info(f"{self.path.rstrip('/')}/{name}")["size"])
+        return int(self.files.info(f"{self.path}/{name}")["size"])
 
-
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem of a URL, and the path in it; a filesystem of our own, which remembers no listings.
-
-    Raises:
-        UserError: no installed package knows the scheme.
-    """
-    import fsspec
-
-    scheme = url.split("://")[0]
-    try:
-        files, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
-    except ImportError as error:
-        raise UserError(f"'{scheme}://' needs another package ({error}): install it with pip") from None
-    except ValueError as error:
-        raise UserError(f"'{url}' names no cache ({error}): write scheme://bucket/folder") from None
-    return files, path
-
-
-def insist(
-    attempt: Callable[[], T],
-    what: str,
-    progressed: Callable[[], bool] = lambda: False,
-    doing: Doing = "fetched",
-) -> T:
-    """``attempt()`` until it succeeds, waiting longer each time; UserError when it is no use."""
-    begun, failures = time.monotonic(), 0
-    while True:
+    @_transient_errors()
+    def put(self, path: Path, name: str) -> None:
         try:
-            return attempt()
-        except FileNotFoundError:
-            raise UserError(f"there is no '{what}': name the folder of a complete cache, copied whole") from None
-        except PermissionError as error:
-            may = "read" if doing == "fetched" else doing
-            raise UserError(f"'{what}' may not be {may} ({error}): check credentials and rights") from None
-        except Broken as error:
-            reason = str(error)
-        failures = 0 if progressed() else failures + 1
-        if failures > len(WAITS):
+            self.files.put_file(str(path), f"{self.path}/{name}")
+        except NotImplementedError as error:
             raise UserError(
-                f"'{what}' could not be {doing} in {failures} attempts and {time.monotonic() - begun:.0f} s "
-                f"({_one_line(reason)}): check the connection and the files there, then run the same command again"
-            )
-        time.sleep(WAITS[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # not all ranks at the same moment
-
-
-def file_size(remote: Remote, name: str, what: str) -> int | None:
-    """Bytes of a file, None where there is none; UserError when it cannot be told."""
-
-    def attempt() -> int | None:
-        try:
-            return remote.size(name)
-        except FileNotFoundError:
-            return None
-        except (PermissionError, Broken, UserError):
-            raise
-        except Exception as error:  # whatever a filesystem raises may pass
-            raise Broken(str(error) or type(error).__name__) from error
-
-    return insist(attempt, what)
-
-
-def fetch_file(remote: Remote, name: str, size: int, path: Path, what: str, sha256: str | None = None) -> None:
-    """Bring a file of ``size`` bytes, and of this ``sha256`` if given; a cut transfer goes on where it was cut."""
-    at, best, digest = 0, 0, hashlib.sha256()
-
-    def attempt() -> None:
-        nonlocal at, digest
-        with open(path, "r+b" if at else "wb") as file:
-            file.seek(at)
-            source = remote.stream(name, at, size) if at < size else iter(())
-            while (chunk := next_chunk(source)) is not None:
-                file.write(chunk)
-                digest.update(chunk)
-                at += len(chunk)
-        if at < size:
-            raise Broken(f"it ended after {at} of {size} bytes")
-        if sha256 not in (None, digest.hexdigest()):
-            at, digest = 0, hashlib.sha256()
-            raise Broken("its sha256 is not the one in its record")
-
-    def progressed() -> bool:
-        nonlocal best
-        before, best = best, max(best, at)
-        return best > before
-
-    insist(attempt, what, progressed)
-
-
-def read_small(remote: Remote, name: str, most: int) -> bytes:
-    """A whole file of at most ``most`` bytes, or its beginning; Broken when it may come another time."""
-    source = remote.stream(name, 0, most)
-    return b"".join(iter(lambda: next_chunk(source), None))
-
-
-def next_chunk(source: Iterator[bytes]) -> bytes | None:
-    """The next chunk; whatever a filesystem raises besides absence and refusal may pass."""
-    try:
-        return next(source, None)
-    except (FileNotFoundError, PermissionError, Broken, UserError):
-        raise
-    except Exception as error:
-        raise Broken(str(error) or type(error).__name__) from error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+                f"'{self.url}' cannot be written ({error or 'read-only'}): name a bucket, such as s3://…"
+            ) from None

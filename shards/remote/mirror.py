@@ -1,4 +1,4 @@
-"""Far caches: whole shards fetched ahead of need into a local folder, hashed before anybody sees them.
+"""Remote caches: whole shards fetched ahead of need into a local folder, hashed before anybody sees them.
 
 In: the URL of a complete cache folder (``shards/remote/client.py``). Out: :class:`Mirror`, a local folder of the same
 layout in which a shard stands from the moment it is whole until its room is needed.
@@ -8,8 +8,8 @@ CACHE.json -> manifest.parquet -> shards/000042.json (the sha256) -> 000042.part
 ```
 
 Ranks, workers and runs of one machine share the folder: whoever locks ``.lock`` fetches the shard and the others wait.
-A reader keeps a shared lock on what it has mapped; making room takes the longest unused shards and passes over locked
-ones. All locks are the kernel's: a killed process leaves none.
+A reader keeps a shared lock on what it has mapped; making room removes the least recently used shards and passes over
+locked ones. All locks are the kernel's: a killed process leaves none.
 
     EARSHARD_CACHE=/scratch/earshard   the folder (default ~/.cache/earshard)
     EARSHARD_CACHE_GB=200              most gigabytes of shards in it, over all caches (default 50)
@@ -17,7 +17,6 @@ ones. All locks are the kernel's: a killed process leaves none.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
@@ -25,17 +24,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from shards.files import file_sha256, make_folder, open_file, told, write_all
+from shards.files import atomic_write, file_lock, file_sha256, make_folder, open_file, told
 from shards.format.layout import Layout
-from shards.format.records import MAX_JSON, CacheInfo, RecordError, ShardRecord, is_claim, parse, unseal
-from shards.remote.client import Broken, Remote, connect, insist, next_chunk, read_small
+from shards.format.records import MAX_JSON, CacheInfo, FileInfo, RecordError, ShardRecord, is_claim, parse, unseal
+from shards.remote.client import Remote, TransientError
 
 BUDGET_GB = 50.0
 FETCHERS = 4  # shards that a process fetches at once, ahead of need
@@ -43,7 +42,7 @@ POLL = 0.02  # seconds between looks at fetches whose room is needed
 
 
 class Mirror:
-    """A far cache, and the local folder that holds a part of it. Make it with :meth:`open`.
+    """A remote cache, and the local folder that holds a part of it. Make it with :meth:`open`.
 
     Attributes:
         url: of the cache folder, without a trailing slash.
@@ -70,44 +69,28 @@ class Mirror:
         Raises:
             UserError: there is no such cache, it cannot be reached, or the local folder cannot be written.
         """
-        url = url.rstrip("/")
         root = Path(root or os.environ.get("EARSHARD_CACHE") or "~/.cache/earshard").expanduser()
-        remote = connect(url)
-
-        def fetch() -> bytes:
-            data = read_small(remote, "CACHE.json", MAX_JSON + 1)
-            if is_claim(data):
-                raise UserError(f"the cache '{url}' is not complete: finish its extraction first")
-            try:
-                CacheInfo.model_validate(parse(data, "CACHE.json"))
-            except RecordError as error:
-                raise Broken(str(error)) from None
-            return data
-
-        try:
-            data = insist(fetch, f"{url}/CACHE.json")
-        except ValidationError:
-            raise UserError(f"'{url}' holds a CACHE.json of another format: name a cache that earshard made") from None
+        remote = Remote(url)
+        data, info = fetch_info(remote)
         folder = root / hashlib.sha256(data).hexdigest()[:32]
-        with told("mirroring a far cache", root):
+        with told("mirroring a remote cache", root):
             make_folder(folder / "shards")
-            _write_small(folder / "CACHE.json", data)
-        mirror = cls(url, folder, _budget() if budget is None else budget)
-        manifest = mirror._info.files["manifest.parquet"]
-        found = mirror.layout.manifest
-        if not (found.is_file() and found.stat().st_size == manifest.bytes and file_sha256(found) == manifest.sha256):
-            found.unlink(missing_ok=True)
-            mirror._fetch(found, "manifest.parquet", lambda: (manifest.bytes, manifest.sha256), needed=True)
+            _save(folder / "CACHE.json", data)
+        mirror = cls(remote.url, folder, _budget() if budget is None else budget)
+        manifest, path = info.files["manifest.parquet"], mirror.layout.manifest
+        if not (path.is_file() and path.stat().st_size == manifest.bytes and file_sha256(path) == manifest.sha256):
+            path.unlink(missing_ok=True)
+            mirror._fetch(path, lambda: manifest, needed=True)
         return mirror
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Mirror, (self.url, self.folder, self.budget)
 
     def detach(self) -> None:
-        """Forget connections, threads and wishes: for a process that was forked."""
+        """Forget connections, threads and requests: for a process that was forked."""
         self._lock = threading.Lock()
-        self._remote: Remote | None = None
-        self._wanted: deque[int] = deque()
+        self._remote = Remote(self.url)
+        self._requested: deque[int] = deque()
         self._running = 0
 
     def open_shard(self, shard: int) -> io.FileIO:
@@ -118,152 +101,84 @@ class Mirror:
         """
         path = self.layout.tar(shard)
         while True:
-            self.ensure(shard)
-            try:
-                file = open_file(path)
-            except FileNotFoundError:  # just made room for another
-                continue
-            fcntl.flock(file.fileno(), fcntl.LOCK_SH)  # a mapping duplicates the descriptor, and so holds the lock
-            return file
+            self.fetch(shard)
+            with suppress(FileNotFoundError):  # just made room for another
+                return open_file(path, lock=True)  # a mapping duplicates the descriptor, and so holds the lock
 
-    def ensure(self, shard: int, needed: bool = True) -> bool:
+    def fetch(self, shard: int, needed: bool = True) -> bool:
         """Have a shard's tar in the folder. Not ``needed``: only if there is room and nobody else fetches it.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it cannot be fetched.
         """
-        path = self.layout.tar(shard)
-        return self._fetch(path, f"shards/{path.name}", lambda: self._tar_of(shard), needed, counted=True)
+        return self._fetch(self.layout.tar(shard), lambda: self._tar_of(shard), needed, counted=True)
 
-    def want(self, shards: Iterable[int]) -> None:
-        """Fetch these shards in the background, in this order, after those that are wanted already."""
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Fetch these shards in the background, in this order, after those that were requested before."""
         with self._lock:
-            self._wanted = deque(dict.fromkeys([*self._wanted, *shards]))
-            more = max(min(FETCHERS, len(self._wanted)) - self._running, 0)
+            self._requested = deque(dict.fromkeys([*self._requested, *shards]))
+            more = max(min(FETCHERS, len(self._requested)) - self._running, 0)
             self._running += more
         for _ in range(more):
             # Daemons: a program that ends does not wait for shards that nobody will read.
-            threading.Thread(target=self._fetch_wanted, name="earshard-fetch", daemon=True).start()
+            threading.Thread(target=self._fetch_requested, name="earshard-fetch", daemon=True).start()
 
-    def want_nothing(self) -> None:
+    def cancel_prefetch(self) -> None:
         """Begin no further fetch in the background."""
         with self._lock:
-            self._wanted.clear()
+            self._requested.clear()
 
-    def _fetch_wanted(self) -> None:
+    def _fetch_requested(self) -> None:
         while True:
             with self._lock:
-                if not self._wanted:
+                if not self._requested:
                     self._running -= 1
                     return
-                shard = self._wanted.popleft()
-            with suppress(Exception):  # whoever needs the shard tries again, and tells
-                self.ensure(shard, needed=False)
+                shard = self._requested.popleft()
+            with suppress(Exception):  # whoever needs the shard tries again, and reports
+                self.fetch(shard, needed=False)
 
-    def _tar_of(self, shard: int) -> tuple[int, str]:
+    def _tar_of(self, shard: int) -> FileInfo:
         """Size and sha256 of a shard's tar, by its commit record."""
         path = self.layout.record(shard)
-        ids = (self._info.feature_id, self._info.plan_id, shard)
-
-        def fetch() -> ShardRecord:
-            data = read_small(self._connected(), f"shards/{path.name}", MAX_JSON + 1)
-            try:
-                record = ShardRecord.model_validate(parse(data, path.name))
-            except (RecordError, ValidationError) as error:
-                raise Broken(str(error) if isinstance(error, RecordError) else "it is no commit record") from None
-            if (record.feature_id, record.plan_id, record.shard) != ids:
-                raise Broken("it belongs to another cache")
-            _write_small(path, data)
-            return record
-
         try:
             record = ShardRecord.model_validate(unseal(path))
         except (FileNotFoundError, RecordError, ValidationError):
-            record = insist(fetch, f"{self.url}/shards/{path.name}")
-        return record.tar.bytes, record.tar.sha256
+            data, record = fetch_record(self._remote, shard, self._info)
+            _save(path, data)
+        return record.tar
 
-    def _connected(self) -> Remote:
-        with self._lock:
-            if self._remote is None:
-                self._remote = connect(self.url)
-            return self._remote
-
-    def _fetch(
-        self, path: Path, name: str, expected: Callable[[], tuple[int, str]], needed: bool, counted: bool = False
-    ) -> bool:
-        """Bring one file, or wait for whoever does; ``expected`` gives size and sha256; ``counted`` needs room."""
+    def _fetch(self, path: Path, declared: Callable[[], FileInfo], needed: bool, counted: bool = False) -> bool:
+        """Fetch one file of ``declared`` size and hash, or wait for whoever does; ``counted`` needs room."""
         part, lock = path.with_suffix(".part"), path.with_suffix(".lock")
-        while True:
-            with suppress(FileNotFoundError):
-                os.utime(path)  # the time of last use
-                return True
-            # The lock is a file of its own: whoever waits on the data's would wait for those who read it, too.
-            with told("storing a part of a far cache", self.folder), _locked(lock, wait=needed) as held:
-                if held is None:
-                    return False
-                if not _still(held, lock):
-                    continue
-                try:
-                    return path.exists() or self._fetch_locked(part, path, name, expected, needed, counted)
-                finally:
-                    part.unlink(missing_ok=True)
-                    lock.unlink(missing_ok=True)
-
-    def _fetch_locked(
-        self, part: Path, path: Path, name: str, expected: Callable[[], tuple[int, str]], needed: bool, counted: bool
-    ) -> bool:
-        size, sha256 = expected()
-        part.unlink(missing_ok=True)  # of a killed process
-        # Made at its full size, inside the lock of who makes room: what is under way counts whole.
-        with self._room(size, needed) if counted else nullcontext(True) as fits:
-            if not fits:
+        with suppress(FileNotFoundError):
+            os.utime(path)  # the time of last use
+            return True
+        # The lock is a file of its own: whoever waits on the data's would wait for those who read it, too.
+        with told("storing a part of a remote cache", self.folder), file_lock(lock, wait=needed) as held:
+            if not held:
                 return False
-            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.ftruncate(fd, size)
-        try:
-            self._transfer(fd, name, size, sha256)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(part, path)
-        return True
-
-    def _transfer(self, fd: int, name: str, size: int, sha256: str) -> None:
-        """Fill ``fd`` with a file of that size and hash; a cut transfer goes on where it was cut."""
-        at, best, digest = 0, 0, hashlib.sha256()
-
-        def attempt() -> None:
-            nonlocal at, digest
-            source = self._connected().stream(name, at, size) if at < size else iter(())
-            while (chunk := next_chunk(source)) is not None:
-                chunk = chunk[: size - at]
-                os.lseek(fd, at, os.SEEK_SET)
-                write_all(fd, chunk)
-                digest.update(chunk)
-                at += len(chunk)
-            if at < size:
-                raise Broken(f"it ended after {at} of {size} bytes")
-            if digest.hexdigest() != sha256:
-                at, digest = 0, hashlib.sha256()
-                raise Broken("its sha256 is not the one in its record")
-
-        def progressed() -> bool:
-            nonlocal best
-            before, best = best, max(best, at)
-            return best > before
-
-        insist(attempt, f"{self.url}/{name}", progressed)
+            try:
+                if path.exists():
+                    return True
+                file, name = declared(), str(path.relative_to(self.folder))
+                part.unlink(missing_ok=True)  # of a killed process
+                # Made at its full size while the room is reserved: what is under way counts whole.
+                space = self.reserve_space(file.bytes, needed) if counted else None
+                return self._remote.download(name, path, part, file.bytes, file.sha256, space)
+            finally:
+                lock.unlink(missing_ok=True)
 
     @contextmanager
-    def _room(self, size: int, needed: bool) -> Iterator[bool]:
-        """Remove the longest unused shards until ``size`` more bytes fit; false when they do not and need not.
+    def reserve_space(self, size: int, needed: bool) -> Iterator[bool]:
+        """Remove the least recently used shards until ``size`` more bytes fit; False when they do not and need not.
 
         What is needed waits for fetches that are under way: once whole, they can leave again. Only shards that are all
         mapped by readers let the folder grow over its budget.
         """
         root = self.folder.parent
         while True:
-            with _locked(root / "room.lock", wait=True):
+            with file_lock(root / "room.lock"):
                 stored, under_way = _stored(root), False
                 excess = sum(taken for _, taken, _ in stored) + size - self.budget
                 for _, taken, path in stored:
@@ -275,6 +190,50 @@ class Mirror:
                     yield needed or excess <= 0
                     return
             time.sleep(POLL)
+
+
+def fetch_info(remote: Remote) -> tuple[bytes, CacheInfo]:
+    """``CACHE.json`` of a complete remote cache, as it stands there and parsed.
+
+    Raises:
+        UserError: there is no such cache, it is not complete, of another format, or cannot be reached.
+    """
+
+    def parse_info(data: bytes) -> tuple[bytes, CacheInfo]:
+        if is_claim(data):
+            raise UserError(f"the cache '{remote.url}' is not complete: finish its extraction first")
+        try:
+            info = CacheInfo.model_validate(parse(data, "CACHE.json"))
+            info.files["manifest.parquet"], info.files["failures.parquet"], info.counts["shards"], info.counts["bytes"]
+            return data, info
+        except RecordError as error:
+            raise TransientError(str(error)) from None
+        except (ValidationError, KeyError):
+            raise UserError(
+                f"'{remote.url}' holds a CACHE.json of another format: name a cache that earshard made"
+            ) from None
+
+    return remote.read("CACHE.json", MAX_JSON + 1, parse_info)
+
+
+def fetch_record(remote: Remote, shard: int, info: CacheInfo) -> tuple[bytes, ShardRecord]:
+    """The commit record of a shard of the remote cache that ``info`` describes, as it stands there and parsed.
+
+    Raises:
+        UserError: it does not exist, is damaged, of another cache, or cannot be reached.
+    """
+    name = f"shards/{shard:06d}.json"
+
+    def parse_record(data: bytes) -> tuple[bytes, ShardRecord]:
+        try:
+            record = ShardRecord.model_validate(parse(data, name))
+        except (RecordError, ValidationError) as error:
+            raise TransientError(str(error) if isinstance(error, RecordError) else "it is no commit record") from None
+        if (record.feature_id, record.plan_id, record.shard) != (info.feature_id, info.plan_id, shard):
+            raise TransientError("it belongs to another cache")
+        return data, record
+
+    return remote.read(name, MAX_JSON + 1, parse_record)
 
 
 def require_room(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:
@@ -289,6 +248,11 @@ def require_room(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:
         )
 
 
+def _save(path: Path, data: bytes) -> None:
+    """Put a small file in place whole; several processes and threads may do so at once."""
+    atomic_write(path, data, f"{os.getpid()}-{threading.get_ident()}")
+
+
 def _budget() -> int:
     text = os.environ.get("EARSHARD_CACHE_GB") or str(BUDGET_GB)
     try:
@@ -298,36 +262,6 @@ def _budget() -> int:
     except ValueError:
         raise UserError(f"EARSHARD_CACHE_GB is '{text}': set it to a number of gigabytes") from None
     return int(budget * 1e9)
-
-
-def _write_small(path: Path, data: bytes) -> None:
-    """Put a small file in place whole; several processes may do so at once."""
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
-@contextmanager
-def _locked(path: Path, wait: bool, make: bool = True) -> Iterator[int | None]:
-    """A descriptor of the file, exclusively locked; ``None`` when it is taken and we do not wait."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-            return
-        yield fd
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough where a fork has copied the descriptor
-        os.close(fd)
-
-
-def _still(fd: int, path: Path) -> bool:
-    """True while the open file is the one of that name."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    return False
 
 
 def _stored(root: Path) -> list[tuple[int, int, Path]]:
@@ -343,11 +277,11 @@ def _stored(root: Path) -> list[tuple[int, int, Path]]:
 
 def _remove_unused(path: Path) -> bool:
     """Remove a shard that nobody has mapped, or a part that nobody fetches."""
-    guard = path.with_suffix(".lock") if path.suffix == ".part" else path
-    with suppress(FileNotFoundError), _locked(guard, wait=False, make=guard is not path) as held:
-        if held is None:
+    part = path.suffix == ".part"
+    guard = path.with_suffix(".lock") if part else path
+    with suppress(FileNotFoundError), file_lock(guard, wait=False, create=part) as held:
+        if not held:
             return False
         path.unlink(missing_ok=True)
-        if guard is not path:
-            guard.unlink(missing_ok=True)
+        guard.unlink(missing_ok=True)
     return True

@@ -37,7 +37,7 @@ from obstore.exceptions import (
 )
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from shards.errors import UserError
+from shards.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -126,7 +126,7 @@ def translate_errors(url: str) -> Iterator[None]:
         if isinstance(error, AlreadyExistsError | PreconditionError):
             raise
         if METADATA_SERVICE in text and not (status == 429 or status >= 500):
-            hint = "; those of ~/.aws need `pip install 'earshard[s3]'`" if scheme in S3 else ""
+            hint = f"; those of ~/.aws need {install_command('s3')}" if scheme in S3 else ""
             raise PermissionError(f"no credentials were found{hint}") from None
         if "Received redirect" in text or "AuthorizationHeaderMalformed" in text:
             raise UserError(f"'{url}' is in another region ({reason}): set AWS_REGION to it") from None

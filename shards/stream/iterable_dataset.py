@@ -169,7 +169,7 @@ class FeatureStream(IterableDataset[Batch]):
                 yield step
         finally:
             for mirror in mirrors:
-                mirror.want_nothing()
+                mirror.cancel_prefetch()
 
     def _want(self, epoch: int, window: int) -> None:
         now = self._far_shards(epoch, window)
@@ -177,7 +177,7 @@ class FeatureStream(IterableDataset[Batch]):
         after = (epoch, window + 1) if window + 1 < self.order.windows else (epoch + 1, 0)
         later = self._far_shards(*after) if self.epochs is None or after[0] < self.epochs else {}
         for mirror in now.keys() | later.keys():
-            mirror.want([*now.get(mirror, []), *later.get(mirror, [])])
+            mirror.prefetch([*now.get(mirror, []), *later.get(mirror, [])])
 
     def _far_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
         """The shards of far caches that a window reads, in order of need."""

@@ -6,11 +6,14 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PAGE = 20  # entries of a tree in one answer
@@ -24,7 +27,9 @@ class Hub(ThreadingHTTPServer):
         large: sha256 -> content that was uploaded by the LFS protocol, committed or not.
         requests: ``GET /path`` of every request.
         commits: the paths of every commit.
-        fail_at: commits from this one on are answered 503; None never.
+        fail_at: commits from this one on are answered 403; None never.
+        xet: a folder that Xet's own library writes chunks to in place of its server; None: uploads are LFS's.
+        senders: a folder that holds what is uploaded by Xet, by which a sha256 is known; the bytes come from ``xet``.
     """
 
     daemon_threads = True
@@ -36,10 +41,31 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.commits: list[list[str]] = []
         self.fail_at: int | None = None
+        self.xet: Path | None = None
+        self.senders = Path()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def is_large(self, path: str) -> bool:
         return path.endswith((".tar", ".parquet"))
+
+    def content(self, oid: str) -> bytes:
+        """What was uploaded with this sha256."""
+        if oid not in self.large:
+            self.large[oid] = self._from_xet(oid)
+        return self.large[oid]
+
+    def _from_xet(self, oid: str) -> bytes:
+        from hf_xet import XetFileInfo, hash_files
+        from huggingface_hub.utils._xet import get_xet_session
+
+        files = [path for path in self.senders.rglob("*") if path.is_file()]
+        file = next(path for path in files if hashlib.sha256(path.read_bytes()).hexdigest() == oid)
+        info = XetFileInfo(hash_files([str(file)])[0].hash, file.stat().st_size)
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(self.xet, f"{folder}/xet")  # the sender has locked its own
+            with get_xet_session().new_file_download_group(endpoint=f"local://{folder}/xet") as group:
+                group.start_download_file(info, f"{folder}/file")
+            return Path(folder, "file").read_bytes()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -56,6 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif file and file[1] in hub.files:
             self.answer_file(hub.files[file[1]])
+        elif hub.xet and re.fullmatch(rf"/api/datasets/{hub.name}/xet-write-token/[^/]+", url.path):
+            self.answer({"casUrl": f"local://{hub.xet}", "accessToken": "token", "exp": 4102444800})
         elif re.fullmatch(rf"/api/datasets/{hub.name}(/revision/[^/]+)?", url.path):
             siblings = [{"rfilename": path} for path in hub.files]
             self.answer({"id": hub.name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
@@ -132,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         """All of it or nothing, as git does."""
         hub = self.server
         if hub.fail_at is not None and len(hub.commits) >= hub.fail_at:
-            self.answer({"error": "down for maintenance"}, 503)
+            self.answer({"error": "your quota is used up"}, 403)  # a 503 is retried for a minute
             return
         added = {}
         for line in lines:
@@ -140,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 added[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                added[value["path"]] = hub.large[value["oid"]]
+                added[value["path"]] = hub.content(value["oid"])
         hub.files.update(added)
         hub.commits.append(list(added))
         self.answer({"commitUrl": f"{hub.url}/datasets/{hub.name}/commit/{COMMIT}", "commitOid": COMMIT})

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from shards.config.base import flatten
-from shards.errors import UserError
+from shards.errors import UserError, missing_package
 from shards.files import atomic_write, told
 from train.config.train import TrainConfig
 
@@ -77,7 +77,7 @@ def require_trackers(config: TrainConfig) -> None:
     """UserError when a library that ``config.trackers`` needs is not installed."""
     for name in config.trackers:
         if importlib.util.find_spec(NEEDS[name]) is None:
-            raise UserError(f"trackers names {name}, which is not installed: pip install {name}, or leave it out")
+            raise missing_package(f"trackers=[{name}]", name, "trackers")
 
 
 def open_outlets(config: TrainConfig, run: Path, step: int) -> Outlets:

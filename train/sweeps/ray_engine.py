@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from shards.errors import UserError, WorkFailed
+from shards.errors import UserError, WorkFailed, missing_package
 from train.config.train import TrainConfig
 from train.sweeps.group import Mode
 
@@ -120,7 +120,7 @@ def _connected() -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise UserError("engine=ray needs ray, which is not installed: `pip install 'earshard[ray]'`") from None
+        raise missing_package("engine=ray", "ray", "ray") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE, "include_dashboard": False}

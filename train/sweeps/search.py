@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import UserError
+from shards.errors import missing_package
 from train.config.train import TrainConfig
 from train.distributed.signals import StopRequest
 from train.runs import folder as runs
@@ -68,7 +68,7 @@ def _study(wanted: SearchConfig) -> optuna.Study:
     try:
         import optuna
     except ImportError:
-        raise UserError("search needs optuna, which is not installed: `pip install 'earshard[search]'`") from None
+        raise missing_package("search", "optuna", "search") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     samplers: dict[str, Any] = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     pruners: dict[str, Any] = {

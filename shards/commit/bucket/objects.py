@@ -24,7 +24,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 from shards.commit.bucket.s3 import MARK
 from shards.errors import UserError
 from shards.remote import object_store
-from shards.remote.client import Broken, Doing, insist
+from shards.remote.client import Doing, TransientError, retry
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -142,7 +142,7 @@ class Objects:
                 if standing and standing.attributes.get(MARK) == mark:  # the answer to our own write was lost
                     return _version(standing.meta)
                 if isinstance(error, AlreadyExistsError) and (over is not None or standing is None):
-                    raise Broken("another write to it was under way") from None  # HTTP 409
+                    raise TransientError("another write to it was under way") from None  # HTTP 409
                 return None
 
         return self._request(put, name, "written")
@@ -157,9 +157,9 @@ class Objects:
             except FileNotFoundError:
                 return None
             except ConnectionError as error:
-                raise Broken(str(error)) from None
+                raise TransientError(str(error)) from None
 
-        return insist(attempt, f"{self.url}/{name}", doing=doing)
+        return retry(attempt, f"{self.url}/{name}", doing=doing)
 
 
 def _version(meta: Any) -> Version:

@@ -14,15 +14,13 @@ record, and files that the next owner of the shard writes over. Records do not c
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from shards.commit.bucket.objects import Objects
 from shards.commit.claims import LEASE, new_owner
 from shards.commit.finalize import hashed_rows, is_of, merged
 from shards.errors import UserError
-from shards.files import make_folder, told
+from shards.files import file_lock, make_folder, told
 from shards.format.layout import UTTERANCE_SCHEMA, Layout, Plan, parquet_bytes, read_plan
 from shards.format.records import RELEASED, RecordError, is_claim, is_released, parse, seal
 from shards.format.spec import FeatureSpec
@@ -227,20 +225,20 @@ class _Scratch:
         for left in parent.glob(f"{SCRATCH}*"):
             _remove_left(left)
         self.path = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = ExitStack()
+        lock.enter_context(file_lock(self.path / "lock"))
         weakref.finalize(self, _end, self.path, lock)
 
 
-def _end(folder: Path, lock: int) -> None:
+def _end(folder: Path, lock: ExitStack) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+    lock.close()
 
 
 def _remove_left(folder: Path) -> None:
-    with suppress(OSError), open(folder / "lock", "r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError), file_lock(folder / "lock", wait=False, create=False) as held:
+        if held:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def connect_objects(url: str) -> Objects:

@@ -90,7 +90,8 @@ def test_without_ray_the_engine_says_what_to_install(tmp_path, world, monkeypatc
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run_command(command, [*words(tmp_path, *world), "--engine", "ray"]) == 2
     assert capsys.readouterr().err == (
-        "error: --engine ray needs ray, which is not installed: `pip install 'earshard[ray]'`\n"
+        "error: --engine ray needs the Python package ray, which is not installed: "
+        "run `python -m pip install 'earshard[ray]'`\n"
     )
     assert run_command(command, [*words(tmp_path, *world), "--engine", "ray", "--num-workers", "2"]) == 2
     assert "--num-workers is of --engine local" in capsys.readouterr().err

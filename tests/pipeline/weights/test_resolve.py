@@ -145,7 +145,6 @@ def resolve_apart(reference, home: Path, **environment: str) -> tuple[dict, str]
 
 
 def test_the_default_asks_modelscope_first_when_its_id_is_set(hub, tiny, tmp_path):
-    pytest.importorskip("modelscope")
     found, told = resolve_apart(
         None, tmp_path, MODELSCOPE_ENDPOINT=hub.url, HF_ENDPOINT=hub.url, WHISPER_MS_ID="iic/Whisper-small"
     )
@@ -157,7 +156,6 @@ def test_the_default_asks_modelscope_first_when_its_id_is_set(hub, tiny, tmp_pat
 
 
 def test_a_hub_that_is_down_is_told_and_the_next_one_is_used(hub, tiny, tmp_path):
-    pytest.importorskip("modelscope")
     found, told = resolve_apart(
         None, tmp_path, HF_ENDPOINT=hub.url, WHISPER_MS_ID="iic/Whisper-small", WHISPER_HF_ID="some/whisper"
     )
@@ -169,7 +167,6 @@ def test_a_hub_that_is_down_is_told_and_the_next_one_is_used(hub, tiny, tmp_path
 
 @pytest.mark.parametrize("scheme", ["hf", "modelscope"])
 def test_a_truncated_download_is_refused_and_the_next_attempt_downloads_anew(hub, tmp_path, scheme):
-    pytest.importorskip("modelscope")
     endpoints = {"HF_ENDPOINT": hub.url, "MODELSCOPE_ENDPOINT": hub.url}
     whole = len(hub.content("model.safetensors") or b"")
     hub.cut = 100

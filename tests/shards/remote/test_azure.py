@@ -13,7 +13,7 @@ from shards.remote import client as storage
 
 @pytest.fixture
 def azure(monkeypatch) -> Azure:
-    monkeypatch.setattr(storage, "WAITS", (0.01,) * 3)
+    monkeypatch.setattr(storage, "BACKOFF", (0.01,) * 3)
     with serve_azure("container") as server:
         monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", server.url)
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")

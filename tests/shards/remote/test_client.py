@@ -33,7 +33,7 @@ def near(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def mirrors(tmp_path, monkeypatch):
     monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
-    monkeypatch.setattr(storage, "WAITS", (0.01,) * 5)
+    monkeypatch.setattr(storage, "BACKOFF", (0.01,) * 5)
     return tmp_path / "mirrors"
 
 

@@ -101,7 +101,7 @@ def test_a_server_that_accepts_every_write_is_refused(server):
 
 @pytest.mark.parametrize("over", [None, {"e_tag": "0"}])
 def test_a_write_that_met_another_one_under_way_is_tried_again(server, monkeypatch, over):
-    monkeypatch.setattr(storage, "WAITS", (0.01,) * 3)
+    monkeypatch.setattr(storage, "BACKOFF", (0.01,) * 3)
     server.answers = [(409, "ConditionalRequestConflict"), (200 if over else 404, ""), (200, "")]
     assert Objects(URL).put("name", b"x", over) == {"e_tag": '"1"'}
     assert [headers.get("If-Match") for headers in server.seen] == [over and "0", None, over and "0"]

@@ -221,7 +221,9 @@ def test_a_library_that_is_not_installed_is_named_in_one_sentence(tiny, monkeypa
         return real(name, *args, **keys)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(UserError, match=f"needs {library}: pip install"):
+    with pytest.raises(
+        UserError, match=f"needs the Python package {library}, which is not installed: run `python -m pip install"
+    ):
         load(tiny, **option)
 
 

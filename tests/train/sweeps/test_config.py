@@ -185,8 +185,10 @@ def test_what_the_command_line_gets_wrong_is_said_in_one_sentence(tmp_path, caps
         capsys, "--config", str(file), "--resume", "grid.lr=[1,3]"
     )
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "needs ray, which is not installed" in fails(capsys, "--resume", str(tmp_path / "there"), "--engine", "ray")
-    assert "needs ray, which is not installed" in fails(
+    assert "needs the Python package ray, which is not installed" in fails(
+        capsys, "--resume", str(tmp_path / "there"), "--engine", "ray"
+    )
+    assert "needs the Python package ray, which is not installed" in fails(
         capsys, "--config", str(file), "name=far", "--engine", "ray", "grid.lr=[1,3]"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -201,5 +203,5 @@ def test_an_option_without_its_library_says_what_to_install(tmp_path, monkeypatc
     from train.sweeps.sweep import run_sweep
 
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError, match=rf"needs {library}, which is not installed: `pip install"):
+    with pytest.raises(UserError, match=rf"package {library}, which is not installed: run `python -m pip install"):
         run_sweep(sweep(runs=str(tmp_path), **keys))

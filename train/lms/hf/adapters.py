@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from shards.errors import UserError
+from shards.errors import UserError, missing_package
 from train.config.model import LoraConfig
 
 
@@ -23,9 +23,10 @@ def quantization(bits: int, dtype: torch.dtype) -> Any:
     The matrices are read into ``bits`` as the model is loaded; activations stay in ``dtype``.
     """
     try:
+        import accelerate  # noqa: F401 - by which transformers loads them
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UserError(f"lm.bits={bits} needs bitsandbytes: pip install bitsandbytes") from None
+        raise missing_package(f"lm.bits={bits}", "bitsandbytes", "bits") from None
     import transformers
 
     settings: Any = transformers.BitsAndBytesConfig
@@ -56,7 +57,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
     try:
         import peft
     except ImportError:
-        raise UserError("lm.lora needs peft: pip install --no-deps peft") from None
+        raise missing_package("lm.lora", "peft", "lora") from None
     scale: Any = config.alpha  # peft declares an int and takes any number
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=scale, target_modules=config.target_modules or "all-linear", lora_dropout=0.0

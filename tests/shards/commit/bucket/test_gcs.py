@@ -22,7 +22,7 @@ from shards.stream.sampler import Rules
 @pytest.fixture
 def gcs(monkeypatch, tmp_path) -> GCS:
     monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
-    monkeypatch.setattr(storage, "WAITS", (0.01,) * 3)
+    monkeypatch.setattr(storage, "BACKOFF", (0.01,) * 3)
     with serve_gcs("bucket") as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         yield server

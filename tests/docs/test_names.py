@@ -1,0 +1,43 @@
+"""Modules that a docstring, a comment, a test or a page names exist, and so does what is said to be in them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+from docs_text import ROOT
+
+PATH = re.compile(r"(?<![\w./-])(?:shards|pipeline|train|tests|bench)(?:/\w+)*/\w+\.py\b")
+DOTTED = re.compile(r"(?<=[`~\"'])(?:shards|pipeline|train)(?:\.[A-Za-z_]\w*)+(?=[`\"'])")
+
+FILES = ("train.parquet", "train.yaml")
+
+
+def is_stale(name: str) -> bool:
+    if name.endswith(".py"):
+        return not (ROOT / name).is_file()
+    package, *inside = name.split(".")
+    module = ROOT / package
+    while inside and ((module / inside[0]).is_dir() or (module / f"{inside[0]}.py").is_file()):
+        module /= inside.pop(0)
+    file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+    return bool(inside) and not re.search(rf"\b{inside[0]}\b", file.read_text(encoding="utf-8"))
+
+
+def test_every_module_that_is_named_exists():
+    listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.toml", "*.yaml", "Makefile"], cwd=ROOT, text=True,
+                            capture_output=True, check=True)  # fmt: skip
+    stale = []
+    for file in listed.stdout.split():
+        if file not in ("CHANGELOG.md", "tests/docs/test_names.py") and (ROOT / file).is_file():
+            text = (ROOT / file).read_text(encoding="utf-8")
+            found = {name for name in PATH.findall(text) + DOTTED.findall(text) if name not in FILES}
+            stale += [f"{file}: {name}" for name in sorted(found) if is_stale(name)]
+    assert not stale
+
+
+def test_a_name_that_is_gone_is_noticed():
+    assert is_stale("shards.remote.mirror.Nobody")
+    assert is_stale("shards.nobody")
+    assert is_stale("shards/nobody.py")
+    assert not is_stale("shards.remote.mirror.Mirror")
