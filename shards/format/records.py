@@ -69,7 +69,7 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
 
 
 def is_claim(data: bytes) -> bool:
-    """Whether an object of a bucket is a claim (``shards/commit/bucket/claims.py``), held or released, and no record yet."""
+    """Whether an object of a bucket is a claim, held or released (``shards/commit/bucket/claims.py``)."""
     return "claim" in _object(data)
 
 

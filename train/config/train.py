@@ -113,7 +113,7 @@ class TrainConfig(Config):
     extract: Strings = Field(default_factory=list)
     """Extraction configs that create the caches: one for each in the same order, or one for all."""
     filter: str | None = None
-    """Train only on rows that match, for example `duration < 20 and speaker != ''` (`shards/read/filters.py`). null: all."""
+    """Train on rows that match, such as `duration < 20 and speaker != ''` (`shards/read/filters.py`). null: all."""
     val: ValConfig = ValConfig()
 
     runs: str = "runs"
