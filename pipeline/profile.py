@@ -3,9 +3,9 @@
 In: blocks of work, timed where they run. Out: a table for people; for ``--profile FILE`` the same in JSON with every
 block as an event, in the format that https://ui.perfetto.dev and chrome://tracing open.
 
-A stage is *busy* while it works; *waiting* is the main thread's time behind another stage. ``read`` and ``encode`` run
-in the main thread, ``decode`` in ``workers`` threads (or processes with a thread each that waits), ``codec`` and
-``write`` in one; ``commit``, the end of a shard, in another.
+A stage is *busy* while it works; *waiting* is the main thread's time behind another stage. ``encode`` runs in the main
+thread, ``read`` in one thread, ``decode`` in ``workers`` threads, ``codec`` and ``write`` in one; ``commit``, the end
+of a shard, in another.
 """
 
 from __future__ import annotations

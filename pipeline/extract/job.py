@@ -1,7 +1,8 @@
 """The extraction job: everything that is decided before the first frame, and what is left to do after the last.
 
 In: an :class:`pipeline.config.ExtractConfig`. Out: a :class:`Job`, that is source, encoder, plan, and the caches (one a
-layer) to fill. :func:`prepare` makes it, :func:`schedule` marks shards to make again.
+layer) to fill. :func:`prepare` makes it; :func:`schedule` reads the commit records once, for all who ask later what is
+left to do, and marks shards to make again. :func:`provenance` is what ``CACHE.json`` says about all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 from pipeline.config import ExtractConfig
 from pipeline.encoders.base import Encoder
 from pipeline.encoders.load import load_encoder, speed_up
-from pipeline.extract.finish import write_job
 from pipeline.extract.plan import fingerprint, frames_of, list_source, make_plan, windows_of
 from pipeline.extract.resources import decoding_workers, my_device
 from pipeline.sources import Source, Utterance, open_source
@@ -51,7 +51,14 @@ class Target:
 
 @dataclass
 class Job:
-    """Everything that is decided before the first frame."""
+    """Everything that is decided before the first frame.
+
+    Attributes:
+        todo: shards that some target lacks or that are made again; from :func:`schedule`, as what follows.
+        void: for each target, commit records that no longer count, by shard: these shards are made again.
+        failed: failures in the records that count.
+        attempts: failed attempts before this run, by key.
+    """
 
     config: ExtractConfig
     source: Source
@@ -61,15 +68,18 @@ class Job:
     plan: Plan
     fingerprint: str
     owner: str = field(default_factory=new_owner)
-    attempts: dict[str, int] = field(default_factory=dict)  # key -> failed attempts before this run
+    todo: list[int] = field(default_factory=list)
+    void: list[dict[int, dict[str, Any]]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    attempts: dict[str, int] = field(default_factory=dict)
 
     def missing(self, shard: int) -> list[Target]:
-        """The targets that have no trusted record of ``shard``."""
+        """The targets that have no trusted record of ``shard`` now."""
         return [t for t in self.targets if t.store.committed(shard, t.spec.feature_id, self.plan.id) is None]
 
     @property
     def workers(self) -> int:
-        """Threads or processes that decode for this process's encoder."""
+        """Threads that decode for this process's encoder."""
         import torch
 
         return decoding_workers(
@@ -92,10 +102,10 @@ class Job:
 
 
 def prepare(config: ExtractConfig) -> Job:
-    """Resolve weights, list the source, fix the plan, check the disk.
+    """Resolve weights, list the source, fix the plan.
 
     Raises:
-        UserError: weights, source or folder are not as they must be, or the disk is too small.
+        UserError: weights, source or folder are not as they must be.
     """
     if is_url(config.root) and config.shard_mb > LARGEST_PUT:
         raise UserError(
@@ -123,10 +133,6 @@ def prepare(config: ExtractConfig) -> Job:
     plan = _fix_plan(config, encoder, source, utterances, targets, mark)
     job = Job(config, source, encoder, weights, targets, plan, mark)
     speed_up(encoder, config.encoder.compile, windows_of(plan.table, encoder, config.overlap))
-    if not job.complete():
-        _check_disk(job)
-        for target in targets:
-            write_job(target.store, target.spec, plan.id, provenance(job))
     return job
 
 
@@ -249,43 +255,50 @@ def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
     return total * len(job.targets)
 
 
-def _check_disk(job: Job) -> None:
-    folder = job.targets[0].layout.path
-    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
-    if not job.targets[0].store.stays:
-        todo = todo[:AT_ONCE]  # shards are about equal in size
-    need = estimate_bytes(job, todo)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        cure = "choose another root, set limit" if job.targets[0].store.stays else "set scratch, lower shard_mb"
-        raise UserError(
-            f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
-            f"{cure}, or use codec=int8 for half the size"
-        )
+def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> None:
+    """Find what is left to do, in one scan of the commit records; of caches that are complete none is read.
 
+    Made again are ``shards``, damaged ones (``verify``) and those with failures (``retry_failed``). A cache that loses
+    a shard is no longer complete, so its ``CACHE.json`` goes first. Failed utterances keep count of their attempts.
 
-def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> set[int]:
-    """Mark shards to make again: ``shards``, damaged ones (``verify``), those with failures (``retry_failed``).
-
-    A cache that loses a shard is no longer complete, so its ``CACHE.json`` goes first. Failed utterances keep count of
-    their attempts.
+    Raises:
+        UserError: the disk is too small for what is left.
     """
     redo = set(shards)
-    records: list[dict[int, dict[str, Any]]] = []
+    if job.complete() and not (redo or verify or retry_failed):
+        return
+    found: list[dict[int, dict[str, Any]]] = []
     for target in job.targets:
-        records.append({})
+        found.append({})
         for shard in range(job.plan.shards):
             record = target.store.committed(shard, target.spec.feature_id, job.plan.id)
             if record is None:
                 continue
-            records[-1][shard] = record
+            found[-1][shard] = record
             if (retry_failed and record["failures"]) or (verify and target.store.damaged(shard, record)):
                 redo.add(shard)
-    for target, found in zip(job.targets, records if redo else (), strict=False):
-        target.store.reopen({shard: found[shard] for shard in redo if shard in found})
-    for shard in redo & records[0].keys():
-        job.attempts.update({failure["key"]: failure["attempt"] for failure in records[0][shard]["failures"]})
-    return redo
+    job.void = [{shard: records[shard] for shard in sorted(redo & records.keys())} for records in found]
+    for target, records in zip(job.targets, job.void if redo else (), strict=False):
+        target.store.reopen(records)
+    for shard, record in found[0].items():
+        if shard in redo:
+            job.attempts.update({failure["key"]: failure["attempt"] for failure in record["failures"]})
+        else:
+            job.failed += record["failures"]
+    job.todo = [s for s in range(job.plan.shards) if s in redo or any(s not in records for records in found)]
+    _check_disk(job)
+
+
+def _check_disk(job: Job) -> None:
+    folder, stays = job.targets[0].layout.path, job.targets[0].store.stays
+    need = estimate_bytes(job, job.todo if stays else job.todo[:AT_ONCE])  # shards are about equal in size
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        cure = "choose another root, set limit" if stays else "set scratch, lower shard_mb"
+        raise UserError(
+            f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
+            f"{cure}, or use codec=int8 for half the size"
+        )
 
 
 def provenance(job: Job) -> dict[str, Any]:

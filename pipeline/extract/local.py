@@ -17,8 +17,10 @@ import threading
 import time
 from collections import Counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline.extract.child import Listener, Report, tell
+from pipeline.extract.job import provenance
 from pipeline.extract.loop import count_committed_failures, finish_caches, make_shards
 from pipeline.extract.progress import Progress
 from pipeline.extract.resources import Worker, devices
@@ -86,43 +88,23 @@ class Processes:
             start_new_session=True,  # Ctrl-C is this process's business
         )
         assert process.stdin is not None
-        job = self._job
-        told = {
-            "config": job.config.model_dump(mode="json"),
-            "device": device,
-            "fingerprint": job.fingerprint,
-            "attempts": job.attempts,
-            "targets": [(t.layer, t.store.location, t.spec.feature_id) for t in job.targets],
-        }
-        process.stdin.write(json.dumps(told) + "\n")
+        process.stdin.write(json.dumps({**tell(self._job), "device": device}) + "\n")
         process.stdin.flush()  # and stays open: its end is the sign that this process is gone
         thread = threading.Thread(target=self._listen, args=(process,), name=f"worker on {device}", daemon=True)
         thread.start()
         self._running.append((device, process, thread))
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
-        """Count what the process does; what it did for a shard that it did not live to make counts no more."""
         assert process.stdout is not None
-        since: list[tuple[int, float]] = []
+        listener = Listener(self._tally, self._progress)
         with process.stdout:
             for line in process.stdout:
                 try:
-                    told: dict[str, Any] = json.loads(line)
+                    report = Report(*json.loads(line))
                 except ValueError:  # a line cut short by the process's death
                     continue
-                if "failure" in told:
-                    self._tally.fail(*told["failure"])
-                elif "made" in told:
-                    self._progress.made(told["made"])
-                    since.clear()
-                else:
-                    since.append(told["step"])
-                    self._count(*told["step"])
-        self._count(-sum(n for n, _ in since), -sum(seconds for _, seconds in since))
-
-    def _count(self, utterances: int, audio_seconds: float) -> None:
-        self._tally.add(utterances, audio_seconds)
-        self._progress.step(utterances, audio_seconds)
+                listener.hear(report)
+        listener.end()
 
     @staticmethod
     def _tell(device: str, code: int) -> None:
@@ -144,14 +126,15 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
     started = time.perf_counter()
     tally = Tally(stages=Stages(trace=trace))
     count_committed_failures(job, tally)
-    with (
-        job.at_work(),
-        _progress(job, tally) as progress,
-        Processes(job, tally, progress) as others,
-        open_decoders(job, tally.stages) as decoders,
-    ):
-        make_shards(job, tally, decoders, progress, worker=worker, look=others.check)
-        finish_caches(job, time.perf_counter() - started)
+    with job.at_work():
+        if job.todo:
+            with (
+                _progress(job, tally) as progress,
+                Processes(job, tally, progress) as others,
+                open_decoders(job, tally.stages) as decoders,
+            ):
+                make_shards(job, tally, decoders, progress, worker=worker, look=others.check)
+        finish_caches(job.targets, job.plan, provenance(job), time.perf_counter() - started)
         tally.stages.wall = time.perf_counter() - started
     return tally
 

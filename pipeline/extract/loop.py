@@ -10,37 +10,58 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.decode.pool import Decoders
-from pipeline.extract import finish as merge
-from pipeline.extract.finish import POLL
-from pipeline.extract.job import Job, Target, provenance
+from pipeline.extract.job import Job, Target
 from pipeline.extract.resources import Worker
 from pipeline.extract.shard import Made, encode_shard
 from pipeline.extract.stats import Tally, check_failures
 from pipeline.profile import Stages
 from pipeline.threads import Background
+from shards.format.layout import Plan
+
+POLL = 0.5  # seconds between two looks at what another process does
 
 
 class Watch(Protocol):
-    """Who is told how far the work is: :class:`Progress`, or the process that started this one."""
+    """Who is told how far the work is: :class:`Progress`, or the process that started this one. Any thread may tell."""
 
-    def step(self, utterances: int, audio_seconds: float) -> None: ...
+    def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
+        """More utterances of ``shard`` are encoded, or failed."""
 
-    def made(self, shard: int) -> None: ...
+    def made(self, shard: int) -> None:
+        """``shard`` was made and committed."""
 
-    def found(self, shard: int) -> None: ...
+    def found(self, shard: int) -> None:
+        """``shard`` was committed before, or by another process."""
 
-    def waiting(self, shards: int) -> None: ...
+    def waiting(self, shards: int) -> None:
+        """Only so many shards are left, all of them in the hands of other processes."""
 
 
-def finish_caches(job: Job, seconds: float) -> None:
-    """Merge each cache, all of whose shards are committed, unless another process does or did."""
-    about = {**provenance(job), "last_run_seconds": round(seconds, 1)}
-    for target in job.targets:
-        merge.complete(target.store, target.spec, job.plan, about)
+def finish_caches(targets: Sequence[Target], plan: Plan, about: dict[str, Any], seconds: float) -> None:
+    """Merge each cache, all of whose shards are committed, unless another process does: then wait until it is complete.
+
+    Any process may do it, any number of times, within ``at_work`` of the stores.
+
+    Args:
+        about: provenance, see :func:`pipeline.extract.job.provenance`.
+        seconds: how long the run took.
+    """
+    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    about = {**about, "last_run_seconds": round(seconds, 1), "finished": finished}
+    for target in targets:
+        while not target.store.is_complete(target.spec.feature_id, plan.id):
+            if target.store.take(None):
+                try:
+                    target.store.finish(target.spec, plan, about)
+                finally:
+                    target.store.release(None)
+            else:
+                time.sleep(POLL)
 
 
 def make_shards(
@@ -56,8 +77,12 @@ def make_shards(
 
     A shard is committed while the next one is encoded: its fsync and the reading back cost the encoder nothing.
     """
-    waiting = (worker or Worker()).turn(job.plan.shards)
-    with Committing(tally.stages) as committing:
+    todo = set(job.todo)
+    for shard in range(job.plan.shards):
+        if shard not in todo:
+            watch.found(shard)
+    waiting = [shard for shard in (worker or Worker()).turn(job.plan.shards) if shard in todo]
+    with Committing(tally.stages, watch) as committing:
         while waiting:
             made_here, held_by_others = [], []
             for shard in waiting:
@@ -69,11 +94,10 @@ def make_shards(
                 mine = claim(job, shard, targets)
                 if mine:
                     try:
-                        made = encode_shard(job, shard, mine, tally, decoders, watch.step)
+                        made = encode_shard(job, shard, mine, tally, decoders, partial(watch.step, shard))
                     except BaseException:
                         release(shard, mine)
                         raise
-                    watch.made(shard)
                     made_here.append(shard)
                     committing.put(made)
                 if len(mine) < len(targets):
@@ -88,10 +112,10 @@ def make_shards(
 
 
 class Committing:
-    """Commits shards in a thread, in order, one of them waiting at most; gives their claims back."""
+    """Commits shards in a thread, in order, one of them waiting at most; tells of it, gives their claims back."""
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+    def __init__(self, stages: Stages, watch: Watch) -> None:
+        self._stages, self._watch = stages, watch
         self._open: list[Made] = []
 
     def __enter__(self) -> Committing:
@@ -121,6 +145,7 @@ class Committing:
 
     def _commit(self, made: Made) -> None:
         made.commit()
+        self._watch.made(made.shard)
         self._let_go(made)
 
     def _let_go(self, made: Made) -> None:
@@ -152,9 +177,6 @@ def release(shard: int, targets: Sequence[Target]) -> None:
 
 def count_committed_failures(job: Job, tally: Tally) -> None:
     """Failures of earlier runs count towards ``max_failures``."""
-    target = job.targets[0]
-    for shard in range(job.plan.shards):
-        record = target.store.committed(shard, target.spec.feature_id, job.plan.id)
-        for failure in record["failures"] if record else ():
-            tally.fail(failure["key"], failure["stage"], failure["error"])
+    for failure in job.failed:
+        tally.fail(failure["key"], failure["stage"], failure["error"])
     check_failures(tally, job.config.max_failures, len(job.plan.table))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -25,7 +26,8 @@ class Progress:
     def __init__(self, sizes: Mapping[int, int], busiest: Callable[[], str]) -> None:
         self._sizes, self._busiest, self._total = sizes, busiest, sum(sizes.values())
         self._seconds, self._began, self._kept = 0.0, time.perf_counter(), 0
-        self._counted: set[int] = set()
+        self._stepped: Counter[int] = Counter()  # utterances of a shard that the bar shows already
+        self._done: set[int] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Progress:
@@ -38,8 +40,8 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def step(self, utterances: int, audio_seconds: float) -> None:
-        """More utterances went through the encoder; fewer, when those of a lost worker's shard count no more.
+    def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
+        """More utterances of ``shard`` are encoded; fewer, when those of a lost worker's shard count no more.
 
         Any thread may call.
         """
@@ -47,19 +49,21 @@ class Progress:
             self._seconds += audio_seconds
             rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
             self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._busiest()}", refresh=False)
-            self._bar.update(utterances)
+            if shard not in self._done:
+                self._stepped[shard] += utterances
+                self._bar.update(utterances)
 
     def made(self, shard: int) -> None:
-        """``shard`` was made, here or by a process that this one started; its utterances are counted already."""
-        self._counted.add(shard)
+        """``shard`` was made and committed, here or by a process that this one started."""
+        self.found(shard)
 
     def found(self, shard: int) -> None:
-        """``shard`` was committed before, or by another process: it counts as done but not towards the rate."""
+        """``shard`` is committed: its other utterances, made elsewhere, count as done but not towards the rate."""
         with self._lock:
-            if shard not in self._counted:
-                self._counted.add(shard)
-                self._bar.update(self._sizes[shard])
+            if shard not in self._done:
+                self._done.add(shard)
+                self._bar.update(self._sizes[shard] - self._stepped[shard])
 
     def waiting(self, shards: int) -> None:
-        """Only shards that other processes hold are left."""
+        """Only so many shards are left, all of them in the hands of other processes."""
         self._bar.set_postfix_str(f"waiting for {shards} shards of other processes")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 
@@ -83,28 +83,8 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-PAYS = 200  # utterances from which on starting processes (half a second of a core each) is earned back
-
-
-CORES = 3  # below, a process takes the encoder's core: 400 spoken sentences on two took 13.7 s, with threads 12.4 s
-
-
-def decode_in(wanted: str, *, cpu_bound: bool, device: str, cpus: int, utterances: int) -> Literal["thread", "process"]:
-    """What the setting ``decode_in`` stands for: ``auto`` is processes where they pay.
-
-    Args:
-        wanted: auto, thread or process.
-        cpu_bound: the source computes its audio.
-        device: the encoder's; a GPU is faster than this process's lock lets threads decode.
-        cpus: cores of this process.
-        utterances: left to extract.
-    """
-    pays = utterances >= PAYS and (device != "cpu" or (cpu_bound and cpus >= CORES))
-    return "process" if wanted == "process" or (wanted == "auto" and pays) else "thread"
-
-
 def decoding_workers(wanted: int | None, *, device: str, cpus: int, gpus: int) -> int:
-    """How many threads or processes decode: ``wanted``, or by the encoder's device.
+    """How many threads decode: ``wanted``, or by the encoder's device.
 
     An encoder on the CPU needs few and wants the cores itself; a GPU leaves its share of them but for what reads,
     prepares batches and stores.

@@ -3,7 +3,7 @@
     python -m pipeline extract --config configs/extract/speech.yaml source.limit=100
 
 ```
-decoders (threads or processes) -> main thread encodes -> one thread joins windows, stores (codec, tar, hash)
+decoders (threads) -> main thread encodes -> one thread joins windows, stores (codec, tar, hash)
     -> commit (sync, read back, rename), which the engine lets run beside the next shard's encoding
 ```
 
@@ -15,7 +15,6 @@ for which shard is the engine's business (``pipeline/extract/loop.py``).
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +25,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.decode.pool import Decoders, Failure, Pool, ThreadPool
+from pipeline.decode.pool import Decoders, Failure
 from pipeline.encoders.batching import encode_in_parts
 from pipeline.encoders.recording import NotFinite, join, spans_of
 from pipeline.extract.job import Job, Target
-from pipeline.extract.resources import decode_in
 from pipeline.extract.stats import Tally, check_failures
 from pipeline.profile import Stages
 from pipeline.threads import Background
@@ -179,17 +177,5 @@ def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages, decoders
 
 
 def open_decoders(job: Job, stages: Stages) -> Decoders:
-    """Threads or processes for what is left of ``job``, as its setting ``decode_in`` and :func:`decode_in` say."""
-    config, source = job.config, job.source
-    rows = job.plan.table["shard"].to_pylist()
-    todo = {shard for shard in set(rows) if job.missing(shard)}
-    left = sum(shard in todo for shard in rows)
-    pool: Pool
-    device, cpus = job.encoder.device, len(os.sched_getaffinity(0))
-    if decode_in(config.decode_in, cpu_bound=source.cpu_bound, device=device, cpus=cpus, utterances=left) == "thread":
-        pool = ThreadPool(job.workers, stages)
-    else:
-        from pipeline.decode.process import ProcessPool
-
-        pool = ProcessPool(job.workers, stages, config.source if source.cpu_bound else None)
-    return Decoders(source, pool, 2 * job.workers + job.encoder.batch_size, stages)
+    """The decoding threads of ``job``; enough recordings wait to fill a batch."""
+    return Decoders(job.source, job.workers, 2 * job.workers + job.encoder.batch_size, stages)

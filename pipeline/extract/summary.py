@@ -1,7 +1,7 @@
 """What is to be told about a job, in plain values that travel between machines.
 
-In: a prepared :class:`pipeline.extract.job.Job`. Out: :class:`Facts`, from which a driver that holds no encoder knows
-what to hand out, what to print, and whether two machines would make the same cache.
+In: a scheduled :class:`pipeline.extract.job.Job`. Out: :class:`Facts`, from which a driver that holds no encoder knows
+how much is left to do and what to print.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ class Facts:
 
     Attributes:
         caches: the folder or URL of each target.
-        identity: feature id of each target and the plan's id; machines that work together must agree.
         sizes: planned utterances of each shard.
         todo: shards that are not committed, or must be made again.
         size: bytes that the tars of ``todo`` will take, about.
@@ -33,7 +32,6 @@ class Facts:
     dtype: str
     workers: int
     caches: list[str]
-    identity: list[str]
     sizes: list[int]
     todo: list[int]
     size: int
@@ -54,9 +52,8 @@ class Facts:
 
 
 def facts_of(job: Job) -> Facts:
-    """What there is to tell about ``job`` now."""
+    """What there is to tell about a scheduled ``job``."""
     counts = Counter(job.plan.table["shard"].to_pylist())
-    todo = [shard for shard in range(job.plan.shards) if job.missing(shard)]
     return Facts(
         source=job.source.name,
         encoder=job.encoder.name,
@@ -65,10 +62,9 @@ def facts_of(job: Job) -> Facts:
         dtype=job.encoder.dtype,
         workers=job.workers,
         caches=[target.store.location for target in job.targets],
-        identity=[*(target.spec.feature_id for target in job.targets), job.plan.id],
         sizes=[counts[shard] for shard in range(job.plan.shards)],
-        todo=todo,
-        size=estimate_bytes(job, todo),
+        todo=job.todo,
+        size=estimate_bytes(job, job.todo),
         complete=job.complete(),
         problems=list(job.source.problems),
     )

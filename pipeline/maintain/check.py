@@ -1,16 +1,13 @@
 """Are the stored features what the encoder gives? Encode some utterances again and compare.
 
     python -m pipeline check CACHE --n 32
-    python -m pipeline check CACHE --hashes
 
 In: a cache, its source audio, its encoder. Out: for each of n random utterances the relative RMS error and the cosine
-of stored against fresh features; an utterance above the tolerance of the spec's dtype and codec fails the check. With
-``--hashes`` no encoder: the sha256 of every utterance's audio, as its source reads it, against the manifest.
+of stored against fresh features; an utterance above the tolerance of the spec's dtype and codec fails the check.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,21 +81,6 @@ def check(
         error, cosine = relative_rms(stored, fresh), _cosine(stored, fresh)
         problem = "" if error <= limit else f"relative error above {limit:.3g}"
         yield Comparison(row["key"], row["frames"], error, cosine, problem)
-
-
-def changed_audio(cache: Cache, source: str | None = None) -> Iterator[tuple[str, str]]:
-    """(key, problem or "") of every utterance: does its source still give the audio that the features were made from?
-
-    Raises:
-        UserError: the recorded source cannot be had.
-    """
-    audio = open_source(recorded_config(cache.info, cache.path, source).source)
-    keys, uris, wanted = (cache.manifest[name].to_pylist() for name in ("key", "audio", "audio_sha256"))
-    for key, digest, (_, data) in zip(keys, wanted, audio.read(uris), strict=True):
-        if isinstance(data, Exception):
-            yield key, f"no audio: {data}"
-        else:
-            yield key, "" if hashlib.sha256(data).hexdigest() == digest else "other audio than the features are of"
 
 
 def recorded_config(info: dict[str, Any], path: Path, source: str | None = None) -> ExtractConfig:

@@ -80,7 +80,6 @@ class Source(ABC):
         root: the folder that uris are relative to; None when there is none.
         version: what else decides the bytes of the audio (the synthesiser's version); "" where the files do.
         speaker_split: ``val_fraction`` keeps a speaker on one side; False where each utterance stands for itself.
-        cpu_bound: reading takes the processor rather than the disk: decoding processes read for themselves.
     """
 
     name: str
@@ -88,7 +87,6 @@ class Source(ABC):
     root: Path | None = None
     version: str = ""
     speaker_split: bool = True
-    cpu_bound: bool = False
 
     def __init__(self) -> None:
         self._tally = Tally()

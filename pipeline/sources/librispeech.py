@@ -50,8 +50,6 @@ def open_librispeech(path: str, splits: Sequence[str]) -> Source:
 class Tree(Source):
     """The unpacked folders; ``root`` holds the split folders."""
 
-    cpu_bound = True
-
     def __init__(self, root: Path, splits: Sequence[str]) -> None:
         super().__init__()
         self.name, self.root = _name(splits), root
@@ -88,7 +86,6 @@ class Archives(Source):
     """``.tar.gz`` files, each read from its start to its end: once to list it, once more for the audio."""
 
     sequential = True
-    cpu_bound = True
 
     def __init__(self, archives: Sequence[Path], splits: Sequence[str]) -> None:
         super().__init__()

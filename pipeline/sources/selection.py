@@ -32,7 +32,7 @@ class Selection(Source):
     ) -> None:
         super().__init__()
         self.name, self.sequential, self.root, self.version = name, source.sequential, source.root, source.version
-        self.speaker_split, self.cpu_bound = source.speaker_split, source.cpu_bound
+        self.speaker_split = source.speaker_split
         self._source = source
         self._limit, self._shortest, self._longest = limit, min_duration, max_duration
         self._val_fraction, self._seed = val_fraction, seed

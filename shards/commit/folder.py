@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from shards.commit.claims import LEASE, Claims, new_owner
 from shards.commit.finalize import committed, finalise, is_complete, is_tidy, sweep, write_plan
-from shards.files import file_sha256, told, write_new
+from shards.files import file_sha256, told
 from shards.format.layout import Layout, Plan, read_plan
-from shards.format.records import seal, unseal
+from shards.format.records import unseal
 from shards.format.spec import FeatureSpec
 
 
@@ -37,14 +37,6 @@ class Folder:
     def write_plan(self, table: pa.Table) -> Plan:
         with told("writing the plan", self.layout.path):
             return write_plan(self.layout, table, self._claims.owner)
-
-    def write_job(self, tree: dict[str, Any]) -> None:
-        if not self.layout.job.exists():
-            with told("writing the job's file", self.layout.path):
-                write_new(self.layout.job, seal(tree), self._claims.owner)
-
-    def job(self) -> dict[str, Any]:
-        return unseal(self.layout.job)
 
     def committed(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
         record = committed(self.layout, shard, feature_id, plan_id)

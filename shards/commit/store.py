@@ -43,12 +43,6 @@ class Store(Protocol):
     def write_plan(self, table: pa.Table) -> Plan:
         """Make ``table`` the plan unless one stands by now; returns the one that counts."""
 
-    def write_job(self, tree: dict[str, Any]) -> None:
-        """Put ``job.json`` there unless one stands."""
-
-    def job(self) -> dict[str, Any]:
-        """``job.json``; FileNotFoundError, or RecordError when it is damaged."""
-
     def committed(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
         """The commit record of a shard, if it is of these ids and its files stand; else None."""
 

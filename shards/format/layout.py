@@ -51,11 +51,6 @@ class Layout:
         return self.path / "plan.parquet"
 
     @property
-    def job(self) -> Path:
-        """What the cache is to become, for a merge without encoder and audio (``pipeline/extract/finish.py``)."""
-        return self.path / "job.json"
-
-    @property
     def manifest(self) -> Path:
         return self.path / "manifest.parquet"
 
@@ -125,7 +120,7 @@ def manifest_id(feature_id: str, plan_id: str, tars: list[str]) -> str:
 
 def sequence(layout: Layout) -> Iterator[list[Path]]:
     """The files of a complete cache in an order that never shows a record without its files; groups go together."""
-    yield [layout.plan, *([layout.job] if layout.job.exists() else [])]
+    yield [layout.plan]
     for shard in range(read_plan(layout).shards):
         yield [layout.tar(shard), layout.rows(shard), layout.record(shard)]
     yield [layout.manifest, layout.failures, layout.cache]

@@ -4,8 +4,8 @@
 
 In: a complete cache and the folder that its source read (the recorded one unless another is named). Out: a
 :class:`Problem` for every utterance whose file is missing or has another sha256. Only plain files can be compared
-here; audio inside archives or parquet, segments, and audio made on demand need the source's own reader, which
-``python -m pipeline check CACHE --hashes`` has.
+here; audio inside archives or parquet, segments, and audio made on demand need the source's own reader:
+``python -m pipeline check CACHE`` reads them, and compares features.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def compare_audio(path: str | Path, folder: Path | None = None, progress: Progre
     folder = folder if folder is not None else Path(root) if root else None
     if kind not in (None, *PLAIN) or (folder and any("#" in uri and not (folder / uri).exists() for uri in uris)):
         raise UserError(
-            f"the audio of '{path}' is not plain files: compare it by `python -m pipeline check {path} --hashes`"
+            f"the audio of '{path}' is not plain files: encode some of it again with `python -m pipeline check {path}`"
         )
     if folder is None:
         raise UserError(f"'{path}' does not record where its audio stood: name the folder after --source")

@@ -28,7 +28,6 @@ class Speech(Source):
     """The source of kind ``speech``; the speaker of an utterance is its voice."""
 
     speaker_split = False  # the sentence is what validation must not share; every voice stands on both sides
-    cpu_bound = True
 
     def __init__(self, n: int, seed: int = 0) -> None:
         super().__init__()

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,15 @@ import pytest
 from extraction import only_cache, run, snapshot, words, write_corpus
 
 from pipeline.__main__ import command
-from pipeline.cluster.actor import Extractor, Outcome, Ready, Trouble
+from pipeline.cluster.engine import Extractor
 from pipeline.config import ExtractConfig
-from shards.commit.claims import Claims
+from pipeline.extract.child import Listener, Report
+from pipeline.extract.progress import Progress
+from pipeline.extract.resources import Worker
+from pipeline.extract.stats import Tally
 from shards.commit.finalize import is_tidy
 from shards.config.base import load_config
-from shards.errors import run_command
+from shards.errors import UserError, run_command
 from shards.format.layout import Layout
 
 SECONDS = 500
@@ -56,34 +61,61 @@ def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]
     return load_config(ExtractConfig, None, [*words(root, *world)[1:], *more]).model_dump(mode="json")
 
 
-def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world):
+def test_actors_make_each_shard_once_and_report_it_in_plain_values(tmp_path, world):
     root = tmp_path / "actors"
     first, second = (Extractor(settings(root, world), str(tmp_path)) for _ in range(2))
-    ready = [actor.ready(False, False, []) for actor in (first, second)]
-    assert isinstance(ready[0], Ready)
-    assert isinstance(ready[1], Ready)
-    facts = ready[0].facts
-    assert facts.identity == ready[1].facts.identity
+    facts, told = first.prepare(False, False)
     assert (facts.utterances, len(facts.sizes), facts.todo) == (24, len(facts.todo), list(range(len(facts.sizes))))
-    held = Layout(only_cache(root)).claim(0)
-    with Claims("another") as others:
-        assert others.take(held)
-        assert second.extract(0) == Outcome("held")
-    outcomes = [(first, second)[shard % 2].extract(shard) for shard in facts.todo]
-    assert [outcome.state for outcome in outcomes if isinstance(outcome, Outcome)] == ["made"] * len(facts.todo)
-    assert sum(outcome.utterances for outcome in outcomes if isinstance(outcome, Outcome)) == 24
-    assert second.extract(0) == Outcome("found")
-    assert first.pulse()[:2] == (facts.todo[-1 - len(facts.todo) % 2 + 1], facts.sizes[first.pulse()[0]])
-    assert first.finish(1.0) is second.finish(1.0) is None
+    told = json.loads(json.dumps(told))
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(list, each.work(told, Worker(i, 2))) for i, each in enumerate((first, second))]
+        reports = [report for call in calls for report in call.result()]
+    assert sorted(report.shard for report in reports if report.committed) == facts.todo
+    made = Counter[int]()
+    for report in reports:
+        made[report.shard] += report.utterances
+    assert made == Counter(dict(enumerate(facts.sizes)))
+    assert run(words(root, *world)) == 0  # as the driver does: nothing is left but the merge
     assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
 
 
-def test_an_actor_hands_on_what_a_person_must_mend(tmp_path, world):
-    actor = Extractor(settings(tmp_path, world, "encoder.model=path:/nowhere"), str(tmp_path))
-    found = actor.ready(False, False, [])
-    assert isinstance(found, Trouble)
-    assert found.kind == "user"
-    assert "/nowhere" in found.text
+def test_an_actor_that_joins_late_makes_again_what_was_marked_and_not_made_yet(tmp_path, world):
+    root = made_alone(tmp_path / "root", world)
+    before = snapshot(root)
+    layout = Layout(only_cache(root))
+    for shard in (0, 2):
+        data = bytearray(layout.tar(shard).read_bytes())
+        data[700] ^= 1
+        layout.tar(shard).write_bytes(data)
+    first, late = (Extractor(settings(root, world), str(tmp_path)) for _ in range(2))
+    facts, told = first.prepare(verify=True, retry_failed=False)
+    assert facts.todo == [0, 2]
+    assert first._job is not None
+    first._job.todo = [0]
+    assert [report.shard for report in first.work(told, Worker()) if report.committed] == [0]
+    assert [report.shard for report in late.work(told, Worker()) if report.committed] == [2]
+    assert run(words(root, *world)) == 0
+    assert snapshot(root) == before
+
+
+def test_an_actor_whose_encoder_makes_other_features_refuses_to_join(tmp_path, world):
+    first, other = (Extractor(settings(tmp_path, world), str(tmp_path)) for _ in range(2))
+    _, told = first.prepare(False, False)
+    ((layer, location, spec),) = told["targets"]
+    told["targets"] = [(layer, location, {**spec, "dtype": "bfloat16"})]
+    with pytest.raises(UserError, match=r"other features than .*dtype: bfloat16, not float32"):
+        list(other.work(told, Worker()))
+
+
+def test_what_a_lost_worker_did_not_live_to_commit_counts_no_more():
+    tally = Tally()
+    with Progress({0: 3, 1: 3}, str) as progress:
+        listener = Listener(tally, progress)
+        listener.hear(Report(0, 3, 30.0, 1.0, [("a", "read", "gone")]))
+        listener.hear(Report(1, 2, 20.0, 1.0, [("b", "read", "gone")]))
+        listener.hear(Report(0, committed=True))
+        listener.end()
+    assert (tally.utterances, tally.audio_seconds, tally.failures) == (3, 30.0, [("a", "read", "gone")])
 
 
 def test_without_ray_the_engine_says_what_to_install(tmp_path, world, monkeypatch, capsys):
@@ -102,6 +134,7 @@ def two_nodes() -> Iterator[tuple[Any, Any]]:
     """A Ray cluster of two raylets of one CPU each; gives the cluster and its second node."""
     utilities = pytest.importorskip("ray.cluster_utils")
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets want a short path
+    Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray writes the address, and makes no folder for it
     node = {"num_cpus": 1, "object_store_memory": 80 << 20}
     cluster = utilities.Cluster(
         initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": folder}
@@ -191,6 +224,8 @@ def test_without_an_address_a_cluster_of_this_machine_does_it_and_max_failures_h
     root, log = tmp_path / "local", tmp_path / "log"
     assert driver(words(root, *world), log).wait(SECONDS) == 0, log.read_text()
     assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
+    assert driver([*words(root, *world), "encoder.model=path:/nowhere"], log).wait(SECONDS) == 2
+    assert log.read_text().splitlines()[-1].startswith("error: ")
     poisoned = tmp_path / "poisoned"
     shutil.copytree(world[0], poisoned)
     for clip in sorted(poisoned.glob("*.flac"))[:9]:

@@ -1,19 +1,19 @@
-"""Decoding ahead of the encoder, in threads and in processes of its own."""
+"""Decoding ahead of the encoder in threads."""
 
 from __future__ import annotations
 
-import os
-import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from extraction import write_corpus
 
 from pipeline.audio import decode
-from pipeline.decode.pool import Decoders, Failure, ThreadPool
-from pipeline.decode.process import ProcessPool
-from pipeline.extract.resources import CORES, PAYS, decode_in, decoding_workers
+from pipeline.decode.pool import Decoders, Failure
+from pipeline.extract.resources import decoding_workers
 from pipeline.profile import Stages
 from pipeline.sources import SourceConfig, open_source
 
@@ -28,76 +28,56 @@ def config(tmp_path_factory) -> SourceConfig:
     return SourceConfig(kind="manifest", path=str(folder / "clips.csv"))
 
 
-def pools(config: SourceConfig):
-    stages = Stages()
-    return ThreadPool(2, stages), ProcessPool(1, stages, None), ProcessPool(2, stages, config)
+ROWS = [{"audio": f"clip {i:02d}.flac"} for i in range(6)]
 
 
-def test_threads_and_processes_give_the_same_samples_and_failures_in_order(config):
-    source = open_source(config)
-    rows = [{"audio": f"clip {i:02d}.flac"} for i in range(6)]
-    found = []
-    for pool in pools(config):
-        with Decoders(source, pool, 2, Stages()) as decoders:
-            found.append(list(decoders.read(rows)))
-    exact = decode((Path(str(config.path)).parent / "clip 05.flac").read_bytes())
-    for each in found:
-        assert [row for row, _, _ in each] == rows
-        np.testing.assert_array_equal(each[5][2], exact)
-        assert [isinstance(audio, Failure) for _, _, audio in each] == [False, False, True, False, True, False]
-        assert [digest for _, digest, _ in each] == [digest for _, digest, _ in found[0]]
-        assert [each[i][2] for i in (2, 4)] == [found[0][i][2] for i in (2, 4)]
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_give_samples_and_failures_in_the_order_of_the_rows(config, threads):
+    with Decoders(open_source(config), threads, 2, Stages()) as decoders:
+        found = list(decoders.read(ROWS))
+    folder = Path(str(config.path)).parent
+    assert [row for row, _, _ in found] == ROWS
+    assert [isinstance(audio, Failure) for _, _, audio in found] == [False, False, True, False, True, False]
+    assert [failure.stage for _, _, failure in (found[2], found[4])] == ["decode", "read"]
+    assert [bool(digest) for _, digest, _ in found] == [True] * 4 + [False, True]
+    for row, _, audio in (found[i] for i in (0, 1, 3, 5)):
+        np.testing.assert_array_equal(audio, decode((folder / row["audio"]).read_bytes()))
 
 
-def test_a_killed_decoding_process_is_replaced_and_its_recording_tried_again(config):
-    data = (Path(str(config.path)).parent / "clip 00.flac").read_bytes()
-    pool = ProcessPool(1, Stages(), None)
-    try:
-        first = pool.submit(data, "").result(60)
-        (process,) = pool._processes
-        os.kill(process._process.pid, signal.SIGKILL)
-        again = pool.submit(data, "").result(60)
-        assert first[0] == again[0]
-        np.testing.assert_array_equal(first[1], again[1])
-    finally:
-        pool.close()
+class Counting:
+    """A source that counts what it read, and in which threads."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.threads: set[str] = set()
+
+    def read(self, uris: list[str]) -> Iterator[tuple[str, bytes]]:
+        for uri in uris:
+            self.threads.add(threading.current_thread().name)
+            self.count += 1
+            yield uri, b""
 
 
-def test_a_recording_that_its_process_dies_of_twice_is_a_failure():
-    nowhere = SourceConfig(kind="manifest", path="/nowhere.csv")  # opening it ends the process
-    pool = ProcessPool(1, Stages(), nowhere)
-    try:
-        digest, audio = pool.submit(b"", "clip.flac").result(60)
-        assert (digest, audio) == ("", Failure("decode", "the decoding process ended with status 1 at this recording"))
-    finally:
-        pool.close()
+def test_one_thread_reads_no_further_ahead_than_is_allowed_and_an_early_end_drops_the_rest():
+    source: Any = Counting()
+    with Decoders(source, 2, 3, Stages()) as decoders:
+        found = decoders.read([{"audio": str(i)} for i in range(1000)])
+        assert [next(found)[0]["audio"] for _ in range(2)] == ["0", "1"]
+        found.close()
+    assert 2 <= source.count <= 5  # the two that were given, and three ahead
+    assert len(source.threads) == 1
+    assert threading.current_thread().name not in source.threads
 
 
-def test_closing_drops_what_waits_and_ends_the_processes(config):
-    pool = ProcessPool(1, Stages(), config)
-    first = pool.submit(b"", "clip 00.flac")
-    rest = [pool.submit(b"", "clip 01.flac") for _ in range(1000)]
-    assert len(first.result(60)[0]) == 64
-    (process,) = pool._processes
-    pool.close()
-    assert process._process.returncode is not None
-    assert not rest[-1].done()
+def test_what_goes_wrong_in_the_source_itself_reaches_the_caller():
+    class Broken:
+        def read(self, uris: list[str]) -> Iterator[tuple[str, bytes]]:
+            raise OSError("the archive is gone")
+            yield "", b""
 
-
-@pytest.mark.parametrize(
-    ("wanted", "cpu_bound", "device", "cpus", "utterances", "chosen"),
-    [
-        ("auto", True, "cpu", CORES, PAYS, "process"),
-        ("auto", True, "cpu", CORES, PAYS - 1, "thread"),
-        ("auto", True, "cpu", CORES - 1, PAYS, "thread"),
-        ("auto", False, "cpu", 64, 10**6, "thread"),
-        ("auto", False, "cuda:1", 2, 10**6, "process"),
-        ("thread", True, "cuda", 64, 10**6, "thread"),
-        ("process", False, "cpu", 1, 1, "process"),
-    ],
-)
-def test_processes_decode_where_they_pay(wanted, cpu_bound, device, cpus, utterances, chosen):
-    assert decode_in(wanted, cpu_bound=cpu_bound, device=device, cpus=cpus, utterances=utterances) == chosen
+    source: Any = Broken()
+    with Decoders(source, 2, 3, Stages()) as decoders, pytest.raises(OSError, match="the archive is gone"):
+        list(decoders.read(ROWS))
 
 
 def test_a_gpu_leaves_its_share_of_the_cores_to_decoding():

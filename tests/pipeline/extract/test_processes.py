@@ -1,4 +1,4 @@
-"""Several processes of one machine on one extraction, and processes that decode: the same bytes, and no orphans."""
+"""Several processes of one machine on one extraction: the same bytes, one run, and no orphans."""
 
 from __future__ import annotations
 
@@ -92,11 +92,9 @@ def test_a_killed_process_costs_its_shard_only_and_is_told(tmp_path, undisturbed
 
 
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
-@pytest.mark.parametrize("setting", ["decode_in=process", "processes=2"])
-def test_no_process_outlives_an_extraction_that_is_ended(tmp_path, undisturbed, corpus, whisper, setting, how):
+def test_no_process_outlives_an_extraction_that_is_ended(tmp_path, undisturbed, corpus, whisper, how):
     root = tmp_path / "ended"
-    argv = words(root, corpus, whisper, setting)
-    process = start(argv)
+    process = start(words(root, corpus, whisper, "processes=2"))
     started = wait_for(lambda: children(process.pid))
     wait_for(lambda: claimants(root))
     os.kill(process.pid, how)

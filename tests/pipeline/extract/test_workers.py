@@ -1,15 +1,15 @@
-"""Workers of a job array on one cache, and the merge at the end."""
+"""Workers of a job array on one cache, and the end of their work."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from extraction import only_cache, run, snapshot, start, words, write_world
 
-from pipeline.__main__ import command
 from pipeline.extract.resources import Worker, find_worker
-from shards.errors import UserError, run_command
+from shards.errors import UserError
 from shards.format.layout import Layout
 
 
@@ -85,32 +85,20 @@ def test_three_workers_of_which_one_never_comes_leave_the_cache_of_one(tmp_path,
     assert snapshot(root) == snapshot(alone)
 
 
-def test_a_merge_completes_what_is_committed_without_encoder_and_audio_as_often_as_it_is_asked(alone, capsys):
-    layout, before = Layout(only_cache(alone)), snapshot(alone)
+def test_an_extraction_completes_what_is_committed_without_a_recording_read(tmp_path, world, alone):
+    folder, whisper = world
+    silent, root = tmp_path / "silent", tmp_path / "again"
+    shutil.copytree(folder, silent)
+    for clip in silent.glob("*.flac"):
+        data = clip.read_bytes()
+        clip.write_bytes(data[:64] + bytes(len(data) - 64))  # the length in the header stands, the rest is no audio
+    shutil.copytree(alone, root)
+    layout = Layout(only_cache(root))
     for name in ("CACHE.json", "manifest.parquet", "failures.parquet"):
         (layout.path / name).unlink()
-    assert run_command(command, ["merge", str(layout.path)]) == 0
-    assert snapshot(alone) == before
-    assert run_command(command, ["merge", str(layout.path)]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "complete",
-        "was complete already",
-    ]
-
-
-def test_a_merge_tells_what_is_absent(alone, capsys):
-    layout = Layout(only_cache(alone))
-    info, record = layout.cache.read_bytes(), layout.record(1).read_bytes()
-    layout.cache.unlink()
-    layout.record(1).unlink()
-    try:
-        assert run_command(command, ["merge", str(layout.path)]) == 1
-        assert "1 of 3 shards" in (err := capsys.readouterr().err)
-        assert "the first is 000001" in err
-        layout.job.rename(layout.job.with_suffix(".away"))
-        assert run_command(command, ["merge", str(layout.path)]) == 2
-        assert "run its extraction again" in capsys.readouterr().err
-        layout.job.with_suffix(".away").rename(layout.job)
-    finally:
-        layout.cache.write_bytes(info)
-        layout.record(1).write_bytes(record)
+    assert run(words(root, silent, whisper)) == 0
+    before, after = (snapshot(each) for each in (alone, root))
+    for tree in (before, after):
+        info = tree[f"{layout.path.relative_to(root)}/CACHE.json"]
+        del info["provenance"]["source"]["root"]
+    assert before == after

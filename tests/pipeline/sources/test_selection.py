@@ -27,7 +27,6 @@ class Listed:
     def __init__(self, utterances: Sequence[Utterance], speaker_split: bool = True) -> None:
         self.made = 0
         self.speaker_split = speaker_split
-        self.cpu_bound = False
         self._utterances = utterances
 
     def utterances(self) -> Iterator[Utterance]:

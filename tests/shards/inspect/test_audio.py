@@ -60,7 +60,7 @@ def test_the_recorded_folder_is_where_the_audio_is_looked_for(made, capsys):
     [
         ({"kind": "manifest"}, None, "does not record where its audio stood: name the folder after --source"),
         ({"kind": "manifest"}, "nowhere", r"there is no folder 'nowhere' with the audio of .* after --source"),
-        ({"kind": "parquet", "root": "/data"}, None, r"is not plain files: compare it by .* check .* --hashes"),
+        ({"kind": "parquet", "root": "/data"}, None, r"is not plain files: encode some of it again with .* check "),
     ],
 )
 def test_audio_that_cannot_be_compared_is_told_with_what_to_do(made, source, folder, sentence):

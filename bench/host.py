@@ -1,0 +1,204 @@
+"""What the host side of an extraction can feed: a null encoder returns prepared frames at once, all else is real.
+
+    python bench/host.py                                    # 320 FLAC clips of noise, 1 and 2 cores: 2 minutes
+    python bench/host.py --corpus /data/LibriSpeech         # the first 320 utterances of at most 30 s
+    python bench/host.py --audio speech --clips 400         # sentences that espeak-ng speaks on the way
+    python bench/host.py --json host.json
+
+Reading, decoding, codec, tar, sha256, fsync, commit and manifest are those of ``python -m pipeline extract``; only the
+forward pass is missing. So ``windows/s`` is the rate above which a GPU would wait for the host, and the shares say for
+what. Frames have the shape of whisper-base ([1500, 512] a window of 30 s) or large-v3 ([1500, 1280]) and are trimmed to
+the audio, as in an extraction. With ``decode`` off the samples stand ready in memory and only storing is timed. Each
+measurement is a process of its own, restricted to its cores; all take turns, and a figure is that of the best round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+CHANNELS = {"whisper-base": 512, "large-v3": 1280}
+HOP, RATE, WINDOW = 320, 16_000, 480_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One measurement."""
+
+    shape: str
+    codec: str
+    decode: bool
+    cores: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a measurement found; ``shares`` as ``pipeline/profile.py`` counts them, ``cpu_ms`` is of a window."""
+
+    windows_per_s: float
+    cpu_ms: float
+    shares: dict[str, float]
+
+
+class NullEncoder:
+    """Takes the place of an encoder (``pipeline/encoders/base.py``); its random frames are ready before the clock."""
+
+    family, name, n_layers, hop, sampling_rate = "null", "null", 1, HOP, RATE
+    window_samples, margin, frontend, dtype, device = WINDOW, 0.0, dict[str, Any](), "float32", "cpu"
+    window = "full30"
+    tensors = "0" * 64
+
+    def __init__(self, channels: int, batch_size: int) -> None:
+        self.channels, self.batch_size = channels, batch_size
+        self._frames = np.random.default_rng(0).standard_normal((WINDOW // HOP, channels)).astype(np.float32)
+
+    def encode(
+        self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
+    ) -> list[dict[int, np.ndarray]]:
+        return [dict.fromkeys(layers, self._frames[: -(-len(clip) // HOP)]) for clip in clips]
+
+
+class Ready:
+    """Fills the place of the decoders: samples that were decoded before the clock."""
+
+    def __init__(self, samples: dict[str, np.ndarray]) -> None:
+        self._samples = samples
+
+    def read(self, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, np.ndarray]]:
+        for row in rows:
+            yield row, "0" * 64, self._samples[row["audio"]]
+
+
+def write_clips(folder: Path, clips: int) -> None:
+    """``clips`` FLAC files of 10 to 15 s of noise that swells and fades at a syllable's rate, and their manifest."""
+    rng = np.random.default_rng(0)
+    with open(folder / "clips.csv", "w", encoding="utf-8") as manifest:
+        manifest.write("audio,text\n")
+        for i in range(clips):
+            n = int(rng.uniform(10, 15) * RATE)
+            wave = 0.1 * rng.standard_normal(n) * (1 + np.sin(np.arange(n) * 2 * np.pi * 4 / RATE)) / 2
+            soundfile.write(folder / f"{i:05d}.flac", wave.astype(np.float32), RATE, subtype="PCM_16")
+            manifest.write(f"{i:05d}.flac,clip number {i}\n")
+
+
+def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int | None, found: Any) -> None:
+    """Extract with a null encoder on ``setting.cores`` cores; puts windows/s and the share of each stage."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.cores])
+    from pipeline.audio import decode
+    from pipeline.config import ExtractConfig
+    from pipeline.extract.job import Job, Target, feature_spec
+    from pipeline.extract.loop import finish_caches, make_shards
+    from pipeline.extract.plan import list_source, make_plan, windows_of
+    from pipeline.extract.progress import Progress
+    from pipeline.extract.shard import open_decoders
+    from pipeline.extract.stats import Tally
+    from pipeline.sources import open_source
+    from pipeline.weights.resolve import Weights
+    from shards.commit.store import open_store
+    from shards.config.base import validate_config
+
+    encoder: Any = NullEncoder(CHANNELS[setting.shape], batch)
+    with tempfile.TemporaryDirectory() as root:
+        tree = {"root": root, "source": source, "codec": setting.codec, "workers": workers}
+        config = validate_config(ExtractConfig, tree, "bench/host.py")
+        audio = open_source(config.source)
+        utterances = list_source(audio)
+        table = make_plan(
+            utterances, shuffle=True, seed=0, frame_bytes=2 * encoder.channels, hop=HOP, padded=None, shard_mb=64
+        )
+        target = Target(1, open_store(f"{root}/corpus/cache"), feature_spec(config, encoder, 1))
+        weights = Weights(Path(root), "null", "")
+        job = Job(config, audio, encoder, weights, [target], target.store.write_plan(table), "0" * 64)
+        uris = [utterance.audio for utterance in utterances]
+        ready = {} if setting.decode else {uri: decode(data) for uri, data in audio.read(uris)}  # type: ignore[arg-type]
+        tally = Tally()
+        since, used = time.perf_counter(), processor_seconds()
+        with (
+            job.at_work(),
+            Progress({}, str) as progress,
+            open_decoders(job, tally.stages) as decoders,
+        ):
+            make_shards(job, tally, decoders if setting.decode else Ready(ready), progress)  # type: ignore[arg-type]
+            finish_caches(job, 0.0)
+        tally.stages.wall = time.perf_counter() - since
+        if tally.failures:
+            raise SystemExit(f"{len(tally.failures)} utterances failed, the first: {tally.failures[0]}")
+        windows = windows_of(table, encoder, config.overlap)
+        spent = 1000 * (processor_seconds() - used) / windows
+        found.put(Figures(round(windows / tally.stages.wall, 1), round(spent, 2), tally.stages.shares(job.workers)))
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that ended."""
+    found = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in found)
+
+
+def one_round(setting: Setting, source: dict[str, Any], args: argparse.Namespace) -> Figures:
+    """Measure ``setting`` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    process = context.Process(target=measure, args=(setting, source, args.batch, args.workers, found))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"the measurement {setting} ended with status {process.exitcode}")
+    figures: Figures = found.get()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", metavar="FOLDER", help="a LibriSpeech tree (default: clips of noise)")
+    parser.add_argument("--audio", choices=("flac", "speech"), default="flac", help="speech: made on the way")
+    parser.add_argument("--clips", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=32, help="windows a pass")
+    parser.add_argument("--workers", type=int, help="threads that decode (default: the extraction's)")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shapes", nargs="+", choices=list(CHANNELS), default=list(CHANNELS))
+    parser.add_argument("--codecs", nargs="+", default=["f16", "int8"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    args = parser.parse_args()
+
+    settings = [
+        Setting(shape, codec, decode, cores)
+        for cores, shape, codec, decode in product(args.cores, args.shapes, args.codecs, (True, False))
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.audio == "speech":
+            source: dict[str, Any] = {"kind": "speech", "n": args.clips}
+        elif args.corpus:
+            source = {"kind": "librispeech", "path": args.corpus, "limit": args.clips, "max_duration": 30}
+        else:
+            write_clips(Path(scratch), args.clips)
+            source = {"kind": "manifest", "path": f"{scratch}/clips.csv"}
+        rounds = [[one_round(setting, source, args) for setting in settings] for _ in range(args.rounds)]
+    fastest = [max(found, key=lambda figures: figures.windows_per_s) for found in zip(*rounds, strict=True)]
+
+    print(f"{args.clips} clips ({args.corpus or args.audio}), {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+    print(f"{'shape':<13} {'codec':<5} {'decode':<6} {'cores':>5} {'windows/s':>9} {'CPU ms':>7}  busy")
+    for setting, figures in zip(settings, fastest, strict=True):
+        busy = ", ".join(f"{stage} {share:.0%}" for stage, share in figures.shares.items())
+        words = f"{setting.shape:<13} {setting.codec:<5} {'on' if setting.decode else 'off':<6} {setting.cores:>5}"
+        print(f"{words} {figures.windows_per_s:>9.1f} {figures.cpu_ms:>7.2f}  {busy}")
+    if args.json:
+        results = [{**asdict(setting), **asdict(figures)} for setting, figures in zip(settings, fastest, strict=True)]
+        args.json.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
