@@ -27,7 +27,8 @@ from tqdm import tqdm
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
 from pipeline.encoders.recording import encode_recording
-from pipeline.extract.job import Job, finish, prepare
+from pipeline.extract.job import Job, prepare, provenance
+from pipeline.extract.loop import finish_caches
 from shards.commit.writer import ShardWriter
 from shards.config.base import load_config
 from shards.errors import run_command
@@ -100,7 +101,8 @@ def fill(jobs: list[Job]) -> None:
         for writer in writers:
             writer.commit({"seconds": time.perf_counter() - started})
     for job in jobs:
-        finish(job, job.targets[0], time.perf_counter() - started)
+        with job.at_work():
+            finish_caches(job.targets, job.plan, provenance(job), time.perf_counter() - started)
 
 
 def train(config: str, cache: Path, out: Path, codec: str, seed: int, steps: int) -> dict[str, float]:

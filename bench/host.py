@@ -21,6 +21,7 @@ import os
 import resource
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -99,7 +100,7 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.cores])
     from pipeline.audio import decode
     from pipeline.config import ExtractConfig
-    from pipeline.extract.job import Job, Target, feature_spec
+    from pipeline.extract.job import Job, Target, feature_spec, provenance, schedule
     from pipeline.extract.loop import finish_caches, make_shards
     from pipeline.extract.plan import list_source, make_plan, windows_of
     from pipeline.extract.progress import Progress
@@ -122,17 +123,18 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
         target = Target(1, open_store(f"{root}/corpus/cache"), feature_spec(config, encoder, 1))
         weights = Weights(Path(root), "null", "")
         job = Job(config, audio, encoder, weights, [target], target.store.write_plan(table), "0" * 64)
+        schedule(job)
         uris = [utterance.audio for utterance in utterances]
         ready = {} if setting.decode else {uri: decode(data) for uri, data in audio.read(uris)}  # type: ignore[arg-type]
-        tally = Tally()
+        about, tally = provenance(job), Tally()  # which imports torch, before the clock
         since, used = time.perf_counter(), processor_seconds()
         with (
             job.at_work(),
-            Progress({}, str) as progress,
+            Progress(Counter(table["shard"].to_pylist()), str) as progress,
             open_decoders(job, tally.stages) as decoders,
         ):
             make_shards(job, tally, decoders if setting.decode else Ready(ready), progress)  # type: ignore[arg-type]
-            finish_caches(job, 0.0)
+            finish_caches(job.targets, job.plan, about, 0.0)
         tally.stages.wall = time.perf_counter() - since
         if tally.failures:
             raise SystemExit(f"{len(tally.failures)} utterances failed, the first: {tally.failures[0]}")

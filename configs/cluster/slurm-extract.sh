@@ -6,8 +6,7 @@
 #
 # Task i of n makes shards i, i + n, … and then helps the others; who finds everything committed merges. Tasks may be
 # requeued, cancelled, or never start: send the same line again and only what is absent is made. `root` and the audio
-# must be on storage that all nodes see. When the last task was lost in the very end:
-#   python -m pipeline merge CACHE
+# must be on storage that all nodes see. The same holds when the last task was lost at the very end.
 #
 #SBATCH --job-name=earshard-extract
 #SBATCH --array=0-7

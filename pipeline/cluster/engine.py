@@ -113,6 +113,10 @@ class Extractor:
             ending.result()
 
 
+class _Lost(Exception):
+    """An actor or its node died, or cannot be reached; the message says how."""
+
+
 @dataclass
 class _Actor:
     """One actor: its handle, which worker it is, and the generator of its reports."""
@@ -147,7 +151,7 @@ class _Driver:
                 facts: Facts
                 facts, self.told = self._get(self.first.prepare.remote(verify, retry_failed))
                 return facts
-            except self.ray.exceptions.RayActorError as error:
+            except _Lost as error:
                 self._lost(self.first, 0, error)
 
     def run(self, facts: Facts) -> None:
@@ -216,7 +220,7 @@ class _Driver:
             report: Report = self._get(next(actor.reports))
         except StopIteration:
             self.ended = self.ended or time.monotonic()
-        except self.ray.exceptions.RayActorError as error:
+        except _Lost as error:
             self._lost(actor.handle, actor.index, error)
         else:
             actor.reported = True
@@ -231,17 +235,18 @@ class _Driver:
         self.ray.kill(actor.handle)
 
     def _get(self, call: Any) -> Any:
-        """What a call gave; an error that is a person's to mend is raised as it was there."""
+        """What a call gave; an error that the user can mend is raised as it was there, the actor's loss as _Lost."""
         try:
             return self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, (UserError, WorkFailed)) else error from None
+        except self.ray.exceptions.RayError as error:
+            raise _Lost(" ".join(str(error).split())[:300]) from None
 
-    def _lost(self, handle: Any, index: int, error: Exception) -> None:
+    def _lost(self, handle: Any, index: int, reason: _Lost) -> None:
         self.ray.kill(handle)  # if it only cannot be reached
         self.losses[index] += 1
         if self.losses[index] >= MAX_LOSSES:
-            reason = " ".join(str(error).split())[:300]
             raise WorkFailed(
                 f"worker {index} was lost {MAX_LOSSES} times without having committed a shard (the last time: "
                 f"{reason}): look into Ray's logs for memory and crashes; committed shards are kept"

@@ -12,10 +12,13 @@ import pytest
 from extraction import write_corpus
 
 from pipeline.audio import decode
+from pipeline.config import ExtractConfig
 from pipeline.decode.pool import Decoders, Failure
 from pipeline.extract.resources import decoding_workers
 from pipeline.profile import Stages
 from pipeline.sources import SourceConfig, open_source
+from shards.config.base import validate_config
+from shards.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,13 @@ def test_what_goes_wrong_in_the_source_itself_reaches_the_caller():
     source: Any = Broken()
     with Decoders(source, 2, 3, Stages()) as decoders, pytest.raises(OSError, match="the archive is gone"):
         list(decoders.read(ROWS))
+
+
+def test_the_key_decode_in_of_earlier_versions_which_caches_record_is_ignored(config):
+    tree = {"source": config.model_dump(), "workers": 3}
+    assert validate_config(ExtractConfig, {**tree, "decode_in": "process"}, "CACHE.json") == ExtractConfig(**tree)
+    with pytest.raises(UserError, match="unknown key 'decode_im'"):
+        validate_config(ExtractConfig, {**tree, "decode_im": "process"}, "CACHE.json")
 
 
 def test_a_gpu_leaves_its_share_of_the_cores_to_decoding():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
+import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +51,39 @@ def test_a_finished_extraction_is_not_done_again(undisturbed, corpus, whisper):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert run(words(root, corpus, whisper)) == 0
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def log_records(file: Path) -> None:
+    """From now on every opening of a commit record by this process is a line of ``file``."""
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event == "open" and args[1] is None and re.search(r"/shards/\d+\.json$", str(args[0])):  # None: os.open
+            os.write(log, f"{Path(str(args[0])).stem}\n".encode())
+
+    sys.addaudithook(hook)
+
+
+def test_commit_records_are_read_once_at_the_beginning_and_once_by_the_merge(tmp_path, undisturbed, corpus, whisper):
+    root, log = tmp_path / "resumed", tmp_path / "opened"
+    shutil.copytree(undisturbed[0], root)
+    layout = Layout(only_cache(root))
+    argv, shards = words(root, corpus, whisper), read_plan(layout).shards
+    assert run(argv, before=partial(log_records, log)) == 0
+    assert log.read_text() == ""  # it is complete
+    layout.cache.unlink()
+    assert run(argv, before=partial(log_records, log)) == 0
+    assert Counter(log.read_text().split()) == {f"{shard:06d}": 2 for shard in range(shards)}
+    log.write_text("")
+    layout.cache.unlink()
+    layout.record(1).unlink()
+    assert run(argv, before=partial(log_records, log)) == 0
+    opened = Counter(log.read_text().split())
+    assert (
+        opened.pop("000001") > 2
+    )  # it is looked for when its turn comes, when it is claimed, and when it is committed
+    assert opened == {f"{shard:06d}": 2 for shard in range(shards) if shard != 1}
+    assert_same(root, undisturbed[0])
 
 
 def kill_until_done(root: Path, argv: list[str], rng: random.Random, operations: int, kills: int) -> int:
