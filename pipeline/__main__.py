@@ -170,13 +170,19 @@ def _here(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Fact
 
 def _on_ray(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Facts], None]) -> tuple[Facts, Tally]:
     """Extract on a Ray cluster."""
-    from pipeline.cluster.engine import Cluster, run_ray
+    from pipeline.cluster.engine import run_ray
 
     for option in ("worker_index", "num_workers", "profile"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} is of --engine local: leave it out with --engine ray")
-    cluster = Cluster(args.ray_address, args.actor_cpus)
-    return run_ray(config, cluster, verify=args.verify, retry_failed=args.retry_failed, begin=begin)
+    return run_ray(
+        config,
+        address=args.ray_address,
+        cpus=args.actor_cpus,
+        verify=args.verify,
+        retry_failed=args.retry_failed,
+        begin=begin,
+    )
 
 
 def _profile(tally: Tally, workers: int, file: str) -> None:

@@ -6,9 +6,9 @@ In: a configuration, and a cluster: the one at ``--ray-address`` or ``RAY_ADDRES
 lives as long as the command. Out: the same caches as any engine makes. One actor a GPU, or one for every
 ``--actor-cpus`` cores where there is none; as many as fit, more when a node joins. The first actor prepares the job,
 the others join it as the processes of one machine do (``pipeline/extract/child.py``); claims decide who makes which
-shard. The driver holds no encoder: it starts actors, counts what they report, and merges the caches at the end. A lost
-worker or node costs the shard that it was making. The driver may be killed and started again: what is committed stands
-in the cache alone.
+shard. The driver holds no encoder: it starts actors, counts what their commit records say, and merges the caches at the
+end. A lost worker or node costs the shard that it was making. The driver may be killed and started again: what is
+committed stands in the cache alone.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from pipeline.config import ExtractConfig
-from pipeline.extract.child import Listener, Report, join, tell, told_targets, work
+from pipeline.extract.child import join, tell, told_targets, work
 from pipeline.extract.job import Job, prepare, provenance, schedule
-from pipeline.extract.loop import finish_caches, tidy
-from pipeline.extract.progress import Progress
+from pipeline.extract.loop import POLL, count_committed_failures, finish_caches, tidy
+from pipeline.extract.progress import Progress, Watch
 from pipeline.extract.resources import Worker
 from pipeline.extract.stats import Tally, check_failures
 from pipeline.extract.summary import Facts, facts_of
@@ -38,37 +38,35 @@ from shards.errors import UserError, WorkFailed, missing_package
 
 OBJECT_STORE = 80 << 20  # bytes, of a local cluster: counts are all that travels, and Ray's least is 75 MB
 TICK = 1.0  # seconds between two looks at what the cluster has
-GRACE = 2.0  # seconds to wait for actors that have reported nothing, once another has found everything committed
 DEFAULT_CPUS = 4  # cores of an actor that computes on the CPU
 MAX_LOSSES = 3  # actors that one worker may lose in a row without having committed a shard
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where to run: ``address`` None for a cluster of this machine alone; ``cpus`` an actor reserves, None: chosen."""
-
-    address: str | None = None
-    cpus: int | None = None
-
-
 def run_ray(
     config: ExtractConfig,
-    cluster: Cluster,
     *,
+    address: str | None = None,
+    cpus: int | None = None,
     verify: bool = False,
     retry_failed: bool = False,
     begin: Callable[[Facts], None] = lambda facts: None,
 ) -> tuple[Facts, Tally]:
     """Extract on a Ray cluster until every shard is committed and the caches are finished.
 
-    ``begin`` is told what will be done, once that is known. The tally's ``encode`` seconds are an average actor's.
+    The tally's ``encode`` seconds are an average actor's.
+
+    Args:
+        address: of the cluster; None is ``RAY_ADDRESS``, else a cluster of this machine alone.
+        cpus: that an actor reserves; None is 1 beside a GPU, else ``DEFAULT_CPUS``.
+        verify, retry_failed: see :func:`pipeline.extract.job.schedule`.
+        begin: called with what will be done, once that is known.
 
     Raises:
         UserError: ray is not installed, no cluster answers or none of its nodes fits; what ``prepare`` raises.
         WorkFailed: too many failures, or a worker lost several actors in a row.
     """
-    with _connected(cluster) as ray:
-        driver = _Driver(ray, config.model_copy(update={"processes": None}), cluster.cpus)
+    with _connected(address or os.environ.get("RAY_ADDRESS")) as ray:
+        driver = _Driver(ray, config.model_copy(update={"processes": None}), cpus)
         try:
             facts = driver.prepare(verify, retry_failed)
             if not facts.complete:
@@ -97,20 +95,23 @@ class Extractor:
             tidy(job)
         return facts, {**tell(job), "void": job.void, "about": provenance(job)}
 
-    def work(self, told: dict[str, Any], worker: Worker) -> Iterator[Report]:
-        """Make shards until all are committed, by whomever."""
-        if self._job is None:
-            self._job = join(told)
-            for target, records in zip(self._job.targets, told["void"], strict=False):
-                if records:
-                    target.store.reopen(records)
-        reports: SimpleQueue[Report | None] = SimpleQueue()
+    def work(self, told: dict[str, Any], worker: Worker) -> Iterator[int]:
+        """Make shards until all are committed, by whomever; gives the number of each that was committed here."""
+        job, tally, commits = self._job or join(told), Tally(), _Commits()
+        count_committed_failures(job, tally)
         with ThreadPoolExecutor(1) as executor:
-            ending = executor.submit(work, self._job, reports.put, worker)
-            ending.add_done_callback(lambda _: reports.put(None))
-            while (report := reports.get()) is not None:
-                yield report
-            ending.result()
+            working = executor.submit(work, job, tally, commits, worker)
+            working.add_done_callback(lambda _: commits.put(None))
+            while (shard := commits.get()) is not None:
+                yield shard
+            working.result()
+
+
+class _Commits(Watch, SimpleQueue["int | None"]):
+    """Numbers of shards that this actor committed."""
+
+    def made(self, shard: int) -> None:
+        self.put(shard)
 
 
 class _Lost(Exception):
@@ -119,13 +120,11 @@ class _Lost(Exception):
 
 @dataclass
 class _Actor:
-    """One actor: its handle, which worker it is, and the generator of its reports."""
+    """One actor: its handle, which worker it is, and the generator of what it commits."""
 
     handle: Any
     index: int
-    reports: Any
-    listener: Listener
-    reported: bool = False
+    commits: Any
 
 
 @dataclass
@@ -137,11 +136,11 @@ class _Driver:
     cpus: int | None
     tally: Tally = field(default_factory=Tally)
     told: dict[str, Any] = field(default_factory=dict)
-    left: set[int] = field(default_factory=set)  # shards that are not committed
+    left: set[int] = field(default_factory=set)  # shards whose commit was not counted yet
     actors: list[_Actor] = field(default_factory=list)
     losses: Counter[int] = field(default_factory=Counter)  # by worker, since it last committed a shard
-    first: Any = None  # the actor that prepared the job
-    ended: float | None = None  # when an actor found that everything is committed
+    first: Any = None  # the actor that prepared the job, until it is given work
+    ended: bool = False  # an actor found that everything is committed
 
     def prepare(self, verify: bool, retry_failed: bool) -> Facts:
         """What one actor finds; another takes over when it is lost."""
@@ -156,28 +155,45 @@ class _Driver:
 
     def run(self, facts: Facts) -> None:
         """Have every shard made, then merge the caches."""
-        started, sizes, looked = time.perf_counter(), dict(enumerate(facts.sizes)), 0.0
+        started, looked, sizes = time.perf_counter(), 0.0, dict(enumerate(facts.sizes))
         self.left = set(facts.todo)
         for failure in self.told["failed"]:
             self.tally.fail(failure["key"], failure["stage"], failure["error"])
-        with Progress(sizes, self._busiest) as progress:
+        targets = told_targets(self.told)
+        store, spec, plan = targets[0].store, targets[0].spec, targets[0].store.plan()
+        assert plan is not None
+
+        def count(shard: int) -> None:
+            """Take the figures of a shard from its commit record, which it may take a moment to see."""
+            record = store.committed(shard, spec.feature_id, plan.id) if shard in self.left else None
+            if record is None:
+                return
+            self.left.discard(shard)
+            timings = record["timings"]
+            self.tally.add(sizes[shard], timings["audio_seconds"])
+            self.tally.stages.seconds["encode"] += timings["encode_seconds"] / max(1, len(self.actors))
+            for failure in record["failures"]:
+                self.tally.fail(failure["key"], failure["stage"], failure["error"])
+            progress.step(shard, sizes[shard], timings["audio_seconds"])
+            check_failures(self.tally, self.config.max_failures, facts.utterances)
+
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress(sizes, self._busiest))
             for shard in sizes.keys() - self.left:
                 progress.found(shard)
-            while not self._over():
-                if self.ended is None and (not self.actors or time.monotonic() - looked >= TICK):
-                    self._hire(progress)
+            while not self.ended:
+                if not self.actors or time.monotonic() - looked >= TICK:
                     looked = time.monotonic()
-                reports = {actor.reports: actor for actor in self.actors}
-                self.ray.wait(list(reports), timeout=TICK)
-                for ready in self.ray.wait(list(reports), num_returns=len(reports), timeout=0)[0]:
-                    self._hear(reports[ready])
-                check_failures(self.tally, self.config.max_failures, facts.utterances)
-            for shard in sizes:
-                progress.found(shard)
-        targets = told_targets(self.told)
-        plan = targets[0].store.plan()
-        assert plan is not None
-        with ExitStack() as stack:
+                    self._hire()
+                calls = {actor.commits: actor for actor in self.actors}
+                for ready in self.ray.wait(list(calls), timeout=TICK)[0]:
+                    if (committed := self._commit(calls[ready])) is not None:
+                        count(committed)
+            while self.left:  # what a lost actor did not live to tell of, and what this machine does not see yet
+                for shard in sorted(self.left):
+                    count(shard)
+                time.sleep(POLL if self.left else 0)
+            self.close()
             for target in targets:
                 stack.enter_context(target.store.at_work(new_owner(), self.config.lease_seconds))
             finish_caches(targets, plan, self.told["about"], time.perf_counter() - started)
@@ -205,34 +221,27 @@ class _Driver:
         remote = self.ray.remote(Extractor).options(num_gpus=int(gpu), num_cpus=cpus)
         return remote.remote(self.config.model_dump(mode="json"), os.getcwd())
 
-    def _hire(self, progress: Progress) -> None:
+    def _hire(self) -> None:
         """Start actors where the cluster has room for more, one a shard at most."""
         gpu, cpus, room = self._room()
         workers = min(room, len(self.left)) or 1
         for index in set(range(workers)) - {actor.index for actor in self.actors}:
             handle, self.first = self.first or self._start(gpu, cpus), None
-            reports = handle.work.options(num_returns="streaming").remote(self.told, Worker(index, workers))
-            self.actors.append(_Actor(handle, index, reports, Listener(self.tally, progress)))
+            commits = handle.work.options(num_returns="streaming").remote(self.told, Worker(index, workers))
+            self.actors.append(_Actor(handle, index, commits))
 
-    def _hear(self, actor: _Actor) -> None:
-        """Take one report, or the end of them."""
+    def _commit(self, actor: _Actor) -> int | None:
+        """The next shard that ``actor`` committed; None when it has come to its end, one way or another."""
         try:
-            report: Report = self._get(next(actor.reports))
+            shard: int = self._get(next(actor.commits))
+            self.losses[actor.index] = 0
+            return shard
         except StopIteration:
-            self.ended = self.ended or time.monotonic()
+            self.ended = True
         except _Lost as error:
+            self.actors.remove(actor)
             self._lost(actor.handle, actor.index, error)
-        else:
-            actor.reported = True
-            actor.listener.hear(report)
-            self.tally.stages.seconds["encode"] += report.encode_seconds / len(self.actors)
-            if report.committed:
-                self.left.discard(report.shard)
-                self.losses[actor.index] = 0
-            return
-        actor.listener.end()
-        self.actors.remove(actor)
-        self.ray.kill(actor.handle)
+        return None
 
     def _get(self, call: Any) -> Any:
         """What a call gave; an error that the user can mend is raised as it was there, the actor's loss as _Lost."""
@@ -253,33 +262,20 @@ class _Driver:
             )
         print("note: a worker was lost; another one takes over", file=sys.stderr)
 
-    def _over(self) -> bool:
-        """Whether all is committed, and every actor that had a part in it has reported all of it."""
-        if self.ended is None or any(actor.reported for actor in self.actors):
-            return False
-        return not self.actors or time.monotonic() - self.ended > GRACE
-
     def _busiest(self) -> str:
-        reported = sum(actor.reported for actor in self.actors)
-        return f"{reported} workers, {self.tally.stages.bottleneck(1) or 'starting'}"
+        return f"{len(self.actors)} workers, {self.tally.stages.bottleneck(1) or 'starting'}"
 
 
 @contextmanager
-def _connected(cluster: Cluster) -> Iterator[Any]:
+def _connected(address: str | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
         raise missing_package("--engine ray", "ray", "ray") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a corpus tool sends nothing home
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
     local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if address else local),
-        )
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else local))
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"no Ray cluster at '{address}' ({reason}): start one, or leave the address out") from None

@@ -1,10 +1,10 @@
 """One of several processes of an extraction; started by ``pipeline/extract/local.py`` or a Ray cluster, not by hand.
 
 In, on standard input: one line of JSON, the job; then nothing, and its end means that the starting process is gone.
-Out: committed shards; on standard output a :class:`Report` as a line of JSON, at most a few a second.
+Out: committed shards; on standard output a :class:`Report` for every utterance and every commit, as a line of JSON.
 
-What is told travels as plain values: :func:`tell` puts a job into them, :func:`join` makes it a job again, and
-:func:`work` makes its shards and reports to whoever started it, where :class:`Listener` counts.
+What is told travels as plain values: :func:`tell` puts a job into them, :func:`join` makes it a job again, :func:`work`
+makes its shards. A :class:`Listener` in the starting process counts what is reported.
 """
 
 from __future__ import annotations
@@ -16,41 +16,43 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.extract.progress import Progress, Watch
 from pipeline.extract.stats import Tally
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from pipeline.extract.job import Job, Target
-    from pipeline.extract.progress import Progress
     from pipeline.extract.resources import Worker
 
 GRACE = 8.0  # seconds to abandon the shard in
-REPORT_EVERY = 0.5  # seconds
 
 
 class Report(NamedTuple):
-    """What a process did for a shard since its last report."""
+    """What a process did for a shard."""
 
     shard: int
     utterances: int = 0
     audio_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    failures: list[tuple[str, str, str]] = []  # noqa: RUF012 - key, stage, reason; never changed
+    failures: Sequence[tuple[str, str, str]] = ()  # key, stage, reason
     committed: bool = False
 
 
 def command(argv: object) -> int:
-    """Make shards until none is left that nobody else makes."""
+    """Make shards until all are committed."""
+    from pipeline.extract.loop import count_committed_failures
+
     reports, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no report
     line = sys.stdin.readline()
     if not line:  # the starting process is gone already
         return 0
     threading.Thread(target=_end_with, args=(sys.stdin,), name="lifeline", daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
-    work(join(json.loads(line)), lambda report: print(json.dumps(report), file=reports, flush=True))
+    job, tally = join(json.loads(line)), Tally()
+    count_committed_failures(job, tally)
+    work(job, tally, _Reports(reports, tally))
     return 0
 
 
@@ -60,6 +62,7 @@ def tell(job: Job) -> dict[str, Any]:
         "config": job.config.model_dump(mode="json"),
         "device": job.config.encoder.device,
         "fingerprint": job.fingerprint,
+        "plan_id": job.plan.id,
         "todo": job.todo,
         "failed": job.failed,
         "attempts": job.attempts,
@@ -68,16 +71,20 @@ def tell(job: Job) -> dict[str, Any]:
 
 
 def told_targets(told: dict[str, Any]) -> list[Target]:
-    """The caches of a job that :func:`tell` told of; needs no encoder."""
+    """The caches of a job that :func:`tell` told of; needs no encoder. Records that are ``void`` count no more."""
     from pipeline.extract.job import Target
     from shards.commit.store import open_store
     from shards.format.spec import FeatureSpec
 
     scratch = told["config"]["scratch"]
-    return [
+    targets = [
         Target(layer, open_store(location, scratch), FeatureSpec.parse(spec, location))
         for layer, location, spec in told["targets"]
     ]
+    for target, records in zip(targets, told.get("void", ()), strict=False):
+        if records and not target.store.is_complete(target.spec.feature_id, told["plan_id"]):  # all were made again
+            target.store.reopen(records)
+    return targets
 
 
 def join(told: dict[str, Any]) -> Job:
@@ -112,63 +119,38 @@ def join(told: dict[str, Any]) -> Job:
     return job
 
 
-def work(job: Job, report: Callable[[Report], None], worker: Worker | None = None) -> None:
-    """Make shards until all are committed; ``report`` is called from several threads, one at a time.
+def work(job: Job, tally: Tally, watch: Watch, worker: Worker | None = None) -> None:
+    """Make shards until all are committed; whoever told of the job merges. ``tally`` knows of earlier failures.
 
     Raises:
         WorkFailed: too many failures.
         UserError: the disk is full, or the like.
     """
-    from pipeline.extract.loop import count_committed_failures, make_shards
+    from pipeline.extract.loop import make_shards
     from pipeline.extract.shard import open_decoders
 
-    tally = Tally()
-    count_committed_failures(job, tally)
     with job.at_work(), open_decoders(job, tally.stages) as decoders:
-        make_shards(job, tally, decoders, _Reports(report, tally), worker=worker)
+        make_shards(job, tally, decoders, watch, worker=worker)
 
 
-class _Reports:
-    """Reports of this process's work; see ``engines.Watch``."""
+class _Reports(Watch):
+    """A line for each utterance and each commit."""
 
-    def __init__(self, report: Callable[[Report], None], tally: Tally) -> None:
-        self._report, self._tally, self._lock = report, tally, threading.Lock()
-        self._failures, self._encode_seconds = len(tally.failures), 0.0  # that were reported
-        self._open, self._last = Report(-1), 0.0
+    def __init__(self, file: IO[str], tally: Tally) -> None:
+        self._file, self._tally, self._lock = file, tally, threading.Lock()
+        self._known = len(tally.failures)  # of earlier runs, and those that were reported
 
     def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
-        with self._lock:
-            if shard != self._open.shard:
-                self._send(Report(shard))
-            failures = self._tally.failures[self._failures :]
-            self._failures += len(failures)
-            self._open = self._open._replace(
-                utterances=self._open.utterances + utterances,
-                audio_seconds=self._open.audio_seconds + audio_seconds,
-                failures=[*self._open.failures, *failures],
-            )
-            if time.monotonic() - self._last >= REPORT_EVERY:
-                self._send(Report(shard))
+        failures = self._tally.failures[self._known :]
+        self._known += len(failures)
+        self._send(Report(shard, utterances, audio_seconds, failures))
 
     def made(self, shard: int) -> None:
+        self._send(Report(shard, committed=True))
+
+    def _send(self, report: Report) -> None:
         with self._lock:
-            if shard == self._open.shard:
-                self._send(Report(-1))
-            self._report(Report(shard, committed=True))
-
-    def found(self, shard: int) -> None:
-        """Others' shards are theirs to report."""
-
-    def waiting(self, shards: int) -> None:
-        """The starting process waits, too."""
-
-    def _send(self, following: Report) -> None:
-        """Report what is open, if it is anything, and open another."""
-        if self._open.utterances:
-            total = self._tally.stages.seconds["encode"]
-            self._report(self._open._replace(encode_seconds=total - self._encode_seconds))
-            self._encode_seconds, self._last = total, time.monotonic()
-        self._open = following
+            print(json.dumps(report), file=self._file, flush=True)
 
 
 class Listener:

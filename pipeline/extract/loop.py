@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.decode.pool import Decoders
 from pipeline.extract.job import Job, Target
+from pipeline.extract.progress import Watch
 from pipeline.extract.resources import Worker
 from pipeline.extract.shard import Made, encode_shard
 from pipeline.extract.stats import Tally, check_failures
@@ -24,22 +25,6 @@ from pipeline.threads import Background
 from shards.format.layout import Plan
 
 POLL = 0.5  # seconds between two looks at what another process does
-
-
-class Watch(Protocol):
-    """Who is told how far the work is: :class:`Progress`, or the process that started this one. Any thread may tell."""
-
-    def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
-        """More utterances of ``shard`` are encoded, or failed."""
-
-    def made(self, shard: int) -> None:
-        """``shard`` was made and committed."""
-
-    def found(self, shard: int) -> None:
-        """``shard`` was committed before, or by another process."""
-
-    def waiting(self, shards: int) -> None:
-        """Only so many shards are left, all of them in the hands of other processes."""
 
 
 def finish_caches(targets: Sequence[Target], plan: Plan, about: dict[str, Any], seconds: float) -> None:

@@ -15,7 +15,23 @@ from types import TracebackType
 from tqdm import tqdm
 
 
-class Progress:
+class Watch:
+    """Who is told how far the work is; this one tells nobody. Any thread may call."""
+
+    def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
+        """More utterances of ``shard`` are encoded, or failed; fewer, when those of a lost worker count no more."""
+
+    def made(self, shard: int) -> None:
+        """``shard`` was made and committed, here or by a process that this one started."""
+
+    def found(self, shard: int) -> None:
+        """``shard`` was committed before, or by another process."""
+
+    def waiting(self, shards: int) -> None:
+        """Only so many shards are left, all of them in the hands of other processes."""
+
+
+class Progress(Watch):
     """A tqdm bar over the planned utterances; shards that stand already count as done.
 
     Args:
@@ -41,10 +57,6 @@ class Progress:
         self._bar.close()
 
     def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
-        """More utterances of ``shard`` are encoded; fewer, when those of a lost worker's shard count no more.
-
-        Any thread may call.
-        """
         with self._lock:
             self._seconds += audio_seconds
             rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
@@ -54,16 +66,13 @@ class Progress:
                 self._bar.update(utterances)
 
     def made(self, shard: int) -> None:
-        """``shard`` was made and committed, here or by a process that this one started."""
         self.found(shard)
 
-    def found(self, shard: int) -> None:
-        """``shard`` is committed: its other utterances, made elsewhere, count as done but not towards the rate."""
+    def found(self, shard: int) -> None:  # utterances that were made elsewhere count as done, not towards the rate
         with self._lock:
             if shard not in self._done:
                 self._done.add(shard)
                 self._bar.update(self._sizes[shard] - self._stepped[shard])
 
     def waiting(self, shards: int) -> None:
-        """Only so many shards are left, all of them in the hands of other processes."""
         self._bar.set_postfix_str(f"waiting for {shards} shards of other processes")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,10 +22,7 @@ from extraction import only_cache, run, snapshot, words, write_corpus
 from pipeline.__main__ import command
 from pipeline.cluster.engine import Extractor
 from pipeline.config import ExtractConfig
-from pipeline.extract.child import Listener, Report
-from pipeline.extract.progress import Progress
 from pipeline.extract.resources import Worker
-from pipeline.extract.stats import Tally
 from shards.commit.finalize import is_tidy
 from shards.config.base import load_config
 from shards.errors import UserError, run_command
@@ -61,7 +57,7 @@ def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]
     return load_config(ExtractConfig, None, [*words(root, *world)[1:], *more]).model_dump(mode="json")
 
 
-def test_actors_make_each_shard_once_and_report_it_in_plain_values(tmp_path, world):
+def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world):
     root = tmp_path / "actors"
     first, second = (Extractor(settings(root, world), str(tmp_path)) for _ in range(2))
     facts, told = first.prepare(False, False)
@@ -69,12 +65,7 @@ def test_actors_make_each_shard_once_and_report_it_in_plain_values(tmp_path, wor
     told = json.loads(json.dumps(told))
     with ThreadPoolExecutor(2) as threads:
         calls = [threads.submit(list, each.work(told, Worker(i, 2))) for i, each in enumerate((first, second))]
-        reports = [report for call in calls for report in call.result()]
-    assert sorted(report.shard for report in reports if report.committed) == facts.todo
-    made = Counter[int]()
-    for report in reports:
-        made[report.shard] += report.utterances
-    assert made == Counter(dict(enumerate(facts.sizes)))
+    assert sorted(shard for call in calls for shard in call.result()) == facts.todo
     assert run(words(root, *world)) == 0  # as the driver does: nothing is left but the merge
     assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
 
@@ -92,8 +83,8 @@ def test_an_actor_that_joins_late_makes_again_what_was_marked_and_not_made_yet(t
     assert facts.todo == [0, 2]
     assert first._job is not None
     first._job.todo = [0]
-    assert [report.shard for report in first.work(told, Worker()) if report.committed] == [0]
-    assert [report.shard for report in late.work(told, Worker()) if report.committed] == [2]
+    assert list(first.work(told, Worker())) == [0]
+    assert list(late.work(told, Worker())) == [2]
     assert run(words(root, *world)) == 0
     assert snapshot(root) == before
 
@@ -105,17 +96,6 @@ def test_an_actor_whose_encoder_makes_other_features_refuses_to_join(tmp_path, w
     told["targets"] = [(layer, location, {**spec, "dtype": "bfloat16"})]
     with pytest.raises(UserError, match=r"other features than .*dtype: bfloat16, not float32"):
         list(other.work(told, Worker()))
-
-
-def test_what_a_lost_worker_did_not_live_to_commit_counts_no_more():
-    tally = Tally()
-    with Progress({0: 3, 1: 3}, str) as progress:
-        listener = Listener(tally, progress)
-        listener.hear(Report(0, 3, 30.0, 1.0, [("a", "read", "gone")]))
-        listener.hear(Report(1, 2, 20.0, 1.0, [("b", "read", "gone")]))
-        listener.hear(Report(0, committed=True))
-        listener.end()
-    assert (tally.utterances, tally.audio_seconds, tally.failures) == (3, 30.0, [("a", "read", "gone")])
 
 
 def test_without_ray_the_engine_says_what_to_install(tmp_path, world, monkeypatch, capsys):

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from extraction import only_cache, run, snapshot, start, words
 
+from pipeline.extract.child import Listener, Report
+from pipeline.extract.progress import Progress
 from pipeline.extract.resources import devices
+from pipeline.extract.stats import Tally
 from shards.commit.finalize import stray_files
 from shards.errors import UserError
 from shards.format.layout import Layout
@@ -103,6 +106,17 @@ def test_no_process_outlives_an_extraction_that_is_ended(tmp_path, undisturbed, 
     wait_for(lambda: not any(runs(pid) for pid in started), 20)
     assert run(words(root, corpus, whisper)) == 0
     assert snapshot(root) == snapshot(undisturbed)
+
+
+def test_what_a_lost_process_did_not_live_to_commit_counts_no_more():
+    tally = Tally()
+    with Progress({0: 3, 1: 3}, str) as progress:
+        listener = Listener(tally, progress)
+        listener.hear(Report(0, 3, 30.0, [("a", "read", "gone")]))
+        listener.hear(Report(1, 2, 20.0, [("b", "read", "gone")]))
+        listener.hear(Report(0, committed=True))
+        listener.end()
+    assert (tally.utterances, tally.audio_seconds, tally.failures) == (3, 30.0, [("a", "read", "gone")])
 
 
 def test_the_devices_of_a_machine_are_one_process_each():
