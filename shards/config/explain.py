@@ -5,14 +5,16 @@ In: the error, the model, the mapping that was validated. Out: text for a :class
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, Tag, ValidationError
 
 from shards.config.fields import CHOICE, content_of, models_in, old_names, submodels
+
+SIMILAR = 0.7  # of difflib's ratio: one wrong letter of four passes
 
 
 def explain(model: type[BaseModel], error: ValidationError, tree: Any, find: Callable[[str], str]) -> str:
@@ -32,7 +34,7 @@ def explain(model: type[BaseModel], error: ValidationError, tree: Any, find: Cal
     elif kind == "missing":
         told = f"key '{key}' is missing in {place}: set it in the file or as {key}=…"
     elif kind in ("literal_error", "union_tag_invalid"):
-        close = difflib.get_close_matches(str(value), re.findall("'(.*?)'", context["expected"]), 1)
+        close = get_close_matches(str(value), re.findall("'(.*?)'", context["expected"]), 1)
         told = f"key '{key}' in {place} is {value!r}: expected {context['expected']}"
         told += f"; did you mean '{close[0]}'?" if close else ""
     elif kind in ("model_type", "union_tag_not_found"):
@@ -90,6 +92,7 @@ def _meant(model: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
     same = [name for name in elsewhere if name.endswith(f".{last}")]
     if len(same) == 1:
         return f"did you mean '{elsewhere[same[0]]}'?"
-    close = [here[name] for name in difflib.get_close_matches(last, here, 1)]
-    close += [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, 1, cutoff=0.75)]
-    return f"did you mean '{close[0]}'?" if close else f"allowed here: {', '.join(siblings) or 'no key'}"
+    scores = [(SequenceMatcher(None, last, name).ratio(), present) for name, present in here.items()]
+    scores += [(SequenceMatcher(None, key, name).ratio(), present) for name, present in elsewhere.items()]
+    score, closest = max(scores, default=(0.0, ""))
+    return f"did you mean '{closest}'?" if score > SIMILAR else f"allowed here: {', '.join(siblings) or 'no key'}"

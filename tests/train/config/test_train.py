@@ -18,6 +18,23 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones():
         load(val={"fractoin": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("batch_size", "batch.size"),
+        ("rank", "lm.lora.rank"),
+        ("gradient_accumulation", "gradient_accumulation_steps"),
+        ("accumulat", "gradient_accumulation_steps"),
+        ("eval_batchsize", "eval_batch_size"),
+        ("weightdecay", "weight_decay"),
+        ("grad_norm", "max_grad_norm"),
+    ],
+)
+def test_the_key_that_was_probably_meant_is_suggested(typed, meant):
+    with pytest.raises(UserError, match=rf"unknown key '{typed}' in the test: did you mean '{meant}'\?"):
+        load(**{typed: 1})
+
+
 def test_caches_must_be_named(tmp_path):
     (tmp_path / "c.yaml").write_text("steps: 3\n")
     with pytest.raises(UserError, match="key 'caches' is missing"):
