@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from shards.errors import UserError, missing_package
 from shards.files import publish
@@ -210,6 +210,10 @@ class _Http:
                     raise UserError(f"'{request.full_url}' redirects from https to http: name another URL")
                 return super().redirect_request(request, *answer)
 
+        account, at, _ = urlsplit(url).netloc.rpartition("@")
+        if at:
+            shown = url.replace(f"{account}@", "")
+            raise UserError(f"the URL of '{shown}' holds a user name or password, which logs would show: leave it out")
         self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # spaces and letters as typed; what is quoted stays
         self.open = build_opener(StaysEncrypted).open
 

@@ -97,6 +97,12 @@ def test_a_file_that_is_not_there_has_no_size_and_no_content(folder):
             remote.read("other", 9, bytes)
 
 
+def test_a_password_in_a_url_is_refused_and_not_shown():
+    with pytest.raises(UserError, match=r"the URL of 'http://127.0.0.1:9/cache' holds a user name or password") as told:
+        Remote("http://ann:secret@127.0.0.1:9/cache").find("CACHE.json", 9)
+    assert "secret" not in str(told.value)
+
+
 @contextmanager
 def https_redirect(target: str, folder):
     """The URL of an encrypted server that redirects to ``target``, and the file of its certificate."""
