@@ -197,6 +197,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         from train.report import write_report
 
         figures = evaluate_run(run, config, args.cache, group)
+        with group.together():
+            if group.is_first:
+                write_report(run)
         if group.is_first:
             write_report(run)
             if target is not None:

@@ -1,6 +1,7 @@
-"""This rank's batches of a run: a ``FeatureStream`` over its caches, with the channels of all its layers.
+"""This rank's batches of a run: a ``FeatureStream`` over its caches, with the channels of all its layers, and noise.
 
-In: settings and opened data. Out: what a training loop iterates and a checkpoint remembers.
+In: settings and opened data. Out: what a training loop iterates and a checkpoint remembers. :func:`augment` masks
+frames and adds Gaussian noise.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def augment(batch: Batch, seed: int, mask_frames: float, noise: float) -> Batch:
     """``batch`` with each frame set to zero with probability ``mask_frames``, after adding ``noise``.
 
     ``noise`` is the standard deviation in units of each channel's own over the utterance: a few channels of a speech
-    encoder are a hundred times as large as the others. What is changed is a copy.
+    encoder are a hundred times as large as the others. ``batch`` itself does not change. The noise of an utterance
+    depends only on the seed, the number of the global batch and its row, so it is the same under any world size.
     """
     if not (mask_frames or noise):
         return batch

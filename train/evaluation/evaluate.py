@@ -10,22 +10,21 @@ utterances; every figure is defined in the module of ``train/evaluation/`` that 
 | ``audio_gain`` | shuffled minus matched: what the model takes from the audio | |
 | ``wer``, ``cer`` | corpus error rates of greedy decoding, with insertions, deletions, substitutions | decoding |
 | ``projector_rms_ratio`` | RMS of the soft tokens over RMS of the LM's embeddings | |
-| *whole:* ``val_loss_silent``, ``silent_gain`` | hearing silence; silent minus matched | 1, and the encoder once |
+| *complete:* ``val_loss_silent``, ``silent_gain`` | hearing silence; silent minus matched | 1, and the encoder once |
 | ``val_loss_text_only``, ``text_only_gain`` | with nothing where the audio would stand | less than 1 |
 | ``hallucination_rate`` | share of 16 silent inputs that are answered with words | decoding 16 |
 | ``retrieval`` | right first choices among 16 texts, by likelihood and pooled embedding | 16 of ``retrieval_limit`` |
 | ``space.json`` | nearest vocabulary tokens of soft tokens; PCA among the LM's embeddings | next to none |
 
-``intervals`` holds 95 % bootstrap intervals over utterances. Evaluations on the way leave out what is marked *whole*.
-The counts of every utterance go to ``utterances.parquet``.
-
-    python -m train evaluate runs/demo --cache cache/other/… --json other.json
+``intervals`` holds 95 % bootstrap intervals over utterances. Evaluations during training leave out what is marked
+*complete*. The counts of every utterance go to ``utterances.parquet``, by which ``paired_difference`` of
+``train/evaluation/bootstrap.py`` compares two runs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from train.config.train import TrainConfig
 from train.data.caches import Utterances
 from train.distributed.group import Group
 from train.evaluation.batches import Reader, Stopped, derangement
@@ -45,11 +45,47 @@ from train.evaluation.held_out_loss import Losses, losses, text_only_losses
 from train.evaluation.retrieval import retrieve
 from train.evaluation.silence import listen_to_silence, record_silence
 from train.evaluation.utterance_table import cache_ids, utterance_table, write_utterances
-from train.model.audio_lm import AudioLM
+from train.model.audio_lm import AudioLM, ModelList
 
-__all__ = ["Evaluation", "Stopped", "evaluate"]
+__all__ = ["EvalConfig", "Evaluation", "Stopped", "evaluate", "evaluate_models"]
 
 KEPT_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The settings of an evaluation. Models with equal settings can be evaluated together."""
+
+    limit: int | None = None  # most utterances; None: all
+    batch_size: int = 16
+    max_frames: int | None = None  # of a batch, padding included
+    decode_limit: int = 200  # most utterances that are decoded
+    max_new_tokens: int = 64  # of a decoded text
+    complete: bool = False  # also silence, text alone, retrieval and the embedding space
+    retrieval_limit: int = 0  # most utterances in retrieval; 0: none
+
+    @classmethod
+    def during_training(cls, config: TrainConfig) -> EvalConfig:
+        """The evaluation of a run every ``eval_every`` steps."""
+        return cls(
+            limit=config.eval_limit,
+            batch_size=config.eval_batch_size,
+            max_frames=config.batch.max_frames,
+            decode_limit=config.decode_samples,
+            max_new_tokens=config.max_new_tokens,
+        )
+
+    @classmethod
+    def final(cls, config: TrainConfig) -> EvalConfig:
+        """The evaluation of a finished run."""
+        return cls(
+            batch_size=config.eval_batch_size,
+            max_frames=config.batch.max_frames,
+            decode_limit=config.decode_limit,
+            max_new_tokens=config.max_new_tokens,
+            complete=True,
+            retrieval_limit=config.retrieval_limit,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,66 +130,70 @@ class Evaluation:
             write_space(folder, self.space)
 
 
+@dataclass(frozen=True)
+class _Extras:
+    """What a complete evaluation adds: figures by the names of ``summary.json``, columns of ``utterances.parquet``,
+    the tree of ``space.json``."""
+
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] | None = None
+
+
 def evaluate(
     model: AudioLM,
     utterances: Utterances,
+    config: EvalConfig | None = None,
     *,
-    batch_size: int = 16,
-    max_frames: int | None = None,
-    decode: int = 200,
-    max_new_tokens: int = 64,
-    whole: bool = False,
-    retrieval: int = 0,
     stop: Callable[[], bool] = lambda: False,
     group: Group | None = None,
 ) -> Evaluation:
-    """Judge ``model`` on ``utterances``; decodes at most ``decode`` of them. Draws no random numbers.
+    """Evaluate ``model`` on ``utterances``. Draws no random numbers.
 
-    ``whole`` adds what an evaluation on the way leaves out (see the module); ``retrieval`` is the most utterances that
-    are told apart, none when 0. Every process of ``group`` calls this with the same arguments, does its part of the
-    batches, and gets the same figures, those of a single process.
+    Every process of ``group`` calls this with the same arguments, does its part of the batches, and gets the same
+    figures, those of a single process.
 
     Raises:
         Stopped: ``stop()`` became true on any rank.
     """
+    return evaluate_models(ModelList([model]), utterances, config or EvalConfig(), stop=stop, group=group)[0]
+
+
+def evaluate_models(
+    models: ModelList,
+    utterances: Utterances,
+    config: EvalConfig,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    group: Group | None = None,
+) -> list[Evaluation]:
+    """:func:`evaluate` of each of ``models``: every batch is read once, and its rows share passes of the LM."""
+    utterances = utterances.first(config.limit)
     if not len(utterances):
         raise ValueError("nothing to evaluate on")
-    start = time.perf_counter()
-    with _judging(model):
-        reader = Reader(utterances, batch_size, max_frames, stop, group or Group())
-        matched = losses(model, reader, range(len(reader)))
+    began = time.perf_counter()
+    count = len(models.models)
+    with _evaluation_mode(models.models):
+        reader = Reader(utterances, config.batch_size, config.max_frames, stop, group or Group())
+        matched = losses(models, reader, range(len(reader)))
         other = derangement(reader.texts)
-        shuffled = None if other is None else losses(model, reader, other)
-        decoded = _decode(model, utterances.first(decode), reader, max_new_tokens) if decode else {}
-        further = look_further(model, reader, matched, max_new_tokens, retrieval) if whole else Further()
-    columns = {
-        "key": reader.keys,
-        "cache": cache_ids(utterances),
-        "frames": reader.frames,
-        "tokens": matched.tokens,
-        "nats": matched.nats,
-        "reference": reader.texts,
-        **edit_columns([decoded.get(i) for i in range(len(reader))]),
-        **({} if shuffled is None else {"nats_shuffled": shuffled.nats}),
-        **({} if other is None else {"heard": [reader.keys[i] for i in other]}),
-        **further.columns,
-    }
-    return _evaluation(
-        columns,
-        list(decoded.values()),
-        further,
-        val_loss=matched.loss,
-        val_loss_shuffled=None if shuffled is None else shuffled.loss,
-        projector_rms_ratio=matched.soft_rms / model.lm.embedding_rms,
-        eval_seconds=time.perf_counter() - start,
-    )
+        shuffled = [None] * count if other is None else losses(models, reader, other)
+        decoded = _decode(models, reader, config)
+        extras = _extras(models, reader, matched, config) if config.complete else [_Extras()] * count
+    seconds = time.perf_counter() - began
+    heard = {} if other is None else {"heard": [reader.keys[i] for i in other]}
+    return [
+        _evaluation(model, reader, heard, seconds, *own)
+        for model, own in zip(models.models, zip(matched, shuffled, decoded, extras, strict=True), strict=True)
+    ]
 
 
 @contextmanager
-def _judging(model: AudioLM) -> Iterator[None]:
+def _evaluation_mode(models: Sequence[AudioLM]) -> Iterator[None]:
     """Without dropout and gradients; afterwards every module is in the mode that it was in."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    training = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
     try:
         with torch.inference_mode():
             yield
@@ -162,65 +202,90 @@ def _judging(model: AudioLM) -> Iterator[None]:
             module.training = mode
 
 
-def _evaluation(columns: dict[str, Any], samples: list[Sample], further: Further, **figures: Any) -> Evaluation:
-    """What the counts of the utterances and the decoded samples add to ``figures``."""
+def _decode(models: ModelList, reader: Reader, config: EvalConfig) -> list[dict[int, Sample]]:
+    """Greedy decoding of the first utterances by each model, by their index and in their own order."""
+    if not config.decode_limit:
+        return [{} for _ in models.models]
+
+    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[Any]:
+        texts = models.generate(features, mask, config.max_new_tokens)
+        return [list(zip(readers, own, strict=True)) for own in texts]
+
+    wanted = [reader.place[int(row)] for row in reader.utterances.first(config.decode_limit).rows]
+    batches = reader.each(wanted, wanted, work)
+    found = [dict(pair for batch in own for pair in batch) for own in zip(*batches, strict=True)]
+    return [{i: make_sample(reader.keys[i], reader.texts[i], texts[i].strip()) for i in wanted} for texts in found]
+
+
+def _extras(models: ModelList, reader: Reader, matched: Sequence[Losses], config: EvalConfig) -> list[_Extras]:
+    """What evaluations during training leave out."""
+    silence = record_silence(reader.utterances, str(models.models[0].lm.device), reader.group)
+    silent = losses(models, reader, range(len(reader)), lambda index: silence.audio(reader.frames[index]))
+    text_only = text_only_losses(models, reader)
+    spoken = listen_to_silence(models, reader, silence, config.max_new_tokens)
+    limit = config.retrieval_limit
+    chosen = [reader.place[int(row)] for row in reader.utterances.first(limit).rows] if limit else []
+    found = []
+    for model, mine, without, nothing, said in zip(models.models, matched, silent, text_only, spoken, strict=True):
+        retrieved = retrieve(model, reader, chosen)
+        figures = {
+            "val_loss_silent": without.loss,
+            "silent_gain": without.loss - mine.loss,
+            "silence": silence.source,
+            "val_loss_text_only": nothing.loss,
+            "text_only_gain": nothing.loss - mine.loss,
+            **said.figures(),
+            "retrieval": None if retrieved is None else retrieved.figures(),
+        }
+        columns = {"nats_silent": without.nll, "nats_text_only": nothing.nll}
+        found.append(_Extras(figures, columns, look(model, reader)))
+    return found
+
+
+def _evaluation(
+    model: AudioLM,
+    reader: Reader,
+    heard: dict[str, list[str]],
+    seconds: float,
+    matched: Losses,
+    shuffled: Losses | None,
+    decoded: dict[int, Sample],
+    extras: _Extras,
+) -> Evaluation:
+    """The figures of one model."""
+    samples = list(decoded.values())
     words, characters = (corpus_edits([getattr(s, name) for s in samples]) for name in ("words", "characters"))
-    table = utterance_table(columns)
+    table = utterance_table(
+        {
+            "key": reader.keys,
+            "cache": cache_ids(reader.utterances),
+            "frames": reader.frames,
+            "tokens": matched.tokens,
+            "nats": matched.nll,
+            "reference": reader.texts,
+            **edit_columns([decoded.get(i) for i in range(len(reader))]),
+            **({} if shuffled is None else {"nats_shuffled": shuffled.nll}),
+            **heard,
+            **extras.columns,
+        }
+    )
     return Evaluation(
-        **figures,
+        val_loss=matched.loss,
+        val_loss_shuffled=None if shuffled is None else shuffled.loss,
         wer=None if words is None else words.rate,
         cer=None if characters is None else characters.rate,
+        projector_rms_ratio=matched.soft_rms / model.lm.embedding_rms,
         n_val=len(table),
         n_decoded=len(samples),
         n_without_reference=sum(sample.wer is None for sample in samples),
+        eval_seconds=seconds,
         table=table,
         samples=samples,
         intervals=table_intervals(table),
-        more={"word_edits": _counts(words), "character_edits": _counts(characters), **further.figures},
-        space=further.space,
+        more={"word_edits": _counts(words), "character_edits": _counts(characters), **extras.figures},
+        space=extras.space,
     )
 
 
 def _counts(edits: Edits | None) -> dict[str, int] | None:
     return None if edits is None else asdict(edits)
-
-
-def _decode(model: AudioLM, chosen: Utterances, reader: Reader, max_new_tokens: int) -> dict[int, Sample]:
-    """Greedy decoding of ``chosen``, by their index and in their own order."""
-
-    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[tuple[int, str]]:
-        return list(zip(readers, model.generate(features, mask, max_new_tokens), strict=True))
-
-    wanted = [reader.place[int(row)] for row in chosen.rows]
-    decoded = dict(pair for batch in reader.each(wanted, wanted, work) for pair in batch)
-    return {i: make_sample(reader.keys[i], reader.texts[i], decoded[i].strip()) for i in wanted}
-
-
-@dataclass(frozen=True)
-class Further:
-    """Figures by the names of ``summary.json``, columns of ``utterances.parquet``, the tree of ``space.json``."""
-
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    space: dict[str, Any] | None = None
-
-
-def look_further(model: AudioLM, reader: Reader, matched: Losses, max_new_tokens: int, retrieval: int) -> Further:
-    """All of it; ``retrieval`` is the most utterances that are told apart."""
-    silence = record_silence(reader.utterances, str(model.lm.device), reader.group)
-    silent = losses(model, reader, range(len(reader)), lambda index: silence.audio(reader.frames[index]))
-    text_only = text_only_losses(model, reader)
-    spoken = listen_to_silence(model, reader, silence, max_new_tokens)
-    chosen = [reader.place[int(row)] for row in reader.utterances.first(retrieval).rows] if retrieval else []
-    found = retrieve(model, reader, chosen)
-    figures = {
-        "val_loss_silent": silent.loss,
-        "silent_gain": silent.loss - matched.loss,
-        "silence": silence.source,
-        "val_loss_text_only": text_only.loss,
-        "text_only_gain": text_only.loss - matched.loss,
-        **spoken.figures(),
-        "retrieval": None if found is None else found.figures(),
-    }
-    columns = {"nats_silent": silent.nats, "nats_text_only": text_only.nats}
-    return Further(figures, columns, look(model, reader))

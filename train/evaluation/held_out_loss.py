@@ -1,12 +1,13 @@
-"""Nats of every held-out text, whatever stands where its audio belongs.
+"""The loss of every held-out text, whatever stands in the place of its audio.
 
-In: a model, a :class:`~train.evaluation.batches.Reader`, and who hears what. Out: :class:`Losses`, an utterance a row.
+In: models, a :class:`~train.evaluation.batches.Reader`, and who hears what. Out: :class:`Losses` of each model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,56 +16,69 @@ from torch import Tensor
 
 from train.evaluation.batches import Features, Reader
 from train.evaluation.bootstrap import Array
-from train.model.audio_lm import AudioLM
+from train.lms.base import LmRequest
+from train.model.audio_lm import AudioLM, ModelList
 
 
 @dataclass(frozen=True)
 class Losses:
     """Of n utterances, in their order."""
 
-    nats: Array  # [n] summed over an utterance's targets
+    nll: Array  # [n] in nats, summed over an utterance's targets
     tokens: npt.NDArray[np.int64]  # [n]
     soft_rms: float  # of the soft tokens heard, the mean over the utterances
 
     @property
     def loss(self) -> float:
         """Nats per target token."""
-        return float(self.nats.sum() / self.tokens.sum())
+        return float(self.nll.sum() / self.tokens.sum())
 
 
 def losses(
-    model: AudioLM, reader: Reader, heard: Sequence[int], audio: Callable[[int], Features] | None = None
-) -> Losses:
+    models: ModelList, reader: Reader, heard: Sequence[int], audio: Callable[[int], Features] | None = None
+) -> list[Losses]:
     """Utterance i hears the audio of utterance ``heard[i]``, or what ``audio(heard[i])`` gives [frames, channels]."""
 
-    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[list[float]]:
-        out = model.nats(features, mask, [reader.texts[i] for i in readers])
-        rms = [float(out.soft_rms)] * len(readers)
-        return [list(row) for row in zip(readers, out.nats.double().tolist(), out.tokens.tolist(), rms, strict=True)]
+    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[Any]:
+        found = models.nll(features, mask, [reader.texts[i] for i in readers])
+        return [_by_utterance(readers, out.nll, out.tokens.tolist(), float(out.soft_rms)) for out in found]
 
-    rows = sorted(row for batch in reader.each(heard, range(len(heard)), work, audio) for row in batch)
-    _, nats, tokens, rms = zip(*rows, strict=True)
-    return Losses(np.array(nats), np.array(tokens), float(np.mean(rms)))
+    batches = reader.each(heard, range(len(heard)), work, audio)
+    return [_losses(sorted(row for batch in own for row in batch)) for own in zip(*batches, strict=True)]
 
 
-def text_only_losses(model: AudioLM, reader: Reader) -> Losses:
-    """Nothing stands where the audio would: what the LM expects of the texts by itself.
-
-    Where the prompt is nothing but audio (``plain``), one BOS token, or eos where the tokenizer has none, takes its
-    place: something must come before the first token that is predicted.
-    """
-    lm, before, after = model.lm, model.prompt.before, model.prompt.after
-    if not before and not after:
-        before = [lm.tokenizer.eos if lm.tokenizer.bos is None else lm.tokenizer.bos]
+def text_only_losses(models: ModelList, reader: Reader) -> list[Losses]:
+    """Nothing stands where the audio would: what the LM expects of the texts by itself."""
     here = range(len(reader))
     batches = [list(here[start : start + reader.batch_size]) for start in here[:: reader.batch_size]]
 
-    def work(batch: list[int]) -> list[list[float]]:
-        targets = [model.prompt.target(reader.texts[i]) for i in batch]
-        soft = torch.zeros(len(batch), 0, lm.width, dtype=lm.dtype, device=lm.device)
-        mask = torch.zeros(len(batch), 0, dtype=torch.bool, device=lm.device)
-        nats = lm.target_nats(soft, mask, [before] * len(batch), [after] * len(batch), targets)
-        return [[nat, len(target)] for nat, target in zip(nats.double().tolist(), targets, strict=True)]
+    def work(batch: list[int]) -> list[Any]:
+        requests = [_without_audio(model, [reader.texts[i] for i in batch]) for model in models.models]
+        found = zip(requests, models.passes.nll(requests), strict=True)
+        return [_by_utterance(batch, nll, [len(ids) for ids in request.targets], 0.0) for request, nll in found]
 
-    nats, tokens = zip(*(row for rows in reader.share(batches, work) for row in rows), strict=True)
-    return Losses(np.array(nats), np.array(tokens), 0.0)
+    shares = reader.share(batches, work)
+    return [_losses([row for batch in own for row in batch]) for own in zip(*shares, strict=True)]
+
+
+def _without_audio(model: AudioLM, texts: Sequence[str]) -> LmRequest:
+    """Where the prompt is nothing but audio (``plain``), one BOS token, or eos where the tokenizer has none, takes its
+    place: something must come before the first token that is predicted.
+    """
+    lm, prefix, suffix = model.lm, model.prompt.before, model.prompt.after
+    if not prefix and not suffix:
+        prefix = [lm.tokenizer.eos if lm.tokenizer.bos is None else lm.tokenizer.bos]
+    rows = len(texts)
+    soft = torch.zeros(rows, 0, lm.width, dtype=lm.dtype, device=lm.device)
+    mask = torch.zeros(rows, 0, dtype=torch.bool, device=lm.device)
+    return LmRequest(soft, mask, [prefix] * rows, [suffix] * rows, [model.prompt.target(text) for text in texts])
+
+
+def _by_utterance(utterances: list[int], nll: Tensor, tokens: list[int], soft_rms: float) -> list[list[Any]]:
+    return [[*row, soft_rms] for row in zip(utterances, nll.double().tolist(), tokens, strict=True)]
+
+
+def _losses(rows: Sequence[Sequence[Any]]) -> Losses:
+    """Of (utterance, nll, tokens, RMS of the soft tokens), in the order of the utterances."""
+    _, nll, tokens, soft_rms = zip(*rows, strict=True)
+    return Losses(np.array(nll), np.array(tokens), float(np.mean(soft_rms)))

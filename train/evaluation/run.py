@@ -1,7 +1,9 @@
-"""What a finished run may be judged on, beside what it held out: any other corpus of the same features.
+"""The evaluation of a finished run, on what it held out or on another corpus of the same features.
 
-In: the cache that ``--cache`` names (of a run on several layers one a layer, with commas between, in the run's order)
-and ``caches.json`` of the run. Out: the :class:`~train.data.caches.Utterances` of it that the run was not trained on.
+In: a run, and optionally the cache that ``--cache`` names (of a run on several layers one for each layer, separated by
+commas, in the run's order). Out: the keys of ``summary.json`` with new figures, and the files that a report shows.
+
+    python -m train evaluate runs/demo --cache cache/other/… --json other.json
 """
 
 from __future__ import annotations
@@ -18,53 +20,11 @@ from train.config.train import TrainConfig
 from train.data.caches import AbsentCache, Utterances, find_cache, held_out_mask, open_data, open_judged, same_folder
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import Group
-from train.evaluation.evaluate import Evaluation, evaluate
+from train.evaluation.evaluate import EvalConfig, Evaluation, evaluate
 from train.model.build import load_model
 from train.runs import folder as runs
 
-
-def judged_on(word: str, config: TrainConfig, about: dict[str, Any]) -> Utterances:
-    """The utterances of the cache ``word`` that a run may be judged on; ``about`` is its ``caches.json``.
-
-    Of a cache that the run trained on only its held-out rows; one that it named in ``val.caches`` whole.
-
-    Raises:
-        UserError: there is no such cache, it holds other features, or the run trained on all of it.
-    """
-    names = word.split(",") if config.layers > 1 else [word]
-    if len(names) != config.layers:
-        raise UserError(
-            f"the run hears {config.layers} layers and --cache names {len(names)}: name one cache a layer, with commas "
-            "between, in the order of the run's caches"
-        )
-    try:
-        found = open_judged([names if config.layers > 1 else word])
-    except AbsentCache as absent:
-        told = str(absent).partition(": ")[0]
-        raise UserError(f"{told}: correct --cache, or make it with `make extract`") from None
-    _require_features(found, about)
-    cache, rows = found.caches[0], found.rows
-    if cache.manifest_id in [each["manifest_id"] for each in about["caches"]]:
-        named = [find_cache(entry if isinstance(entry, str) else entry[0]) for entry in config.val.caches]
-        if not any(path is not None and same_folder(path, cache.path) for path in named):
-            rows = np.intersect1d(rows, np.flatnonzero(held_out_mask(cache, config.val)))
-    if not len(rows):
-        raise UserError(f"the run trained on every utterance of '{cache.path}': name another cache with --cache")
-    return Utterances(found.caches, rows, found.layers).first(config.val.limit)
-
-
-def _require_features(found: Utterances, about: dict[str, Any]) -> None:
-    caches = [found.caches[0]] if found.layers is None else found.layers.joined[0].caches
-    specs = [about["spec"]] if found.layers is None else [FeatureSpec.parse(s, "caches.json") for s in about["layers"]]
-    for cache, spec in zip(caches, specs, strict=True):
-        if cache.feature_id != spec.feature_id:
-            raise UserError(
-                f"'{cache.path}' holds other features than the run was trained on "
-                f"({'; '.join(cache.spec.differences(spec))}): extract the cache with the run's encoder settings"
-            )
-
-
-JUDGE_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and judging
+JUDGE_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and evaluation
 
 
 def evaluate_run(
@@ -88,21 +48,11 @@ def evaluate_run(
         model = load_model(run, config, device, choose_dtype(config.dtype, device))
     manifests = [each.manifest_id for each in utterances.caches]
     group.agree({"choice of utterances": [manifests, utterances.rows.tolist()]})
-    result = evaluate(
-        model,
-        utterances,
-        batch_size=config.eval_batch_size,
-        max_frames=config.batch.max_frames,
-        decode=config.decode_limit,
-        max_new_tokens=config.max_new_tokens,
-        whole=True,
-        retrieval=config.retrieval_limit,
-        group=group,
-    )
+    result = evaluate(model, utterances, EvalConfig.final(config), group=group)
     caches = [str(each.path) for each in utterances.caches]
     with group.together():
         if group.is_first:
-            _keep(run, run if cache is None else run / runs.JUDGED / manifests[0][:8], result, caches)
+            _keep(run if cache is None else run / runs.JUDGED / manifests[0][:8], result, caches)
     return {**runs.read_json(run / "summary.json"), **result.figures(), "judged_on": caches}
 
 
@@ -123,9 +73,50 @@ def _to_judge(run: Path, config: TrainConfig, cache: str | None) -> Utterances:
     return utterances
 
 
-def _keep(run: Path, folder: Path, result: Evaluation, caches: list[str]) -> None:
-    """What was judged, in ``folder``."""
-    with told("writing what was judged", folder):
+def _keep(folder: Path, result: Evaluation, caches: list[str]) -> None:
+    """The files of an evaluation, in ``folder``."""
+    with told("writing the evaluation", folder):
         make_folder(folder)
     result.write(folder)
     runs.write_json(folder / runs.FIGURES, {**result.record(), "judged_on": caches})
+
+
+def judged_on(word: str, config: TrainConfig, about: dict[str, Any]) -> Utterances:
+    """The utterances of the cache ``word`` that a run may be judged on; ``about`` is its ``caches.json``.
+
+    Of a cache that the run trained on only its held-out rows; one that it named in ``val.caches`` whole.
+
+    Raises:
+        UserError: there is no such cache, it holds other features, or the run trained on all of it.
+    """
+    names = word.split(",") if config.layers > 1 else [word]
+    if len(names) != config.layers:
+        raise UserError(
+            f"the run hears {config.layers} layers and --cache names {len(names)}: name one cache a layer, with commas "
+            "between, in the order of the run's caches"
+        )
+    try:
+        found = open_judged([names if config.layers > 1 else word])
+    except AbsentCache as absent:
+        missing = str(absent).partition(": ")[0]
+        raise UserError(f"{missing}: correct --cache, or make it with `make extract`") from None
+    _require_features(found, about)
+    cache, rows = found.caches[0], found.rows
+    if cache.manifest_id in [each["manifest_id"] for each in about["caches"]]:
+        named = [find_cache(entry if isinstance(entry, str) else entry[0]) for entry in config.val.caches]
+        if not any(path is not None and same_folder(path, cache.path) for path in named):
+            rows = np.intersect1d(rows, np.flatnonzero(held_out_mask(cache, config.val)))
+    if not len(rows):
+        raise UserError(f"the run trained on every utterance of '{cache.path}': name another cache with --cache")
+    return Utterances(found.caches, rows, found.layers).first(config.val.limit)
+
+
+def _require_features(found: Utterances, about: dict[str, Any]) -> None:
+    caches = [found.caches[0]] if found.layers is None else found.layers.joined[0].caches
+    specs = [about["spec"]] if found.layers is None else [FeatureSpec.parse(s, "caches.json") for s in about["layers"]]
+    for cache, spec in zip(caches, specs, strict=True):
+        if cache.feature_id != spec.feature_id:
+            raise UserError(
+                f"'{cache.path}' holds other features than the run was trained on "
+                f"({'; '.join(cache.spec.differences(spec))}): extract the cache with the run's encoder settings"
+            )

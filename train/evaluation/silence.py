@@ -24,7 +24,7 @@ from train.data.caches import Utterances
 from train.distributed.group import Group
 from train.evaluation.batches import Features, Reader
 from train.evaluation.error_rates import has_words, normaliser
-from train.model.audio_lm import AudioLM
+from train.model.audio_lm import ModelList
 
 if TYPE_CHECKING:
     from shards.format.spec import FeatureSpec
@@ -107,17 +107,20 @@ class Hallucination:
                 "hallucination": {"inputs": self.inputs, "words": self.words, "texts": self.texts}}  # fmt: skip
 
 
-def listen_to_silence(model: AudioLM, reader: Reader, silence: Silence, max_new_tokens: int) -> Hallucination:
+def listen_to_silence(models: ModelList, reader: Reader, silence: Silence, max_new_tokens: int) -> list[Hallucination]:
     """Decode silence of up to INPUTS different lengths, spread evenly over those of the utterances."""
     by_length = sorted({frames: index for index, frames in enumerate(reader.frames)}.items())
     places = np.linspace(0, len(by_length) - 1, min(INPUTS, len(by_length))).round().astype(int)
     chosen = [by_length[place][1] for place in places.tolist()]
 
-    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[str]:
-        return model.generate(features, mask, max_new_tokens)
+    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[list[str]]:
+        return models.generate(features, mask, max_new_tokens)
 
-    silent = reader.each(chosen, chosen, work, lambda index: silence.audio(reader.frames[index]))
-    texts = [text.strip() for batch in silent for text in batch]
+    batches = reader.each(chosen, chosen, work, lambda index: silence.audio(reader.frames[index]))
+    return [_hallucination([text.strip() for batch in own for text in batch]) for own in zip(*batches, strict=True)]
+
+
+def _hallucination(texts: list[str]) -> Hallucination:
     normalise = normaliser()
     counts = [sum(map(has_words, normalise(text).split())) for text in texts]
     return Hallucination(

@@ -9,6 +9,7 @@ Letters: B rows, S soft tokens, T positions, D the LM's width, N target tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -138,6 +139,35 @@ class LanguageModel(nn.Module):
             if all(done):
                 break
         return [row[len(ids) :] for row, ids in zip(rows, after, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class LmRequest:
+    """Rows for a language model: [prefix | soft tokens | suffix | targets], one row for each utterance.
+
+    soft [B, S, D], soft_mask [B, S] bool. Generation ignores ``targets``.
+    """
+
+    soft: Tensor
+    soft_mask: Tensor
+    prefix: Ids
+    suffix: Ids
+    targets: Ids
+
+
+class SeparatePasses:
+    """Answers each :class:`LmRequest` with a pass of ``lm`` of its own."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+
+    def nll(self, requests: Sequence[LmRequest]) -> list[Tensor]:
+        """Negative log-likelihood of each row's targets in nats, float32 [B] for each request; see ``target_nats``."""
+        return [self.lm.target_nats(r.soft, r.soft_mask, r.prefix, r.suffix, r.targets) for r in requests]
+
+    def generate(self, requests: Sequence[LmRequest], max_new_tokens: int) -> list[list[list[int]]]:
+        """Greedy continuations: the ids of each row, for each request; see ``LanguageModel.generate``."""
+        return [self.lm.generate(r.soft, r.soft_mask, r.prefix, r.suffix, max_new_tokens) for r in requests]
 
 
 def sum_by_row(values_N: Tensor, layout: Layout) -> Tensor:

@@ -1,34 +1,41 @@
-"""The model of a run: features -> projector -> soft tokens -> prompt -> frozen language model -> nats of the text.
+"""The model of a run: features -> projector -> soft tokens -> prompt -> frozen language model -> loss or text.
 
-In: features [B, T, C] of the encoder, their mask, and texts. Out: nats and token counts per utterance (the caller's
-loss is ``out.nats.sum() / out.tokens.sum()``), or decoded texts. Gradients exist in the projector
-alone, unless the LM trains.
+In: features [B, T, C] of the encoder, their mask, and texts. Out: a :class:`BatchLoss` (the loss of a batch is
+``out.nll.sum() / out.tokens.sum()``), or decoded texts. Only the projector has gradients, unless the LM trains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from train.lms.base import LanguageModel
+from train.lms.base import LanguageModel, LmRequest, SeparatePasses
 from train.model.prompt import Prompt
 from train.projectors import Projector
 
 
 @dataclass(frozen=True, slots=True)
-class NatsOutput:
-    """What one batch costs."""
+class BatchLoss:
+    """The loss of one batch as tensors: one value for each utterance, summed over its targets."""
 
-    nats: Tensor  # [B] float32, summed over an utterance's targets; carries the gradient
-    tokens: Tensor  # [B] int64, targets of each utterance: text and eos
+    nll: Tensor  # [B] float32, negative log-likelihood in nats; carries the gradient
+    tokens: Tensor  # [B] int64 on the CPU, targets: the text's tokens and eos
     soft_rms: Tensor  # scalar float32, RMS of the valid soft tokens; detached
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)  # [B] by the names of metrics.jsonl; carry the gradient
+
+
+def batch_loss(request: LmRequest, nll: Tensor, auxiliary: dict[str, Tensor] | None = None) -> BatchLoss:
+    """``nll`` [B] of the rows of ``request``, beside what is known of them."""
+    tokens = torch.tensor([len(ids) for ids in request.targets])
+    soft_rms = request.soft.detach()[request.soft_mask].float().square().mean().sqrt()
+    return BatchLoss(nll, tokens, soft_rms, auxiliary or {})
 
 
 class AudioLM(nn.Module):
-    """A projector, a language model and a prompt; ``nats`` for training and evaluation, ``generate`` for decoding."""
+    """A projector, a language model and a prompt; ``nll`` for training and evaluation, ``generate`` for decoding."""
 
     def __init__(self, projector: Projector, lm: LanguageModel, prompt: Prompt) -> None:
         super().__init__()
@@ -40,22 +47,16 @@ class AudioLM(nn.Module):
         soft, soft_mask = self.projector(features, mask.to(self.lm.device))
         return soft.to(self.lm.dtype), soft_mask
 
-    def nats(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> NatsOutput:
-        """Nats of ``texts`` [B] given the audio. Padding frames and the other rows of the batch change nothing."""
+    def request(self, features: Tensor, mask: Tensor, texts: Sequence[str] | None = None) -> LmRequest:
+        """The rows that the LM reads: soft tokens of the audio inside the prompt, and ``texts`` [B] as targets."""
         soft, soft_mask = self.soft_tokens(features, mask)
-        before, after, targets = self.sides(texts)
-        nats = self.lm.target_nats(soft, soft_mask, before, after, targets)
-        tokens = torch.tensor([len(ids) for ids in targets], device=nats.device)
-        return NatsOutput(nats, tokens, self.rms(soft, soft_mask))
+        rows = len(soft)
+        targets = [[]] * rows if texts is None else [self.prompt.target(text) for text in texts]
+        return LmRequest(soft, soft_mask, [self.prompt.before] * rows, [self.prompt.after] * rows, targets)
 
-    def sides(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-        """Ids before and after the soft tokens of each row, and its targets."""
-        return *self._around(len(texts)), [self.prompt.target(text) for text in texts]
-
-    @staticmethod
-    def rms(soft: Tensor, soft_mask: Tensor) -> Tensor:
-        """RMS of the valid soft tokens, a float32 scalar without gradient."""
-        return soft.detach()[soft_mask].float().square().mean().sqrt()
+    def nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> BatchLoss:
+        """The loss of ``texts`` [B] given the audio. Padding frames and the other rows of the batch change nothing."""
+        return ModelList([self]).nll(features, mask, texts)[0]
 
     @torch.no_grad()
     def candidates(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> Tensor:
@@ -72,19 +73,35 @@ class AudioLM(nn.Module):
         max_new_tokens: int = 64,
         told: Callable[[list[str]], None] | None = None,
     ) -> list[str]:
-        """What the LM says to each utterance, greedily, without its eos. ``told`` hears the texts after every token."""
-        soft, soft_mask = self.soft_tokens(features, mask)
-        around, decode, eos = self._around(len(soft)), self.lm.tokenizer.decode, self.lm.tokenizer.eos
+        """The LM's greedy answer to each utterance, without eos. ``told`` gets the texts so far after every token."""
         if told is None:
-            return [decode(ids) for ids in self.lm.generate(soft, soft_mask, *around, max_new_tokens)]
-        said: list[list[int]] = [[] for _ in soft]
+            return ModelList([self]).generate(features, mask, max_new_tokens)[0]
+        asked, decode, eos = self.request(features, mask), self.lm.tokenizer.decode, self.lm.tokenizer.eos
+        said: list[list[int]] = [[] for _ in asked.soft]
 
         def step(tokens: list[int]) -> None:
             for ids, token in zip(said, tokens, strict=True):
                 ids += [token] if token != eos else []
             told([decode(ids) for ids in said])
 
-        return [decode(ids) for ids in self.lm.generate(soft, soft_mask, *around, max_new_tokens, step)]
+        rows = self.lm.generate(asked.soft, asked.soft_mask, asked.prefix, asked.suffix, max_new_tokens, step)
+        return [decode(ids) for ids in rows]
 
-    def _around(self, batch: int) -> tuple[list[list[int]], list[list[int]]]:
-        return [self.prompt.before] * batch, [self.prompt.after] * batch
+
+class ModelList:
+    """Models that share one language model, which reads the rows of all of them in the passes of ``passes``."""
+
+    def __init__(self, models: Sequence[AudioLM], passes: SeparatePasses | None = None) -> None:
+        """``passes``: by default a pass for each model."""
+        self.models, self.passes = models, passes or SeparatePasses(models[0].lm)
+
+    def nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> list[BatchLoss]:
+        """As :meth:`AudioLM.nll`, for each model."""
+        requests = [model.request(features, mask, texts) for model in self.models]
+        return [batch_loss(*each) for each in zip(requests, self.passes.nll(requests), strict=True)]
+
+    @torch.no_grad()
+    def generate(self, features: Tensor, mask: Tensor, max_new_tokens: int) -> list[list[str]]:
+        """As :meth:`AudioLM.generate`, for each model."""
+        rows = self.passes.generate([model.request(features, mask) for model in self.models], max_new_tokens)
+        return [[model.lm.tokenizer.decode(ids) for ids in own] for model, own in zip(self.models, rows, strict=True)]

@@ -1,7 +1,7 @@
 """Prompts: what the language model reads around the soft tokens, and what it is asked to say.
 
 In: a ``PromptConfig``, a tokenizer, the text of an utterance. Out: token ids before and after the soft tokens, and
-target ids (text, then eos). The loss counts targets alone. Everything is tokenised once.
+target ids (text, then eos). The loss counts targets alone.
 
 | template | the model reads | from |
 |---|---|---|
@@ -14,6 +14,7 @@ target ids (text, then eos). The loss counts targets alone. Everything is tokeni
 from __future__ import annotations
 
 from array import array
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from shards.errors import UserError
@@ -22,6 +23,7 @@ from train.config.model import AUDIO_MARK, PromptConfig
 if TYPE_CHECKING:
     from train.lms.base import Tokenizer
 
+MAX_KEPT = 4096  # texts whose ids stay in memory: a step and an evaluation ask several times for each of theirs
 TEMPLATES = {
     "plain": AUDIO_MARK,
     "slam": f"{AUDIO_MARK} USER: {{instruction}} ASSISTANT: ",
@@ -50,12 +52,8 @@ class Prompt:
         self.text = text  # with the mark, as a report shows it
         self.before = tokenizer.encode(before, special=True) if before else []
         self.after = tokenizer.encode(after, special=True) if after else []
-        self._tokenizer = tokenizer
-        self._targets: dict[str, array[int]] = {}
+        self._targets = lru_cache(MAX_KEPT)(lambda text: array("i", [*tokenizer.encode(text), tokenizer.eos]))
 
     def target(self, text: str) -> list[int]:
-        """Ids of ``text`` and eos; remembered (4 bytes an id), for every epoch asks again."""
-        ids = self._targets.get(text)
-        if ids is None:
-            ids = self._targets[text] = array("i", [*self._tokenizer.encode(text), self._tokenizer.eos])
-        return ids.tolist()
+        """Ids of ``text`` and eos. Those of the last ``MAX_KEPT`` texts are kept (4 bytes an id)."""
+        return self._targets(text).tolist()

@@ -1,54 +1,93 @@
-"""What a run tells while it runs: ``metrics.jsonl``, ``evaluations.jsonl``, the progress bar.
+"""The log of a run: ``metrics.jsonl``, ``evaluations.jsonl``, the progress bar.
 
-In: the figures of a step or an evaluation. Out: one JSON line each, flushed at once, and a bar with loss, audio gain at
+In: the metrics of a step or an evaluation. Out: one JSON line each, flushed at once, and a bar with loss, audio gain at
 the last evaluation, frames a second and time left. A resumed run first drops the lines past its checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from shards.files import atomic_write, told, write_all
-from train.runs.emergence import EmergenceDetector
 from train.runs.trackers import Outlets
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
-TOLD = 10  # lines with the loss that a whole run prints
+LOG_LINES = 10  # lines with the loss that a whole run prints
 
 
-class Tracker:
-    """Writes a run's figures; a context manager that closes the bar and the files."""
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """The numbers of one step, over all ranks."""
+
+    step: int  # steps done, this one included
+    loss: float  # nats a target token
+    lr: float
+    grad_norm: float  # before clipping
+    projector_rms_ratio: float  # RMS of the soft tokens, the mean over the step's batches, over RMS of LM embeddings
+    seconds: float  # of rank 0, waiting for data included
+    data_wait: float  # seconds, on the rank that waited longest
+    frames: int  # valid frames
+    padded_frames: int  # with padding
+    tokens: int  # target tokens
+    utterances: int
+    # what was minimised beside the cross-entropy: means of the run's auxiliary objectives, losses of the projector
+    auxiliary_losses: dict[str, float] = field(default_factory=dict)
+    projector_metrics: dict[str, float] = field(default_factory=dict)  # such as the use of experts
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are finite; if not, no weight was changed."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def record(self) -> dict[str, Any]:
+        """One line of ``metrics.jsonl``."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            **self.auxiliary_losses,
+            **self.projector_metrics,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+            "projector_rms_ratio": self.projector_rms_ratio,
+            "seconds": self.seconds,
+            "data_wait": self.data_wait,
+            "padding": 1 - self.frames / self.padded_frames,
+            "frames": self.frames,
+            "tokens": self.tokens,
+        }
+
+
+class MetricsLogger:
+    """Writes a run's metrics; a context manager that closes the bar and the files."""
 
     def __init__(self, run: Path, steps: int, step: int = 0, evaluated: int = 0, quiet: bool = False) -> None:
         """``step``, ``evaluated``: where a resumed run stands; lines after these steps are dropped from the files.
 
-        With ``quiet`` the files alone are written.
+        With ``quiet`` only the files are written.
         """
-        self._emergence = EmergenceDetector()
         self._gain: float | None = None
         with told("writing metrics", run):
             for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
                 kept = [line for line in read_lines(run / name) if line["step"] <= last]
-                for line in kept:
-                    if name == METRICS:
-                        self._emergence.take(line["step"], line["loss"])
-                    else:
-                        self._gain = line["audio_gain"]
+                if name == EVALUATIONS and kept:
+                    self._gain = kept[-1]["audio_gain"]
                 atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
             # unbuffered: what a full disk refused must not be tried again when the file is closed
             self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
             self._evaluations = open(run / EVALUATIONS, "ab", buffering=0)  # noqa: SIM115
         self._steps = steps
         self._outlets: Outlets | None = None
-        # no bar in a log: the lines of `step` tell the same
+        # no bar in a log file: the lines of `log_step` say the same
         self._bar = tqdm(
             total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=quiet or None
         )
@@ -56,10 +95,10 @@ class Tracker:
         self._quiet = quiet
 
     def attach(self, outlets: Outlets) -> None:
-        """Send the figures there, too, from here on."""
+        """Send the metrics there, too, from here on."""
         self._outlets = outlets
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> MetricsLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,42 +112,36 @@ class Tracker:
         self._metrics.close()
         self._evaluations.close()
 
-    def step(self, figures: dict[str, Any], frames_per_second: float, terms: Mapping[str, float] | None = None) -> None:
-        """One training step: ``step``, ``loss`` and the rest go to ``metrics.jsonl`` and the bar.
-
-        ``terms``: what was minimised beside the loss, which the lines for people tell, too.
-        """
-        emergence = self._emergence.take(figures["step"], figures["loss"])
-        if emergence is not None:
-            figures = {**figures, "emergence": emergence.record()}
-            self.say(emergence.sentence())
-        self._append(self._metrics, figures)
+    def log_step(self, metrics: StepMetrics, frames_per_second: float) -> None:
+        """A training step goes to ``metrics.jsonl``, the bar and, for some steps, standard output."""
+        record = metrics.record()
+        self._append(self._metrics, record)
         if self._outlets is not None:
-            self._outlets.log("train", figures, figures["step"])
+            self._outlets.log("train", record, metrics.step)
         gain: dict[str, str] = {} if self._gain is None else {"gain": f"{self._gain:.2f}"}
-        self._bar.set_postfix({"loss": f"{figures['loss']:.3f}", **gain, "frames/s": f"{frames_per_second:.0f}"}, False)
+        self._bar.set_postfix({"loss": f"{metrics.loss:.3f}", **gain, "frames/s": f"{frames_per_second:.0f}"}, False)
         self._bar.update()
-        step = figures["step"]
-        self._seconds = figures["seconds"] if not self._seconds else 0.9 * self._seconds + 0.1 * figures["seconds"]
-        if step in (1, self._steps) or step % max(1, self._steps // TOLD) == 0:
-            left = (self._steps - step) * self._seconds
-            self.say(
-                f"step {step:>6}/{self._steps}  loss {figures['loss']:.4f}{beside(terms or {})}  "
-                f"lr {figures['lr']:.2e}  {frames_per_second:.0f} frames/s  {left:.0f} s left"
+        self._seconds = metrics.seconds if not self._seconds else 0.9 * self._seconds + 0.1 * metrics.seconds
+        if metrics.step in (1, self._steps) or metrics.step % max(1, self._steps // LOG_LINES) == 0:
+            left = (self._steps - metrics.step) * self._seconds
+            self.log(
+                f"step {metrics.step:>6}/{self._steps}  loss {metrics.loss:.4f}"
+                f"{in_brackets(metrics.auxiliary_losses)}  lr {metrics.lr:.2e}  "
+                f"{frames_per_second:.0f} frames/s  {left:.0f} s left"
             )
 
-    def evaluation(self, step: int, record: dict[str, Any]) -> None:
-        """One evaluation with its samples goes to ``evaluations.jsonl``; its audio gain stays on the bar."""
+    def log_evaluation(self, step: int, record: dict[str, Any]) -> None:
+        """An evaluation with its samples goes to ``evaluations.jsonl``; its audio gain stays on the bar."""
         self._append(self._evaluations, {"step": step, **record})
         if self._outlets is not None:
             self._outlets.log("held_out", record, step)
         self._gain = record["audio_gain"]
-        self.say(
+        self.log(
             f"step {step:>6}/{self._steps}  held-out loss {record['val_loss']:.4f}  "
             f"shuffled {figure(record['val_loss_shuffled'])}  audio gain {figure(record['audio_gain'])}"
         )
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line on standard output that does not tear the bar."""
         if not self._quiet:
             self._bar.write(line, file=sys.stdout)
@@ -119,8 +152,8 @@ class Tracker:
             write_all(file.fileno(), _line(tree).encode())
 
 
-class Silence(Tracker):
-    """The tracker of the ranks that do not write."""
+class NullLogger(MetricsLogger):
+    """The logger of the ranks that do not write."""
 
     def __init__(self) -> None:
         pass
@@ -128,13 +161,13 @@ class Silence(Tracker):
     def close(self) -> None:
         pass
 
-    def step(self, figures: dict[str, Any], frames_per_second: float, terms: Mapping[str, float] | None = None) -> None:
+    def log_step(self, metrics: StepMetrics, frames_per_second: float) -> None:
         pass
 
-    def evaluation(self, step: int, record: dict[str, Any]) -> None:
+    def log_evaluation(self, step: int, record: dict[str, Any]) -> None:
         pass
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         pass
 
 
@@ -143,10 +176,10 @@ def figure(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def beside(terms: Mapping[str, float]) -> str:
-    """What is told in brackets behind a loss: the other terms of what is minimised, if any."""
-    told = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
-    return f" ({told})" if told else ""
+def in_brackets(auxiliary_losses: Mapping[str, float]) -> str:
+    """What follows a loss in a line for people: the auxiliary losses, if any."""
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in auxiliary_losses.items())
+    return f" ({listed})" if listed else ""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,17 +1,20 @@
 """A group of experiments side by side in one process: one stream of batches, one frozen language model.
 
 In: the settings of experiments that share caches, held-out rows, rules and order of batches, and a language model.
-Out: a run folder of each, as a run alone leaves it. The stream is read once; a batch that was taken is given to every
-experiment that stands there. An experiment that ends, or whose loss is no number, leaves; the others do not notice.
+Out: a run folder of each, as a run alone leaves it. The stream is read once; every experiment that stands at a batch
+takes it. A step and an evaluation are the functions of a run alone, called with one experiment after another
+(``separate``) or with all of them, whose rows then share passes of the language model (``batched``,
+``train/sweeps/lm_batching.py``). An experiment that ends, or whose loss is not finite, leaves the group; the others are
+not affected.
 
-After a kill, each goes on from its own checkpoint: the stream starts at the one that is furthest back, and those ahead
-wait until it has come to them.
+After a kill, each resumes from its own checkpoint: the stream starts at the earliest one, and those ahead wait until it
+has reached them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,27 +29,26 @@ from train.data.caches import open_data
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import Group
 from train.distributed.signals import StopRequest
-from train.evaluation.batches import Stopped
-from train.lms.base import LanguageModel
+from train.evaluation.evaluate import Evaluation, Stopped
+from train.lms.base import LanguageModel, SeparatePasses
 from train.lms.load import load_lm
 from train.model.build import build_model
 from train.runs import folder as runs
-from train.runs.metrics_log import beside, figure
-from train.sweeps.lm_batching import Answerer
-from train.sweeps.rendezvous import meet, shared_lm
+from train.runs.metrics_log import figure, in_brackets
+from train.sweeps.lm_batching import LmBatcher
 from train.trainer.state import RunState
-from train.trainer.step import take
-from train.trainer.trainer import Interrupted, Trainer, refuse_changes
+from train.trainer.step import next_batches, optimizer_step
+from train.trainer.trainer import Interrupted, Trainer, evaluate_together, refuse_changes
 
 DROPPED = "dropped.json"  # in the folder of an experiment that left before its end
-TOLD = 10  # lines with all losses that a whole group prints
+LOG_LINES = 10  # lines with all losses that a whole group prints
 Mode = Literal["batched", "separate", "none"]
 # What experiments of a group have in common, beside the language model. ``extract`` only makes caches.
 SHARED = ("caches", "filter", "val", "batch", "gradient_accumulation_steps", "device", "dtype")
 
 
 @dataclass
-class Member:
+class Experiment:
     """An experiment of a group."""
 
     trainer: Trainer
@@ -122,10 +124,11 @@ class Lockstep:
     """One group.
 
     Args:
-        configs: its experiments, all of one :func:`group_key`; those with a run folder go on from its checkpoint.
+        configs: its experiments, all of one :func:`group_key`; those with a run folder resume from its checkpoint.
         mode: ``batched`` or ``separate``.
-        tell: takes lines for people.
-        judged: is told each evaluation on the way; what it returns, if anything, is why the experiment is pruned.
+        log: takes lines for people.
+        evaluated: gets name, step and loss of each evaluation during training; a string that it returns is the reason
+            why the experiment is pruned.
     """
 
     def __init__(
@@ -134,13 +137,14 @@ class Lockstep:
         models: Models,
         mode: Mode,
         stop: StopRequest,
-        tell: Callable[[str], None] = print,
-        judged: Callable[[str, int, float], str | None] = lambda name, step, loss: None,
+        log: Callable[[str], None] = print,
+        evaluated: Callable[[str, int, float], str | None] = lambda name, step, loss: None,
     ) -> None:
-        self.stop, self.tell, self.judged = stop, tell, judged
-        shared = models.get(configs[0])
-        self.answerer = Answerer(shared) if mode == "batched" and len(configs) > 1 else None
-        self.members: list[Member] = []
+        self.stop, self.log, self.evaluated = stop, log, evaluated
+        lm = models.get(configs[0])
+        self.batcher = LmBatcher(lm) if mode == "batched" and len(configs) > 1 else None
+        self.passes = self.batcher or SeparatePasses(lm)
+        self.experiments: list[Experiment] = []
         data = open_data(configs[0])
         device = choose_device(configs[0].device)
         dtype = choose_dtype(configs[0].dtype, device)
@@ -151,27 +155,26 @@ class Lockstep:
             if (run / "config.yaml").is_file():
                 refuse_changes(config, run)
                 begun.append(run)
-            lm = shared if self.answerer is None else shared_lm(shared)
             model = build_model(config, data.caches[0].spec.channels, device, dtype, lm)
             state = RunState(config, data, model, dtype, run, Group(), self.stream)
             self.stream = state.stream
-            self.members.append(Member(Trainer(config, state, device, stop, quiet=True)))
-        for member in self.members:
-            run = member.trainer.run
+            self.experiments.append(Experiment(Trainer(config, state, device, stop, quiet=True)))
+        for experiment in self.experiments:
+            run = experiment.trainer.run
             if run not in begun:
-                runs.create(run, member.trainer.config, data.caches, data.layers, latest=False)
+                runs.create(run, experiment.trainer.config, data.caches, data.layers, latest=False)
             elif any((run / "checkpoints").iterdir()):
-                member.trainer.state.restore()
+                experiment.trainer.state.restore()
 
     @property
     def lm_seconds(self) -> dict[str, float]:
-        """Spent in shared passes of the language model, by what was asked."""
-        return {} if self.answerer is None else self.answerer.seconds
+        """Spent in shared passes of the language model, by purpose."""
+        return {} if self.batcher is None else self.batcher.seconds
 
     @property
-    def training(self) -> list[Member]:
+    def training(self) -> list[Experiment]:
         """Those that have not left."""
-        return [member for member in self.members if member.left is None]
+        return [experiment for experiment in self.experiments if experiment.left is None]
 
     def run(self) -> None:
         """Train all to their ends.
@@ -180,115 +183,101 @@ class Lockstep:
             Interrupted: a signal came; all are saved.
         """
         with ExitStack() as opened:
-            for member in self.members:
-                opened.enter_context(member.trainer)
-            hindmost = min(self.members, key=lambda member: member.step)
-            self.stream.load_state_dict(hindmost.trainer.state.position)
-            at, batches = hindmost.step, iter(self.stream)
+            for experiment in self.experiments:
+                opened.enter_context(experiment.trainer)
+            earliest = min(self.experiments, key=lambda experiment: experiment.step)
+            self.stream.load_state_dict(earliest.trainer.state.position)
+            at, batches = earliest.step, iter(self.stream)
             try:
                 while True:
-                    self._judge()
-                    self._let_go()
+                    self._evaluate_those_due()
+                    self._finish_those_done()
                     if not self.training:
                         break
                     self._check_stop()
-                    self._advance(at, batches)
+                    self._train_step(at, batches)
                     at += 1
             except Stopped:
-                for member in self.training:
-                    member.trainer.state.save()
+                for experiment in self.training:
+                    experiment.trainer.state.save()
                 raise Interrupted(f"stopped at step {at}") from None
             finally:
                 batches.close()
 
-    def _advance(self, at: int, batches: Generator[Batch, None, None]) -> None:
-        """One step of everyone who stands at ``at``, with the same batches."""
-        held, waited = take(batches, self.members[0].trainer.config.gradient_accumulation_steps)
-        turn = [member for member in self.training if member.step == at]
-        for member, error in self._each(turn, lambda trainer: trainer.advance(held, waited)):
-            if error is not None:
-                member.drop("failed", str(error))
-                self.tell(f"{member.name} failed: {error}")
-            else:
-                member.trainer.save_if_due()
-        self._tell_losses(turn)
+    def _train_step(self, at: int, batches: Generator[Batch, None, None]) -> None:
+        """One step of all experiments that stand at ``at``, with the same batches."""
+        taken, data_wait = next_batches(batches, self.experiments[0].trainer.config.gradient_accumulation_steps)
+        turn = [experiment for experiment in self.training if experiment.step == at]
+        for part in self._parts(turn):
+            steps = [experiment.trainer.begin_step(taken, data_wait) for experiment in part]
+            for experiment, metrics in zip(part, optimizer_step(steps, self.passes), strict=True):
+                try:
+                    experiment.trainer.end_step(metrics)
+                except WorkFailed as failure:
+                    experiment.drop("failed", str(failure))
+                    self.log(f"{experiment.name} failed: {failure}")
+                else:
+                    experiment.trainer.save_if_due()
+        self._log_losses(turn)
 
-    def _judge(self) -> None:
-        """The evaluations on the way that are due."""
-        before = {member.name: member.trainer.state.counters.evaluated for member in self.training}
-        going = [member for member in self.training if not member.trainer.ended]
-        self._each(going, lambda trainer: trainer.judge_if_due())
-        for member in going:
-            judged = member.trainer.judged
-            if judged is not None and member.trainer.state.counters.evaluated > before[member.name]:
-                loss = judged.val_loss
-                gain = figure(judged.audio_gain)
-                self.tell(f"step {member.step:>6}  {member.name}: held-out loss {loss:.4f}, audio gain {gain}")
-                reason = self.judged(member.name, member.step, loss)
-                if reason:
-                    member.trainer.state.save()
-                    member.drop("pruned", reason)
-                    self.tell(f"{member.name} is pruned: {reason}")
+    def _evaluate_those_due(self) -> None:
+        due = [e for e in self.training if not e.trainer.done and e.trainer.evaluation_due]
+        for experiment, result in self._evaluate(due):
+            name, step, loss = experiment.name, experiment.step, result.val_loss
+            self.log(f"step {step:>6}  {name}: held-out loss {loss:.4f}, audio gain {figure(result.audio_gain)}")
+            reason = self.evaluated(name, step, loss)
+            if reason:
+                experiment.trainer.state.save()
+                experiment.drop("pruned", reason)
+                self.log(f"{name} is pruned: {reason}")
 
-    def _let_go(self) -> None:
-        """Judge and finish those that have ended; a signal in the meantime leaves them one step before that."""
-        ended = [member for member in self.training if member.trainer.ended]
-        for member in ended:
-            member.trainer.state.save()
-        if ended:
+    def _finish_those_done(self) -> None:
+        """Evaluate and finish; a signal that comes before leaves them saved after their last step."""
+        done = [experiment for experiment in self.training if experiment.trainer.done]
+        for experiment in done:
+            experiment.trainer.state.save()
+        if done:
             self._check_stop()
-        finals: dict[str, Any] = {}
-
-        def judge(trainer: Trainer) -> None:
-            finals[trainer.run.name] = trainer.judge_at_the_end()
-
-        self._each(ended, judge)
-        for member in ended:
+        wanted = [experiment for experiment in done if experiment.trainer.config.eval_every != 0]
+        self._evaluate([experiment for experiment in wanted if experiment.trainer.best_unknown])
+        finals = {experiment.name: result for experiment, result in self._evaluate(wanted, final=True)}
+        for experiment in done:
             try:
-                member.trainer.finish(finals[member.name])
+                experiment.trainer.finish(finals.get(experiment.name))
             except WorkFailed as failure:
-                member.drop("failed", str(failure))
+                experiment.drop("failed", str(failure))
             else:
-                member.left = "finished"
-            self.tell(f"{member.name} {member.left} after {member.step} steps")
+                experiment.left = "finished"
+            self.log(f"{experiment.name} {experiment.left} after {experiment.step} steps")
 
-    def _each(
-        self, members: Sequence[Member], work: Callable[[Trainer], None]
-    ) -> list[tuple[Member, WorkFailed | None]]:
-        """``work`` on every trainer; who failed, by which WorkFailed. Other exceptions are raised when all are done."""
-        if self.answerer is not None:
-            jobs = {member.name: lambda trainer=member.trainer: work(trainer) for member in members}
-            outcome = meet(jobs, self.answerer)
-            errors = [outcome[member.name] for member in members]
-        else:
-            errors = [_failure(work, member.trainer) for member in members]
-        for error in errors:
-            if error is not None and not isinstance(error, WorkFailed):
-                raise error
-        return list(zip(members, errors, strict=True))
+    def _evaluate(self, experiments: Sequence[Experiment], final: bool = False) -> list[tuple[Experiment, Evaluation]]:
+        """Those with equal settings together."""
+        found: list[tuple[Experiment, Evaluation]] = []
+        for part in self._parts(experiments, lambda experiment: experiment.trainer.eval_config(final)):
+            results = evaluate_together([experiment.trainer for experiment in part], self.passes, final)
+            found += zip(part, results, strict=True)
+        return found
 
-    def _tell_losses(self, turn: Sequence[Member]) -> None:
-        last = max((member.trainer.config.steps for member in self.members), default=0)
-        at = max((member.step for member in turn), default=0)
-        if turn and (at in (1, last) or at % max(1, last // TOLD) == 0):
-            losses = [
-                f"{member.name} {member.trainer.state.counters.last_loss:.4f}{beside(member.trainer.terms)}"
-                for member in turn
-                if not member.left
-            ]
-            self.tell(f"step {at:>6}/{last}  {'  '.join(losses)}")
+    def _parts(
+        self, experiments: Sequence[Experiment], key: Callable[[Experiment], Hashable] = lambda experiment: None
+    ) -> list[list[Experiment]]:
+        """What is computed together: experiments of equal ``key`` in shared passes, each by itself in separate ones."""
+        parts: dict[Hashable, list[Experiment]] = {}
+        for experiment in experiments:
+            parts.setdefault(key(experiment) if self.batcher else experiment.name, []).append(experiment)
+        return list(parts.values())
+
+    def _log_losses(self, turn: Sequence[Experiment]) -> None:
+        last = max((experiment.trainer.config.steps for experiment in self.experiments), default=0)
+        at = max((experiment.step for experiment in turn), default=0)
+        if turn and (at in (1, last) or at % max(1, last // LOG_LINES) == 0):
+            metrics = [(experiment.name, experiment.trainer.metrics) for experiment in turn if not experiment.left]
+            losses = [f"{name} {m.loss:.4f}{in_brackets(m.auxiliary_losses)}" for name, m in metrics if m is not None]
+            self.log(f"step {at:>6}/{last}  {'  '.join(losses)}")
 
     def _check_stop(self) -> None:
         if self.stop.asked:
             raise Stopped
-
-
-def _failure(work: Callable[[Trainer], None], trainer: Trainer) -> WorkFailed | None:
-    try:
-        work(trainer)
-    except WorkFailed as failure:
-        return failure
-    return None
 
 
 def unfinished(configs: Sequence[TrainConfig]) -> list[TrainConfig]:

@@ -1,11 +1,15 @@
-"""One pass of a frozen language model for the rows of many experiments.
+"""Passes of a frozen language model over the rows of many experiments.
 
-In: the :class:`Question`\\ s of experiments, each a batch of soft tokens with prompts and targets. Out: nats and their
-gradients, or decoded ids, a question each. A row's answer depends on that row alone, so rows of all questions are
-sorted by length and cut anew: rows of one length share a pass, whichever experiment, prompt and stack they are from,
-and hardly any padding is computed. What has no soft tokens is the same for all experiments and is computed once.
+In: the requests of experiments, each a batch of soft tokens with prompts and targets. Out: for each request the nll of
+its rows, differentiable in its soft tokens, or decoded ids. The result of a row depends on that row alone, so the rows
+of all requests are sorted by length and cut into new batches: rows of one length share a pass, whichever experiment,
+prompt and stack they come from, and there is hardly any padding. Rows without soft tokens are the same for all
+experiments and are computed once.
 
-On a CPU passes run side by side, each on one thread: no thread waits for others at every operation.
+The gradient of a pass is computed at once, with weight one for every row; each experiment scales its own rows when its
+loss goes backward. So the activations of one pass are freed before the next begins.
+
+On a CPU the passes run side by side, each on one thread: no thread waits for others at every operation.
 """
 
 from __future__ import annotations
@@ -20,161 +24,151 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.threads import Threads
-from train.lms.base import LanguageModel
-from train.lms.layout import Ids
+from train.lms.base import LanguageModel, LmRequest, SeparatePasses
 
 # positions of a pass, padding included: enough for full speed; a layer's activations are kept for each until its end
 CPU_POSITIONS, GPU_POSITIONS = 512, 8192
 CPU_ROWS, GPU_ROWS = 64, 512  # rows decoded together: the cache of keys and values is copied at each token on a CPU
-KINDS = ("training", "judging", "decoding")
-
-
-@dataclass
-class Question:
-    """What a batch asks: nats of ``targets``, with their gradient or without, or a greedy answer without them.
-
-    soft [B, S, D], soft_mask [B, S] bool; ids a row before and after the soft tokens.
-    """
-
-    soft: Tensor
-    soft_mask: Tensor
-    before: Ids
-    after: Ids
-    targets: Ids | None = None
-    gradient: bool = False
-    max_new_tokens: int = 0
-
-    @property
-    def kind(self) -> tuple[bool, bool, int]:
-        """Questions of one kind are answered together."""
-        return self.targets is not None, self.gradient, self.max_new_tokens
 
 
 @dataclass
 class _Row:
-    """A row of a question."""
+    """A row of a request, and what the language model says of it."""
 
     soft: Tensor  # [its soft tokens, D]
-    before: Sequence[int]
-    after: Sequence[int]
+    prefix: Sequence[int]
+    suffix: Sequence[int]
     target: Sequence[int]
-    answer: Any = None
+    nll: Any = None  # scalar
+    grad: Any = None  # of nll, as soft
+    ids: Any = None
 
     @property
     def length(self) -> int:
-        return len(self.soft) + len(self.before) + len(self.after) + max(len(self.target) - 1, 0)
+        return len(self.soft) + len(self.prefix) + len(self.suffix) + max(len(self.target) - 1, 0)
 
 
-class Answerer:
-    """Answers the questions of experiments by ``lm``.
+class LmBatcher(SeparatePasses):
+    """Answers all requests of a call together.
 
     Attributes:
-        seconds: spent in the language model, by what was asked: training, judging, decoding.
-        positions, padding: computed in training, and those of them that were padding.
+        seconds: spent in the language model, by purpose: training, judging, decoding.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
-        self.lm = lm
-        self.seconds = dict.fromkeys(KINDS, 0.0)
-        self.positions, self.padding = 0, 0
+        super().__init__(lm)
+        self.seconds = {"training": 0.0, "judging": 0.0, "decoding": 0.0}
         self._cpu = lm.device.type == "cpu"
         self._threads = Threads(torch.get_num_threads() if self._cpu else 1)
 
-    def answer(self, questions: Sequence[Question]) -> list[Any]:
-        """(nats [B] float32, gradient [B, S, D] or None) of a question with targets, else ids [B] of one without."""
-        rows = [_rows(question) for question in questions]
-        for kind in dict.fromkeys(question.kind for question in questions):
-            asked = [row for question, own in zip(questions, rows, strict=True) if question.kind == kind for row in own]
-            begun = time.perf_counter()
-            self._answer_rows(asked, *kind)
-            judged, gradient, _ = kind
-            self.seconds[KINDS[0 if gradient else 1 if judged else 2]] += time.perf_counter() - begun
-        return [_put_together(question, own) for question, own in zip(questions, rows, strict=True)]
+    def nll(self, requests: Sequence[LmRequest]) -> list[Tensor]:
+        began, gradient = time.perf_counter(), torch.is_grad_enabled()
+        rows = _rows(requests)
+        self._each(lambda batch: self._nll(batch, gradient), self._cut(_distinct(rows)))
+        self.seconds["training" if gradient else "judging"] += time.perf_counter() - began
+        return [_nll_of(*each, gradient) for each in zip(requests, rows, strict=True)]
 
-    def _answer_rows(self, rows: list[_Row], judged: bool, gradient: bool, max_new_tokens: int) -> None:
-        first: dict[Any, _Row] = {}
-        for row in rows:
-            key = id(row) if len(row.soft) else (tuple(row.before), tuple(row.after), tuple(row.target))
-            first.setdefault(key, row)
-        if judged:
-            parts = self._cut(list(first.values()))
-            self._each(lambda part: self._nats(part, gradient), parts)
-            if gradient:
-                self.positions += sum(len(part) * part[-1].length for part in parts)
-                self.padding += sum(part[-1].length - row.length for part in parts for row in part)
-        else:
-            most = CPU_ROWS if self._cpu else GPU_ROWS
-            ordered = sorted(first.values(), key=lambda row: row.length)
-            size = min(most, -(-len(ordered) // self._threads.n))
-            parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-            self._each(lambda part: self._generate(part, max_new_tokens), parts)
-        for row in rows:
-            if not len(row.soft):
-                row.answer = first[tuple(row.before), tuple(row.after), tuple(row.target)].answer
+    def generate(self, requests: Sequence[LmRequest], max_new_tokens: int) -> list[list[list[int]]]:
+        began = time.perf_counter()
+        rows = _rows(requests)
+        ordered = _distinct(rows)
+        size = min(CPU_ROWS if self._cpu else GPU_ROWS, -(-len(ordered) // self._threads.n))
+        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        self._each(lambda batch: self._generate(batch, max_new_tokens), batches)
+        self.seconds["decoding"] += time.perf_counter() - began
+        return [[row.ids for row in own] for own in rows]
 
     def _cut(self, rows: list[_Row]) -> list[list[_Row]]:
-        """Rows of like lengths, about equally much work a part and a multiple of the threads in number."""
-        rows = sorted(rows, key=lambda row: row.length)
+        """Batches of ``rows``, which are sorted: about equal work in each, and a multiple of the threads in number."""
         most = CPU_POSITIONS if self._cpu else GPU_POSITIONS
         total = sum(row.length for row in rows)
-        count = -(-max(total // most + (total % most > 0), 1) // self._threads.n) * self._threads.n
-        parts: list[list[_Row]] = [[]]
+        count = -(-max(-(-total // most), 1) // self._threads.n) * self._threads.n
+        batches: list[list[_Row]] = [[]]
         done = 0
         for row in rows:
-            full = done >= total * len(parts) / count  # the parts so far have their share
-            if parts[-1] and (full or row.length * (len(parts[-1]) + 1) > 2 * most):
-                parts.append([])
-            parts[-1].append(row)
+            full = done >= total * len(batches) / count  # the batches so far have their share
+            if batches[-1] and (full or row.length * (len(batches[-1]) + 1) > 2 * most):
+                batches.append([])
+            batches[-1].append(row)
             done += row.length
-        return parts
+        return [batch for batch in batches if batch]
 
-    def _nats(self, part: list[_Row], gradient: bool) -> None:
-        soft, mask = _pad(part)
-        sides = ([row.before for row in part], [row.after for row in part], [row.target for row in part])
-        if not (gradient and soft.numel()):
-            with torch.no_grad():
-                nats = self.lm.target_nats(soft, mask, *sides)
-            slopes: Any = [row.soft.new_zeros(row.soft.shape) for row in part]
-        else:
-            with torch.enable_grad():
-                nats = self.lm.target_nats(soft.requires_grad_(), mask, *sides)
-                (slope,) = torch.autograd.grad(nats.sum(), soft)
-            slopes = [own[: len(row.soft)] for own, row in zip(slope, part, strict=True)]
-        for row, nat, own in zip(part, nats.detach(), slopes, strict=True):
-            row.answer = nat, own
+    def _nll(self, batch: list[_Row], gradient: bool) -> None:
+        request = _request(batch)
+        grads: Sequence[Tensor] = [torch.zeros_like(row.soft) for row in batch] if gradient else []
+        with torch.set_grad_enabled(gradient and request.soft.numel() > 0):
+            request.soft.requires_grad_(torch.is_grad_enabled())
+            (nll,) = SeparatePasses.nll(self, [request])
+            if nll.requires_grad:
+                (padded,) = torch.autograd.grad(nll.sum(), request.soft)
+                grads = [own[: len(row.soft)] for own, row in zip(padded, batch, strict=True)]
+        for i, row in enumerate(batch):
+            row.nll = nll[i].detach()
+            row.grad = grads[i] if gradient else None
 
-    def _generate(self, part: list[_Row], max_new_tokens: int) -> None:
-        soft, mask = _pad(part)
-        ids = self.lm.generate(soft, mask, [row.before for row in part], [row.after for row in part], max_new_tokens)
-        for row, answer in zip(part, ids, strict=True):
-            row.answer = answer
+    def _generate(self, batch: list[_Row], max_new_tokens: int) -> None:
+        (ids,) = SeparatePasses.generate(self, [_request(batch)], max_new_tokens)
+        for row, own in zip(batch, ids, strict=True):
+            row.ids = own
 
-    def _each(self, work: Callable[[list[_Row]], None], parts: list[list[_Row]]) -> None:
-        """``work`` on every part, as many at a time as there are threads."""
-        longest_first = sorted(parts, key=lambda part: -len(part) * part[-1].length)
-        self._threads.run(work, [(part,) for part in longest_first])
+    def _each(self, work: Callable[[list[_Row]], None], batches: list[list[_Row]]) -> None:
+        """``work`` on every batch, as many at a time as there are threads."""
+        longest_first = sorted(batches, key=lambda batch: -len(batch) * batch[-1].length)
+        self._threads.run(work, [(batch,) for batch in longest_first])
 
 
-def _rows(question: Question) -> list[_Row]:
-    soft = question.soft.detach()
-    found = [own[mask] for own, mask in zip(soft, question.soft_mask, strict=True)]
-    targets = question.targets if question.targets is not None else [[]] * len(found)
-    return [_Row(*parts) for parts in zip(found, question.before, question.after, targets, strict=True)]
+class _KnownGradient(torch.autograd.Function):
+    """nll [B] whose gradient in soft [B, S, D] is known: row b gets grad [B, S, D] times what flows to its nll.
+
+    Rows do not reach each other, so the gradient of each row's nll is all there is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, soft: Tensor, nll: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return nll.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *flowing: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * flowing[0][:, None, None]).to(grad.dtype), None, None
 
 
-def _put_together(question: Question, rows: list[_Row]) -> Any:
-    if question.targets is None:
-        return [row.answer for row in rows]
-    nats = torch.stack([row.answer[0] for row in rows])
-    if not question.gradient:
-        return nats, None
-    slope = torch.zeros_like(question.soft)
-    slope[question.soft_mask] = torch.cat([row.answer[1] for row in rows])
-    return nats, slope
+def _rows(requests: Sequence[LmRequest]) -> list[list[_Row]]:
+    """The rows of each request; equal rows without soft tokens are one object."""
+    found: list[list[_Row]] = []
+    without_audio: dict[Any, _Row] = {}
+    for request in requests:
+        soft = [own[mask] for own, mask in zip(request.soft.detach(), request.soft_mask, strict=True)]
+        rows = [_Row(*row) for row in zip(soft, request.prefix, request.suffix, request.targets, strict=True)]
+        for i, row in enumerate(rows):
+            if not len(row.soft):
+                rows[i] = without_audio.setdefault((tuple(row.prefix), tuple(row.suffix), tuple(row.target)), row)
+        found.append(rows)
+    return found
 
 
-def _pad(part: list[_Row]) -> tuple[Tensor, Tensor]:
-    """soft [B, S, D] of a part's rows, zero behind, and its mask [B, S]."""
-    soft = pad_sequence([row.soft for row in part], batch_first=True)
-    lengths = torch.tensor([len(row.soft) for row in part], device=soft.device)
-    return soft, torch.arange(soft.shape[1], device=soft.device) < lengths[:, None]
+def _distinct(rows: Sequence[Sequence[_Row]]) -> list[_Row]:
+    """All rows, each object once, from short to long."""
+    return sorted({id(row): row for own in rows for row in own}.values(), key=lambda row: row.length)
+
+
+def _request(batch: list[_Row]) -> LmRequest:
+    """Rows as one request: soft [B, S, D], zero where a row has ended, and its mask [B, S]."""
+    soft = pad_sequence([row.soft for row in batch], batch_first=True)
+    lengths = torch.tensor([len(row.soft) for row in batch], device=soft.device)
+    mask = torch.arange(soft.shape[1], device=soft.device) < lengths[:, None]
+    return LmRequest(
+        soft, mask, [row.prefix for row in batch], [row.suffix for row in batch], [row.target for row in batch]
+    )
+
+
+def _nll_of(request: LmRequest, rows: Sequence[_Row], gradient: bool) -> Tensor:
+    """The rows' nll together [B], differentiable in the soft tokens of ``request``."""
+    nll = torch.stack([row.nll for row in rows])
+    if not gradient:
+        return nll
+    grad = torch.zeros_like(request.soft)
+    grad[request.soft_mask] = torch.cat([row.grad for row in rows])
+    answered: Tensor = _KnownGradient.apply(request.soft, nll, grad)  # type: ignore[no-untyped-call]
+    return answered

@@ -101,14 +101,14 @@ def _run(
 ) -> None:
     """One round, what of it is not finished."""
 
-    def judged(name: str, step: int, loss: float) -> str | None:
+    def evaluated(name: str, step: int, loss: float) -> str | None:
         trials[name].report(loss, step)
         return f"{loss:.4f} at step {step} is among the worse" if trials[name].should_prune() else None
 
     for part in groups(unfinished(fresh), 1 if config.lockstep == "none" else None):
         say(f"trials: {', '.join(str(each.name) for each in part)}")
         try:
-            Lockstep(part, models, config.lockstep, stop, say, judged).run()
+            Lockstep(part, models, config.lockstep, stop, say, evaluated).run()
         except Interrupted as stopped:
             raise Interrupted(f"{stopped}, saved; {how_to_go_on(config.folder)}") from None
 

@@ -1,43 +1,33 @@
-"""What a step minimises: cross-entropy, and where a run asks for them distillation and a contrastive term.
+"""The loss of a training step: cross-entropy, with optional distillation and contrastive terms.
 
-In: a batch through the model. Out: the terms of the loss an utterance, and the scalar that is differentiated:
+In: a batch's rows and their negative log-likelihood. Out: a ``BatchLoss``, and the scalar that is differentiated:
 
-    ((1 - d) · nats + d · divergence) / target tokens + c · contrast / utterances
+    ((1 - d) · nll + d · divergence) / target tokens + c · contrast / utterances
 
 with d = ``distill.weight`` (1: the divergence alone, as Ultravox) and c = ``contrastive.weight``, sums over all batches
-and ranks of the step. ``metrics.jsonl`` tells ``loss`` (the cross-entropy, always), ``distill`` (nats a target token)
+and ranks of the step. ``metrics.jsonl`` holds ``loss`` (always the cross-entropy), ``distill`` (nats a target token)
 and ``contrastive`` (nats an utterance).
 
 The contrastive term is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) from audio to text: the mean of an
 utterance's soft tokens, as they stand in the LM's input, must be nearer by cosine to the mean of its own text's
-embeddings than to those of the other texts of the global batch. Texts, not soft tokens, are what is told apart, so each
-rank needs only the others' texts, and the term is the same under any number of ranks. Equal texts are not told apart.
+embeddings than to those of the other texts of the global batch. The negatives are texts, not soft tokens, so each rank
+needs only the others' texts, and the term is the same under any number of ranks. Equal texts count once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from train.config.model import ContrastiveConfig, DistillConfig
+from train.lms.base import LmRequest
 from train.lms.distill import distilled_nats
-from train.model.audio_lm import AudioLM
+from train.model.audio_lm import AudioLM, BatchLoss, batch_loss
 
 DISTILL, CONTRASTIVE = "distill", "contrastive"
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What one batch costs, float32 sums an utterance [B] that carry the gradient."""
-
-    nats: Tensor
-    tokens: Tensor  # [B] int64, target tokens
-    soft_rms: Tensor  # scalar, RMS of the valid soft tokens; detached
-    further: dict[str, Tensor] = field(default_factory=dict)  # by the names of metrics.jsonl
 
 
 class Objectives:
@@ -52,38 +42,40 @@ class Objectives:
         weights = {DISTILL: self.distill.weight, CONTRASTIVE: self.contrastive.weight}
         return [name for name, weight in weights.items() if weight]
 
-    def measure(
-        self, model: AudioLM, features: Tensor, mask: Tensor, texts: Sequence[str], told_apart: Sequence[str] = ()
-    ) -> Terms:
-        """The terms of a batch: features [B, T, C], mask [B, T]; ``told_apart``: the texts of the global batch."""
-        if not self.names:
-            out = model.nats(features, mask, texts)
-            return Terms(out.nats, out.tokens, out.soft_rms)
-        soft, soft_mask = model.soft_tokens(features, mask)
-        sides = model.sides(texts)
-        further: dict[str, Tensor] = {}
-        if self.distill.weight:
-            temperature = self.distill.temperature
-            nats, further[DISTILL] = distilled_nats(model.lm, soft, soft_mask, *sides, temperature=temperature)
-        else:
-            nats = model.lm.target_nats(soft, soft_mask, *sides)
-        if self.contrastive.weight:
-            further[CONTRASTIVE] = contrast(model, soft, soft_mask, texts, told_apart, self.contrastive.temperature)
-        tokens = torch.tensor([len(ids) for ids in sides[2]], device=nats.device)
-        return Terms(nats, tokens, model.rms(soft, soft_mask), further)
+    def batch_loss(
+        self, model: AudioLM, request: LmRequest, nll: Tensor | None, texts: Sequence[str], negatives: Sequence[str]
+    ) -> BatchLoss:
+        """All terms of a batch.
 
-    def loss(self, terms: Terms, tokens: float, utterances: float) -> Tensor:
+        Args:
+            nll: [B] of ``request``; None with distillation, which computes it in the pass that it needs anyway.
+            texts: [B], those of the batch.
+            negatives: the texts of the global batch.
+        """
+        auxiliary: dict[str, Tensor] = {}
+        if nll is None:
+            nll, auxiliary[DISTILL] = distilled_nats(
+                model.lm, request.soft, request.soft_mask, request.prefix, request.suffix, request.targets,
+                temperature=self.distill.temperature,
+            )  # fmt: skip
+        if self.contrastive.weight:
+            auxiliary[CONTRASTIVE] = contrast(
+                model, request.soft, request.soft_mask, texts, negatives, self.contrastive.temperature
+            )
+        return batch_loss(request, nll, auxiliary)
+
+    def total(self, out: BatchLoss, tokens: float, utterances: float) -> Tensor:
         """The part of a batch in the loss of a step of ``tokens`` target tokens and ``utterances``."""
         d, c = self.distill.weight, self.contrastive.weight
-        loss = terms.nats.sum() / tokens
+        loss = out.nll.sum() / tokens
         if d:
-            loss = (1 - d) * loss + d * terms.further[DISTILL].sum() / tokens
+            loss = (1 - d) * loss + d * out.auxiliary[DISTILL].sum() / tokens
         if c:
-            loss = loss + c * terms.further[CONTRASTIVE].sum() / utterances
+            loss = loss + c * out.auxiliary[CONTRASTIVE].sum() / utterances
         return loss
 
-    def told(self, sums: Sequence[float], tokens: float, utterances: float) -> dict[str, float]:
-        """The means of ``sums``, which come in the order of ``names``, as ``metrics.jsonl`` tells them."""
+    def means(self, sums: Sequence[float], tokens: float, utterances: float) -> dict[str, float]:
+        """``sums`` over the step in the order of ``names``, as means for ``metrics.jsonl``."""
         per = {DISTILL: tokens, CONTRASTIVE: utterances}
         return {name: total / per[name] for name, total in zip(self.names, sums, strict=True)}
 
@@ -93,11 +85,11 @@ def contrast(
     soft: Tensor,
     soft_mask: Tensor,
     texts: Sequence[str],
-    told_apart: Sequence[str],
+    negatives: Sequence[str],
     temperature: float,
 ) -> Tensor:
-    """InfoNCE of each utterance [B] in nats, its own text among ``told_apart``; gradient to the soft tokens alone."""
-    others = list(dict.fromkeys([*told_apart, *texts]))
+    """InfoNCE of each utterance [B] in nats, its own text among ``negatives``; gradient to the soft tokens alone."""
+    others = list(dict.fromkeys([*negatives, *texts]))
     with torch.no_grad():
         pooled_VD = F.normalize(torch.stack([_pooled_text(model, text) for text in others]), dim=-1)
     entered = model.lm.enter(soft).float().masked_fill(~soft_mask[..., None], 0)

@@ -21,13 +21,12 @@ from typing import Any
 from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.data.caches import open_data
-from train.data.loader import augment
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import Group
+from train.lms.base import SeparatePasses
 from train.model.build import build_model
-from train.trainer.losses import Objectives
 from train.trainer.state import RunState
-from train.trainer.step import seed_step, take, take_step
+from train.trainer.step import TrainStep, next_batches, optimizer_step
 
 DIVERGED = 4.0
 SMOOTHING = 0.9  # fastai's 0.98 is for ramps of thousands of steps
@@ -72,23 +71,20 @@ def lr_range(config: TrainConfig, low: float, high: float, steps: int) -> list[R
     model.eval()
     model.projector.train()
     model.lm.train(config.lm.train)
-    objectives, rates = Objectives(config.distill, config.contrastive), list[Rate]()
+    passes, rates = SeparatePasses(model.lm), list[Rate]()
     batches = state.batches()
     try:
         for step in range(steps):
             lr = low * (high / low) ** (step / (steps - 1))
-            for each in state.optimizer.param_groups:
-                each["lr"] = lr
-            held, waited = take(batches, config.gradient_accumulation_steps)
-            held = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in held]
-            seed_step(config.seed, step, group.rank)
-            done = take_step(
-                model, state.optimizer, state.parameters, held,
-                clip=config.max_grad_norm, group=group, waited=waited, objectives=objectives,
+            taken, data_wait = next_batches(batches, config.gradient_accumulation_steps)
+            begun = TrainStep(
+                config, model, state.optimizer, state.parameters, taken,
+                step=step, lr=lr, group=group, data_wait=data_wait,
             )  # fmt: skip
-            if not done.finite:
+            (metrics,) = optimizer_step([begun], passes)
+            if not metrics.finite:
                 break
-            rates.append(Rate(lr, done.loss, _smooth(rates, done.loss)))
+            rates.append(Rate(lr, metrics.loss, _smooth(rates, metrics.loss)))
             if rates[-1].smoothed > DIVERGED * min(rate.smoothed for rate in rates):
                 break
     finally:

@@ -1,4 +1,9 @@
-"""The learning rate of each step: a pure function of the settings and the step's number."""
+"""Around the optimizer: the learning rate of each step, and averages of the weights.
+
+The rate is a pure function of the settings and the step's number. The exponential moving average of the trained weights
+is smoother than the last step's weights; it is evaluated and kept instead of them. Source: Polyak & Juditsky 1992; the
+decay of the first steps grows as (1 + t) / (10 + t), so that the initial values are soon forgotten.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from train.config.train import TrainConfig
+
+PREFIX = "ema."
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -27,9 +34,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
-PREFIX = "ema."
-
-
 class Ema:
     """Averages of ``named``, in their dtype and on their device; with ``decay`` 0 there are none."""
 
@@ -39,25 +43,25 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after ``step`` steps."""
+        """Add the weights after ``step`` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.averages.items():
             average.lerp_(self.named[name], 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of this."""
+        """The part of a checkpoint."""
         return {f"{PREFIX}{name}": average for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to what :meth:`tensors` gave."""
+        """Restore what :meth:`tensors` returned."""
         for name, average in self.averages.items():
             average.copy_(tensors[f"{PREFIX}{name}"])
 
 
 @contextmanager
-def stand_in(named: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> Iterator[None]:
-    """The model computes with ``tensors`` instead of the parameters of the same names inside the block."""
+def swapped_in(named: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the block, the parameters of the names of ``tensors`` have those values."""
 
     def swap() -> None:
         for name in tensors:

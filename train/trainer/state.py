@@ -1,6 +1,6 @@
-"""What a run is at a step, and how it is saved and comes back: model, optimizer, place in the data, counters.
+"""The state of a run at a step, saved and restored: model, optimizer, position in the data, counters.
 
-In: a config, opened caches, a built model. Out: checkpoints that rank 0 writes and every rank takes up again, under any
+In: a config, opened caches, a built model. Out: checkpoints that rank 0 writes and every rank resumes from, under any
 number of processes.
 """
 
@@ -22,9 +22,50 @@ from train.data.loader import Stream, open_stream
 from train.distributed.group import Group
 from train.model.audio_lm import AudioLM
 from train.model.checkpoint import load_checkpoint, restore, save_checkpoint, trained_parameters
-from train.trainer.early_stopping import Patience
-from train.trainer.optim import Ema, stand_in
-from train.trainer.step import StepFigures
+from train.runs.metrics_log import StepMetrics
+from train.trainer.early_stopping import EarlyStopping
+from train.trainer.optim import Ema, swapped_in
+
+
+@dataclass
+class Counters:
+    """Sums over the steps of a run and all its sessions: frames and utterances of all ranks, times of rank 0."""
+
+    seconds: float = 0.0  # wall time of training and evaluation
+    step_seconds: float = 0.0  # of which in training steps
+    wait_seconds: float = 0.0  # of which waiting for data, on the rank that waited longest
+    frames: int = 0  # valid frames seen
+    padded_frames: int = 0  # frames of the batches, padding included
+    utterances: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    evaluated: int = 0  # step of the last evaluation
+
+    def add(self, step: StepMetrics) -> None:
+        """Count one step."""
+        self.seconds, self.step_seconds = self.seconds + step.seconds, self.step_seconds + step.seconds
+        self.wait_seconds += step.data_wait
+        self.frames, self.padded_frames = self.frames + step.frames, self.padded_frames + step.padded_frames
+        self.utterances += step.utterances
+        self.first_loss = step.loss if self.first_loss is None else self.first_loss
+        self.last_loss = step.loss
+
+    @property
+    def frames_per_second(self) -> float:
+        """Valid frames a second of training."""
+        return self.frames / max(self.step_seconds, 1e-9)
+
+    def summary(self) -> dict[str, Any]:
+        """Totals, fractions and rates by the names of ``summary.json``."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "data_wait_fraction": self.wait_seconds / max(self.step_seconds, 1e-9),
+            "padding_fraction": 1 - self.frames / max(self.padded_frames, 1),
+            "train_loss_first": self.first_loss,
+            "train_loss_last": self.last_loss,
+            "frames_per_second": self.frames_per_second,
+            "utterances": self.utterances,
+        }
 
 
 class RunState:
@@ -60,28 +101,28 @@ class RunState:
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
         self.stream = stream or open_stream(config, data, group)
         self.ema = Ema(self.named, config.ema_decay)
-        self.patience = Patience(config.patience)
+        self.early_stopping = EarlyStopping(config.patience)
         self.position = self.stream.state_dict()
 
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's batches from where the run stands; close it to end the threads that read ahead."""
         yield from self.stream
 
-    def advance(self, done: StepFigures, seconds: float) -> None:
-        """Count a step that is done and took ``seconds``."""
+    def step_done(self, metrics: StepMetrics) -> None:
+        """Count a step."""
         self.step += 1
         self.ema.update(self.step)
-        self.counters.add(done, seconds)
+        self.counters.add(metrics)
         # Kept for `save`: a step that breaks off has taken batches from the stream already.
         self.position = self.stream.state_dict()
 
-    def judged(self) -> AbstractContextManager[None]:
-        """Inside it, the weights are those that an evaluation on the way judges: their averages, or the last."""
-        return stand_in(self.named, self.ema.averages)
+    def current_weights(self) -> AbstractContextManager[None]:
+        """Inside it, the model has the weights that are evaluated during training: the averages, or the last."""
+        return swapped_in(self.named, self.ema.averages)
 
-    def kept(self) -> AbstractContextManager[None]:
-        """Inside it, the weights are those that a finished run keeps: the best judged, their averages, or the last."""
-        return stand_in(self.named, self.patience.best or self.ema.averages)
+    def final_weights(self) -> AbstractContextManager[None]:
+        """Inside it, the model has the weights that a finished run keeps: the best, the averages, or the last."""
+        return swapped_in(self.named, self.early_stopping.best or self.ema.averages)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: the features and the language model."""
@@ -97,10 +138,10 @@ class RunState:
             state = {
                 "stream": self.position,
                 "counters": asdict(self.counters),
-                "patience": self.patience.state(),
+                "patience": self.early_stopping.state(),
                 "identity": self.identity(),
             }
-            further = self.ema.tensors() | self.patience.tensors()
+            further = self.ema.tensors() | self.early_stopping.tensors()
             save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state, further)
 
     def share_start(self) -> None:
@@ -133,48 +174,7 @@ class RunState:
                     )
             restore(self.model, self.optimizer, tensors, where)
             self.ema.load(tensors)
-            self.patience.load(state["patience"], tensors, self.named)
+            self.early_stopping.load(state["patience"], tensors, self.named)
             self.stream.load_state_dict(state["stream"])
         self.position = state["stream"]
         self.step, self.counters = state["step"], Counters(**state["counters"])
-
-
-@dataclass
-class Counters:
-    """Sums over the steps of a run; frames and utterances are those of all ranks, times those of rank 0."""
-
-    seconds: float = 0.0  # wall time of training and evaluation
-    step_seconds: float = 0.0  # of which in training steps
-    wait_seconds: float = 0.0  # of which waiting for data, on the rank that waited longest
-    frames: int = 0  # valid frames seen
-    padded_frames: int = 0  # frames of the batches, padding included
-    utterances: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    evaluated: int = 0  # step of the last evaluation
-
-    def add(self, step: StepFigures, seconds: float) -> None:
-        """Count one step that took ``seconds``, waiting included."""
-        self.seconds, self.step_seconds = self.seconds + seconds, self.step_seconds + seconds
-        self.wait_seconds += step.waited
-        self.frames, self.padded_frames = self.frames + step.frames, self.padded_frames + step.padded_frames
-        self.utterances += step.utterances
-        self.first_loss = step.loss if self.first_loss is None else self.first_loss
-        self.last_loss = step.loss
-
-    @property
-    def frames_per_second(self) -> float:
-        """Valid frames a second of training."""
-        return self.frames / max(self.step_seconds, 1e-9)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures by the names of ``summary.json``."""
-        return {
-            "seconds": round(self.seconds, 3),
-            "data_wait_fraction": self.wait_seconds / max(self.step_seconds, 1e-9),
-            "padding_fraction": 1 - self.frames / max(self.padded_frames, 1),
-            "train_loss_first": self.first_loss,
-            "train_loss_last": self.last_loss,
-            "frames_per_second": self.frames_per_second,
-            "utterances": self.utterances,
-        }

@@ -1,13 +1,20 @@
-"""One step of the optimizer: this rank's batches in, the same new weights on every rank out.
+"""One optimizer step: this rank's batches in, the same new weights on every rank out.
 
 ```
-batches -> soft tokens -> frozen LM -> nats of the target tokens -> gradient of
-(all nats of the step, over batches and ranks / all target tokens of the step) -> sum over ranks -> clip -> AdamW
+batches -> soft tokens -> frozen LM -> nll of the target tokens -> gradient of
+(nll of the step, over batches and ranks / target tokens of the step) -> sum over ranks -> clip -> AdamW
 ```
 
-Every target token of a step weighs the same, whichever batch and rank it is in: not the mean of the ranks' means.
-Losses of the projector's own (a router's) and the further objectives of a run (``train/trainer/losses.py``) are added
-to what is differentiated, not to the loss that is told; each is told under its own name.
+Every target token of a step has the same weight, whichever batch and rank it is in; this is not the mean of the ranks'
+means. Losses of the projector itself (a router's) and the auxiliary objectives of a run (``train/trainer/losses.py``)
+are added to what is differentiated, not to the loss that is logged; each is logged under its own name.
+
+A step has three parts, so that several experiments can share the passes of one language model (``train/sweeps/``):
+
+```
+experiment A: forward ─┐                                    ┌─> backward -> update
+experiment B: forward ─┴─> nll of all rows, and gradient ───┴─> backward -> update
+```
 """
 
 from __future__ import annotations
@@ -16,45 +23,168 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from shards.stream.batch import Batch
+from train.config.train import TrainConfig
+from train.data.loader import augment
 from train.distributed.group import Group
+from train.lms.base import LmRequest, SeparatePasses
 from train.model.audio_lm import AudioLM
-from train.projectors import Projector
-from train.trainer.losses import CONTRASTIVE, Objectives
+from train.runs.metrics_log import StepMetrics
+from train.trainer.losses import CONTRASTIVE, DISTILL, Objectives
 
 
-@dataclass(frozen=True, slots=True)
-class StepFigures:
-    """What one step did, over all ranks."""
-
-    loss: float  # nats a target token
-    grad_norm: float  # before clipping
-    soft_rms: float  # RMS of the soft tokens, the mean over the step's batches
-    tokens: int  # target tokens
-    frames: int  # valid frames
-    padded_frames: int  # with padding
-    utterances: int
-    waited: float  # seconds for data, on the rank that waited longest
-    further: dict[str, float] = field(default_factory=dict)  # means of the further objectives, by name
-    own_losses: dict[str, float] = field(default_factory=dict)  # of the projector, as they were added
-    own_figures: dict[str, float] = field(default_factory=dict)  # what else the projector tells
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are numbers; if not, no weight was changed."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-    @property
-    def terms(self) -> dict[str, float]:
-        """What was minimised beside the cross-entropy, by the names of ``metrics.jsonl``."""
-        return {**self.further, **self.own_losses}
+def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
+    """The next ``count`` batches, and the seconds that it took to get them."""
+    began = time.perf_counter()
+    return [next(batches) for _ in range(count)], time.perf_counter() - began
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+class TrainStep:
+    """One step of one experiment: for each batch :meth:`forward` and :meth:`backward`, at the end :meth:`update`.
+
+    Attributes:
+        batches: this rank's part of each global batch, augmented. A part may be empty and takes part all the same.
+        tokens: target tokens of the step, over all ranks.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: AudioLM,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[torch.nn.Parameter],
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        lr: float,
+        group: Group,
+        data_wait: float = 0.0,
+    ) -> None:
+        """``step``: steps done before this one. ``data_wait``: seconds spent to get ``batches``."""
+        self._began = time.perf_counter() - data_wait
+        self.config, self.model, self.optimizer, self.parameters = config, model, optimizer, parameters
+        self.step, self.lr, self.group = step, lr, group
+        self.batches = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in batches]
+        self.objectives = Objectives(config.distill, config.contrastive)
+        mine = [
+            sum(len(model.prompt.target(text)) for batch in batches for text in batch.texts),
+            sum(int(batch.lengths.sum()) for batch in batches),
+            sum(len(batch.lengths) * batch.features.shape[1] for batch in batches),
+            sum(len(batch.texts) for batch in batches),
+        ]
+        waits = [data_wait if rank == group.rank else 0.0 for rank in range(group.world)]
+        totals = group.total([*mine, *waits])
+        self.tokens, self._frames, self._padded_frames, self._utterances = map(int, totals[:4])
+        self._data_wait = max(totals[4:])  # of the rank that waited longest
+        contrastive = CONTRASTIVE in self.objectives.names
+        self._negatives = _texts_of_all(batches, group) if contrastive else [batch.texts for batch in batches]
+        self._request: LmRequest | None = None
+        self._nll = 0.0
+        self._soft = [0] * len(batches)  # soft tokens of each batch
+        self._squares = [0.0] * len(batches)  # their mean square, times their number
+        self._auxiliary = dict.fromkeys(self.objectives.names, 0.0)
+        self._projector_losses: dict[str, float] = {}
+        self._projector_metrics: dict[str, float] = {}
+        for each in optimizer.param_groups:
+            each["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+
+    def forward(self, index: int) -> LmRequest | None:
+        """Soft tokens of batch ``index``, as rows whose nll :meth:`backward` needs; None where it needs none."""
+        if index == 0:
+            _seed(self.config.seed, self.step, self.group.rank)
+        batch = self.batches[index]
+        self._request = None
+        if not batch.texts:  # a global batch of fewer utterances than ranks
+            return None
+        self._request = self.model.request(batch.features, batch.mask(), batch.texts)
+        return None if DISTILL in self.objectives.names else self._request
+
+    def backward(self, index: int, nll: Tensor | None) -> None:
+        """Add the gradient of batch ``index``; ``nll`` [B] of what :meth:`forward` returned."""
+        batch, request = self.batches[index], self._request
+        if request is None:
+            return
+        out = self.objectives.batch_loss(self.model, request, nll, batch.texts, self._negatives[index])
+        loss = self.objectives.total(out, self.tokens, self._utterances)
+        loss = self._add_projector_losses(loss, int(out.tokens.sum()) / self.tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._nll += float(out.nll.detach().double().sum())
+        for name, term in out.auxiliary.items():
+            self._auxiliary[name] += float(term.detach().double().sum())
+        self._soft[index] = sum(map(self.model.projector.soft_frames, batch.lengths.tolist()))
+        self._squares[index] = self._soft[index] * float(out.soft_rms) ** 2
+        self._request = None
+
+    def update(self) -> StepMetrics:
+        """Sum the gradient over the ranks and update the parameters; not where loss or gradient is not finite."""
+        group, count = self.group, len(self.batches)
+        group.sum_gradients(self.parameters)
+        nll, *sums = group.total([self._nll, *self._soft, *self._squares, *self._auxiliary.values()])
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
+        soft_rms = sum(math.sqrt(square / number) for number, square in pairs) / count
+        projectors = group.gather((self._projector_losses, self._projector_metrics))
+        loss = nll / self.tokens
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+        return StepMetrics(
+            step=self.step + 1,
+            loss=loss,
+            auxiliary_losses={
+                **self.objectives.means(sums[2 * count :], self.tokens, self._utterances),
+                **sum_by_name([losses for losses, _ in projectors]),
+            },
+            projector_metrics=sum_by_name([metrics for _, metrics in projectors]),
+            lr=self.lr,
+            grad_norm=norm,
+            projector_rms_ratio=soft_rms / self.model.lm.embedding_rms,
+            seconds=time.perf_counter() - self._began,
+            data_wait=self._data_wait,
+            frames=self._frames,
+            padded_frames=self._padded_frames,
+            tokens=self.tokens,
+            utterances=self._utterances,
+        )
+
+    def _add_projector_losses(self, loss: Tensor, share: float) -> Tensor:
+        """``loss`` and what the projector adds to that of its last batch, which has ``share`` of the step's tokens."""
+        for name, own in self.model.projector.take_losses().items():
+            loss = loss + own * share
+            self._projector_losses[name] = self._projector_losses.get(name, 0.0) + float(own.detach()) * share
+        for name, value in self.model.projector.take_figures().items():
+            self._projector_metrics[name] = self._projector_metrics.get(name, 0.0) + float(value) * share
+        return loss
+
+
+def optimizer_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> list[StepMetrics]:
+    """The step of each experiment, all with equally many batches; ``passes`` computes the nll of all their rows."""
+    alone = len(steps) == 1
+    random_states: list[list[Tensor]] = [[] for _ in steps]
+    for index in range(len(steps[0].batches)):
+        requests = []
+        for step, state in zip(steps, random_states, strict=True):
+            if state:  # an experiment draws the random numbers that it would draw alone
+                _set_random_state(state)
+            requests.append(step.forward(index))
+            state[:] = [] if alone else _random_state()
+        answers = iter(passes.nll([request for request in requests if request is not None]))
+        for step, request in zip(steps, requests, strict=True):
+            step.backward(index, None if request is None else next(answers))
+    return [step.update() for step in steps]
+
+
+def sum_by_name(shares: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums over the ranks; one whose part of the batch was empty has no names."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
     """Make what torch draws in a step (dropout) a function of the run's seed, the step and the rank alone.
 
     A resumed run then draws what it would have drawn, without a generator's state in its checkpoint.
@@ -63,100 +193,15 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
-    """The next ``count`` batches and the seconds that they were waited for."""
-    begun = time.perf_counter()
-    return [next(batches) for _ in range(count)], time.perf_counter() - begun
+def _random_state() -> list[Tensor]:
+    """The state of torch's generators: of the CPU, and of every GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
-def take_step(
-    model: AudioLM,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    batches: Sequence[Batch],
-    *,
-    clip: float,
-    group: Group,
-    waited: float = 0.0,
-    objectives: Objectives | None = None,
-) -> StepFigures:
-    """Gradient of the step and one update of ``parameters``; none where the gradient is not finite.
-
-    ``batches`` is this rank's part of each global batch of the step; a part may be empty, and takes part all the same.
-    """
-    objectives = objectives or Objectives()
-    mine = [
-        sum(len(model.prompt.target(text)) for batch in batches for text in batch.texts),
-        sum(int(batch.lengths.sum()) for batch in batches),
-        sum(len(batch.lengths) * batch.features.shape[1] for batch in batches),
-        sum(len(batch.texts) for batch in batches),
-    ]
-    waits = [waited if rank == group.rank else 0.0 for rank in range(group.world)]
-    tokens, frames, padded, utterances, *waits = group.total([*mine, *waits])
-    optimizer.zero_grad(set_to_none=True)
-    nats = 0.0
-    soft = [0] * len(batches)  # soft tokens of each batch
-    squares = [0.0] * len(batches)  # their mean square, times their number
-    further = dict.fromkeys(objectives.names, 0.0)
-    own = _Own()
-    texts = _texts_of_all(batches, group) if CONTRASTIVE in further else [batch.texts for batch in batches]
-    for i, batch in enumerate(batches):
-        if not batch.texts:  # a global batch of fewer utterances than ranks
-            continue
-        out = objectives.measure(model, batch.features, batch.mask(), batch.texts, texts[i])
-        loss = objectives.loss(out, tokens, utterances)
-        loss = own.add_to(loss, model.projector, int(out.tokens.sum()) / tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nats += float(out.nats.detach().double().sum())
-        for name, term in out.further.items():
-            further[name] += float(term.detach().double().sum())
-        soft[i] = sum(map(model.projector.soft_frames, batch.lengths.tolist()))
-        squares[i] = soft[i] * float(out.soft_rms) ** 2
-    group.sum_gradients(parameters)
-    nats, *sums = group.total([nats, *soft, *squares, *further.values()])
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-    count = len(batches)
-    pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
-    owns = group.gather((own.losses, own.figures))
-    figures = StepFigures(
-        loss=nats / tokens,
-        grad_norm=norm,
-        soft_rms=sum(math.sqrt(square / number) for number, square in pairs) / count,
-        tokens=int(tokens),
-        frames=int(frames),
-        padded_frames=int(padded),
-        utterances=int(utterances),
-        waited=max(waits),
-        further=objectives.told(sums[2 * count :], tokens, utterances),
-        own_losses=_sum_by_name([losses for losses, _ in owns]),
-        own_figures=_sum_by_name([figures for _, figures in owns]),
-    )
-    if figures.finite:
-        optimizer.step()
-    return figures
-
-
-class _Own:
-    """The projector's own losses and figures over the batches of a step; each weighs as much as its batch does."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, float] = {}
-        self.figures: dict[str, float] = {}
-
-    def add_to(self, loss: torch.Tensor, projector: Projector, share: float) -> torch.Tensor:
-        """``loss`` and what the projector adds to that of its last batch, which has ``share`` of the step's tokens."""
-        for name, own in projector.take_losses().items():
-            loss = loss + own * share
-            self.losses[name] = self.losses.get(name, 0.0) + float(own.detach()) * share
-        for name, figure in projector.take_figures().items():
-            self.figures[name] = self.figures.get(name, 0.0) + float(figure) * share
-        return loss
-
-
-def _sum_by_name(shares: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Over the ranks; one whose part of the batch was empty has no names."""
-    names = dict.fromkeys(name for share in shares for name in share)
-    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+def _set_random_state(state: Sequence[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
 
 
 def _texts_of_all(batches: Sequence[Batch], group: Group) -> list[list[str]]:

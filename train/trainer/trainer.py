@@ -1,8 +1,8 @@
 """The training loop: batches in, a trained projector and its run folder out.
 
 Any number of processes train one run: each takes its part of every global batch (``train/trainer/step.py``), rank 0
-writes. Every figure of a step goes to ``metrics.jsonl``. On SIGINT or SIGTERM the step is finished, a checkpoint saved,
-and :class:`Interrupted` raised; when a process dies, the others end within seconds and rank 0 saves.
+writes. The metrics of every step go to ``metrics.jsonl``. On SIGINT or SIGTERM the step is finished, a checkpoint
+saved, and :class:`Interrupted` raised; when a process dies, the others end within seconds and rank 0 saves.
 
     python -m train fit --config configs/train/demo.yaml
     torchrun --nproc-per-node 2 -m train fit --config configs/train/demo.yaml
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +25,32 @@ from shards.errors import UserError, WorkFailed
 from shards.stream.batch import Batch
 from train import report
 from train.config.train import TrainConfig
-from train.data.caches import Utterances, open_data
-from train.data.loader import augment
+from train.data.caches import open_data
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import Group, RankLost
 from train.distributed.signals import StopRequest
-from train.evaluation.evaluate import Evaluation, Stopped, evaluate
+from train.evaluation.evaluate import EvalConfig, Evaluation, Stopped, evaluate_models
+from train.lms.base import SeparatePasses
+from train.model.audio_lm import ModelList
 from train.model.build import build_model
 from train.model.checkpoint import write_tensors
 from train.runs import folder as runs
-from train.runs.metrics_log import Silence, Tracker
+from train.runs.metrics_log import MetricsLogger, NullLogger, StepMetrics
 from train.runs.trackers import open_outlets, require_trackers
-from train.trainer.losses import Objectives
 from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
-from train.trainer.step import StepFigures, seed_step, take, take_step
+from train.trainer.step import TrainStep, next_batches, optimizer_step
 
 # What may differ between the processes of a run: each machine has its own paths and devices.
 OWN_KEYS = ("caches", "extract", "val.caches", "runs", "name", "device")
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and is saved; the message says how to go on."""
+    """The run was asked to stop and is saved; the message says how to resume."""
 
 
 def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = None) -> Path:
-    """Train as ``config`` says, or go on with the run at ``resume``; returns the run folder.
+    """Train as ``config`` says, or resume the run at ``resume``; returns the run folder.
 
     Every process of ``group`` calls this. Errors that all have are raised by rank 0; the others leave by SystemExit.
 
@@ -88,12 +89,13 @@ def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = N
 class Trainer:
     """One run between its steps. :meth:`train` drives it; a sweep (``train/sweeps/``) drives several side by side.
 
-    Inside ``with trainer:``, as long as it has not :attr:`ended`: :meth:`judge_if_due`, :meth:`advance` by the next
-    batches, :meth:`save_if_due`. Then :meth:`judge_at_the_end`, and :meth:`finish` with what that gave.
+    Inside ``with trainer:``, until it is :attr:`done`: :meth:`evaluate_if_due`, :meth:`train_step` with the next
+    batches, :meth:`save_if_due`. Then :meth:`final_evaluation`, and :meth:`finish` with its result. A sweep takes the
+    parts of a step, :meth:`begin_step` and :meth:`end_step`, and :func:`evaluate_together`.
 
     Args:
-        stop: who hears signals; with several runs, one for all of them.
-        quiet: write the files of the run and say nothing.
+        stop: the signal handler; with several runs, one for all of them.
+        quiet: write the files of the run and print nothing.
     """
 
     def __init__(
@@ -108,33 +110,32 @@ class Trainer:
         self.data, self.model, self.run, self.group = state.data, state.model, state.run, state.group
         self.stop = stop or StopRequest()
         self.quiet = quiet
-        self.tracker: Tracker = Silence()
-        self.judged: Evaluation | None = None  # the last on the way
-        self.objectives = Objectives(config.distill, config.contrastive)
-        self.terms: dict[str, float] = {}  # of the last step, beside the cross-entropy
+        self.logger: MetricsLogger = NullLogger()
+        self.passes = SeparatePasses(state.model.lm)
+        self.metrics: StepMetrics | None = None  # of the last step
 
     def __enter__(self) -> Trainer:
-        """Open the run's files, drop their lines past the checkpoint, and save the start values of a new run."""
+        """Open the run's files, drop their lines past the checkpoint, and save the initial values of a new run."""
         self.model.eval()  # a frozen LM never drops out
         self.model.projector.train()
         if self.config.lm.train:
             self.model.lm.train()
         if self.group.is_first:
             counters = self.state.counters
-            self.tracker = Tracker(self.run, self.config.steps, self.state.step, counters.evaluated, self.quiet)
+            self.logger = MetricsLogger(self.run, self.config.steps, self.state.step, counters.evaluated, self.quiet)
         try:
             if self.state.step == 0:
                 self.state.save()
             with self.group.together():
                 if self.group.is_first and self.config.trackers:
-                    self.tracker.attach(open_outlets(self.config, self.run, self.state.step))
+                    self.logger.attach(open_outlets(self.config, self.run, self.state.step))
         except BaseException:
-            self.tracker.close()
+            self.logger.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.tracker.close()
+        self.logger.close()
 
     # the loop ---------------------------------------------------------------------------------------------------
 
@@ -143,16 +144,16 @@ class Trainer:
         with self, self.stop:
             batches = self.state.batches()
             try:
-                while not self.ended:
-                    self.judge_if_due()
-                    if self.ended:
+                while not self.done:
+                    self.evaluate_if_due()
+                    if self.done:
                         break
                     self._check_stop()
-                    self.advance(*take(batches, self.config.gradient_accumulation_steps))
+                    self.train_step(*next_batches(batches, self.config.gradient_accumulation_steps))
                     self.save_if_due()
                 self.state.save()
                 self._check_stop()
-                final = self.judge_at_the_end()
+                final = self.final_evaluation()
             except Stopped:
                 self.state.save()
                 self.group.leave(Interrupted(f"stopped at {self._place()}, saved; go on with: {self._go_on()}"), 130)
@@ -165,69 +166,54 @@ class Trainer:
             self.finish(final)
 
     @property
-    def ended(self) -> bool:
-        """Whether there is no further step: all are done, or patience is."""
-        return self.state.step >= self.config.steps or self.state.patience.ended
+    def done(self) -> bool:
+        """Whether there is no further step: all are done, or the run stops early."""
+        return self.state.step >= self.config.steps or self.state.early_stopping.should_stop
 
-    def advance(self, held: Sequence[Batch], waited: float) -> None:
-        """One step with the batches ``held``, which were waited for ``waited`` seconds; they stay as they are.
+    def train_step(self, batches: Sequence[Batch], data_wait: float) -> None:
+        """One step with ``batches``, which took ``data_wait`` seconds to get; they stay unchanged.
 
         Raises:
             WorkFailed: loss or gradient is not finite; no weight was changed.
         """
-        config, begun = self.config, time.perf_counter() - waited
-        held = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in held]
-        rate = learning_rate(config, self.state.step)
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = rate
-        seed_step(config.seed, self.state.step, self.group.rank)
-        done = take_step(
+        self.end_step(*optimizer_step([self.begin_step(batches, data_wait)], self.passes))
+
+    def begin_step(self, batches: Sequence[Batch], data_wait: float) -> TrainStep:
+        """The next step, to be computed by :func:`~train.trainer.step.optimizer_step`."""
+        step = TrainStep(
+            self.config,
             self.model,
             self.state.optimizer,
             self.state.parameters,
-            held,
-            clip=config.max_grad_norm,
+            batches,
+            step=self.state.step,
+            lr=learning_rate(self.config, self.state.step),
             group=self.group,
-            waited=waited,
-            objectives=self.objectives,
+            data_wait=data_wait,
         )
-        if not done.finite:
-            what = "gradient" if math.isfinite(done.loss) else "loss"
+        if self.state.counters.first_loss is None:
+            self._log_shapes(batches[0].features, step.tokens)
+        return step
+
+    def end_step(self, metrics: StepMetrics) -> None:
+        """Count and log a step; errors as :meth:`train_step`."""
+        if not metrics.finite:
+            what = "gradient" if math.isfinite(metrics.loss) else "loss"
             failure = WorkFailed(
-                f"the {what} of step {self.state.step + 1} is not finite: lower lr or set dtype=float32; the last "
+                f"the {what} of step {metrics.step} is not finite: lower lr or set dtype=float32; the last "
                 f"checkpoint stands in '{self.run / 'checkpoints'}'"
             )
             self.group.leave(failure, 1)
-        if self.state.counters.first_loss is None:
-            self._tell_shapes(held[0].features, done.tokens)
-        seconds = time.perf_counter() - begun
-        self.state.advance(done, seconds)
-        self.terms = done.terms
-        self.tracker.step(self._figures(done, rate, seconds), self.state.counters.frames_per_second, self.terms)
+        self.metrics = metrics
+        self.state.step_done(metrics)
+        self.logger.log_step(metrics, self.state.counters.frames_per_second)
 
     def save_if_due(self) -> None:
-        """A checkpoint each ``checkpoint_every`` steps; the last step's is the caller's."""
+        """A checkpoint every ``checkpoint_every`` steps; the caller saves that of the last step."""
         if self._due(self.config.checkpoint_every) and self.state.step < self.config.steps:
             self.state.save()
 
-    def _figures(self, done: StepFigures, rate: float, seconds: float) -> dict[str, Any]:
-        """One line of ``metrics.jsonl``."""
-        return {
-            "step": self.state.step,
-            "loss": done.loss,
-            **done.terms,
-            **done.own_figures,
-            "lr": rate,
-            "grad_norm": done.grad_norm,
-            "projector_rms_ratio": done.soft_rms / self.model.lm.embedding_rms,
-            "seconds": seconds,
-            "data_wait": done.waited,
-            "padding": 1 - done.frames / done.padded_frames,
-            "frames": done.frames,
-            "tokens": done.tokens,
-        }
-
-    def _tell_shapes(self, features: torch.Tensor, tokens: int) -> None:
+    def _log_shapes(self, features: torch.Tensor, tokens: int) -> None:
         batch, frames, channels = features.shape
         soft = self.model.projector.soft_frames(frames)
         trained = sum(parameter.numel() for parameter in self.state.parameters)
@@ -235,63 +221,56 @@ class Trainer:
         if self.group.world > 1:
             where += f", the first of {self.group.world} processes"
         held_out = len(self.data.held_out)
-        self.tracker.say(f"{len(self.data.train_rows):,} utterances to train on, {held_out:,} to be judged on")
-        self.tracker.say(
+        self.logger.log(f"{len(self.data.train_rows):,} utterances to train on, {held_out:,} to be judged on")
+        self.logger.log(
             f"first batch: features [{batch}, {frames}, {channels}] -> soft tokens [{batch}, {soft}, "
             f"{self.model.lm.width}], {tokens} target tokens; {trained:,} trained parameters, {where}"
         )
 
     # evaluation and the end ---------------------------------------------------------------------------------------
 
-    def _evaluate(self, utterances: Utterances, decode: int, whole: bool = False) -> Evaluation:
-        begun = time.perf_counter()
-        result = evaluate(
-            self.model,
-            utterances,
-            batch_size=self.config.eval_batch_size,
-            max_frames=self.config.batch.max_frames,
-            decode=decode,
-            max_new_tokens=self.config.max_new_tokens,
-            whole=whole,
-            retrieval=self.config.retrieval_limit,
-            stop=self._asked_to_stop,
-            group=self.group,
-        )
-        self.state.counters.seconds += time.perf_counter() - begun
-        self.state.counters.evaluated = self.state.step
-        return result
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether to evaluate now: every ``eval_every`` steps, once."""
+        return self._due(self.config.eval_every) and self.state.counters.evaluated < self.state.step
 
-    def judge_if_due(self) -> None:
-        """An evaluation each ``eval_every`` steps, on a part of what is held out.
+    @property
+    def best_unknown(self) -> bool:
+        """Whether the last weights may be the best of a run that stops early, and are not evaluated yet."""
+        return self.config.patience is not None and self.state.counters.evaluated < self.state.step
+
+    def eval_config(self, final: bool) -> EvalConfig:
+        """The settings of an evaluation of this run."""
+        return EvalConfig.final(self.config) if final else EvalConfig.during_training(self.config)
+
+    def evaluate_if_due(self) -> None:
+        """An evaluation on a part of the held-out utterances, where one is due.
 
         Raises:
             Stopped: a signal came.
         """
-        if self._due(self.config.eval_every) and self.state.counters.evaluated < self.state.step:
-            self._judge_on_the_way()
+        if self.evaluation_due:
+            evaluate_together([self], self.passes)
 
-    def _judge_on_the_way(self) -> None:
-        part = self.data.held_out.first(self.config.eval_limit)
-        with self.state.judged():
-            result = self._evaluate(part, self.config.decode_samples)
-            self.state.patience.judge(result.val_loss, self.state.step, self.state.named)
-        self.judged = result
-        self.tracker.evaluation(self.state.step, result.record())
-        if self.group.is_first:
-            report.write_report(self.run)
-
-    def judge_at_the_end(self) -> Evaluation | None:
-        """The evaluation of the weights that are kept, on all that is held out; None where the run wants none.
+    def final_evaluation(self) -> Evaluation | None:
+        """The evaluation of the weights that are kept, on all held-out utterances; None where the run wants none.
 
         Raises:
             Stopped: a signal came.
         """
         if self.config.eval_every == 0:
             return None
-        if self.config.patience is not None and self.state.counters.evaluated < self.state.step:
-            self._judge_on_the_way()  # the last weights may be the best
-        with self.state.kept():
-            return self._evaluate(self.data.held_out, self.config.decode_limit, whole=True)
+        if self.best_unknown:
+            evaluate_together([self], self.passes)
+        return evaluate_together([self], self.passes, final=True)[0]
+
+    def count_evaluation(self, result: Evaluation, seconds: float, final: bool) -> None:
+        """Count an evaluation that took ``seconds``; during training also log it, and update early stopping."""
+        self.state.counters.seconds += seconds
+        self.state.counters.evaluated = self.state.step
+        if not final:
+            self.state.early_stopping.update(result.val_loss, self.state.step, self.state.named)
+            self.logger.log_evaluation(self.state.step, result.record())
 
     def finish(self, final: Evaluation | None) -> None:
         """Write what a finished run leaves.
@@ -301,9 +280,9 @@ class Trainer:
         """
         if self.group.is_first:
             if final is not None:
-                self.tracker.evaluation(self.state.step, final.record())
+                self.logger.log_evaluation(self.state.step, final.record())
                 final.write(self.run)
-            with self.state.kept():
+            with self.state.final_weights():
                 trained = {name: parameter.detach() for name, parameter in self.state.named.items()}
                 metadata = {"feature_id": self.data.caches[0].feature_id}
                 write_tensors(self.run / "projector.safetensors", trained, metadata)
@@ -319,7 +298,7 @@ class Trainer:
         return {
             **(dict.fromkeys(keys) if final is None else final.figures()),
             "steps": self.state.step,
-            "best_step": self.state.patience.step,
+            "best_step": self.state.early_stopping.step,
             **self.state.counters.summary(),
             **self.model.projector.facts(),
             "trained_parameters": sum(parameter.numel() for parameter in self.state.parameters),
@@ -333,13 +312,14 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.state.step > 0 and self.state.step % (every or 1) == 0
 
-    def _asked_to_stop(self) -> bool:
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came. Raises RankLost when a rank is gone."""
         self.group.check()
         return self.stop.asked
 
     def _check_stop(self) -> None:
         """A signal reaches the ranks at different steps: all stop as soon as one was asked to."""
-        if self.group.any(self._asked_to_stop()):
+        if self.group.any(self.asked_to_stop()):
             raise Stopped
 
     def _place(self) -> str:
@@ -347,6 +327,33 @@ class Trainer:
 
     def _go_on(self) -> str:
         return f"python -m train fit --resume {self.run}"
+
+
+def evaluate_together(trainers: Sequence[Trainer], passes: SeparatePasses, final: bool = False) -> list[Evaluation]:
+    """An evaluation of each run, during training or ``final``; all have one ``eval_config`` and held-out utterances.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    first, began = trainers[0], time.perf_counter()
+    with ExitStack() as weights:
+        for trainer in trainers:
+            weights.enter_context(trainer.state.final_weights() if final else trainer.state.current_weights())
+        results = evaluate_models(
+            ModelList([trainer.model for trainer in trainers], passes),
+            first.data.held_out,
+            first.eval_config(final),
+            stop=first.asked_to_stop,
+            group=first.group,
+        )
+        seconds = time.perf_counter() - began
+        for trainer, result in zip(trainers, results, strict=True):
+            trainer.count_evaluation(result, seconds, final)
+    if not final:
+        for trainer in trainers:
+            if trainer.group.is_first:
+                report.write_report(trainer.run)
+    return results
 
 
 def refuse_changes(config: TrainConfig, run: Path) -> None:

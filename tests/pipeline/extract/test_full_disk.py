@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from extraction import only_cache, run, snapshot, words
+from test_train_track import step
 from tiny_disk import drop_capabilities, fail_writes, limit_file_size, small_disk
 from tiny_run import losses, make_config, write_config
 
@@ -18,7 +19,7 @@ from shards.errors import UserError, run_command
 from shards.format.layout import Layout
 from shards.read.cache import Cache
 from train.__main__ import command
-from train.runs.metrics_log import Tracker
+from train.runs.metrics_log import MetricsLogger
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +158,9 @@ def test_a_read_only_cache_that_is_not_complete_says_so(tmp_path, corpus, whispe
 
 def test_metrics_that_find_no_room_end_in_one_sentence_also_when_the_files_are_closed(tmp_path):
     def fill(folder: Path) -> None:
-        with Tracker(folder, 1000) as tracker:
-            for step in range(1, 1001):
-                tracker.step({"step": step, "loss": 1.0, "lr": 1e-3, "seconds": 0.1}, 1.0)
+        with MetricsLogger(folder, 1000) as logger:
+            for number in range(1, 1001):
+                logger.log_step(step(number), 1.0)
 
     with small_disk(tmp_path / "run", 12), pytest.raises(UserError, match=r"writing metrics failed .*disk is full"):
         fill(tmp_path / "run")

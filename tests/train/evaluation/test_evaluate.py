@@ -15,7 +15,7 @@ from shards.errors import UserError
 from train.data.caches import open_data
 from train.evaluation.batches import derangement
 from train.evaluation.error_rates import error_rates, make_sample
-from train.evaluation.evaluate import Stopped, evaluate
+from train.evaluation.evaluate import EvalConfig, Stopped, evaluate
 from train.evaluation.run import evaluate_run
 from train.model.build import build_model
 from train.trainer.trainer import fit
@@ -59,7 +59,7 @@ def test_the_derangement_is_the_same_each_time():
 def test_figures_do_not_depend_on_how_utterances_are_batched(world, model):
     held = open_data(world[2]).held_out
     one, many, narrow = (
-        evaluate(model, held, batch_size=size, max_frames=frames, decode=3, max_new_tokens=4)
+        evaluate(model, held, EvalConfig(batch_size=size, max_frames=frames, decode_limit=3, max_new_tokens=4))
         for size, frames in ((1, None), (16, None), (16, 50))
     )
     for other in (many, narrow):
@@ -74,20 +74,20 @@ def test_every_target_token_weighs_the_same(world, model):
     nats, tokens = 0.0, 0
     for i, text in enumerate(held.columns("text")["text"]):
         features = torch.tensor(held.features(i)[None].copy())
-        out = model.eval().nats(features, torch.ones(features.shape[:2], dtype=torch.bool), [text])
-        nats, tokens = nats + float(out.nats.detach().sum()), tokens + int(out.tokens.sum())
-    assert evaluate(model, held, decode=0).val_loss == pytest.approx(nats / tokens, rel=1e-5)
+        out = model.eval().nll(features, torch.ones(features.shape[:2], dtype=torch.bool), [text])
+        nats, tokens = nats + float(out.nll.detach().sum()), tokens + int(out.tokens.sum())
+    assert evaluate(model, held, EvalConfig(decode_limit=0)).val_loss == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def test_a_model_that_hears_another_utterance_gets_another_loss(world, model):
-    result = evaluate(model, open_data(world[2]).held_out, decode=0)
+    result = evaluate(model, open_data(world[2]).held_out, EvalConfig(decode_limit=0))
     assert result.audio_gain == result.val_loss_shuffled - result.val_loss
     assert result.audio_gain != 0
     assert (result.wer, result.cer, result.n_val) == (None, None, 6)
 
 
 def test_one_utterance_alone_has_no_other_audio(world, model):
-    result = evaluate(model, open_data(world[2]).held_out.first(1), decode=0)
+    result = evaluate(model, open_data(world[2]).held_out.first(1), EvalConfig(decode_limit=0))
     assert result.val_loss_shuffled is None
     assert result.audio_gain is None
 
@@ -95,7 +95,7 @@ def test_one_utterance_alone_has_no_other_audio(world, model):
 def test_an_evaluation_leaves_modes_gradients_and_random_state_alone(world, model):
     model.projector.train()
     before = torch.get_rng_state()
-    evaluate(model, open_data(world[2]).held_out, decode=2, max_new_tokens=2)
+    evaluate(model, open_data(world[2]).held_out, EvalConfig(decode_limit=2, max_new_tokens=2))
     assert model.projector.training
     assert not model.lm.training
     assert torch.equal(before, torch.get_rng_state())

@@ -13,12 +13,13 @@ from train.data.caches import Utterances, open_data
 from train.distributed.group import Group
 from train.evaluation.batches import Reader
 from train.evaluation.embedding_space import look, nearest_tokens
-from train.evaluation.evaluate import evaluate
+from train.evaluation.evaluate import EvalConfig, evaluate
 from train.evaluation.held_out_loss import text_only_losses
 from train.evaluation.retrieval import make_groups, retrieve
 from train.evaluation.run import evaluate_run
 from train.evaluation.silence import Silence, listen_to_silence
 from train.evaluation.utterance_table import read_utterances
+from train.model.audio_lm import ModelList
 from train.model.build import build_model
 from train.report import write_report
 from train.trainer.trainer import fit
@@ -63,14 +64,14 @@ def summary_of(run):
 
 
 def test_silence_is_judged_as_if_every_utterance_were_its_frames_of_it(config, held_out, model):
-    result = evaluate(model, held_out, decode=0, whole=True, max_new_tokens=4)
+    result = evaluate(model, held_out, EvalConfig(decode_limit=0, complete=True, max_new_tokens=4))
     silence = np.zeros((1, 8), np.float32)
     assert result.more["silence"].startswith("zeros: ")  # the tiny cache's encoder exists nowhere
     nats, tokens = 0.0, 0
     for text, frames in zip(*held_out.columns("text", "frames").values(), strict=True):
         features = torch.from_numpy(np.repeat(silence, frames, 0))[None]
-        out = model.nats(features, torch.ones(1, frames, dtype=torch.bool), [text])
-        nats, tokens = nats + float(out.nats.sum()), tokens + int(out.tokens.sum())
+        out = model.nll(features, torch.ones(1, frames, dtype=torch.bool), [text])
+        nats, tokens = nats + float(out.nll.sum()), tokens + int(out.tokens.sum())
     assert result.more["val_loss_silent"] == pytest.approx(nats / tokens, rel=1e-5)
     assert result.more["silent_gain"] == pytest.approx(nats / tokens - result.val_loss, rel=1e-4)
 
@@ -82,21 +83,22 @@ def test_silence_longer_than_was_encoded_is_heard_again(model):
 
 
 def test_text_alone_is_the_language_model_without_any_soft_token(model, reader):
-    found = text_only_losses(model, reader)
+    found = text_only_losses(ModelList([model]), reader)[0]
     hf = model.lm.model
     for index, text in enumerate(reader.texts):
         ids = model.prompt.target(text)
         read = torch.tensor([[model.lm.tokenizer.bos, *ids]])
         logits = hf(input_ids=read).logits[0, :-1].float()
         wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
-        assert found.nats[index] == pytest.approx(float(wanted), rel=1e-4)
+        assert found.nll[index] == pytest.approx(float(wanted), rel=1e-4)
     assert found.tokens.tolist() == [len(model.prompt.target(text)) for text in reader.texts]
 
 
 def test_the_share_of_silent_inputs_with_words_is_counted(model, reader, monkeypatch):
     said = ["go left", "", " … ", "no"]
-    monkeypatch.setattr(type(model), "generate", lambda self, features, mask, most: [said[len(mask) % 4]] * len(mask))
-    found = listen_to_silence(model, reader, Silence(np.zeros((1, 8), np.float32), "test"), 4)
+    answer = lambda self, features, mask, most: [[said[len(mask) % 4]] * len(mask)]  # noqa: E731
+    monkeypatch.setattr(ModelList, "generate", answer)
+    (found,) = listen_to_silence(ModelList([model]), reader, Silence(np.zeros((1, 8), np.float32), "test"), 4)
     lengths = min(16, len(set(reader.frames)))
     batches = [5] * (lengths // 5) + [lengths % 5] * bool(lengths % 5)
     spoken = sum(size for size in batches if said[size % 4].isascii() and said[size % 4])
@@ -161,7 +163,7 @@ def test_candidates_after_one_audio_cost_what_they_cost_alone(config, held_out, 
     mask = torch.ones(features.shape[:2], dtype=torch.bool)
     texts = ["one", "", "turn left at the red light", "x"]
     together = model.candidates(features, mask, texts)
-    alone = [float(model.nats(features, mask, [text]).nats[0]) for text in texts]
+    alone = [float(model.nll(features, mask, [text]).nll[0]) for text in texts]
     assert together.tolist() == pytest.approx(alone, rel=1e-4)
     assert model.candidates(features, mask, [""]).tolist() == pytest.approx(alone[1:2], rel=1e-4)
 
@@ -225,6 +227,7 @@ def test_another_corpus_is_judged_whole_into_a_folder_of_its_own(run, config, tm
     before = read_utterances(run)
     other = make_cache(tmp_path / "other", 18, seed=3)
     figures = evaluate_run(run, config, str(other))
+    write_report(run)
     assert figures["retrieval"]["utterances"] >= 16
     (folder,) = (run / "judged").iterdir()
     assert len(read_utterances(folder)) == figures["n_val"] == 18
@@ -239,7 +242,8 @@ def test_nanochat_is_judged_whole_with_its_soft_tokens_as_it_takes_them_in(confi
     nanochat = build_model(options, 8, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         nanochat.lm.gpt.lm_head.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
-    result = evaluate(nanochat, held_out, decode=0, max_new_tokens=4, whole=True, retrieval=16)
+    whole = EvalConfig(decode_limit=0, max_new_tokens=4, complete=True, retrieval_limit=16)
+    result = evaluate(nanochat, held_out, whole)
     assert result.more["retrieval"]["candidates"] == 16
     assert result.more["val_loss_text_only"] != result.val_loss
     soft = torch.randn(3, nanochat.lm.width)
@@ -248,6 +252,6 @@ def test_nanochat_is_judged_whole_with_its_soft_tokens_as_it_takes_them_in(confi
 
 
 def test_an_evaluation_on_the_way_leaves_the_costly_figures_out(model, held_out):
-    result = evaluate(model, held_out, decode=0)
+    result = evaluate(model, held_out, EvalConfig(decode_limit=0))
     assert result.space is None
     assert not {"val_loss_silent", "retrieval", "hallucination_rate"} & result.figures().keys()

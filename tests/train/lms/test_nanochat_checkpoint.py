@@ -279,9 +279,9 @@ def test_a_chat_checkpoint_of_depth_6_trains_a_projector_and_answers(tmp_path, t
         Prompt(PromptConfig(template=template), lm.tokenizer),
     )
     features, mask = torch.randn(2, 9, 6), torch.arange(9) < torch.tensor([9, 4])[:, None]
-    out = model.nats(features, mask, ["this", ""])
+    out = model.nll(features, mask, ["this", ""])
     assert out.tokens.tolist() == [4, 1]
-    out.nats.sum().backward()
+    out.nll.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.projector.parameters())
     assert len(model.generate(features, mask, max_new_tokens=5)) == 2
     assert ("<|user_start|>" in model.prompt.text) == (template == "chat")

@@ -39,7 +39,7 @@ def audio(lengths=LENGTHS, seed=0):
 def test_nats_match_an_unbatched_loop_over_the_lms_own_forward(folder, projector, template):
     model = audio_lm(folder, projector, template)
     features, mask = audio()
-    out = model.nats(features, mask, TEXTS)
+    out = model.nll(features, mask, TEXTS)
     embed = model.lm.model.get_input_embeddings()
     for i, text in enumerate(TEXTS):
         soft, _ = model.projector(features[i : i + 1, : LENGTHS[i]], mask[i : i + 1, : LENGTHS[i]])
@@ -48,7 +48,7 @@ def test_nats_match_an_unbatched_loop_over_the_lms_own_forward(folder, projector
         x = torch.cat([embed(torch.tensor(model.prompt.before).long()), soft[0], tail])[None]
         logits = model.lm.model(inputs_embeds=x).logits[0, -len(ids) - 1 : -1]
         expected = F.cross_entropy(logits, torch.tensor(ids), reduction="sum")
-        torch.testing.assert_close(out.nats[i], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.nll[i], expected, rtol=1e-5, atol=1e-5)
         assert out.tokens[i] == len(ids)
 
 
@@ -60,8 +60,8 @@ def test_gradient_reaches_every_projector_parameter_and_none_of_the_frozen_lm(fo
         with torch.no_grad():
             for parameter in lm.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    out = model.nats(*audio(), TEXTS)
-    (out.nats.sum() / out.tokens.sum()).backward()
+    out = model.nll(*audio(), TEXTS)
+    (out.nll.sum() / out.tokens.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
     assert all(p.grad is None and not p.requires_grad for p in model.lm.parameters())
     assert model.projector.training
@@ -70,7 +70,7 @@ def test_gradient_reaches_every_projector_parameter_and_none_of_the_frozen_lm(fo
 
 def test_a_training_lm_gets_gradients_too(folder):
     model = audio_lm(folder, train=True).train()
-    model.nats(*audio(), TEXTS).nats.sum().backward()
+    model.nll(*audio(), TEXTS).nll.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -79,11 +79,11 @@ def test_padding_frames_and_other_rows_change_nothing(folder, kind):
     lm = None if kind == "hf" else load_lm("nanochat:d1", device="cpu", dtype=torch.float32)
     model = audio_lm(folder, lm=lm, template="plain")
     features, mask = audio()
-    nats = model.nats(features, mask, TEXTS).nats
+    nats = model.nll(features, mask, TEXTS).nll
     wide = F.pad(features, (0, 0, 0, 5), value=3.0)
-    torch.testing.assert_close(model.nats(wide, F.pad(mask, (0, 5)), TEXTS).nats, nats, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.nll(wide, F.pad(mask, (0, 5)), TEXTS).nll, nats, rtol=1e-5, atol=1e-5)
     order = [2, 0]
-    fewer = model.nats(features[order], mask[order], [TEXTS[i] for i in order]).nats
+    fewer = model.nll(features[order], mask[order], [TEXTS[i] for i in order]).nll
     torch.testing.assert_close(fewer, nats[order], rtol=1e-5, atol=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_soft_rms_counts_valid_soft_tokens_only(folder):
     model = audio_lm(folder)
     features, mask = audio()
     soft, soft_mask = model.soft_tokens(features, mask)
-    rms = model.nats(features, mask, TEXTS).soft_rms
+    rms = model.nll(features, mask, TEXTS).soft_rms
     assert rms.item() == pytest.approx(soft[soft_mask].square().mean().sqrt().item())
     assert not rms.requires_grad
 
@@ -117,9 +117,9 @@ def test_float16_features_flow_in_the_lms_dtype(folder):
     features, mask = audio()
     soft, _ = model.soft_tokens(features.half(), mask)
     assert soft.dtype == torch.bfloat16
-    out = model.nats(features.half(), mask, TEXTS)
-    out.nats.sum().backward()
-    assert out.nats.dtype == torch.float32
+    out = model.nll(features.half(), mask, TEXTS)
+    out.nll.sum().backward()
+    assert out.nll.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in model.projector.parameters())
 
 
@@ -130,12 +130,12 @@ def test_a_few_steps_teach_the_projector_to_be_heard(folder):
     optimiser = torch.optim.AdamW(model.projector.parameters(), lr=0.02)
     losses = []
     for _ in range(40):
-        out = model.nats(features, mask, ["one", "two"])
-        loss = out.nats.sum() / out.tokens.sum()
+        out = model.nll(features, mask, ["one", "two"])
+        loss = out.nll.sum() / out.tokens.sum()
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-    swapped = model.nats(features.flip(0), mask, ["one", "two"]).nats.sum().item() / 8
+    swapped = model.nll(features.flip(0), mask, ["one", "two"]).nll.sum().item() / 8
     assert losses[-1] < losses[0] - 1.0
     assert swapped > losses[-1] + 0.5

@@ -7,6 +7,7 @@ import pytest
 from tiny_lm import save_tiny_tokenizer
 from transformers import AutoTokenizer
 
+import train.model.prompt
 from shards.errors import UserError
 from train.config.model import PromptConfig
 from train.lms.hf.model import HfTokenizer
@@ -71,7 +72,8 @@ def test_chat_needs_a_chat_template(tmp_path):
             Prompt(PromptConfig(template="chat"), tokenizer)
 
 
-def test_a_text_is_tokenised_once_and_its_ids_cannot_be_spoilt(tokenizer):
+def test_the_last_texts_are_tokenised_once_and_their_ids_cannot_be_spoilt(monkeypatch):
+    monkeypatch.setattr(train.model.prompt, "MAX_KEPT", 2)
     calls = []
 
     class Counting(ByteTokenizer):
@@ -83,6 +85,9 @@ def test_a_text_is_tokenised_once_and_its_ids_cannot_be_spoilt(tokenizer):
     prompt.target("six").append(99)
     assert prompt.target("six") == [*b"six", 256]
     assert calls == ["six"]
+    for text in ("one", "two", "six"):
+        prompt.target(text)
+    assert calls == ["six", "one", "two", "six"]
 
 
 def test_bytes_know_a_written_bos_in_the_template():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import losses
-from tiny_sweep import LIST, make_sweep, same_run
+from tiny_sweep import DROPOUT, LIST, make_sweep, same_run
 
 from shards.errors import WorkFailed
 from train.__main__ import command
@@ -73,6 +73,16 @@ def test_in_one_batch_every_experiment_equals_its_run_alone_within_tolerance(tmp
         ours, theirs = (load_file(each / "projector.safetensors") for each in (folder / name, run))
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=1e-4)
+
+
+def test_with_several_batches_in_a_step_every_experiment_draws_the_dropout_of_its_run_alone(tmp_path, cache, lm):
+    listed = [{"name": name, "seed": seed, "projector": DROPOUT} for seed, name in enumerate(("one", "two"))]
+    config = make_sweep(
+        tmp_path, cache, lm, {"accumulate": 3, "steps": 3, "eval_every": 0}, list=listed, lockstep="batched"
+    )
+    folder = run_sweep(config)
+    for name, run in run_alone(config, tmp_path).items():
+        assert losses(folder / name) == pytest.approx(losses(run), rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["separate", "batched"])
@@ -222,14 +232,14 @@ def test_a_signal_saves_all_and_says_how_to_go_on(tmp_path, cache, lm, monkeypat
     config = make_sweep(tmp_path, cache, lm, {"eval_every": 0}, experiments=LIST[:2])
     taken = []
 
-    def take_and_stop(batches, count):
+    def next_and_stop(batches, count):
         taken.append(1)
         if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(batches, count)
 
-    real = lockstep.take
-    monkeypatch.setattr(lockstep, "take", take_and_stop)
+    real = lockstep.next_batches
+    monkeypatch.setattr(lockstep, "next_batches", next_and_stop)
     with pytest.raises(Interrupted, match=r"stopped at step 3, saved; go on with: python -m train sweep --resume"):
         run_sweep(config)
     for name in ("mlp", "dropout"):

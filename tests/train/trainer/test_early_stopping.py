@@ -11,27 +11,27 @@ from tiny_run import losses, make_config
 from torch import nn
 
 from train.runs.metrics_log import read_lines
-from train.trainer.early_stopping import Patience
+from train.trainer.early_stopping import EarlyStopping
 from train.trainer.trainer import fit
 
 
 def test_the_best_weights_are_kept_and_two_worse_evaluations_end_it():
     parameter = nn.Parameter(torch.zeros(1))
-    patience = Patience(2)
+    stopping = EarlyStopping(2)
     for step, loss in enumerate([3.0, 2.0, 2.5, 1.9, 1.9, 2.0]):
-        assert not patience.ended
+        assert not stopping.should_stop
         parameter.data.fill_(step)
-        patience.judge(loss, step, {"p": parameter})
-    assert patience.ended
-    assert (patience.loss, patience.step, patience.best["p"].item()) == (1.9, 3, 3)
+        stopping.update(loss, step, {"p": parameter})
+    assert stopping.should_stop
+    assert (stopping.loss, stopping.step, stopping.best["p"].item()) == (1.9, 3, 3)
 
 
 def test_without_patience_nothing_is_kept():
-    patience = Patience(None)
+    stopping = EarlyStopping(None)
     for loss in (1.0, 2.0, 3.0):
-        patience.judge(loss, 1, {"p": nn.Parameter(torch.zeros(1))})
-    assert not patience.ended
-    assert not patience.best
+        stopping.update(loss, 1, {"p": nn.Parameter(torch.zeros(1))})
+    assert not stopping.should_stop
+    assert not stopping.best
 
 
 def test_a_run_that_gets_worse_ends_early_with_its_best_weights_and_so_does_its_resumption(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from launch import finish, torchrun
 from soft_tokens import AFTER, BEFORE, TARGETS, make_batch, soft_batch
+from test_train_step import one_step
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config, write_config
@@ -22,8 +23,7 @@ from train.lms.load import load_lm
 from train.model.audio_lm import AudioLM
 from train.model.prompt import Prompt
 from train.projectors import build_projector
-from train.trainer.losses import Objectives, contrast
-from train.trainer.step import take_step
+from train.trainer.losses import contrast
 from train.trainer.trainer import fit
 
 BOTH = {"distill": {"weight": 0.5}, "contrastive": {"weight": 0.3}}
@@ -130,22 +130,21 @@ class Half(Group):
 
 def test_the_texts_of_other_ranks_are_told_apart_too_and_each_term_has_its_own_mean(model):
     batch = make_batch([8, 6, 4], ["six", "a", "one"], 0)
-    objectives = Objectives(DistillConfig(weight=0.25), ContrastiveConfig(weight=2.0))
+    weights = {"distill": DistillConfig(weight=0.25), "contrastive": ContrastiveConfig(weight=2.0)}
     parameters = list(model.projector.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    told = take_step(model, optimizer, parameters, [batch], clip=1e9, group=Half(["far"]), objectives=objectives)
+    told = one_step(model, parameters, [batch], Half(["far"]), **weights)
     grads = [p.grad.clone() for p in parameters]
-    features, mask = batch.features, batch.mask()
-    soft, soft_mask = model.soft_tokens(features, mask)
-    nats, divergence = distilled_nats(model.lm, soft, soft_mask, *model.sides(batch.texts), temperature=2.0)
-    apart = contrast(model, soft, soft_mask, batch.texts, ["far"], 0.07)
+    rows = model.request(batch.features, batch.mask(), batch.texts)
+    around = rows.prefix, rows.suffix, rows.targets
+    nats, divergence = distilled_nats(model.lm, rows.soft, rows.soft_mask, *around, temperature=2.0)
+    apart = contrast(model, rows.soft, rows.soft_mask, batch.texts, ["far"], 0.07)
     assert told.tokens == sum(len(model.prompt.target(text)) for text in batch.texts)
     assert told.loss == pytest.approx(float(nats.detach().sum()) / told.tokens, rel=1e-5)
     expected = {
         "distill": float(divergence.detach().sum()) / told.tokens,
         "contrastive": float(apart.detach().sum()) / 3,
     }
-    assert told.further == pytest.approx(expected, rel=1e-4)
+    assert told.auxiliary_losses == pytest.approx(expected, rel=1e-4)
     loss = (0.75 * nats.sum() + 0.25 * divergence.sum()) / told.tokens + 2 * apart.sum() / 3
     for mine, wanted in zip(grads, torch.autograd.grad(loss, parameters), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-6)

@@ -10,7 +10,9 @@ from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config
 
 from train.config.model import MoeConfig, PromptConfig
+from train.config.train import TrainConfig
 from train.distributed.group import Group
+from train.lms.base import SeparatePasses
 from train.lms.load import load_lm
 from train.model.audio_lm import AudioLM
 from train.model.build import load_model
@@ -18,8 +20,15 @@ from train.model.prompt import Prompt
 from train.projectors import build_projector
 from train.runs.folder import run_config
 from train.runs.metrics_log import read_lines
-from train.trainer.step import _sum_by_name, take_step
+from train.trainer.step import TrainStep, optimizer_step, sum_by_name
 from train.trainer.trainer import fit
+
+
+def one_step(model, parameters, batches, group=None, **keys):
+    """The metrics of a step that changes no weight and leaves its gradient."""
+    config, optimizer = TrainConfig(caches=["a"], clip=1e9, **keys), torch.optim.SGD(parameters, lr=0.0)
+    step = TrainStep(config, model, optimizer, parameters, batches, step=0, lr=0.0, group=group or Group())
+    return optimizer_step([step], SeparatePasses(model.lm))[0]
 
 
 def router_gradient(batches, **keys):
@@ -27,9 +36,9 @@ def router_gradient(batches, **keys):
     projector = build_projector(MoeConfig(routing="top2", stack=2, router_jitter_noise=0, **keys), 6, lm.width, 1.0)
     model = AudioLM(projector, lm, Prompt(PromptConfig(template="<|audio|><|bos|>"), lm.tokenizer))
     parameters = list(projector.parameters())
-    figures = take_step(model, torch.optim.SGD(parameters, lr=0.0), parameters, batches, clip=1e9, group=Group())
+    metrics = one_step(model, parameters, batches)
     assert projector.take_losses() == {}
-    return projector, projector.router.weight.grad, figures
+    return projector, projector.router.weight.grad, metrics
 
 
 def test_a_projectors_own_losses_weigh_as_much_as_their_batch_does():
@@ -37,21 +46,21 @@ def test_a_projectors_own_losses_weigh_as_much_as_their_batch_does():
     _, without, told = router_gradient(batches, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     projector, grad, told_too = router_gradient(batches, router_aux_loss_coef=3.0, router_z_loss_coef=0.5)
     assert told.loss == told_too.loss
-    assert told.terms == {"balance": 0.0, "router_z": 0.0}
+    assert told.auxiliary_losses == {"balance": 0.0, "router_z": 0.0}
     assert (grad - without).abs().max() > 1e-4
     projector.router.weight.grad = None
-    expected = dict.fromkeys(told_too.terms, 0.0)
+    expected = dict.fromkeys(told_too.auxiliary_losses, 0.0)
     for batch, tokens in zip(batches, (6, 6), strict=True):
         projector(batch.features, batch.mask())
         own = projector.take_losses()
         (sum(own.values()) * tokens / 12).backward()
         expected = {name: total + float(own[name].detach()) * tokens / 12 for name, total in expected.items()}
-    assert told_too.terms == pytest.approx(expected, rel=1e-5)
+    assert told_too.auxiliary_losses == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(grad - without, projector.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_what_a_projector_tells_is_summed_over_ranks_and_one_without_a_batch_tells_nothing():
-    assert _sum_by_name([{"a": 1.0, "b": 2.0}, {}, {"b": 0.5}]) == {"a": 1.0, "b": 2.5}
+    assert sum_by_name([{"a": 1.0, "b": 2.0}, {}, {"b": 0.5}]) == {"a": 1.0, "b": 2.5}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from train.model.build import build_model
 from train.runs.folder import create, run_folder
 from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
-from train.trainer.step import take
+from train.trainer.step import next_batches
 from train.trainer.trainer import Trainer, fit
 
 CPU = torch.device("cpu")
@@ -110,12 +110,12 @@ def test_the_gradient_of_a_step_is_that_of_its_tokens_together(tmp_path, cache, 
     batches = [batch for batch, _ in zip(other.stream, range(3), strict=False)]
     arrays = [batch.features[i, :n].numpy() for batch in batches for i, n in enumerate(batch.lengths)]
     features, mask = pad(arrays)
-    out = model.nats(features, mask, [text for batch in batches for text in batch.texts])
-    loss = out.nats.sum() / out.tokens.sum()
+    out = model.nll(features, mask, [text for batch in batches for text in batch.texts])
+    loss = out.nll.sum() / out.tokens.sum()
     loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     with Trainer(config, state, CPU) as trainer:
-        trainer.advance(*take(iter(state.stream), 3))
+        trainer.train_step(*next_batches(iter(state.stream), 3))
     assert losses(run)[0] == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, parameter in model.named_parameters():
         if name in wanted:
