@@ -60,7 +60,7 @@ def push(
     _require_sound(verify(path), str(path))
     paths = ", ".join(f"{key} '{text}'" for key, text in local_paths(unseal(layout.cache).get("provenance") or {}))
     if paths:
-        tell(f"note: CACHE.json and job.json name paths of this machine, which are published with them: {paths}")
+        tell(f"note: CACHE.json names paths of this machine, which are published with it: {paths}")
     for file in (layout.plan, layout.cache):
         found = remote.find(file.name, file.stat().st_size + 1)
         if found is not None and not is_released(found) and found != file.read_bytes():

@@ -15,7 +15,8 @@ from tiny_faults import make_small_cache
 
 from shards.__main__ import main
 from shards.errors import run_command
-from shards.format.layout import Layout, seal, unseal
+from shards.format.layout import Layout
+from shards.format.records import seal, unseal
 from shards.read.cache import Cache
 
 

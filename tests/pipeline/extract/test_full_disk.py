@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from extraction import only_cache, run, snapshot, words
-from test_train_track import step
 from tiny_disk import drop_capabilities, fail_writes, limit_file_size, small_disk
 from tiny_run import losses, make_config, write_config
+from tiny_step import step_metrics
 
 from shards.commit.finalize import stray_files
 from shards.errors import UserError, run_command
@@ -160,7 +160,7 @@ def test_metrics_that_find_no_room_end_in_one_sentence_also_when_the_files_are_c
     def fill(folder: Path) -> None:
         with MetricsLogger(folder, 1000) as logger:
             for number in range(1, 1001):
-                logger.log_step(step(number), 1.0)
+                logger.log_step(step_metrics(number), 1.0)
 
     with small_disk(tmp_path / "run", 12), pytest.raises(UserError, match=r"writing metrics failed .*disk is full"):
         fill(tmp_path / "run")

@@ -5,17 +5,14 @@ import json
 import re
 import sys
 
-from train.runs.metrics_log import MetricsLogger, StepMetrics, read_lines
+from tiny_step import step_metrics
 
-
-def step(number: int) -> StepMetrics:
-    rates = {"lr": 0.1, "grad_norm": 1.0, "projector_rms_ratio": 1.0, "seconds": 0.5, "data_wait": 0.0}
-    return StepMetrics(step=number, loss=1 / 3, **rates, frames=30, padded_frames=40, tokens=20, utterances=2)
+from train.runs.metrics_log import MetricsLogger, read_lines
 
 
 def test_lines_are_on_disk_at_once_and_floats_come_back_to_the_last_bit(tmp_path):
     with MetricsLogger(tmp_path, 3) as logger:
-        logger.log_step(step(1), 10.0)
+        logger.log_step(step_metrics(1), 10.0)
         assert read_lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1 / 3
 
 
@@ -23,25 +20,25 @@ def test_a_resumed_logger_drops_what_came_after_the_checkpoint(tmp_path):
     record = {"val_loss": 1.0, "val_loss_shuffled": None, "audio_gain": None}
     with MetricsLogger(tmp_path, 9) as logger:
         for number in range(1, 6):
-            logger.log_step(step(number), 10.0)
+            logger.log_step(step_metrics(number), 10.0)
         logger.log_evaluation(2, record)
         logger.log_evaluation(4, record)
     with MetricsLogger(tmp_path, 9, step=4, evaluated=2) as logger:
-        logger.log_step(step(5), 10.0)
+        logger.log_step(step_metrics(5), 10.0)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in read_lines(tmp_path / "evaluations.jsonl")] == [2]
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(step(1).record()) + "\n" + json.dumps(step(2).record())[:-5])
+    path.write_text(json.dumps(step_metrics(1).record()) + "\n" + json.dumps(step_metrics(2).record())[:-5])
     assert [line["step"] for line in read_lines(path)] == [1]
 
 
 def test_a_log_gets_lines_and_no_bar(tmp_path, capsys):
     with MetricsLogger(tmp_path, 2) as logger:
-        logger.log_step(step(1), 1234.0)
-        logger.log_step(step(2), 1234.0)
+        logger.log_step(step_metrics(1), 1234.0)
+        logger.log_step(step_metrics(2), 1234.0)
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split() == [
         "step",
@@ -71,7 +68,7 @@ def test_a_terminal_gets_a_bar_with_loss_gain_frames_and_time_left_also_after_a_
         monkeypatch.setattr(sys, "stderr", terminal)
         with MetricsLogger(tmp_path, 9, step=start, evaluated=2) as logger:
             for number in (start + 1, start + 2):
-                logger.log_step(step(number), 1234.0)
+                logger.log_step(step_metrics(number), 1234.0)
             if start == 0:
                 logger.log_evaluation(2, record)
             else:

@@ -78,7 +78,12 @@ def test_in_one_batch_every_experiment_equals_its_run_alone_within_tolerance(tmp
 def test_with_several_batches_in_a_step_every_experiment_draws_the_dropout_of_its_run_alone(tmp_path, cache, lm):
     listed = [{"name": name, "seed": seed, "projector": DROPOUT} for seed, name in enumerate(("one", "two"))]
     config = make_sweep(
-        tmp_path, cache, lm, {"accumulate": 3, "steps": 3, "eval_every": 0}, list=listed, lockstep="batched"
+        tmp_path,
+        cache,
+        lm,
+        {"gradient_accumulation_steps": 3, "steps": 3, "eval_every": 0},
+        experiments=listed,
+        lockstep="batched",
     )
     folder = run_sweep(config)
     for name, run in run_alone(config, tmp_path).items():

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from launch import finish, torchrun
 from soft_tokens import AFTER, BEFORE, TARGETS, make_batch, soft_batch
-from test_train_step import one_step
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config, write_config
+from tiny_step import one_step
 
 import train.lms.base
 from train.config.model import ContrastiveConfig, DistillConfig, MlpConfig, PromptConfig

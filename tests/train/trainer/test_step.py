@@ -8,11 +8,9 @@ from soft_tokens import make_batch
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config
+from tiny_step import one_step
 
 from train.config.model import MoeConfig, PromptConfig
-from train.config.train import TrainConfig
-from train.distributed.group import Group
-from train.lms.base import SeparatePasses
 from train.lms.load import load_lm
 from train.model.audio_lm import AudioLM
 from train.model.build import load_model
@@ -20,15 +18,8 @@ from train.model.prompt import Prompt
 from train.projectors import build_projector
 from train.runs.folder import run_config
 from train.runs.metrics_log import read_lines
-from train.trainer.step import TrainStep, optimizer_step, sum_by_name
+from train.trainer.step import sum_by_name
 from train.trainer.trainer import fit
-
-
-def one_step(model, parameters, batches, group=None, **keys):
-    """The metrics of a step that changes no weight and leaves its gradient."""
-    config, optimizer = TrainConfig(caches=["a"], clip=1e9, **keys), torch.optim.SGD(parameters, lr=0.0)
-    step = TrainStep(config, model, optimizer, parameters, batches, step=0, lr=0.0, group=group or Group())
-    return optimizer_step([step], SeparatePasses(model.lm))[0]
 
 
 def router_gradient(batches, **keys):
