@@ -19,11 +19,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+from pipeline.cluster.connect import connect
 from pipeline.config import ExtractConfig
 from pipeline.extract.child import join, tell, told_targets, work
 from pipeline.extract.job import Job, prepare, provenance, schedule
@@ -34,9 +35,8 @@ from pipeline.extract.stats import Tally, check_failures
 from pipeline.extract.summary import Facts, facts_of
 from shards.commit.claims import new_owner
 from shards.config.base import validate_config
-from shards.errors import UserError, WorkFailed, missing_package
+from shards.errors import UserError, WorkFailed
 
-OBJECT_STORE = 80 << 20  # bytes, of a local cluster: counts are all that travels, and Ray's least is 75 MB
 TICK = 1.0  # seconds between two looks at what the cluster has
 DEFAULT_CPUS = 4  # cores of an actor that computes on the CPU
 MAX_LOSSES = 3  # actors that one worker may lose in a row without having committed a shard
@@ -65,7 +65,7 @@ def run_ray(
         UserError: ray is not installed, no cluster answers or none of its nodes fits; what ``prepare`` raises.
         WorkFailed: too many failures, or a worker lost several actors in a row.
     """
-    with _connected(address or os.environ.get("RAY_ADDRESS")) as ray:
+    with connect("--engine ray", address) as ray:
         driver = _Driver(ray, config.model_copy(update={"processes": None}), cpus)
         try:
             facts = driver.prepare(verify, retry_failed)
@@ -264,22 +264,3 @@ class _Driver:
 
     def _busiest(self) -> str:
         return f"{len(self.actors)} workers, {self.tally.stages.bottleneck(1) or 'starting'}"
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
-    try:
-        import ray
-    except ImportError:
-        raise missing_package("--engine ray", "ray", "ray") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a corpus tool sends nothing home
-    local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE, "include_dashboard": False}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else local))
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no Ray cluster at '{address}' ({reason}): start one, or leave the address out") from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()

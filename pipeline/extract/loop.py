@@ -14,7 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from pipeline.decode.pool import Decoders
+from pipeline.decode import Decoders
 from pipeline.extract.job import Job, Target
 from pipeline.extract.progress import Watch
 from pipeline.extract.resources import Worker

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.decode.pool import Decoders, Failure
+from pipeline.decode import Decoders, Failure
 from pipeline.encoders.batching import encode_in_parts
 from pipeline.encoders.recording import NotFinite, join, spans_of
 from pipeline.extract.job import Job, Target

@@ -18,7 +18,7 @@ from shards.share.dataset_card import card
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
 STEPS = (
-    ["plan.parquet", "job.json", "shards/*.tar", "shards/*.parquet"],
+    ["plan.parquet", "shards/*.tar", "shards/*.parquet"],
     ["shards/*.json", "manifest.parquet", "failures.parquet"],
 )
 

@@ -11,16 +11,14 @@ What groups tell comes through an actor, the mailbox, which the driver empties o
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from shards.errors import UserError, WorkFailed, missing_package
+from pipeline.cluster.connect import connect
+from shards.errors import UserError, WorkFailed
 from train.config.train import TrainConfig
 from train.sweeps.group import Mode
 
-OBJECT_STORE = 80 << 20  # bytes, of a local cluster: settings are all that travels, and Ray's least is 75 MB
 RETRIES = 3
 TICK = 1.0  # seconds between two looks at what the groups tell
 
@@ -32,7 +30,7 @@ def run_groups(parts: Sequence[list[TrainConfig]], mode: Mode) -> None:
         UserError: ray is not installed, no cluster answers, or a group is refused.
         WorkFailed: a task was lost more often than RETRIES.
     """
-    with _connected() as ray:
+    with connect("engine=ray") as ray:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) and parts[0][0].device != "cpu" else 0
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_group)
         settings = [[config.model_dump(mode="json") for config in part] for part in parts]
@@ -113,23 +111,3 @@ def _group(settings: list[dict[str, Any]], mode: Mode, mailbox: Any, place: str)
     finally:
         ray.wait(sent, num_returns=len(sent), timeout=10 * TICK)  # the driver looks once more when this has ended
     return None
-
-
-@contextmanager
-def _connected() -> Iterator[Any]:
-    try:
-        import ray
-    except ImportError:
-        raise missing_package("engine=ray", "ray", "ray") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE, "include_dashboard": False}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else local))
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no Ray cluster at '{address}' ({reason}): start one, or unset RAY_ADDRESS") from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()

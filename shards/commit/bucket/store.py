@@ -76,15 +76,6 @@ class Bucket:
             raise UserError(f"the plan of '{self.location}' vanished while it was written: extract again")
         return plan
 
-    def write_job(self, tree: dict[str, Any]) -> None:
-        self._objects.put("job.json", seal(tree), None)
-
-    def job(self) -> dict[str, Any]:
-        found = self._objects.read("job.json")
-        if found is None:
-            raise FileNotFoundError("job.json")
-        return parse(found.data, "job.json")
-
     def committed(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
         if self._listed is None:
             self._list()

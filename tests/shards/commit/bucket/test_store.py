@@ -196,15 +196,6 @@ def test_the_cache_file_of_a_bucket_is_there_when_the_cache_is_complete(url):
     assert store.info()["feature_id"] == SPEC.feature_id
 
 
-def test_the_first_job_file_of_a_bucket_stays(url):
-    store = Bucket(url)
-    with pytest.raises(FileNotFoundError):
-        store.job()
-    store.write_job({"config": 1})
-    Bucket(url).write_job({"config": 2})
-    assert store.job() == {"config": 1}
-
-
 def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damaged(url):
     store = Bucket(url)
     plan = store.write_plan(plan_table(2))

@@ -13,7 +13,7 @@ from extraction import write_corpus
 
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
-from pipeline.decode.pool import Decoders, Failure
+from pipeline.decode import Decoders, Failure
 from pipeline.extract.resources import decoding_workers
 from pipeline.profile import Stages
 from pipeline.sources import SourceConfig, open_source

@@ -1,1 +1,0 @@
-"""Audio decoded ahead of the encoder."""
