@@ -27,7 +27,7 @@ from tqdm import tqdm
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
 from pipeline.encoders.recording import encode_recording
-from pipeline.extract.job import Job, prepare, provenance
+from pipeline.extract.job import Job, prepare_job, provenance
 from pipeline.extract.loop import finish_caches
 from shards.commit.writer import ShardWriter
 from shards.config.base import load_config
@@ -72,7 +72,7 @@ def extract(out: Path, config: str, overrides: list[str], codecs: list[str]) -> 
     jobs = {}
     for codec in codecs:
         words = [*overrides, f"root={out}/caches", f"codec={codec}", "shard_mb=1e6"]
-        jobs[codec] = prepare(load_config(ExtractConfig, config, words))
+        jobs[codec] = prepare_job(load_config(ExtractConfig, config, words))
     caches = {codec: job.targets[0].layout.path for codec, job in jobs.items()}
     todo = [job for job in jobs.values() if not job.complete()]
     if todo:
@@ -88,7 +88,7 @@ def fill(jobs: list[Job]) -> None:
             stack.enter_context(ShardWriter(job.targets[0].layout, 0, job.targets[0].spec, job.plan.id, job.owner))
             for job in jobs
         ]
-        rows, spec = first.plan.shard(0), first.targets[0].spec
+        rows, spec = first.plan.shard_rows(0), first.targets[0].spec
         audio = first.source.read([row["audio"] for row in rows])
         for row, (_, data) in zip(tqdm(rows, desc="encode"), audio, strict=True):
             if isinstance(data, Exception):
@@ -101,7 +101,7 @@ def fill(jobs: list[Job]) -> None:
         for writer in writers:
             writer.commit({"seconds": time.perf_counter() - started})
     for job in jobs:
-        with job.at_work():
+        with job.hold_leases():
             finish_caches(job.targets, job.plan, provenance(job), time.perf_counter() - started)
 
 

@@ -22,7 +22,7 @@ import soundfile
 from pipeline.audio import SAMPLING_RATE, decode
 from pipeline.encoders.load import load_encoder
 from pipeline.encoders.recording import encode_recording
-from pipeline.weights.resolve import resolve
+from pipeline.weights.resolve import resolve_weights
 from shards.format import codec as codecs
 from shards.format.codec import STORED_DTYPE, relative_rms
 
@@ -41,7 +41,7 @@ def main() -> None:
     if not paths:
         parser.error(f"no .flac or .wav below {args.folder}")
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, args.n).astype(int))]
-    encoder = load_encoder(resolve(args.encoder, what="encoder"), device="auto", dtype=args.dtype, batch_size=8)
+    encoder = load_encoder(resolve_weights(args.encoder, role="encoder"), device="auto", dtype=args.dtype, batch_size=8)
     layer = encoder.n_layers
     audio = [decode(path.read_bytes()) for path in paths]
     encode_recording(audio[0], encoder, [layer], overlap=4.0, trim="valid")  # warm up

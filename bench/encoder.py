@@ -34,10 +34,10 @@ import torch
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
 from pipeline.encoders.load import load_encoder
-from pipeline.encoders.whisper import attend
+from pipeline.encoders.whisper import self_attention
 from pipeline.sources import open_source
-from pipeline.threads import Threads
-from pipeline.weights.resolve import Weights, resolve
+from pipeline.threads import ThreadPool
+from pipeline.weights.resolve import Weights, resolve_weights
 from pipeline.weights.wheels import WHEELS
 from shards.config.base import load_config
 
@@ -107,7 +107,7 @@ def bound(weights: Weights, threads: int, kept: int, rounds: int = 5) -> float:
     """Seconds of bare arithmetic a clip with ``kept`` frames, ``threads`` clips at a time, each product at its best."""
     config = json.loads((weights.folder / "config.json").read_text())
     width, inner, heads = config["d_model"], config["encoder_ffn_dim"], config["encoder_attention_heads"]
-    frames, mels, pool = config["max_source_positions"], config["num_mel_bins"], Threads(threads)
+    frames, mels, pool = config["max_source_positions"], config["num_mel_bins"], ThreadPool(threads)
 
     def seconds(step: Callable[[], Any]) -> float:
         def repeat() -> None:
@@ -130,8 +130,8 @@ def bound(weights: Weights, threads: int, kept: int, rounds: int = 5) -> float:
     layer = sum(
         product(frames, *shape) for shape in ((width, 3 * width), (width, width), (width, inner), (inner, width))
     )
-    layer += seconds(lambda: attend(qkv, heads))
-    last = product(frames, width, 2 * width) + seconds(lambda: attend(qkv, heads, kept))
+    layer += seconds(lambda: self_attention(qkv, heads))
+    last = product(frames, width, 2 * width) + seconds(lambda: self_attention(qkv, heads, kept))
     last += sum(product(kept, *shape) for shape in ((width, width), (width, width), (width, inner), (inner, width)))
     stem = product(2 * frames, 3 * mels, width) + product(frames, 3 * width, width)
     return stem + (config["encoder_layers"] - 1) * layer + last
@@ -161,7 +161,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = load_config(ExtractConfig, args.config, args.set)
-    weights = resolve(config.encoder.model, what="encoder")
+    weights = resolve_weights(config.encoder.model, role="encoder")
     clips = load_clips(config, args.clips)
     seconds = sum(map(len, clips)) / 16000
 

@@ -32,7 +32,7 @@ from encoder import Encode, compare, ctranslate2_encoders, print_machine, transf
 from pipeline.audio import decode
 from pipeline.maintain.check import recorded_config
 from pipeline.sources import open_source
-from pipeline.weights.resolve import resolve
+from pipeline.weights.resolve import resolve_weights
 from shards.read.cache import Cache
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    weights = resolve(args.encoder, what="encoder")
+    weights = resolve_weights(args.encoder, role="encoder")
 
     with tempfile.TemporaryDirectory() as scratch:
         runs: list[Extraction] = []

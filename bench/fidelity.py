@@ -22,7 +22,7 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 from pipeline.audio import decode
 from pipeline.maintain.check import recorded_config
 from pipeline.sources import open_source
-from pipeline.weights.resolve import resolve
+from pipeline.weights.resolve import resolve_weights
 from shards.format.codec import relative_rms
 from shards.read.cache import Cache
 
@@ -35,7 +35,7 @@ def main() -> None:
 
     cache = Cache.open(args.cache)
     source = open_source(recorded_config(cache.info, cache.path).source)
-    weights = resolve(cache.info["provenance"]["encoder"]["reference"], what="encoder")
+    weights = resolve_weights(cache.info["provenance"]["encoder"]["reference"], role="encoder")
     extractor = WhisperFeatureExtractor(feature_size=cache.spec.frontend["n_mels"])
     encoder = WhisperModel.from_pretrained(weights.folder, dtype=torch.float32).encoder.eval()
     audio = dict(zip(cache.manifest["key"].to_pylist(), cache.manifest["audio"].to_pylist(), strict=True))

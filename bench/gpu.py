@@ -28,8 +28,8 @@ import numpy as np
 import soundfile
 import torch
 
-from pipeline.encoders.compile import Compiled, has_compiler
-from pipeline.encoders.load import fast_dtype, load_encoder
+from pipeline.encoders.compile import CompiledForward, has_compiler
+from pipeline.encoders.load import auto_dtype, load_encoder
 from pipeline.encoders.whisper import WhisperEncoder
 from pipeline.weights.resolve import Weights
 
@@ -104,10 +104,10 @@ def measure(weights: Weights, device: str, batch: int | None, rounds: int) -> di
         layers, keep = [encoder.n_layers], encoder.positions
         passes = {"plain": encoder._forward}
         if where.type == "cuda" and has_compiler():
-            passes["compiled"] = Compiled(encoder._forward, mode="reduce-overhead")
+            passes["compiled"] = CompiledForward(encoder._forward, mode="reduce-overhead")
         for name, forward in passes.items():
             found[f"{name} ms"] = 1000 * seconds(lambda f=forward: f(mel, layers, keep), where, rounds) / size
-    found["TFLOP/s"] = encoder.flop / 1e9 / min(found[f"{name} ms"] for name in passes)
+    found["TFLOP/s"] = encoder.flop_per_window / 1e9 / min(found[f"{name} ms"] for name in passes)
     return found
 
 
@@ -151,7 +151,7 @@ def main() -> None:
               "--device cpu --sizes tiny", file=sys.stderr)  # fmt: skip
         raise SystemExit(2)
     on_gpu = args.device.startswith("cuda")
-    device, dtype = torch.device(args.device), getattr(torch, fast_dtype(args.device))
+    device, dtype = torch.device(args.device), getattr(torch, auto_dtype(args.device))
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU (the figures mean nothing)"
     rounds = args.rounds if on_gpu else 1
     top = ceiling(dtype, device, (4096, 8192, 16384) if on_gpu else (512,), rounds)

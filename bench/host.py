@@ -102,10 +102,10 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
     from pipeline.config import ExtractConfig
     from pipeline.extract.job import Job, Target, feature_spec, provenance, schedule
     from pipeline.extract.loop import finish_caches, make_shards
-    from pipeline.extract.plan import list_source, make_plan, windows_of
-    from pipeline.extract.progress import Progress
+    from pipeline.extract.plan import count_windows, list_utterances, make_plan
+    from pipeline.extract.progress import ProgressBar
     from pipeline.extract.shard import open_decoders
-    from pipeline.extract.stats import Tally
+    from pipeline.extract.stats import ExtractionStats
     from pipeline.sources import open_source
     from pipeline.weights.resolve import Weights
     from shards.commit.store import open_store
@@ -116,9 +116,9 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
         tree = {"root": root, "source": source, "codec": setting.codec, "workers": workers}
         config = validate_config(ExtractConfig, tree, "bench/host.py")
         audio = open_source(config.source)
-        utterances = list_source(audio)
+        utterances = list_utterances(audio)
         table = make_plan(
-            utterances, shuffle=True, seed=0, frame_bytes=2 * encoder.channels, hop=HOP, padded=None, shard_mb=64
+            utterances, shuffle=True, seed=0, frame_bytes=2 * encoder.channels, hop=HOP, padded_frames=None, shard_mb=64
         )
         target = Target(1, open_store(f"{root}/corpus/cache"), feature_spec(config, encoder, 1))
         weights = Weights(Path(root), "null", "")
@@ -126,21 +126,27 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
         schedule(job)
         uris = [utterance.audio for utterance in utterances]
         ready = {} if setting.decode else {uri: decode(data) for uri, data in audio.read(uris)}  # type: ignore[arg-type]
-        about, tally = provenance(job), Tally()  # which imports torch, before the clock
+        about, tally = provenance(job), ExtractionStats()  # which imports torch, before the clock
         since, used = time.perf_counter(), processor_seconds()
         with (
-            job.at_work(),
-            Progress(Counter(table["shard"].to_pylist()), str) as progress,
-            open_decoders(job, tally.stages) as decoders,
+            job.hold_leases(),
+            ProgressBar(Counter(table["shard"].to_pylist()), str) as progress,
+            open_decoders(job, tally.stage_times) as decoders,
         ):
             make_shards(job, tally, decoders if setting.decode else Ready(ready), progress)  # type: ignore[arg-type]
             finish_caches(job.targets, job.plan, about, 0.0)
-        tally.stages.wall = time.perf_counter() - since
+        tally.stage_times.wall_seconds = time.perf_counter() - since
         if tally.failures:
             raise SystemExit(f"{len(tally.failures)} utterances failed, the first: {tally.failures[0]}")
-        windows = windows_of(table, encoder, config.overlap)
+        windows = count_windows(table, encoder, config.overlap)
         spent = 1000 * (processor_seconds() - used) / windows
-        found.put(Figures(round(windows / tally.stages.wall, 1), round(spent, 2), tally.stages.shares(job.workers)))
+        found.put(
+            Figures(
+                round(windows / tally.stage_times.wall_seconds, 1),
+                round(spent, 2),
+                tally.stage_times.utilization(job.decode_workers),
+            )
+        )
 
 
 def processor_seconds() -> float:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from train.lms.base import LanguageModel
-from train.lms.layout import lay_out
 from train.lms.load import load_lm
 from train.lms.nanochat.tokenizers import ByteTokenizer
+from train.lms.packing import pack_inputs
 
 BOUND = 1e-4
 ROWS, LENGTH = 3, 160  # the short window is 128
@@ -66,7 +66,7 @@ def save(gpt: Any, folder: Path) -> None:
 def our_logits(lm: LanguageModel, ids: Tensor) -> Tensor:
     """[B, T] -> [B, T, V], all positions at once."""
     rows = ids.tolist()
-    layout = lay_out(torch.zeros(len(rows), dtype=torch.int64), rows, [[] for _ in rows])
+    layout = pack_inputs(torch.zeros(len(rows), dtype=torch.int64), rows, [[] for _ in rows])
     return lm.logits(lm.hidden(layout, torch.zeros(0, lm.width)))
 
 
@@ -74,7 +74,7 @@ def our_logits(lm: LanguageModel, ids: Tensor) -> Tensor:
 def our_cached_logits(lm: Any, ids: Tensor) -> Tensor:
     """[B, T] -> [B, T - CUT + 1, V]: the first ``CUT`` positions at once, then one after another from the cache."""
     cache = lm.gpt.cache(len(ids), ids.shape[1], torch.float32)
-    layout = lay_out(torch.zeros(len(ids), dtype=torch.int64), ids[:, :CUT].tolist(), [[] for _ in ids])
+    layout = pack_inputs(torch.zeros(len(ids), dtype=torch.int64), ids[:, :CUT].tolist(), [[] for _ in ids])
     hidden = [lm.gpt(layout, torch.zeros(0, lm.width), torch.float32, cache)[:, -1]]
     hidden += [lm.gpt.step(ids[:, t], cache, torch.float32) for t in range(CUT, ids.shape[1])]
     return lm.logits(torch.stack(hidden, 1))

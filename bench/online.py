@@ -64,7 +64,7 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
     from shards.read.cache import Cache
     from shards.stream.batch import Batch
     from shards.stream.iterable_dataset import FeatureStream
-    from shards.stream.sampler import Rules
+    from shards.stream.sampler import SamplerConfig
     from train.config.train import TrainConfig
     from train.data.caches import pad
     from train.distributed.device import choose_device, choose_dtype
@@ -90,7 +90,7 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
         model = build_model(config, cache.spec.channels, device, dtype)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        batches = iter(FeatureStream([cache], Rules(batch_size=arguments.batch), seed=1))
+        batches = iter(FeatureStream([cache], SamplerConfig(batch_size=arguments.batch), seed=1))
         losses, seconds, apart = [], [], 0.0
         for _ in range(arguments.steps):
             begin = time.perf_counter()

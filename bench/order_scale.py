@@ -98,16 +98,16 @@ def measure(folder: Path, part: float, shuffle: str) -> dict[str, float]:
 
     from shards.read.cache import Cache
     from shards.stream.iterable_dataset import FeatureStream
-    from shards.stream.sampler import Position, Rules
+    from shards.stream.sampler import SamplerConfig, SamplerState
 
     before = peak_mb()
     begin, cpu = time.perf_counter(), time.process_time()
     cache = Cache.open(folder)
     opened = time.perf_counter()
-    stream = FeatureStream([cache], Rules(batch_size=64, shuffle=shuffle), seed=1)  # type: ignore[arg-type]
-    at = Position(0, int(part * stream.order.windows), 3 if part else 0, 1_000_000 if part else 0)
+    stream = FeatureStream([cache], SamplerConfig(batch_size=64, shuffle=shuffle), seed=1)  # type: ignore[arg-type]
+    at = SamplerState(0, int(part * stream.batch_sampler.num_windows), 3 if part else 0, 1_000_000 if part else 0)
     stream.load_state_dict({**stream.state_dict(), **{name: getattr(at, name) for name in at.__slots__}})
-    rows, _, _ = next(stream.order.walk(at))
+    rows, _, _ = next(stream.batch_sampler.iter_batches(at))
     ordered = time.perf_counter()
     cache.strings("key", rows)
     cache.strings("text", rows)

@@ -25,7 +25,7 @@ def write_cache(folder: Path, megabytes: int) -> Path:
     import pyarrow as pa
 
     from shards.commit.claims import new_owner
-    from shards.commit.finalize import finalise, write_plan
+    from shards.commit.finalize import finalize, write_plan
     from shards.commit.writer import ShardWriter
     from shards.format.layout import UTTERANCE_SCHEMA, Layout
     from shards.format.spec import FeatureSpec
@@ -48,13 +48,13 @@ def write_cache(folder: Path, megabytes: int) -> Path:
     layout, owner = Layout(folder), new_owner()
     plan = write_plan(layout, pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA), owner)
     noise = rng.standard_normal((1000, CHANNELS), dtype=np.float32)
-    for shard in range(plan.shards):
+    for shard in range(plan.num_shards):
         with ShardWriter(layout, shard, spec, plan.id, owner) as writer:
-            for row in plan.shard(shard):
+            for row in plan.shard_rows(shard):
                 digest = hashlib.sha256(row["key"].encode()).hexdigest()
                 writer.add(row, noise[: row["samples"] // 320], samples=row["samples"], audio_sha256=digest)
             writer.commit({"seconds": 0.0})
-    finalise(layout, spec, plan, owner, {})
+    finalize(layout, spec, plan, owner, {})
     return folder
 
 
@@ -132,16 +132,16 @@ class Earshard(Peer):
 
     def stream(self, epochs: int | None = 1) -> Any:
         from shards.stream.iterable_dataset import FeatureStream
-        from shards.stream.sampler import Rules
+        from shards.stream.sampler import SamplerConfig
 
-        rules = Rules(batch_size=BATCH, window_shards=self.window)
+        rules = SamplerConfig(batch_size=BATCH, window_shards=self.window)
         return FeatureStream([self.opened()], rules, 1, epochs=epochs, threads=self.threads, prefetch=self.prefetch)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, int]]:
         """As many batches as an epoch has, of a stream that goes on."""
         if self._running is None:
             stream = self.stream(None)
-            self._epoch = sum(1 for _ in stream.order.walk(stream._at, 1))
+            self._epoch = sum(1 for _ in stream.batch_sampler.iter_batches(stream._sampler_state, 1))
             self._running = iter(stream)
         for batch in islice(self._running, self._epoch):
             yield batch.features, int(batch.lengths.sum()) * CHANNELS * 2
@@ -154,7 +154,7 @@ class Earshard(Peer):
     def remember(self, batches: list[int]) -> None:
         """The states at these batches, as a checkpoint would hold them: found without reading."""
         stream = self.stream()
-        steps = list(stream.order.walk(stream._at, 1))
+        steps = list(stream.batch_sampler.iter_batches(stream._sampler_state, 1))
         self.states = {batch: stream._state(steps[batch][1]) for batch in batches}
 
 

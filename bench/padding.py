@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.stream.sampler import Order, Position, Rules
+from shards.stream.sampler import BatchSampler, SamplerConfig, SamplerState
 
 ROWS, SHARD_ROWS = 28_539, 345  # of train-clean-100; 345 clips of whisper-base are 224 MB
 
@@ -86,9 +86,9 @@ def main() -> None:
         shuffle = "window" if window else "global"
 
         def ours(size: int, epoch: int, window: int = window, shuffle: Any = shuffle) -> list[np.ndarray]:
-            rules = Rules(batch_size=size, window_shards=window or 1, shuffle=shuffle)
-            order = Order(frames, bounds, rules, seed=1)
-            return [batch for batch, _, _ in order.walk(Position(epoch), epoch + 1)]
+            rules = SamplerConfig(batch_size=size, window_shards=window or 1, shuffle=shuffle)
+            order = BatchSampler(frames, bounds, rules, seed=1)
+            return [batch for batch, _, _ in order.iter_batches(SamplerState(epoch), epoch + 1)]
 
         show(f"window_shards {window}" if window else "shuffle global", ours)
     print("aim: under 2 % at window_shards of 4 or more")

@@ -152,7 +152,7 @@ class LitDataBucketed(LitData):
     def batches(self) -> Iterator[tuple[torch.Tensor, int]]:
         """The batches of our order by LitData's random access: padded as little."""
         stream, data = Earshard(self.cache, self.folder).stream(), self.data()
-        for rows, _, _ in stream.order.walk(stream._at, 1):
+        for rows, _, _ in stream.batch_sampler.iter_batches(stream._sampler_state, 1):
             part = [data[int(row)]["x"] for row in rows]
             yield pad(part), payload(part)
 

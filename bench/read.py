@@ -75,7 +75,7 @@ def memcpy(ours: Earshard, threads: int, buffers: int) -> Callable[[], int]:
     """Copy rows that are in memory into padded buffers that are taken in turn: the batches of our order."""
     rows = [np.array(row) for row in ours.rows()]
     stream = ours.stream()
-    batches = [batch.tolist() for batch, _, _ in stream.order.walk(stream._at, 1)]
+    batches = [batch.tolist() for batch, _, _ in stream.batch_sampler.iter_batches(stream._sampler_state, 1)]
     longest = max(len(batch) * max(len(rows[i]) for i in batch) for batch in batches)
     room = [np.ones((longest, CHANNELS), np.float16) for _ in range(buffers)]
 

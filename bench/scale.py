@@ -30,10 +30,10 @@ import pyarrow as pa
 import soundfile
 
 from pipeline.audio import decode
-from pipeline.extract.plan import fingerprint, make_plan
+from pipeline.extract.plan import corpus_fingerprint, make_plan
 from pipeline.sources import Utterance
 from shards.commit.claims import new_owner
-from shards.commit.finalize import committed, finalise, write_plan
+from shards.commit.finalize import commit_record, finalize, write_plan
 from shards.commit.writer import ShardWriter
 from shards.format.layout import UTTERANCE_SCHEMA, Layout, parquet_bytes, read_plan
 from shards.format.spec import FeatureSpec
@@ -85,15 +85,15 @@ def utterances(n: int) -> list[Utterance]:
 
 
 def plan_of(listed: list[Utterance], shard_mb: float = 256) -> pa.Table:
-    return make_plan(listed, shuffle=True, seed=0, frame_bytes=1024, hop=320, padded=None, shard_mb=shard_mb)
+    return make_plan(listed, shuffle=True, seed=0, frame_bytes=1024, hop=320, padded_frames=None, shard_mb=shard_mb)
 
 
 def prepare_plan(listed: list[Utterance]) -> pa.Table:
     """What every worker does with a listed source: identify it, plan it, compare the plan with it."""
-    fingerprint(listed, "")
+    corpus_fingerprint(listed, "")
     table = plan_of(listed)
     planned = table.drop_columns(["shard", "row"]).to_pylist()
-    fingerprint((Utterance(**row) for row in planned), "")
+    corpus_fingerprint((Utterance(**row) for row in planned), "")
     return table
 
 
@@ -128,7 +128,7 @@ def write_cache(folder: Path, shards: int, rows: int, frames: int) -> Layout:
     features = np.random.default_rng(0).standard_normal((frames, SPEC.channels), dtype=np.float32)
     for shard in range(shards):
         with ShardWriter(layout, shard, SPEC, plan.id, owner) as writer:
-            for row in plan.shard(shard):
+            for row in plan.shard_rows(shard):
                 digest = hashlib.sha256(row["key"].encode()).hexdigest()
                 writer.add(row, features, samples=frames * 320, audio_sha256=digest)
             writer.commit({"seconds": 1.0})
@@ -145,10 +145,10 @@ def measure_shards(folder: Path, few: int, many: int) -> dict[str, float]:
         peak = float(subprocess.check_output(command, text=True)) * 2**20
         begin = time.process_time()
         for shard in range(n):
-            committed(layout, shard, SPEC.feature_id, plan.id)
+            commit_record(layout, shard, SPEC.feature_id, plan.id)
         look = time.process_time() - begin
         begin = time.process_time()
-        finalise(layout, SPEC, plan, new_owner(), {})
+        finalize(layout, SPEC, plan, new_owner(), {})
         found.append((time.process_time() - begin, look / n, layout.manifest.stat().st_size, peak))
     merge = max(found[1][0] - found[0][0], 0.0) / (many - few)
     memory = max(found[1][3] - found[0][3], 0.0) / (400 * (many - few))
@@ -163,7 +163,7 @@ def measure_shards(folder: Path, few: int, many: int) -> dict[str, float]:
 def merge_alone(folder: Path) -> None:
     """Merge the shards of a cache in this process and print the most memory that it held, MiB."""
     layout = Layout(folder)
-    finalise(layout, SPEC, read_plan(layout), new_owner(), {})
+    finalize(layout, SPEC, read_plan(layout), new_owner(), {})
     print(order_scale.peak_mb())
 
 
@@ -171,7 +171,7 @@ def measure_verify(folder: Path, shards: int) -> dict[str, float]:
     """Seconds a gigabyte of a deep verification: every byte hashed, every member compared."""
     layout = write_cache(folder / "verified", shards, 100, 615)
     size = sum(layout.tar(shard).stat().st_size for shard in range(shards))
-    finalise(layout, SPEC, read_plan(layout), new_owner(), {})
+    finalize(layout, SPEC, read_plan(layout), new_owner(), {})
     begin = time.process_time()
     verify(layout.path, deep=True)
     return {"verify_s": (time.process_time() - begin) / (size / 1e9)}
@@ -244,7 +244,7 @@ def table(m: dict[str, float]) -> list[tuple[str, ...]]:
         shards = max(1.0, bytes_ / SHARD)
         columns.append([
             f"{name}, {model.name}", f"{rows / 1e6:,.2f} M", size_of(bytes_), size_of(bytes_ / 2), f"{shards:,.0f}",
-            gpu_hours(rows * model.flop / (H100 * SHARE) / 3600), human(m["decode_s"] * hours),
+            gpu_hours(rows * model.flop_per_window / (H100 * SHARE) / 3600), human(m["decode_s"] * hours),
             human(m["plan_s"] * rows), size_of(m["memory"] * rows), size_of(m["plan_bytes"] * rows),
             human(m["look_s"] * shards), human(m["merge_s"] * rows / 400), size_of(m["merge_memory"] * rows),
             size_of(m["manifest_bytes"] * rows), human(m["first_s"] * rows), human(m["restore_s"] * rows),
@@ -284,7 +284,7 @@ def main() -> None:
         if i == 0:
             print("|---" * len(line) + "|")
     for model in (BASE, LARGE):
-        print(f"{model.name}: {model.flop / 1e12:.3f} TFLOP a window of 30 s")
+        print(f"{model.name}: {model.flop_per_window / 1e12:.3f} TFLOP a window of 30 s")
     for what, key in (("holds the plan", "memory"), ("merges the rows", "merge_memory")):
         most = WORKER_MEMORY / m[key]
         print(f"wall: {size_of(WORKER_MEMORY)} {what} of {most / 1e6:,.0f} M utterances, "

@@ -28,7 +28,7 @@ from pipeline.audio import SAMPLING_RATE, decode
 from pipeline.encoders.base import Encoder
 from pipeline.encoders.load import load_encoder
 from pipeline.sources import SourceConfig, open_source
-from pipeline.weights.resolve import resolve
+from pipeline.weights.resolve import resolve_weights
 from shards.format.codec import relative_rms
 
 OVERLAPS = (1.0, 2.0, 4.0, 8.0)
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--audio", type=Path, help="a folder of .flac and .wav in place of spoken sentences")
     args = parser.parse_args()
 
-    encoder = load_encoder(resolve(args.encoder, what="encoder"), device="auto", dtype=args.dtype, batch_size=8)
+    encoder = load_encoder(resolve_weights(args.encoder, role="encoder"), device="auto", dtype=args.dtype, batch_size=8)
     window = encoder.window_samples // encoder.hop  # in frames, as everything below
     rate = encoder.sampling_rate // encoder.hop
     spacing = round(SPACING * rate)

@@ -31,7 +31,7 @@ import numpy as np
 from shards.commit.writer import ShardWriter
 from shards.format.codec import Encoded
 from shards.format.layout import Layout
-from shards.format.records import describe
+from shards.format.records import utterance_json
 from shards.format.spec import FeatureSpec
 
 CHANNELS = 512
@@ -88,7 +88,7 @@ def ours(rows: list[tuple[dict[str, Any], np.ndarray]], codec: bool) -> Timed:
 
 
 def described(rows: list[tuple[dict[str, Any], np.ndarray]]) -> list[tuple[str, bytes, np.ndarray]]:
-    return [(about["key"], describe({**about, "frames": len(x), "codec": "f16"}, SPEC), x) for about, x in rows]
+    return [(about["key"], utterance_json({**about, "frames": len(x), "codec": "f16"}, SPEC), x) for about, x in rows]
 
 
 def webdataset_writer(rows: list[tuple[dict[str, Any], np.ndarray]]) -> Timed:

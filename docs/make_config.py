@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from pipeline.config import ExtractConfig
-from shards.config.fields import Group, Key, groups, old_names, submodels
+from shards.config.fields import Key, KeyGroup, groups, old_names, submodels
 from train.config.model import KindConfig, MlpConfig
 from train.config.train import TrainConfig
 from train.sweeps.config import SweepConfig
@@ -60,7 +60,7 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def section(group: Group, top: type[BaseModel]) -> Iterator[str]:
+def section(group: KeyGroup, top: type[BaseModel]) -> Iterator[str]:
     """The heading, the docstring and the table of one model."""
     kind = group.model.model_fields.get("kind") if issubclass(group.model, KindConfig) else None
     keys = group.keys

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.config.cli import add_completion, add_config, parse, print_completion, show_config
+from shards.config.cli import add_completion, add_config, parse_args, print_completion, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
-    from pipeline.extract.stats import Tally
-    from pipeline.extract.summary import Facts
+    from pipeline.extract.stats import ExtractionStats
+    from pipeline.extract.summary import JobSummary
 
 SCRIPT = "earshard-extract"
 EXAMPLES = """\
@@ -100,7 +100,7 @@ def _add_extract(add: Callable[[str, str, str], argparse.ArgumentParser]) -> Non
 
 
 def command(argv: Sequence[str]) -> int:
-    args = parse(parser(), argv)
+    args = parse_args(parser(), argv)
     if args.command == "weights":
         return _weights(args.references)
     if args.command == "check":
@@ -122,53 +122,57 @@ def _extract(args: argparse.Namespace) -> int:
     from shards.config.base import load_config
 
     config = load_config(ExtractConfig, args.config, args.overrides)
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _on_sigterm)
     started = time.perf_counter()
 
-    def begin(facts: Facts) -> None:
+    def on_start(facts: JobSummary) -> None:
         nonlocal started
         started = time.perf_counter()
         print(facts.headline(), flush=True)
 
-    engine = _on_ray if args.engine == "ray" else _here
+    engine = _extract_on_ray if args.engine == "ray" else _extract_local
     try:
-        facts, tally = engine(args, config, begin)
+        summary, stats = engine(args, config, on_start)
     except (KeyboardInterrupt, SystemExit):
         print("stopped: committed shards are kept, run the same command to go on", file=sys.stderr)
         raise
-    for problem in facts.problems:
+    for problem in summary.problems:
         print(f"note: {problem}", file=sys.stderr)
-    if facts.complete:
+    if summary.is_complete:
         print("nothing to do, complete:")
-        print("\n".join(f"  {cache}" for cache in facts.caches))
+        print("\n".join(f"  {cache}" for cache in summary.caches))
         return 0
-    _summary(facts, tally, time.perf_counter() - started)
+    _print_summary(summary, stats, time.perf_counter() - started)
     if args.profile is not None:
-        _profile(tally, facts.workers, args.profile)
+        _write_profile(stats, summary.decode_workers, args.profile)
     return 0
 
 
-def _here(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Facts], None]) -> tuple[Facts, Tally]:
+def _extract_local(
+    args: argparse.Namespace, config: ExtractConfig, on_start: Callable[[JobSummary], None]
+) -> tuple[JobSummary, ExtractionStats]:
     """Extract with the encoder of this process."""
-    from pipeline.extract.job import prepare, schedule
+    from pipeline.extract.job import prepare_job, schedule
     from pipeline.extract.local import run_local
-    from pipeline.extract.loop import tidy
+    from pipeline.extract.loop import cleanup
     from pipeline.extract.resources import find_worker
-    from pipeline.extract.stats import Tally
-    from pipeline.extract.summary import facts_of
+    from pipeline.extract.stats import ExtractionStats
+    from pipeline.extract.summary import summarize
 
     worker = find_worker(args.worker_index, args.num_workers, os.environ)
-    job = prepare(config)
+    job = prepare_job(config)
     schedule(job, verify=args.verify, retry_failed=args.retry_failed)
-    facts = facts_of(job)
-    if facts.complete:
-        tidy(job)
-        return facts, Tally()
-    begin(facts)
-    return facts, run_local(job, worker=worker, trace=args.profile is not None)
+    summary = summarize(job)
+    if summary.is_complete:
+        cleanup(job)
+        return summary, ExtractionStats()
+    on_start(summary)
+    return summary, run_local(job, worker=worker, trace=args.profile is not None)
 
 
-def _on_ray(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Facts], None]) -> tuple[Facts, Tally]:
+def _extract_on_ray(
+    args: argparse.Namespace, config: ExtractConfig, on_start: Callable[[JobSummary], None]
+) -> tuple[JobSummary, ExtractionStats]:
     """Extract on a Ray cluster."""
     from pipeline.cluster.engine import run_ray
 
@@ -178,46 +182,46 @@ def _on_ray(args: argparse.Namespace, config: ExtractConfig, begin: Callable[[Fa
     return run_ray(
         config,
         address=args.ray_address,
-        cpus=args.actor_cpus,
+        cpus_per_actor=args.actor_cpus,
         verify=args.verify,
         retry_failed=args.retry_failed,
-        begin=begin,
+        on_start=on_start,
     )
 
 
-def _profile(tally: Tally, workers: int, file: str) -> None:
-    from shards.files import told
+def _write_profile(stats: ExtractionStats, workers: int, file: str) -> None:
+    from shards.files import translate_os_errors
 
-    for line in tally.stages.table(workers):
+    for line in stats.stage_times.table(workers):
         print(f"  {line}")
-    with told("writing the profile", Path(file)):
-        tally.stages.write(Path(file), workers)
+    with translate_os_errors("writing the profile", Path(file)):
+        stats.stage_times.write(Path(file), workers)
 
 
-def _stop(signum: int, frame: Any) -> None:
+def _on_sigterm(signum: int, frame: Any) -> None:
     """SIGTERM unwinds like an exception: the shard in flight is abandoned, its claim released."""
     raise SystemExit(128 + signum)
 
 
-def _summary(facts: Facts, tally: Tally, seconds: float) -> None:
-    from shards.inspect.info import cost, describe_cache
+def _print_summary(summary: JobSummary, stats: ExtractionStats, seconds: float) -> None:
+    from shards.inspect.info import describe_cache, format_cost
 
-    caches = [describe_cache(cache) for cache in facts.caches]
-    busy = tally.stages.seconds["encode"] / seconds if seconds else 0.0
+    caches = [describe_cache(cache) for cache in summary.caches]
+    busy = stats.stage_times.busy_seconds["encode"] / seconds if seconds else 0.0
     size = sum(cache["counts"]["bytes"] for cache in caches)
-    rate, failed = tally.audio_seconds / seconds if seconds else 0.0, len(tally.failures)
+    rate, failed = stats.audio_seconds / seconds if seconds else 0.0, len(stats.failures)
     print(
-        f"extracted {tally.utterances - failed} utterances, {tally.audio_seconds / 3600:.2f} h of audio in "
+        f"extracted {stats.utterances - failed} utterances, {stats.audio_seconds / 3600:.2f} h of audio in "
         f"{seconds:.0f} s ({rate:.1f} audio-h/h, encoder busy {busy:.0%}), {failed} failed, {size / 1e6:.0f} MB"
     )
-    for key, stage, reason in tally.failures[:5]:
+    for key, stage, reason in stats.failures[:5]:
         print(f"  failed: {key}: {stage}: {reason}", file=sys.stderr)
-    if len(tally.failures) > 5:
-        print(f"  … and {len(tally.failures) - 5} more in failures.parquet", file=sys.stderr)
+    if len(stats.failures) > 5:
+        print(f"  … and {len(stats.failures) - 5} more in failures.parquet", file=sys.stderr)
     print("complete:")
     for cache in caches:
         print(f"  {cache['path']}")
-        print("\n".join(f"  {line}" for line in cost(cache)))
+        print("\n".join(f"  {line}" for line in format_cost(cache)))
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -230,10 +234,10 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _weights(references: Sequence[str]) -> int:
-    from pipeline.weights.resolve import resolve
+    from pipeline.weights.resolve import resolve_weights
 
     for reference in references:
-        found = resolve(reference, what="lm" if "smollm" in reference else "encoder")
+        found = resolve_weights(reference, role="lm" if "smollm" in reference else "encoder")
         print(f"{reference}\t{found.folder}\t{found.revision}")
     return 0
 
@@ -249,7 +253,7 @@ def _check(args: argparse.Namespace) -> int:
     print(f"{'key':<40} {'frames':>6} {'rel. error':>10} {'cosine':>9}")
     for row in check(cache, args.n, seed=args.seed, source=args.source, encoder=args.encoder):
         found.append(row)
-        print(f"{row.key:<40} {row.frames:>6} {row.error:>10.2e} {row.cosine:>9.6f} {row.problem}", flush=True)
+        print(f"{row.key:<40} {row.frames:>6} {row.relative_error:>10.2e} {row.cosine:>9.6f} {row.problem}", flush=True)
     bad = sum(bool(row.problem) for row in found)
     print(f"{len(found)} utterances compared, {bad} above the tolerance of {tolerance(cache):.3g}")
     return 1 if bad else 0
@@ -265,10 +269,10 @@ def _repair(args: argparse.Namespace) -> int:
         raise UserError(
             f"'{args.cache}' is a URL: run its extraction with --verify, which makes damaged shards of a bucket again"
         )
-    mended = repair(Path(args.cache), source=args.source)
-    for problem in mended:
+    fixed = repair(Path(args.cache), source=args.source)
+    for problem in fixed:
         print(f"mended: {problem.file}: {problem.what}")
-    print(f"{len(mended)} problems mended" if mended else "nothing to mend: the cache is sound")
+    print(f"{len(fixed)} problems mended" if fixed else "nothing to mend: the cache is sound")
     return 0
 
 

@@ -38,27 +38,27 @@ def decode(data: bytes) -> np.ndarray:
         raise AudioError("empty file")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, promised, form = file.samplerate, file.frames, file.format
+            sampling_rate, header_frames, form = file.samplerate, file.frames, file.format
             samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, MemoryError) as error:
         raise AudioError(f"unreadable audio: {_reason(error)}") from None
     # libsndfile reads a WAV or MP3 that was cut short without a word; the text would then belong to more than is heard
-    if (form == "WAV" and _wav_is_cut(data)) or (form == "MP3" and len(samples) < 0.9 * promised):
+    if (form == "WAV" and _wav_is_truncated(data)) or (form == "MP3" and len(samples) < 0.9 * header_frames):
         raise AudioError("truncated audio: the header promises more samples than the file holds")
-    return to_mono_16k(samples, rate)
+    return to_mono_16k(samples, sampling_rate)
 
 
-def to_mono_16k(samples: np.ndarray, rate: int) -> np.ndarray:
+def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
     """float32 [samples, channels] at ``rate`` Hz to float32 [samples] at 16 kHz; raises AudioError as ``decode``."""
     if not len(samples):
         raise AudioError("no samples")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError("NaN or Inf in the samples")
-    if rate != SAMPLING_RATE:
+    if sampling_rate != SAMPLING_RATE:
         import soxr
 
-        mono = soxr.resample(mono, rate, SAMPLING_RATE, quality="HQ")
+        mono = soxr.resample(mono, sampling_rate, SAMPLING_RATE, quality="HQ")
         if not len(mono):
             raise AudioError("no samples")
     return np.ascontiguousarray(mono, dtype=np.float32)
@@ -74,15 +74,15 @@ def probe(audio: bytes | str | os.PathLike[str]) -> int:
         return 0
     if not 0 < info.frames < 2**62:  # a streamed header may hold the largest integer
         return 0
-    return samples_at_16k(info.frames, info.samplerate)
+    return num_samples_at_16k(info.frames, info.samplerate)
 
 
-def samples_at_16k(samples: int, rate: int) -> int:
+def num_samples_at_16k(samples: int, sampling_rate: int) -> int:
     """How many samples soxr makes of ``samples`` at ``rate`` Hz: rounded, halves up."""
-    return (2 * samples * SAMPLING_RATE + rate) // (2 * rate)
+    return (2 * samples * SAMPLING_RATE + sampling_rate) // (2 * sampling_rate)
 
 
-def encode_wav(samples: np.ndarray, rate: int) -> bytes:
+def encode_wav(samples: np.ndarray, sampling_rate: int) -> bytes:
     """int16 or float32 [samples] or [samples, channels] to a WAV file (PCM16 or IEEE float), the same bytes each time.
 
     libsndfile would put a time stamp into the PEAK chunk of a float file.
@@ -93,13 +93,21 @@ def encode_wav(samples: np.ndarray, rate: int) -> bytes:
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     payload = np.ascontiguousarray(samples, dtype=samples.dtype.newbyteorder("<")).tobytes()
     frame = channels * samples.itemsize
-    form = struct.pack("<HHIIHH", kinds[samples.dtype.name], channels, rate, rate * frame, frame, 8 * samples.itemsize)
+    form = struct.pack(
+        "<HHIIHH",
+        kinds[samples.dtype.name],
+        channels,
+        sampling_rate,
+        sampling_rate * frame,
+        frame,
+        8 * samples.itemsize,
+    )
     chunks = b"WAVEfmt " + struct.pack("<I", len(form)) + form
     chunks += b"data" + struct.pack("<I", len(payload)) + payload + b"\0" * (len(payload) % 2)
     return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
 
 
-def cut(path: str | os.PathLike[str], start: float, stop: float | None, channel: int | None = None) -> bytes:
+def read_segment(path: str | os.PathLike[str], start: float, stop: float | None, channel: int | None = None) -> bytes:
     """The seconds ``start`` to ``stop`` (None: the end) of a recording as a float32 WAV at the recording's own rate.
 
     Raises:
@@ -126,7 +134,7 @@ def cut(path: str | os.PathLike[str], start: float, stop: float | None, channel:
     return encode_wav(samples, rate)
 
 
-def windows(samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
+def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
     """Spans (start, stop) in samples that cover ``samples``, in order, neighbours sharing ``overlap`` samples.
 
     Starts are multiples of ``window - overlap``; every window is full but perhaps the last, which holds more than
@@ -173,7 +181,7 @@ def stitch(parts: Sequence[np.ndarray], spans: Sequence[tuple[int, int]], hop: i
     return np.concatenate(pieces)
 
 
-def _wav_is_cut(data: bytes) -> bool:
+def _wav_is_truncated(data: bytes) -> bool:
     """Whether the data chunk of a RIFF file claims more bytes than follow."""
     if data[:4] != b"RIFF":
         return False

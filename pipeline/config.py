@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from pipeline.sources import SourceConfig
 from shards.commit.claims import LEASE
 from shards.config.base import Config
-from shards.format.spec import Codec, Window
+from shards.format.spec import Codec, WindowMode
 
 
 class EncoderConfig(Config):
@@ -47,7 +47,7 @@ class ExtractConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     limit: int | None = Field(default=None, ge=1)
     """Maximum number of utterances. The smaller of this and `source.limit` applies."""
-    window: Window | None = None
+    window: WindowMode | None = None
     """Context of the encoder. full30: audio padded to 30 s, as Whisper was trained. tight: padded to the utterance plus
     `margin`; faster on short clips, but the features differ. clip: the audio alone, for encoders that take any length.
     null: full30 for Whisper, clip for the others."""

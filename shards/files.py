@@ -20,12 +20,12 @@ from typing import Any
 
 from shards.errors import UserError
 
-TEMPORARY = ".tmp-"
+TEMPORARY_INFIX = ".tmp-"
 
 
-def temporary(path: Path, owner: str) -> Path:
+def temporary_path(path: Path, owner: str) -> Path:
     """The name that ``owner`` writes under before the rename to ``path``."""
-    return path.with_name(f"{path.name}{TEMPORARY}{owner}")
+    return path.with_name(f"{path.name}{TEMPORARY_INFIX}{owner}")
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -37,18 +37,18 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 def atomic_write(path: Path, data: bytes, owner: str) -> None:
     """Put ``data`` under ``path`` durably: a reader sees the old file or the new one, also after a power loss."""
-    partial = temporary(path, owner)
+    partial = temporary_path(path, owner)
     try:
         _write_synced(partial, data)
-        publish(partial, path)
+        rename_durably(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def write_new(path: Path, data: bytes, owner: str) -> bool:
+def write_if_absent(path: Path, data: bytes, owner: str) -> bool:
     """Like :func:`atomic_write`, but a file that stands is left as it is; False when there was one."""
-    partial = temporary(path, owner)
+    partial = temporary_path(path, owner)
     try:
         _write_synced(partial, data)
         fsync_folder(path.parent)
@@ -70,7 +70,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def publish(partial: Path, path: Path) -> None:
+def rename_durably(partial: Path, path: Path) -> None:
     """Rename a file whose bytes are already synced, and sync the folder that holds the name."""
     fsync_folder(path.parent)
     os.replace(partial, path)
@@ -160,7 +160,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path, *, absent: str, damaged: str) -> dict[str, Any]:
+def read_json(path: Path, *, missing_hint: str, corrupt_hint: str) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
@@ -169,25 +169,25 @@ def read_json(path: Path, *, absent: str, damaged: str) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no '{path}': {absent}") from None
+        raise UserError(f"there is no '{path}': {missing_hint}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): {damaged}") from None
+        raise UserError(f"'{path}' cannot be read ({error}): {corrupt_hint}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"'{path}' holds no JSON object: {damaged}")
+        raise UserError(f"'{path}' holds no JSON object: {corrupt_hint}")
     return tree
 
 
 @contextmanager
-def told(doing: str, where: Path) -> Iterator[None]:
+def translate_os_errors(action: str, path: Path) -> Iterator[None]:
     """Turn the storage errors that a user can mend into one sentence."""
     try:
         yield
     except OSError as error:
-        mend = _MENDS.get(error.errno or 0)
-        if mend is None:
+        fix = _MENDS.get(error.errno or 0)
+        if fix is None:
             raise
-        reason, cure = mend
-        raise UserError(f"{doing} failed in '{where}': {reason}; {cure}") from error
+        reason, remedy = fix
+        raise UserError(f"{action} failed in '{path}': {reason}; {remedy}") from error
 
 
 _AGAIN = "then run the same command again: what is committed is kept"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.config.cli import add_completion, add_config, parse, print_completion, show_config
+from shards.config.cli import add_completion, add_config, parse_args, print_completion, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(argv: Sequence[str]) -> int:
-    args = parse(parser(), argv)
+    args = parse_args(parser(), argv)
     jobs = {
         "fit": _fit,
         "sweep": _sweep,
@@ -134,11 +134,11 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from train.distributed.group import join
+    from train.distributed.group import open_process_group
 
-    with join() as group:
-        with group.together():
-            config, resume = _what_to_fit(args)
+    with open_process_group() as group:
+        with group.raise_on_all_ranks():
+            config, resume = _fit_config(args)
 
         from train.trainer.trainer import Interrupted, fit
 
@@ -147,11 +147,11 @@ def _fit(args: argparse.Namespace) -> int:
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             return 130
-        if group.is_first:
+        if group.is_main_process:
             from train.report import REPORT
             from train.runs.folder import read_json
 
-            print(_table(read_json(run / "summary.json")))
+            print(_format_summary(read_json(run / "summary.json")))
             print(f"report: {run / REPORT}", flush=True)
     return 0
 
@@ -162,49 +162,49 @@ def _sweep(args: argparse.Namespace) -> int:
     return sweep(args.config, args.resume, args.overrides, args.engine)
 
 
-def _what_to_fit(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
+def _fit_config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
     """The settings, and the run to go on with."""
     from shards.config.base import load_config
     from train.config.train import TrainConfig
 
-    words = list(args.overrides)
+    overrides = list(args.overrides)
     if args.resume is None:
-        if args.config is None and not words:
+        if args.config is None and not overrides:
             raise UserError("name a configuration with --config (see configs/train/), or a run with --resume")
-        return load_config(TrainConfig, args.config, words), None
-    word = args.resume
-    if "=" in word:  # `--resume key=value`: the run is the default one
-        word, words = "", [word, *words]
-    return _config_and_run(word or None, args.config, words)
+        return load_config(TrainConfig, args.config, overrides), None
+    run_name = args.resume
+    if "=" in run_name:  # `--resume key=value`: the run is the default one
+        run_name, overrides = "", [run_name, *overrides]
+    return _config_and_run(run_name or None, args.config, overrides)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from train.distributed.group import join
+    from train.distributed.group import open_process_group
 
-    words = list(args.overrides)
+    overrides = list(args.overrides)
     if args.run is not None and "=" in args.run and not Path(args.run).exists():
-        words, args.run = [args.run, *words], None
-    with join() as group:
-        with group.together():
-            target = _json_target(args.json)
+        overrides, args.run = [args.run, *overrides], None
+    with open_process_group() as group:
+        with group.raise_on_all_ranks():
+            target = _json_path(args.json)
             run = _config_and_run(args.run, args.config, [])[1]
 
             from train.runs.folder import run_config, write_json
 
-            config = run_config(run, words)
+            config = run_config(run, overrides)
 
         from train.evaluation.run import evaluate_run
         from train.report import write_report
 
-        figures = evaluate_run(run, config, args.cache, group)
-        with group.together():
-            if group.is_first:
+        metrics = evaluate_run(run, config, args.cache, group)
+        with group.raise_on_all_ranks():
+            if group.is_main_process:
                 write_report(run)
-        if group.is_first:
+        if group.is_main_process:
             write_report(run)
             if target is not None:
-                write_json(target, figures)
-            print(json.dumps(figures, indent=1, ensure_ascii=False))
+                write_json(target, metrics)
+            print(json.dumps(metrics, indent=1, ensure_ascii=False))
     return 0
 
 
@@ -213,23 +213,23 @@ def _lr_range(args: argparse.Namespace) -> int:
     from train.config.train import TrainConfig
 
     config = load_config(TrainConfig, args.config, args.overrides)
-    target = _json_target(args.json)
+    target = _json_path(args.json)
 
     from train.runs.folder import write_json
-    from train.trainer.lr_range import lr_range, record, suggest, table
+    from train.trainer.lr_range import format_table, lr_range, record, suggest_lr
 
     rates = lr_range(config, args.low, args.high, args.steps)
-    print(table(rates, args.high), flush=True)
-    suggestion = suggest(rates)
+    print(format_table(rates, args.high), flush=True)
+    suggestion = suggest_lr(rates)
     print(f"suggested: lr={suggestion.lr:.1e}: {suggestion.reason}")
     if target is not None:
         write_json(target, record(rates, suggestion))
     return 0
 
 
-def _json_target(word: str | None) -> Path | None:
+def _json_path(value: str | None) -> Path | None:
     """The file that ``--json`` names, whose folder must stand."""
-    target = None if word is None else Path(word)
+    target = None if value is None else Path(value)
     if target is not None and not target.parent.is_dir():
         raise UserError(f"--json names '{target}' and there is no folder '{target.parent}': make it first")
     return target
@@ -241,12 +241,12 @@ def _transcribe(args: argparse.Namespace) -> int:
     run = runs.find_run(args.run)
     config = runs.run_config(run)
 
-    from train.inference.transcribe import Typist, find_recordings, transcribe
+    from train.inference.transcribe import TokenWriter, find_recordings, transcribe
 
     recordings = find_recordings(args.audio, args.raw)
-    typist = Typist(sys.stdout)
-    for name, text in transcribe(run, config, recordings, args.encoder, told=typist if args.stream else None):
-        typist.end(name, text)
+    writer = TokenWriter(sys.stdout)
+    for name, text in transcribe(run, config, recordings, args.encoder, on_token=writer if args.stream else None):
+        writer.finish(name, text)
     return 0
 
 
@@ -262,7 +262,7 @@ def _needs(args: argparse.Namespace) -> int:
     from shards.config.base import load_config
     from shards.config.origins import read_yaml
     from train.config.train import TrainConfig
-    from train.data.caches import needed
+    from train.data.caches import missing_extractions
 
     if "base" in read_yaml(args.config):
         from train.sweeps.config import load_sweep, needed_runs
@@ -270,7 +270,7 @@ def _needs(args: argparse.Namespace) -> int:
         configs = needed_runs(load_sweep(args.config, args.overrides))
     else:
         configs = [load_config(TrainConfig, args.config, args.overrides)]
-    for file in dict.fromkeys(file for config in configs for file in needed(config)):
+    for file in dict.fromkeys(file for config in configs for file in missing_extractions(config)):
         print(file)
     return 0
 
@@ -299,23 +299,23 @@ def _completion(args: argparse.Namespace) -> int:
     return print_completion(parser(), SCRIPT, args.shell, names(TrainConfig))
 
 
-def _config_and_run(word: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:
+def _config_and_run(run_name: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:
     """The run that ``word`` names, or that ``file`` made, or the newest; with its settings and ``overrides``."""
     from shards.config.base import load_config
     from train.config.train import TrainConfig
     from train.runs import folder as runs
 
     if file is None:
-        run = runs.find_run(word)
+        run = runs.find_run(run_name)
         return runs.run_config(run, overrides), run
     config = load_config(TrainConfig, file, overrides)
-    run = runs.find_run(word or (config.name and str(Path(config.runs) / config.name)), config.runs)
+    run = runs.find_run(run_name or (config.name and str(Path(config.runs) / config.name)), config.runs)
     return config.model_copy(update={"name": run.name}), run
 
 
-def _table(summary: dict[str, Any]) -> str:
+def _format_summary(summary: dict[str, Any]) -> str:
     """The figures of a finished run, for people."""
-    from train.runs.metrics_log import figure
+    from train.runs.metrics_log import format_number
 
     def percent(key: str) -> str:
         return "–" if summary[key] is None else f"{100 * summary[key]:.1f} %"
@@ -327,13 +327,13 @@ def _table(summary: dict[str, Any]) -> str:
     lines = [
         (
             "training loss, first to last",
-            f"{figure(summary['train_loss_first'])} -> {figure(summary['train_loss_last'])}",
+            f"{format_number(summary['train_loss_first'])} -> {format_number(summary['train_loss_last'])}",
         ),
-        ("held-out loss, nats a token", figure(summary["val_loss"])),
-        ("the same, other audio", figure(summary["val_loss_shuffled"])),
-        ("the same, silence", figure(summary.get("val_loss_silent"))),
-        ("the same, text alone", figure(summary.get("val_loss_text_only"))),
-        ("audio gain", f"{figure(summary['audio_gain'])}{bounds}"),
+        ("held-out loss, nats a token", format_number(summary["val_loss"])),
+        ("the same, other audio", format_number(summary["val_loss_shuffled"])),
+        ("the same, silence", format_number(summary.get("val_loss_silent"))),
+        ("the same, text alone", format_number(summary.get("val_loss_text_only"))),
+        ("audio gain", f"{format_number(summary['audio_gain'])}{bounds}"),
         ("WER / CER", f"{percent('wer')} / {percent('cer')}"),
         ("audio finds its text", chosen),
         ("silence answered with words", percent("hallucination_rate") if "hallucination_rate" in summary else "–"),

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from shards.format.spec import Window
+from shards.format.spec import WindowMode
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-CONTEXT_STEP = 5  # seconds: tight contexts are 5, 10, … 30; part of the format (docs/format.md)
+CONTEXT_STEP_SECONDS = 5  # seconds: tight contexts are 5, 10, … 30; part of the format (docs/format.md)
 
 
 class Encoder(Protocol):
@@ -35,7 +35,7 @@ class Encoder(Protocol):
         hop: samples a frame stands for.
         window_samples: longest clip.
         window: ``full30`` pads every clip to ``window_samples``; ``tight`` cuts the context to the clip and ``margin``
-            seconds of silence, rounded up to a multiple of ``CONTEXT_STEP`` seconds; ``clip`` pads nothing.
+            seconds of silence, rounded up to a multiple of ``CONTEXT_STEP_SECONDS`` seconds; ``clip`` pads nothing.
         margin: 0 but with ``tight``.
         tensors: sha256 of the encoder's tensors, see :func:`tensors_hash`.
         frontend: settings of the spectrogram, part of the feature spec.
@@ -51,7 +51,7 @@ class Encoder(Protocol):
     hop: int
     sampling_rate: int
     window_samples: int
-    window: Window
+    window: WindowMode
     margin: float
     tensors: str
     frontend: dict[str, int | float | str | bool | None]
@@ -74,12 +74,12 @@ def context_samples(samples: int, encoder: Encoder) -> int:
     """Samples that a clip of ``samples`` is padded to: a few sizes, so that shapes repeat."""
     if encoder.window != "tight":
         return encoder.window_samples
-    step = CONTEXT_STEP * encoder.sampling_rate
+    step = CONTEXT_STEP_SECONDS * encoder.sampling_rate
     wanted = samples + round(encoder.margin * encoder.sampling_rate)
     return min(max(1, -(-wanted // step)) * step, encoder.window_samples)
 
 
-def check_request(encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str) -> None:
+def check_encode_args(encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str) -> None:
     """ValueError for a layer, trim or clip that ``encoder.encode`` cannot take."""
     if not layers or min(layers) < 0 or max(layers) > encoder.n_layers:
         raise ValueError(f"layers {list(layers)} are not in 0 … {encoder.n_layers}")

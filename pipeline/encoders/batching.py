@@ -15,20 +15,26 @@ from tqdm import tqdm
 from pipeline.encoders.base import Encoder
 from shards.errors import UserError
 
-LARGEST = 32  # windows of 30 s: 48,000 rows for each matrix product, more gains nothing and costs at a shard's end
-SHARE = 0.6  # of the free memory; the rest is for what an estimate does not see
-_SIGNS = ("out of memory", "not enough memory", "can't allocate memory")  # CUDA's, torch's CPU allocator's, Linux's
+MAX_BATCH_SIZE = (
+    32  # windows of 30 s: 48,000 rows for each matrix product, more gains nothing and costs at a shard's end
+)
+MEMORY_FRACTION = 0.6  # of the free memory; the rest is for what an estimate does not see
+_OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+)  # CUDA's, torch's CPU allocator's, Linux's
 
 
-def fitting_batch(free: int, window: int) -> int:
+def fitting_batch_size(free_bytes: int, window_bytes: int) -> int:
     """A power of two, 1 … ``LARGEST``: windows of ``window`` bytes that fit into ``SHARE`` of ``free`` bytes."""
     size = 1
-    while size < LARGEST and 2 * size * window <= SHARE * free:
+    while size < MAX_BATCH_SIZE and 2 * size * window_bytes <= MEMORY_FRACTION * free_bytes:
         size *= 2
     return size
 
 
-def encode_in_parts(
+def encode_in_batches(
     encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str
 ) -> list[dict[int, np.ndarray]]:
     """:meth:`Encoder.encode` of any number of clips, ``encoder.batch_size`` at a time.
@@ -41,7 +47,7 @@ def encode_in_parts(
     results: list[dict[int, np.ndarray]] = []
     while len(results) < len(clips):
         part = clips[len(results) : len(results) + encoder.batch_size]
-        found = _try(encoder, part, layers, trim)
+        found = _try_encode(encoder, part, layers, trim)
         if found is not None:
             results += found
             continue
@@ -51,7 +57,7 @@ def encode_in_parts(
                 "what else uses it, or choose a smaller encoder or another encoder.device"
             )
         encoder.batch_size = len(part) // 2
-        _give_back(encoder.device)
+        _empty_cuda_cache(encoder.device)
         tqdm.write(
             f"note: {len(part)} windows did not fit into the memory of {encoder.device}: going on with "
             f"{encoder.batch_size} at a time",
@@ -66,10 +72,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY_MESSAGES)
 
 
-def _try(
+def _try_encode(
     encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str
 ) -> list[dict[int, np.ndarray]] | None:
     """None when memory ran out; by then nothing holds the tensors of the attempt."""
@@ -81,7 +87,7 @@ def _try(
         return None
 
 
-def _give_back(device: str) -> None:
+def _empty_cuda_cache(device: str) -> None:
     import torch
 
     if device.startswith("cuda"):

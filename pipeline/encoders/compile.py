@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     import torch
 
 
-SECONDS = 60.0  # that compiling takes; this, RATE and GAIN are guesses until a GPU was measured (bench/gpu.py)
-RATE = 1e14  # FLOP a second of an uncompiled pass
-GAIN = 0.2  # of its time that a compiled pass saves
-SHAPES = 64  # batches are padded to one size, so contexts, layers and kept frames alone make further shapes
+COMPILE_SECONDS = 60.0  # that compiling takes; this, RATE and GAIN are guesses until a GPU was measured (bench/gpu.py)
+FLOP_PER_SECOND = 1e14  # FLOP a second of an uncompiled pass
+TIME_SAVED_FRACTION = 0.2  # of its time that a compiled pass saves
+MAX_COMPILED_SHAPES = (
+    64  # batches are padded to one size, so contexts, layers and kept frames alone make further shapes
+)
 
 Forward = Callable[["torch.Tensor", Sequence[int], int], dict[int, "torch.Tensor"]]
 
 
-def decide(wanted: str, *, device: str, windows: int, flop: float, compiler: bool) -> tuple[bool, str]:
+def should_compile(
+    setting: str, *, device: str, num_windows: int, flop_per_window: float, compiler_found: bool
+) -> tuple[bool, str]:
     """Whether to compile, and a note for the user where that is not what they may expect ("" where it is).
 
     Args:
@@ -37,14 +41,21 @@ def decide(wanted: str, *, device: str, windows: int, flop: float, compiler: boo
         flop: of one window.
         compiler: whether torch finds what it compiles with.
     """
-    if wanted == "never":
+    if setting == "never":
         return False, ""
     if not device.startswith("cuda"):
-        return False, "" if wanted == "auto" else "not compiled: on a CPU the encoder's own kernels are the faster ones"
-    saved = windows * flop / RATE * GAIN
-    if wanted == "auto" and saved < SECONDS:
-        return False, f"not compiled: {windows} windows would save about {saved:.0f} s, compiling takes {SECONDS:.0f}"
-    if not compiler:
+        return (
+            False,
+            "" if setting == "auto" else "not compiled: on a CPU the encoder's own kernels are the faster ones",
+        )
+    saved = num_windows * flop_per_window / FLOP_PER_SECOND * TIME_SAVED_FRACTION
+    if setting == "auto" and saved < COMPILE_SECONDS:
+        return (
+            False,
+            f"not compiled: {num_windows} windows would save about {saved:.0f} s and compiling takes "
+            f"{COMPILE_SECONDS:.0f}",
+        )
+    if not compiler_found:
         return False, "not compiled: torch finds no Triton or no C compiler; install them for faster encoding"
     return True, ""
 
@@ -56,26 +67,26 @@ def has_compiler() -> bool:
     return bool(has_triton()) and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
-class Compiled:
+class CompiledForward:
     """``forward``, compiled once for each shape; the uncompiled one after the first shape that does not compile."""
 
     def __init__(self, forward: Forward, *, mode: str | None = None, backend: str = "inductor") -> None:
         import torch
         import torch._dynamo
 
-        torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.recompile_limit = max(MAX_COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
         self._forward = forward
         self._compiled: Forward | None = torch.compile(forward, backend=backend, dynamic=False, mode=mode)
 
-    def __call__(self, mel: torch.Tensor, layers: Sequence[int], keep: int) -> dict[int, torch.Tensor]:
+    def __call__(self, mel: torch.Tensor, layers: Sequence[int], num_frames: int) -> dict[int, torch.Tensor]:
         """See :meth:`pipeline.encoders.whisper.WhisperEncoder._forward`."""
         from torch._dynamo.exc import TorchDynamoException
 
         if self._compiled is not None:
             try:
-                return self._compiled(mel, layers, keep)
+                return self._compiled(mel, layers, num_frames)
             except TorchDynamoException as error:
                 self._compiled = None
                 reason = " ".join(str(error).split())[:160]
                 tqdm.write(f"note: the encoder is not compiled, that failed ({reason})", file=sys.stderr)
-        return self._forward(mel, layers, keep)
+        return self._forward(mel, layers, num_frames)

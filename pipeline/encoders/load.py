@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from pipeline.encoders.base import DTYPES, Encoder
-from pipeline.encoders.compile import Compiled, decide, has_compiler
-from pipeline.weights.resolve import ENCODERS, Weights, read_settings
+from pipeline.encoders.compile import CompiledForward, has_compiler, should_compile
+from pipeline.weights.resolve import ENCODERS, Weights, read_model_json
 from shards.errors import UserError
-from shards.format.spec import Window
+from shards.format.spec import WindowMode
 
 if TYPE_CHECKING:
     pass
@@ -25,7 +25,7 @@ def load_encoder(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
-    window: Window | None = None,
+    window: WindowMode | None = None,
     margin: float = 0.0,
 ) -> Encoder:
     """The encoder in ``weights``, ready on ``device``.
@@ -50,10 +50,10 @@ def load_encoder(
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"encoder.device '{device}' is not available here: set encoder.device=auto or cpu") from None
     if dtype == "auto":
-        dtype = fast_dtype(device)
+        dtype = auto_dtype(device)
     if dtype not in DTYPES:
         raise UserError(f"encoder.dtype is '{dtype}': set it to auto, {', '.join(DTYPES)}")
-    family = read_settings(weights.folder / "config.json").get("model_type")
+    family = read_model_json(weights.folder / "config.json").get("model_type")
     if family in ENCODERS[1:]:
         from pipeline.encoders.self_supervised import SelfSupervisedEncoder
 
@@ -69,7 +69,7 @@ def load_encoder(
     )
 
 
-def fast_dtype(device: str) -> str:
+def auto_dtype(device: str) -> str:
     """The dtype that ``auto`` stands for on ``device``: depends on the hardware, not on the model."""
     import torch
 
@@ -82,15 +82,21 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "float32"
 
 
-def speed_up(encoder: Encoder, wanted: str, windows: int) -> None:
+def compile_encoder(encoder: Encoder, setting: str, num_windows: int) -> None:
     """Compile ``encoder`` where :func:`decide` says so, and tell its note."""
     from pipeline.encoders.whisper import WhisperEncoder
 
     if not isinstance(encoder, WhisperEncoder):  # the others take clips of any length: no shape comes twice
         return
     compiler = encoder.device.startswith("cuda") and has_compiler()
-    use, note = decide(wanted, device=encoder.device, windows=windows, flop=encoder.flop, compiler=compiler)
+    use, note = should_compile(
+        setting,
+        device=encoder.device,
+        num_windows=num_windows,
+        flop_per_window=encoder.flop_per_window,
+        compiler_found=compiler,
+    )
     if use:
-        encoder.forward = Compiled(encoder.forward, mode="reduce-overhead")  # with CUDA graphs
+        encoder.forward = CompiledForward(encoder.forward, mode="reduce-overhead")  # with CUDA graphs
     elif note:
         tqdm.write(f"note: the encoder is {note}", file=sys.stderr)

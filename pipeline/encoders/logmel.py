@@ -101,9 +101,13 @@ class LogMel:
         import torch.nn.functional as F
 
         settings, half = self.settings, self.settings.n_fft // 2
-        heard = min(settings.frames, -(-(audio.shape[1] + half) // settings.hop_length))  # frames that touch a sample
+        audio_frames = min(
+            settings.frames, -(-(audio.shape[1] + half) // settings.hop_length)
+        )  # frames that touch a sample
         audio = F.pad(audio, (0, settings.samples - audio.shape[1]))
-        audio = F.pad(audio, (half, half), mode="reflect")[:, : (heard - 1) * settings.hop_length + settings.n_fft]
+        audio = F.pad(audio, (half, half), mode="reflect")[
+            :, : (audio_frames - 1) * settings.hop_length + settings.n_fft
+        ]
         spectrum = torch.stft(
             audio, settings.n_fft, settings.hop_length, window=self.window, center=False, return_complex=True
         )
@@ -111,5 +115,5 @@ class LogMel:
         log_mel = (self.filters @ power).clamp(min=MEL_FLOOR).log10()
         silence = log_mel.new_tensor(MEL_FLOOR).log10().item()
         loudest = log_mel.amax(dim=(1, 2), keepdim=True)
-        log_mel = F.pad(log_mel, (0, (frames or settings.frames) - heard), value=silence)
+        log_mel = F.pad(log_mel, (0, (frames or settings.frames) - audio_frames), value=silence)
         return (torch.maximum(log_mel, loudest - 8.0) + 4.0) / 4.0

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.audio import stitch, windows
+from pipeline.audio import split_into_windows, stitch
 from pipeline.encoders.base import Encoder
-from pipeline.encoders.batching import encode_in_parts
+from pipeline.encoders.batching import encode_in_batches
 from pipeline.encoders.load import load_encoder
-from pipeline.weights.resolve import resolve
+from pipeline.weights.resolve import resolve_weights
 from shards.errors import UserError
 from shards.format.spec import FeatureSpec
 
@@ -24,20 +24,24 @@ Array = npt.NDArray[Any]
 Spans = list[tuple[int, int]]
 
 
-class NotFinite(ValueError):
+class NonFiniteFeaturesError(ValueError):
     """The encoder gave NaN or infinite values for this recording."""
 
 
-def spans_of(samples: int, encoder: Encoder, overlap: float) -> Spans:
+def window_spans(samples: int, encoder: Encoder, overlap: float) -> Spans:
     """(start, stop) of each window in samples; ``overlap`` in seconds is rounded to whole frames."""
-    return windows(samples, encoder.window_samples, round(overlap * encoder.sampling_rate / encoder.hop) * encoder.hop)
+    return split_into_windows(
+        samples, encoder.window_samples, round(overlap * encoder.sampling_rate / encoder.hop) * encoder.hop
+    )
 
 
-def join(outputs: Sequence[Mapping[int, Array]], spans: Spans, layers: Sequence[int], hop: int) -> dict[int, Array]:
+def join_windows(
+    outputs: Sequence[Mapping[int, Array]], spans: Spans, layers: Sequence[int], hop: int
+) -> dict[int, Array]:
     """The windows' outputs as one array [frames, channels] a layer.
 
     Raises:
-        NotFinite: a value is NaN or infinite.
+        NonFiniteFeaturesError: a value is NaN or infinite.
     """
     joined = {}
     for layer in layers:
@@ -46,7 +50,7 @@ def join(outputs: Sequence[Mapping[int, Array]], spans: Spans, layers: Sequence[
             parts = [part[: -(-(stop - start) // hop)] for part, (start, stop) in zip(parts, spans, strict=True)]
         frames = stitch(parts, spans, hop)
         if not np.isfinite(frames).all():
-            raise NotFinite(f"layer {layer} of the encoder gave NaN or infinite values")
+            raise NonFiniteFeaturesError(f"layer {layer} of the encoder gave NaN or infinite values")
         joined[layer] = frames
     return joined
 
@@ -55,9 +59,9 @@ def encode_recording(
     samples: npt.NDArray[np.float32], encoder: Encoder, layers: Sequence[int], *, overlap: float, trim: str
 ) -> dict[int, Array]:
     """Frames of one recording as extraction makes them, before the codec."""
-    spans = spans_of(len(samples), encoder, overlap)
-    outputs = encode_in_parts(encoder, [samples[start:stop] for start, stop in spans], layers, trim)
-    return join(outputs, spans, layers, encoder.hop)
+    spans = window_spans(len(samples), encoder, overlap)
+    outputs = encode_in_batches(encoder, [samples[start:stop] for start, stop in spans], layers, trim)
+    return join_windows(outputs, spans, layers, encoder.hop)
 
 
 def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto") -> Encoder:
@@ -65,7 +69,7 @@ def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto")
     if not reference:
         raise UserError("nothing says which encoder these features come from: name it with --encoder")
     encoder = load_encoder(
-        resolve(reference, what="encoder"),
+        resolve_weights(reference, role="encoder"),
         device=device,
         dtype=spec.dtype,
         window=spec.window,

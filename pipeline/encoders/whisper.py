@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.encoders.base import CONTEXT_STEP, check_request, context_samples, encoder_name, tensors_hash
-from pipeline.encoders.batching import fitting_batch
+from pipeline.encoders.base import CONTEXT_STEP_SECONDS, check_encode_args, context_samples, encoder_name, tensors_hash
+from pipeline.encoders.batching import fitting_batch_size
 from pipeline.encoders.compile import Forward
 from pipeline.encoders.logmel import LogMel, MelSettings
-from pipeline.threads import Threads
-from pipeline.weights.resolve import Weights, read_settings, weight_files
+from pipeline.threads import ThreadPool
+from pipeline.weights.resolve import Weights, read_model_json, weight_files
 from shards.errors import UserError
-from shards.format.spec import Window
+from shards.format.spec import WindowMode
 
 if TYPE_CHECKING:
     import torch
 
 QUERY_BLOCK = 500  # rows of scores that stay in a core's cache: fastest of 125 to 1500 for 1500 frames
-KEPT_STEP = 50  # frames of the last layer are computed up to a multiple of this: few shapes, so few kernels to make
+FRAMES_STEP = 50  # frames of the last layer are computed up to a multiple of this: few shapes, so few kernels to make
 
 
 class WhisperEncoder:
@@ -47,20 +47,20 @@ class WhisperEncoder:
         device: str,
         dtype: str,
         batch_size: int | None,
-        window: Window = "full30",
+        window: WindowMode = "full30",
         margin: float = 0.0,
     ) -> None:
         import torch
 
-        config = read_settings(weights.folder / "config.json")
+        config = read_model_json(weights.folder / "config.json")
         preprocessor = weights.folder / "preprocessor_config.json"
-        tree = read_settings(preprocessor) if preprocessor.is_file() else {}
+        tree = read_model_json(preprocessor) if preprocessor.is_file() else {}
         tensors = read_encoder_tensors(weights.folder)
         try:
             self.channels: int = tensors["conv2.weight"].shape[0]
             self.positions: int = tensors["embed_positions.weight"].shape[0]
             self.n_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
-            self.heads: int = config["encoder_attention_heads"]
+            self.n_heads: int = config["encoder_attention_heads"]
             mel = MelSettings.from_preprocessor(tree, preprocessor, tensors["conv1.weight"].shape[1])
         except (KeyError, ValueError) as error:
             raise UserError(
@@ -77,22 +77,22 @@ class WhisperEncoder:
         self.frontend = mel.frontend()
         self.dtype = dtype
         self.device = device
-        self._pool = Threads(torch.get_num_threads()) if device == "cpu" else None
+        self._pool = ThreadPool(torch.get_num_threads()) if device == "cpu" else None
         self._torch_device = torch.device(device)
         self._log_mel = LogMel(mel, self._torch_device)
         inner = tensors["layers.0.fc1.weight"].shape[0]
-        self._weights = self._prepare(tensors)
+        self._weights = self._prepare_weights(tensors)
         self.forward: Forward = self._forward  # or a compiled one (pipeline/encoders/compile.py)
         positions, channels = self.positions, self.channels
         stem = 6 * positions * channels * (2 * mel.n_mels + channels)
         layer = 2 * positions * channels * (4 * channels + 2 * inner) + 4 * positions**2 * channels
-        self.flop: float = stem + self.n_layers * layer  # of a whole window
+        self.flop_per_window: float = stem + self.n_layers * layer  # of a whole window
         # of a window at once: the stem's output and the residual stream in float32, the inner layer, q, k and v
         window_bytes = positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
         if self._pool:
-            self.batch_size = max(batch_size or 8, 4 * self._pool.n)
+            self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads)
         elif batch_size is None and self._torch_device.type == "cuda":
-            self.batch_size = fitting_batch(torch.cuda.mem_get_info(self._torch_device)[0], window_bytes)
+            self.batch_size = fitting_batch_size(torch.cuda.mem_get_info(self._torch_device)[0], window_bytes)
         else:
             self.batch_size = batch_size or 8
 
@@ -102,7 +102,7 @@ class WhisperEncoder:
         """See :meth:`Encoder.encode`. Raises ValueError for a clip, layer or trim that is out of range."""
         import torch
 
-        check_request(self, clips, layers, trim)
+        check_encode_args(self, clips, layers, trim)
         results: list[dict[int, np.ndarray]] = [{} for _ in clips]
 
         def encode_batch(context: int, batch: Sequence[int]) -> None:
@@ -110,7 +110,7 @@ class WhisperEncoder:
             frames = [-(-len(clips[i]) // self.hop) if trim == "valid" else positions for i in batch]
             with torch.inference_mode():
                 mel = self._log_mel(self._pad([clips[i] for i in batch]), 2 * positions)
-                for layer, x_BTC in self._run(mel, sorted(set(layers)), max(frames)).items():
+                for layer, x_BTC in self._run_forward(mel, sorted(set(layers)), max(frames)).items():
                     values = x_BTC[: len(batch), : max(frames)].to("cpu", torch.float32).numpy()
                     for row, (i, count) in enumerate(zip(batch, frames, strict=True)):
                         results[i][layer] = values[row, :count].copy()  # a view would keep the whole batch alive
@@ -123,16 +123,16 @@ class WhisperEncoder:
                 encode_batch(context, batch)
         return results
 
-    def _run(self, mel: torch.Tensor, layers: Sequence[int], frames: int) -> dict[int, torch.Tensor]:
+    def _run_forward(self, mel: torch.Tensor, layers: Sequence[int], frames: int) -> dict[int, torch.Tensor]:
         """The forward pass; a compiled one takes whole batches alone: more than half a batch is filled with silence."""
         import torch.nn.functional as F
 
         compiled = self.forward != self._forward and 2 * len(mel) > self.batch_size
-        step = CONTEXT_STEP * self.sampling_rate // self.hop if compiled else KEPT_STEP
-        keep = min(mel.shape[2] // 2, max(1, -(-frames // step)) * step)
+        step = CONTEXT_STEP_SECONDS * self.sampling_rate // self.hop if compiled else FRAMES_STEP
+        num_frames = min(mel.shape[2] // 2, max(1, -(-frames // step)) * step)
         if not compiled:
-            return self._forward(mel, layers, keep)
-        return self.forward(F.pad(mel, (0, 0, 0, 0, 0, self.batch_size - len(mel))), layers, keep)
+            return self._forward(mel, layers, num_frames)
+        return self.forward(F.pad(mel, (0, 0, 0, 0, 0, self.batch_size - len(mel))), layers, num_frames)
 
     def _batches(self, clips: Sequence[np.ndarray], size: int) -> list[tuple[int, list[int]]]:
         """(samples of context, indices of clips) of each forward pass, the longest contexts first."""
@@ -151,11 +151,11 @@ class WhisperEncoder:
             row[: len(clip)] = clip
         return torch.from_numpy(audio).to(self._torch_device)
 
-    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _prepare_weights(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """On the device: the layers' matrices in the run's dtype (q, k, v stacked, q scaled), the rest in float32."""
         import torch
 
-        scale = (self.channels // self.heads) ** -0.5  # a power of two in every Whisper: exact in any dtype
+        scale = (self.channels // self.n_heads) ** -0.5  # a power of two in every Whisper: exact in any dtype
         ready = {name: value.float() for name, value in tensors.items()}
         for i in range(self.n_layers):
             attention = f"layers.{i}.self_attn"
@@ -175,7 +175,7 @@ class WhisperEncoder:
                     placed[name] = torch.ops.mkldnn._reorder_linear_weight(value, self.positions)
         return placed
 
-    def _forward(self, mel: torch.Tensor, layers: Sequence[int], keep: int) -> dict[int, torch.Tensor]:
+    def _forward(self, mel: torch.Tensor, layers: Sequence[int], num_frames: int) -> dict[int, torch.Tensor]:
         """Mel [B, n_mels, 2T] -> hidden states [B, T, C] of the sorted ``layers``; nothing above the last is computed.
 
         Of the last one only the first ``keep`` frames are: [B, keep, C]. Every layer before it must be whole, because
@@ -209,8 +209,8 @@ class WhisperEncoder:
         for i in range(layers[-1]):
             layer = f"layers.{i}"
             qkv = linear(norm(x, f"{layer}.self_attn_layer_norm"), f"{layer}.self_attn.qkv")
-            rows = keep if i + 1 == layers[-1] else x.shape[1]
-            x = x[:, :rows] + linear(attend(qkv, self.heads, rows), f"{layer}.self_attn.out_proj")
+            rows = num_frames if i + 1 == layers[-1] else x.shape[1]
+            x = x[:, :rows] + linear(self_attention(qkv, self.n_heads, rows), f"{layer}.self_attn.out_proj")
             inner = linear(norm(x, f"{layer}.final_layer_norm"), f"{layer}.fc1", gelu=True)
             x = x + linear(inner, f"{layer}.fc2")
             if i + 1 in layers:
@@ -220,7 +220,7 @@ class WhisperEncoder:
         return {layer: hidden[layer] for layer in layers}
 
 
-def attend(qkv: torch.Tensor, heads: int, rows: int | None = None) -> torch.Tensor:
+def self_attention(qkv: torch.Tensor, n_heads: int, num_queries: int | None = None) -> torch.Tensor:
     """Full self-attention of stacked q (already scaled), k, v: [B, T, 3C] -> [B, rows, C], in the dtype of ``qkv``.
 
     ``rows``: only the first so many queries, all by default.
@@ -229,15 +229,15 @@ def attend(qkv: torch.Tensor, heads: int, rows: int | None = None) -> torch.Tens
     import torch.nn.functional as F
 
     B, T, _ = qkv.shape
-    R = T if rows is None else rows
-    q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+    R = T if num_queries is None else num_queries
+    q, k, v = qkv.view(B, T, 3, n_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if qkv.device.type != "cpu" or qkv.dtype == torch.float32:
         return F.scaled_dot_product_attention(q[:, :, :R], k, v, scale=1.0).transpose(1, 2).reshape(B, R, -1)
     # torch's CPU kernel computes low-precision attention at a quarter of the speed of low-precision products.
-    out = qkv.new_empty(B, R, heads, q.shape[-1])
+    out = qkv.new_empty(B, R, n_heads, q.shape[-1])
     scores, shares = qkv.new_empty(2, min(R, QUERY_BLOCK), T)  # written again and again: fresh memory has to be mapped
     for b in range(B):
-        for h in range(heads):
+        for h in range(n_heads):
             for i in range(0, R, QUERY_BLOCK):
                 block = min(QUERY_BLOCK, R - i)
                 torch.mm(q[b, h, i : i + block], k[b, h].T, out=scores[:block])

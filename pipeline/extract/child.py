@@ -1,10 +1,11 @@
 """One of several processes of an extraction; started by ``pipeline/extract/local.py`` or a Ray cluster, not by hand.
 
 In, on standard input: one line of JSON, the job; then nothing, and its end means that the starting process is gone.
-Out: committed shards; on standard output a :class:`Report` for every utterance and every commit, as a line of JSON.
+Out: committed shards; on standard output a :class:`ShardReport` for every utterance and every commit, as a line of
+JSON.
 
 What is told travels as plain values: :func:`tell` puts a job into them, :func:`join` makes it a job again, :func:`work`
-makes its shards. A :class:`Listener` in the starting process counts what is reported.
+makes its shards. A :class:`ReportCounter` in the starting process counts what is reported.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.extract.progress import Progress, Watch
-from pipeline.extract.stats import Tally
+from pipeline.extract.progress import ProgressBar, ProgressListener
+from pipeline.extract.stats import ExtractionStats
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from pipeline.extract.job import Job, Target
     from pipeline.extract.resources import Worker
 
-GRACE = 8.0  # seconds to abandon the shard in
+EXIT_TIMEOUT = 8.0  # seconds to abandon the shard in
 
 
-class Report(NamedTuple):
+class ShardReport(NamedTuple):
     """What a process did for a shard."""
 
     shard: int
@@ -48,15 +49,15 @@ def command(argv: object) -> int:
     line = sys.stdin.readline()
     if not line:  # the starting process is gone already
         return 0
-    threading.Thread(target=_end_with, args=(sys.stdin,), name="lifeline", daemon=True).start()
-    signal.signal(signal.SIGTERM, _stop)
-    job, tally = join(json.loads(line)), Tally()
-    count_committed_failures(job, tally)
-    work(job, tally, _Reports(reports, tally))
+    threading.Thread(target=_exit_when_closed, args=(sys.stdin,), name="lifeline", daemon=True).start()
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    job, stats = job_from_json(json.loads(line)), ExtractionStats()
+    count_committed_failures(job, stats)
+    run_worker(job, stats, _ReportWriter(reports, stats))
     return 0
 
 
-def tell(job: Job) -> dict[str, Any]:
+def job_to_json(job: Job) -> dict[str, Any]:
     """A scheduled job as JSON values: what :func:`join` needs."""
     return {
         "config": job.config.model_dump(mode="json"),
@@ -64,45 +65,45 @@ def tell(job: Job) -> dict[str, Any]:
         "fingerprint": job.fingerprint,
         "plan_id": job.plan.id,
         "todo": job.todo,
-        "failed": job.failed,
-        "attempts": job.attempts,
+        "failed": job.earlier_failures,
+        "attempts": job.failed_attempts,
         "targets": [(t.layer, t.store.location, t.spec.model_dump()) for t in job.targets],
     }
 
 
-def told_targets(told: dict[str, Any]) -> list[Target]:
+def targets_from_json(job_json: dict[str, Any]) -> list[Target]:
     """The caches of a job that :func:`tell` told of; needs no encoder. Records that are ``void`` count no more."""
     from pipeline.extract.job import Target
     from shards.commit.store import open_store
     from shards.format.spec import FeatureSpec
 
-    scratch = told["config"]["scratch"]
+    scratch = job_json["config"]["scratch"]
     targets = [
         Target(layer, open_store(location, scratch), FeatureSpec.parse(spec, location))
-        for layer, location, spec in told["targets"]
+        for layer, location, spec in job_json["targets"]
     ]
-    for target, records in zip(targets, told.get("void", ()), strict=False):
-        if records and not target.store.is_complete(target.spec.feature_id, told["plan_id"]):  # all were made again
+    for target, records in zip(targets, job_json.get("void", ()), strict=False):
+        if records and not target.store.is_complete(target.spec.feature_id, job_json["plan_id"]):  # all were made again
             target.store.reopen(records)
     return targets
 
 
-def join(told: dict[str, Any]) -> Job:
+def job_from_json(job_json: dict[str, Any]) -> Job:
     """The job of the process that told of it: its plan stands, the source is not listed again, no record is read.
 
     Raises:
         UserError: the encoder here is not the one that the caches are made with.
     """
     from pipeline.config import ExtractConfig
-    from pipeline.encoders.load import speed_up
-    from pipeline.extract.job import Job, feature_spec, open_weights
-    from pipeline.extract.plan import windows_of
+    from pipeline.encoders.load import compile_encoder
+    from pipeline.extract.job import Job, feature_spec, load_configured_encoder
+    from pipeline.extract.plan import count_windows
     from pipeline.sources import open_source
     from shards.config.base import validate_config
 
-    config = validate_config(ExtractConfig, told["config"], "the configuration")
-    weights, encoder = open_weights(config, told["device"])
-    targets = told_targets(told)
+    config = validate_config(ExtractConfig, job_json["config"], "the configuration")
+    weights, encoder = load_configured_encoder(config, job_json["device"])
+    targets = targets_from_json(job_json)
     for target in targets:
         different = target.spec.differences(feature_spec(config, encoder, target.layer))
         if different:
@@ -113,13 +114,13 @@ def join(told: dict[str, Any]) -> Job:
     plan = targets[0].store.plan()
     assert plan is not None
     source = open_source(config.source)
-    job = Job(config, source, encoder, weights, targets, plan, told["fingerprint"], todo=told["todo"])
-    job.failed, job.attempts = told["failed"], told["attempts"]
-    speed_up(encoder, config.encoder.compile, windows_of(plan.table, encoder, config.overlap))
+    job = Job(config, source, encoder, weights, targets, plan, job_json["fingerprint"], todo=job_json["todo"])
+    job.earlier_failures, job.failed_attempts = job_json["failed"], job_json["attempts"]
+    compile_encoder(encoder, config.encoder.compile, count_windows(plan.table, encoder, config.overlap))
     return job
 
 
-def work(job: Job, tally: Tally, watch: Watch, worker: Worker | None = None) -> None:
+def run_worker(job: Job, stats: ExtractionStats, listener: ProgressListener, worker: Worker | None = None) -> None:
     """Make shards until all are committed; whoever told of the job merges. ``tally`` knows of earlier failures.
 
     Raises:
@@ -129,70 +130,70 @@ def work(job: Job, tally: Tally, watch: Watch, worker: Worker | None = None) -> 
     from pipeline.extract.loop import make_shards
     from pipeline.extract.shard import open_decoders
 
-    with job.at_work(), open_decoders(job, tally.stages) as decoders:
-        make_shards(job, tally, decoders, watch, worker=worker)
+    with job.hold_leases(), open_decoders(job, stats.stage_times) as decoders:
+        make_shards(job, stats, decoders, listener, worker=worker)
 
 
-class _Reports(Watch):
+class _ReportWriter(ProgressListener):
     """A line for each utterance and each commit."""
 
-    def __init__(self, file: IO[str], tally: Tally) -> None:
-        self._file, self._tally, self._lock = file, tally, threading.Lock()
-        self._known = len(tally.failures)  # of earlier runs, and those that were reported
+    def __init__(self, file: IO[str], stats: ExtractionStats) -> None:
+        self._file, self._stats, self._lock = file, stats, threading.Lock()
+        self._num_reported = len(stats.failures)  # of earlier runs, and those that were reported
 
-    def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
-        failures = self._tally.failures[self._known :]
-        self._known += len(failures)
-        self._send(Report(shard, utterances, audio_seconds, failures))
+    def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
+        failures = self._stats.failures[self._num_reported :]
+        self._num_reported += len(failures)
+        self._send(ShardReport(shard, utterances, audio_seconds, failures))
 
-    def made(self, shard: int) -> None:
-        self._send(Report(shard, committed=True))
+    def on_shard_committed(self, shard: int) -> None:
+        self._send(ShardReport(shard, committed=True))
 
-    def _send(self, report: Report) -> None:
+    def _send(self, report: ShardReport) -> None:
         with self._lock:
             print(json.dumps(report), file=self._file, flush=True)
 
 
-class Listener:
+class ReportCounter:
     """Counts what another process reports; what it did for shards that it did not live to commit counts no more."""
 
-    def __init__(self, tally: Tally, progress: Progress) -> None:
-        self._tally, self._progress = tally, progress
-        self._uncommitted: defaultdict[int, list[Report]] = defaultdict(list)
+    def __init__(self, stats: ExtractionStats, progress_bar: ProgressBar) -> None:
+        self._stats, self._progress_bar = stats, progress_bar
+        self._uncommitted: defaultdict[int, list[ShardReport]] = defaultdict(list)
 
-    def hear(self, report: Report) -> None:
+    def add(self, report: ShardReport) -> None:
         self._count(report, 1)
         if report.committed:
             self._uncommitted.pop(report.shard, None)
-            self._progress.made(report.shard)
+            self._progress_bar.on_shard_committed(report.shard)
         else:
             self._uncommitted[report.shard].append(report)
 
-    def end(self) -> None:
+    def discard_uncommitted(self) -> None:
         """The process has ended, or was lost."""
         for reports in self._uncommitted.values():
             for report in reports:
                 self._count(report, -1)
         self._uncommitted.clear()
 
-    def _count(self, report: Report, sign: int) -> None:
+    def _count(self, report: ShardReport, sign: int) -> None:
         for failure in report.failures:
             if sign > 0:
-                self._tally.fail(*failure)
+                self._stats.add_failure(*failure)
             else:
-                self._tally.failures.remove((failure[0], failure[1], failure[2]))
-        self._tally.add(sign * report.utterances, sign * report.audio_seconds)
-        self._progress.step(report.shard, sign * report.utterances, sign * report.audio_seconds)
+                self._stats.failures.remove((failure[0], failure[1], failure[2]))
+        self._stats.add(sign * report.utterances, sign * report.audio_seconds)
+        self._progress_bar.on_utterances(report.shard, sign * report.utterances, sign * report.audio_seconds)
 
 
-def _end_with(parent: IO[str]) -> None:
+def _exit_when_closed(parent: IO[str]) -> None:
     parent.read()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
+    time.sleep(EXIT_TIMEOUT)
     os._exit(128 + signal.SIGTERM)
 
 
-def _stop(signum: int, frame: object) -> None:
+def _on_sigterm(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 

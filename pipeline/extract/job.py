@@ -17,11 +17,11 @@ from typing import Any
 
 from pipeline.config import ExtractConfig
 from pipeline.encoders.base import Encoder
-from pipeline.encoders.load import load_encoder, speed_up
-from pipeline.extract.plan import fingerprint, frames_of, list_source, make_plan, windows_of
-from pipeline.extract.resources import decoding_workers, my_device
+from pipeline.encoders.load import compile_encoder, load_encoder
+from pipeline.extract.plan import corpus_fingerprint, count_frames, count_windows, list_utterances, make_plan
+from pipeline.extract.resources import first_device, num_decode_workers
 from pipeline.sources import Source, Utterance, open_source
-from pipeline.weights.resolve import Weights, resolve
+from pipeline.weights.resolve import Weights, resolve_weights
 from shards.commit.claims import new_owner
 from shards.commit.store import Store, open_store
 from shards.errors import UserError
@@ -31,8 +31,8 @@ from shards.format.records import RecordError
 from shards.format.spec import FeatureSpec
 from shards.remote.client import is_url
 
-LARGEST_PUT = 4000  # MB; S3 takes 5 GiB in one put, and shards vary a little
-AT_ONCE = 3  # shards on the scratch disk of a process: one written, one being put, one waiting
+MAX_PUT_MB = 4000  # MB; S3 takes 5 GiB in one put, and shards vary a little
+MAX_SCRATCH_SHARDS = 3  # shards on the scratch disk of a process: one written, one being put, one waiting
 
 
 @dataclass(frozen=True)
@@ -69,76 +69,76 @@ class Job:
     fingerprint: str
     owner: str = field(default_factory=new_owner)
     todo: list[int] = field(default_factory=list)
-    void: list[dict[int, dict[str, Any]]] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    attempts: dict[str, int] = field(default_factory=dict)
+    invalidated: list[dict[int, dict[str, Any]]] = field(default_factory=list)
+    earlier_failures: list[dict[str, Any]] = field(default_factory=list)
+    failed_attempts: dict[str, int] = field(default_factory=dict)
 
-    def missing(self, shard: int) -> list[Target]:
+    def missing_targets(self, shard: int) -> list[Target]:
         """The targets that have no trusted record of ``shard`` now."""
-        return [t for t in self.targets if t.store.committed(shard, t.spec.feature_id, self.plan.id) is None]
+        return [t for t in self.targets if t.store.commit_record(shard, t.spec.feature_id, self.plan.id) is None]
 
     @property
-    def workers(self) -> int:
+    def decode_workers(self) -> int:
         """Threads that decode for this process's encoder."""
         import torch
 
-        return decoding_workers(
+        return num_decode_workers(
             self.config.decode_workers,
             device=self.encoder.device,
             cpus=os.cpu_count() or 1,
             gpus=torch.cuda.device_count(),
         )
 
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return all(t.store.is_complete(t.spec.feature_id, self.plan.id) for t in self.targets)
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def hold_leases(self) -> Iterator[None]:
         """Within it this process may take shards of all targets."""
         with ExitStack() as stack:
             for target in self.targets:
-                stack.enter_context(target.store.at_work(self.owner, self.config.lease_seconds))
+                stack.enter_context(target.store.hold_leases(self.owner, self.config.lease_seconds))
             yield
 
 
-def prepare(config: ExtractConfig) -> Job:
+def prepare_job(config: ExtractConfig) -> Job:
     """Resolve weights, list the source, fix the plan.
 
     Raises:
         UserError: weights, source or folder are not as they must be.
     """
-    if is_url(config.root) and config.shard_mb > LARGEST_PUT:
+    if is_url(config.root) and config.shard_mb > MAX_PUT_MB:
         raise UserError(
-            f"shard_mb={config.shard_mb:g} is more than a bucket takes in one piece: set it to {LARGEST_PUT} or less"
+            f"shard_mb={config.shard_mb:g} is more than a bucket takes in one piece: set it to {MAX_PUT_MB} or less"
         )
-    weights, encoder = open_weights(config, my_device(config))
+    weights, encoder = load_configured_encoder(config, first_device(config))
     if config.trim == "none" and encoder.window != "full30":
         raise UserError(
             f"trim=none keeps padded windows, and with window={encoder.window} there are none: use trim=valid"
         )
     if config.overlap * encoder.sampling_rate >= encoder.window_samples:
         raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window")
-    layers = chosen_layers(config.encoder.layers, encoder.n_layers)
+    layers = resolve_layers(config.encoder.layers, encoder.n_layers)
     limits = [n for n in (config.limit, config.source.limit) if n is not None]
     source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
-    utterances = list_source(source)
-    mark = fingerprint(utterances, source.version)
-    corpus = f"{config.root.rstrip('/') or '/'}/{source.name}-{mark[:8]}"
+    utterances = list_utterances(source)
+    fingerprint = corpus_fingerprint(utterances, source.version)
+    corpus = f"{config.root.rstrip('/') or '/'}/{source.name}-{fingerprint[:8]}"
     targets = []
     for layer in layers:
         spec = feature_spec(config, encoder, layer)
         tight = "-tight" if spec.window == "tight" else ""
         folder = f"{corpus}/{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
         targets.append(Target(layer, open_store(folder, config.scratch), spec))
-    plan = _fix_plan(config, encoder, source, utterances, targets, mark)
-    job = Job(config, source, encoder, weights, targets, plan, mark)
-    speed_up(encoder, config.encoder.compile, windows_of(plan.table, encoder, config.overlap))
+    plan = _load_or_make_plan(config, encoder, source, utterances, targets, fingerprint)
+    job = Job(config, source, encoder, weights, targets, plan, fingerprint)
+    compile_encoder(encoder, config.encoder.compile, count_windows(plan.table, encoder, config.overlap))
     return job
 
 
-def open_weights(config: ExtractConfig, device: str) -> tuple[Weights, Encoder]:
+def load_configured_encoder(config: ExtractConfig, device: str) -> tuple[Weights, Encoder]:
     """The encoder of ``config`` on ``device``, and the weights that it was loaded from; raises UserError."""
-    weights = resolve(config.encoder.model, what="encoder")
+    weights = resolve_weights(config.encoder.model, role="encoder")
     encoder = load_encoder(
         weights,
         device=device,
@@ -150,13 +150,13 @@ def open_weights(config: ExtractConfig, device: str) -> tuple[Weights, Encoder]:
     return weights, encoder
 
 
-def chosen_layers(layers: list[int] | None, n: int) -> list[int]:
+def resolve_layers(layers: list[int] | None, n_layers: int) -> list[int]:
     """Configured layers as 0 … n, sorted, each once; none means the last. UserError for one that the encoder lacks."""
     chosen = set()
-    for layer in layers if layers is not None else [n]:
-        if not -n - 1 <= layer <= n:
-            raise UserError(f"encoder.layers names layer {layer} and this encoder has layers 0 to {n}")
-        chosen.add(layer if layer >= 0 else n + 1 + layer)
+    for layer in layers if layers is not None else [n_layers]:
+        if not -n_layers - 1 <= layer <= n_layers:
+            raise UserError(f"encoder.layers names layer {layer} and this encoder has layers 0 to {n_layers}")
+        chosen.add(layer if layer >= 0 else n_layers + 1 + layer)
     if not chosen:
         raise UserError("encoder.layers is empty: name at least one layer, or leave the key out for the last")
     return sorted(chosen)
@@ -181,20 +181,20 @@ def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> Feature
     )
 
 
-def _fix_plan(
+def _load_or_make_plan(
     config: ExtractConfig,
     encoder: Encoder,
     source: Source,
     utterances: Sequence[Utterance],
     targets: list[Target],
-    mark: str,
+    fingerprint: str,
 ) -> Plan:
     """The plan of every target: an existing one counts, a new one is written to all."""
     for target in targets:
-        _refuse_other_spec(target)
+        _check_same_spec(target)
     padded = encoder.window_samples // encoder.hop if config.trim == "none" else None
-    standing = [target.store.plan() for target in targets]
-    table = next((plan.table for plan in standing if plan is not None), None)
+    existing = [target.store.plan() for target in targets]
+    table = next((plan.table for plan in existing if plan is not None), None)
     if table is None:
         table = make_plan(
             utterances,
@@ -202,30 +202,30 @@ def _fix_plan(
             seed=config.source.seed,
             frame_bytes=encoder.channels * STORED_DTYPE[config.codec].itemsize,
             hop=encoder.hop,
-            padded=padded,
+            padded_frames=padded,
             shard_mb=config.shard_mb,
         )
-    plans = [plan or target.store.write_plan(table) for target, plan in zip(targets, standing, strict=True)]
+    plans = [plan or target.store.write_plan(table) for target, plan in zip(targets, existing, strict=True)]
     for target, plan in zip(targets, plans, strict=True):
         if plan.id != plans[0].id:
             raise UserError(
                 f"'{target.store.location}' has another plan than '{targets[0].store.location}': "
                 "extract these layers separately"
             )
-        planned = plan.table.select(_PLANNED).to_pylist()
-        found = fingerprint((Utterance(**row) for row in planned), source.version)
-        if found != mark:
+        planned = plan.table.select(_PLAN_COLUMNS).to_pylist()
+        found = corpus_fingerprint((Utterance(**row) for row in planned), source.version)
+        if found != fingerprint:
             raise UserError(
-                f"the plan in '{target.store.location}' is of another corpus ({found[:8]}, not {mark[:8]}): "
+                f"the plan in '{target.store.location}' is of another corpus ({found[:8]}, not {fingerprint[:8]}): "
                 "move the folder away"
             )
     return plans[0]
 
 
-_PLANNED = ["key", "id", "audio", "samples", "text", "speaker", "split"]
+_PLAN_COLUMNS = ["key", "id", "audio", "samples", "text", "speaker", "split"]
 
 
-def _refuse_other_spec(target: Target) -> None:
+def _check_same_spec(target: Target) -> None:
     try:
         info = target.store.info()
     except RecordError as error:
@@ -251,7 +251,7 @@ def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
     itemsize = STORED_DTYPE[job.config.codec].itemsize
     for shard, samples in zip(job.plan.table["shard"].to_pylist(), job.plan.table["samples"].to_pylist(), strict=True):
         if shard in wanted:
-            total += frames_of(samples, job.encoder.hop, padded) * job.encoder.channels * itemsize + 2600
+            total += count_frames(samples, job.encoder.hop, padded) * job.encoder.channels * itemsize + 2600
     return total * len(job.targets)
 
 
@@ -265,39 +265,39 @@ def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shar
         UserError: the disk is too small for what is left.
     """
     redo = set(shards)
-    if job.complete() and not (redo or verify or retry_failed):
+    if job.is_complete() and not (redo or verify or retry_failed):
         return
     found: list[dict[int, dict[str, Any]]] = []
     for target in job.targets:
         found.append({})
-        for shard in range(job.plan.shards):
-            record = target.store.committed(shard, target.spec.feature_id, job.plan.id)
+        for shard in range(job.plan.num_shards):
+            record = target.store.commit_record(shard, target.spec.feature_id, job.plan.id)
             if record is None:
                 continue
             found[-1][shard] = record
-            if (retry_failed and record["failures"]) or (verify and target.store.damaged(shard, record)):
+            if (retry_failed and record["failures"]) or (verify and target.store.is_corrupt(shard, record)):
                 redo.add(shard)
-    job.void = [{shard: records[shard] for shard in sorted(redo & records.keys())} for records in found]
-    for target, records in zip(job.targets, job.void if redo else (), strict=False):
+    job.invalidated = [{shard: records[shard] for shard in sorted(redo & records.keys())} for records in found]
+    for target, records in zip(job.targets, job.invalidated if redo else (), strict=False):
         target.store.reopen(records)
     for shard, record in found[0].items():
         if shard in redo:
-            job.attempts.update({failure["key"]: failure["attempt"] for failure in record["failures"]})
+            job.failed_attempts.update({failure["key"]: failure["attempt"] for failure in record["failures"]})
         else:
-            job.failed += record["failures"]
-    job.todo = [s for s in range(job.plan.shards) if s in redo or any(s not in records for records in found)]
-    _check_disk(job)
+            job.earlier_failures += record["failures"]
+    job.todo = [s for s in range(job.plan.num_shards) if s in redo or any(s not in records for records in found)]
+    _check_disk_space(job)
 
 
-def _check_disk(job: Job) -> None:
-    folder, stays = job.targets[0].layout.path, job.targets[0].store.stays
-    need = estimate_bytes(job, job.todo if stays else job.todo[:AT_ONCE])  # shards are about equal in size
+def _check_disk_space(job: Job) -> None:
+    folder, stays = job.targets[0].layout.path, job.targets[0].store.keeps_shards
+    need = estimate_bytes(job, job.todo if stays else job.todo[:MAX_SCRATCH_SHARDS])  # shards are about equal in size
     free = shutil.disk_usage(folder).free
     if need > free:
-        cure = "choose another root, set limit" if stays else "set scratch, lower shard_mb"
+        fix = "choose another root, set limit" if stays else "set scratch, lower shard_mb"
         raise UserError(
             f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
-            f"{cure}, or use codec=int8 for half the size"
+            f"{fix}, or use codec=int8 for half the size"
         )
 
 

@@ -19,32 +19,32 @@ from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.extract.child import Listener, Report, tell
+from pipeline.extract.child import ReportCounter, ShardReport, job_to_json
 from pipeline.extract.job import provenance
 from pipeline.extract.loop import count_committed_failures, finish_caches, make_shards
-from pipeline.extract.progress import Progress
-from pipeline.extract.resources import Worker, devices
+from pipeline.extract.progress import ProgressBar
+from pipeline.extract.resources import Worker, process_devices
 from pipeline.extract.shard import open_decoders
-from pipeline.extract.stats import Tally, check_failures
-from pipeline.profile import Stages
+from pipeline.extract.stats import ExtractionStats, check_failures
+from pipeline.profile import StageTimes
 
 if TYPE_CHECKING:
     from pipeline.extract.job import Job
 
-PATIENCE = 10.0  # seconds that a process may take to abandon its shard
+CHILD_EXIT_TIMEOUT = 10.0  # seconds that a process may take to abandon its shard
 
 
-class Processes:
+class WorkerProcesses:
     """The processes beside this one; a context manager that ends them."""
 
-    def __init__(self, job: Job, tally: Tally, progress: Progress) -> None:
-        self._job, self._tally, self._progress = job, tally, progress
+    def __init__(self, job: Job, stats: ExtractionStats, progress_bar: ProgressBar) -> None:
+        self._job, self._stats, self._progress_bar = job, stats, progress_bar
         self._running: list[tuple[str, subprocess.Popen[str], threading.Thread]] = []
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> WorkerProcesses:
         import torch
 
-        names = devices(self._job.config.encoder.device, self._job.config.processes, torch.cuda.device_count())
+        names = process_devices(self._job.config.encoder.device, self._job.config.processes, torch.cuda.device_count())
         for device in names[1:]:
             self._start(self._job.encoder.device if device == "auto" else device, torch.get_num_threads())
         return self
@@ -59,14 +59,14 @@ class Processes:
             assert process.stdin is not None
             process.stdin.close()  # ends it, should the signal have come too early
             try:
-                asked = process.wait(PATIENCE) == 128 + signal.SIGTERM
+                expected = process.wait(CHILD_EXIT_TIMEOUT) == 128 + signal.SIGTERM
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                asked = True
+                expected = True
             thread.join()
-            if kind is None and not asked:
-                self._tell(device, process.returncode)
+            if kind is None and not expected:
+                self._report_exit(device, process.returncode)
         self._running.clear()
 
     def check(self) -> None:
@@ -75,8 +75,8 @@ class Processes:
             device, process, thread = entry
             thread.join()
             self._running.remove(entry)
-            self._tell(device, process.returncode)
-        check_failures(self._tally, self._job.config.max_failures, len(self._job.plan.table))
+            self._report_exit(device, process.returncode)
+        check_failures(self._stats, self._job.config.max_failures, len(self._job.plan.table))
 
     def _start(self, device: str, threads: int) -> None:
         process = subprocess.Popen(
@@ -88,7 +88,7 @@ class Processes:
             start_new_session=True,  # Ctrl-C is this process's business
         )
         assert process.stdin is not None
-        process.stdin.write(json.dumps({**tell(self._job), "device": device}) + "\n")
+        process.stdin.write(json.dumps({**job_to_json(self._job), "device": device}) + "\n")
         process.stdin.flush()  # and stays open: its end is the sign that this process is gone
         thread = threading.Thread(target=self._listen, args=(process,), name=f"worker on {device}", daemon=True)
         thread.start()
@@ -96,24 +96,24 @@ class Processes:
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        listener = Listener(self._tally, self._progress)
+        counter = ReportCounter(self._stats, self._progress_bar)
         with process.stdout:
             for line in process.stdout:
                 try:
-                    report = Report(*json.loads(line))
+                    report = ShardReport(*json.loads(line))
                 except ValueError:  # a line cut short by the process's death
                     continue
-                listener.hear(report)
-        listener.end()
+                counter.add(report)
+        counter.discard_uncommitted()
 
     @staticmethod
-    def _tell(device: str, code: int) -> None:
+    def _report_exit(device: str, code: int) -> None:
         if code:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
             print(f"note: the process on {device} ended {how}: its shard is made again", file=sys.stderr)
 
 
-def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) -> Tally:
+def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) -> ExtractionStats:
     """Extract with this process's encoder, and those it starts, until every shard is committed; then finish.
 
     ``worker`` decides which shards it tries first. ``trace`` keeps every block of work in ``Tally.stages`` for a
@@ -124,21 +124,21 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
         UserError: the disk is full, read-only, or the like; what is committed stays.
     """
     started = time.perf_counter()
-    tally = Tally(stages=Stages(trace=trace))
-    count_committed_failures(job, tally)
-    with job.at_work():
+    stats = ExtractionStats(stage_times=StageTimes(trace=trace))
+    count_committed_failures(job, stats)
+    with job.hold_leases():
         if job.todo:
             with (
-                _progress(job, tally) as progress,
-                Processes(job, tally, progress) as others,
-                open_decoders(job, tally.stages) as decoders,
+                _open_progress_bar(job, stats) as progress_bar,
+                WorkerProcesses(job, stats, progress_bar) as others,
+                open_decoders(job, stats.stage_times) as decoders,
             ):
-                make_shards(job, tally, decoders, progress, worker=worker, look=others.check)
+                make_shards(job, stats, decoders, progress_bar, worker=worker, before_each_shard=others.check)
         finish_caches(job.targets, job.plan, provenance(job), time.perf_counter() - started)
-        tally.stages.wall = time.perf_counter() - started
-    return tally
+        stats.stage_times.wall_seconds = time.perf_counter() - started
+    return stats
 
 
-def _progress(job: Job, tally: Tally) -> Progress:
+def _open_progress_bar(job: Job, stats: ExtractionStats) -> ProgressBar:
     sizes = Counter(job.plan.table["shard"].to_pylist())
-    return Progress(sizes, lambda: tally.stages.bottleneck(job.workers))
+    return ProgressBar(sizes, lambda: stats.stage_times.bottleneck(job.decode_workers))

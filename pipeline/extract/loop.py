@@ -14,20 +14,20 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from pipeline.decode import Decoders
+from pipeline.decode import AudioDecoders
 from pipeline.extract.job import Job, Target
-from pipeline.extract.progress import Watch
+from pipeline.extract.progress import ProgressListener
 from pipeline.extract.resources import Worker
-from pipeline.extract.shard import Made, encode_shard
-from pipeline.extract.stats import Tally, check_failures
-from pipeline.profile import Stages
-from pipeline.threads import Background
+from pipeline.extract.shard import WrittenShard, encode_shard
+from pipeline.extract.stats import ExtractionStats, check_failures
+from pipeline.profile import StageTimes
+from pipeline.threads import BackgroundThread
 from shards.format.layout import Plan
 
-POLL = 0.5  # seconds between two looks at what another process does
+POLL_INTERVAL = 0.5  # seconds between two looks at what another process does
 
 
-def finish_caches(targets: Sequence[Target], plan: Plan, about: dict[str, Any], seconds: float) -> None:
+def finish_caches(targets: Sequence[Target], plan: Plan, provenance: dict[str, Any], seconds: float) -> None:
     """Merge each cache, all of whose shards are committed, unless another process does: then wait until it is complete.
 
     Any process may do it, any number of times, within ``at_work`` of the stores.
@@ -37,131 +37,133 @@ def finish_caches(targets: Sequence[Target], plan: Plan, about: dict[str, Any], 
         seconds: how long the run took.
     """
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    about = {**about, "last_run_seconds": round(seconds, 1), "finished": finished}
+    provenance = {**provenance, "last_run_seconds": round(seconds, 1), "finished": finished}
     for target in targets:
         while not target.store.is_complete(target.spec.feature_id, plan.id):
-            if target.store.take(None):
+            if target.store.acquire(None):
                 try:
-                    target.store.finish(target.spec, plan, about)
+                    target.store.finalize(target.spec, plan, provenance)
                 finally:
                     target.store.release(None)
             else:
-                time.sleep(POLL)
+                time.sleep(POLL_INTERVAL)
 
 
 def make_shards(
     job: Job,
-    tally: Tally,
-    decoders: Decoders,
-    watch: Watch,
+    stats: ExtractionStats,
+    decoders: AudioDecoders,
+    listener: ProgressListener,
     *,
     worker: Worker | None = None,
-    look: Callable[[], None] = lambda: None,
+    before_each_shard: Callable[[], None] = lambda: None,
 ) -> None:
     """Make every shard that nobody else makes, until all are committed; ``look`` is called between two of them.
 
     A shard is committed while the next one is encoded: its fsync and the reading back cost the encoder nothing.
     """
     todo = set(job.todo)
-    for shard in range(job.plan.shards):
+    for shard in range(job.plan.num_shards):
         if shard not in todo:
-            watch.found(shard)
-    waiting = [shard for shard in (worker or Worker()).turn(job.plan.shards) if shard in todo]
-    with Committing(tally.stages, watch) as committing:
-        while waiting:
-            made_here, held_by_others = [], []
-            for shard in waiting:
-                look()
-                targets = job.missing(shard)
+            listener.on_shard_skipped(shard)
+    pending = [shard for shard in (worker or Worker()).shard_order(job.plan.num_shards) if shard in todo]
+    with CommitThread(stats.stage_times, listener) as commit_thread:
+        while pending:
+            encoded_here, held_by_others = [], []
+            for shard in pending:
+                before_each_shard()
+                targets = job.missing_targets(shard)
                 if not targets:
-                    watch.found(shard)
+                    listener.on_shard_skipped(shard)
                     continue
-                mine = claim(job, shard, targets)
-                if mine:
+                acquired = acquire_shard(job, shard, targets)
+                if acquired:
                     try:
-                        made = encode_shard(job, shard, mine, tally, decoders, partial(watch.step, shard))
+                        written_shard = encode_shard(
+                            job, shard, acquired, stats, decoders, partial(listener.on_utterances, shard)
+                        )
                     except BaseException:
-                        release(shard, mine)
+                        release_shard(shard, acquired)
                         raise
-                    made_here.append(shard)
-                    committing.put(made)
-                if len(mine) < len(targets):
+                    encoded_here.append(shard)
+                    commit_thread.put(written_shard)
+                if len(acquired) < len(targets):
                     held_by_others.append(shard)
-            committing.finish()
+            commit_thread.finish()
             # what was made here and is missing was taken over by another process while this one stood still
-            lost = [shard for shard in made_here if shard not in held_by_others and job.missing(shard)]
-            waiting = held_by_others + lost
-            if waiting:
-                watch.waiting(len(waiting))
-                time.sleep(POLL)
+            taken_over = [shard for shard in encoded_here if shard not in held_by_others and job.missing_targets(shard)]
+            pending = held_by_others + taken_over
+            if pending:
+                listener.on_waiting(len(pending))
+                time.sleep(POLL_INTERVAL)
 
 
-class Committing:
+class CommitThread:
     """Commits shards in a thread, in order, one of them waiting at most; tells of it, gives their claims back."""
 
-    def __init__(self, stages: Stages, watch: Watch) -> None:
-        self._stages, self._watch = stages, watch
-        self._open: list[Made] = []
+    def __init__(self, stage_times: StageTimes, listener: ProgressListener) -> None:
+        self._stage_times, self._listener = stage_times, listener
+        self._uncommitted: list[WrittenShard] = []
 
-    def __enter__(self) -> Committing:
-        self._thread = Background(self._commit, 1)
+    def __enter__(self) -> CommitThread:
+        self._thread = BackgroundThread(self._commit, 1)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.__exit__(kind, error, trace)
-        for made in list(self._open):  # dropped by an exception
-            self._let_go(made)
+        for made in list(self._uncommitted):  # dropped by an exception
+            self._release(made)
 
-    def put(self, made: Made) -> None:
+    def put(self, written_shard: WrittenShard) -> None:
         """Commit ``made`` soon; raises what an earlier commit raised."""
-        self._open.append(made)
-        with self._stages.waiting("commit"):
-            self._thread.put(made)
+        self._uncommitted.append(written_shard)
+        with self._stage_times.timed_wait("commit"):
+            self._thread.put(written_shard)
 
     def finish(self) -> None:
         """Wait until everything is committed; raises what a commit raised."""
-        if not self._open:
+        if not self._uncommitted:
             return
-        with self._stages.waiting("commit"):
+        with self._stage_times.timed_wait("commit"):
             self._thread.finish()
-        self._thread = Background(self._commit, 1)
+        self._thread = BackgroundThread(self._commit, 1)
 
-    def _commit(self, made: Made) -> None:
-        made.commit()
-        self._watch.made(made.shard)
-        self._let_go(made)
+    def _commit(self, written_shard: WrittenShard) -> None:
+        written_shard.commit()
+        self._listener.on_shard_committed(written_shard.shard)
+        self._release(written_shard)
 
-    def _let_go(self, made: Made) -> None:
-        made.abort()
-        release(made.shard, made.targets)
-        self._open.remove(made)
+    def _release(self, written_shard: WrittenShard) -> None:
+        written_shard.abort()
+        release_shard(written_shard.shard, written_shard.targets)
+        self._uncommitted.remove(written_shard)
 
 
-def tidy(job: Job) -> None:
+def cleanup(job: Job) -> None:
     """Remove what killed processes left in the caches of a finished job."""
-    with job.at_work():
+    with job.hold_leases():
         for target in job.targets:
-            target.store.tidy()
+            target.store.cleanup()
 
 
-def claim(job: Job, shard: int, targets: list[Target]) -> list[Target]:
+def acquire_shard(job: Job, shard: int, targets: list[Target]) -> list[Target]:
     """Those of ``targets`` whose claim this process got; a shard that was committed meanwhile is given back."""
-    mine = [target for target in targets if target.store.take(shard)]
-    late = [t for t in mine if t not in job.missing(shard)]
-    release(shard, late)
-    return [t for t in mine if t not in late]
+    acquired = [target for target in targets if target.store.acquire(shard)]
+    already_committed = [t for t in acquired if t not in job.missing_targets(shard)]
+    release_shard(shard, already_committed)
+    return [t for t in acquired if t not in already_committed]
 
 
-def release(shard: int, targets: Sequence[Target]) -> None:
+def release_shard(shard: int, targets: Sequence[Target]) -> None:
     """Give the claims of ``shard`` back."""
     for target in targets:
         target.store.release(shard)
 
 
-def count_committed_failures(job: Job, tally: Tally) -> None:
+def count_committed_failures(job: Job, stats: ExtractionStats) -> None:
     """Failures of earlier runs count towards ``max_failures``."""
-    for failure in job.failed:
-        tally.fail(failure["key"], failure["stage"], failure["error"])
-    check_failures(tally, job.config.max_failures, len(job.plan.table))
+    for failure in job.earlier_failures:
+        stats.add_failure(failure["key"], failure["stage"], failure["error"])
+    check_failures(stats, job.config.max_failures, len(job.plan.table))

@@ -24,16 +24,16 @@ from shards.format.spec import canonical_json
 MEMBER_OVERHEAD = 2600  # bytes: three tar headers, paddings, the npy header and a typical JSON
 
 
-def list_source(source: Source) -> list[Utterance]:
+def list_utterances(source: Source) -> list[Utterance]:
     """Every utterance of ``source``, in its own order; UserError when there is none or a key stands twice."""
     utterances = list(tqdm(source.utterances(), desc=f"listing {source.name}", unit=" utt", delay=1.0))
     if not utterances:
-        told = f" ({'; '.join(source.problems)})" if source.problems else ""
-        raise UserError(f"source '{source.name}' holds no utterance{told}: check source.path, splits and durations")
+        problems = f" ({'; '.join(source.problems)})" if source.problems else ""
+        raise UserError(f"source '{source.name}' holds no utterance{problems}: check source.path, splits and durations")
     return utterances
 
 
-def fingerprint(utterances: Iterable[Utterance], version: str) -> str:
+def corpus_fingerprint(utterances: Iterable[Utterance], version: str) -> str:
     """64 hex digits: sha256 over key, id, samples, text, speaker and split of every utterance, in key order.
 
     The folder that the audio stands in does not count, so a copied corpus has the same fingerprint. ``version`` is the
@@ -45,13 +45,13 @@ def fingerprint(utterances: Iterable[Utterance], version: str) -> str:
     return digest.hexdigest()
 
 
-def frames_of(samples: int, hop: int, padded: int | None) -> int:
+def count_frames(samples: int, hop: int, padded_frames: int | None) -> int:
     """Frames that an utterance will have: ceil(samples / hop), or the padded window when nothing is trimmed."""
     frames = -(-samples // hop)
-    return max(frames, padded) if padded else frames
+    return max(frames, padded_frames) if padded_frames else frames
 
 
-def windows_of(table: pa.Table, encoder: Encoder, overlap: float) -> int:
+def count_windows(table: pa.Table, encoder: Encoder, overlap: float) -> int:
     """Windows that the planned utterances make, by their planned lengths; ``overlap`` in seconds."""
     step = encoder.window_samples - round(overlap * encoder.sampling_rate)
     more = np.maximum(0, table["samples"].to_numpy() - encoder.window_samples)
@@ -65,7 +65,7 @@ def make_plan(
     seed: int,
     frame_bytes: int,
     hop: int,
-    padded: int | None,
+    padded_frames: int | None,
     shard_mb: float,
 ) -> pa.Table:
     """Assign utterances to shards of about ``shard_mb`` MB each.
@@ -79,7 +79,7 @@ def make_plan(
     if shuffle:
         order.sort(key=lambda u: u.key)
         random.Random(seed).shuffle(order)
-    sizes = [frames_of(u.samples, hop, padded) * frame_bytes + MEMBER_OVERHEAD for u in order]
+    sizes = [count_frames(u.samples, hop, padded_frames) * frame_bytes + MEMBER_OVERHEAD for u in order]
     total = sum(sizes)
     shards = max(1, min(len(order), round(total / (shard_mb * 1e6)) or 1))
     columns: dict[str, list[object]] = {name: [] for name in UTTERANCE_SCHEMA.names}

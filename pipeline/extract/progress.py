@@ -15,23 +15,23 @@ from types import TracebackType
 from tqdm import tqdm
 
 
-class Watch:
+class ProgressListener:
     """Who is told how far the work is; this one tells nobody. Any thread may call."""
 
-    def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
+    def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
         """More utterances of ``shard`` are encoded, or failed; fewer, when those of a lost worker count no more."""
 
-    def made(self, shard: int) -> None:
+    def on_shard_committed(self, shard: int) -> None:
         """``shard`` was made and committed, here or by a process that this one started."""
 
-    def found(self, shard: int) -> None:
+    def on_shard_skipped(self, shard: int) -> None:
         """``shard`` was committed before, or by another process."""
 
-    def waiting(self, shards: int) -> None:
+    def on_waiting(self, shards: int) -> None:
         """Only so many shards are left, all of them in the hands of other processes."""
 
 
-class Progress(Watch):
+class ProgressBar(ProgressListener):
     """A tqdm bar over the planned utterances; shards that stand already count as done.
 
     Args:
@@ -39,14 +39,14 @@ class Progress(Watch):
         busiest: tells the bottleneck, such as ``encode 93%``.
     """
 
-    def __init__(self, sizes: Mapping[int, int], busiest: Callable[[], str]) -> None:
-        self._sizes, self._busiest, self._total = sizes, busiest, sum(sizes.values())
-        self._seconds, self._began, self._kept = 0.0, time.perf_counter(), 0
-        self._stepped: Counter[int] = Counter()  # utterances of a shard that the bar shows already
+    def __init__(self, shard_sizes: Mapping[int, int], bottleneck: Callable[[], str]) -> None:
+        self._shard_sizes, self._bottleneck, self._total = shard_sizes, bottleneck, sum(shard_sizes.values())
+        self._seconds, self._start_time, self._kept = 0.0, time.perf_counter(), 0
+        self._shown: Counter[int] = Counter()  # utterances of a shard that the bar shows already
         self._done: set[int] = set()
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         slow = {} if sys.stderr.isatty() else {"mininterval": 30.0}
         self._bar = tqdm(total=self._total, desc="extract", unit=" utt", dynamic_ncols=True, smoothing=0.1, **slow)
         return self
@@ -56,23 +56,25 @@ class Progress(Watch):
     ) -> None:
         self._bar.close()
 
-    def step(self, shard: int, utterances: int, audio_seconds: float) -> None:
+    def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
         with self._lock:
             self._seconds += audio_seconds
-            rate = self._seconds / max(time.perf_counter() - self._began, 1e-9)
-            self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._busiest()}", refresh=False)
+            rate = self._seconds / max(time.perf_counter() - self._start_time, 1e-9)
+            self._bar.set_postfix_str(f"{rate:.1f} audio-h/h, {self._bottleneck()}", refresh=False)
             if shard not in self._done:
-                self._stepped[shard] += utterances
+                self._shown[shard] += utterances
                 self._bar.update(utterances)
 
-    def made(self, shard: int) -> None:
-        self.found(shard)
+    def on_shard_committed(self, shard: int) -> None:
+        self.on_shard_skipped(shard)
 
-    def found(self, shard: int) -> None:  # utterances that were made elsewhere count as done, not towards the rate
+    def on_shard_skipped(
+        self, shard: int
+    ) -> None:  # utterances that were made elsewhere count as done, not towards the rate
         with self._lock:
             if shard not in self._done:
                 self._done.add(shard)
-                self._bar.update(self._sizes[shard] - self._stepped[shard])
+                self._bar.update(self._shard_sizes[shard] - self._shown[shard])
 
-    def waiting(self, shards: int) -> None:
+    def on_waiting(self, shards: int) -> None:
         self._bar.set_postfix_str(f"waiting for {shards} shards of other processes")

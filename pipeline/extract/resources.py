@@ -24,7 +24,7 @@ class Worker:
     index: int = 0
     count: int = 1
 
-    def turn(self, shards: int) -> list[int]:
+    def shard_order(self, shards: int) -> list[int]:
         """All of ``range(shards)`` in this worker's order: its own i, i + n, i + 2n …, then what others may have left.
 
         It helps the worker after it first, and there from the end, where that one is not.
@@ -46,20 +46,20 @@ def find_worker(index: int | None, count: int | None, environ: Mapping[str, str]
     """
     if index is not None and count is None and "SLURM_ARRAY_TASK_COUNT" not in environ:
         raise UserError(f"--worker-index {index} does not say of how many: add --num-workers")
-    told = _launcher_index(environ) if index is None else index
+    worker_index = _launcher_index(environ) if index is None else index
     if count is None and "SLURM_ARRAY_TASK_ID" in environ:
-        count = _number(environ, "SLURM_ARRAY_TASK_COUNT")
+        count = _int_variable(environ, "SLURM_ARRAY_TASK_COUNT")
     if count is None:
         return Worker()
     if count < 1:
         raise UserError(f"--num-workers is {count}: at least one worker must work")
-    if told is None:
+    if worker_index is None:
         raise UserError(
             f"--num-workers {count} does not say which of them this is: add --worker-index (0 to {count - 1}), or "
             "start it from a SLURM array or a Kubernetes indexed Job"
         )
     if index is None:
-        return Worker(told % count, count)  # an array with gaps (1,5,9) has indices beyond its count
+        return Worker(worker_index % count, count)  # an array with gaps (1,5,9) has indices beyond its count
     if not 0 <= index < count:
         raise UserError(f"--worker-index is {index} and --num-workers {count}: indices go from 0 to {count - 1}")
     return Worker(index, count)
@@ -68,33 +68,33 @@ def find_worker(index: int | None, count: int | None, environ: Mapping[str, str]
 def _launcher_index(environ: Mapping[str, str]) -> int | None:
     """The index from 0 that a launcher gave this process."""
     if "SLURM_ARRAY_TASK_ID" in environ:
-        first = _number(environ, "SLURM_ARRAY_TASK_MIN") if "SLURM_ARRAY_TASK_MIN" in environ else 0
-        step = _number(environ, "SLURM_ARRAY_TASK_STEP") if "SLURM_ARRAY_TASK_STEP" in environ else 1
-        return (_number(environ, "SLURM_ARRAY_TASK_ID") - first) // max(1, step)
+        first = _int_variable(environ, "SLURM_ARRAY_TASK_MIN") if "SLURM_ARRAY_TASK_MIN" in environ else 0
+        step = _int_variable(environ, "SLURM_ARRAY_TASK_STEP") if "SLURM_ARRAY_TASK_STEP" in environ else 1
+        return (_int_variable(environ, "SLURM_ARRAY_TASK_ID") - first) // max(1, step)
     if "JOB_COMPLETION_INDEX" in environ:
-        return _number(environ, "JOB_COMPLETION_INDEX")
+        return _int_variable(environ, "JOB_COMPLETION_INDEX")
     return None
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _int_variable(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "")
     if not text.isascii() or not text.isdigit():
         raise UserError(f"the variable {name} is '{text}', not a number: give --worker-index and --num-workers")
     return int(text)
 
 
-def decoding_workers(wanted: int | None, *, device: str, cpus: int, gpus: int) -> int:
+def num_decode_workers(configured: int | None, *, device: str, cpus: int, gpus: int) -> int:
     """How many threads decode: ``wanted``, or by the encoder's device.
 
     An encoder on the CPU needs few and wants the cores itself; a GPU leaves its share of them but for what reads,
     prepares batches and stores.
     """
-    if wanted is not None:
-        return wanted
+    if configured is not None:
+        return configured
     return 2 if not device.startswith("cuda") else min(16, max(2, cpus // max(1, gpus) - 2))
 
 
-def devices(device: str, processes: int | None, gpus: int) -> list[str]:
+def process_devices(device: str, processes: int | None, gpus: int) -> list[str]:
     """The encoder's device in each process of this machine.
 
     Args:
@@ -118,11 +118,11 @@ def devices(device: str, processes: int | None, gpus: int) -> list[str]:
     return [device] * n
 
 
-def my_device(config: ExtractConfig) -> str:
+def first_device(config: ExtractConfig) -> str:
     """The device of this process, the first; a CPU's cores are divided among the processes first."""
     import torch
 
-    names = devices(config.encoder.device, config.processes, torch.cuda.device_count())
+    names = process_devices(config.encoder.device, config.processes, torch.cuda.device_count())
     if len(names) > 1 and not names[0].startswith("cuda"):
         torch.set_num_threads(max(1, torch.get_num_threads() // len(names)))
     return names[0]

@@ -25,49 +25,51 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.decode import Decoders, Failure
-from pipeline.encoders.batching import encode_in_parts
-from pipeline.encoders.recording import NotFinite, join, spans_of
+from pipeline.decode import AudioDecoders, UtteranceFailure
+from pipeline.encoders.batching import encode_in_batches
+from pipeline.encoders.recording import NonFiniteFeaturesError, join_windows, window_spans
 from pipeline.extract.job import Job, Target
-from pipeline.extract.stats import Tally, check_failures
-from pipeline.profile import Stages
-from pipeline.threads import Background
-from shards.commit.writer import ShardWriter, clean
-from shards.files import told
+from pipeline.extract.stats import ExtractionStats, check_failures
+from pipeline.profile import StageTimes
+from pipeline.threads import BackgroundThread
+from shards.commit.writer import ShardWriter, remove_stray_shard_files
+from shards.files import translate_os_errors
 from shards.format import codec
 from shards.format.codec import CodecError
 
-Samples = npt.NDArray[np.float32]
-Step = Callable[[int, float], None]  # utterances, audio seconds
+Float32Array = npt.NDArray[np.float32]
+UtterancesCallback = Callable[[int, float], None]  # utterances, audio seconds
 
 
 @dataclass
-class Heard:
+class PendingUtterance:
     """An utterance whose windows are on their way through the encoder, or the failure that ended it."""
 
     row: dict[str, Any]  # of the plan
-    digest: str  # sha256 of the audio file
-    samples: int = 0
+    audio_sha256: str  # sha256 of the audio file
+    num_samples: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)
-    parts: list[Mapping[int, Samples]] = field(default_factory=list)  # a window's output by layer
-    failure: Failure | None = None
+    window_outputs: list[Mapping[int, Float32Array]] = field(default_factory=list)  # a window's output by layer
+    failure: UtteranceFailure | None = None
 
-    def ready(self) -> bool:
-        return len(self.parts) == len(self.spans)
+    def is_done(self) -> bool:
+        return len(self.window_outputs) == len(self.spans)
 
 
-class Made:
+class WrittenShard:
     """A shard whose tars are written and not committed: :meth:`commit` or :meth:`abort` it."""
 
-    def __init__(self, shard: int, targets: Sequence[Target], writers: Sequence[ShardWriter], stages: Stages) -> None:
+    def __init__(
+        self, shard: int, targets: Sequence[Target], writers: Sequence[ShardWriter], stage_times: StageTimes
+    ) -> None:
         self.shard, self.targets = shard, targets
         self.timings: dict[str, float] = {}
-        self._writers, self._stages = writers, stages
+        self._writers, self._stage_times = writers, stage_times
 
     def commit(self) -> None:
         """Sync, read back, compare, rename, publish; any thread may call. Raises as :meth:`ShardWriter.commit`."""
         for target, writer in zip(self.targets, self._writers, strict=True):
-            with self._stages.busy("commit"), told("committing a shard", target.layout.path):
+            with self._stage_times.timed("commit"), translate_os_errors("committing a shard", target.layout.path):
                 writer.commit(self.timings)
                 target.store.publish(self.shard)
 
@@ -78,8 +80,13 @@ class Made:
 
 
 def encode_shard(
-    job: Job, shard: int, targets: Sequence[Target], tally: Tally, decoders: Decoders, step: Step | None = None
-) -> Made:
+    job: Job,
+    shard: int,
+    targets: Sequence[Target],
+    stats: ExtractionStats,
+    decoders: AudioDecoders,
+    on_utterances: UtterancesCallback | None = None,
+) -> WrittenShard:
     """Write the tars of ``shard`` for ``targets`` (whose claims the caller holds) in one encoder pass.
 
     ``step`` is told of progress. Batches never cross a shard's edge, so that a shard's bytes do not depend on which
@@ -88,94 +95,104 @@ def encode_shard(
     Raises:
         WorkFailed: more failures than ``max_failures`` allows; nothing of this shard is left.
     """
-    started, encode_before, samples = time.perf_counter(), tally.stages.seconds["encode"], 0
+    started, encode_before, num_samples = time.perf_counter(), stats.stage_times.busy_seconds["encode"], 0
     with ExitStack() as stack:
         writers: list[ShardWriter] = []
         for target in targets:
-            with told("writing a shard", target.layout.path):
-                clean(target.layout, shard)
+            with translate_os_errors("writing a shard", target.layout.path):
+                remove_stray_shard_files(target.layout, shard)
                 writer = ShardWriter(target.layout, shard, target.spec, job.plan.id, job.owner)
                 writers.append(stack.enter_context(writer))
 
-        def keep(heard: Heard) -> None:
-            failure = heard.failure or _store(job, targets, writers, heard, tally.stages)
+        def store_utterance(heard: PendingUtterance) -> None:
+            failure = heard.failure or _append_features(job, targets, writers, heard, stats.stage_times)
             if failure is not None:
-                attempt = job.attempts.get(heard.row["key"], 0) + 1
+                attempt = job.failed_attempts.get(heard.row["key"], 0) + 1
                 for writer in writers:
-                    writer.fail(heard.row["key"], failure.stage, failure.reason, attempt)
-                tally.fail(heard.row["key"], failure.stage, failure.reason)
-                check_failures(tally, job.config.max_failures, len(job.plan.table))
-            seconds = heard.samples / job.encoder.sampling_rate
-            tally.add(1, seconds)
-            if step:
-                step(1, seconds)
+                    writer.add_failure(heard.row["key"], failure.stage, failure.reason, attempt)
+                stats.add_failure(heard.row["key"], failure.stage, failure.reason)
+                check_failures(stats, job.config.max_failures, len(job.plan.table))
+            seconds = heard.num_samples / job.encoder.sampling_rate
+            stats.add(1, seconds)
+            if on_utterances:
+                on_utterances(1, seconds)
 
-        storing = stack.enter_context(Background(keep, job.encoder.batch_size))
-        for heard in _heard(job, shard, [t.layer for t in targets], tally.stages, decoders):
-            samples += heard.samples
-            with tally.stages.waiting("store"):
-                storing.put(heard)
-        with tally.stages.waiting("store"):
-            storing.finish()
+        store_thread = stack.enter_context(BackgroundThread(store_utterance, job.encoder.batch_size))
+        for utterance in _encode_utterances(job, shard, [t.layer for t in targets], stats.stage_times, decoders):
+            num_samples += utterance.num_samples
+            with stats.stage_times.timed_wait("store"):
+                store_thread.put(utterance)
+        with stats.stage_times.timed_wait("store"):
+            store_thread.finish()
         stack.pop_all()  # from here on the writers are the caller's
-    made = Made(shard, targets, writers, tally.stages)
-    made.timings = {
+    written_shard = WrittenShard(shard, targets, writers, stats.stage_times)
+    written_shard.timings = {
         "seconds": round(time.perf_counter() - started, 3),
-        "encode_seconds": round(tally.stages.seconds["encode"] - encode_before, 3),
-        "audio_seconds": round(samples / job.encoder.sampling_rate, 3),
+        "encode_seconds": round(stats.stage_times.busy_seconds["encode"] - encode_before, 3),
+        "audio_seconds": round(num_samples / job.encoder.sampling_rate, 3),
     }
-    return made
+    return written_shard
 
 
-def _store(
-    job: Job, targets: Sequence[Target], writers: Sequence[ShardWriter], heard: Heard, stages: Stages
-) -> Failure | None:
+def _append_features(
+    job: Job,
+    targets: Sequence[Target],
+    writers: Sequence[ShardWriter],
+    utterance: PendingUtterance,
+    stage_times: StageTimes,
+) -> UtteranceFailure | None:
     """Append an utterance to every target's tar, or to none."""
     try:
-        with stages.busy("codec"):
-            features = join(heard.parts, heard.spans, [t.layer for t in targets], job.encoder.hop)
+        with stage_times.timed("codec"):
+            features = join_windows(
+                utterance.window_outputs, utterance.spans, [t.layer for t in targets], job.encoder.hop
+            )
             encoded = [codec.encode(target.spec.codec, features[target.layer]) for target in targets]
-    except NotFinite as error:
-        return Failure("encode", str(error))
+    except NonFiniteFeaturesError as error:
+        return UtteranceFailure("encode", str(error))
     except CodecError as error:
-        return Failure("store", str(error))
+        return UtteranceFailure("store", str(error))
     for target, writer, values in zip(targets, writers, encoded, strict=True):
-        with stages.busy("write"), told("writing a shard", target.layout.path):
-            writer.add_encoded(heard.row, values, samples=heard.samples, audio_sha256=heard.digest)
+        with stage_times.timed("write"), translate_os_errors("writing a shard", target.layout.path):
+            writer.add_encoded(
+                utterance.row, values, samples=utterance.num_samples, audio_sha256=utterance.audio_sha256
+            )
     return None
 
 
-def _heard(job: Job, shard: int, layers: Sequence[int], stages: Stages, decoders: Decoders) -> Iterator[Heard]:
+def _encode_utterances(
+    job: Job, shard: int, layers: Sequence[int], stage_times: StageTimes, decoders: AudioDecoders
+) -> Iterator[PendingUtterance]:
     """The utterances of a shard, encoded or failed, in row order."""
     encoder = job.encoder
-    queue, windows = deque[Heard](), deque[tuple[Heard, Samples]]()
+    queue, windows = deque[PendingUtterance](), deque[tuple[PendingUtterance, Float32Array]]()
 
     def encode(count: int) -> None:
         if count:
             clips = [windows.popleft() for _ in range(count)]
-            with stages.busy("encode"):
-                outputs = encode_in_parts(encoder, [clip for _, clip in clips], layers, job.config.trim)
+            with stage_times.timed("encode"):
+                outputs = encode_in_batches(encoder, [clip for _, clip in clips], layers, job.config.trim)
             for (heard, _), output in zip(clips, outputs, strict=True):
-                heard.parts.append(output)
+                heard.window_outputs.append(output)
 
-    def ready() -> Iterator[Heard]:
-        while queue and queue[0].ready():
+    def ready() -> Iterator[PendingUtterance]:
+        while queue and queue[0].is_done():
             yield queue.popleft()
 
-    for row, digest, audio in decoders.read(job.plan.shard(shard)):
-        heard = Heard(row, digest)
-        if isinstance(audio, Failure):
-            heard.failure = audio
+    for row, digest, audio in decoders.read(job.plan.shard_rows(shard)):
+        utterance = PendingUtterance(row, digest)
+        if isinstance(audio, UtteranceFailure):
+            utterance.failure = audio
         else:
-            heard.samples, heard.spans = len(audio), spans_of(len(audio), encoder, job.config.overlap)
-            windows.extend((heard, audio[start:stop]) for start, stop in heard.spans)
-        queue.append(heard)
+            utterance.num_samples, utterance.spans = len(audio), window_spans(len(audio), encoder, job.config.overlap)
+            windows.extend((utterance, audio[start:stop]) for start, stop in utterance.spans)
+        queue.append(utterance)
         encode(len(windows) // encoder.batch_size * encoder.batch_size)  # whole batches
         yield from ready()
     encode(len(windows))
     yield from ready()
 
 
-def open_decoders(job: Job, stages: Stages) -> Decoders:
+def open_decoders(job: Job, stage_times: StageTimes) -> AudioDecoders:
     """The decoding threads of ``job``; enough recordings wait to fill a batch."""
-    return Decoders(job.source, job.workers, 2 * job.workers + job.encoder.batch_size, stages)
+    return AudioDecoders(job.source, job.decode_workers, 2 * job.decode_workers + job.encoder.batch_size, stage_times)

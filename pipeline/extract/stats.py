@@ -9,18 +9,18 @@ import math
 import threading
 from dataclasses import dataclass, field
 
-from pipeline.profile import Stages
+from pipeline.profile import StageTimes
 from shards.errors import WorkFailed
 
 
 @dataclass
-class Tally:
+class ExtractionStats:
     """Counts of a run; failures are shared by all its shards. Any thread may :meth:`add` and :meth:`fail`."""
 
     utterances: int = 0
     audio_seconds: float = 0.0
     failures: list[tuple[str, str, str]] = field(default_factory=list)  # key, stage, reason
-    stages: Stages = field(default_factory=Stages)
+    stage_times: StageTimes = field(default_factory=StageTimes)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, utterances: int, audio_seconds: float) -> None:
@@ -29,13 +29,13 @@ class Tally:
             self.utterances += utterances
             self.audio_seconds += audio_seconds
 
-    def fail(self, key: str, stage: str, reason: str) -> None:
+    def add_failure(self, key: str, stage: str, reason: str) -> None:
         """An utterance failed."""
         with self._lock:
             self.failures.append((key, stage, reason))
 
 
-def check_failures(tally: Tally, max_failures: float, planned: int) -> None:
+def check_failures(stats: ExtractionStats, max_failures: float, num_utterances: int) -> None:
     """Stop a run that is going wrong.
 
     Args:
@@ -44,10 +44,10 @@ def check_failures(tally: Tally, max_failures: float, planned: int) -> None:
     Raises:
         WorkFailed: there are more.
     """
-    most = math.ceil(max_failures * planned) if max_failures < 1 else int(max_failures)
-    if len(tally.failures) > most:
-        first = "; ".join(f"{key}: {reason}" for key, _, reason in tally.failures[:5])
+    allowed = math.ceil(max_failures * num_utterances) if max_failures < 1 else int(max_failures)
+    if len(stats.failures) > allowed:
+        first = "; ".join(f"{key}: {reason}" for key, _, reason in stats.failures[:5])
         raise WorkFailed(
-            f"{len(tally.failures)} of {planned} utterances failed, more than max_failures={max_failures:g} "
+            f"{len(stats.failures)} of {num_utterances} utterances failed, more than max_failures={max_failures:g} "
             f"allows ({first}): mend the audio or raise max_failures, then run the same command again"
         )

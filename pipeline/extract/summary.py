@@ -1,7 +1,7 @@
 """What is to be told about a job, in plain values that travel between machines.
 
-In: a scheduled :class:`pipeline.extract.job.Job`. Out: :class:`Facts`, from which a driver that holds no encoder knows
-how much is left to do and what to print.
+In: a scheduled :class:`pipeline.extract.job.Job`. Out: :class:`JobSummary`, from which a driver that holds no encoder
+knows how much is left to do and what to print.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipeline.extract.job import Job, estimate_bytes
 
 
 @dataclass(frozen=True)
-class Facts:
+class JobSummary:
     """A job as a driver or a person sees it.
 
     Attributes:
@@ -30,41 +30,41 @@ class Facts:
     layers: list[int]
     device: str
     dtype: str
-    workers: int
+    decode_workers: int
     caches: list[str]
-    sizes: list[int]
+    shard_sizes: list[int]
     todo: list[int]
-    size: int
-    complete: bool
+    estimated_bytes: int
+    is_complete: bool
     problems: list[str]
 
     @property
     def utterances(self) -> int:
-        return sum(self.sizes)
+        return sum(self.shard_sizes)
 
     def headline(self) -> str:
         """What will be done, before it is."""
         return (
             f"{self.utterances} utterances of {self.source} -> {self.encoder} "
             f"layer {', '.join(map(str, self.layers))} on {self.device} in {self.dtype}; "
-            f"{len(self.todo)} of {len(self.sizes)} shards to make, about {self.size / 1e6:.0f} MB"
+            f"{len(self.todo)} of {len(self.shard_sizes)} shards to make, about {self.estimated_bytes / 1e6:.0f} MB"
         )
 
 
-def facts_of(job: Job) -> Facts:
+def summarize(job: Job) -> JobSummary:
     """What there is to tell about a scheduled ``job``."""
     counts = Counter(job.plan.table["shard"].to_pylist())
-    return Facts(
+    return JobSummary(
         source=job.source.name,
         encoder=job.encoder.name,
         layers=[target.layer for target in job.targets],
         device=str(job.encoder.device),
         dtype=job.encoder.dtype,
-        workers=job.workers,
+        decode_workers=job.decode_workers,
         caches=[target.store.location for target in job.targets],
-        sizes=[counts[shard] for shard in range(job.plan.shards)],
+        shard_sizes=[counts[shard] for shard in range(job.plan.num_shards)],
         todo=job.todo,
-        size=estimate_bytes(job, job.todo),
-        complete=job.complete(),
+        estimated_bytes=estimate_bytes(job, job.todo),
+        is_complete=job.is_complete(),
         problems=list(job.source.problems),
     )

@@ -37,7 +37,7 @@ class Comparison:
 
     key: str
     frames: int
-    error: float
+    relative_error: float
     cosine: float
     problem: str
 
@@ -55,10 +55,10 @@ def check(
     Raises:
         UserError: the recorded source or encoder cannot be had, or the encoder is another one.
     """
-    about = cache.info["provenance"]
+    provenance = cache.info["provenance"]
     config = recorded_config(cache.info, cache.path, source)
     audio = open_source(config.source)
-    model = open_encoder(cache.spec, encoder or about["encoder"].get("reference"), config.encoder.device)
+    model = open_encoder(cache.spec, encoder or provenance["encoder"].get("reference"), config.encoder.device)
     indices = sorted(random.Random(seed).sample(range(len(cache)), min(n, len(cache))))
     rows = [cache.row(index) for index in indices]
     limit = tolerance(cache)

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.extract.job import prepare, schedule
+from pipeline.extract.job import prepare_job, schedule
 from pipeline.extract.local import run_local
 from pipeline.maintain.check import recorded_config
 from shards.errors import UserError, WorkFailed
-from shards.files import told
+from shards.files import translate_os_errors
 from shards.format.layout import Layout
 from shards.format.records import RecordError, unseal
-from shards.inspect.findings import Problem, Progress
+from shards.inspect.findings import Problem, ProgressCallback
 from shards.inspect.verify import verify
 
 
-def repair(path: Path, *, source: str | None = None, progress: Progress | None = None) -> list[Problem]:
+def repair(path: Path, *, source: str | None = None, progress: ProgressCallback | None = None) -> list[Problem]:
     """Mend the cache at ``path``; returns the problems that were found and mended, [] when it was sound.
 
     Raises:
@@ -42,10 +42,10 @@ def repair(path: Path, *, source: str | None = None, progress: Progress | None =
     layer = info["spec"]["layer"]
     config = recorded_config(info, path, source)
     config = config.model_copy(update={"encoder": config.encoder.model_copy(update={"layers": [layer]})})
-    with told("repairing the cache", path):
+    with translate_os_errors("repairing the cache", path):
         if any(problem.file == layout.plan.name for problem in problems):
             layout.plan.unlink(missing_ok=True)  # made again below; the same corpus and settings give the same plan
-    job = prepare(config)
+    job = prepare_job(config)
     (target,) = job.targets
     if target.layout.path.resolve() != path.resolve() or job.plan.id != info["plan_id"]:
         raise UserError(
@@ -55,7 +55,9 @@ def repair(path: Path, *, source: str | None = None, progress: Progress | None =
     schedule(job, shards={problem.shard for problem in problems if problem.shard is not None})
     layout.cache.unlink(missing_ok=True)
     run_local(job)
-    left = verify(path, deep=True)
-    if left:
-        raise WorkFailed(f"'{path}' still has {len(left)} problems, the first in {left[0].file}: {left[0].what}")
+    remaining = verify(path, deep=True)
+    if remaining:
+        raise WorkFailed(
+            f"'{path}' still has {len(remaining)} problems, the first in {remaining[0].file}: {remaining[0].what}"
+        )
     return problems

@@ -21,7 +21,7 @@ from shards.config.base import Config
 
 __all__ = ["Source", "SourceConfig", "Utterance", "decode_key", "encode_key", "open_source"]
 
-_SENTENCES = 400
+_DEFAULT_NUM_SENTENCES = 400
 
 
 class SourceConfig(Config):
@@ -49,19 +49,19 @@ class SourceConfig(Config):
     speakers are known. 0: keep the splits of the corpus."""
     name: str | None = None
     """Name of the corpus in the cache's path. null: derived from the corpus."""
-    num_sentences: int = Field(default=_SENTENCES, ge=1, le=MAX_SENTENCES)
+    num_sentences: int = Field(default=_DEFAULT_NUM_SENTENCES, ge=1, le=MAX_SENTENCES)
     """Sentences to synthesise (speech only)."""
     config_name: str | None = None
     """Configuration of a streamed dataset, such as `clean` (`hf:` only)."""
 
     @model_validator(mode="after")
-    def _fits_the_kind(self) -> SourceConfig:
-        made = self.kind in ("tones", "speech")
-        if made and (self.path is not None or self.splits):
+    def _check_kind(self) -> SourceConfig:
+        is_synthetic = self.kind in ("tones", "speech")
+        if is_synthetic and (self.path is not None or self.splits):
             raise ValueError(f"kind {self.kind} is made on demand: it has no path and no splits")
-        if not made and not self.path:
+        if not is_synthetic and not self.path:
             raise ValueError(f"kind {self.kind} needs a path: set source.path")
-        if self.num_sentences != _SENTENCES and self.kind != "speech":
+        if self.num_sentences != _DEFAULT_NUM_SENTENCES and self.kind != "speech":
             raise ValueError(f"num_sentences belongs to kind speech, not to {self.kind}: use limit")
         if self.config_name is not None and not (self.kind == "parquet" and str(self.path).startswith("hf:")):
             raise ValueError(
@@ -78,10 +78,10 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
         UserError: the path or a split does not exist. ``utterances`` raises it for what only reading can show.
     """
-    from pipeline.sources.selection import Selection
+    from pipeline.sources.selection import FilteredSource
 
     source = _open_kind(config)
-    return Selection(
+    return FilteredSource(
         source,
         name=safe_name(config.name if config.name is not None else source.name, config.kind),
         limit=config.limit,
@@ -113,10 +113,10 @@ def _open_kind(config: SourceConfig) -> Source:
     return speech.Speech(config.num_sentences, config.seed)
 
 
-def open_parquet(path: str, splits: Sequence[str], config: str | None) -> Source:
+def open_parquet(path: str, splits: Sequence[str], config_name: str | None) -> Source:
     """Local files, or a streamed dataset when ``path`` starts with ``hf:``; raises UserError."""
     if path.startswith("hf:"):
         from pipeline.sources.hub import HubStream
 
-        return HubStream(path.removeprefix("hf:"), config, splits)
+        return HubStream(path.removeprefix("hf:"), config_name, splits)
     return ParquetFiles(path, splits)

@@ -15,10 +15,10 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
-DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
+ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
 
 
-class ArchivePass:
+class ArchiveReader:
     """One reading of an archive, forward only.
 
     Raises:
@@ -27,7 +27,7 @@ class ArchivePass:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._stream = _decompressed(file)
+        self._stream = _open_decompressed(file)
         try:
             self._tar = tarfile.open(fileobj=self._stream, mode="r|")  # noqa: SIM115 closed by close()
         except BaseException:
@@ -40,7 +40,7 @@ class ArchivePass:
         """Whether the member may still come in this pass over the file called ``archive``."""
         return archive == self._file.name and not self._ended and name not in self._passed
 
-    def forward(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
+    def read_wanted(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
         """Name and content of the members in ``wanted``, from here on."""
         for member in self.members():
             self._passed.add(member.name)
@@ -72,7 +72,7 @@ class ArchivePass:
         self._stream.close()
 
 
-def _decompressed(file: Path) -> Any:
+def _open_decompressed(file: Path) -> Any:
     """The tar inside; unlike tarfile's own streams these tell when the compressed data are cut short."""
     with open(file, "rb") as raw:
         magic = raw.read(6)

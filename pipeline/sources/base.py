@@ -16,11 +16,11 @@ from pathlib import Path
 from shards.errors import UserError
 
 MAX_KEY = 90
-_HEAD = 64
-_DIGITS = 24
+_TRUNCATED_LENGTH = 64
+_HASH_DIGITS = 24
 _ESCAPE = re.compile(rb"-x([0-9A-F]{2})-")
 _LOOKALIKE = re.compile(rb"x[0-9A-F]{2}(-|[^A-Za-z0-9_])")  # what follows a dash: another byte becomes a dash, too
-_LEGAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+_KEY_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Utterance:
     samples: int = 0
 
 
-class Tally:
+class ProblemLog:
     """Counts by kind of problem, with the first ``shown`` names of each."""
 
-    def __init__(self, shown: int = 5) -> None:
-        self._shown = shown
+    def __init__(self, max_listed: int = 5) -> None:
+        self._shown = max_listed
         self._found: dict[str, tuple[int, list[str]]] = {}
 
     def add(self, problem: str, name: str) -> None:
@@ -89,12 +89,12 @@ class Source(ABC):
     speaker_split: bool = True
 
     def __init__(self) -> None:
-        self._tally = Tally()
+        self._problem_log = ProblemLog()
 
     @property
     def problems(self) -> list[str]:
         """What was odd in the last pass over ``utterances``, a sentence each with a count and the first few names."""
-        return self._tally.sentences()
+        return self._problem_log.sentences()
 
     @abstractmethod
     def utterances(self) -> Iterator[Utterance]:
@@ -117,9 +117,9 @@ class Source(ABC):
         raise NotImplementedError
 
 
-def safe_name(text: str, otherwise: str) -> str:
+def safe_name(text: str, default: str) -> str:
     """``text`` with every run of other characters than ``[A-Za-z0-9_-]`` as one dash, at most 80 characters."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:80] or otherwise
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:80] or default
 
 
 def require_splits(wanted: Iterable[str], present: Iterable[str], where: str) -> None:
@@ -127,11 +127,11 @@ def require_splits(wanted: Iterable[str], present: Iterable[str], where: str) ->
     found = set(present)
     missing = [split for split in wanted if split not in found]
     if missing:
-        names = listed(filter(None, found))
-        raise UserError(f"no split {listed(missing)} in {where}, which holds {names}: set source.splits")
+        names = join_names(filter(None, found))
+        raise UserError(f"no split {join_names(missing)} in {where}, which holds {names}: set source.splits")
 
 
-def listed(names: Iterable[str]) -> str:
+def join_names(names: Iterable[str]) -> str:
     """The names for a sentence: sorted, with commas, or "none"."""
     return ", ".join(sorted(names)) or "none"
 
@@ -153,13 +153,13 @@ def encode_key(identifier: str) -> str:
     raw = identifier.encode("utf-8", "surrogatepass")
     key = "".join(
         f"-x{byte:02X}-"
-        if byte not in _LEGAL or (byte == ord("-") and _LOOKALIKE.match(raw, position + 1))
+        if byte not in _KEY_BYTES or (byte == ord("-") and _LOOKALIKE.match(raw, position + 1))
         else chr(byte)
         for position, byte in enumerate(raw)
     )
     if len(key) <= MAX_KEY:
         return key
-    return f"{key[:_HEAD]}-{hashlib.sha256(raw).hexdigest()[:_DIGITS]}"
+    return f"{key[:_TRUNCATED_LENGTH]}-{hashlib.sha256(raw).hexdigest()[:_HASH_DIGITS]}"
 
 
 def decode_key(key: str) -> str:

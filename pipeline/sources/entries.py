@@ -14,19 +14,19 @@ from shards.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ManifestEntry:
     """One row, checked: ``audio`` as written, seconds, and the place for a message. ``whole``: all of the file."""
 
     audio: str
     text: str
-    place: str
+    location: str
     id: str = ""
     speaker: str = ""
     split: str = ""
     start: float = 0.0
     duration: float | None = None
     channel: int | None = None
-    whole: bool = True
+    is_whole_file: bool = True
 
 
 def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -35,19 +35,21 @@ def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for number, line in _lines(file, path):
             if not line.strip():
                 continue
-            place = f"line {number} of '{path}'"
+            location = f"line {number} of '{path}'"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{place} is not JSON ({error}): a manifest has one JSON object in each line") from None
+                raise UserError(
+                    f"{location} is not JSON ({error}): a manifest has one JSON object in each line"
+                ) from None
             if not isinstance(row, dict):
                 raise UserError(
-                    f'{place} is a JSON {type(row).__name__}, not an object such as {{"audio": …, "text": …}}'
+                    f'{location} is a JSON {type(row).__name__}, not an object such as {{"audio": …, "text": …}}'
                 )
-            yield row, place
+            yield row, location
 
 
-def number_of(row: dict[str, Any], name: str, place: str) -> float | None:
+def number_field(row: dict[str, Any], name: str, place: str) -> float | None:
     """The seconds in column ``name``, None when absent or empty; raises UserError."""
     value = row.get(name)
     if value is None or value == "":
@@ -61,7 +63,7 @@ def number_of(row: dict[str, Any], name: str, place: str) -> float | None:
     return number
 
 
-def word_of(row: dict[str, Any], names: Sequence[str], place: str) -> str:
+def text_field(row: dict[str, Any], names: Sequence[str], place: str) -> str:
     """The first of ``names`` that has a value, as text; "" when none; raises UserError for a list or an object."""
     for name in names:
         value = row.get(name)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.audio import AudioError
 from pipeline.sources.base import Source, Utterance, require_splits, safe_name
-from pipeline.sources.parquet import NO_BYTES, audio_bytes, check_columns, first_line, utterance_of
+from pipeline.sources.parquet import NO_BYTES, audio_bytes, check_columns, first_line, to_utterance
 from shards.errors import UserError
 
 
@@ -22,16 +22,16 @@ class HubStream(Source):
 
     sequential = True
 
-    def __init__(self, dataset: str, config: str | None, splits: Sequence[str]) -> None:
+    def __init__(self, dataset: str, config_name: str | None, splits: Sequence[str]) -> None:
         super().__init__()
-        parts = [dataset.rpartition("/")[2], *([config] if config else []), *splits]
+        parts = [dataset.rpartition("/")[2], *([config_name] if config_name else []), *splits]
         self.name = safe_name("-".join(parts), "parquet")
-        self._dataset, self._config, self._splits = dataset, config, list(dict.fromkeys(splits))
+        self._dataset, self._config_name, self._splits = dataset, config_name, list(dict.fromkeys(splits))
         self._streams: dict[str, Any] | None = None
         self._cursor: tuple[str, int, Iterator[dict[str, Any]]] | None = None  # split, next row, rows
 
     def utterances(self) -> Iterator[Utterance]:
-        self._tally.clear()
+        self._problem_log.clear()
         streams = self._open()
         for split in self._splits or streams:
             rows = iter(streams[split])
@@ -39,7 +39,7 @@ class HubStream(Source):
             while (record := self._next(rows)) is not None:
                 if row == 0:
                     check_columns(list(record), f"hf:{self._dataset}")
-                yield utterance_of(record, f"{split}#{row}", split, self._tally)
+                yield to_utterance(record, f"{split}#{row}", split, self._problem_log)
                 row += 1
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
@@ -83,18 +83,18 @@ class HubStream(Source):
             import datasets
 
             try:
-                found = datasets.load_dataset(self._dataset, self._config, streaming=True)
+                found = datasets.load_dataset(self._dataset, self._config_name, streaming=True)
             except Exception as error:  # the hub's client and datasets raise many types
                 raise UserError(
                     f"cannot open the dataset hf:{self._dataset}"
-                    f"{f' ({self._config})' if self._config else ''}: {first_line(error)}; see source.config"
+                    f"{f' ({self._config_name})' if self._config_name else ''}: {first_line(error)}; see source.config"
                 ) from error
             require_splits(self._splits, found, f"hf:{self._dataset}")
-            self._streams = {split: _undecoded(stream) for split, stream in found.items()}
+            self._streams = {split: _without_decoding(stream) for split, stream in found.items()}
         return self._streams
 
 
-def _undecoded(stream: Any) -> Any:
+def _without_decoding(stream: Any) -> Any:
     """The stream with the bytes of the audio; decoding in ``datasets`` needs torchcodec and FFmpeg."""
     datasets = sys.modules["datasets"]
     features = stream.features

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.sources.base import Tally, listed
-from pipeline.sources.entries import Entry, json_rows, number_of, word_of
+from pipeline.sources.base import ProblemLog, join_names
+from pipeline.sources.entries import ManifestEntry, json_rows, number_field, text_field
 from shards.errors import UserError
 
 _NAME = re.compile(r"^(?P<prefix>.*?)(?P<kind>recordings|supervisions)(?P<suffix>.*?)(?P<ending>\.jsonl(\.gz)?)$")
-_WHOLE = 0.002  # s; a supervision that covers its recording but for this is all of it
+_WHOLE_TOLERANCE = 0.002  # s; a supervision that covers its recording but for this is all of it
 
 
-def pairs_at(path: Path) -> list[tuple[Path, Path, str]]:
+def find_manifest_pairs(path: Path) -> list[tuple[Path, Path, str]]:
     """(recordings, supervisions, split) for ``path``, a folder or one of the two files; empty when it is neither."""
     if path.is_dir():
         files = [
@@ -53,57 +53,62 @@ def pairs_at(path: Path) -> list[tuple[Path, Path, str]]:
     return pairs
 
 
-def entries(pair: tuple[Path, Path, str], tally: Tally) -> Iterator[Entry]:
+def read_entries(pair: tuple[Path, Path, str], problem_log: ProblemLog) -> Iterator[ManifestEntry]:
     """One entry for each supervision, in their order; raises UserError for a line that is none."""
     recordings_file, supervisions_file, split = pair
-    recordings = {word_of(row, ["id"], place): (row, place) for row, place in json_rows(recordings_file)}
+    recordings = {text_field(row, ["id"], place): (row, place) for row, place in json_rows(recordings_file)}
     unused = dict.fromkeys(recordings)
-    for row, place in json_rows(supervisions_file):
-        recording_id = word_of(row, ["recording_id"], place)
+    for row, location in json_rows(supervisions_file):
+        recording_id = text_field(row, ["recording_id"], location)
         if not recording_id or "start" not in row or "duration" not in row:
             raise UserError(
-                f"{place} is no supervision: it needs recording_id, start, duration, not {listed(list(row))}"
+                f"{location} is no supervision: it needs recording_id, start, duration, not {join_names(list(row))}"
             )
         if recording_id not in recordings:
-            tally.add("supervisions without a recording", word_of(row, ["id"], place))
+            problem_log.add("supervisions without a recording", text_field(row, ["id"], location))
             continue
         unused.pop(recording_id, None)
-        yield _entry(row, place, split, *recordings[recording_id])
+        yield _entry(row, location, split, *recordings[recording_id])
     for recording_id in unused:
-        tally.add("recordings without a supervision", recording_id)
+        problem_log.add("recordings without a supervision", recording_id)
 
 
-def _entry(row: dict[str, Any], place: str, split: str, recording: dict[str, Any], recording_place: str) -> Entry:
-    start = number_of(row, "start", place) or 0.0
-    duration = number_of(row, "duration", place)
-    total = number_of(recording, "duration", recording_place)
-    audio, channel = _audio(row, recording, recording_place)
-    return Entry(
+def _entry(
+    row: dict[str, Any], location: str, split: str, recording: dict[str, Any], recording_location: str
+) -> ManifestEntry:
+    start = number_field(row, "start", location) or 0.0
+    duration = number_field(row, "duration", location)
+    total = number_field(recording, "duration", recording_location)
+    audio, channel = _audio(row, recording, recording_location)
+    return ManifestEntry(
         audio=audio,
-        text=word_of(row, ["text"], place),
-        place=place,
-        id=word_of(row, ["id"], place),
-        speaker=word_of(row, ["speaker"], place),
+        text=text_field(row, ["text"], location),
+        location=location,
+        id=text_field(row, ["id"], location),
+        speaker=text_field(row, ["speaker"], location),
         split=split,
         start=start,
         duration=duration,
         channel=channel,
-        whole=start < _WHOLE and total is not None and duration is not None and abs(total - duration) < _WHOLE,
+        is_whole_file=start < _WHOLE_TOLERANCE
+        and total is not None
+        and duration is not None
+        and abs(total - duration) < _WHOLE_TOLERANCE,
     )
 
 
-def _audio(row: dict[str, Any], recording: dict[str, Any], place: str) -> tuple[str, int | None]:
+def _audio(row: dict[str, Any], recording: dict[str, Any], location: str) -> tuple[str, int | None]:
     """The file that holds the supervision's channel, and the channel's place in it (None for a file of one channel)."""
     sources = recording.get("sources")
     if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):
-        raise UserError(f"{place} is no lhotse recording: it needs sources")
+        raise UserError(f"{location} is no lhotse recording: it needs sources")
     wanted = row.get("channel", 0)
     wanted = wanted[0] if isinstance(wanted, list) and len(wanted) == 1 else wanted
     for source in sources:
         if source.get("type") != "file":
-            raise UserError(f"{place} has audio of type {source.get('type')!r}: only files are read")
+            raise UserError(f"{location} has audio of type {source.get('type')!r}: only files are read")
         channels = source.get("channels") or [0]
         if isinstance(wanted, list) or wanted in channels or len(sources) == 1:
             one = len(channels) == 1 or isinstance(wanted, list) or wanted not in channels
             return str(source["source"]), None if one else channels.index(wanted)
-    raise UserError(f"{place} has no channel {wanted}: its sources and its supervisions do not fit")
+    raise UserError(f"{location} has no channel {wanted}: its sources and its supervisions do not fit")

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.audio import AudioError, probe
-from pipeline.sources.archive import DAMAGED, ArchivePass
+from pipeline.sources.archive import ARCHIVE_ERRORS, ArchiveReader
 from pipeline.sources.base import Source, Utterance, require_splits, safe_name
 from shards.errors import UserError
 
@@ -33,47 +33,47 @@ def open_librispeech(path: str, splits: Sequence[str]) -> Source:
     if place.is_file():
         if not _ARCHIVE.search(place.name):
             raise UserError(f"source.path '{path}' is no LibriSpeech archive: give a .tar.gz file or a folder")
-        return Archives([place], splits)
+        return LibriSpeechArchives([place], splits)
     for root, names in ((place, _split_folders(place)), (place / "LibriSpeech", _split_folders(place / "LibriSpeech"))):
         if names:
-            return Tree(root, _choose(splits, names, root))
+            return LibriSpeechFolders(root, _select_splits(splits, names, root))
     if _is_split(place):
-        return Tree(place.resolve().parent, _choose(splits, [place.resolve().name], place))
+        return LibriSpeechFolders(place.resolve().parent, _select_splits(splits, [place.resolve().name], place))
     archives = {_stem(file): file for file in sorted(place.iterdir()) if _ARCHIVE.search(file.name)}
     if archives:
-        return Archives([archives[name] for name in _choose(splits, list(archives), place)], splits)
+        return LibriSpeechArchives([archives[name] for name in _select_splits(splits, list(archives), place)], splits)
     raise UserError(
         f"no LibriSpeech splits and no .tar.gz archives in '{path}': give the folder that holds train-clean-100 …"
     )
 
 
-class Tree(Source):
+class LibriSpeechFolders(Source):
     """The unpacked folders; ``root`` holds the split folders."""
 
     def __init__(self, root: Path, splits: Sequence[str]) -> None:
         super().__init__()
-        self.name, self.root = _name(splits), root
+        self.name, self.root = _source_name(splits), root
         self._root, self._splits = root, splits
 
     def utterances(self) -> Iterator[Utterance]:
-        self._tally.clear()
+        self._problem_log.clear()
         for split in self._splits:
-            for speaker in _folders(self._root / split):
-                for chapter in _folders(speaker):
+            for speaker in _numbered_folders(self._root / split):
+                for chapter in _numbered_folders(speaker):
                     yield from self._chapter(split, speaker.name, chapter)
 
     def _chapter(self, split: str, speaker: str, chapter: Path) -> Iterator[Utterance]:
         texts: dict[str, str] = {}
         for file in sorted(chapter.glob("*.trans.txt")):
-            texts |= _parse(file.read_bytes(), str(file), texts)
+            texts |= _parse_transcript(file.read_bytes(), str(file), texts)
         for audio in sorted(chapter.glob("*.flac")):
             uri = audio.relative_to(self._root).as_posix()
             if audio.stem not in texts:
-                self._tally.add(_NO_TEXT, uri)
+                self._problem_log.add(_NO_TEXT, uri)
                 continue
             yield Utterance("", audio.stem, uri, texts.pop(audio.stem), speaker, split, probe(audio))
         for identifier in texts:
-            self._tally.add(_NO_AUDIO, identifier)
+            self._problem_log.add(_NO_AUDIO, identifier)
 
     def read_file(self, uri: str) -> bytes:
         try:
@@ -82,25 +82,25 @@ class Tree(Source):
             raise AudioError(f"cannot read the file: {error.strerror}") from None
 
 
-class Archives(Source):
+class LibriSpeechArchives(Source):
     """``.tar.gz`` files, each read from its start to its end: once to list it, once more for the audio."""
 
     sequential = True
 
     def __init__(self, archives: Sequence[Path], splits: Sequence[str]) -> None:
         super().__init__()
-        self.name = _name(splits or [_stem(file) for file in archives])
+        self.name = _source_name(splits or [_stem(file) for file in archives])
         self.root = self._root = archives[0].parent
         self._archives, self._splits = archives, splits
-        self._cursor: ArchivePass | None = None
+        self._cursor: ArchiveReader | None = None
 
     def utterances(self) -> Iterator[Utterance]:
-        self._tally.clear()
+        self._problem_log.clear()
         found: set[str] = set()
         for archive in self._archives:
             try:
                 yield from self._archive(archive, found)
-            except DAMAGED as error:
+            except ARCHIVE_ERRORS as error:
                 raise UserError(f"the archive '{archive}' is cut short or damaged ({error}): fetch it again") from None
         require_splits(self._splits, found, f"'{self._root}'")
 
@@ -108,7 +108,7 @@ class Archives(Source):
         """Utterances in the order of their audio; a transcript may stand before or after it."""
         waiting: deque[Utterance] = deque()  # audio in archive order, until the text of the first is known
         texts: dict[str, str] = {}
-        with closing(ArchivePass(archive)) as tar:
+        with closing(ArchiveReader(archive)) as tar:
             for member in tar.members():
                 name = PurePosixPath(member.name)
                 if not member.isfile() or len(name.parts) < 4:
@@ -119,7 +119,7 @@ class Archives(Source):
                     if self._splits and split not in self._splits:
                         continue
                 if name.name.endswith(".trans.txt"):
-                    texts |= _parse(tar.content(member), f"{archive}#{name}", texts)
+                    texts |= _parse_transcript(tar.content(member), f"{archive}#{name}", texts)
                 elif name.suffix == ".flac":
                     uri = f"{archive.name}#{name}"
                     waiting.append(Utterance("", name.stem, uri, "", speaker, split, probe(tar.content(member))))
@@ -129,9 +129,9 @@ class Archives(Source):
             if utterance.id in texts:
                 yield _with_text(utterance, texts)
             else:
-                self._tally.add(_NO_TEXT, utterance.audio)
+                self._problem_log.add(_NO_TEXT, utterance.audio)
         for identifier in texts:
-            self._tally.add(_NO_AUDIO, identifier)
+            self._problem_log.add(_NO_AUDIO, identifier)
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
         start = 0
@@ -158,14 +158,14 @@ class Archives(Source):
                         self._rewind(archive)
                         from_start = True
                     assert self._cursor is not None
-                    for member, data in self._cursor.forward(wanted):
+                    for member, data in self._cursor.read_wanted(wanted):
                         held[member] = data
                         if member == name:
                             break
             except AudioError as error:
                 self.close()
                 yield uri, error
-            except DAMAGED as error:
+            except ARCHIVE_ERRORS as error:
                 self.close()
                 yield uri, AudioError(f"the archive {archive} is cut short or damaged ({error})")
             else:
@@ -176,7 +176,7 @@ class Archives(Source):
 
     def _rewind(self, archive: str) -> None:
         self.close()
-        self._cursor = ArchivePass(self._root / archive)
+        self._cursor = ArchiveReader(self._root / archive)
 
     def close(self) -> None:
         """Let go of the archive that is being read."""
@@ -189,7 +189,7 @@ def _with_text(utterance: Utterance, texts: dict[str, str]) -> Utterance:
     return replace(utterance, text=texts.pop(utterance.id))
 
 
-def _parse(data: bytes, where: str, known: dict[str, str]) -> dict[str, str]:
+def _parse_transcript(data: bytes, where: str, known: dict[str, str]) -> dict[str, str]:
     """``{id: text}`` of a .trans.txt file."""
     try:
         lines = data.decode("utf-8-sig").splitlines()
@@ -206,7 +206,7 @@ def _parse(data: bytes, where: str, known: dict[str, str]) -> dict[str, str]:
     return texts
 
 
-def _choose(wanted: Sequence[str], present: Sequence[str], where: Path) -> list[str]:
+def _select_splits(wanted: Sequence[str], present: Sequence[str], where: Path) -> list[str]:
     require_splits(wanted, present, f"'{where}'")
     return list(dict.fromkeys(wanted)) or sorted(present)
 
@@ -217,10 +217,10 @@ def _split_folders(root: Path) -> list[str]:
 
 def _is_split(folder: Path) -> bool:
     """Whether ``folder`` holds speaker folders that hold chapter folders, both named by numbers."""
-    return any(_folders(speaker) for speaker in _folders(folder))
+    return any(_numbered_folders(speaker) for speaker in _numbered_folders(folder))
 
 
-def _folders(place: Path) -> list[Path]:
+def _numbered_folders(place: Path) -> list[Path]:
     if not place.is_dir():
         return []
     return sorted(folder for folder in place.iterdir() if folder.name.isdigit() and folder.is_dir())
@@ -230,6 +230,6 @@ def _stem(archive: Path) -> str:
     return _ARCHIVE.sub("", archive.name)
 
 
-def _name(splits: Sequence[str]) -> str:
+def _source_name(splits: Sequence[str]) -> str:
     name = safe_name("-".join(["librispeech", *splits]), "librispeech")
     return name if len(name) <= 48 else f"librispeech-{len(splits)}-splits"

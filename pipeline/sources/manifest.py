@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.audio import SAMPLING_RATE, AudioError, cut, probe
-from pipeline.sources.base import Source, Utterance, listed, require_splits, safe_name
-from pipeline.sources.entries import Entry, _lines, _open_text, json_rows, number_of, word_of
+from pipeline.audio import SAMPLING_RATE, AudioError, probe, read_segment
+from pipeline.sources.base import Source, Utterance, join_names, require_splits, safe_name
+from pipeline.sources.entries import ManifestEntry, _lines, _open_text, json_rows, number_field, text_field
 from shards.errors import UserError
 
 AUDIO_COLUMNS = ("audio", "file", "wav", "audio_filepath")
@@ -28,7 +28,7 @@ NO_FILE = "recordings that do not exist (each becomes a failure)"
 _NO_HEADER = "recordings with no readable header"
 _SEGMENT = re.compile(r"#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)?(?:&c=(\d+))?$")
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz")
-_TABLES = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Manifest(Source):
@@ -44,7 +44,7 @@ class Manifest(Source):
         self._splits = list(splits)
 
     def utterances(self) -> Iterator[Utterance]:
-        self._tally.clear()
+        self._problem_log.clear()
         seen: set[str] = set()
         for entry in self._entries():
             seen.add(entry.split)
@@ -60,15 +60,15 @@ class Manifest(Source):
         if not segment:
             return file.read_bytes()
         start, stop, channel = segment.groups()
-        return cut(file, float(start), float(stop) if stop else None, int(channel) if channel else None)
+        return read_segment(file, float(start), float(stop) if stop else None, int(channel) if channel else None)
 
-    def _entries(self) -> Iterator[Entry]:
+    def _entries(self) -> Iterator[ManifestEntry]:
         from pipeline.sources import lhotse
 
-        pairs = lhotse.pairs_at(self._path)
+        pairs = lhotse.find_manifest_pairs(self._path)
         if pairs:
             for pair in pairs:
-                yield from lhotse.entries(pair, self._tally)
+                yield from lhotse.read_entries(pair, self._problem_log)
             return
         name = self._path.name.lower()
         if self._path.is_dir():
@@ -78,28 +78,28 @@ class Manifest(Source):
             )
         if name.endswith(_JSON_SUFFIXES):
             rows = json_rows(self._path)
-        elif self._path.suffix.lower() in _TABLES:
-            rows = _table_rows(self._path, _TABLES[self._path.suffix.lower()])
+        elif self._path.suffix.lower() in _DELIMITERS:
+            rows = _table_rows(self._path, _DELIMITERS[self._path.suffix.lower()])
         else:
             raise UserError(f"'{self._path}' is no manifest by its name: call it .jsonl, .json, .csv or .tsv")
-        for row, place in rows:
-            yield _entry(row, place)
+        for row, location in rows:
+            yield _entry(row, location)
 
-    def _utterance(self, entry: Entry) -> Utterance:
+    def _utterance(self, entry: ManifestEntry) -> Utterance:
         audio = self._relative(entry.audio)
         file = self._root / audio
         samples = 0
         if not file.is_file():
-            self._tally.add(NO_FILE, audio)
+            self._problem_log.add(NO_FILE, audio)
         elif entry.duration is not None:
             samples = round(entry.duration * SAMPLING_RATE)
         else:
             samples = max(0, probe(file) - round(entry.start * SAMPLING_RATE))
             if not samples:
-                self._tally.add(_NO_HEADER, audio)
-        uri = audio if entry.whole else f"{audio}#t={_seconds(entry.start)},{_stop(entry)}"
+                self._problem_log.add(_NO_HEADER, audio)
+        uri = audio if entry.is_whole_file else f"{audio}#t={_format_seconds(entry.start)},{_format_stop(entry)}"
         if entry.channel is not None:
-            uri = (f"{audio}#t=0," if entry.whole else uri) + f"&c={entry.channel}"
+            uri = (f"{audio}#t=0," if entry.is_whole_file else uri) + f"&c={entry.channel}"
         return Utterance(
             "", entry.id or _default_id(audio, entry), uri, entry.text, entry.speaker, entry.split, samples
         )
@@ -110,23 +110,27 @@ class Manifest(Source):
         return audio.removeprefix(root) if audio != root else audio
 
 
-def _entry(row: dict[str, Any], place: str) -> Entry:
-    audio = word_of(row, AUDIO_COLUMNS, place)
+def _entry(row: dict[str, Any], location: str) -> ManifestEntry:
+    audio = text_field(row, AUDIO_COLUMNS, location)
     if not audio:
-        raise UserError(f"no audio in {place}, only {listed(list(row))}: it needs one of {', '.join(AUDIO_COLUMNS)}")
+        raise UserError(
+            f"no audio in {location}, only {join_names(list(row))}: it needs one of {', '.join(AUDIO_COLUMNS)}"
+        )
     if row.get("text") is None:
-        raise UserError(f"no text in {place}, which has {listed(list(row))}: every utterance needs its transcript")
-    start = number_of(row, "offset", place)
-    return Entry(
+        raise UserError(
+            f"no text in {location}, which has {join_names(list(row))}: every utterance needs its transcript"
+        )
+    start = number_field(row, "offset", location)
+    return ManifestEntry(
         audio=audio,
-        text=word_of(row, ["text"], place),
-        place=place,
-        id=word_of(row, ["key", "id"], place),
-        speaker=word_of(row, ["speaker"], place),
-        split=word_of(row, ["split"], place),
+        text=text_field(row, ["text"], location),
+        location=location,
+        id=text_field(row, ["key", "id"], location),
+        speaker=text_field(row, ["speaker"], location),
+        split=text_field(row, ["split"], location),
         start=start or 0.0,
-        duration=number_of(row, "duration", place),
-        whole=start is None,
+        duration=number_field(row, "duration", location),
+        is_whole_file=start is None,
     )
 
 
@@ -142,30 +146,30 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[dict[str, Any], st
             names = reader.fieldnames or []
             if "text" not in names or not set(AUDIO_COLUMNS) & set(names):
                 raise UserError(
-                    f"line 1 of '{path}' names the columns {listed(list(names))}: it needs text and one of "
+                    f"line 1 of '{path}' names the columns {join_names(list(names))}: it needs text and one of "
                     f"{', '.join(AUDIO_COLUMNS)}, with {delimiter!r} between them"
                 )
             for row in reader:
-                place = f"line {reader.line_num} of '{path}'"
+                location = f"line {reader.line_num} of '{path}'"
                 if None in row:
-                    raise UserError(f"{place} has more fields than line 1 names: quote a text that holds a comma")
-                yield row, place
+                    raise UserError(f"{location} has more fields than line 1 names: quote a text that holds a comma")
+                yield row, location
         except csv.Error as error:
             raise UserError(f"line {reader.line_num} of '{path}' is not CSV: {error}") from None
 
 
-def _stop(entry: Entry) -> str:
-    return "" if entry.duration is None else _seconds(entry.start + entry.duration)
+def _format_stop(entry: ManifestEntry) -> str:
+    return "" if entry.duration is None else _format_seconds(entry.start + entry.duration)
 
 
-def _seconds(value: float) -> str:
+def _format_seconds(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def _default_id(audio: str, entry: Entry) -> str:
+def _default_id(audio: str, entry: ManifestEntry) -> str:
     """The path without its ending, and for a segment its milliseconds."""
     name = str(PurePosixPath(audio.lstrip("/")).with_suffix("")) if PurePosixPath(audio).name else audio
-    if entry.whole:
+    if entry.is_whole_file:
         return name
     stop = "" if entry.duration is None else f"-{round(1000 * (entry.start + entry.duration))}"
     return f"{name}-{round(1000 * entry.start)}{stop}"

@@ -14,14 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.audio import AudioError, probe
-from pipeline.sources.base import Source, Tally, Utterance, listed, require_splits, safe_name
+from pipeline.sources.base import ProblemLog, Source, Utterance, join_names, require_splits, safe_name
 from shards.errors import UserError
 
 NO_AUDIO = "rows without audio bytes"
 NO_BYTES = "no audio bytes in the row"
 COLUMNS = ("audio", "text", "id", "speaker_id", "file")
 _BATCH = 32  # rows decoded at a time while listing: audio is large
-_PART = re.compile(r"-\d+-of-\d+$")
+_PART_SUFFIX = re.compile(r"-\d+-of-\d+$")
 
 
 class ParquetFiles(Source):
@@ -29,7 +29,7 @@ class ParquetFiles(Source):
 
     def __init__(self, path: str, splits: Sequence[str]) -> None:
         super().__init__()
-        root, files = _find(path)
+        root, files = _find_files(path)
         by_split: dict[str, list[Path]] = {}
         for file in files:
             by_split.setdefault(_split(file, root), []).append(file)
@@ -38,12 +38,12 @@ class ParquetFiles(Source):
         self.root = self._root = root
         self.name = safe_name("-".join([safe_name(_stem(path), "parquet"), *splits]), "parquet")
         self._files = [(split, file) for split in chosen for file in by_split[split]]
-        self._held: tuple[tuple[str, int], Any] | None = None  # the last row group's audio column
+        self._cached_column: tuple[tuple[str, int], Any] | None = None  # the last row group's audio column
 
     def utterances(self) -> Iterator[Utterance]:
         import pyarrow
 
-        self._tally.clear()
+        self._problem_log.clear()
         for split, file in self._files:
             uri = file.relative_to(self._root).as_posix()
             try:
@@ -52,7 +52,7 @@ class ParquetFiles(Source):
                 row = 0
                 for batch in parquet.iter_batches(batch_size=_BATCH, columns=names):
                     for record in batch.to_pylist():
-                        yield utterance_of(record, f"{uri}#{row}", split, self._tally)
+                        yield to_utterance(record, f"{uri}#{row}", split, self._problem_log)
                         row += 1
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"'{file}' cannot be read as parquet ({first_line(error)}): fetch it again") from None
@@ -95,11 +95,11 @@ class ParquetFiles(Source):
             yield uri, ready[uri] if again else ready.pop(uri)
 
     def _row_group(self, name: str, group: int) -> Any:
-        if self._held is None or self._held[0] != (name, group):
-            self._held = None  # not two at a time
+        if self._cached_column is None or self._cached_column[0] != (name, group):
+            self._cached_column = None  # not two at a time
             table = open_file(self._root / name).read_row_group(group, columns=["audio"])
-            self._held = ((name, group), table.column("audio"))
-        return self._held[1]
+            self._cached_column = ((name, group), table.column("audio"))
+        return self._cached_column[1]
 
 
 def open_file(file: Path) -> Any:
@@ -119,10 +119,12 @@ def check_columns(names: Sequence[str], where: str) -> None:
     """Raises UserError unless audio and text are there."""
     missing = [name for name in ("audio", "text") if name not in names]
     if missing:
-        raise UserError(f"no column {listed(missing)} in '{where}', which has {listed(names)}: it needs audio and text")
+        raise UserError(
+            f"no column {join_names(missing)} in '{where}', which has {join_names(names)}: it needs audio and text"
+        )
 
 
-def utterance_of(record: dict[str, Any], uri: str, split: str, tally: Tally) -> Utterance:
+def to_utterance(record: dict[str, Any], uri: str, split: str, problem_log: ProblemLog) -> Utterance:
     """One row of the layout as an utterance."""
     audio = record["audio"]
     data, name = audio_bytes(audio), audio.get("path") if isinstance(audio, dict) else None
@@ -131,7 +133,7 @@ def utterance_of(record: dict[str, Any], uri: str, split: str, tally: Tally) -> 
         file = name or record.get("file")
         identifier = PurePosixPath(str(file)).stem if file else uri
     if not data:
-        tally.add(NO_AUDIO, uri)
+        problem_log.add(NO_AUDIO, uri)
     speaker = record.get("speaker_id")
     text = record["text"]
     return Utterance(
@@ -163,7 +165,7 @@ def _group_starts(parquet: Any) -> list[int]:
     return starts
 
 
-def _find(path: str) -> tuple[Path, list[Path]]:
+def _find_files(path: str) -> tuple[Path, list[Path]]:
     """The folder that uris are relative to, and the files, sorted."""
     place = Path(path).expanduser()
     if place.is_file():
@@ -181,11 +183,11 @@ def _find(path: str) -> tuple[Path, list[Path]]:
 
 def _split(file: Path, root: Path) -> str:
     """``train`` of ``train-00000-of-00014.parquet``, ``train/0000.parquet`` and ``train.parquet``."""
-    name = _PART.sub("", file.stem)
+    name = _PART_SUFFIX.sub("", file.stem)
     inside = file.relative_to(root).parts
     return inside[-2] if name.isdigit() and len(inside) > 1 else name
 
 
 def _stem(path: str) -> str:
     stem = Path(path).expanduser().resolve().stem
-    return "parquet" if glob.has_magic(stem) else _PART.sub("", stem)
+    return "parquet" if glob.has_magic(stem) else _PART_SUFFIX.sub("", stem)

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from pipeline.audio import SAMPLING_RATE
-from pipeline.sources.base import MAX_KEY, Source, Tally, Utterance, encode_key
+from pipeline.sources.base import MAX_KEY, ProblemLog, Source, Utterance, encode_key
 from shards.errors import UserError
 
 
-class Selection(Source):
+class FilteredSource(Source):
     """A :class:`Source` over another one. A ``val_fraction`` of 0 keeps the source's own splits and stays lazy."""
 
     def __init__(
@@ -36,15 +36,15 @@ class Selection(Source):
         self._source = source
         self._limit, self._shortest, self._longest = limit, min_duration, max_duration
         self._val_fraction, self._seed = val_fraction, seed
-        self._tally = Tally(shown=1)  # a rewritten key is no fault: one tells how
+        self._problem_log = ProblemLog(max_listed=1)  # a rewritten key is no fault: one tells how
         self._note: list[str] = []
 
     @property
     def problems(self) -> list[str]:
-        return [*self._source.problems, *self._tally.sentences(), *self._note]
+        return [*self._source.problems, *self._problem_log.sentences(), *self._note]
 
     def utterances(self) -> Iterator[Utterance]:
-        self._tally.clear()
+        self._problem_log.clear()
         self._note.clear()
         chosen = self._chosen()
         return self._with_validation(list(chosen)) if self._val_fraction else chosen
@@ -80,7 +80,7 @@ class Selection(Source):
                 )
             seen[key] = (number, utterance.audio)
             if key != utterance.id:
-                self._tally.add(
+                self._problem_log.add(
                     f"keys rewritten to letters, digits, - and _, at most {MAX_KEY} (the id column keeps the original)",
                     f"'{utterance.id}' to '{key}'",
                 )

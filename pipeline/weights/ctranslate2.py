@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-DTYPES: dict[int, np.dtype[Any]] = {i: np.dtype(code) for i, code in enumerate(("<f4", "<i1", "<i2", "<i4", "<f2"))}
+DTYPE_BY_CODE: dict[int, np.dtype[Any]] = {
+    i: np.dtype(code) for i, code in enumerate(("<f4", "<i1", "<i2", "<i4", "<f2"))
+}
 
 
 def read_model(data: bytes) -> dict[str, np.ndarray]:
@@ -25,21 +27,21 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
     Raises:
         ValueError: ``data`` is not such a file, or ends early.
     """
-    at = 0
+    offset = 0
 
     def number(code: str) -> int:
-        nonlocal at
-        (value,) = struct.unpack_from("<" + code, data, at)
-        at += struct.calcsize(code)
+        nonlocal offset
+        (value,) = struct.unpack_from("<" + code, data, offset)
+        offset += struct.calcsize(code)
         return int(value)
 
     def string() -> str:
-        nonlocal at
+        nonlocal offset
         length = number("H")  # counts a final NUL
-        at += length
-        if at > len(data):
+        offset += length
+        if offset > len(data):
             raise struct.error("a name is cut off")
-        return data[at - length : at - 1].decode()
+        return data[offset - length : offset - 1].decode()
 
     try:
         version, spec = number("I"), string()
@@ -52,14 +54,14 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
         for _ in range(number("I")):
             name, rank = string(), number("B")
             shape = [number("I") for _ in range(rank)]
-            dtype, size = DTYPES[number("B")], number("I")
-            variables[name] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape)
-            at += size
+            dtype, size = DTYPE_BY_CODE[number("B")], number("I")
+            variables[name] = np.frombuffer(data, dtype, size // dtype.itemsize, offset).reshape(shape)
+            offset += size
         for _ in range(number("I")):
             alias, name = string(), string()
             variables[alias] = variables[name]
     except (struct.error, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"the CTranslate2 model ends early or is damaged near byte {at} ({error})") from None
+        raise ValueError(f"the CTranslate2 model ends early or is damaged near byte {offset} ({error})") from None
     return variables
 
 

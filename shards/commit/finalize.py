@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.errors import UserError
-from shards.files import TEMPORARY, atomic_write, file_sha256, make_folder, write_new
+from shards.files import TEMPORARY_INFIX, atomic_write, file_sha256, make_folder, write_if_absent
 from shards.format.layout import Layout, Plan, manifest_id, read_plan
 from shards.format.records import RecordError, seal, unseal
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, parquet_bytes, read_parquet
@@ -22,15 +22,15 @@ def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
     """Write the plan if there is none; a plan that stands is never replaced. Returns the plan that counts."""
     make_folder(layout.shards)
     if not layout.plan.exists():
-        write_new(layout.plan, parquet_bytes(table.cast(UTTERANCE_SCHEMA)), owner)
+        write_if_absent(layout.plan, parquet_bytes(table.cast(UTTERANCE_SCHEMA)), owner)
     return read_plan(layout)
 
 
-def committed(layout: Layout, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
+def commit_record(layout: Layout, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
     """The commit record of a shard, if its ids are these and its files have the recorded sizes; else None."""
     try:
         record = unseal(layout.record(shard))
-        if not is_of(record, shard, feature_id, plan_id):
+        if not record_matches(record, shard, feature_id, plan_id):
             return None
         for kind, path in (("tar", layout.tar(shard)), ("parquet", layout.rows(shard))):
             if path.stat().st_size != record[kind]["bytes"]:
@@ -40,13 +40,13 @@ def committed(layout: Layout, shard: int, feature_id: str, plan_id: str) -> dict
     return record
 
 
-def is_of(record: dict[str, Any], shard: int, feature_id: str, plan_id: str) -> bool:
+def record_matches(record: dict[str, Any], shard: int, feature_id: str, plan_id: str) -> bool:
     """Whether a commit record is of this shard of this plan, and of these features."""
     wanted = (feature_id, plan_id, shard)
     return (record.get("feature_id"), record.get("plan_id"), record.get("shard")) == wanted
 
 
-def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: dict[str, Any]) -> dict[str, Any]:
+def finalize(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, provenance: dict[str, Any]) -> dict[str, Any]:
     """Merge the rows of all shards and write ``CACHE.json`` last. Idempotent; any process may do it.
 
     ``about`` is provenance (source, encoder, timings): kept in ``CACHE.json``, never part of an identity.
@@ -56,21 +56,25 @@ def finalise(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, about: d
     """
     records = []
     tables = []
-    for shard in range(plan.shards):
-        record = committed(layout, shard, spec.feature_id, plan.id)
+    for shard in range(plan.num_shards):
+        record = commit_record(layout, shard, spec.feature_id, plan.id)
         if record is None:
             raise UserError(f"shard {shard:06d} of '{layout.path}' is not committed: run the same extraction again")
         records.append(record)
         tables.append(_committed_rows(layout, shard, record))
-    files, info = merged(spec, plan, records, tables, about)
+    files, info = merge_shards(spec, plan, records, tables, provenance)
     for name, data in files.items():
         atomic_write(layout.path / name, data, owner)
     atomic_write(layout.cache, seal(info), owner)
     return info
 
 
-def merged(
-    spec: FeatureSpec, plan: Plan, records: Sequence[dict[str, Any]], tables: Sequence[pa.Table], about: dict[str, Any]
+def merge_shards(
+    spec: FeatureSpec,
+    plan: Plan,
+    records: Sequence[dict[str, Any]],
+    tables: Sequence[pa.Table],
+    provenance: dict[str, Any],
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """What completes a cache: the manifest and the failures by file name, and ``CACHE.json``, to be sealed.
 
@@ -99,7 +103,7 @@ def merged(
             "planned": len(plan.table),
             "utterances": len(manifest),
             "failures": len(failures),
-            "shards": plan.shards,
+            "shards": plan.num_shards,
             "frames": pc.sum(manifest["frames"]).as_py() or 0,
             "samples": pc.sum(manifest["samples"]).as_py() or 0,
             "bytes": sum(record["tar"]["bytes"] for record in records),
@@ -107,11 +111,11 @@ def merged(
         "codec_error": {"mean": pc.mean(error).as_py() or 0.0, "max": pc.max(error).as_py() or 0.0},
         "seconds": sum(record["timings"]["seconds"] for record in records),
         "encode_seconds": sum(record["timings"].get("encode_seconds", 0.0) for record in records),
-        "provenance": about,
+        "provenance": provenance,
     }
 
 
-def hashed_rows(path: Path, record: dict[str, Any]) -> pa.Table:
+def read_shard_rows(path: Path, record: dict[str, Any]) -> pa.Table:
     """A shard's rows in the parquet file that its record names; RecordError when it is not that file."""
     if file_sha256(path) != record["parquet"]["sha256"]:
         raise RecordError(f"{path.name} does not match its sha256")
@@ -121,7 +125,7 @@ def hashed_rows(path: Path, record: dict[str, Any]) -> pa.Table:
 def _committed_rows(layout: Layout, shard: int, record: dict[str, Any]) -> pa.Table:
     """The rows of a committed shard, as hashed: what is merged into the manifest is never looked at again."""
     try:
-        return hashed_rows(layout.rows(shard), record)
+        return read_shard_rows(layout.rows(shard), record)
     except RecordError as error:
         raise UserError(
             f"shard {shard:06d} of '{layout.path}' is damaged: {error}; delete '{layout.record(shard)}' and run the "
@@ -142,10 +146,10 @@ def stray_files(layout: Layout) -> Iterator[Path]:
     """What killed processes left: temporary files, and claims moved aside. A complete cache has none."""
     for folder in (layout.path, layout.shards):
         if folder.is_dir():
-            yield from sorted(path for path in folder.iterdir() if TEMPORARY in path.name)
+            yield from sorted(path for path in folder.iterdir() if TEMPORARY_INFIX in path.name)
 
 
-def sweep(layout: Layout) -> None:
+def remove_stray_files(layout: Layout) -> None:
     """Remove stray files and claims of shards. Only for the holder of the finishing claim, all shards being committed.
 
     The claim of a live process may go too: its shard is committed, so that releasing it finds nothing left to do.
@@ -154,6 +158,6 @@ def sweep(layout: Layout) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_tidy(layout: Layout) -> bool:
+def is_clean(layout: Layout) -> bool:
     """False when something that :func:`sweep` removes, or the finishing claim itself, still stands."""
-    return not (any(stray_files(layout)) or any(layout.shards.glob("*.claim*")) or layout.finishing.exists())
+    return not (any(stray_files(layout)) or any(layout.shards.glob("*.claim*")) or layout.finalize_claim.exists())

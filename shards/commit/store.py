@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from shards.commit.claims import LEASE
-from shards.commit.folder import Folder
+from shards.commit.folder import FolderStore
 from shards.format.layout import Layout, Plan
 from shards.format.spec import FeatureSpec
 from shards.remote.client import is_url
@@ -32,7 +32,7 @@ class Store(Protocol):
 
     location: str
     layout: Layout
-    stays: bool
+    keeps_shards: bool
 
     def info(self) -> dict[str, Any] | None:
         """``CACHE.json``, None where there is none yet; RecordError when it is damaged."""
@@ -43,10 +43,10 @@ class Store(Protocol):
     def write_plan(self, table: pa.Table) -> Plan:
         """Make ``table`` the plan unless one stands by now; returns the one that counts."""
 
-    def committed(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
+    def commit_record(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
         """The commit record of a shard, if it is of these ids and its files stand; else None."""
 
-    def damaged(self, shard: int, record: dict[str, Any]) -> bool:
+    def is_corrupt(self, shard: int, record: dict[str, Any]) -> bool:
         """Whether a committed shard's files have another sha256 than its record says; reads them whole."""
 
     def reopen(self, shards: dict[int, dict[str, Any]]) -> None:
@@ -55,10 +55,10 @@ class Store(Protocol):
     def is_complete(self, feature_id: str, plan_id: str) -> bool:
         """Whether ``CACHE.json`` stands, whole and of these ids."""
 
-    def at_work(self, owner: str, lease: float = LEASE) -> AbstractContextManager[None]:
+    def hold_leases(self, owner: str, lease: float = LEASE) -> AbstractContextManager[None]:
         """Within it this process may take shards; at its end it gives back what it holds."""
 
-    def take(self, shard: int | None) -> bool:
+    def acquire(self, shard: int | None) -> bool:
         """Claim a shard, or with None the finishing; False while somebody else has it."""
 
     def release(self, shard: int | None) -> None:
@@ -67,10 +67,10 @@ class Store(Protocol):
     def publish(self, shard: int) -> None:
         """Make the shard that :attr:`layout` holds count, if it is still this process's to make."""
 
-    def finish(self, spec: FeatureSpec, plan: Plan, about: dict[str, Any]) -> None:
+    def finalize(self, spec: FeatureSpec, plan: Plan, provenance: dict[str, Any]) -> None:
         """Merge all shards and write ``CACHE.json`` last. Only for the holder of the finishing."""
 
-    def tidy(self) -> None:
+    def cleanup(self) -> None:
         """Remove what killed processes left in a complete cache, where that is allowed."""
 
 
@@ -85,7 +85,7 @@ def open_store(location: str, scratch: str | None = None) -> Store:
         UserError: of a URL, the store cannot be reached or knows no conditional writes.
     """
     if is_url(location):
-        from shards.commit.bucket.store import Bucket
+        from shards.commit.bucket.store import BucketStore
 
-        return Bucket(location, Path(scratch) if scratch is not None else None)
-    return Folder(Path(location))
+        return BucketStore(location, Path(scratch) if scratch is not None else None)
+    return FolderStore(Path(location))

@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards.commit.finalize import committed
+from shards.commit.finalize import commit_record
 from shards.errors import WorkFailed
-from shards.files import TEMPORARY, atomic_write, fsync_folder, publish, temporary, write_all
+from shards.files import TEMPORARY_INFIX, atomic_write, fsync_folder, rename_durably, temporary_path, write_all
 from shards.format import tar
 from shards.format.codec import Array, Encoded, encode
 from shards.format.layout import MANIFEST_SCHEMA, Layout, parquet_bytes
-from shards.format.records import describe, seal
+from shards.format.records import seal, utterance_json
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
 Buffer = bytes | memoryview
-MAX_WAITING = 8  # updates of a BackgroundHash whose bytes may wait in memory
+MAX_QUEUED_UPDATES = 8  # updates of a BackgroundHash whose bytes may wait in memory
 
 
 class CommitError(RuntimeError):
@@ -45,7 +45,7 @@ class ShardWriter:
         self.layout, self.shard, self.spec, self.plan_id, self.owner = layout, shard, spec, plan_id, owner
         self.rows: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
-        self.path = temporary(layout.tar(shard), owner)
+        self.path = temporary_path(layout.tar(shard), owner)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._size = 0
         self._rest = 0  # crc32 of every byte that the rows' crc32 do not cover
@@ -92,7 +92,7 @@ class ShardWriter:
             "error": encoded.error,
             "audio_sha256": audio_sha256,
         }
-        about = describe(row, self.spec)  # before the first byte: what cannot be described is not half written
+        about = utterance_json(row, self.spec)  # before the first byte: what cannot be described is not half written
         row["offset"], row["length"] = self._member(f"{key}.npy", payload)
         if encoded.scale is not None:
             scale = npy_parts(encoded.scale)
@@ -101,7 +101,7 @@ class ShardWriter:
         self._member(f"{key}.json", [about])
         self.rows.append(row)
 
-    def fail(self, key: str, stage: str, error: str, attempt: int = 1) -> None:
+    def add_failure(self, key: str, stage: str, error: str, attempt: int = 1) -> None:
         """Record an utterance that has no features."""
         self.failures.append({"key": key, "stage": stage, "error": error, "attempt": attempt})
 
@@ -112,7 +112,7 @@ class ShardWriter:
             CommitError: the disk gave back other bytes than were written.
             WorkFailed: another process took the shard over and has not committed it yet.
         """
-        write_all(self._fd, end := tar.closing(self._size))
+        write_all(self._fd, end := tar.end_of_archive(self._size))
         self._hash.update([end])
         self._rest = zlib.crc32(end, self._rest)
         self._size += len(end)
@@ -135,13 +135,13 @@ class ShardWriter:
             "timings": timings,
         }
         try:
-            publish(self.path, self.layout.tar(self.shard))
+            rename_durably(self.path, self.layout.tar(self.shard))
             atomic_write(self.layout.rows(self.shard), rows, self.owner)
             atomic_write(self.layout.record(self.shard), seal(record), self.owner)
         except (
             FileNotFoundError
         ):  # a process that stood still for a lease lost its claim, and its files were cleaned up
-            theirs = committed(self.layout, self.shard, self.spec.feature_id, self.plan_id)
+            theirs = commit_record(self.layout, self.shard, self.spec.feature_id, self.plan_id)
             if theirs is None:
                 raise WorkFailed(
                     f"shard {self.shard:06d} of '{self.layout.path}' was taken over by another extraction while this "
@@ -160,11 +160,11 @@ class ShardWriter:
 
     def _member(self, name: str, parts: Sequence[Buffer]) -> tuple[int, int]:
         """Append a tar member; returns the offset of its data and their length."""
-        offset, length = self._size + tar.BLOCK, sum(map(len, parts))
-        around = tar.header(name, length), tar.padding(length)
+        offset, length = self._size + tar.BLOCK_SIZE, sum(map(len, parts))
+        around = tar.pack_header(name, length), tar.padding(length)
         whole = [around[0], *parts, around[1]]
         written = os.writev(self._fd, whole)
-        total = tar.BLOCK + length + len(around[1])
+        total = tar.BLOCK_SIZE + length + len(around[1])
         while written < total:  # a nearly full disk or a signal can cut a write short
             written += os.pwrite(self._fd, b"".join(whole)[written:], self._size + written)
             os.lseek(self._fd, self._size + written, os.SEEK_SET)
@@ -181,7 +181,7 @@ class ShardWriter:
         size = os.fstat(self._fd).st_size
         rest, at, found = 0, 0, dict[str, int]()
         with mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            for member in tar.walk(view):
+            for member in tar.iter_members(view):
                 key, _, kind = member.name.partition(".")
                 if kind == "json":
                     continue
@@ -203,11 +203,11 @@ class BackgroundHash:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._pieces: SimpleQueue[Sequence[Buffer] | None] = SimpleQueue()
-        self._room = threading.Semaphore(MAX_WAITING)
+        self._room = threading.Semaphore(MAX_QUEUED_UPDATES)
         self._thread: threading.Thread | None = None
 
     def update(self, pieces: Sequence[Buffer]) -> None:
-        """Queue ``pieces`` for hashing; blocks while ``MAX_WAITING`` calls are queued."""
+        """Queue ``pieces`` for hashing; blocks while ``MAX_QUEUED_UPDATES`` calls are queued."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
             self._thread.start()
@@ -241,7 +241,7 @@ def npy_parts(array: Array) -> list[Buffer]:
     return [buffer.getvalue(), values.reshape(-1).view(np.uint8).data]
 
 
-def npy(array: Array) -> bytes:
+def npy_bytes(array: Array) -> bytes:
     """``array`` as a version 1.0 ``.npy`` file."""
     return b"".join(npy_parts(array))
 
@@ -253,11 +253,11 @@ def crc32(parts: Iterable[Buffer], before: int = 0) -> int:
     return before
 
 
-def clean(layout: Layout, shard: int) -> None:
+def remove_stray_shard_files(layout: Layout, shard: int) -> None:
     """Remove what dead owners left of a shard. Only for the holder of the shard's claim."""
     prefix = f"{shard:06d}."
     for path in list(layout.shards.iterdir()):
-        if path.name.startswith(prefix) and TEMPORARY in path.name:
+        if path.name.startswith(prefix) and TEMPORARY_INFIX in path.name:
             path.unlink(missing_ok=True)
 
 

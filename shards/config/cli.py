@@ -16,7 +16,7 @@ SHELLS = ("bash", "zsh")
 FILES, FOLDERS, KEYS = ("FILE", "WAV"), ("CACHE", "RUN", "FOLDER", "DIR"), "key=value"  # metavars
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """As ``parse_args``, but ``key=value`` may also stand behind options that follow the first of them."""
     args, rest = parser.parse_known_args(argv)
     if not hasattr(args, "overrides") or any("=" not in word or word.startswith("-") for word in rest):

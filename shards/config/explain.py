@@ -30,20 +30,20 @@ def explain(model: type[BaseModel], error: ValidationError, tree: Any, find: Cal
     place = find(key)
     message = first["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        told = f"unknown key '{key}' in {place}: {_meant(model, key, siblings)}"
+        sentence = f"unknown key '{key}' in {place}: {_suggest_key(model, key, siblings)}"
     elif kind == "missing":
-        told = f"key '{key}' is missing in {place}: set it in the file or as {key}=…"
+        sentence = f"key '{key}' is missing in {place}: set it in the file or as {key}=…"
     elif kind in ("literal_error", "union_tag_invalid"):
         close = get_close_matches(str(value), re.findall("'(.*?)'", context["expected"]), 1)
-        told = f"key '{key}' in {place} is {value!r}: expected {context['expected']}"
-        told += f"; did you mean '{close[0]}'?" if close else ""
+        sentence = f"key '{key}' in {place} is {value!r}: expected {context['expected']}"
+        sentence += f"; did you mean '{close[0]}'?" if close else ""
     elif kind in ("model_type", "union_tag_not_found"):
-        told = f"key '{key}' in {place} is {value!r}: expected a mapping of keys"
+        sentence = f"key '{key}' in {place} is {value!r}: expected a mapping of keys"
     elif not key or (kind == "value_error" and isinstance(value, dict)):  # keys that do not go together
-        told = f"'{key}' in {place}: {message}" if key else f"{place}: {message}"
+        sentence = f"'{key}' in {place}: {message}" if key else f"{place}: {message}"
     else:
-        told = f"key '{key}' in {place} is {value!r}: {message[:1].lower()}{message[1:]}"
-    return f"{told} (and {len(others)} more)" if others else told
+        sentence = f"key '{key}' in {place} is {value!r}: {message[:1].lower()}{message[1:]}"
+    return f"{sentence} (and {len(others)} more)" if others else sentence
 
 
 def _locate(model: type[BaseModel], loc: Sequence[Any], tree: Any, missing: bool) -> tuple[str, list[str]]:
@@ -74,7 +74,7 @@ def _tagged(annotation: Any, tag: Any) -> Any:
     return None
 
 
-def _meant(model: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
+def _suggest_key(model: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
     """What an unknown key may stand for: the same name elsewhere, a similar one, or any that may stand here."""
     above, dot, last = key.rpartition(".")
     here = {name: above + dot + name for name in siblings}
@@ -87,8 +87,8 @@ def _meant(model: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
             elif present in siblings:
                 here.setdefault(name, prefix + present)
             elif name == last:
-                told = f"allowed here: {', '.join(siblings)}"
-                return f"{told}; to drop the keys of another kind, set {above}={{kind: …}}"
+                allowed = f"allowed here: {', '.join(siblings)}"
+                return f"{allowed}; to drop the keys of another kind, set {above}={{kind: …}}"
     same = [name for name in elsewhere if name.endswith(f".{last}")]
     if len(same) == 1:
         return f"did you mean '{elsewhere[same[0]]}'?"

@@ -24,7 +24,7 @@ BOUNDS = {
     Lt: ("<", "lt"),
     MultipleOf: ("multiple of", "multiple_of"),
 }
-NAMES = {
+TYPE_NAMES = {
     "int": "integer",
     "float": "number",
     "str": "text",
@@ -52,7 +52,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Group:
+class KeyGroup:
     """The keys of one model; ``prefix`` is where they stand (``lm.``), ``model`` tells the rest."""
 
     prefix: str
@@ -120,7 +120,7 @@ def _rename(models: Sequence[type[BaseModel]], tree: Any) -> Any:
     return renamed
 
 
-def groups(model: type[BaseModel]) -> Iterator[Group]:
+def groups(model: type[BaseModel]) -> Iterator[KeyGroup]:
     """``model`` itself with the keys that hold values, then each model below it (of a choice: every member)."""
     for prefix, each in submodels(model):
         keys = []
@@ -129,7 +129,7 @@ def groups(model: type[BaseModel]) -> Iterator[Group]:
             if not members or type(None) in get_args(field.annotation):
                 values, default = ("null, or a mapping", "null") if members else (_values(field), _default(field))
                 keys.append(Key(prefix + name, values, default, " ".join((field.description or "").split())))
-        yield Group(prefix, each, keys)
+        yield KeyGroup(prefix, each, keys)
 
 
 def names(model: type[BaseModel]) -> list[str]:
@@ -173,4 +173,4 @@ def _type(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     name = getattr(annotation, "__name__", str(annotation))
-    return NAMES.get(name, name)
+    return TYPE_NAMES.get(name, name)

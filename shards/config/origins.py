@@ -77,11 +77,11 @@ class Origins:
 
     model: type[BaseModel]
     files: Mapping[str, str]
-    words: Sequence[str]
+    arguments: Sequence[str]
 
     def find(self, key: str) -> str:
         """``the argument 'lr=fast'``, ``run.yaml:3``, or the file as a whole."""
-        names = {word: self._present(word.partition("=")[0]) for word in reversed(self.words)}
+        names = {word: self._present(word.partition("=")[0]) for word in reversed(self.arguments)}
         for word, name in names.items():
             if within(key, name):
                 return f"the argument '{word}'"

@@ -75,7 +75,7 @@ class Layout:
         return self.shards / f"{shard:06d}.claim"
 
     @property
-    def finishing(self) -> Path:
+    def finalize_claim(self) -> Path:
         """The claim of the process that merges the shards."""
         return self.path / "finish.claim"
 
@@ -93,10 +93,10 @@ class Plan:
     id: str
 
     @property
-    def shards(self) -> int:
+    def num_shards(self) -> int:
         return (pc.max(self.table["shard"]).as_py() + 1) if len(self.table) else 0
 
-    def shard(self, index: int) -> list[dict[str, Any]]:
+    def shard_rows(self, index: int) -> list[dict[str, Any]]:
         """The planned utterances of one shard, in row order."""
         rows: list[dict[str, Any]] = self.table.filter(pc.field("shard") == index).to_pylist()
         return rows
@@ -118,9 +118,9 @@ def manifest_id(feature_id: str, plan_id: str, tars: list[str]) -> str:
     return hashlib.sha256(canonical_json([feature_id, plan_id, tars]).encode()).hexdigest()
 
 
-def sequence(layout: Layout) -> Iterator[list[Path]]:
+def transfer_order(layout: Layout) -> Iterator[list[Path]]:
     """The files of a complete cache in an order that never shows a record without its files; groups go together."""
     yield [layout.plan]
-    for shard in range(read_plan(layout).shards):
+    for shard in range(read_plan(layout).num_shards):
         yield [layout.tar(shard), layout.rows(shard), layout.record(shard)]
     yield [layout.manifest, layout.failures, layout.cache]

@@ -26,7 +26,7 @@ class NpyError(ValueError):
     """These bytes are not an array of a shard: one phrase."""
 
 
-def read_header(data: memoryview) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+def parse_npy_header(data: memoryview) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     """(dtype, shape of one or two dimensions, offset of the first value) of the whole ``.npy`` member in ``data``.
 
     Raises:

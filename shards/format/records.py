@@ -45,10 +45,10 @@ def unseal(path: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise RecordError(f"{path.name} cannot be read: {error.strerror}") from None
-    return parse(data, path.name)
+    return unseal_bytes(data, path.name)
 
 
-def parse(data: bytes, name: str) -> dict[str, Any]:
+def unseal_bytes(data: bytes, name: str) -> dict[str, Any]:
     """The object that :func:`seal` made ``data`` of; RecordError, which calls it ``name``, when it is not whole."""
     if len(data) > MAX_JSON:
         raise RecordError(f"{name} is larger than {MAX_JSON >> 20} MiB")
@@ -98,7 +98,7 @@ class FileInfo(_Part):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class Failure(_Part):
+class FailureRecord(_Part):
     """An utterance that has no features."""
 
     key: str
@@ -118,7 +118,7 @@ class ShardRecord(_Part):
     parquet: FileInfo
     rows: int
     frames: int
-    failures: list[Failure]
+    failures: list[FailureRecord]
 
 
 class CacheInfo(_Part):
@@ -133,7 +133,7 @@ class CacheInfo(_Part):
     counts: dict[str, int]
 
 
-def describe(row: dict[str, Any], spec: FeatureSpec) -> bytes:
+def utterance_json(row: dict[str, Any], spec: FeatureSpec) -> bytes:
     """The ``<key>.json`` member: what a plain WebDataset reader sees beside the features."""
     about = {
         "key": row["key"],

@@ -118,7 +118,7 @@ def _size(path: Path) -> int:
 
 
 BATCH = 8192  # rows unpacked at once
-ROWS_PER_BYTE = 4  # keys are unique, so rows cannot compress away; a row of a plan takes some 30 bytes
+MAX_ROWS_PER_BYTE = 4  # keys are unique, so rows cannot compress away; a row of a plan takes some 30 bytes
 TEXT_GROWTH, TEXT_ROOM = 200, 64 << 20  # bytes in memory for a byte of file, and what any file may take
 
 
@@ -126,7 +126,7 @@ def _bound(path: Path, metadata: Any, size: int) -> None:
     """Refuse declared sizes before anything is allocated by them."""
     rows = metadata.num_rows
     unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    if not 0 <= rows <= ROWS_PER_BYTE * size or not 0 <= unpacked <= TEXT_ROOM + TEXT_GROWTH * size:
+    if not 0 <= rows <= MAX_ROWS_PER_BYTE * size or not 0 <= unpacked <= TEXT_ROOM + TEXT_GROWTH * size:
         raise RecordError(f"{path.name} declares {rows} rows and {unpacked} bytes in a file of {size} bytes")
 
 

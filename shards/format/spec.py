@@ -21,12 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from shards.errors import UserError, first_complaint
+from shards.errors import UserError, first_validation_error
 
 SCHEMA_VERSION = 1
 MAX_CHANNELS = 65_536
 
-Window = Literal["full30", "tight", "clip"]
+WindowMode = Literal["full30", "tight", "clip"]
 Codec = Literal["f16", "bf16", "int8", "fp8"]
 
 
@@ -61,7 +61,7 @@ class FeatureSpec(BaseModel):
     channels: int = Field(ge=1, le=MAX_CHANNELS)
     hop: int = Field(ge=1, le=1_000_000)
     sampling_rate: int = Field(ge=1, le=1_000_000)
-    window: Window
+    window: WindowMode
     margin: float = Field(default=0.0, ge=0, le=30)
     overlap: float = Field(ge=0)
     trim: Literal["valid", "none"]
@@ -75,8 +75,8 @@ class FeatureSpec(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_margin_of_zero(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        tree: dict[str, Any] = serialise(self)
+    def _without_margin_of_zero(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = serialize(self)
         if not self.margin:
             del tree["margin"]
         return tree
@@ -100,13 +100,13 @@ class FeatureSpec(BaseModel):
         """Validate a decoded JSON object read from ``where``; raises UserError."""
         version = tree.get("schema_version") if isinstance(tree, dict) else None
         if isinstance(version, int) and version != SCHEMA_VERSION:
-            mend = "update earshard" if version > SCHEMA_VERSION else "extract again"
-            raise UserError(f"{where} is of cache format {version} and this earshard reads {SCHEMA_VERSION}: {mend}")
+            fix = "update earshard" if version > SCHEMA_VERSION else "extract again"
+            raise UserError(f"{where} is of cache format {version} and this earshard reads {SCHEMA_VERSION}: {fix}")
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
             raise UserError(
-                f"{where} holds no feature spec: {first_complaint(error)}; run `make verify` on the cache"
+                f"{where} holds no feature spec: {first_validation_error(error)}; run `make verify` on the cache"
             ) from None
 
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BLOCK = 512
-RECORD = 20 * BLOCK  # tar programs write whole records of 20 blocks
+BLOCK_SIZE = 512
+RECORD = 20 * BLOCK_SIZE  # tar programs write whole records of 20 blocks
 MAX_NAME = 100
 MAX_MEMBER = 1 << 33  # 8 GiB: what USTAR's eleven octal digits can say
 
@@ -26,7 +26,7 @@ class TarError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class TarMember:
     """A plain file in a tar; ``offset`` and ``length`` bound its data in bytes."""
 
     name: str
@@ -34,7 +34,7 @@ class Member:
     length: int
 
 
-def header(name: str, length: int) -> bytes:
+def pack_header(name: str, length: int) -> bytes:
     """The 512-byte USTAR header of a regular file; mode 0444, owner earshard (0), mtime 0."""
     encoded = name.encode("ascii")
     if not _NAME.fullmatch(encoded) or len(encoded) > MAX_NAME or not 0 <= length < MAX_MEMBER:
@@ -47,15 +47,15 @@ def header(name: str, length: int) -> bytes:
 
 def padding(length: int) -> bytes:
     """Zeros from ``length`` to the next block."""
-    return b"\0" * (-length % BLOCK)
+    return b"\0" * (-length % BLOCK_SIZE)
 
 
-def closing(length: int) -> bytes:
+def end_of_archive(length: int) -> bytes:
     """The end of an archive that is ``length`` bytes long: two zero blocks, filled up to a record."""
-    return b"\0" * (2 * BLOCK + -(length + 2 * BLOCK) % RECORD)
+    return b"\0" * (2 * BLOCK_SIZE + -(length + 2 * BLOCK_SIZE) % RECORD)
 
 
-def walk(data: memoryview) -> Iterator[Member]:
+def iter_members(data: memoryview) -> Iterator[TarMember]:
     """The members of the tar in ``data``, in order.
 
     Raises:
@@ -65,12 +65,12 @@ def walk(data: memoryview) -> Iterator[Member]:
     position, total = 0, len(data)
     seen: set[str] = set()
     while True:
-        block = bytes(data[position : position + BLOCK])
-        if len(block) < BLOCK:
+        block = bytes(data[position : position + BLOCK_SIZE])
+        if len(block) < BLOCK_SIZE:
             raise TarError(f"the tar ends at byte {total} without its closing blocks")
         if not block.strip(b"\0"):
             tail = data[position:]
-            if len(tail) != len(closing(position)) or bytes(tail).strip(b"\0"):
+            if len(tail) != len(end_of_archive(position)) or bytes(tail).strip(b"\0"):
                 raise TarError(f"the tar's closing blocks at byte {position} are not as written")
             return
         member = _member(block, position)
@@ -86,11 +86,13 @@ def walk(data: memoryview) -> Iterator[Member]:
         position = end + len(padding(member.length))
 
 
-def _member(block: bytes, position: int) -> Member:
+def _member(block: bytes, position: int) -> TarMember:
     name, length = block[:MAX_NAME].rstrip(b"\0"), block[124:135]
     if not _NAME.fullmatch(name) or not _OCTAL.fullmatch(length):
         raise TarError(f"the header at byte {position} names no member of a shard")
-    member = Member(name.decode("ascii"), position + BLOCK, int(length, 8))
-    if block != header(member.name, member.length):  # links, devices, modes, owners, checksum: all in one comparison
+    member = TarMember(name.decode("ascii"), position + BLOCK_SIZE, int(length, 8))
+    if block != pack_header(
+        member.name, member.length
+    ):  # links, devices, modes, owners, checksum: all in one comparison
         raise TarError(f"the header of {member.name} at byte {position} is not one that a shard has")
     return member

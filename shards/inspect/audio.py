@@ -15,13 +15,15 @@ from typing import Any
 
 from shards.errors import UserError
 from shards.files import file_sha256
-from shards.inspect.findings import Problem, Progress
+from shards.inspect.findings import Problem, ProgressCallback
 from shards.read.cache import Cache
 
-PLAIN = ("librispeech", "manifest")  # kinds of source whose uris are paths below its root
+PLAIN_FILE_SOURCES = ("librispeech", "manifest")  # kinds of source whose uris are paths below its root
 
 
-def compare_audio(path: str | Path, folder: Path | None = None, progress: Progress | None = None) -> list[Problem]:
+def compare_audio(
+    path: str | Path, folder: Path | None = None, progress: ProgressCallback | None = None
+) -> list[Problem]:
     """Every utterance of the cache at ``path`` whose audio file is not the one it was made from.
 
     Args:
@@ -32,10 +34,12 @@ def compare_audio(path: str | Path, folder: Path | None = None, progress: Progre
         UserError: the cache is not sound, its audio is not plain files, or the folder is absent.
     """
     cache = Cache.open(path)
-    kind, root = _recorded(cache.info)
+    kind, root = _recorded_source(cache.info)
     uris = cache.manifest["audio"].to_pylist()
     folder = folder if folder is not None else Path(root) if root else None
-    if kind not in (None, *PLAIN) or (folder and any("#" in uri and not (folder / uri).exists() for uri in uris)):
+    if kind not in (None, *PLAIN_FILE_SOURCES) or (
+        folder and any("#" in uri and not (folder / uri).exists() for uri in uris)
+    ):
         raise UserError(
             f"the audio of '{path}' is not plain files: encode some of it again with `python -m pipeline check {path}`"
         )
@@ -60,9 +64,9 @@ def compare_audio(path: str | Path, folder: Path | None = None, progress: Progre
     return problems
 
 
-def _recorded(info: dict[str, Any]) -> tuple[str | None, str | None]:
+def _recorded_source(info: dict[str, Any]) -> tuple[str | None, str | None]:
     """Kind and root of the source; None for what the provenance (free form) does not say."""
     source = (info.get("provenance") or {}).get("source")
-    told = source if isinstance(source, dict) else {}
-    kind, root = told.get("kind"), told.get("root")
+    fields = source if isinstance(source, dict) else {}
+    kind, root = fields.get("kind"), fields.get("root")
     return kind if isinstance(kind, str) else None, root if isinstance(root, str) else None

@@ -20,7 +20,7 @@ from shards.format.records import FileInfo, RecordError, unseal
 from shards.format.schemas import read_parquet
 from shards.format.spec import SCHEMA_VERSION
 
-Progress = Callable[[int, int], None]  # (done, total)
+ProgressCallback = Callable[[int, int], None]  # (done, total)
 CHUNK = 8 << 20
 
 
@@ -42,15 +42,15 @@ class Findings:
         progress: called with (bytes read, bytes to read in all).
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path, progress: ProgressCallback | None = None) -> None:
         self.folder, self.progress = folder, progress
         self.problems: list[Problem] = []
         self.done = self.total = 0
 
-    def tell(self, shard: int | None, file: Path, what: str, key: str | None = None) -> None:
+    def report(self, shard: int | None, file: Path, what: str, key: str | None = None) -> None:
         self.problems.append(Problem(shard, str(file.relative_to(self.folder)), key, what))
 
-    def tell_error(self, shard: int | None, file: Path, error: Exception) -> None:
+    def report_error(self, shard: int | None, file: Path, error: Exception) -> None:
         """An exception of reading ``file`` as a problem of it."""
         if isinstance(error, FileNotFoundError):
             what = "is missing"
@@ -58,7 +58,7 @@ class Findings:
             what = f"cannot be read: {error.strerror}"
         else:
             what = str(error).removeprefix(file.name).strip()
-        self.tell(shard, file, what)
+        self.report(shard, file, what)
 
     def expect(self, paths: Iterable[Path]) -> None:
         """Count the bytes of ``paths``, which will be read, for the progress."""
@@ -74,7 +74,7 @@ class Findings:
         if self.progress:
             self.progress(self.done, self.total)
 
-    def sealed(self, path: Path, shard: int | None) -> dict[str, Any] | None:
+    def read_sealed(self, path: Path, shard: int | None) -> dict[str, Any] | None:
         """The object of a JSON file whose seal is whole; None when there is no file, or it is not whole, which is told.
 
         Raises:
@@ -85,7 +85,7 @@ class Findings:
         except FileNotFoundError:
             return None
         except RecordError as error:
-            self.tell_error(shard, path, error)
+            self.report_error(shard, path, error)
             return None
         version = tree.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -94,21 +94,21 @@ class Findings:
             )
         return tree
 
-    def table(self, path: Path, wanted: FileInfo, schema: pa.Schema, shard: int | None) -> pa.Table | None:
+    def read_table(self, path: Path, wanted: FileInfo, schema: pa.Schema, shard: int | None) -> pa.Table | None:
         """A parquet file of the right size and sha256, parsed; else None, and told."""
         try:
             size = path.stat().st_size
             if size != wanted.bytes:
-                self.tell(shard, path, f"has {size} bytes, not {wanted.bytes}")
-            elif self.digest(path) != wanted.sha256:
-                self.tell(shard, path, "does not match its sha256")
+                self.report(shard, path, f"has {size} bytes, not {wanted.bytes}")
+            elif self.hash_file(path) != wanted.sha256:
+                self.report(shard, path, "does not match its sha256")
             else:
                 return read_parquet(path, schema)
         except (RecordError, OSError) as error:
-            self.tell_error(shard, path, error)
+            self.report_error(shard, path, error)
         return None
 
-    def digest(self, path: Path, count: bool = True) -> str:
+    def hash_file(self, path: Path, count: bool = True) -> str:
         """64 hex digits: sha256 of a file; ``count`` its bytes for the progress. Raises OSError."""
         digest = hashlib.sha256()
         with open_file(path) as file:

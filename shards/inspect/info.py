@@ -76,7 +76,7 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
 def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
     plan = read_plan(layout, name)
     records = []
-    for shard in range(plan.shards):
+    for shard in range(plan.num_shards):
         try:
             records.append(ShardRecord.model_validate(unseal(layout.record(shard))))
         except (OSError, RecordError, ValidationError):
@@ -85,13 +85,13 @@ def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
         "planned": len(plan.table),
         "utterances": sum(record.rows for record in records),
         "failures": sum(len(record.failures) for record in records),
-        "shards": plan.shards,
+        "shards": plan.num_shards,
         "committed": len(records),
     }
     return {"complete": False, "path": name, "plan_id": plan.id, "counts": counts}
 
 
-def lines(about: dict[str, Any]) -> Iterator[str]:
+def format_info(about: dict[str, Any]) -> Iterator[str]:
     """The mapping of :func:`describe_cache` for people."""
     counts = about["counts"]
     yield about["path"]
@@ -120,10 +120,10 @@ def lines(about: dict[str, Any]) -> Iterator[str]:
     yield f"  audio         {about['hours']:.3f} h, {counts['frames']:,} frames"
     yield f"  bits a value  {about['bits_per_value']:.2f} with tar headers and texts"
     yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
-    yield from cost(about)
+    yield from format_cost(about)
 
 
-def cost(about: dict[str, Any]) -> Iterator[str]:
+def format_cost(about: dict[str, Any]) -> Iterator[str]:
     """The size of a complete cache, and the time that it took to make."""
     yield f"  bytes         {about['counts']['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
     encoder = f", {about['encode_seconds']:,.1f} s of it in the encoder" if about["encode_seconds"] else ""

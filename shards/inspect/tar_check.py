@@ -23,18 +23,18 @@ import pyarrow.compute as pc
 from shards.files import open_file
 from shards.format import tar
 from shards.format.codec import SCALED, STORED_DTYPE
-from shards.format.npy import NpyError, read_header
-from shards.format.records import describe
+from shards.format.npy import NpyError, parse_npy_header
+from shards.format.records import utterance_json
 from shards.format.spec import MAX_CHANNELS, FeatureSpec
 
-KEY = r"\A[A-Za-z0-9_-]{1,90}\z"
+KEY_PATTERN = r"\A[A-Za-z0-9_-]{1,90}\z"
 
 
 def first_bad_utterance(plan: pa.Table) -> str | None:
     """What is wrong with a plan: keys unique and legal; by shard and row, both counted from 0 without gaps."""
     if not len(plan):
         return None
-    legal = pc.match_substring_regex(plan["key"], KEY)
+    legal = pc.match_substring_regex(plan["key"], KEY_PATTERN)
     if not pc.all(legal).as_py():
         return f"has the key {plan['key'][pc.index(legal, False).as_py()].as_py()!r:.100}, which no shard can hold"
     if pc.count_distinct(plan["key"]).as_py() != len(plan):
@@ -77,7 +77,7 @@ _NUMBERS = ["samples", "shard", "row", "frames", "offset", "length", "scale_offs
 
 def _inside(offset: Any, length: Any, size: int) -> Any:
     # each is bounded before the two are added: a sum of two large int64 would wrap
-    return (offset >= tar.BLOCK) & (offset <= size) & (length >= 1) & (length <= size) & (offset + length <= size)
+    return (offset >= tar.BLOCK_SIZE) & (offset <= size) & (length >= 1) & (length <= size) & (offset + length <= size)
 
 
 class TarFile:
@@ -101,9 +101,9 @@ class TarFile:
 
     def problems(self, rows: pa.Table | None, spec: FeatureSpec | None) -> Iterator[tuple[str | None, str]]:
         """(key or None, what) for everything in the tar that is not as its manifest rows say."""
-        members: dict[str, tar.Member] = {}
+        members: dict[str, tar.TarMember] = {}
         try:
-            members.update((member.name, member) for member in tar.walk(self.data))
+            members.update((member.name, member) for member in tar.iter_members(self.data))
             whole = True
         except tar.TarError as error:
             whole = False
@@ -115,12 +115,12 @@ class TarFile:
             for row in batch.to_pylist():
                 expected += [f"{row['key']}.npy", *([f"{row['key']}.scale.npy"] * (row["scale_offset"] >= 0))]
                 expected.append(f"{row['key']}.json")
-                if what := self._unlike(row, spec, members):
+                if what := self._mismatch(row, spec, members):
                     yield row["key"], what
         if whole and list(members) != expected:
             yield None, "holds other members, or in another order, than its parquet file says"
 
-    def _unlike(self, row: dict[str, Any], spec: FeatureSpec | None, members: dict[str, tar.Member]) -> str | None:
+    def _mismatch(self, row: dict[str, Any], spec: FeatureSpec | None, members: dict[str, tar.TarMember]) -> str | None:
         """How an utterance differs from its row."""
         parts = [(f"{row['key']}.npy", row["offset"], row["length"])]
         if row["scale_offset"] >= 0:
@@ -135,7 +135,7 @@ class TarFile:
         if crc != row["crc32"]:
             return "does not match its crc32"
         try:
-            shapes = [read_header(self.data[offset : offset + length])[:2] for _, offset, length in parts]
+            shapes = [parse_npy_header(self.data[offset : offset + length])[:2] for _, offset, length in parts]
         except NpyError as error:
             return str(error)
         (dtype, shape), *scale = shapes
@@ -146,11 +146,11 @@ class TarFile:
             return "has a scale of another shape than its channels"
         found = members.get(f"{row['key']}.json")
         if found is not None and spec is not None:
-            return self._misdescribed(bytes(self.data[found.offset :][: min(found.length, 1 << 20)]), row, spec)
+            return self._json_mismatch(bytes(self.data[found.offset :][: min(found.length, 1 << 20)]), row, spec)
         return None
 
-    def _misdescribed(self, text: bytes, row: dict[str, Any], spec: FeatureSpec) -> str | None:
-        wanted = describe(row, spec)
+    def _json_mismatch(self, text: bytes, row: dict[str, Any], spec: FeatureSpec) -> str | None:
+        wanted = utterance_json(row, spec)
         if text == wanted:
             return None
         try:

@@ -21,20 +21,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from shards.errors import UserError, first_complaint
+from shards.errors import UserError, first_validation_error
 from shards.format.layout import Layout, manifest_id, shard_number
 from shards.format.records import CacheInfo, RecordError, ShardRecord
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, read_parquet
 from shards.format.spec import FeatureSpec
-from shards.inspect.findings import Findings, Problem, Progress
+from shards.inspect.findings import Findings, Problem, ProgressCallback
 from shards.inspect.tar_check import TarFile, first_bad_row, first_bad_utterance
 from shards.remote.client import is_url
-from shards.remote.snapshot import snapshot, whole_tar
+from shards.remote.snapshot import fetch_tar, snapshot
 
-PLANNED = [name for name in UTTERANCE_SCHEMA.names if name != "samples"]  # what a manifest row keeps of its plan row
+PLANNED_COLUMNS = [
+    name for name in UTTERANCE_SCHEMA.names if name != "samples"
+]  # what a manifest row keeps of its plan row
 
 
-def verify(path: str | Path, deep: bool = False, progress: Progress | None = None) -> list[Problem]:
+def verify(path: str | Path, deep: bool = False, progress: ProgressCallback | None = None) -> list[Problem]:
     """Everything that is wrong with the cache at a path or URL; an incomplete cache has at least that problem.
 
     Args:
@@ -46,7 +48,7 @@ def verify(path: str | Path, deep: bool = False, progress: Progress | None = Non
     """
     if is_url(path):
         with snapshot(str(path)) as copy:
-            return _Audit(Layout(copy), deep, progress, partial(whole_tar, str(path))).run()
+            return _Audit(Layout(copy), deep, progress, partial(fetch_tar, str(path))).run()
     layout = Layout(Path(path))
     if not layout.path.is_dir():
         raise UserError(f"there is no folder '{layout.path}': name a cache folder, such as caches/CORPUS/ENCODER")
@@ -62,11 +64,11 @@ class _Audit:
         self,
         layout: Layout,
         deep: bool,
-        progress: Progress | None,
-        whole: Callable[[Path], AbstractContextManager[Path]] = nullcontext,
+        progress: ProgressCallback | None,
+        open_tar: Callable[[Path], AbstractContextManager[Path]] = nullcontext,
     ) -> None:
-        self.layout, self.deep, self.whole = layout, deep, whole
-        self.found = Findings(layout.path, progress)
+        self.layout, self.deep, self.open_tar = layout, deep, open_tar
+        self.findings = Findings(layout.path, progress)
         self.spec: FeatureSpec | None = None
 
     def run(self) -> list[Problem]:
@@ -79,7 +81,7 @@ class _Audit:
         if plan is not None:
             shards = range(plan["shard"][-1].as_py() + 1 if len(plan) else 0)
         tables = [self.layout.manifest, self.layout.failures, *map(self.layout.rows, shards)]
-        self.found.expect([*tables, *map(self.layout.tar, shards)] if self.deep else tables)
+        self.findings.expect([*tables, *map(self.layout.tar, shards)] if self.deep else tables)
         feature_id = self._feature_id(info, records)
         manifest = self._table(info, self.layout.manifest, MANIFEST_SCHEMA)
         merged: dict[int, int] = {}
@@ -94,36 +96,36 @@ class _Audit:
             if record is None:
                 self._absent(shard)
             else:
-                rows = self._shard(shard, record, feature_id, plan_id, plan)
+                rows = self._check_shard(shard, record, feature_id, plan_id, plan)
             if rows is not None and manifest is not None and not manifest.slice(at, size).equals(rows):
-                self.found.tell(None, self.layout.manifest, f"does not hold the rows of shard {shard:06d}")
+                self.findings.report(None, self.layout.manifest, f"does not hold the rows of shard {shard:06d}")
                 manifest = None  # told once
             at += size
         if manifest is not None and at != len(manifest):
-            self.found.tell(None, self.layout.manifest, "has rows of shards that the plan does not know")
-        self._strangers(shards)
+            self.findings.report(None, self.layout.manifest, "has rows of shards that the plan does not know")
+        self._check_unexpected_files(shards)
         if info:
-            self._summary(info, {shard: records[shard] for shard in shards if shard in records}, shards, plan)
-        return self.found.problems
+            self._check_summary(info, {shard: records[shard] for shard in shards if shard in records}, shards, plan)
+        return self.findings.problems
 
     def _info(self) -> CacheInfo | None:
         path = self.layout.cache
-        tree = self.found.sealed(path, None)
+        tree = self.findings.read_sealed(path, None)
         if tree is None:
             if not path.exists():
-                self.found.tell(None, path, "is missing: the extraction is not complete")
+                self.findings.report(None, path, "is missing: the extraction is not complete")
             return None
         try:
             info = CacheInfo.model_validate(tree)
             self.spec = FeatureSpec.parse(info.spec, f"'{path}'")
         except ValidationError as error:
-            self.found.tell(None, path, f"lacks what a cache says: {first_complaint(error)}")
+            self.findings.report(None, path, f"lacks what a cache says: {first_validation_error(error)}")
             return None
         except UserError as error:
-            self.found.tell(None, path, f"lacks what a cache says: {error}")
+            self.findings.report(None, path, f"lacks what a cache says: {error}")
             return None
         if info.schema_version != self.spec.schema_version or self.spec.feature_id != info.feature_id:
-            self.found.tell(None, path, "has a feature id that is not that of its spec")
+            self.findings.report(None, path, "has a feature id that is not that of its spec")
         return info
 
     def _records(self) -> dict[int, ShardRecord]:
@@ -132,33 +134,33 @@ class _Audit:
             shard = shard_number(path.stem)
             if shard is None or not path.is_file():
                 continue
-            tree = self.found.sealed(path, shard)
+            tree = self.findings.read_sealed(path, shard)
             if tree is None:
                 continue
             try:
                 records[shard] = ShardRecord.model_validate(tree)
             except ValidationError as error:
-                self.found.tell(shard, path, f"lacks what a record says: {first_complaint(error)}")
+                self.findings.report(shard, path, f"lacks what a record says: {first_validation_error(error)}")
         return records
 
     def _plan(self, plan_id: str | None) -> pa.Table | None:
         """The plan, sorted by shard and row as it is written, or None."""
         path = self.layout.plan
         try:
-            found = self.found.digest(path, count=False)
+            found = self.findings.hash_file(path, count=False)
         except OSError as error:
-            self.found.tell_error(None, path, error)
+            self.findings.report_error(None, path, error)
             return None
         if plan_id is not None and found != plan_id:
-            self.found.tell(None, path, "is not the plan that the cache was made by (its sha256 differs)")
+            self.findings.report(None, path, "is not the plan that the cache was made by (its sha256 differs)")
             return None
         try:
             plan = read_parquet(path, UTTERANCE_SCHEMA)
         except (RecordError, OSError) as error:
-            self.found.tell_error(None, path, error)
+            self.findings.report_error(None, path, error)
             return None
         if bad := first_bad_utterance(plan):
-            self.found.tell(None, path, bad)
+            self.findings.report(None, path, bad)
             return None
         return plan
 
@@ -171,77 +173,79 @@ class _Audit:
     def _absent(self, shard: int) -> None:
         path = self.layout.record(shard)
         if not path.exists():
-            self.found.tell(shard, path, "is missing: the shard is not committed")
+            self.findings.report(shard, path, "is missing: the shard is not committed")
         elif not path.is_file():
-            self.found.tell(shard, path, "is no file")
+            self.findings.report(shard, path, "is no file")
 
-    def _shard(
+    def _check_shard(
         self, shard: int, record: ShardRecord, feature_id: str | None, plan_id: str | None, plan: pa.Table | None
     ) -> pa.Table | None:
         """Check one shard; its rows when they can be trusted."""
         layout, path = self.layout, self.layout.record(shard)
         if record.shard != shard:
-            self.found.tell(shard, path, f"is the record of shard {record.shard:06d}")
+            self.findings.report(shard, path, f"is the record of shard {record.shard:06d}")
         if record.feature_id != feature_id:
-            self.found.tell(shard, path, f"is of other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})")
+            self.findings.report(
+                shard, path, f"is of other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})"
+            )
         if record.plan_id != plan_id:
-            self.found.tell(shard, path, f"is of another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
-        rows = self.found.table(layout.rows(shard), record.parquet, MANIFEST_SCHEMA, shard)
+            self.findings.report(shard, path, f"is of another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
+        rows = self.findings.read_table(layout.rows(shard), record.parquet, MANIFEST_SCHEMA, shard)
         tar = layout.tar(shard)
         try:
             size = tar.stat().st_size
         except OSError as error:
-            self.found.tell_error(shard, tar, error)
+            self.findings.report_error(shard, tar, error)
             return rows
-        sound_size = size == record.tar.bytes
-        if not sound_size:
-            self.found.tell(shard, tar, f"has {size} bytes, not {record.tar.bytes}")
+        size_matches = size == record.tar.bytes
+        if not size_matches:
+            self.findings.report(shard, tar, f"has {size} bytes, not {record.tar.bytes}")
         if rows is not None:
             if rows.num_rows != record.rows or (pc.sum(rows["frames"]).as_py() or 0) != record.frames:
-                self.found.tell(shard, path, "counts other rows or frames than its parquet file holds")
+                self.findings.report(shard, path, "counts other rows or frames than its parquet file holds")
             if bad := first_bad_row(rows, shard, self.spec, record.tar.bytes):
-                self.found.tell(shard, layout.rows(shard), bad[1], bad[0])
+                self.findings.report(shard, layout.rows(shard), bad[1], bad[0])
                 rows = None
-            elif plan is not None and not self._as_planned(shard, record, rows, plan):
-                self.found.tell(
+            elif plan is not None and not self._matches_plan(shard, record, rows, plan):
+                self.findings.report(
                     shard, layout.rows(shard), "and the failures of its record do not make up the planned rows"
                 )
         if self.deep:
             try:
-                with self.whole(tar) as local:
-                    found = self.found.digest(local)
-                    if sound_size and found != record.tar.sha256:
-                        self.found.tell(shard, tar, "does not match its sha256")
+                with self.open_tar(tar) as local:
+                    found = self.findings.hash_file(local)
+                    if size_matches and found != record.tar.sha256:
+                        self.findings.report(shard, tar, "does not match its sha256")
                     with TarFile(local) as file:
                         for key, what in file.problems(rows, self.spec):
-                            self.found.tell(shard, tar, what, key)
+                            self.findings.report(shard, tar, what, key)
             except OSError as error:
-                self.found.tell_error(shard, tar, error)
+                self.findings.report_error(shard, tar, error)
         return rows
 
-    def _as_planned(self, shard: int, record: ShardRecord, rows: pa.Table, plan: pa.Table) -> bool:
+    def _matches_plan(self, shard: int, record: ShardRecord, rows: pa.Table, plan: pa.Table) -> bool:
         """Every planned utterance is a row or a failure, and none is both."""
         failed = pa.array([failure.key for failure in record.failures], pa.string())
-        planned = plan.filter(pc.equal(plan["shard"], shard)).select(PLANNED)
+        planned = plan.filter(pc.equal(plan["shard"], shard)).select(PLANNED_COLUMNS)
         lost = pc.is_in(planned["key"], value_set=failed)
-        same: bool = planned.filter(pc.invert(lost)).equals(rows.select(PLANNED))
+        same: bool = planned.filter(pc.invert(lost)).equals(rows.select(PLANNED_COLUMNS))
         return same and (pc.sum(lost).as_py() or 0) == len(failed)
 
     def _table(self, info: CacheInfo | None, path: Path, schema: pa.Schema) -> pa.Table | None:
         if info is None:
             return None
         if path.name not in info.files:
-            self.found.tell(None, self.layout.cache, f"says nothing about {path.name}")
+            self.findings.report(None, self.layout.cache, f"says nothing about {path.name}")
             return None
-        return self.found.table(path, info.files[path.name], schema, None)
+        return self.findings.read_table(path, info.files[path.name], schema, None)
 
-    def _strangers(self, shards: Sequence[int]) -> None:
+    def _check_unexpected_files(self, shards: Sequence[int]) -> None:
         """Tars and records that are not of the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
         for path in sorted([*self.layout.shards.glob("*.tar"), *self.layout.shards.glob("*.json")]):
             if shard_number(path.stem) not in shards:
-                self.found.tell(None, path, "is no shard of this cache")
+                self.findings.report(None, path, "is no shard of this cache")
 
-    def _summary(
+    def _check_summary(
         self, info: CacheInfo, records: dict[int, ShardRecord], shards: Sequence[int], plan: pa.Table | None
     ) -> None:
         """CACHE.json against the sum of the records."""
@@ -249,13 +253,13 @@ class _Audit:
         failures = self._table(info, self.layout.failures, FAILURE_SCHEMA)
         if len(records) < len(shards):
             return
-        told = [failure.model_dump() for shard in shards for failure in records[shard].failures]
-        if failures is not None and failures.to_pylist() != told:
-            self.found.tell(None, self.layout.failures, "does not hold the failures of the records")
+        failure_rows = [failure.model_dump() for shard in shards for failure in records[shard].failures]
+        if failures is not None and failures.to_pylist() != failure_rows:
+            self.findings.report(None, self.layout.failures, "does not hold the failures of the records")
         found = {
             "shards": len(shards),
             "utterances": sum(record.rows for record in records.values()),
-            "failures": len(told),
+            "failures": len(failure_rows),
             "frames": sum(record.frames for record in records.values()),
             "bytes": sum(record.tar.bytes for record in records.values()),
         }
@@ -263,7 +267,7 @@ class _Audit:
             found["planned"] = len(plan)
         for name, value in found.items():
             if info.counts.get(name) != value:
-                self.found.tell(None, path, f"counts {info.counts.get(name)} {name}, the shards have {value}")
+                self.findings.report(None, path, f"counts {info.counts.get(name)} {name}, the shards have {value}")
         tars = [records[shard].tar.sha256 for shard in shards]
         if manifest_id(info.feature_id, info.plan_id, tars) != info.manifest_id:
-            self.found.tell(None, path, "has a manifest id that is not that of its shards")
+            self.findings.report(None, path, "has a manifest id that is not that of its shards")

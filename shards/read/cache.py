@@ -28,16 +28,16 @@ from shards.format.codec import SCALED, STORED_DTYPE, Array, decode
 from shards.format.layout import MANIFEST_SCHEMA, Layout, read_parquet
 from shards.format.records import RecordError, unseal
 from shards.format.spec import FeatureSpec
-from shards.read.index import Group, Index, read_frames, unsound
-from shards.read.mmap import Mappings
+from shards.read.index import ManifestIndex, RowGroup, corrupt_cache, read_frames
+from shards.read.mmap import MmapPool
 from shards.remote.client import is_url
 from shards.remote.mirror import Mirror
 
-MAPPINGS = 64  # shards mapped at once: each keeps two file descriptors
+MAX_MAPPED_SHARDS = 64  # shards mapped at once: each keeps two file descriptors
 SCALE_DTYPE = np.dtype("<f4")
 
 
-class Stored(NamedTuple):
+class StoredUtterance(NamedTuple):
     """One utterance as it is stored: views of the shard, read-only, and what the manifest calls it."""
 
     payload: Array  # [frames, channels] of the codec's dtype
@@ -81,7 +81,7 @@ class Cache:
         self.bounds: NDArray[np.int64] = np.concatenate([[0], edges, [len(shards)]] if len(shards) else [[0]]).astype(
             np.int64
         )
-        self._checked = np.zeros(len(shards), dtype=bool)
+        self._verified = np.zeros(len(shards), dtype=bool)
         self.detach()
 
     @classmethod
@@ -104,10 +104,10 @@ class Cache:
             written = info["files"][layout.manifest.name]
             declared = (info["feature_id"], int(info["counts"]["utterances"]), int(written["bytes"]))
             if not isinstance(info["manifest_id"], str) or spec.feature_id != declared[0]:
-                raise unsound(layout.path, f"the feature id in {layout.cache.name} is not that of its spec")
+                raise corrupt_cache(layout.path, f"the feature id in {layout.cache.name} is not that of its spec")
             frames, shards = read_frames(layout, declared[1], declared[2], str(written["sha256"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise unsound(layout.path, f"{layout.cache.name} lacks or garbles {error}") from None
+            raise corrupt_cache(layout.path, f"{layout.cache.name} lacks or garbles {error}") from None
         return cls(layout.path, info, spec, frames, shards, verify, mirror)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,13 +118,15 @@ class Cache:
 
     def detach(self) -> None:
         """Forget mappings, cached strings and locks: for a process that was forked while threads were reading."""
-        self._index = Index(self.path, self.spec, self.frames, int(self.info["files"]["manifest.parquet"]["bytes"]))
-        most = MAPPINGS
+        self._index = ManifestIndex(
+            self.path, self.spec, self.frames, int(self.info["files"]["manifest.parquet"]["bytes"])
+        )
+        most = MAX_MAPPED_SHARDS
         if self.mirror is not None:
             self.mirror.detach()
             # What is mapped cannot make room: at most half of the local folder.
             most = max(1, min(most, int(self.mirror.budget / 2 / max(self.mirror.shard_bytes, 1))))
-        self._maps = Mappings(self.path, self.mirror, most)
+        self._mmap_pool = MmapPool(self.path, self.mirror, most)
 
     @cached_property
     def manifest(self) -> pa.Table:
@@ -132,7 +134,7 @@ class Cache:
         try:
             return read_parquet(Layout(self.path).manifest, MANIFEST_SCHEMA)
         except (OSError, RecordError) as error:
-            raise unsound(self.path, str(error)) from None
+            raise corrupt_cache(self.path, str(error)) from None
 
     def row(self, index: int) -> dict[str, Any]:
         """The manifest row of utterance ``index``."""
@@ -164,28 +166,28 @@ class Cache:
             raise ValueError(f"out has the shape {out.shape}, utterance {index} has {stored.payload.shape}")
         decode(self.spec.codec, stored.payload, stored.scale, out)
 
-    def fetch(self, rows: NDArray[np.int64]) -> list[Stored]:
+    def read_stored(self, rows: NDArray[np.int64]) -> list[StoredUtterance]:
         """The utterances at ``rows`` (int64, 0 … len - 1) as they are stored. What a row costs here, a batch waits for.
 
         Raises:
             UserError: as :meth:`features`.
         """
         dtype, channels, scaled = self._dtype, self.spec.channels, self.spec.codec in SCALED
-        places = self._index.find(rows)
+        places = self._index.locate(rows)
         shards = self._shards[rows].tolist()
-        maps = self._maps.get(shards)
-        checked = not self._verify or bool(self._checked[rows].all())
+        maps = self._mmap_pool.get(shards)
+        checked = not self._verify or bool(self._verified[rows].all())
         found = []
         about = zip(rows.tolist(), shards, self.frames[rows].tolist(), places, strict=True)
         for row, shard, frames, (group, at) in about:
             data = maps[shard].data
             if group.end.item(at) > len(data):
-                raise self._unsound(row, f"ends at byte {group.end.item(at)} of a file of {len(data)}")
-            if not checked and not self._checked[row]:
-                self._check(data, row, group, at)
-            payload: Array = np.ndarray((frames, channels), dtype, data, group.start.item(at))
-            scale = np.ndarray((channels,), SCALE_DTYPE, data, group.scale.item(at)) if scaled else None
-            found.append(Stored(payload, scale, group.key[at], group.text[at]))
+                raise self._corrupt_row(row, f"ends at byte {group.end.item(at)} of a file of {len(data)}")
+            if not checked and not self._verified[row]:
+                self._verify_checksum(data, row, group, at)
+            payload: Array = np.ndarray((frames, channels), dtype, data, group.payload_start.item(at))
+            scale = np.ndarray((channels,), SCALE_DTYPE, data, group.scale_start.item(at)) if scaled else None
+            found.append(StoredUtterance(payload, scale, group.key[at], group.text[at]))
         return found
 
     def shard_of(self, index: int) -> int:
@@ -195,9 +197,9 @@ class Cache:
     def will_need(self, rows: NDArray[np.int64]) -> None:
         """Ask the kernel to read the pages of ``rows`` from the disk while the caller does other things."""
         shards = self._shards[rows].tolist()
-        maps = self._maps.get(shards)
-        for shard, (group, at) in zip(shards, self._index.find(rows), strict=True):
-            maps[shard].will_need(group.start.item(at), group.end.item(at))
+        maps = self._mmap_pool.get(shards)
+        for shard, (group, at) in zip(shards, self._index.locate(rows), strict=True):
+            maps[shard].will_need(group.payload_start.item(at), group.end.item(at))
 
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
@@ -205,20 +207,20 @@ class Cache:
             raise IndexError(f"utterance {index} of {len(self)}")
         return place
 
-    def _stored(self, index: int) -> Stored:
-        return self.fetch(np.array([self._place(index)]))[0]
+    def _stored(self, index: int) -> StoredUtterance:
+        return self.read_stored(np.array([self._place(index)]))[0]
 
-    def _check(self, data: NDArray[np.uint8], row: int, group: Group, at: int) -> None:
+    def _verify_checksum(self, data: NDArray[np.uint8], row: int, group: RowGroup, at: int) -> None:
         crc, view = 0, data.data
-        for begin, end in group.members:
+        for begin, end in group.checksum_ranges:
             crc = zlib.crc32(view[begin.item(at) : end.item(at)], crc)
         if crc != group.crc32.item(at):
-            raise self._unsound(row, "does not match its checksum")
-        self._checked[row] = True
+            raise self._corrupt_row(row, "does not match its checksum")
+        self._verified[row] = True
 
-    def _unsound(self, row: int, what: str) -> UserError:
+    def _corrupt_row(self, row: int, what: str) -> UserError:
         (key,) = self.strings("key", [row])
-        return unsound(self.path, f"utterance '{key}' in shards/{self.shard_of(row):06d}.tar {what}")
+        return corrupt_cache(self.path, f"utterance '{key}' in shards/{self.shard_of(row):06d}.tar {what}")
 
 
 def _read_info(layout: Layout) -> dict[str, Any]:
@@ -233,4 +235,4 @@ def _read_info(layout: Layout) -> dict[str, Any]:
             ) from None
         raise UserError(f"'{layout.path}' is no cache: it has no CACHE.json; make one with `make extract`") from None
     except (OSError, RecordError) as error:
-        raise unsound(layout.path, str(error)) from None
+        raise corrupt_cache(layout.path, str(error)) from None

@@ -36,13 +36,13 @@ COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
-def select(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray[np.int64]:
+def select_rows(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray[np.int64]:
     """The rows of ``caches`` joined end to end that pass ``filter``, ascending.
 
     Raises:
         UserError: the filter is no such expression, or compares a column with a value of another type.
     """
-    expression = parse(filter) if isinstance(filter, str) else filter
+    expression = parse_filter(filter) if isinstance(filter, str) else filter
     found, start = [], 0
     for cache in caches:
         table = cache.manifest
@@ -53,26 +53,28 @@ def select(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray[np.i
         try:
             passed = table.filter(expression)["_at"]
         except (pa.ArrowException, TypeError) as error:
-            told = " ".join(str(error).split())
-            raise UserError(f"the filter '{filter}' does not fit the manifest of '{cache.location}': {told}") from None
+            message = " ".join(str(error).split())
+            raise UserError(
+                f"the filter '{filter}' does not fit the manifest of '{cache.location}': {message}"
+            ) from None
         found.append(passed.to_numpy() + start)
         start += len(cache)
     rows: NDArray[np.int64] = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
     return rows
 
 
-def parse(text: str) -> pc.Expression:
+def parse_filter(text: str) -> pc.Expression:
     """The expression of a filter's text; UserError when it is none."""
     try:
         expression = _expression(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _no_filter(text, "it is not an expression") from None
-    except _Unknown as error:
+    except _UnsupportedExpression as error:
         raise _no_filter(text, str(error)) from None
     return expression
 
 
-class _Unknown(Exception):
+class _UnsupportedExpression(Exception):
     """A part of the text that a filter does not have: one phrase."""
 
 
@@ -89,20 +91,20 @@ def _expression(node: ast.expr) -> pc.Expression:
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
         return reduce(operator.and_, map(_comparison, sides, node.ops, sides[1:]))
-    raise _Unknown(f"'{ast.unparse(node)}' compares nothing")
+    raise _UnsupportedExpression(f"'{ast.unparse(node)}' compares nothing")
 
 
 def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
     if not any(isinstance(side, ast.Name) for side in (left, right)):
-        raise _Unknown(f"'{ast.unparse(left)}' and '{ast.unparse(right)}' are both no column")
+        raise _UnsupportedExpression(f"'{ast.unparse(left)}' and '{ast.unparse(right)}' are both no column")
     if isinstance(op, ast.In | ast.NotIn):
         if not isinstance(right, ast.List | ast.Tuple):
-            raise _Unknown(f"'in' wants a list such as ['a', 'b'], not '{ast.unparse(right)}'")
+            raise _UnsupportedExpression(f"'in' wants a list such as ['a', 'b'], not '{ast.unparse(right)}'")
         values = pa.array([_constant(value) for value in right.elts])
         inside = _value(left).isin(values)
         return ~inside if isinstance(op, ast.NotIn) else inside
     if type(op) not in COMPARE:
-        raise _Unknown("it compares by '<', '<=', '>', '>=', '==', '!=', 'in' and 'not in' alone")
+        raise _UnsupportedExpression("it compares by '<', '<=', '>', '>=', '==', '!=', 'in' and 'not in' alone")
     compared: pc.Expression = COMPARE[type(op)](_value(left), _value(right))
     return compared
 
@@ -111,7 +113,7 @@ def _value(node: ast.expr) -> pc.Expression:
     if isinstance(node, ast.Name):
         names = [*MANIFEST_SCHEMA.names, *DERIVED]
         if node.id not in names:
-            raise _Unknown(f"there is no column '{node.id}' ({', '.join(names)})")
+            raise _UnsupportedExpression(f"there is no column '{node.id}' ({', '.join(names)})")
         return pc.field(node.id)
     return pc.scalar(_constant(node))
 
@@ -123,4 +125,4 @@ def _constant(node: ast.expr) -> str | int | float:
             return -number
     if isinstance(node, ast.Constant) and type(node.value) in (str, int, float):
         return node.value  # type: ignore[return-value]
-    raise _Unknown(f"'{ast.unparse(node)}' is no column, text or number")
+    raise _UnsupportedExpression(f"'{ast.unparse(node)}' is no column, text or number")

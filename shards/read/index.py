@@ -1,7 +1,7 @@
 """Which shard, which bytes, which key and text belong to a row: ``manifest.parquet`` without holding all of it.
 
 In: the manifest of a committed cache. Out: frames and shards of all rows at once (:func:`read_frames`), and the rest a
-row group at a time (:class:`Index`), so that a manifest of many million rows opens in a second.
+row group at a time (:class:`ManifestIndex`), so that a manifest of many million rows opens in a second.
 
 Nothing that the file declares is believed before it is bounded by the file's size.
 """
@@ -27,21 +27,21 @@ from shards.files import file_sha256
 from shards.format.codec import SCALED, STORED_DTYPE, Array
 from shards.format.layout import MANIFEST_SCHEMA, Layout
 from shards.format.records import RecordError
-from shards.format.schemas import ROWS_PER_BYTE, read_batches
+from shards.format.schemas import MAX_ROWS_PER_BYTE, read_batches
 from shards.format.spec import FeatureSpec
 
-GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
+MAX_ROW_GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
 HASHED_AT_OPEN = 64 << 20  # a larger manifest is hashed by `verify` alone: opening must stay quick
-PLACES = ["offset", "length", "scale_offset", "scale_length", "crc32"]
-FURTHEST = 1 << 48  # bytes: beyond any file, far below what an int64 sum overflows at
+OFFSET_COLUMNS = ["offset", "length", "scale_offset", "scale_length", "crc32"]
+MAX_OFFSET = 1 << 48  # bytes: beyond any file, far below what an int64 sum overflows at
 
 
-def unsound(path: Path, what: str) -> UserError:
+def corrupt_cache(path: Path, what: str) -> UserError:
     """What to raise for a cache whose files do not fit each other."""
     return UserError(f"the cache '{path}' is not sound: {what}; run `python -m shards verify {path}`")
 
 
-class Strings:
+class StringColumn:
     """A column of text. One value costs a third of what an arrow scalar of it costs."""
 
     def __init__(self, column: pa.StringArray) -> None:
@@ -54,7 +54,7 @@ class Strings:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RowGroup:
     """A row group: value i belongs to row ``first + i``. Places are bytes of the row's tar, int64 [rows].
 
     The payload is ``start`` to its member's end; ``scale`` is where the scales begin (unused without); no byte at
@@ -62,17 +62,17 @@ class Group:
     """
 
     first: int
-    key: Strings
-    text: Strings
-    start: NDArray[np.int64]
-    scale: NDArray[np.int64]
+    key: StringColumn
+    text: StringColumn
+    payload_start: NDArray[np.int64]
+    scale_start: NDArray[np.int64]
     end: NDArray[np.int64]
-    members: tuple[tuple[Array, Array], ...]
+    checksum_ranges: tuple[tuple[Array, Array], ...]
     crc32: NDArray[np.uint32]
     nbytes: int
 
 
-class Index:
+class ManifestIndex:
     """Row groups of a manifest, read when a row of them is asked for; the least recently used leaves.
 
     Args:
@@ -84,11 +84,11 @@ class Index:
     def __init__(self, path: Path, spec: FeatureSpec, frames: Array, size: int) -> None:
         self._path, self._spec, self._frames, self._size = path, spec, frames, size
         self._lock = threading.Lock()
-        self._groups: OrderedDict[int, Group] = OrderedDict()
+        self._groups: OrderedDict[int, RowGroup] = OrderedDict()
         self._file: pq.ParquetFile | None = None
         self._starts: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
 
-    def find(self, rows: NDArray[np.int64]) -> list[tuple[Group, int]]:
+    def locate(self, rows: NDArray[np.int64]) -> list[tuple[RowGroup, int]]:
         """The row group of each row, and the row's place in it.
 
         Raises:
@@ -98,7 +98,7 @@ class Index:
             if self._file is None:
                 self._open()
             numbers = np.searchsorted(self._starts, rows, side="right") - 1
-            found: dict[int, Group] = {}
+            found: dict[int, RowGroup] = {}
             for number in dict.fromkeys(numbers.tolist()):
                 found[number] = self._group(number)
         places = (rows - self._starts[numbers]).tolist()
@@ -106,48 +106,48 @@ class Index:
 
     def strings(self, column: Literal["key", "text"], rows: NDArray[np.int64]) -> list[str]:
         """``key`` or ``text`` of ``rows``."""
-        return [getattr(group, column)[at] for group, at in self.find(rows)]
+        return [getattr(group, column)[at] for group, at in self.locate(rows)]
 
     def _open(self) -> None:
-        with readable(self._path):
+        with translate_manifest_errors(self._path):
             file = pq.ParquetFile(Layout(self._path).manifest, memory_map=True)
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         self._file, self._starts = file, np.array([0, *accumulate(sizes)], dtype=np.int64)
 
-    def _group(self, number: int) -> Group:
+    def _group(self, number: int) -> RowGroup:
         if number not in self._groups:
             self._groups[number] = self._read(number)
             held = sum(group.nbytes for group in self._groups.values())
-            while held > GROUP_BYTES and len(self._groups) > 1:
+            while held > MAX_ROW_GROUP_BYTES and len(self._groups) > 1:
                 held -= self._groups.popitem(last=False)[1].nbytes
         self._groups.move_to_end(number)
         return self._groups[number]
 
-    def _read(self, number: int) -> Group:
+    def _read(self, number: int) -> RowGroup:
         assert self._file is not None
-        with readable(self._path):
-            columns = ["key", "text", *PLACES]
+        with translate_manifest_errors(self._path):
+            columns = ["key", "text", *OFFSET_COLUMNS]
             # One thread: pyarrow's own pool does not survive the fork of a DataLoader worker.
             options = {"row_groups": [number], "columns": columns, "use_threads": False}
             table = read_batches("manifest.parquet", self._file, self._size, **options).combine_chunks()
         if any(table[name].null_count for name in table.column_names):
-            raise unsound(self._path, "manifest.parquet has empty values")
+            raise corrupt_cache(self._path, "manifest.parquet has empty values")
         first = int(self._starts[number])
-        places = {name: table[name].to_numpy() for name in PLACES}
+        places = {name: table[name].to_numpy() for name in OFFSET_COLUMNS}
         frames = self._frames[first : first + len(table)].astype(np.int64)
         wrong = _out_of_bounds(self._spec, frames, places)
         if wrong is not None:
-            raise unsound(self._path, f"manifest.parquet: row {first + wrong} is out of bounds")
+            raise corrupt_cache(self._path, f"manifest.parquet: row {first + wrong} is out of bounds")
         scaled, channels = self._spec.codec in SCALED, self._spec.channels
         ends = places["offset"] + places["length"], places["scale_offset"] + places["scale_length"]
-        return Group(
+        return RowGroup(
             first=first,
-            key=Strings(table["key"].chunk(0)),
-            text=Strings(table["text"].chunk(0)),
-            start=ends[0] - frames * (channels * STORED_DTYPE[self._spec.codec].itemsize),
-            scale=ends[1] - 4 * channels,
+            key=StringColumn(table["key"].chunk(0)),
+            text=StringColumn(table["text"].chunk(0)),
+            payload_start=ends[0] - frames * (channels * STORED_DTYPE[self._spec.codec].itemsize),
+            scale_start=ends[1] - 4 * channels,
             end=np.maximum(*ends),
-            members=((places["offset"], ends[0]), (places["scale_offset"], ends[1]))[: 1 + scaled],
+            checksum_ranges=((places["offset"], ends[0]), (places["scale_offset"], ends[1]))[: 1 + scaled],
             crc32=places["crc32"],
             nbytes=table.nbytes,
         )
@@ -160,45 +160,47 @@ def read_frames(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Arra
         UserError: the manifest is not the one that ``size`` and ``sha256`` tell of, or cannot be.
     """
     path = layout.manifest
-    with readable(layout.path):
+    with translate_manifest_errors(layout.path):
         found = path.stat().st_size
         if found != size:
-            raise unsound(layout.path, f"{path.name} has {found} bytes, not {size}")
+            raise corrupt_cache(layout.path, f"{path.name} has {found} bytes, not {size}")
         if size <= HASHED_AT_OPEN and file_sha256(path) != sha256:
-            raise unsound(layout.path, f"{path.name} does not match its sha256")
+            raise corrupt_cache(layout.path, f"{path.name} does not match its sha256")
         with pq.ParquetFile(path, memory_map=True) as file:
             if not file.schema_arrow.remove_metadata().equals(MANIFEST_SCHEMA):
-                raise unsound(layout.path, f"{path.name} has other columns than this format")
-            if file.metadata.num_rows != rows or rows > ROWS_PER_BYTE * size:
-                raise unsound(layout.path, f"{path.name} has {file.metadata.num_rows} rows in {size} bytes, not {rows}")
+                raise corrupt_cache(layout.path, f"{path.name} has other columns than this format")
+            if file.metadata.num_rows != rows or rows > MAX_ROWS_PER_BYTE * size:
+                raise corrupt_cache(
+                    layout.path, f"{path.name} has {file.metadata.num_rows} rows in {size} bytes, not {rows}"
+                )
             table = file.read(columns=["frames", "shard"])
     if table["frames"].null_count or table["shard"].null_count:
-        raise unsound(layout.path, f"{path.name} has empty values")
+        raise corrupt_cache(layout.path, f"{path.name} has empty values")
     frames, shards = table["frames"].to_numpy(), table["shard"].to_numpy()
     if len(frames) and (frames.min() < 1 or shards[0] < 0 or np.any(shards[1:] < shards[:-1])):
-        raise unsound(layout.path, f"{path.name} has rows without frames or out of order")
+        raise corrupt_cache(layout.path, f"{path.name} has rows without frames or out of order")
     return frames, shards
 
 
 def _out_of_bounds(spec: FeatureSpec, frames: NDArray[np.int64], places: dict[str, Any]) -> int | None:
     """The first row whose places cannot hold its frames; None when all can."""
     width = spec.channels * STORED_DTYPE[spec.codec].itemsize
-    sound = (places["offset"] >= 0) & (places["offset"] < FURTHEST) & (places["length"] < FURTHEST)
-    sound &= frames * width <= places["length"]
+    valid = (places["offset"] >= 0) & (places["offset"] < MAX_OFFSET) & (places["length"] < MAX_OFFSET)
+    valid &= frames * width <= places["length"]
     if spec.codec in SCALED:
-        sound &= (places["scale_offset"] >= 0) & (places["scale_offset"] < FURTHEST)
-        sound &= (places["scale_length"] >= 4 * spec.channels) & (places["scale_length"] < FURTHEST)
+        valid &= (places["scale_offset"] >= 0) & (places["scale_offset"] < MAX_OFFSET)
+        valid &= (places["scale_length"] >= 4 * spec.channels) & (places["scale_length"] < MAX_OFFSET)
     else:
-        sound &= (places["scale_offset"] == -1) & (places["scale_length"] == 0)
-    return None if sound.all() else int(sound.argmin())
+        valid &= (places["scale_offset"] == -1) & (places["scale_length"] == 0)
+    return None if valid.all() else int(valid.argmin())
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def translate_manifest_errors(path: Path) -> Iterator[None]:
     """Failures of reading the manifest of the cache at ``path`` as one sentence."""
     try:
         yield
     except RecordError as error:
-        raise unsound(path, str(error)) from None
+        raise corrupt_cache(path, str(error)) from None
     except (OSError, pa.ArrowException) as error:
-        raise unsound(path, f"manifest.parquet cannot be read ({error})") from None
+        raise corrupt_cache(path, f"manifest.parquet cannot be read ({error})") from None

@@ -20,10 +20,10 @@ from shards.errors import UserError
 from shards.files import open_file
 from shards.format.codec import decode
 from shards.format.layout import Layout
-from shards.format.npy import read_header
+from shards.format.npy import parse_npy_header
 from shards.read.cache import Cache
 
-SHOWN = ["key", "id", "text", "speaker", "split", "frames"]
+SAMPLE_FIELDS = ["key", "id", "text", "speaker", "split", "frames"]
 
 
 class FeatureDataset(Dataset[dict[str, Any]]):
@@ -47,7 +47,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         row = self.cache.row(index)
         features = np.empty((row["frames"], self.cache.spec.channels), dtype=np.float32)
         self.cache.read_into(index, features)
-        about = {name: row[name] for name in SHOWN}
+        about = {name: row[name] for name in SAMPLE_FIELDS}
         duration = row["samples"] / self.cache.spec.sampling_rate
         return {"features": torch.from_numpy(features), **about, "duration": duration}
 
@@ -75,14 +75,14 @@ def as_webdataset(cache: str | Path | Cache, *, seed: int | None = None) -> Any:
         *([] if seed is None else [wds.detshuffle(bufsize=len(numbers), initial=len(numbers), seed=seed)]),
         wds.split_by_node,
         wds.split_by_worker,
-        _Opened(source),
+        _OpenShards(source),
         wds.tariterators.tar_file_expander,
         wds.tariterators.group_by_keys,
-        _Decoded(source.spec.codec),
+        _DecodeSamples(source.spec.codec),
     )
 
 
-class _Opened:
+class _OpenShards:
     """Shard numbers to open tars; a far shard is fetched here, in the process that reads it."""
 
     def __init__(self, cache: Cache) -> None:
@@ -98,7 +98,7 @@ class _Opened:
                 yield {"url": str(path), "stream": stream}
 
 
-class _Decoded:
+class _DecodeSamples:
     """Samples of bytes to samples of a tensor and its metadata."""
 
     def __init__(self, codec: str) -> None:
@@ -117,5 +117,5 @@ class _Decoded:
 
 
 def _array(data: bytes) -> np.ndarray[Any, np.dtype[Any]]:
-    dtype, shape, start = read_header(memoryview(data))
+    dtype, shape, start = parse_npy_header(memoryview(data))
     return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)

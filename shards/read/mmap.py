@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from shards.files import open_file
 from shards.format.layout import Layout
-from shards.read.index import unsound
+from shards.read.index import corrupt_cache
 from shards.remote.mirror import Mirror
 
-ADVICE = 1 << 20  # bytes the kernel is asked to read at once: some kernels cut off a longer request
+MAX_READ_AHEAD_BYTES = 1 << 20  # bytes the kernel is asked to read at once: some kernels cut off a longer request
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class MappedShard:
     """The bytes of a shard, uint8 and read-only, and a descriptor that is open as long as they are."""
 
     data: NDArray[np.uint8]
@@ -36,12 +36,12 @@ class Mapped:
 
     def will_need(self, start: int, end: int) -> None:
         """Ask the kernel to read these bytes from the disk while the caller does other things."""
-        for place in range(start, min(end, len(self.data)), ADVICE):
+        for place in range(start, min(end, len(self.data)), MAX_READ_AHEAD_BYTES):
             # Not the mapping's own madvise: it keeps Python's lock while it waits for the disk's queue.
-            os.posix_fadvise(self.fd, place, min(ADVICE, end - place), os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.fd, place, min(MAX_READ_AHEAD_BYTES, end - place), os.POSIX_FADV_WILLNEED)
 
 
-class Mappings:
+class MmapPool:
     """Maps shards on demand; for several threads at once.
 
     Args:
@@ -50,22 +50,22 @@ class Mappings:
         most: shards mapped at once.
     """
 
-    def __init__(self, path: Path, mirror: Mirror | None, most: int) -> None:
-        self._path, self._mirror, self._most = path, mirror, most
+    def __init__(self, path: Path, mirror: Mirror | None, max_mapped: int) -> None:
+        self._path, self._mirror, self._max_mapped = path, mirror, max_mapped
         self._lock = threading.Lock()
-        self._maps: OrderedDict[int, Mapped] = OrderedDict()
+        self._maps: OrderedDict[int, MappedShard] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._maps)
 
-    def get(self, shards: Iterable[int]) -> dict[int, Mapped]:
+    def get(self, shards: Iterable[int]) -> dict[int, MappedShard]:
         """The mappings of ``shards``, which may be more than are kept.
 
         Raises:
             UserError: one cannot be had, or cannot be mapped.
         """
         wanted = dict.fromkeys(shards)
-        found: dict[int, Mapped] = {}
+        found: dict[int, MappedShard] = {}
         with self._lock:
             for shard in wanted:
                 if shard in self._maps:
@@ -75,16 +75,16 @@ class Mappings:
             mapped = self._map(shard)  # without the lock: a far shard takes a while, and others wait for others
             with self._lock:
                 found[shard] = self._maps.setdefault(shard, mapped)
-                while len(self._maps) > self._most:
+                while len(self._maps) > self._max_mapped:
                     self._maps.popitem(last=False)
         return found
 
-    def _map(self, shard: int) -> Mapped:
+    def _map(self, shard: int) -> MappedShard:
         path = Layout(self._path).tar(shard)
         try:
             with open_file(path) if self._mirror is None else self._mirror.open_shard(shard) as file:
                 data, fd = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.dup(file.fileno())
         except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise unsound(self._path, f"shards/{path.name} cannot be read ({error})") from None
+            raise corrupt_cache(self._path, f"shards/{path.name} cannot be read ({error})") from None
         weakref.finalize(data, os.close, fd).atexit = False
-        return Mapped(np.frombuffer(data, dtype=np.uint8), fd)
+        return MappedShard(np.frombuffer(data, dtype=np.uint8), fd)

@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
 from shards.errors import UserError, missing_package
-from shards.files import publish
+from shards.files import rename_durably
 
 T = TypeVar("T")
-Doing = Literal["fetched", "written"]
+TransferAction = Literal["fetched", "written"]
 CHUNK = 8 << 20  # bytes per request to an object store
 BACKOFF = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt; progress starts the row anew
 EXTRAS = {  # scheme -> package, extra
@@ -76,7 +76,7 @@ class Remote:
         """``parse`` of a small file's first ``limit`` bytes; the file is read again if it raises TransientError."""
         return retry(lambda: parse(b"".join(self.stream(name, 0, limit))), f"{self.url}/{name}")
 
-    def find(self, name: str, limit: int) -> bytes | None:
+    def read_if_exists(self, name: str, limit: int) -> bytes | None:
         """The first ``limit`` bytes of a small file, or None if it does not exist."""
         return self._unless_absent(name, lambda: b"".join(self.stream(name, 0, limit)))
 
@@ -142,14 +142,14 @@ class Remote:
                 self.fetch(name, file, size, sha256)
                 file.flush()
                 os.fsync(file.fileno())
-            publish(partial, path)
+            rename_durably(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         return True
 
     def upload(self, path: Path, name: str) -> None:
         """Write a local file under ``name``, over what is there."""
-        retry(lambda: self._connection.put(path, name), f"{self.url}/{name}", doing="written")
+        retry(lambda: self._connection.put(path, name), f"{self.url}/{name}", action="written")
 
     @property
     def _connection(self) -> Any:
@@ -172,7 +172,7 @@ def retry(
     attempt: Callable[[], T],
     what: str,
     progressed: Callable[[], bool] = lambda: False,
-    doing: Doing = "fetched",
+    action: TransferAction = "fetched",
 ) -> T:
     """``attempt()`` until it raises no TransientError, waiting longer each time; UserError when it is no use."""
     start, failures = time.monotonic(), 0
@@ -188,7 +188,7 @@ def retry(
         failures = 0 if progressed() else failures + 1
         if failures > len(BACKOFF):
             raise UserError(
-                f"'{what}' could not be {doing} in {failures} attempts and {time.monotonic() - start:.0f} s "
+                f"'{what}' could not be {action} in {failures} attempts and {time.monotonic() - start:.0f} s "
                 f"({reason}): check the connection and the files there, then rerun the same command"
             )
         time.sleep(BACKOFF[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # not all ranks at the same moment

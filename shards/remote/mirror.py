@@ -31,9 +31,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from shards.files import atomic_write, file_lock, file_sha256, make_folder, open_file, told
+from shards.files import atomic_write, file_lock, file_sha256, make_folder, open_file, translate_os_errors
 from shards.format.layout import Layout
-from shards.format.records import MAX_JSON, CacheInfo, FileInfo, RecordError, ShardRecord, is_claim, parse, unseal
+from shards.format.records import (
+    MAX_JSON,
+    CacheInfo,
+    FileInfo,
+    RecordError,
+    ShardRecord,
+    is_claim,
+    unseal,
+    unseal_bytes,
+)
 from shards.remote.client import Remote, TransientError
 
 BUDGET_GB = 50.0
@@ -73,7 +82,7 @@ class Mirror:
         remote = Remote(url)
         data, info = fetch_info(remote)
         folder = root / hashlib.sha256(data).hexdigest()[:32]
-        with told("mirroring a remote cache", root):
+        with translate_os_errors("mirroring a remote cache", root):
             make_folder(folder / "shards")
             _save(folder / "CACHE.json", data)
         mirror = cls(remote.url, folder, _budget() if budget is None else budget)
@@ -111,7 +120,7 @@ class Mirror:
         Raises:
             UserError: it cannot be fetched.
         """
-        return self._fetch(self.layout.tar(shard), lambda: self._tar_of(shard), needed, counted=True)
+        return self._fetch(self.layout.tar(shard), lambda: self._tar_info(shard), needed, reserve=True)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Fetch these shards in the background, in this order, after those that were requested before."""
@@ -138,7 +147,7 @@ class Mirror:
             with suppress(Exception):  # whoever needs the shard tries again, and reports
                 self.fetch(shard, needed=False)
 
-    def _tar_of(self, shard: int) -> FileInfo:
+    def _tar_info(self, shard: int) -> FileInfo:
         """Size and sha256 of a shard's tar, by its commit record."""
         path = self.layout.record(shard)
         try:
@@ -148,23 +157,23 @@ class Mirror:
             _save(path, data)
         return record.tar
 
-    def _fetch(self, path: Path, declared: Callable[[], FileInfo], needed: bool, counted: bool = False) -> bool:
+    def _fetch(self, path: Path, file_info: Callable[[], FileInfo], needed: bool, reserve: bool = False) -> bool:
         """Fetch one file of ``declared`` size and hash, or wait for whoever does; ``counted`` needs room."""
         part, lock = path.with_suffix(".part"), path.with_suffix(".lock")
         with suppress(FileNotFoundError):
             os.utime(path)  # the time of last use
             return True
         # The lock is a file of its own: whoever waits on the data's would wait for those who read it, too.
-        with told("storing a part of a remote cache", self.folder), file_lock(lock, wait=needed) as held:
+        with translate_os_errors("storing a part of a remote cache", self.folder), file_lock(lock, wait=needed) as held:
             if not held:
                 return False
             try:
                 if path.exists():
                     return True
-                file, name = declared(), str(path.relative_to(self.folder))
+                file, name = file_info(), str(path.relative_to(self.folder))
                 part.unlink(missing_ok=True)  # of a killed process
                 # Made at its full size while the room is reserved: what is under way counts whole.
-                space = self.reserve_space(file.bytes, needed) if counted else None
+                space = self.reserve_space(file.bytes, needed) if reserve else None
                 return self._remote.download(name, path, part, file.bytes, file.sha256, space)
             finally:
                 lock.unlink(missing_ok=True)
@@ -179,7 +188,7 @@ class Mirror:
         root = self.folder.parent
         while True:
             with file_lock(root / "room.lock"):
-                stored, under_way = _stored(root), False
+                stored, under_way = _mirrored_shards(root), False
                 excess = sum(taken for _, taken, _ in stored) + size - self.budget
                 for _, taken, path in stored:
                     if excess > 0 and _remove_unused(path):
@@ -203,7 +212,7 @@ def fetch_info(remote: Remote) -> tuple[bytes, CacheInfo]:
         if is_claim(data):
             raise UserError(f"the cache '{remote.url}' is not complete: finish its extraction first")
         try:
-            info = CacheInfo.model_validate(parse(data, "CACHE.json"))
+            info = CacheInfo.model_validate(unseal_bytes(data, "CACHE.json"))
             info.files["manifest.parquet"], info.files["failures.parquet"], info.counts["shards"], info.counts["bytes"]
             return data, info
         except RecordError as error:
@@ -226,7 +235,7 @@ def fetch_record(remote: Remote, shard: int, info: CacheInfo) -> tuple[bytes, Sh
 
     def parse_record(data: bytes) -> tuple[bytes, ShardRecord]:
         try:
-            record = ShardRecord.model_validate(parse(data, name))
+            record = ShardRecord.model_validate(unseal_bytes(data, name))
         except (RecordError, ValidationError) as error:
             raise TransientError(str(error) if isinstance(error, RecordError) else "it is no commit record") from None
         if (record.feature_id, record.plan_id, record.shard) != (info.feature_id, info.plan_id, shard):
@@ -236,7 +245,7 @@ def fetch_record(remote: Remote, shard: int, info: CacheInfo) -> tuple[bytes, Sh
     return remote.read(name, MAX_JSON + 1, parse_record)
 
 
-def require_room(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:
+def require_space(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:
     """UserError unless so many shards of each mirror fit into the budget together; names the ``setting`` to lower."""
     total = sum(mirror.shard_bytes * count for mirror, count in wanted)
     budget = min((mirror.budget for mirror, _ in wanted), default=0)
@@ -264,14 +273,16 @@ def _budget() -> int:
     return int(budget * 1e9)
 
 
-def _stored(root: Path) -> list[tuple[int, int, Path]]:
-    """(time of last use in ns, bytes, path) of all shards, whole or under way; the longest unused first."""
+def _mirrored_shards(root: Path) -> list[tuple[int, int, Path]]:
+    """(time of last use in ns, bytes, path) of all shards, whole or under way; the least recently used first."""
     found = []
     for path in root.glob("*/shards/*"):
-        if path.suffix in (".tar", ".part"):
+        # A part that is gone since it was listed has probably become the tar.
+        for name in {".tar": [path], ".part": [path, path.with_suffix(".tar")]}.get(path.suffix, []):
             with suppress(FileNotFoundError):
-                stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, path))
+                stat = name.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, name))
+                break
     return sorted(found)
 
 

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
 SCHEMES = (*S3, *GCS, *AZURE)
-SILENCE = 30  # seconds without a byte of the answer, after which a request fails
-SLOWEST_UPLOAD = 128 << 10  # bytes a second: 256 MB in half an hour
+READ_TIMEOUT = 30  # seconds without a byte of the answer, after which a request fails
+MIN_UPLOAD_RATE = 128 << 10  # bytes a second: 256 MB in half an hour
 METADATA_SERVICE = "//169.254."  # the link-local address at which a cloud gives credentials to its machines
 
 
@@ -58,7 +58,7 @@ def connect(url: str) -> ObjectStore:
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
     client: dict[str, Any] = {"user_agent": "earshard", "connect_timeout": "10s", "timeout": "30days"}
-    client["read_timeout"] = f"{SILENCE}s"
+    client["read_timeout"] = f"{READ_TIMEOUT}s"
     options: dict[str, Any] = {"prefix": prefix.strip("/") or None, "retry_config": {"max_retries": 0}}
     options["client_options"] = client
     try:
@@ -92,7 +92,7 @@ def for_upload(store: ObjectStore, size: int) -> ObjectStore:
     """The same store, whose server may be silent for as long as it takes to receive ``size`` bytes."""
     if not isinstance(store, S3Store | GCSStore | AzureStore):  # in memory
         return store
-    wait = f"{SILENCE + size // SLOWEST_UPLOAD}s"  # obstore counts it from the beginning of the request
+    wait = f"{READ_TIMEOUT + size // MIN_UPLOAD_RATE}s"  # obstore counts it from the beginning of the request
     client: Any = {**(store.client_options or {}), "read_timeout": wait}
     options: dict[str, Any] = {"config": store.config, "credential_provider": store.credential_provider}
     return type(store)(prefix=store.prefix, client_options=client, retry_config=store.retry_config, **options)
@@ -120,7 +120,7 @@ def translate_errors(url: str) -> Iterator[None]:
         found = re.search(r"status code: (\d{3})", text)
         status = int(found[1]) if found else 0
         if re.search("<Code>(NoSuchBucket|ContainerNotFound)</Code>", text):
-            raise no_bucket(url) from None
+            raise missing_bucket(url) from None
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(reason) from None
         if isinstance(error, AlreadyExistsError | PreconditionError):
@@ -140,7 +140,7 @@ def translate_errors(url: str) -> Iterator[None]:
         raise UserError(f"'{url}' cannot be used ({_reason(error)}): correct the URL") from None
 
 
-def no_bucket(url: str) -> UserError:
+def missing_bucket(url: str) -> UserError:
     """What to raise when there is no bucket, or container of Azure, of the name that ``url`` gives."""
     name = url.partition("://")[2].partition("/")[0]
     return UserError(f"there is no bucket '{name}': make it, or correct the URL '{url}'")

@@ -1,7 +1,7 @@
 """A remote cache without its tars, for those who look at it: what ``info`` and ``verify`` read of a URL.
 
 In: the URL of a cache, complete or not. Out: a temporary folder of the same layout. Tars stand in it as holes of the
-size that they have at the URL; :func:`whole_tar` fetches one for as long as it is looked at. Nothing is listed, so a
+size that they have at the URL; :func:`fetch_tar` fetches one for as long as it is looked at. Nothing is listed, so a
 plain web server is enough.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from shards.errors import UserError
-from shards.files import make_folder, told
+from shards.files import make_folder, translate_os_errors
 from shards.format.layout import Layout, read_plan
 from shards.format.records import RecordError, is_claim, unseal
 from shards.remote.client import Remote
@@ -33,7 +33,10 @@ def snapshot(url: str, tables: bool = True) -> Iterator[Path]:
         UserError: there is no cache, or it cannot be reached.
     """
     remote = Remote(url)
-    with TemporaryDirectory(prefix="earshard-remote-") as folder, told("reading a remote cache", Path(folder)):
+    with (
+        TemporaryDirectory(prefix="earshard-remote-") as folder,
+        translate_os_errors("reading a remote cache", Path(folder)),
+    ):
         layout = Layout(Path(folder))
         make_folder(layout.shards)
         complete = _fetch(remote, layout, layout.cache)
@@ -46,7 +49,7 @@ def snapshot(url: str, tables: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_tar(url: str, path: Path) -> Iterator[Path]:
+def fetch_tar(url: str, path: Path) -> Iterator[Path]:
     """The whole tar that ``path``, of a :func:`snapshot`, stands for; removed at the end of the block."""
     whole = path.with_suffix(".whole")
     try:
@@ -60,7 +63,7 @@ def whole_tar(url: str, path: Path) -> Iterator[Path]:
 def _files(layout: Layout, tables: bool) -> Iterator[Path]:
     """What else a cache consists of, as far as its plan or CACHE.json tell."""
     try:
-        shards = read_plan(layout).shards
+        shards = read_plan(layout).num_shards
     except UserError:
         try:
             shards = int(unseal(layout.cache)["counts"]["shards"])

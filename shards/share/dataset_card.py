@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 
-def card(about: dict[str, Any], url: str, licence: str, folder: str, web: str) -> str:
+def dataset_card(about: dict[str, Any], url: str, license_id: str, folder: str, base_url: str) -> str:
     """The text of ``README.md``.
 
     Args:
@@ -28,7 +28,7 @@ def card(about: dict[str, Any], url: str, licence: str, folder: str, web: str) -
     title = f"{spec['family']} layer {spec['layer']} features of {corpus}"
     tars = f"{folder}/shards/*.tar" if folder else "shards/*.tar"
     return f"""---
-{_header(title, licence, tars)}
+{_header(title, license_id, tars)}
 ---
 
 # {title}
@@ -37,7 +37,7 @@ def card(about: dict[str, Any], url: str, licence: str, folder: str, web: str) -
 
 ## Open it
 
-{_opening(about, url, f"{web}/{tars}")}
+{_opening(about, url, f"{base_url}/{tars}")}
 
 ## What the features are
 
@@ -50,15 +50,15 @@ Caches with the same feature id hold comparable features. The format of every fi
 
 ## Licence
 
-`{licence}`, as stated by who published it. Features and transcripts derive from the corpus, {corpus}: its terms hold
+`{license_id}`, as stated by who published it. Features and transcripts derive from the corpus, {corpus}: its terms hold
 for them, too.
 """
 
 
-def _header(title: str, licence: str, tars: str) -> str:
+def _header(title: str, license_id: str, tars: str) -> str:
     """YAML that a hub reads."""
     tree = {
-        "license": licence,
+        "license": license_id,
         "pretty_name": title,
         "task_categories": ["automatic-speech-recognition", "feature-extraction"],
         "tags": ["audio", "speech", "webdataset", "earshard"],

@@ -14,32 +14,32 @@ from collections.abc import Callable
 from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.inspect.info import describe_cache
-from shards.share.dataset_card import card
+from shards.share.dataset_card import dataset_card
 
-HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
-STEPS = (
+DATASET_URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
+COMMIT_PATTERNS = (
     ["plan.parquet", "shards/*.tar", "shards/*.parquet"],
     ["shards/*.json", "manifest.parquet", "failures.parquet"],
 )
 
 
-def require_dataset(url: str, licence: str | None) -> re.Match[str]:
+def parse_dataset_url(url: str, license_id: str | None) -> re.Match[str]:
     """The parts of a dataset's URL; UserError for another URL, or without the licence that its card names."""
-    match = HUB.fullmatch(url)
+    match = DATASET_URL.fullmatch(url)
     if match is None:
         raise UserError(f"'{url}' names no dataset: write hf://datasets/OWNER/NAME, or …/NAME/FOLDER")
-    if licence is None:
+    if license_id is None:
         raise UserError("a published dataset names its licence: add --licence, such as cc-by-4.0, or other")
     return match
 
 
-def push_to_hub(layout: Layout, url: str, licence: str) -> None:
+def push_to_hub(layout: Layout, url: str, license_id: str) -> None:
     """Copy a valid cache into a dataset repository.
 
     Raises:
         UserError: what the hub refuses.
     """
-    match = require_dataset(url, licence)
+    match = parse_dataset_url(url, license_id)
     repo, folder, revision = match["repo"], match["folder"] or "", match["revision"]
 
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -49,10 +49,10 @@ def push_to_hub(layout: Layout, url: str, licence: str) -> None:
     bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
     errors: tuple[type[Exception], ...] = (*bases, HFValidationError, RuntimeError)
     api, web = HfApi(), f"https://huggingface.co/datasets/{repo}/resolve/{revision or 'main'}"
-    text = card(describe_cache(layout.path), url, licence, folder, web)
+    text = dataset_card(describe_cache(layout.path), url, license_id, folder, web)
     try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
-        for patterns in STEPS:  # upload_folder resumes, and splits what is too large for one commit
+        for patterns in COMMIT_PATTERNS:  # upload_folder resumes, and splits what is too large for one commit
             api.upload_folder(
                 repo_id=repo,
                 repo_type="dataset",
@@ -72,4 +72,4 @@ def push_to_hub(layout: Layout, url: str, licence: str) -> None:
         ) from None
 
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all

@@ -19,25 +19,25 @@ from typing import Any
 from shards.commit.claims import new_owner
 from shards.config.base import flatten
 from shards.errors import UserError, WorkFailed
-from shards.files import atomic_write, make_folder, temporary, told
-from shards.format.layout import Layout, sequence
+from shards.files import atomic_write, make_folder, temporary_path, translate_os_errors
+from shards.format.layout import Layout, transfer_order
 from shards.format.records import is_claim, is_released, unseal
 from shards.inspect.findings import Problem
 from shards.inspect.verify import verify
 from shards.remote.client import Remote
 from shards.remote.mirror import fetch_info, fetch_record
-from shards.share.hub import Progress, push_to_hub, require_dataset
+from shards.share.hub import ProgressCallback, parse_dataset_url, push_to_hub
 
 TRANSFERS = 4  # shards under way at once
-LOCAL = re.compile(r"(path:|file://)?(/|~|[A-Za-z]:[\\/])")  # an absolute path of a file system
+ABSOLUTE_PATH = re.compile(r"(path:|file://)?(/|~|[A-Za-z]:[\\/])")  # an absolute path of a file system
 
 
 def push(
     path: Path,
     url: str,
-    licence: str | None = None,
-    progress: Progress | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    license_id: str | None = None,
+    progress: ProgressCallback | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Copy the cache at ``path`` to ``url``; what stands there already is left, another cache is never replaced.
 
@@ -53,24 +53,24 @@ def push(
     if url.startswith(("http://", "https://")):
         raise UserError(f"'{url}' cannot be written: name hf://datasets/OWNER/NAME, or a bucket such as s3://…")
     if url.startswith("hf://"):
-        require_dataset(url, licence)
+        parse_dataset_url(url, license_id)
     layout, remote = Layout(path), Remote(url)
     if not layout.cache.exists():
         raise UserError(f"'{path}' is no complete cache (no CACHE.json): finish its extraction first")
-    _require_sound(verify(path), str(path))
+    _require_valid(verify(path), str(path))
     paths = ", ".join(f"{key} '{text}'" for key, text in local_paths(unseal(layout.cache).get("provenance") or {}))
     if paths:
-        tell(f"note: CACHE.json names paths of this machine, which are published with it: {paths}")
+        log(f"note: CACHE.json names paths of this machine, which are published with it: {paths}")
     for file in (layout.plan, layout.cache):
-        found = remote.find(file.name, file.stat().st_size + 1)
+        found = remote.read_if_exists(file.name, file.stat().st_size + 1)
         if found is not None and not is_released(found) and found != file.read_bytes():
             what = "an extraction is under way" if is_claim(found) else "another cache stands"
             raise UserError(f"{what} at '{url}': push to an empty place")
-    if licence is not None and url.startswith("hf://"):
-        push_to_hub(layout, url, licence)
+    if license_id is not None and url.startswith("hf://"):
+        push_to_hub(layout, url, license_id)
     else:
         _push_files(layout, remote, progress)
-    _require_sound(verify(url), url)
+    _require_valid(verify(url), url)
 
 
 def local_paths(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -81,29 +81,29 @@ def local_paths(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for key, value in flatten(dict(provenance)).items():
         texts = value if isinstance(value, list) else [value]
-        found += [(key, text) for text in texts if isinstance(text, str) and LOCAL.match(text)]
+        found += [(key, text) for text in texts if isinstance(text, str) and ABSOLUTE_PATH.match(text)]
     return found
 
 
-def _push_files(layout: Layout, remote: Remote, progress: Progress | None) -> None:
+def _push_files(layout: Layout, remote: Remote, progress: ProgressCallback | None) -> None:
     """To any filesystem that fsspec can write."""
-    first, *shards, last = sequence(layout)
+    first, *shards, last = transfer_order(layout)
     total = sum(path.stat().st_size for group in (first, *shards, last) for path in group)
 
     def send(group: list[Path]) -> int:
         """Files of a group, the last of which says that it is whole."""
         *_, seal = group
-        if remote.find(str(seal.relative_to(layout.path)), seal.stat().st_size + 1) != seal.read_bytes():
+        if remote.read_if_exists(str(seal.relative_to(layout.path)), seal.stat().st_size + 1) != seal.read_bytes():
             for path in group:
                 remote.upload(path, str(path.relative_to(layout.path)))
         return sum(path.stat().st_size for path in group)
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
         steps = (map(send, [first]), pool.map(send, shards), map(send, [last]))
-        _report((size for step in steps for size in step), total, progress)
+        _track_progress((size for step in steps for size in step), total, progress)
 
 
-def _report(sizes: Iterable[int], total: int, progress: Progress | None) -> None:
+def _track_progress(sizes: Iterable[int], total: int, progress: ProgressCallback | None) -> None:
     done = 0
     for size in sizes:
         done += size
@@ -111,7 +111,7 @@ def _report(sizes: Iterable[int], total: int, progress: Progress | None) -> None
             progress(done, total)
 
 
-def pull(url: str, path: Path, progress: Progress | None = None) -> None:
+def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None:
     """Copy the complete cache at ``url`` into the folder ``path`` and verify every byte.
 
     Raises:
@@ -127,7 +127,7 @@ def pull(url: str, path: Path, progress: Progress | None = None) -> None:
         """Bytes of a file, which is fetched unless it stands here in its size."""
         if not (target.is_file() and target.stat().st_size == size):
             name = str(target.relative_to(layout.path))
-            remote.download(name, target, temporary(target, owner), size, sha256)
+            remote.download(name, target, temporary_path(target, owner), size, sha256)
         return size
 
     def fetch_shard(shard: int) -> int:
@@ -137,7 +137,7 @@ def pull(url: str, path: Path, progress: Progress | None = None) -> None:
             fetch(target, file.bytes, file.sha256)
         return record.tar.bytes
 
-    with told("pulling a cache", path):
+    with translate_os_errors("pulling a cache", path):
         make_folder(layout.shards)
         size = remote.size(layout.plan.name)
         if size is None:
@@ -146,7 +146,7 @@ def pull(url: str, path: Path, progress: Progress | None = None) -> None:
         for target in (layout.manifest, layout.failures):
             fetch(target, info.files[target.name].bytes, info.files[target.name].sha256)
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            _report(pool.map(fetch_shard, range(info.counts["shards"])), info.counts["bytes"], progress)
+            _track_progress(pool.map(fetch_shard, range(info.counts["shards"])), info.counts["bytes"], progress)
         atomic_write(layout.cache, data, owner)
     problems = verify(path, deep=True)
     for problem in problems:
@@ -154,10 +154,10 @@ def pull(url: str, path: Path, progress: Progress | None = None) -> None:
             (path / problem.file).unlink(missing_ok=True)
     if problems:
         layout.cache.unlink(missing_ok=True)
-    _require_sound(problems, str(path))
+    _require_valid(problems, str(path))
 
 
-def _require_sound(problems: list[Problem], name: str) -> None:
+def _require_valid(problems: list[Problem], name: str) -> None:
     if problems:
         first = problems[0]
         raise WorkFailed(

@@ -1,6 +1,6 @@
 """Caches of one feature spec joined end to end: rows of the joined manifest, wherever they are stored.
 
-In: opened caches. Out: :class:`Chain`, which gives stored utterances, keys and texts by joined row.
+In: opened caches. Out: :class:`ConcatCache`, which gives stored utterances, keys and texts by joined row.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shards.errors import UserError
-from shards.read.cache import Cache, Stored
+from shards.read.cache import Cache, StoredUtterance
 
 Rows = NDArray[np.int64]
 T = TypeVar("T")
 
 
-class Chain:
+class ConcatCache:
     """Row r of the chain is row ``r - offsets[c]`` of cache c, the last one with ``offsets[c] <= r``.
 
     Attributes:
@@ -47,11 +47,11 @@ class Chain:
         place = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return self.caches[place], row - int(self.offsets[place])
 
-    def fetch(self, rows: Rows) -> list[Stored]:
+    def read_stored(self, rows: Rows) -> list[StoredUtterance]:
         """Stored utterances of ``rows``, in their order; see :meth:`shards.read.cache.Cache.fetch`."""
         if len(self.caches) == 1:
-            return self.caches[0].fetch(rows)
-        return self._gather(rows, Cache.fetch)
+            return self.caches[0].read_stored(rows)
+        return self._gather(rows, Cache.read_stored)
 
     def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
         """``key`` or ``text`` of ``rows``, in their order."""
@@ -60,17 +60,17 @@ class Chain:
     def _gather(self, rows: Rows, read: Callable[[Cache, Rows], list[T]]) -> list[T]:
         """What ``read`` gives for the rows of each cache, in the order of ``rows``."""
         found: dict[int, T] = {}
-        for cache, places, own in self._parts(rows):
+        for cache, places, own in self._split_by_cache(rows):
             found.update(zip(places.tolist(), read(cache, own), strict=True))
         return [found[place] for place in range(len(rows))]
 
     def will_need(self, rows: Rows) -> None:
         """Ask the kernel for the pages of ``rows``; those of far caches were just fetched, and are in memory."""
-        for cache, _, own in self._parts(rows):
+        for cache, _, own in self._split_by_cache(rows):
             if cache.mirror is None:
                 cache.will_need(own)
 
-    def _parts(self, rows: Rows) -> Iterator[tuple[Cache, Rows, Rows]]:
+    def _split_by_cache(self, rows: Rows) -> Iterator[tuple[Cache, Rows, Rows]]:
         """Of each cache that holds some of ``rows``: the cache, their places in ``rows``, its own rows."""
         if len(self.caches) == 1:
             yield self.caches[0], np.arange(len(rows)), rows

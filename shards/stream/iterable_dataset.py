@@ -1,6 +1,6 @@
 """Caches to padded batches: the torch IterableDataset over order and reader, with a state counted in batches taken.
 
-In: caches of one feature spec, joined end to end, :class:`~shards.stream.sampler.Rules` and a seed. Out:
+In: caches of one feature spec, joined end to end, :class:`~shards.stream.sampler.SamplerConfig` and a seed. Out:
 :class:`Batch`, the part of each global batch that belongs to this rank.
 
 ```
@@ -32,14 +32,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 from shards.errors import UserError
 from shards.format.codec import decode
 from shards.read.cache import Cache
-from shards.remote.mirror import Mirror, require_room
+from shards.remote.mirror import Mirror, require_space
 from shards.stream.batch import Batch
-from shards.stream.concat import Chain
-from shards.stream.prefetch import Pool, ahead
-from shards.stream.sampler import Order, Position, Rows, Rules
+from shards.stream.concat import ConcatCache
+from shards.stream.prefetch import BufferPool, prefetch_batches
+from shards.stream.sampler import BatchSampler, Rows, SamplerConfig, SamplerState
 
 STATE_VERSION = 2  # another order of batches is another version
-Step = tuple[Rows, Position, Position]  # of a walk: a batch's rows, its position, the one after it
+Step = tuple[Rows, SamplerState, SamplerState]  # of a walk: a batch's rows, its position, the one after it
 
 
 class FeatureStream(IterableDataset[Batch]):
@@ -65,51 +65,61 @@ class FeatureStream(IterableDataset[Batch]):
     def __init__(
         self,
         caches: Sequence[Cache],
-        rules: Rules,
+        sampler: SamplerConfig,
         seed: int,
         *,
         rows: ArrayLike | None = None,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         epochs: int | None = None,
         prefetch: int = 4,
         threads: int = 2,
         pinned: bool = False,
     ) -> None:
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of a world of {world}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of a world of {world_size}")
         if prefetch < 0 or threads < 1:
             raise ValueError("prefetch is 0 or more and threads 1 or more")
-        self.chain = Chain(caches)
-        self.caches = self.chain.caches
-        self.rules, self.seed = rules, seed
-        self.rank, self.world, self.epochs, self.prefetch, self.threads = rank, world, epochs, prefetch, threads
-        self.order = Order(
-            self.chain.frames,
-            self.chain.bounds,
-            rules,
+        self.concat_cache = ConcatCache(caches)
+        self.caches = self.concat_cache.caches
+        self.sampler, self.seed = sampler, seed
+        self.rank, self.world_size, self.epochs, self.prefetch, self.threads = (
+            rank,
+            world_size,
+            epochs,
+            prefetch,
+            threads,
+        )
+        self.batch_sampler = BatchSampler(
+            self.concat_cache.frames,
+            self.concat_cache.bounds,
+            sampler,
             seed,
             rows,
-            lambda row: "utterance '{}'".format(*self.chain.strings("key", [row])),
-            self.chain.offsets,
+            lambda row: "utterance '{}'".format(*self.concat_cache.strings("key", [row])),
+            self.concat_cache.offsets,
         )
-        chosen = "all" if self.order.rows is None else hashlib.sha256(self.order.rows.tobytes()).hexdigest()[:16]
+        chosen = (
+            "all"
+            if self.batch_sampler.rows is None
+            else hashlib.sha256(self.batch_sampler.rows.tobytes()).hexdigest()[:16]
+        )
         # A state names what it belongs to by 16 hex digits each, so that it stays a few hundred bytes.
         self._identity: dict[str, Any] = {
             "version": STATE_VERSION,
-            "feature_id": self.chain.spec.feature_id[:16],
+            "feature_id": self.concat_cache.spec.feature_id[:16],
             "manifests": [cache.manifest_id[:16] for cache in self.caches],
             "rows": chosen,
             "seed": seed,
-            "rules": rules.model_dump(),
+            "rules": sampler.model_dump(),
         }
-        self._at, self._ended = Position(), False
+        self._sampler_state, self._ended = SamplerState(), False
         self._origin: int | None = None  # in a DataLoader worker: the batch that worker 0 began with
-        self._pool = Pool(prefetch + 2, pinned)
+        self._pool = BufferPool(prefetch + 2, pinned)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands: the next batch to take, and what this belongs to. JSON can hold it."""
-        state = self._state(self._at)
+        state = self._state(self._sampler_state)
         if self._origin is not None:
             state["origin"] = self._origin  # StatefulDataLoader hands this back to the same worker of as many
         return state
@@ -126,12 +136,14 @@ class FeatureStream(IterableDataset[Batch]):
             if state[name] != mine:
                 raise UserError(_difference(name, state[name], mine))
         try:
-            at = Position(**{name: int(state[name]) for name in ("epoch", "window", "batch", "count")})
+            at = SamplerState(**{name: int(state[name]) for name in ("epoch", "window", "batch", "count")})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is no state of a stream: {error} is missing or no number") from None
-        if min(asdict(at).values()) < 0 or at.window >= self.order.windows:
-            raise UserError(f"this is no state of this stream: it points at window {at.window} of {self.order.windows}")
-        self._at, self._ended = at, False
+        if min(asdict(at).values()) < 0 or at.window >= self.batch_sampler.num_windows:
+            raise UserError(
+                f"this is no state of this stream: it points at window {at.window} of {self.batch_sampler.num_windows}"
+            )
+        self._sampler_state, self._ended = at, False
         self._origin = state.get("origin") if get_worker_info() is not None else None
 
     def consumed(self, batch: Batch) -> None:
@@ -140,24 +152,24 @@ class FeatureStream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         if self._ended:
-            self._at, self._origin, self._ended = Position(), None, False
-        walk: Iterator[Step] = self.order.walk(self._at, self.epochs)
+            self._sampler_state, self._origin, self._ended = SamplerState(), None, False
+        walk: Iterator[Step] = self.batch_sampler.iter_batches(self._sampler_state, self.epochs)
         if any(cache.mirror for cache in self.caches):
-            walk = self._fetch_ahead(walk)
+            walk = self._prefetch_shards(walk)
         worker = get_worker_info()
         if worker is not None:
             # DataLoader takes from its workers in turn: worker w of n reads the batches w, w + n … from the origin on.
             for cache in self.caches:
                 cache.detach()
-            origin = self._origin = self._at.count if self._origin is None else self._origin
+            origin = self._origin = self._sampler_state.count if self._origin is None else self._origin
             walk = (step for step in walk if (step[1].count - origin) % worker.num_workers == worker.id)
-        for batch, step in ahead(walk, self._read, self._need, self.prefetch, self.threads):
-            self._at = step[2]
+        for batch, step in prefetch_batches(walk, self._load_batch, self._request_pages, self.prefetch, self.threads):
+            self._sampler_state = step[2]
             yield batch
             del batch  # else its buffer would be held while the next is waited for
         self._ended = True
 
-    def _fetch_ahead(self, walk: Iterator[Step]) -> Iterator[Step]:
+    def _prefetch_shards(self, walk: Iterator[Step]) -> Iterator[Step]:
         """The same steps; at each new window, far caches are told which shards come next."""
         seen, mirrors = None, [cache.mirror for cache in self.caches if cache.mirror is not None]
         try:
@@ -165,45 +177,45 @@ class FeatureStream(IterableDataset[Batch]):
                 window = step[1].epoch, step[1].window
                 if window != seen:
                     seen = window
-                    self._want(*window)
+                    self._prefetch_window(*window)
                 yield step
         finally:
             for mirror in mirrors:
                 mirror.cancel_prefetch()
 
-    def _want(self, epoch: int, window: int) -> None:
-        now = self._far_shards(epoch, window)
-        require_room([(mirror, len(shards)) for mirror, shards in now.items()], "window_shards")
-        after = (epoch, window + 1) if window + 1 < self.order.windows else (epoch + 1, 0)
-        later = self._far_shards(*after) if self.epochs is None or after[0] < self.epochs else {}
+    def _prefetch_window(self, epoch: int, window: int) -> None:
+        now = self._remote_shards(epoch, window)
+        require_space([(mirror, len(shards)) for mirror, shards in now.items()], "window_shards")
+        after = (epoch, window + 1) if window + 1 < self.batch_sampler.num_windows else (epoch + 1, 0)
+        later = self._remote_shards(*after) if self.epochs is None or after[0] < self.epochs else {}
         for mirror in now.keys() | later.keys():
             mirror.prefetch([*now.get(mirror, []), *later.get(mirror, [])])
 
-    def _far_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
+    def _remote_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
         """The shards of far caches that a window reads, in order of need."""
         found: dict[Mirror, list[int]] = {}
-        for cache, index in map(self.chain.locate, self.order.reads(epoch, window).tolist()):
+        for cache, index in map(self.concat_cache.locate, self.batch_sampler.one_row_per_shard(epoch, window).tolist()):
             if cache.mirror is not None:
                 found.setdefault(cache.mirror, []).append(cache.shard_of(index))
         return found
 
-    def _mine(self, rows: Rows) -> Rows:
-        return rows[self.rank :: self.world]
+    def _rank_rows(self, rows: Rows) -> Rows:
+        return rows[self.rank :: self.world_size]
 
-    def _need(self, step: Step) -> None:
-        self.chain.will_need(self._mine(step[0]))
+    def _request_pages(self, step: Step) -> None:
+        self.concat_cache.will_need(self._rank_rows(step[0]))
 
-    def _read(self, step: Step) -> Batch:
+    def _load_batch(self, step: Step) -> Batch:
         """Fill a buffer with this rank's part of a global batch: one copy a row."""
         rows, here, after = step
-        mine = self._mine(rows)
+        mine = self._rank_rows(rows)
         # Every row is bounded by its file, and checked, before memory is taken for the batch.
-        stored = self.chain.fetch(mine)
-        frames = self.chain.frames[mine]
-        longest = int((frames if len(mine) else self.chain.frames[rows]).max())
-        codec, channels = self.chain.spec.codec, self.chain.spec.channels
+        stored = self.concat_cache.read_stored(mine)
+        frames = self.concat_cache.frames[mine]
+        longest = int((frames if len(mine) else self.concat_cache.frames[rows]).max())
+        codec, channels = self.concat_cache.spec.codec, self.concat_cache.spec.channels
         dtype = np.dtype(np.float16 if codec == "f16" else np.float32)
-        features = self._pool.take((len(mine), longest, channels), dtype)
+        features = self._pool.acquire((len(mine), longest, channels), dtype)
         for slot, row, end in zip(features, stored, frames.tolist(), strict=True):
             decode(codec, row.payload, row.scale, slot[:end])
             if end < longest:
@@ -219,7 +231,7 @@ class FeatureStream(IterableDataset[Batch]):
             state=self._state(after),
         )
 
-    def _state(self, at: Position) -> dict[str, Any]:
+    def _state(self, at: SamplerState) -> dict[str, Any]:
         return {**self._identity, "epoch": at.epoch, "window": at.window, "batch": at.batch, "count": at.count}
 
 

@@ -1,7 +1,7 @@
 """Several caches of one corpus side by side: the same utterances as several layers, or several encoders, saw them.
 
 In: caches of the same audio with as many frames an utterance (an extraction with ``encoder.layers: [2, 4, 6]`` makes
-three). Out: :class:`Joined`: the utterances that all of them hold, and each one's features by cache.
+three). Out: :class:`JoinedCaches`: the utterances that all of them hold, and each one's features by cache.
 
     joined = join([Cache.open(path) for path in paths])
     stream = FeatureStream([joined.caches[0]], rules, seed, rows=joined.rows[:, 0])
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedCaches:
     """What :func:`join` found: ``rows[i, c]`` is the row of utterance ``i`` in ``caches[c]``, in the first's order.
 
     ``absent`` utterances of the first cache are missing in another (they failed there).
@@ -40,7 +40,7 @@ class Joined:
 
     caches: tuple[Cache, ...]
     rows: NDArray[np.int64]
-    absent: int
+    num_missing: int
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,7 +59,7 @@ class Joined:
         """
         import torch
 
-        chosen = [self._place[row] for row in batch.rows]
+        chosen = [self._index_of_row[row] for row in batch.rows]
         found = [batch.features]
         for cache, rows in zip(self.caches[1:], self.rows.T[1:], strict=True):
             dtype = np.float16 if cache.spec.codec == "f16" else np.float32
@@ -70,11 +70,11 @@ class Joined:
         return found
 
     @cached_property
-    def _place(self) -> dict[int, int]:
+    def _index_of_row(self) -> dict[int, int]:
         return {row: place for place, row in enumerate(self.rows[:, 0].tolist())}
 
 
-def join(caches: Sequence[Cache]) -> Joined:
+def join(caches: Sequence[Cache]) -> JoinedCaches:
     """Match the utterances of ``caches`` by key.
 
     Raises:
@@ -106,7 +106,7 @@ def join(caches: Sequence[Cache]) -> Joined:
                 f"'{columns[0]['key'][row]}' has {first.frames[row]} frames in '{first.path}' and "
                 f"{other.frames[mine[differ.argmax()]]} in '{other.path}': join caches of one frame rate and trim"
             )
-    return Joined(tuple(caches), rows, len(first) - len(rows))
+    return JoinedCaches(tuple(caches), rows, len(first) - len(rows))
 
 
 def _names(caches: Sequence[Cache]) -> str:

@@ -20,19 +20,19 @@ import numpy as np
 from shards.format.codec import Array
 
 Step = TypeVar("Step")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-NEEDED = 4  # steps beyond those being read whose pages the kernel is asked for
-RESIDENT = 8  # such steps found in memory: from then on, each eighth is looked at
+READ_AHEAD_STEPS = 4  # steps beyond those being read whose pages the kernel is asked for
+RESIDENT_STEPS = 8  # such steps found in memory: from then on, each eighth is looked at
 
 
-def ahead(
+def prefetch_batches(
     steps: Iterator[Step],
-    read: Callable[[Step], Made],
-    need: Callable[[Step], None],
+    read: Callable[[Step], Result],
+    request_pages: Callable[[Step], None],
     prefetch: int,
     threads: int,
-) -> Iterator[tuple[Made, Step]]:
+) -> Iterator[tuple[Result, Step]]:
     """``(read(step), step)`` of each step, ``prefetch`` of them being read by ``threads`` while the caller works.
 
     ``need`` asks for the pages of a step, without waiting for them. With ``prefetch`` 0 the caller's thread reads.
@@ -43,27 +43,27 @@ def ahead(
         return
     executor = ThreadPoolExecutor(threads, thread_name_prefix="earshard-read")
     # One thread of its own asks the kernel for pages: asking waits for a busy disk's queue.
-    needer = ThreadPoolExecutor(1, thread_name_prefix="earshard-need")
-    asked = Asked(need)
-    waiting: deque[tuple[Future[Made], Step]] = deque()
+    page_executor = ThreadPoolExecutor(1, thread_name_prefix="earshard-need")
+    read_ahead = ReadAhead(request_pages)
+    waiting: deque[tuple[Future[Result], Step]] = deque()
     coming: deque[Step] = deque()
     finalizing = sys.is_finalizing  # a loop that is left standing ends with the interpreter, after this module
 
-    def look(count: int) -> None:
+    def look_ahead(count: int) -> None:
         for step in islice(steps, count):
             coming.append(step)
-            if asked.worth:
-                needer.submit(asked.ask, step)
+            if read_ahead.should_request:
+                page_executor.submit(read_ahead.request, step)
 
     try:
-        look(prefetch + NEEDED)
+        look_ahead(prefetch + READ_AHEAD_STEPS)
         while coming and len(waiting) < prefetch:
             step = coming.popleft()
             waiting.append((executor.submit(read, step), step))
         while waiting:
             future, step = waiting.popleft()
             made = future.result()
-            look(1)
+            look_ahead(1)
             if coming:
                 after = coming.popleft()
                 waiting.append((executor.submit(read, after), after))
@@ -71,30 +71,30 @@ def ahead(
             del made, future  # the caller may be done with it: its buffer is free again
     finally:
         if not finalizing():  # then the threads are gone already, and so is half of what a shutdown needs
-            needer.shutdown(wait=True, cancel_futures=True)
+            page_executor.shutdown(wait=True, cancel_futures=True)
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-class Asked:
+class ReadAhead:
     """Asks for pages; while asking turns out to read nothing, only now and then."""
 
-    def __init__(self, need: Callable[..., None]) -> None:
-        self._need, self._resident, self._seen = need, 0, 0
+    def __init__(self, request_pages: Callable[..., None]) -> None:
+        self._request_pages, self._resident, self._seen = request_pages, 0, 0
 
     @property
-    def worth(self) -> bool:
+    def should_request(self) -> bool:
         """Whether the next step should be asked for."""
         self._seen += 1
-        return self._resident < RESIDENT or self._seen % RESIDENT == 0
+        return self._resident < RESIDENT_STEPS or self._seen % RESIDENT_STEPS == 0
 
-    def ask(self, step: object) -> None:
+    def request(self, step: object) -> None:
         """Ask for the pages of ``step``, and see whether anything was read from a disk."""
         before = getrusage(RUSAGE_THREAD).ru_inblock
-        self._need(step)
+        self._request_pages(step)
         self._resident = self._resident + 1 if getrusage(RUSAGE_THREAD).ru_inblock == before else 0
 
 
-class Pool:
+class BufferPool:
     """Buffers that are reused once nothing refers to their memory any more.
 
     A new buffer of a few megabytes costs more in page faults than the copy into it, a page-locked one far more.
@@ -107,14 +107,14 @@ class Pool:
         pinned: page-locked ones, for batches that go to a GPU.
     """
 
-    def __init__(self, keep: int, pinned: bool = False) -> None:
-        self._keep, self._pinned = keep, pinned
+    def __init__(self, max_free: int, pinned: bool = False) -> None:
+        self._max_free, self._pinned = max_free, pinned
         self._free: deque[Array] = deque()  # append and pop are atomic: a finaliser may run in any thread, anywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Pool, (self._keep, self._pinned)
+        return BufferPool, (self._max_free, self._pinned)
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def acquire(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array of arbitrary content."""
         size = prod(shape) * dtype.itemsize
         try:
@@ -125,11 +125,11 @@ class Pool:
             # A quarter more than asked: batches differ a little, and the pool should settle soon.
             buffer = page_locked(size + size // 4) if self._pinned else np.empty(size + size // 4, dtype=np.uint8)
         array: Array = buffer[:size].view(dtype).reshape(shape)
-        weakref.finalize(array, self._give_back, buffer).atexit = False
+        weakref.finalize(array, self._release, buffer).atexit = False
         return array
 
-    def _give_back(self, buffer: Array) -> None:
-        if len(self._free) < self._keep:
+    def _release(self, buffer: Array) -> None:
+        if len(self._free) < self._max_free:
             self._free.append(buffer)
 
 

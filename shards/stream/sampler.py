@@ -1,8 +1,8 @@
 """Which utterances form global batch b of epoch e: a pure function of (seed, epoch, frames, shard bounds, rules).
 
 In: ``frames`` int32 [rows] (frames of each row of the joined manifest), ``bounds`` int64 [shards + 1] (shard s holds
-the rows ``bounds[s]:bounds[s + 1]``), :class:`Rules`, a seed and, to train on a part, the eligible ``rows``. Out:
-windows of global batches, each an int64 array of row numbers. NumPy alone: no torch, no files.
+the rows ``bounds[s]:bounds[s + 1]``), :class:`SamplerConfig`, a seed and, to train on a part, the eligible ``rows``.
+Out: windows of global batches, each an int64 array of row numbers. NumPy alone: no torch, no files.
 
 ```
 shards --permuted--> windows of a few shards --rows sorted by length, with noise--> batches --shuffled-->
@@ -36,10 +36,10 @@ Rows = NDArray[np.int64]
 SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS = range(6)
 # Rows are sorted by a length that is up to a 200th longer or shorter than theirs: who stands beside whom then changes
 # with the epoch, in a large window too, and costs at most half a percent of padding (bench/padding.py).
-LIKENESS = 200
+LENGTH_JITTER = 200
 
 
-class Rules(Config):
+class SamplerConfig(Config):
     """How rows become global batches.
 
     Attributes:
@@ -62,14 +62,14 @@ class Rules(Config):
     weights: tuple[Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)], ...] | None = None
 
     @model_validator(mode="after")
-    def _bounded(self) -> Rules:
+    def _bounded(self) -> SamplerConfig:
         if self.batch_size is None and self.max_frames is None:
             raise ValueError("a batch needs a bound: set batch_size, max_frames or both")
         return self
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class SamplerState:
     """The next batch to take: ``batch`` of ``window`` of ``epoch``; ``count`` batches of the run stand before it."""
 
     epoch: int = 0
@@ -94,7 +94,7 @@ class Window:
         return self._rows[part][np.argsort(-self._frames[part], kind="stable")]
 
 
-class Order:
+class BatchSampler:
     """The order of a joined manifest under ``rules`` and ``seed``.
 
     Args:
@@ -114,14 +114,14 @@ class Order:
         self,
         frames: ArrayLike,
         bounds: ArrayLike,
-        rules: Rules,
+        config: SamplerConfig,
         seed: int,
         rows: ArrayLike | None = None,
         name: Callable[[int], str] = "row {}".format,
         caches: ArrayLike | None = None,
     ) -> None:
         self.frames: NDArray[np.int32] = np.asarray(frames, dtype=np.int32)
-        self.rules, self.seed = rules, seed
+        self.config, self.seed = config, seed
         edges: Rows = np.asarray(bounds, dtype=np.int64)
         total = len(self.frames)
         if not 0 <= seed < 2**64:
@@ -135,32 +135,32 @@ class Order:
             if len(self.rows) != np.size(np.asarray(rows)):
                 raise ValueError("rows holds a row twice")
             edges = np.searchsorted(self.rows, edges)
-        self.total = total if self.rows is None else len(self.rows)
-        if not self.total:
+        self.num_rows = total if self.rows is None else len(self.rows)
+        if not self.num_rows:
             raise UserError("no utterance is left to read: widen the filter or name another cache")
         eligible = self.frames if self.rows is None else self.frames[self.rows]
-        self.longest = int(eligible.max())
-        if rules.max_frames is not None and self.longest > rules.max_frames:
+        self.max_row_frames = int(eligible.max())
+        if config.max_frames is not None and self.max_row_frames > config.max_frames:
             at = int(eligible.argmax())
             row = at if self.rows is None else int(self.rows[at])
             raise UserError(
-                f"{name(row)} is {self.longest} frames long and a batch may hold {rules.max_frames} (max_frames): "
-                f"set max_frames to {self.longest} or more, or filter utterances by duration"
+                f"{name(row)} is {self.max_row_frames} frames long and a batch may hold {config.max_frames} "
+                f"(max_frames): set max_frames to {self.max_row_frames} or more, or filter utterances by duration"
             )
         self._mean = float(eligible.mean())
         filled = np.flatnonzero(np.diff(edges) > 0)  # shards without an eligible row are never opened
         self._first, self._last = edges[:-1][filled], edges[1:][filled]
         # A filter thins the shards: a window takes more of them, to hold the rows of `window_shards` whole shards.
-        width = -(-rules.window_shards * total // self.total)
+        width = -(-config.window_shards * total // self.num_rows)
         self._weights = np.ones(len(filled))  # of each shard
         self._visits = np.arange(len(filled))  # an epoch's: the shard
         self._copies = np.zeros(len(filled), dtype=np.int64)  # and the how manieth time
-        if rules.weights is not None:
-            self._weigh(edges[:-1][filled], [0, total] if caches is None else caches, rules.weights)
+        if config.weights is not None:
+            self._weigh(edges[:-1][filled], [0, total] if caches is None else caches, config.weights)
             # Visits that take a part of a shard's rows thin the windows, as a filter does.
             taken = float((self._weights * (self._last - self._first)).sum()) / len(self._visits)
-            width = math.ceil(rules.window_shards * (total / len(filled)) / taken)
-        self.windows = 1 if rules.shuffle == "global" else -(-len(self._visits) // width)
+            width = math.ceil(config.window_shards * (total / len(filled)) / taken)
+        self.num_windows = 1 if config.shuffle == "global" else -(-len(self._visits) // width)
 
     def _weigh(self, starts: Rows, caches: ArrayLike, weights: tuple[float, ...]) -> None:
         edges = np.asarray(caches, dtype=np.int64)
@@ -172,66 +172,72 @@ class Order:
         self._visits = np.repeat(np.arange(len(most)), most)
         self._copies = np.arange(len(self._visits)) - np.repeat(np.cumsum(most) - most, most)
 
-    def reads(self, epoch: int, window: int) -> Rows:
+    def one_row_per_shard(self, epoch: int, window: int) -> Rows:
         """One row of each shard that the window reads, in the order of visits, none twice."""
-        first = self._first[list(dict.fromkeys(self._visits[self._chosen(epoch, window)].tolist()))]
+        first = self._first[list(dict.fromkeys(self._visits[self._window_visits(epoch, window)].tolist()))]
         return first if self.rows is None else self.rows[first]
 
     def window(self, epoch: int, window: int) -> Window:
         """The global batches of one window of one epoch."""
-        rules = self.rules
-        mixed = rules.shuffle in ("window", "global")
+        config = self.config
+        mixed = config.shuffle in ("window", "global")
         rows = self._rows_of(epoch, window)
-        if rules.drop_last:
+        if config.drop_last:
             if mixed:
                 rows = rows[self._shuffle(epoch, window, ROWS, len(rows))]
-            caps = self._caps(self.frames[rows][self._by_length(self.frames[rows])])
+            caps = self._max_batch_rows(self.frames[rows][self._by_length(self.frames[rows])])
             rows = rows[: _greedy(caps, len(rows), whole=True)[1]]
-        rows = rows[self._grouped(epoch, window, self.frames[rows]) if mixed else self._by_length(self.frames[rows])]
+        rows = rows[
+            self._argsort_by_noisy_length(epoch, window, self.frames[rows])
+            if mixed
+            else self._by_length(self.frames[rows])
+        ]
         frames = self.frames[rows]
-        starts = _cut(self._caps(frames))
+        starts = _cut(self._max_batch_rows(frames))
         count = len(starts) - 1
         sequence = self._shuffle(epoch, window, BATCHES, count) if mixed else np.arange(count)
         return Window(rows, frames, starts, sequence)
 
-    def walk(self, at: Position, epochs: int | None = None) -> Iterator[tuple[Rows, Position, Position]]:
+    def iter_batches(
+        self, state: SamplerState, epochs: int | None = None
+    ) -> Iterator[tuple[Rows, SamplerState, SamplerState]]:
         """From ``at`` to the end of ``epochs`` (``None``: on and on): a batch's rows, its position, the one after it.
 
         Raises:
             UserError: ``at`` is no position of this order, or ``drop_last`` leaves an epoch without a batch.
         """
         idle = 0
-        while epochs is None or at.epoch < epochs:
-            if min(at.epoch, at.window, at.batch, at.count) < 0 or at.window >= self.windows:
-                raise UserError(f"{at} is no position of this order: the state was not made by it")
-            window = self.window(at.epoch, at.window)
-            if at.batch and at.batch >= len(window):
-                raise UserError(f"{at} is no position of this order: its window has {len(window)} batches")
+        while epochs is None or state.epoch < epochs:
+            if min(state.epoch, state.window, state.batch, state.count) < 0 or state.window >= self.num_windows:
+                raise UserError(f"{state} is no position of this order: the state was not made by it")
+            window = self.window(state.epoch, state.window)
+            if state.batch and state.batch >= len(window):
+                raise UserError(f"{state} is no position of this order: its window has {len(window)} batches")
             idle = 0 if len(window) else idle + 1
-            if idle == self.windows and self.rules.drop_last:
+            if idle == self.num_windows and self.config.drop_last:
                 raise UserError("drop_last leaves no batch in an epoch: lower batch_size or set drop_last=false")
-            end = Position(at.epoch, at.window + 1, 0, at.count + len(window) - at.batch)
-            if end.window == self.windows:
-                end = replace(end, epoch=at.epoch + 1, window=0)
-            while at.batch < len(window):
-                last = at.batch + 1 == len(window)
-                after = end if last else replace(at, batch=at.batch + 1, count=at.count + 1)
-                yield window[at.batch], at, after
+            end = SamplerState(state.epoch, state.window + 1, 0, state.count + len(window) - state.batch)
+            if end.window == self.num_windows:
+                end = replace(end, epoch=state.epoch + 1, window=0)
+            while state.batch < len(window):
+                last = state.batch + 1 == len(window)
+                after = end if last else replace(state, batch=state.batch + 1, count=state.count + 1)
+                yield window[state.batch], state, after
                 if last:
                     break
-                at = after
-            at = end
+                state = after
+            state = end
 
     def _rows_of(self, epoch: int, window: int) -> Rows:
         """Rows of the window's shards, in stored order of the (permuted) shards."""
-        places = np.concatenate([self._rows_at(epoch, visit) for visit in self._chosen(epoch, window).tolist()])
+        places = np.concatenate([self._rows_at(epoch, visit) for visit in self._window_visits(epoch, window).tolist()])
         return places if self.rows is None else self.rows[places]
 
-    def _chosen(self, epoch: int, window: int) -> Rows:
+    def _window_visits(self, epoch: int, window: int) -> Rows:
         """The visits of a window."""
         count = len(self._visits)
-        visits = np.arange(count) if self.rules.shuffle == "none" else self._shuffle(epoch, 0, SHARDS, count)
-        return visits[window * count // self.windows : (window + 1) * count // self.windows]
+        visits = np.arange(count) if self.config.shuffle == "none" else self._shuffle(epoch, 0, SHARDS, count)
+        return visits[window * count // self.num_windows : (window + 1) * count // self.num_windows]
 
     def _rows_at(self, epoch: int, visit: int) -> Rows:
         shard = int(self._visits[visit])
@@ -251,32 +257,32 @@ class Order:
 
     def _by_length(self, frames: NDArray[np.int32]) -> Rows:
         """Longest first; rows of one length stay in their order."""
-        shorter = self.longest - frames
+        shorter = self.max_row_frames - frames
         # NumPy's stable sort of 16-bit integers is a radix sort, several times faster.
-        return np.argsort(shorter.astype(np.uint16) if self.longest < 2**16 else shorter, kind="stable")
+        return np.argsort(shorter.astype(np.uint16) if self.max_row_frames < 2**16 else shorter, kind="stable")
 
-    def _grouped(self, epoch: int, window: int, frames: NDArray[np.int32]) -> Rows:
+    def _argsort_by_noisy_length(self, epoch: int, window: int, frames: NDArray[np.int32]) -> Rows:
         """Longest first, nearly: by noisy lengths, then each rank moved by up to half a batch.
 
         The first mixes large windows, where many rows are of like length; the second mixes small ones.
         """
         words = random_words(self.seed, epoch, window, LENGTHS, len(frames))
-        noise = ((words >> np.uint64(40)).astype(np.int64) - (1 << 23)) // (LIKENESS // 2)
+        noise = ((words >> np.uint64(40)).astype(np.int64) - (1 << 23)) // (LENGTH_JITTER // 2)
         by_length = np.argsort(-frames.astype(np.int64) * ((1 << 24) + noise), kind="stable")
-        rows = self.rules.batch_size or self.total
-        if self.rules.max_frames is not None:
-            rows = min(rows, int(self.rules.max_frames // max(self._mean, 1)))
+        rows = self.config.batch_size or self.num_rows
+        if self.config.max_frames is not None:
+            rows = min(rows, int(self.config.max_frames // max(self._mean, 1)))
         moves = (random_words(self.seed, epoch, window, JITTER, len(frames)) >> np.uint64(41)) * np.uint64(rows)
         ranks = np.arange(len(frames), dtype=np.uint64) << np.uint64(24)
         grouped: Rows = by_length[np.argsort(ranks + moves, kind="stable")]
         return grouped
 
-    def _caps(self, frames: NDArray[np.int32]) -> Rows:
+    def _max_batch_rows(self, frames: NDArray[np.int32]) -> Rows:
         """Most rows of a batch that starts at each place, counting every later row as long as the longest of them."""
-        caps = np.full(len(frames), self.rules.batch_size or len(frames), dtype=np.int64)
-        if self.rules.max_frames is not None:
+        caps = np.full(len(frames), self.config.batch_size or len(frames), dtype=np.int64)
+        if self.config.max_frames is not None:
             bound = np.maximum(np.maximum.accumulate(frames[::-1])[::-1], 1)
-            np.minimum(caps, self.rules.max_frames // bound, out=caps)
+            np.minimum(caps, self.config.max_frames // bound, out=caps)
         return caps
 
 

@@ -14,7 +14,7 @@ QUOTED = [
     " ".join(lines.replace("\n> ", " ").split()) for lines in re.findall(r"^> (.+(?:\n> .+)*)", PAGE, re.MULTILINE)
 ]
 # an exception, or a text that is given back or named before it is raised
-RAISED = {"error": "UserError|AbsentCache|ValueError|made", "failed": "WorkFailed|made"}
+RAISED = {"error": "UserError|MissingCache|ValueError|made", "failed": "WorkFailed|made"}
 
 
 @cache

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from tiny_cache import make_spec
 
-from shards.commit.bucket.store import Bucket
+from shards.commit.bucket.store import BucketStore
 from shards.commit.writer import ShardWriter
 from shards.format.layout import UTTERANCE_SCHEMA
 
@@ -23,25 +23,25 @@ def plan_table(shards: int = 3) -> pa.Table:
 SPEC = make_spec(4)
 
 
-def write(store: Bucket, shard: int, plan, fail: str | None = None, shift: float = 0.0) -> None:
+def write(store: BucketStore, shard: int, plan, fail: str | None = None, shift: float = 0.0) -> None:
     with ShardWriter(store.layout, shard, SPEC, plan.id, "owner") as writer:
-        for row in plan.shard(shard):
+        for row in plan.shard_rows(shard):
             if row["key"] == fail:
-                writer.fail(fail, "decode", "no audio")
+                writer.add_failure(fail, "decode", "no audio")
                 continue
             x = np.full((2, 4), shard + row["row"] / 4 + shift, np.float32)
             writer.add(row, x, samples=640, audio_sha256="ab" * 32)
         writer.commit({"seconds": 0.0})
 
 
-def make(store: Bucket, plan, **more) -> None:
-    for shard in range(plan.shards):
-        if store.committed(shard, SPEC.feature_id, plan.id) is None:
-            assert store.take(shard)
+def make(store: BucketStore, plan, **more) -> None:
+    for shard in range(plan.num_shards):
+        if store.commit_record(shard, SPEC.feature_id, plan.id) is None:
+            assert store.acquire(shard)
             write(store, shard, plan, **more)
             store.publish(shard)
 
 
-def finish(store: Bucket, plan) -> None:
-    assert store.take(None)
-    store.finish(SPEC, plan, {"source": {"name": "small"}})
+def finish(store: BucketStore, plan) -> None:
+    assert store.acquire(None)
+    store.finalize(SPEC, plan, {"source": {"name": "small"}})

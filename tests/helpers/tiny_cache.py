@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards.commit.claims import new_owner
-from shards.commit.finalize import finalise, write_plan
+from shards.commit.finalize import finalize, write_plan
 from shards.commit.writer import ShardWriter
 from shards.format.layout import UTTERANCE_SCHEMA, Layout, read_plan
 from shards.format.spec import FeatureSpec
@@ -79,14 +79,14 @@ def make_cache(
     plan = write_plan(layout, pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA), owner)
     for shard in range(shards):
         with ShardWriter(layout, shard, spec, plan.id, owner) as writer:
-            for utterance in plan.shard(shard):
+            for utterance in plan.shard_rows(shard):
                 features = np.random.default_rng([seed, int(utterance["key"][-5:])]).standard_normal(
                     (utterance["samples"] // 320, channels), dtype=np.float32
                 )
                 digest = hashlib.sha256(utterance["key"].encode()).hexdigest()
                 writer.add(utterance, features, samples=utterance["samples"], audio_sha256=digest)
             writer.commit({"seconds": 0.0})
-    finalise(layout, spec, plan, owner, {"source": {"name": prefix}, "encoder": {"reference": "path:none"}})
+    finalize(layout, spec, plan, owner, {"source": {"name": prefix}, "encoder": {"reference": "path:none"}})
     return Path(folder)
 
 
@@ -94,17 +94,17 @@ def without(path, key: str) -> Cache:
     """The cache at ``path`` with the utterance ``key`` a failure."""
     old, layout = Cache.open(path), Layout(path)
     plan, stored = read_plan(layout), {old.row(i)["key"]: i for i in range(len(old))}
-    for shard in range(plan.shards):
+    for shard in range(plan.num_shards):
         with ShardWriter(layout, shard, old.spec, plan.id, "other") as writer:
-            for row in plan.shard(shard):
+            for row in plan.shard_rows(shard):
                 if row["key"] == key:
-                    writer.fail(key, "encode", "NaN")
+                    writer.add_failure(key, "encode", "NaN")
                     continue
                 about = old.row(stored[row["key"]])
                 x = old.features(stored[row["key"]]).astype(np.float32)
                 writer.add(row, x, samples=about["samples"], audio_sha256=about["audio_sha256"])
             writer.commit({"seconds": 0.0})
-    finalise(layout, old.spec, plan, "other", {})
+    finalize(layout, old.spec, plan, "other", {})
     return Cache.open(path)
 
 

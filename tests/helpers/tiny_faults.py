@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from tiny_cache import make_spec
 
-from shards.commit.finalize import finalise, write_plan
+from shards.commit.finalize import finalize, write_plan
 from shards.commit.writer import ShardWriter
 from shards.format import tar
 from shards.format.layout import UTTERANCE_SCHEMA, Layout
@@ -37,16 +37,16 @@ def make_small_cache(folder: Path, codec: str = "f16", tensors: str = "weights",
     plan = write_plan(layout, pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA), owner)
     for shard in range(3):
         with ShardWriter(layout, shard, spec, plan.id, owner) as writer:
-            for row in plan.shard(shard):
+            for row in plan.shard_rows(shard):
                 if row["row"] == 1:
-                    writer.fail(row["key"], "decode", "empty file")
+                    writer.add_failure(row["key"], "decode", "empty file")
                     continue
                 x = np.random.default_rng([len(tensors), seed, shard, row["row"]]).standard_normal(
                     (row["samples"] // 320, 4)
                 )
                 writer.add(row, x.astype(np.float32), samples=row["samples"], audio_sha256="ab" * 32)
             writer.commit({"seconds": 0.5})
-    finalise(layout, spec, plan, owner, {"source": {"name": "small"}})
+    finalize(layout, spec, plan, owner, {"source": {"name": "small"}})
     return folder
 
 
@@ -97,7 +97,7 @@ def places(folder: Path) -> Iterator[tuple[str, Path, list[int]]]:
     for path in sorted(layout.shards.glob("*.tar")):
         found: dict[str, list[int]] = {"tar header": [], "npy header": [], "payload": [], "member JSON": []}
         end = 0
-        for member in tar.walk(memoryview(path.read_bytes())):
+        for member in tar.iter_members(memoryview(path.read_bytes())):
             found["tar header"] += range(member.offset - 512, member.offset)
             stop, end = member.offset + member.length, member.offset + member.length + (-member.length % 512)
             if member.name.endswith(".json"):

@@ -10,7 +10,7 @@ import fsspec
 import obstore
 from obstore.store import MemoryStore
 
-from shards.commit.bucket.objects import Found, Objects, Version
+from shards.commit.bucket.objects import Objects, StoredObject, Version
 
 STORES: dict[str, MemoryStore] = {}
 
@@ -27,13 +27,13 @@ class MemoryObjects(Objects):
         self.before: Callable[[str, str], object] = lambda what, name: None
         self.puts: list[str] = []
 
-    def read(self, name: str) -> Found | None:
+    def read(self, name: str) -> StoredObject | None:
         self.before("read", name)
         return super().read(name)
 
-    def put(self, name: str, data: bytes | Path, over: Version | None) -> Version | None:
+    def put(self, name: str, data: bytes | Path, expected: Version | None) -> Version | None:
         self.before("put", name)
-        version = super().put(name, data, over)
+        version = super().put(name, data, expected)
         if version is not None:
             self.puts.append(name)
         return version

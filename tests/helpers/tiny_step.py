@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from train.config.train import TrainConfig
-from train.distributed.group import Group
+from train.distributed.group import ProcessGroup
 from train.lms.base import SeparatePasses
 from train.runs.metrics_log import StepMetrics
 from train.trainer.step import TrainStep, optimizer_step
@@ -19,5 +19,5 @@ def step_metrics(number: int) -> StepMetrics:
 def one_step(model, parameters, batches, group=None, **keys):
     """The metrics of a step that changes no weight and leaves its gradient."""
     config, optimizer = TrainConfig(caches=["a"], clip=1e9, **keys), torch.optim.SGD(parameters, lr=0.0)
-    step = TrainStep(config, model, optimizer, parameters, batches, step=0, lr=0.0, group=group or Group())
+    step = TrainStep(config, model, optimizer, parameters, batches, step=0, lr=0.0, group=group or ProcessGroup())
     return optimizer_step([step], SeparatePasses(model.lm))[0]

@@ -9,7 +9,16 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.audio import SAMPLING_RATE, AudioError, cut, decode, encode_wav, probe, stitch, windows
+from pipeline.audio import (
+    SAMPLING_RATE,
+    AudioError,
+    decode,
+    encode_wav,
+    probe,
+    read_segment,
+    split_into_windows,
+    stitch,
+)
 
 WINDOW = 480_000
 
@@ -103,18 +112,18 @@ def test_cut_gives_the_segment_at_the_rate_of_the_recording_and_one_channel_wher
     samples = np.stack([sine(2, 8000)[:, 0], sine(2, 8000, 880)[:, 0]], axis=1)
     path = tmp_path / "a b.wav"
     path.write_bytes(encode_wav(samples, 8000))
-    back, rate = soundfile.read(io.BytesIO(cut(path, 0.5, 1.25, channel=1)), dtype="float32")
+    back, rate = soundfile.read(io.BytesIO(read_segment(path, 0.5, 1.25, channel=1)), dtype="float32")
     assert rate == 8000
     np.testing.assert_array_equal(back, samples[4000:10_000, 1])
-    assert len(decode(cut(path, 1.5, None))) == 8000
-    assert cut(path, 1.5, 2.05) == cut(path, 1.5, 2.0)
+    assert len(decode(read_segment(path, 1.5, None))) == 8000
+    assert read_segment(path, 1.5, 2.05) == read_segment(path, 1.5, 2.0)
     for start, stop, channel, reason in [
         (2.5, 3, None, "ends after"),
         (1, 2.5, None, "ends after"),
         (0, 1, 2, "no channel"),
     ]:
         with pytest.raises(AudioError, match=reason):
-            cut(path, start, stop, channel)
+            read_segment(path, start, stop, channel)
 
 
 def frames_of(spans: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -131,7 +140,7 @@ def test_windows_and_stitch_lose_and_repeat_no_frame(seconds, overlap):
     samples = round(seconds * SAMPLING_RATE)
     if samples > 1_000_000 and overlap > 5:
         samples = 500_000
-    spans = windows(samples, WINDOW, round(overlap * SAMPLING_RATE))
+    spans = split_into_windows(samples, WINDOW, round(overlap * SAMPLING_RATE))
     assert spans[0][0] == 0
     assert spans[-1][1] == samples
     assert all(stop - start == WINDOW for start, stop in spans[:-1])
@@ -142,7 +151,7 @@ def test_windows_and_stitch_lose_and_repeat_no_frame(seconds, overlap):
 @given(samples=st.integers(1, 40_000), window=st.integers(1, 20).map(lambda n: n * 320), share=st.floats(0, 0.99))
 def test_any_length_is_covered_exactly_once(samples, window, share):
     overlap = int(window * share) // 320 * 320
-    spans = windows(samples, window, overlap)
+    spans = split_into_windows(samples, window, overlap)
     assert all(start % 320 == 0 for start, _ in spans)
     assert len(spans) == 1 or spans[-1][1] - spans[-1][0] > overlap
     stitched = stitch(frames_of(spans), spans, 320)
@@ -150,20 +159,20 @@ def test_any_length_is_covered_exactly_once(samples, window, share):
 
 
 def test_the_join_lies_in_the_middle_of_the_overlap():
-    spans = windows(800_000, WINDOW, 80_000)
+    spans = split_into_windows(800_000, WINDOW, 80_000)
     assert spans == [(0, 480_000), (400_000, 800_000)]
     stitched = stitch(frames_of(spans), spans, 320)
     assert np.flatnonzero(stitched[:, 1])[0] == 440_000 // 320
 
 
 def test_an_untrimmed_last_window_keeps_its_padding():
-    spans = windows(500_000, WINDOW, 80_000)
+    spans = split_into_windows(500_000, WINDOW, 80_000)
     parts = [np.zeros((1500, 2)), np.ones((1500, 2))]
     assert stitch(parts, spans, 320).shape == (1250 + 1500, 2)
 
 
 def test_frames_that_do_not_fit_their_window_are_refused():
-    spans = windows(500_000, WINDOW, 0)
+    spans = split_into_windows(500_000, WINDOW, 0)
     for parts in (
         [np.zeros((1499, 2)), np.zeros((63, 2))],
         [np.zeros((1501, 2)), np.zeros((63, 2))],
@@ -173,4 +182,4 @@ def test_frames_that_do_not_fit_their_window_are_refused():
             stitch(parts, spans, 320)
     for samples, window, overlap in [(0, 320, 0), (10, 300, 0), (10, 320, 100), (10, 320, 320), (10, 320, -320)]:
         with pytest.raises(ValueError, match=r"window"):
-            windows(samples, window, overlap)
+            split_into_windows(samples, window, overlap)

@@ -13,9 +13,9 @@ from extraction import write_corpus
 
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
-from pipeline.decode import Decoders, Failure
-from pipeline.extract.resources import decoding_workers
-from pipeline.profile import Stages
+from pipeline.decode import AudioDecoders, UtteranceFailure
+from pipeline.extract.resources import num_decode_workers
+from pipeline.profile import StageTimes
 from pipeline.sources import SourceConfig, open_source
 from shards.config.base import validate_config
 from shards.errors import UserError
@@ -36,11 +36,11 @@ ROWS = [{"audio": f"clip {i:02d}.flac"} for i in range(6)]
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_give_samples_and_failures_in_the_order_of_the_rows(config, threads):
-    with Decoders(open_source(config), threads, 2, Stages()) as decoders:
+    with AudioDecoders(open_source(config), threads, 2, StageTimes()) as decoders:
         found = list(decoders.read(ROWS))
     folder = Path(str(config.path)).parent
     assert [row for row, _, _ in found] == ROWS
-    assert [isinstance(audio, Failure) for _, _, audio in found] == [False, False, True, False, True, False]
+    assert [isinstance(audio, UtteranceFailure) for _, _, audio in found] == [False, False, True, False, True, False]
     assert [failure.stage for _, _, failure in (found[2], found[4])] == ["decode", "read"]
     assert [bool(digest) for _, digest, _ in found] == [True] * 4 + [False, True]
     for row, _, audio in (found[i] for i in (0, 1, 3, 5)):
@@ -63,7 +63,7 @@ class Counting:
 
 def test_one_thread_reads_no_further_ahead_than_is_allowed_and_an_early_end_drops_the_rest():
     source: Any = Counting()
-    with Decoders(source, 2, 3, Stages()) as decoders:
+    with AudioDecoders(source, 2, 3, StageTimes()) as decoders:
         found = decoders.read([{"audio": str(i)} for i in range(1000)])
         assert [next(found)[0]["audio"] for _ in range(2)] == ["0", "1"]
         found.close()
@@ -79,7 +79,7 @@ def test_what_goes_wrong_in_the_source_itself_reaches_the_caller():
             yield "", b""
 
     source: Any = Broken()
-    with Decoders(source, 2, 3, Stages()) as decoders, pytest.raises(OSError, match="the archive is gone"):
+    with AudioDecoders(source, 2, 3, StageTimes()) as decoders, pytest.raises(OSError, match="the archive is gone"):
         list(decoders.read(ROWS))
 
 
@@ -91,8 +91,8 @@ def test_the_key_decode_in_of_earlier_versions_which_caches_record_is_ignored(co
 
 
 def test_a_gpu_leaves_its_share_of_the_cores_to_decoding():
-    assert decoding_workers(None, device="cpu", cpus=64, gpus=0) == 2
-    assert decoding_workers(None, device="cuda:1", cpus=64, gpus=8) == 6
-    assert decoding_workers(None, device="cuda", cpus=128, gpus=1) == 16
-    assert decoding_workers(None, device="cuda", cpus=4, gpus=4) == 2
-    assert decoding_workers(5, device="cuda", cpus=64, gpus=1) == 5
+    assert num_decode_workers(None, device="cpu", cpus=64, gpus=0) == 2
+    assert num_decode_workers(None, device="cuda:1", cpus=64, gpus=8) == 6
+    assert num_decode_workers(None, device="cuda", cpus=128, gpus=1) == 16
+    assert num_decode_workers(None, device="cuda", cpus=4, gpus=4) == 2
+    assert num_decode_workers(5, device="cuda", cpus=64, gpus=1) == 5

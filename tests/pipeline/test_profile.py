@@ -4,7 +4,7 @@ import json
 import threading
 import time
 
-from pipeline.profile import Stages
+from pipeline.profile import StageTimes
 
 
 def spin(seconds: float) -> None:
@@ -14,23 +14,23 @@ def spin(seconds: float) -> None:
 
 
 def test_the_busiest_stage_is_named_and_decoding_is_shared_by_its_workers():
-    stages = Stages()
+    stages = StageTimes()
     assert stages.bottleneck(1) == ""
-    with stages.busy("read"):
+    with stages.timed("read"):
         spin(0.001)
-    with stages.busy("encode"):
+    with stages.timed("encode"):
         spin(0.03)
-    stages.seconds["decode"] = 1.5 * stages.seconds["encode"]
+    stages.busy_seconds["decode"] = 1.5 * stages.busy_seconds["encode"]
     assert stages.bottleneck(1).startswith("decode ")
     assert stages.bottleneck(2).startswith("encode ")
 
 
 def test_blocks_of_several_threads_add_up_and_a_failed_block_counts():
-    stages = Stages()
+    stages = StageTimes()
 
     def work() -> None:
         try:
-            with stages.busy("decode"):
+            with stages.timed("decode"):
                 spin(0.005)
                 raise ValueError
         except ValueError:
@@ -41,12 +41,12 @@ def test_blocks_of_several_threads_add_up_and_a_failed_block_counts():
         thread.start()
     for thread in threads:
         thread.join()
-    assert stages.seconds["decode"] >= 0.015
+    assert stages.busy_seconds["decode"] >= 0.015
 
 
 def test_the_profile_holds_the_table_and_a_trace_of_every_block(tmp_path):
-    stages = Stages(trace=True)
-    with stages.busy("encode"), stages.waiting("store"):
+    stages = StageTimes(trace=True)
+    with stages.timed("encode"), stages.timed_wait("store"):
         spin(0.001)
     stages.write(tmp_path / "profile.json", 2)
     found = json.loads((tmp_path / "profile.json").read_text())

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from pipeline.threads import Background, Threads
+from pipeline.threads import BackgroundThread, ThreadPool
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -14,7 +14,7 @@ def test_every_call_is_made_with_torch_on_one_thread_and_the_callers_setting_com
     torch.set_num_threads(2)
     try:
         seen: list[tuple[int, int]] = []
-        Threads(n).run(lambda i: seen.append((i, torch.get_num_threads())), [(i,) for i in range(10)])
+        ThreadPool(n).run(lambda i: seen.append((i, torch.get_num_threads())), [(i,) for i in range(10)])
         assert sorted(seen) == [(i, 1) for i in range(10)]
         assert torch.get_num_threads() == 2
     finally:
@@ -23,7 +23,7 @@ def test_every_call_is_made_with_torch_on_one_thread_and_the_callers_setting_com
 
 def test_calls_run_at_the_same_time():
     meet = threading.Barrier(3, timeout=20)
-    Threads(3).run(meet.wait, [()] * 3)
+    ThreadPool(3).run(meet.wait, [()] * 3)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -32,12 +32,12 @@ def test_a_failed_call_is_raised(n):
         1 // i
 
     with pytest.raises(ZeroDivisionError):
-        Threads(n).run(divide, [(1,), (0,), (2,)])
+        ThreadPool(n).run(divide, [(1,), (0,), (2,)])
 
 
 def test_background_work_is_done_in_order_and_all_of_it():
     done: list[int] = []
-    with Background(done.append, 2) as background:
+    with BackgroundThread(done.append, 2) as background:
         for i in range(50):
             background.put(i)
         background.finish()
@@ -47,7 +47,7 @@ def test_background_work_is_done_in_order_and_all_of_it():
 
 def test_no_more_than_the_room_waits():
     go, done = threading.Event(), []
-    with Background(lambda i: (go.wait(20), done.append(i)), 3) as background:
+    with BackgroundThread(lambda i: (go.wait(20), done.append(i)), 3) as background:
         for i in range(4):  # one is under way, three wait
             background.put(i)
         late = threading.Thread(target=background.put, args=(4,))
@@ -66,13 +66,13 @@ def test_an_error_of_background_work_reaches_the_giver_and_ends_the_work():
     def work(i: int) -> None:
         done.append(1 // (3 - i))
 
-    def give(background: Background[int]) -> None:
+    def give(background: BackgroundThread[int]) -> None:
         with background:
             for i in range(50):
                 background.put(i)
             background.finish()
 
-    background = Background(work, 1)
+    background = BackgroundThread(work, 1)
     with pytest.raises(ZeroDivisionError):
         give(background)
     assert done == [0, 0, 1]
@@ -82,7 +82,7 @@ def test_an_error_of_background_work_reaches_the_giver_and_ends_the_work():
 def test_leaving_by_an_exception_drops_what_waits():
     go, done = threading.Event(), []
 
-    def give(background: Background[int]) -> None:
+    def give(background: BackgroundThread[int]) -> None:
         with background:
             for i in range(5):
                 background.put(i)
@@ -90,5 +90,5 @@ def test_leaving_by_an_exception_drops_what_waits():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        give(Background(lambda i: (go.wait(20), done.append(i)), 9))
+        give(BackgroundThread(lambda i: (go.wait(20), done.append(i)), 9))
     assert len(done) <= 1

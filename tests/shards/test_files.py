@@ -16,14 +16,14 @@ import pytest
 
 from shards.errors import UserError
 from shards.files import (
-    TEMPORARY,
+    TEMPORARY_INFIX,
     atomic_write,
     file_lock,
     file_sha256,
     make_folder,
     open_file,
-    temporary,
-    told,
+    temporary_path,
+    translate_os_errors,
     write_all,
 )
 
@@ -158,12 +158,12 @@ def test_a_file_limit_of_the_system_is_told_and_leaves_nothing(tmp_path):
     program = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from shards.files import atomic_write, told\n"
+        "from shards.files import atomic_write, translate_os_errors\n"
         "from shards.errors import run_command\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "def command(argv):\n"
-        "    with told('writing', Path(argv[0])):\n"
+        "    with translate_os_errors('writing', Path(argv[0])):\n"
         "        atomic_write(Path(argv[0]) / 'big', bytes(5000), 'me')\n"
         "sys.exit(run_command(command))\n"
     )
@@ -178,19 +178,19 @@ def test_a_file_limit_of_the_system_is_told_and_leaves_nothing(tmp_path):
 def test_a_storage_error_becomes_one_sentence_with_its_cure(number):
     with (
         pytest.raises(UserError, match=r"^committing failed in '/x': .*; .*run the same command again"),
-        told("committing", Path("/x")),
+        translate_os_errors("committing", Path("/x")),
     ):
         raise OSError(number, "?")
 
 
 def test_an_error_that_no_user_can_mend_keeps_its_traceback():
-    with pytest.raises(OSError, match="bad descriptor"), told("committing", Path("/x")):
+    with pytest.raises(OSError, match="bad descriptor"), translate_os_errors("committing", Path("/x")):
         raise OSError(errno.EBADF, "bad descriptor")
 
 
 def test_a_temporary_name_tells_its_owner_and_stands_in_the_same_folder(tmp_path):
-    path = temporary(tmp_path / "000001.tar", "12-ab")
-    assert (path.parent, path.name) == (tmp_path, f"000001.tar{TEMPORARY}12-ab")
+    path = temporary_path(tmp_path / "000001.tar", "12-ab")
+    assert (path.parent, path.name) == (tmp_path, f"000001.tar{TEMPORARY_INFIX}12-ab")
 
 
 def test_the_hash_of_a_file_is_the_hash_of_its_bytes(tmp_path):

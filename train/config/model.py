@@ -17,7 +17,7 @@ from shards.config.base import Config
 Norm = Literal["none", "rms", "layer"]
 Init = Literal["source", "torch", "normal", "xavier"]
 AudioValue = Literal["id0", "zero", "bos"]
-AUDIO_MARK = "<|audio|>"
+AUDIO_PLACEHOLDER = "<|audio|>"
 
 
 class KindConfig(Config):
@@ -203,7 +203,7 @@ class TransformerConfig(KindConfig):
         return self
 
 
-class OwnConfig(Config):
+class CustomConfig(Config):
     """A projector class of your own, derived from `train.projectors.Projector`."""
 
     kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -233,10 +233,10 @@ KINDS: dict[str, type[KindConfig]] = {
 def _kind(value: Any) -> str | None:
     """The tag of a projector's settings: its kind (``mlp`` when not set), or that of classes of one's own."""
     kind = value.get("kind", "mlp") if isinstance(value, dict) else getattr(value, "kind", None)
-    return OWN if ":" in str(kind) else str(kind) if kind is not None or isinstance(value, dict) else None
+    return CUSTOM_KIND if ":" in str(kind) else str(kind) if kind is not None or isinstance(value, dict) else None
 
 
-OWN = "my_module:MyProjector"
+CUSTOM_KIND = "my_module:MyProjector"
 ProjectorConfig = Annotated[
     Annotated[MlpConfig, Tag("mlp")]
     | Annotated[ResidualConfig, Tag("residual")]
@@ -247,7 +247,7 @@ ProjectorConfig = Annotated[
     | Annotated[MoeConfig, Tag("moe")]
     | Annotated[PoolConfig, Tag("pool")]
     | Annotated[TransformerConfig, Tag("transformer")]
-    | Annotated[OwnConfig, Tag(OWN)],
+    | Annotated[CustomConfig, Tag(CUSTOM_KIND)],
     Discriminator(_kind),
 ]
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from shards.config.base import Config, flatten
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 from train.config.model import ContrastiveConfig, DistillConfig, LmConfig, MlpConfig, ProjectorConfig, PromptConfig
 
 # Keys that leave the losses of a run alone: a resumed run may change them.
-FREE_KEYS = frozenset(
+CHANGEABLE_KEYS = frozenset(
     {
         "caches",  # a cache may be moved: the checkpoint compares manifest ids instead
         "extract",
@@ -83,10 +83,10 @@ class BatchConfig(Config):
     weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
     """How often an epoch visits the rows of each cache; 0.25 is a different quarter in each epoch. null: once."""
 
-    def rules(self) -> Rules:
+    def sampler_config(self) -> SamplerConfig:
         """The same as the stream's rules; no batch is dropped."""
         size = 8 if self.size is None and self.max_frames is None else self.size
-        return Rules(
+        return SamplerConfig(
             batch_size=size,
             max_frames=self.max_frames,
             window_shards=self.window_shards,
@@ -237,5 +237,5 @@ class TrainConfig(Config):
         return [
             f"{key}: {mine.get(key)}, not {theirs.get(key)}"
             for key in sorted(mine.keys() | theirs.keys())
-            if key.split(".")[0] not in FREE_KEYS and mine.get(key) != theirs.get(key)
+            if key.split(".")[0] not in CHANGEABLE_KEYS and mine.get(key) != theirs.get(key)
         ]

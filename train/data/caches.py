@@ -23,9 +23,9 @@ from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.format.spec import FeatureSpec
 from shards.read.cache import Cache
-from shards.read.filters import select
+from shards.read.filters import select_rows
 from train.config.train import TrainConfig, ValConfig
-from train.data.layers import Layers
+from train.data.layers import LayeredCaches
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ Rows = npt.NDArray[np.int64]
 VAL = "val"  # the split name that an extraction gives to what it holds out
 
 
-class AbsentCache(UserError):
+class MissingCache(UserError):
     """No complete cache stands where a pattern points; an extraction makes it."""
 
 
@@ -44,7 +44,7 @@ class Utterances:
 
     caches: Sequence[Cache]
     rows: Rows
-    layers: Layers | None = None  # of the same corpora; ``caches`` holds the first of each
+    layers: LayeredCaches | None = None  # of the same corpora; ``caches`` holds the first of each
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +74,7 @@ class Utterances:
             row -= len(cache)
         raise IndexError(index)
 
-    def first(self, count: int | None) -> Utterances:
+    def subset(self, count: int | None) -> Utterances:
         """At most ``count`` of them: those whose keys' hashes are lowest, so a part of every speaker and shard."""
         if count is None or len(self) <= count:
             return self
@@ -84,13 +84,13 @@ class Utterances:
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainData:
     """What a run trains on and what it is judged on."""
 
     caches: list[Cache]  # of several layers the first of each corpus
     train_rows: Rows  # joined rows over ``caches``
     held_out: Utterances
-    layers: Layers | None = None  # the corpora of ``caches`` with all their layers
+    layers: LayeredCaches | None = None  # the corpora of ``caches`` with all their layers
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
@@ -101,7 +101,7 @@ class Data:
         }
 
 
-def open_data(config: TrainConfig) -> Data:
+def open_data(config: TrainConfig) -> TrainData:
     """Open the caches of a run and divide their rows.
 
     Raises:
@@ -110,7 +110,7 @@ def open_data(config: TrainConfig) -> Data:
     """
     caches, layers = open_corpora(config.caches, config.extract)
     held = [held_out_mask(cache, config.val) for cache in caches]
-    known = np.ones(sum(map(len, caches)), dtype=bool) if layers is None else layers.held
+    known = np.ones(sum(map(len, caches)), dtype=bool) if layers is None else layers.in_all_layers
     train_rows = np.flatnonzero(~np.concatenate(held) & known)
     if not len(train_rows):
         raise UserError(
@@ -118,14 +118,14 @@ def open_data(config: TrainConfig) -> Data:
             "another cache in caches"
         )
     if config.filter is not None:
-        train_rows = np.intersect1d(train_rows, select(caches, config.filter), assume_unique=True)
+        train_rows = np.intersect1d(train_rows, select_rows(caches, config.filter), assume_unique=True)
         if not len(train_rows):
             raise UserError(
                 f"no utterance of {_names(caches)} that is not held out passes '{config.filter}': widen filter"
             )
     if config.val.caches:
-        held_out = open_judged(config.val.caches, config.extract)
-        same_layers(held_out, caches, layers)
+        held_out = open_utterances(config.val.caches, config.extract)
+        require_same_layers(held_out, caches, layers)
     else:
         held_out = Utterances(caches, np.flatnonzero(np.concatenate(held) & known), layers)
     if not len(held_out) and config.eval_every != 0:
@@ -133,10 +133,10 @@ def open_data(config: TrainConfig) -> Data:
             f"no utterance is held out in {_names(caches)}: set val.fraction=0.1, name a cache in val.caches, or train "
             "without evaluation by eval_every=0"
         )
-    return Data(caches, train_rows, held_out.first(config.val.limit), layers)
+    return TrainData(caches, train_rows, held_out.subset(config.val.limit), layers)
 
 
-def same_features(found: Cache, wanted: Cache) -> None:
+def require_same_features(found: Cache, wanted: Cache) -> None:
     """UserError with the fields that differ, unless both caches are of one feature spec."""
     if found.feature_id != wanted.feature_id:
         fields = "; ".join(found.spec.differences(wanted.spec))
@@ -148,7 +148,7 @@ def same_features(found: Cache, wanted: Cache) -> None:
 
 def open_corpora(
     entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()
-) -> tuple[list[Cache], Layers | None]:
+) -> tuple[list[Cache], LayeredCaches | None]:
     """The first cache of each corpus, and all their layers where an entry names several.
 
     Raises:
@@ -158,35 +158,35 @@ def open_corpora(
     for index, entry in enumerate(entries):
         corpora.append([])
         for pattern in _patterns(entry):
-            cache = _open_cache(pattern, _mend(len(entries), extract, index))
+            cache = _open_cache(pattern, _extract_hint(len(entries), extract, index))
             if any(same_folder(cache.path, other.path) for caches in corpora for other in caches):
                 raise UserError(f"caches names '{cache.path}' twice: its utterances would count double; name it once")
             corpora[-1].append(cache)
     firsts = [caches[0] for caches in corpora]
     for cache in firsts[1:]:
-        same_features(cache, firsts[0])
-    return firsts, Layers(corpora) if len(corpora[0]) > 1 else None
+        require_same_features(cache, firsts[0])
+    return firsts, LayeredCaches(corpora) if len(corpora[0]) > 1 else None
 
 
-def open_judged(entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()) -> Utterances:
+def open_utterances(entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()) -> Utterances:
     """All utterances of whole corpora, as :func:`open_corpora` opens them."""
     caches, layers = open_corpora(entries, extract)
-    rows = np.arange(sum(map(len, caches))) if layers is None else np.flatnonzero(layers.held)
+    rows = np.arange(sum(map(len, caches))) if layers is None else np.flatnonzero(layers.in_all_layers)
     return Utterances(caches, rows, layers)
 
 
-def same_layers(judged: Utterances, caches: Sequence[Cache], layers: Layers | None) -> None:
+def require_same_layers(evaluated: Utterances, caches: Sequence[Cache], layers: LayeredCaches | None) -> None:
     """UserError unless ``judged`` holds the features, layer by layer, of the corpora of ``caches``."""
     ours = [caches[0]] if layers is None else layers.joined[0].caches
-    theirs = [judged.caches[0]] if judged.layers is None else judged.layers.joined[0].caches
+    theirs = [evaluated.caches[0]] if evaluated.layers is None else evaluated.layers.joined[0].caches
     for found, wanted in zip(theirs, ours, strict=True):
-        same_features(found, wanted)
+        require_same_features(found, wanted)
 
 
-def _open_cache(pattern: str, mend: str) -> Cache:
+def _open_cache(pattern: str, hint: str) -> Cache:
     path = find_cache(pattern)
     if path is None:
-        raise AbsentCache(f"there is no complete cache at '{pattern}': {mend}")
+        raise MissingCache(f"there is no complete cache at '{pattern}': {hint}")
     return Cache.open(path)
 
 
@@ -223,7 +223,7 @@ def pad(arrays: Sequence[npt.NDArray[Any]]) -> tuple[torch.Tensor, torch.Tensor]
     return torch.from_numpy(features), torch.from_numpy(mask)
 
 
-def needed(config: TrainConfig) -> list[str]:
+def missing_extractions(config: TrainConfig) -> list[str]:
     """The extraction configs to run because a cache they make is absent; empty when all caches stand.
 
     ``extract`` pairs with ``caches`` where both are equally long; otherwise any absent cache needs all of ``extract``.
@@ -238,7 +238,9 @@ def needed(config: TrainConfig) -> list[str]:
         if not absent:
             continue
         if not config.extract:
-            raise AbsentCache(f"there is no complete cache at '{absent[0]}': {_mend(len(config.caches), (), index)}")
+            raise MissingCache(
+                f"there is no complete cache at '{absent[0]}': {_extract_hint(len(config.caches), (), index)}"
+            )
         if entry in config.caches and paired:
             files.append(config.extract[config.caches.index(entry)])
         else:
@@ -298,7 +300,7 @@ def _patterns(entry: str | Sequence[str]) -> list[str]:
     return [entry] if isinstance(entry, str) else list(entry)
 
 
-def _mend(entries: int, extract: Sequence[str], index: int) -> str:
+def _extract_hint(entries: int, extract: Sequence[str], index: int) -> str:
     if not extract:
         return "make it with `make extract CONFIG=configs/extract/….yaml`, or correct the path in caches"
     files = [extract[index]] if len(extract) == entries else extract

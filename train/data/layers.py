@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from shards.errors import UserError
 from shards.read.cache import Cache
-from shards.stream.join import Joined, join
+from shards.stream.join import JoinedCaches, join
 
 if TYPE_CHECKING:
     from shards.stream.batch import Batch
 
 
-class Layers:
+class LayeredCaches:
     """The joined caches of corpora that stand end to end; rows count through the first cache of each.
 
     Attributes:
@@ -38,8 +38,8 @@ class Layers:
 
     def __init__(self, corpora: Sequence[Sequence[Cache]]) -> None:
         for caches in corpora:
-            _check(caches, corpora[0])
-        self.joined: list[Joined] = [join(caches) for caches in corpora]
+            _require_compatible(caches, corpora[0])
+        self.joined: list[JoinedCaches] = [join(caches) for caches in corpora]
         self.count = len(corpora[0])
         self.channels = corpora[0][0].spec.channels
         f16 = all(cache.spec.codec == "f16" for cache in corpora[0])
@@ -49,7 +49,7 @@ class Layers:
         self._rows = np.full((int(self._offsets[-1]), self.count), -1, dtype=np.int64)
         for offset, joined in zip(self._offsets.tolist(), self.joined, strict=False):
             self._rows[offset + joined.rows[:, 0]] = joined.rows
-        self.held: npt.NDArray[np.bool_] = self._rows[:, 0] >= 0
+        self.in_all_layers: npt.NDArray[np.bool_] = self._rows[:, 0] >= 0
 
     def features(self, row: int) -> npt.NDArray[Any]:
         """[frames, layers · channels] of a row, float16 where every codec is f16, else float32."""
@@ -58,7 +58,7 @@ class Layers:
         self._read(row, 0, out)
         return out
 
-    def widen(self, batch: Batch) -> Batch:
+    def add_layers(self, batch: Batch) -> Batch:
         """``batch`` of the first caches with the channels of all layers: [B, T, layers · channels]."""
         import torch
 
@@ -83,12 +83,12 @@ class Layers:
 
     def _caches(self, row: int) -> tuple[Cache, ...]:
         place = int(np.searchsorted(self._offsets, row, side="right")) - 1
-        if not 0 <= row < len(self._rows) or not self.held[row]:
+        if not 0 <= row < len(self._rows) or not self.in_all_layers[row]:
             raise IndexError(f"row {row} is not held by every layer")
         return self.joined[place].caches
 
 
-def _check(caches: Sequence[Cache], wanted: Sequence[Cache]) -> None:
+def _require_compatible(caches: Sequence[Cache], wanted: Sequence[Cache]) -> None:
     for cache, model in zip(caches, wanted, strict=True):
         if cache.spec.channels != wanted[0].spec.channels:
             raise UserError(

@@ -17,9 +17,9 @@ from shards.format.spec import FeatureSpec
 Features = npt.NDArray[Any]
 
 
-def specs_of(about: dict[str, Any]) -> list[FeatureSpec]:
+def feature_specs(cache_info: dict[str, Any]) -> list[FeatureSpec]:
     """The features that a run hears, one spec a layer; ``about`` is its ``caches.json``."""
-    return [FeatureSpec.parse(each, "caches.json") for each in about.get("layers", [])] or [about["spec"]]
+    return [FeatureSpec.parse(each, "caches.json") for each in cache_info.get("layers", [])] or [cache_info["spec"]]
 
 
 def require_one_encoder(specs: Sequence[FeatureSpec]) -> None:
@@ -33,7 +33,7 @@ def require_one_encoder(specs: Sequence[FeatureSpec]) -> None:
             )
 
 
-def features_of(audio: npt.NDArray[np.float32], encoder: Encoder, specs: Sequence[FeatureSpec]) -> Features:
+def encode_features(audio: npt.NDArray[np.float32], encoder: Encoder, specs: Sequence[FeatureSpec]) -> Features:
     """float32 [samples] at 16 kHz to the frames that extraction would have stored and read back, by one encoder pass.
 
     [frames, channels] of one spec, [frames, layers · channels] of several.

@@ -18,12 +18,12 @@ import torch
 from shards.stream.batch import Batch
 from shards.stream.iterable_dataset import FeatureStream
 from train.config.train import TrainConfig
-from train.data.caches import Data
-from train.data.layers import Layers
+from train.data.caches import TrainData
+from train.data.layers import LayeredCaches
 from train.distributed.device import choose_device
-from train.distributed.group import Group
+from train.distributed.group import ProcessGroup
 
-AHEAD = 2  # batches whose further layers are read while the loop works
+PREFETCH = 2  # batches whose further layers are read while the loop works
 
 
 class LayeredStream:
@@ -32,7 +32,7 @@ class LayeredStream:
     A thread reads the further layers ahead. The state is that of the last batch taken.
     """
 
-    def __init__(self, stream: FeatureStream, layers: Layers) -> None:
+    def __init__(self, stream: FeatureStream, layers: LayeredCaches) -> None:
         self.stream, self.layers = stream, layers
         self._state: dict[str, Any] | None = None
 
@@ -51,9 +51,9 @@ class LayeredStream:
 
         def read() -> Batch | None:
             batch = next(batches, None)
-            return None if batch is None else self.layers.widen(batch)
+            return None if batch is None else self.layers.add_layers(batch)
 
-        waiting: deque[Future[Batch | None]] = deque(executor.submit(read) for _ in range(AHEAD))
+        waiting: deque[Future[Batch | None]] = deque(executor.submit(read) for _ in range(PREFETCH))
         try:
             while (batch := waiting.popleft().result()) is not None:
                 waiting.append(executor.submit(read))
@@ -67,38 +67,38 @@ class LayeredStream:
 Stream = FeatureStream | LayeredStream
 
 
-def open_stream(config: TrainConfig, data: Data, group: Group) -> Stream:
+def open_stream(config: TrainConfig, data: TrainData, group: ProcessGroup) -> Stream:
     """This rank's batches of a run, with all layers of it."""
     stream = FeatureStream(
         data.caches,
-        config.batch.rules(),
+        config.batch.sampler_config(),
         config.order_seed,
         rows=data.train_rows,
         rank=group.rank,
-        world=group.world,
+        world_size=group.world_size,
         pinned=data.layers is None and choose_device(config.device).type == "cuda",
     )
     return stream if data.layers is None else LayeredStream(stream, data.layers)
 
 
-def augment(batch: Batch, seed: int, mask_frames: float, noise: float) -> Batch:
+def augment(batch: Batch, seed: int, frame_mask_prob: float, noise_std: float) -> Batch:
     """``batch`` with each frame set to zero with probability ``mask_frames``, after adding ``noise``.
 
     ``noise`` is the standard deviation in units of each channel's own over the utterance: a few channels of a speech
     encoder are a hundred times as large as the others. ``batch`` itself does not change. The noise of an utterance
     depends only on the seed, the number of the global batch and its row, so it is the same under any world size.
     """
-    if not (mask_frames or noise):
+    if not (frame_mask_prob or noise_std):
         return batch
     batch = replace(batch, features=batch.features.clone())
     for features, frames, row in zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True):
         generator = torch.Generator().manual_seed(_seed(seed, batch.index, row))
         own = features[:frames]
-        if noise and frames > 1:
+        if noise_std and frames > 1:
             drawn = torch.randn(own.shape, generator=generator)
-            own += (noise * own.float().std(0, unbiased=False) * drawn).to(own.dtype)
-        if mask_frames:
-            own[torch.rand(frames, generator=generator) < mask_frames] = 0
+            own += (noise_std * own.float().std(0, unbiased=False) * drawn).to(own.dtype)
+        if frame_mask_prob:
+            own[torch.rand(frames, generator=generator) < frame_mask_prob] = 0
     return batch
 
 

@@ -15,17 +15,17 @@ import numpy.typing as npt
 from torch import Tensor
 
 from train.data.caches import Utterances, pad
-from train.distributed.group import Group
+from train.distributed.group import ProcessGroup
 
 Features = npt.NDArray[Any]
-Work = Callable[[list[int], Tensor, Tensor], Any]
+BatchFunction = Callable[[list[int], Tensor, Tensor], Any]
 
 
 class Stopped(Exception):
     """The caller's ``stop`` asked for an end before the evaluation was done."""
 
 
-class Reader:
+class UtteranceReader:
     """Reads chosen utterances; ``keys``, ``texts`` and ``frames`` are those of the utterances by their index."""
 
     def __init__(
@@ -34,23 +34,23 @@ class Reader:
         batch_size: int,
         max_frames: int | None,
         stop: Callable[[], bool],
-        group: Group,
+        group: ProcessGroup,
     ) -> None:
         columns = utterances.columns("key", "text", "frames")
         self.keys, self.texts, self.frames = columns["key"], columns["text"], columns["frames"]
-        self.place = {int(row): index for index, row in enumerate(utterances.rows)}
+        self.index_of_row = {int(row): index for index, row in enumerate(utterances.rows)}
         self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
         self.stop, self.group = stop, group
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def each(
+    def map_batches(
         self,
-        heard: Sequence[int],
-        readers: Sequence[int],
-        work: Work,
-        audio: Callable[[int], Features] | None = None,
+        audio_indices: Sequence[int],
+        text_indices: Sequence[int],
+        function: BatchFunction,
+        get_features: Callable[[int], Features] | None = None,
     ) -> list[Any]:
         """``work(readers, features [B, T, C], mask [B, T])`` of every batch, in the order of the batches.
 
@@ -60,36 +60,36 @@ class Reader:
         Raises:
             Stopped: ``stop()`` became true on any rank.
         """
-        read = audio or self.utterances.features
+        read = get_features or self.utterances.features
 
         def one(batch: list[int]) -> Any:
-            return work([readers[i] for i in batch], *pad([read(heard[i]) for i in batch]))
+            return function([text_indices[i] for i in batch], *pad([read(audio_indices[i]) for i in batch]))
 
-        return self.share(self._batches(heard), one)
+        return self.map_items(self._batches(audio_indices), one)
 
-    def share(self, items: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
+    def map_items(self, items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
         """``work(item)`` of every item, in their order; each rank does its share, and all get what JSON can hold of it.
 
         Raises:
             Stopped: ``stop()`` became true on any rank.
         """
         done, stopped = [], False
-        for item in items[self.group.rank :: self.group.world]:
+        for item in items[self.group.rank :: self.group.world_size]:
             stopped = self.stop()
             if stopped:  # the others learn it where they wait for this rank
                 break
-            done.append(work(item))
-        shares = self.group.gather(None if stopped else done)
+            done.append(function(item))
+        shares = self.group.all_gather(None if stopped else done)
         if any(part is None for part in shares):
             raise Stopped
         turns = zip_longest(*shares)  # item i was the turn of rank i % world
         return [result for turn in turns for result in turn if result is not None]
 
-    def _batches(self, heard: Sequence[int]) -> list[list[int]]:
+    def _batches(self, audio_indices: Sequence[int]) -> list[list[int]]:
         """Places in ``heard`` of like lengths."""
         batches: list[list[int]] = [[]]
-        for i in sorted(range(len(heard)), key=lambda i: (self.frames[heard[i]], i)):
-            longest = self.frames[heard[i]]  # the order ascends
+        for i in sorted(range(len(audio_indices)), key=lambda i: (self.frames[audio_indices[i]], i)):
+            longest = self.frames[audio_indices[i]]  # the order ascends
             too_wide = self.max_frames is not None and longest * (len(batches[-1]) + 1) > self.max_frames
             if batches[-1] and (len(batches[-1]) == self.batch_size or too_wide):
                 batches.append([])

@@ -2,7 +2,7 @@
 
 In: counts of each utterance (nats and tokens, or errors and words). Out: an :class:`Interval`. The figure is always a
 ratio of sums, so that every token (or word) weighs the same; what is drawn again is whole utterances, because the
-tokens of one utterance are not independent. Percentile intervals (Efron 1979) of ``DRAWS`` seeded resamples.
+tokens of one utterance are not independent. Percentile intervals (Efron 1979) of ``NUM_RESAMPLES`` seeded resamples.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from shards.errors import UserError
 
-DRAWS = 2000
-LEVEL = 0.95
+NUM_RESAMPLES = 2000
+CONFIDENCE_LEVEL = 0.95
 NATS, TOKENS = ("nats",), "tokens"
 WORD_ERRORS, WORDS = ("word_insertions", "word_deletions", "word_substitutions"), "words"
 CHARACTER_ERRORS = ("character_insertions", "character_deletions", "character_substitutions")
@@ -113,13 +113,13 @@ def _interval(pairs: Sequence[tuple[Array, Array]], seed: int) -> Interval:
     n, rng = len(sums), np.random.default_rng(seed)
     size = max(1, _AT_ONCE // n)
     draws = []
-    for start in range(0, DRAWS, size):
-        taken = rng.multinomial(n, np.full(n, 1 / n), size=min(size, DRAWS - start))  # how often each came
+    for start in range(0, NUM_RESAMPLES, size):
+        taken = rng.multinomial(n, np.full(n, 1 / n), size=min(size, NUM_RESAMPLES - start))  # how often each came
         draws.append(taken @ sums)
     with np.errstate(invalid="ignore", divide="ignore"):
         figures = _figure(np.concatenate(draws))
     figures = figures[np.isfinite(figures)]  # a resample may hold nothing but utterances without weight
-    low, high = np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(figures, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return Interval(float(_figure(sums.sum(0)[None])[0]), float(low), float(high))
 
 

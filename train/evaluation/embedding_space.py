@@ -24,31 +24,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.files import atomic_write, told
+from shards.files import atomic_write, translate_os_errors
 from train.data.caches import pad
-from train.evaluation.batches import Reader
+from train.evaluation.batches import UtteranceReader
 from train.model.audio_lm import AudioLM
-from train.runs.folder import SPACE
+from train.runs.folder import EMBEDDING_SPACE_FILE
 
-SHOWN = 8  # utterances on the plane: as many as have colours of their own
-NEAREST = 4  # utterances with their nearest tokens
+MAX_UTTERANCES = 8  # utterances on the plane: as many as have colours of their own
+MAX_NEAREST = 4  # utterances with their nearest tokens
 _ROWS = 8192  # rows of the vocabulary embedded at a time
-_MOST = 60  # soft tokens of an utterance on the plane
+_MAX_SOFT_TOKENS = 60  # soft tokens of an utterance on the plane
 
 
-def look(model: AudioLM, reader: Reader, seed: int = 0) -> dict[str, Any]:
+def measure_embedding_space(model: AudioLM, reader: UtteranceReader, seed: int = 0) -> dict[str, Any]:
     """The tree of ``space.json``; the utterances are spread evenly over the lengths. Every rank does all of it."""
     order = sorted(range(len(reader)), key=lambda index: (reader.frames[index], index))
-    places = np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int)
+    places = np.linspace(0, len(order) - 1, min(MAX_UTTERANCES, len(order))).round().astype(int)
     chosen = [order[place] for place in dict.fromkeys(places.tolist())]
-    soft = [_soft(model, reader, index) for index in chosen]
-    step = max(1, len(chosen) // NEAREST)
+    soft = [_soft_tokens(model, reader, index) for index in chosen]
+    step = max(1, len(chosen) // MAX_NEAREST)
     return {
         "tokens": [
             {"key": reader.keys[index], "reference": reader.texts[index], "nearest": nearest_tokens(model, rows)}
-            for index, rows in list(zip(chosen, soft, strict=True))[::step][:NEAREST]
+            for index, rows in list(zip(chosen, soft, strict=True))[::step][:MAX_NEAREST]
         ],
-        "plane": _plane(model, reader, chosen, soft, seed),
+        "plane": _pca_plane(model, reader, chosen, soft, seed),
     }
 
 
@@ -57,8 +57,8 @@ def nearest_tokens(model: AudioLM, soft: Tensor) -> list[tuple[str, float]]:
     directions = F.normalize(soft.float(), dim=-1)
     best = torch.full((len(soft),), -2.0)
     chosen = torch.zeros(len(soft), dtype=torch.int64)
-    for start in range(0, model.lm.vocabulary, _ROWS):
-        ids = torch.arange(start, min(start + _ROWS, model.lm.vocabulary), device=model.lm.device)
+    for start in range(0, model.lm.vocab_size, _ROWS):
+        ids = torch.arange(start, min(start + _ROWS, model.lm.vocab_size), device=model.lm.device)
         rows = F.normalize(model.lm.embed(ids).float(), dim=-1)
         cosine, index = (directions @ rows.T).max(1)
         better = cosine.cpu() > best
@@ -68,22 +68,24 @@ def nearest_tokens(model: AudioLM, soft: Tensor) -> list[tuple[str, float]]:
     return [(text, round(cosine, 4)) for text, cosine in zip(texts, best.tolist(), strict=True)]
 
 
-def write_space(folder: Path, tree: dict[str, Any]) -> None:
+def write_embedding_space(folder: Path, tree: dict[str, Any]) -> None:
     """``space.json`` in ``folder``, at once."""
-    path = folder / SPACE
-    with told("writing the picture of the soft tokens", path):
+    path = folder / EMBEDDING_SPACE_FILE
+    with translate_os_errors("writing the picture of the soft tokens", path):
         atomic_write(path, json.dumps(tree, ensure_ascii=False).encode(), str(os.getpid()))
 
 
-def _soft(model: AudioLM, reader: Reader, index: int) -> Tensor:
+def _soft_tokens(model: AudioLM, reader: UtteranceReader, index: int) -> Tensor:
     """[S, D] soft tokens of one utterance, as the LM takes them in."""
     soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
-    return model.lm.enter(soft[mask])
+    return model.lm.to_input_embeddings(soft[mask])
 
 
-def _plane(model: AudioLM, reader: Reader, chosen: Sequence[int], soft: Sequence[Tensor], seed: int) -> dict[str, Any]:
+def _pca_plane(
+    model: AudioLM, reader: UtteranceReader, chosen: Sequence[int], soft: Sequence[Tensor], seed: int
+) -> dict[str, Any]:
     """PCA of the soft tokens and as many vocabulary embeddings, in float64."""
-    thinned = [rows[np.linspace(0, len(rows) - 1, min(_MOST, len(rows))).astype(int)] for rows in soft]
+    thinned = [rows[np.linspace(0, len(rows) - 1, min(_MAX_SOFT_TOKENS, len(rows))).astype(int)] for rows in soft]
     ids = _vocabulary(model, [reader.texts[index] for index in chosen], sum(map(len, thinned)), seed)
     words = model.lm.embed(torch.tensor(ids, device=model.lm.device))
     cloud = torch.cat([*thinned, words]).double().cpu()
@@ -107,6 +109,6 @@ def _plane(model: AudioLM, reader: Reader, chosen: Sequence[int], soft: Sequence
 
 def _vocabulary(model: AudioLM, texts: Sequence[str], count: int, seed: int) -> list[int]:
     """At most ``count`` token ids: those of ``texts``, then others drawn by ``seed``."""
-    said = dict.fromkeys(token for text in texts for token in model.prompt.target(text)[:-1])
-    drawn = np.random.default_rng(seed).permutation(model.lm.vocabulary).tolist()
+    said = dict.fromkeys(token for text in texts for token in model.prompt.target_ids(text)[:-1])
+    drawn = np.random.default_rng(seed).permutation(model.lm.vocab_size).tolist()
     return list(dict.fromkeys([*said, *drawn]))[:count]

@@ -1,7 +1,7 @@
 """Decoded text against what was said: word and character errors by kind, after normalisation.
 
 In: an utterance's reference and hypothesis. Out: a :class:`Sample` with counts of insertions, deletions and
-substitutions (jiwer's alignment), both sides through Whisper's English normaliser. Rates are of the corpus: all errors
+substitutions (jiwer's alignment), both sides through Whisper's English normalizer. Rates are of the corpus: all errors
 over all reference words. A reference that normalises to nothing has no counts and is left out.
 """
 
@@ -51,17 +51,17 @@ def make_sample(key: str, reference: str, hypothesis: str) -> Sample:
     """A sample with its errors counted."""
     import jiwer
 
-    normalise = normaliser()
-    said, heard = normalise(reference), normalise(hypothesis)
-    if not has_words(said):
+    normalize = normalizer()
+    ref, hyp = normalize(reference), normalize(hypothesis)
+    if not has_words(ref):
         return Sample(key, reference, hypothesis, None, None)
-    words, characters = jiwer.process_words(said, heard), jiwer.process_characters(said, heard)
+    words, characters = jiwer.process_words(ref, hyp), jiwer.process_characters(ref, hyp)
     return Sample(key, reference, hypothesis, _edits(words), _edits(characters))
 
 
-def has_words(normalised: str) -> bool:
-    """Whether normalised text says anything: the normaliser makes "…" a lone point."""
-    return any(letter.isalnum() for letter in normalised)
+def has_words(normalized: str) -> bool:
+    """Whether normalised text says anything: the normalizer makes "…" a lone point."""
+    return any(letter.isalnum() for letter in normalized)
 
 
 def corpus_edits(edits: Sequence[Edits | None]) -> Edits | None:
@@ -96,13 +96,13 @@ def _edits(output: Any) -> Edits:
     return Edits(length, output.insertions, output.deletions, output.substitutions)
 
 
-_NORMALISER: list[Callable[[str], str]] = []
+_NORMALIZER: list[Callable[[str], str]] = []
 
 
-def normaliser() -> Callable[[str], str]:
-    """Whisper's English normaliser, built once: it reads a table of spellings."""
-    if not _NORMALISER:
+def normalizer() -> Callable[[str], str]:
+    """Whisper's English normalizer, built once: it reads a table of spellings."""
+    if not _NORMALIZER:
         from whisper_normalizer.english import EnglishTextNormalizer
 
-        _NORMALISER.append(EnglishTextNormalizer())
-    return _NORMALISER[0]
+        _NORMALIZER.append(EnglishTextNormalizer())
+    return _NORMALIZER[0]

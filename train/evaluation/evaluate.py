@@ -36,20 +36,20 @@ from torch import Tensor
 
 from train.config.train import TrainConfig
 from train.data.caches import Utterances
-from train.distributed.group import Group
-from train.evaluation.batches import Reader, Stopped, derangement
+from train.distributed.group import ProcessGroup
+from train.evaluation.batches import Stopped, UtteranceReader, derangement
 from train.evaluation.bootstrap import Interval, table_intervals
-from train.evaluation.embedding_space import look, write_space
+from train.evaluation.embedding_space import measure_embedding_space, write_embedding_space
 from train.evaluation.error_rates import Edits, Sample, corpus_edits, edit_columns, make_sample
-from train.evaluation.held_out_loss import Losses, losses, text_only_losses
+from train.evaluation.held_out_loss import HeldOutLosses, held_out_losses, text_only_losses
 from train.evaluation.retrieval import retrieve
-from train.evaluation.silence import listen_to_silence, record_silence
+from train.evaluation.silence import encode_silence, measure_hallucination
 from train.evaluation.utterance_table import cache_ids, utterance_table, write_utterances
 from train.model.audio_lm import AudioLM, ModelList
 
 __all__ = ["EvalConfig", "Evaluation", "Stopped", "evaluate", "evaluate_models"]
 
-KEPT_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
+MAX_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,30 @@ class Evaluation:
     table: pa.Table  # utterances.parquet: the counts of every utterance
     samples: list[Sample] = field(default_factory=list)
     intervals: dict[str, Interval] = field(default_factory=dict)  # 95 % over utterances, by the figure's name
-    more: dict[str, Any] = field(default_factory=dict)  # further figures, by the names of summary.json
-    space: dict[str, Any] | None = None  # space.json: soft tokens among the LM's embeddings
+    extra_metrics: dict[str, Any] = field(default_factory=dict)  # further figures, by the names of summary.json
+    embedding_space: dict[str, Any] | None = None  # space.json: soft tokens among the LM's embeddings
 
     @property
     def audio_gain(self) -> float | None:
         """``val_loss_shuffled - val_loss``."""
         return None if self.val_loss_shuffled is None else self.val_loss_shuffled - self.val_loss
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The figures by the names of ``summary.json``, without samples."""
         names = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio",
                  "n_val", "n_decoded", "n_without_reference", "eval_seconds")  # fmt: skip
         bounds = {name: [bound.low, bound.high] for name, bound in self.intervals.items()}
-        return {**{name: getattr(self, name) for name in names}, "intervals": bounds, **self.more}
+        return {**{name: getattr(self, name) for name in names}, "intervals": bounds, **self.extra_metrics}
 
     def record(self) -> dict[str, Any]:
         """:meth:`figures` and the first samples."""
-        return {**self.figures(), "samples": [sample.record() for sample in self.samples[:KEPT_SAMPLES]]}
+        return {**self.metrics(), "samples": [sample.record() for sample in self.samples[:MAX_SAMPLES]]}
 
     def write(self, folder: Path) -> None:
         """``utterances.parquet`` into ``folder``, and ``space.json`` where the evaluation looked there."""
         write_utterances(folder, self.table)
-        if self.space is not None:
-            write_space(folder, self.space)
+        if self.embedding_space is not None:
+            write_embedding_space(folder, self.embedding_space)
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class _Extras:
     """What a complete evaluation adds: figures by the names of ``summary.json``, columns of ``utterances.parquet``,
     the tree of ``space.json``."""
 
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
-    space: dict[str, Any] | None = None
+    embedding_space: dict[str, Any] | None = None
 
 
 def evaluate(
@@ -146,7 +146,7 @@ def evaluate(
     config: EvalConfig | None = None,
     *,
     stop: Callable[[], bool] = lambda: False,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Evaluate ``model`` on ``utterances``. Draws no random numbers.
 
@@ -165,19 +165,19 @@ def evaluate_models(
     config: EvalConfig,
     *,
     stop: Callable[[], bool] = lambda: False,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[Evaluation]:
     """:func:`evaluate` of each of ``models``: every batch is read once, and its rows share passes of the LM."""
-    utterances = utterances.first(config.limit)
+    utterances = utterances.subset(config.limit)
     if not len(utterances):
         raise ValueError("nothing to evaluate on")
     began = time.perf_counter()
     count = len(models.models)
     with _evaluation_mode(models.models):
-        reader = Reader(utterances, config.batch_size, config.max_frames, stop, group or Group())
-        matched = losses(models, reader, range(len(reader)))
+        reader = UtteranceReader(utterances, config.batch_size, config.max_frames, stop, group or ProcessGroup())
+        matched = held_out_losses(models, reader, range(len(reader)))
         other = derangement(reader.texts)
-        shuffled = [None] * count if other is None else losses(models, reader, other)
+        shuffled = [None] * count if other is None else held_out_losses(models, reader, other)
         decoded = _decode(models, reader, config)
         extras = _extras(models, reader, matched, config) if config.complete else [_Extras()] * count
     seconds = time.perf_counter() - began
@@ -202,7 +202,7 @@ def _evaluation_mode(models: Sequence[AudioLM]) -> Iterator[None]:
             module.training = mode
 
 
-def _decode(models: ModelList, reader: Reader, config: EvalConfig) -> list[dict[int, Sample]]:
+def _decode(models: ModelList, reader: UtteranceReader, config: EvalConfig) -> list[dict[int, Sample]]:
     """Greedy decoding of the first utterances by each model, by their index and in their own order."""
     if not config.decode_limit:
         return [{} for _ in models.models]
@@ -211,44 +211,48 @@ def _decode(models: ModelList, reader: Reader, config: EvalConfig) -> list[dict[
         texts = models.generate(features, mask, config.max_new_tokens)
         return [list(zip(readers, own, strict=True)) for own in texts]
 
-    wanted = [reader.place[int(row)] for row in reader.utterances.first(config.decode_limit).rows]
-    batches = reader.each(wanted, wanted, work)
+    wanted = [reader.index_of_row[int(row)] for row in reader.utterances.subset(config.decode_limit).rows]
+    batches = reader.map_batches(wanted, wanted, work)
     found = [dict(pair for batch in own for pair in batch) for own in zip(*batches, strict=True)]
     return [{i: make_sample(reader.keys[i], reader.texts[i], texts[i].strip()) for i in wanted} for texts in found]
 
 
-def _extras(models: ModelList, reader: Reader, matched: Sequence[Losses], config: EvalConfig) -> list[_Extras]:
+def _extras(
+    models: ModelList, reader: UtteranceReader, matched: Sequence[HeldOutLosses], config: EvalConfig
+) -> list[_Extras]:
     """What evaluations during training leave out."""
-    silence = record_silence(reader.utterances, str(models.models[0].lm.device), reader.group)
-    silent = losses(models, reader, range(len(reader)), lambda index: silence.audio(reader.frames[index]))
+    silence = encode_silence(reader.utterances, str(models.models[0].lm.device), reader.group)
+    silent = held_out_losses(
+        models, reader, range(len(reader)), lambda index: silence.features_of_length(reader.frames[index])
+    )
     text_only = text_only_losses(models, reader)
-    spoken = listen_to_silence(models, reader, silence, config.max_new_tokens)
+    spoken = measure_hallucination(models, reader, silence, config.max_new_tokens)
     limit = config.retrieval_limit
-    chosen = [reader.place[int(row)] for row in reader.utterances.first(limit).rows] if limit else []
+    chosen = [reader.index_of_row[int(row)] for row in reader.utterances.subset(limit).rows] if limit else []
     found = []
     for model, mine, without, nothing, said in zip(models.models, matched, silent, text_only, spoken, strict=True):
         retrieved = retrieve(model, reader, chosen)
-        figures = {
+        metrics = {
             "val_loss_silent": without.loss,
             "silent_gain": without.loss - mine.loss,
             "silence": silence.source,
             "val_loss_text_only": nothing.loss,
             "text_only_gain": nothing.loss - mine.loss,
-            **said.figures(),
-            "retrieval": None if retrieved is None else retrieved.figures(),
+            **said.metrics(),
+            "retrieval": None if retrieved is None else retrieved.metrics(),
         }
         columns = {"nats_silent": without.nll, "nats_text_only": nothing.nll}
-        found.append(_Extras(figures, columns, look(model, reader)))
+        found.append(_Extras(metrics, columns, measure_embedding_space(model, reader)))
     return found
 
 
 def _evaluation(
     model: AudioLM,
-    reader: Reader,
-    heard: dict[str, list[str]],
+    reader: UtteranceReader,
+    shuffled_keys: dict[str, list[str]],
     seconds: float,
-    matched: Losses,
-    shuffled: Losses | None,
+    matched: HeldOutLosses,
+    shuffled: HeldOutLosses | None,
     decoded: dict[int, Sample],
     extras: _Extras,
 ) -> Evaluation:
@@ -265,7 +269,7 @@ def _evaluation(
             "reference": reader.texts,
             **edit_columns([decoded.get(i) for i in range(len(reader))]),
             **({} if shuffled is None else {"nats_shuffled": shuffled.nll}),
-            **heard,
+            **shuffled_keys,
             **extras.columns,
         }
     )
@@ -282,8 +286,8 @@ def _evaluation(
         table=table,
         samples=samples,
         intervals=table_intervals(table),
-        more={"word_edits": _counts(words), "character_edits": _counts(characters), **extras.figures},
-        space=extras.space,
+        extra_metrics={"word_edits": _counts(words), "character_edits": _counts(characters), **extras.metrics},
+        embedding_space=extras.embedding_space,
     )
 
 

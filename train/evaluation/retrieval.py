@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from train.data.caches import pad
-from train.evaluation.batches import Reader
+from train.evaluation.batches import UtteranceReader
 from train.evaluation.bootstrap import Interval, ratio
 from train.model.audio_lm import AudioLM
 
@@ -39,7 +39,7 @@ class Retrieval:
     audio_by_likelihood: Interval
     by_embedding: Interval
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """By the names of ``summary.json``."""
         found = {name: getattr(self, name) for name in ("by_likelihood", "audio_by_likelihood", "by_embedding")}
         return {"utterances": self.utterances, "candidates": self.candidates, "chance": 1 / self.candidates,
@@ -47,23 +47,23 @@ class Retrieval:
                 "intervals": {name: [share.low, share.high] for name, share in found.items()}}  # fmt: skip
 
 
-def retrieve(model: AudioLM, reader: Reader, chosen: Sequence[int]) -> Retrieval | None:
+def retrieve(model: AudioLM, reader: UtteranceReader, chosen: Sequence[int]) -> Retrieval | None:
     """Retrieval@1 over ``chosen`` utterances of the reader; None where fewer than two texts differ."""
     groups = make_groups(reader.texts, reader.frames, chosen)
     if not groups:
         return None
     heard = [(index, group) for group in groups for index in group]
-    rows = reader.share(heard, lambda pair: _nats(model, reader, *pair))  # [audio][candidate text]
+    rows = reader.map_items(heard, lambda pair: _text_nll(model, reader, *pair))  # [audio][candidate text]
     right: list[list[bool]] = [[], [], []]
     start = 0
-    audio, text = _pooled(model, reader, [index for group in groups for index in group])
+    audio, text = _mean_embeddings(model, reader, [index for group in groups for index in group])
     for group in groups:
         size = len(group)
-        nats = np.array(rows[start : start + size])
-        per_token = nats / [len(model.prompt.target(reader.texts[index])) for index in group]
+        nll = np.array(rows[start : start + size])
+        per_token = nll / [len(model.prompt.target_ids(reader.texts[index])) for index in group]
         cosine = (audio[start : start + size] @ text[start : start + size].T).numpy()
         own = np.arange(size)
-        for hits, choice in zip(right, (per_token.argmin(1), nats.argmin(0), cosine.argmax(1)), strict=True):
+        for hits, choice in zip(right, (per_token.argmin(1), nll.argmin(0), cosine.argmax(1)), strict=True):
             hits += (choice == own).tolist()
         start += size
     shares = [ratio(np.array(hits, float), np.ones(len(hits))) for hits in right]
@@ -83,24 +83,24 @@ def make_groups(texts: Sequence[str], frames: Sequence[int], chosen: Sequence[in
     return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
 
-def _nats(model: AudioLM, reader: Reader, index: int, group: Sequence[int]) -> list[float]:
+def _text_nll(model: AudioLM, reader: UtteranceReader, index: int, group: Sequence[int]) -> list[float]:
     """Nats of each text of ``group`` with the audio of utterance ``index``."""
     features, mask = pad([reader.utterances.features(index)])
     most = len(group) if reader.max_frames is None else max(1, reader.max_frames // features.shape[1])
-    nats: list[float] = []
+    nll: list[float] = []
     for start in range(0, len(group), most):
         texts = [reader.texts[other] for other in group[start : start + most]]
-        nats += model.candidates(features, mask, texts).double().tolist()
-    return nats
+        nll += model.candidate_nll(features, mask, texts).double().tolist()
+    return nll
 
 
-def _pooled(model: AudioLM, reader: Reader, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _mean_embeddings(model: AudioLM, reader: UtteranceReader, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean soft tokens and mean text embeddings of ``chosen``, centred, of unit length: [n, D] float32 on the CPU."""
     audio, text = [], []
     for index in chosen:
         soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
         audio.append(soft[mask].float().mean(0).cpu())
-        ids = torch.tensor(model.prompt.target(reader.texts[index])[:-1] or [model.lm.tokenizer.eos])
+        ids = torch.tensor(model.prompt.target_ids(reader.texts[index])[:-1] or [model.lm.tokenizer.eos])
         text.append(model.lm.embed(ids.to(model.lm.device)).float().mean(0).cpu())
     clouds = torch.stack(audio), torch.stack(text)
     a, b = (torch.nn.functional.normalize(cloud - cloud.mean(0), dim=-1) for cloud in clouds)

@@ -21,18 +21,18 @@ from torch import Tensor
 from shards.errors import UserError
 from shards.format.codec import CodecError
 from train.data.caches import Utterances
-from train.distributed.group import Group
-from train.evaluation.batches import Features, Reader
-from train.evaluation.error_rates import has_words, normaliser
+from train.distributed.group import ProcessGroup
+from train.evaluation.batches import Features, UtteranceReader
+from train.evaluation.error_rates import has_words, normalizer
 from train.model.audio_lm import ModelList
 
 if TYPE_CHECKING:
     from shards.format.spec import FeatureSpec
     from shards.read.cache import Cache
 
-LONGEST = 30.0  # seconds of silence that are encoded
-INPUTS = 16  # silent inputs that are decoded
-KEPT = 4  # decoded texts that are kept
+MAX_SECONDS = 30.0  # seconds of silence that are encoded
+NUM_INPUTS = 16  # silent inputs that are decoded
+MAX_TEXTS = 4  # decoded texts that are kept
 ENCODED = "digital silence through the encoder"
 
 
@@ -43,15 +43,15 @@ class Silence:
     features: Features
     source: str
 
-    def audio(self, frames: int) -> Features:
+    def features_of_length(self, frames: int) -> Features:
         """[frames, channels]"""
         return self.features[np.arange(frames) % len(self.features)]
 
 
-def record_silence(utterances: Utterances, device: str, group: Group) -> Silence:
+def encode_silence(utterances: Utterances, device: str, group: ProcessGroup) -> Silence:
     """The silence of the caches' encoder; rank 0 makes it for all."""
     features, source = np.zeros((1, 0), np.float32), ""
-    if group.is_first:
+    if group.is_main_process:
         features, source = _record(utterances, device)
     source = group.broadcast(source)
     return Silence(group.broadcast_tensors({"silence": torch.from_numpy(features)})["silence"].numpy(), source)
@@ -59,25 +59,25 @@ def record_silence(utterances: Utterances, device: str, group: Group) -> Silence
 
 def _record(utterances: Utterances, device: str) -> tuple[Features, str]:
     specs = utterances.specs
-    from pipeline.encoders.recording import NotFinite
+    from pipeline.encoders.recording import NonFiniteFeaturesError
 
     longest = max(utterances.columns("samples")["samples"])
-    samples = min(longest, round(LONGEST * specs[0].sampling_rate))
+    samples = min(longest, round(MAX_SECONDS * specs[0].sampling_rate))
     try:
         return _encode(utterances.caches[0], specs, samples, device), ENCODED
-    except (UserError, NotFinite, CodecError) as error:
+    except (UserError, NonFiniteFeaturesError, CodecError) as error:
         return np.zeros((1, sum(spec.channels for spec in specs)), np.float32), f"zeros: {error}"
 
 
 def _encode(cache: Cache, specs: list[FeatureSpec], samples: int, device: str) -> Features:
     """[frames, channels of all layers] float32 of zero samples; UserError without the one encoder of all."""
     from pipeline.encoders.recording import open_encoder
-    from train.data.live import features_of, require_one_encoder
+    from train.data.live import encode_features, require_one_encoder
 
     require_one_encoder(specs)
     recorded = ((cache.info.get("provenance") or {}).get("encoder") or {}).get("reference")
     encoder = open_encoder(specs[0], _on_this_machine(recorded), device)
-    return features_of(np.zeros(samples, np.float32), encoder, specs).astype(np.float32)
+    return encode_features(np.zeros(samples, np.float32), encoder, specs).astype(np.float32)
 
 
 def _on_this_machine(reference: str | None) -> str | None:
@@ -101,31 +101,33 @@ class Hallucination:
     words: float  # mean over the inputs
     texts: list[str]  # the first few
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """By the names of ``summary.json``."""
         return {"hallucination_rate": self.rate,
                 "hallucination": {"inputs": self.inputs, "words": self.words, "texts": self.texts}}  # fmt: skip
 
 
-def listen_to_silence(models: ModelList, reader: Reader, silence: Silence, max_new_tokens: int) -> list[Hallucination]:
-    """Decode silence of up to INPUTS different lengths, spread evenly over those of the utterances."""
+def measure_hallucination(
+    models: ModelList, reader: UtteranceReader, silence: Silence, max_new_tokens: int
+) -> list[Hallucination]:
+    """Decode silence of up to NUM_INPUTS different lengths, spread evenly over those of the utterances."""
     by_length = sorted({frames: index for index, frames in enumerate(reader.frames)}.items())
-    places = np.linspace(0, len(by_length) - 1, min(INPUTS, len(by_length))).round().astype(int)
+    places = np.linspace(0, len(by_length) - 1, min(NUM_INPUTS, len(by_length))).round().astype(int)
     chosen = [by_length[place][1] for place in places.tolist()]
 
     def work(readers: list[int], features: Tensor, mask: Tensor) -> list[list[str]]:
         return models.generate(features, mask, max_new_tokens)
 
-    batches = reader.each(chosen, chosen, work, lambda index: silence.audio(reader.frames[index]))
+    batches = reader.map_batches(chosen, chosen, work, lambda index: silence.features_of_length(reader.frames[index]))
     return [_hallucination([text.strip() for batch in own for text in batch]) for own in zip(*batches, strict=True)]
 
 
 def _hallucination(texts: list[str]) -> Hallucination:
-    normalise = normaliser()
-    counts = [sum(map(has_words, normalise(text).split())) for text in texts]
+    normalize = normalizer()
+    counts = [sum(map(has_words, normalize(text).split())) for text in texts]
     return Hallucination(
         rate=sum(count > 0 for count in counts) / len(counts),
         inputs=len(counts),
         words=sum(counts) / len(counts),
-        texts=texts[:KEPT],
+        texts=texts[:MAX_TEXTS],
     )

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.files import atomic_write, told
+from shards.files import atomic_write, translate_os_errors
 from shards.format.schemas import parquet_bytes
 from train.data.caches import Utterances
 
@@ -60,7 +60,7 @@ def utterance_table(columns: Mapping[str, Any]) -> pa.Table:
 def write_utterances(folder: Path, table: pa.Table) -> Path:
     """``utterances.parquet`` in ``folder``, at once; returns its path."""
     path = folder / UTTERANCES
-    with told("writing the utterances' figures", path):
+    with translate_os_errors("writing the utterances' figures", path):
         atomic_write(path, parquet_bytes(table), str(os.getpid()))
     return path
 
@@ -72,15 +72,15 @@ def read_utterances(folder: Path) -> pa.Table:
         UserError: it is missing, damaged, or of another version of earshard.
     """
     path = folder / UTTERANCES
-    mend = f"judge the run by python -m train evaluate {folder}"
+    hint = f"judge the run by python -m train evaluate {folder}"
     try:
         table = pq.read_table(path).replace_schema_metadata(None)
     except FileNotFoundError:
-        raise UserError(f"'{path}' is missing: {mend}") from None
+        raise UserError(f"'{path}' is missing: {hint}") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"'{path}' cannot be read ({type(error).__name__}): {mend}") from None
+        raise UserError(f"'{path}' cannot be read ({type(error).__name__}): {hint}") from None
     if not table.schema.equals(SCHEMA):
-        raise UserError(f"'{path}' has other columns than this earshard writes: {mend}")
+        raise UserError(f"'{path}' has other columns than this earshard writes: {hint}")
     return table
 
 

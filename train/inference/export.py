@@ -25,21 +25,21 @@ from typing import TYPE_CHECKING, Any
 
 from shards.config.base import Config, validate_config
 from shards.errors import UserError
-from shards.files import atomic_write, told
-from train.config.model import LmConfig, OwnConfig, ProjectorConfig, PromptConfig
+from shards.files import atomic_write, translate_os_errors
+from train.config.model import CustomConfig, LmConfig, ProjectorConfig, PromptConfig
 from train.config.train import TrainConfig
 from train.model.build import load_model
-from train.runs.folder import read_json, run_caches, run_config
+from train.runs.folder import read_cache_info, read_json, run_config
 
 if TYPE_CHECKING:
     from train.lms.base import LanguageModel
     from train.projectors import Projector
 
 FORMAT = 1
-WEIGHTS, SETTINGS, CARD, LM_WEIGHTS = "projector.safetensors", "config.json", "README.md", "lm.safetensors"
+WEIGHTS, SETTINGS, MODEL_CARD, LM_WEIGHTS = "projector.safetensors", "config.json", "README.md", "lm.safetensors"
 PACKAGE = "projector"
-OWN = "own"  # the name that a module of the user's has in the package
-CHECK = """
+CUSTOM_MODULE = "own"  # the name that a module of the user's has in the package
+IMPORT_CHECK = """
 import sys
 sys.modules.update(dict.fromkeys(("train", "pipeline", "shards")))  # as where earshard is not installed
 sys.path.insert(0, sys.argv[1])
@@ -48,7 +48,7 @@ load(sys.argv[1])
 """
 
 
-class Exported(Config):
+class ExportConfig(Config):
     """``config.json`` of an export: all that :func:`load_projector`, or another program, needs."""
 
     format: int
@@ -81,21 +81,21 @@ def export(run: Path, folder: Path) -> Path:
 
     if folder.exists():
         raise UserError(f"'{folder}' exists already: name another folder, or delete it")
-    config, about = run_config(run), run_caches(run)
+    config, cache_info = run_config(run), read_cache_info(run)
     model = load_model(run, config, torch.device("cpu"), torch.float32)
-    settings = make_settings(config, about, model.lm, model.projector)
+    settings = make_settings(config, cache_info, model.lm, model.projector)
     write_projector(folder, settings, model.projector)
     trained = trained_parameters(model.lm)
     if trained:
         tensors = {name: parameter.detach() for name, parameter in trained.items()}
         write_tensors(folder / LM_WEIGHTS, tensors, {"feature_id": settings.feature_ids[0]})
-    text = card(settings, read_json(run / "summary.json"), folder.name, bool(trained))
-    with told("exporting", folder):
-        atomic_write(folder / CARD, text.encode(), str(os.getpid()))
+    text = model_card(settings, read_json(run / "summary.json"), folder.name, bool(trained))
+    with translate_os_errors("exporting", folder):
+        atomic_write(folder / MODEL_CARD, text.encode(), str(os.getpid()))
     return folder
 
 
-def write_projector(folder: Path, settings: Exported, projector: Projector) -> None:
+def write_projector(folder: Path, settings: ExportConfig, projector: Projector) -> None:
     """Make ``folder`` with the settings, the weights and the source: all of an export that loading it takes.
 
     Raises:
@@ -104,7 +104,7 @@ def write_projector(folder: Path, settings: Exported, projector: Projector) -> N
     from train.model.checkpoint import write_tensors
 
     sources = _sources(settings)
-    with told("exporting", folder):
+    with translate_os_errors("exporting", folder):
         (folder / PACKAGE).mkdir(parents=True)
         for name, text in sources.items():
             atomic_write(folder / PACKAGE / name, text.encode(), str(os.getpid()))
@@ -113,25 +113,27 @@ def write_projector(folder: Path, settings: Exported, projector: Projector) -> N
     # all of them, trained or not; of two names of one tensor each gets its own
     tensors = {name: value.detach().clone() for name, value in projector.state_dict().items()}
     write_tensors(folder / WEIGHTS, tensors, {"feature_id": settings.feature_ids[0]})
-    if isinstance(settings.projector, OwnConfig):
-        _check_own(folder, settings.projector.kind)
+    if isinstance(settings.projector, CustomConfig):
+        _check_custom(folder, settings.projector.kind)
 
 
-def make_settings(config: TrainConfig, about: dict[str, Any], lm: LanguageModel, projector: Projector) -> Exported:
+def make_settings(
+    config: TrainConfig, cache_info: dict[str, Any], lm: LanguageModel, projector: Projector
+) -> ExportConfig:
     """``config.json`` of a run with these settings, ``caches.json``, language model and trained projector."""
     from shards.format.spec import FeatureSpec
     from train.projectors import MixedProjector
 
-    specs = about.get("layers") or [about["spec"].model_dump()]
+    specs = cache_info.get("layers") or [cache_info["spec"].model_dump()]
     kind = type(projector.projector if isinstance(projector, MixedProjector) else projector)
-    module = OWN if isinstance(config.projector, OwnConfig) else kind.__module__.rpartition(".")[2]
-    return Exported(
+    module = CUSTOM_MODULE if isinstance(config.projector, CustomConfig) else kind.__module__.rpartition(".")[2]
+    return ExportConfig(
         format=FORMAT,
         projector=config.projector,
         source=f"{module}:{kind.__name__}",
         layers=config.layers,
         normalise_layers=config.normalise_layers,
-        channels=about["spec"].channels,
+        channels=cache_info["spec"].channels,
         width=lm.width,
         embedding_rms=lm.embedding_rms,
         lm=config.lm,
@@ -139,16 +141,16 @@ def make_settings(config: TrainConfig, about: dict[str, Any], lm: LanguageModel,
         prompt=config.prompt,
         specs=specs,
         feature_ids=[FeatureSpec.parse(spec, "caches.json").feature_id for spec in specs],
-        manifest_ids=[cache["manifest_id"] for cache in about["caches"]],
-        encoder=about.get("encoder"),
+        manifest_ids=[cache["manifest_id"] for cache in cache_info["caches"]],
+        encoder=cache_info.get("encoder"),
     )
 
 
-def _sources(settings: Exported) -> dict[str, str]:
+def _sources(settings: ExportConfig) -> dict[str, str]:
     """File names and texts of the package: its loader, the module of the projector, and what they import there."""
     module = settings.source.split(":")[0]
     config = settings.projector
-    text = _own_source(config.kind.split(":")[0]) if isinstance(config, OwnConfig) else _source(module)
+    text = _custom_source(config.kind.split(":")[0]) if isinstance(config, CustomConfig) else _source(module)
     return _with_imports("__init__", _source("standalone")) | _with_imports(module, text)
 
 
@@ -166,7 +168,7 @@ def _source(module: str) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
-def _own_source(module: str) -> str:
+def _custom_source(module: str) -> str:
     """The source of the user's module, its imports of earshard's projectors made relative; UserError if unreadable."""
     try:
         text = inspect.getsource(sys.modules[module])
@@ -176,10 +178,10 @@ def _own_source(module: str) -> str:
     return local.sub(lambda found: f"{found[1]}from {found[2] or '.'} import", text)
 
 
-def _check_own(folder: Path, kind: str) -> None:
+def _check_custom(folder: Path, kind: str) -> None:
     """Load the package where there is no earshard and no working folder; UserError, and no folder, when it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    words = [sys.executable, "-P", "-c", CHECK, str(folder)]
+    words = [sys.executable, "-P", "-c", IMPORT_CHECK, str(folder)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder)
@@ -207,14 +209,14 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
 
     settings = read_settings(Path(folder))
     config = settings.projector
-    if isinstance(config, OwnConfig):
+    if isinstance(config, CustomConfig):
         if kind is None:
             raise UserError(
                 f"'{folder}' holds a projector of the class {config.kind}, which is not earshard's: pass "
                 f"kind='{config.kind}' to import it from your own Python path, or use the code in the folder as its "
-                f"{CARD} shows"
+                f"{MODEL_CARD} shows"
             )
-        config = validate_config(OwnConfig, {"kind": kind, "settings": config.settings}, "kind")
+        config = validate_config(CustomConfig, {"kind": kind, "settings": config.settings}, "kind")
     projector = build_projector(config, settings.channels, settings.width, settings.embedding_rms)
     if settings.layers > 1:
         projector = MixedProjector(LayerMixer(settings.layers, settings.normalise_layers), projector)
@@ -227,7 +229,7 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
     return projector.eval()
 
 
-def read_settings(folder: Path) -> Exported:
+def read_settings(folder: Path) -> ExportConfig:
     """``config.json`` of an export; raises UserError as :func:`load_projector`."""
     path = folder / SETTINGS
     try:
@@ -240,15 +242,15 @@ def read_settings(folder: Path) -> Exported:
         raise UserError(f"'{path}' cannot be read ({error}): export the run again") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise UserError(f"'{path}' is not of export format {FORMAT}: update earshard, or export the run again")
-    return validate_config(Exported, tree, f"'{path}'")
+    return validate_config(ExportConfig, tree, f"'{path}'")
 
 
-def card(settings: Exported, summary: dict[str, Any], name: str, has_lm: bool) -> str:
+def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_lm: bool) -> str:
     """``README.md`` of an export."""
     spec = settings.specs[0]
     channels = settings.layers * settings.channels
     source = f"`{settings.encoder}`" if settings.encoder else "an encoder whose reference was not recorded"
-    is_own = isinstance(settings.projector, OwnConfig)
+    is_own = isinstance(settings.projector, CustomConfig)
     needs = ", and what `projector/own.py` imports" if is_own else ""
     own = ", but for `projector/own.py`, which is its author's" if is_own else ""
     layers = ", ".join(str(each["layer"]) for each in settings.specs)
@@ -261,7 +263,7 @@ def card(settings: Exported, summary: dict[str, Any], name: str, has_lm: bool) -
         ("projector", f"`{settings.projector.kind}`, {channels} channels to width {settings.width}"),
         ("prompt", f"`{settings.prompt.template}`: {settings.prompt.instruction}"),
         ("steps", str(summary.get("steps", "–"))),
-        *((label, f"{summary[key]:.4g}") for label, key in _FIGURES if isinstance(summary.get(key), int | float)),
+        *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return f"""\
@@ -297,7 +299,7 @@ installed, `train.load_projector("{name}")` loads the same without running code 
 """
 
 
-_FIGURES = (
+_CARD_METRICS = (
     ("held-out loss, nats per token", "val_loss"),
     ("held-out loss with another utterance's audio", "val_loss_shuffled"),
     ("audio gain, nats per token", "audio_gain"),

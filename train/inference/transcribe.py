@@ -24,15 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.audio import AudioError, decode, to_mono_16k
-from pipeline.encoders.recording import NotFinite, open_encoder
+from pipeline.encoders.recording import NonFiniteFeaturesError, open_encoder
 from shards.errors import UserError
 from shards.format import codec
 from train.config.train import TrainConfig
 from train.data.caches import pad
-from train.data.live import Features, features_of, require_one_encoder, specs_of
+from train.data.live import Features, encode_features, feature_specs, require_one_encoder
 from train.distributed.device import choose_device, choose_dtype
 from train.model.build import load_model
-from train.runs.folder import run_caches
+from train.runs.folder import read_cache_info
 
 STDIN = "-"
 
@@ -42,7 +42,7 @@ class Recording:
     """Audio by its name, a path or ``-``; ``raw`` is the rate in Hz of headerless 16-bit little-endian mono samples."""
 
     name: str
-    raw: int | None = None
+    raw_rate: int | None = None
 
     def samples(self) -> npt.NDArray[np.float32]:
         """float32 [samples], mono, 16 kHz.
@@ -52,29 +52,29 @@ class Recording:
             OSError: it cannot be read.
         """
         data = sys.stdin.buffer.read() if self.name == STDIN else Path(self.name).read_bytes()
-        if self.raw is None:
+        if self.raw_rate is None:
             return decode(data)
         if len(data) % 2 or not data:
             raise AudioError(f"{len(data)} bytes are no 16-bit samples")
-        return to_mono_16k(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw)
+        return to_mono_16k(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw_rate)
 
 
-def find_recordings(words: Sequence[str], raw: int | None = None) -> list[Recording]:
+def find_recordings(paths: Sequence[str], raw_rate: int | None = None) -> list[Recording]:
     """The recordings that ``words`` name; ``raw`` is the sampling rate in Hz of the samples on standard input.
 
     Raises:
         UserError: a file does not exist, ``-`` is given twice, or ``raw`` is out of range or given without ``-``.
     """
-    if words.count(STDIN) > 1:
+    if paths.count(STDIN) > 1:
         raise UserError("standard input is one recording: write - once")
-    if raw is not None and STDIN not in words:
+    if raw_rate is not None and STDIN not in paths:
         raise UserError("--raw describes samples on standard input: write - in place of a file")
-    if raw is not None and not 1000 <= raw <= 384_000:
-        raise UserError(f"--raw is {raw}: give the sampling rate in Hz, such as 16000")
-    for word in words:
+    if raw_rate is not None and not 1000 <= raw_rate <= 384_000:
+        raise UserError(f"--raw is {raw_rate}: give the sampling rate in Hz, such as 16000")
+    for word in paths:
         if word != STDIN and not Path(word).is_file():
             raise UserError(f"there is no audio file at '{word}': correct the path")
-    return [Recording(word, raw if word == STDIN else None) for word in words]
+    return [Recording(word, raw_rate if word == STDIN else None) for word in paths]
 
 
 def transcribe(
@@ -84,7 +84,7 @@ def transcribe(
     encoder: str | None = None,
     *,
     batch_size: int = 8,
-    told: Callable[[str, str], None] | None = None,
+    on_token: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """(name, text) of each recording that can be read, in the order given; texts are one line.
 
@@ -96,34 +96,34 @@ def transcribe(
         UserError: the encoder cannot be had or is another one; after all others are done: a recording that could not
             be read.
     """
-    about = run_caches(run)
-    specs = specs_of(about)
+    cache_info = read_cache_info(run)
+    specs = feature_specs(cache_info)
     require_one_encoder(specs)
-    ears = open_encoder(specs[0], encoder or about.get("encoder"), config.device)
+    speech_encoder = open_encoder(specs[0], encoder or cache_info.get("encoder"), config.device)
     device = choose_device(config.device)
     model = load_model(run, config, device, choose_dtype(config.dtype, device))
     failures: list[str] = []
-    size = batch_size if told is None else 1
+    size = batch_size if on_token is None else 1
     for start in range(0, len(recordings), size):
-        heard: list[tuple[str, Features]] = []
+        encoded: list[tuple[str, Features]] = []
         for recording in recordings[start : start + size]:
             try:
-                heard.append((recording.name, features_of(recording.samples(), ears, specs)))
-            except (AudioError, OSError, NotFinite, codec.CodecError) as error:
+                encoded.append((recording.name, encode_features(recording.samples(), speech_encoder, specs)))
+            except (AudioError, OSError, NonFiniteFeaturesError, codec.CodecError) as error:
                 failures.append(f"'{recording.name}' ({error})")
-        if heard:
-            features, mask = pad([frames for _, frames in heard])
-            texts = model.generate(features, mask, config.max_new_tokens, *_listeners(heard[0][0], told))
-            yield from ((name, one_line(text)) for (name, _), text in zip(heard, texts, strict=True))
+        if encoded:
+            features, mask = pad([frames for _, frames in encoded])
+            texts = model.generate(features, mask, config.max_new_tokens, *_token_callbacks(encoded[0][0], on_token))
+            yield from ((name, one_line(text)) for (name, _), text in zip(encoded, texts, strict=True))
     if failures:
         raise UserError(f"could not read {', '.join(failures)}: give audio that soundfile can decode")
 
 
-def _listeners(name: str, told: Callable[[str, str], None] | None) -> list[Callable[[list[str]], None]]:
+def _token_callbacks(name: str, on_token: Callable[[str, str], None] | None) -> list[Callable[[list[str]], None]]:
     """What :meth:`AudioLM.generate` is to call after every token of a batch of one, if anything."""
-    if told is None:
+    if on_token is None:
         return []
-    return [lambda texts: told(name, one_line(texts[0]))]
+    return [lambda texts: on_token(name, one_line(texts[0]))]
 
 
 def one_line(text: str) -> str:
@@ -131,7 +131,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-class Typist:
+class TokenWriter:
     """Writes a recording's text as it grows: ``name``, a tab, then what each token added."""
 
     def __init__(self, out: TextIO) -> None:
@@ -144,7 +144,7 @@ class Typist:
             self._name, self._written = name, ""
         self._write(text.rstrip("\ufffd"))
 
-    def end(self, name: str, text: str) -> None:
+    def finish(self, name: str, text: str) -> None:
         """``text`` is complete."""
         if name != self._name:
             self._out.write(f"{name}\t")

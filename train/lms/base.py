@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute  # this package has a module of that name
 
-from train.lms.layout import Ids, Layout, lay_out
+from train.lms.packing import Ids, PackedInputs, pack_inputs
 
-LOGITS = 2**25  # float32 numbers held at once: 128 MiB, and as much again for their gradient
+MAX_LOGITS = 2**25  # float32 numbers held at once: 128 MiB, and as much again for their gradient
 
 
 class Tokenizer(Protocol):
@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
     identity: str  # what a run records: equal weights, equal identity
     tokenizer: Tokenizer
     width: int  # D
-    vocabulary: int  # V, of the logits
+    vocab_size: int  # V, of the logits
     embedding_rms: float  # RMS of the rows that tokens become; where an output norm's gain starts
     dtype: torch.dtype  # of the activations
     trainable: bool = False
@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
         super().train(mode and self.trainable)
         return self
 
-    def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
+    def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
         """The rows of ``layout`` with ``soft_ND`` [all valid soft tokens, D] in place -> [B, T, D] before the head."""
         raise NotImplementedError
 
@@ -75,36 +75,36 @@ class LanguageModel(nn.Module):
         """int64 [..., T] -> [..., T, D] in the LM's dtype: what tokens become where soft tokens join them."""
         raise NotImplementedError
 
-    def enter(self, soft: Tensor) -> Tensor:
+    def to_input_embeddings(self, soft: Tensor) -> Tensor:
         """[..., D] -> [..., D]: soft tokens as they stand beside the rows of ``embed``."""
         return soft
 
-    def target_nats(self, soft: Tensor, soft_mask: Tensor, before: Ids, after: Ids, targets: Ids) -> Tensor:
+    def target_nll(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, targets: Ids) -> Tensor:
         """Summed cross-entropy of each row's targets, in nats, float32 [B]; differentiable in ``soft``.
 
         soft [B, S, D], soft_mask [B, S] bool (soft tokens that it excludes are never read). Logits exist at target
-        positions only, and of those at most ``LOGITS`` numbers at a time.
+        positions only, and of those at most ``MAX_LOGITS`` numbers at a time.
         """
-        layout = lay_out(soft_mask.sum(1), before, after, targets)
-        nats_N = self._nats(self.hidden(layout, soft[soft_mask])[layout.predicts], layout.targets)
-        return sum_by_row(nats_N, layout)
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets)
+        nll_N = self._token_nll(self.hidden(packed, soft[soft_mask])[packed.predicts_target], packed.targets)
+        return sum_by_row(nll_N, packed)
 
-    def candidate_nats(self, soft_SD: Tensor, before: Sequence[int], after: Sequence[int], candidates: Ids) -> Tensor:
-        """What each of several targets costs after one audio: nats, float32 [len(candidates)], as ``target_nats``.
+    def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
+        """What each of several targets costs after one audio: nats, float32 [len(candidates)], as ``target_nll``.
 
         soft_SD [S, D]. A subclass may let audio and prompt pass once for all of them.
         """
         rows = len(candidates)
         soft, mask = soft_SD.expand(rows, -1, -1), soft_SD.new_ones(rows, len(soft_SD), dtype=torch.bool)
-        return self.target_nats(soft, mask, [before] * rows, [after] * rows, candidates)
+        return self.target_nll(soft, mask, [prefix] * rows, [suffix] * rows, candidates)
 
-    def _nats(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    def _token_nll(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """[N, D], [N] -> [N] nats. Pieces whose logits would be too many are computed again in the backward pass."""
 
         def nats(hidden: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(hidden), targets, reduction="none")
 
-        rows = max(1, LOGITS // self.vocabulary)
+        rows = max(1, MAX_LOGITS // self.vocab_size)
         if len(targets_N) <= rows:
             return nats(hidden_ND, targets_N)
         starts = range(0, len(targets_N), rows)
@@ -116,29 +116,33 @@ class LanguageModel(nn.Module):
         self,
         soft: Tensor,
         soft_mask: Tensor,
-        before: Ids,
-        after: Ids,
+        prefix: Ids,
+        suffix: Ids,
         max_new_tokens: int,
-        step: Callable[[list[int]], None] = lambda tokens: None,
+        on_token: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
         """Greedy continuation of each row until eos (not returned) or ``max_new_tokens``; a step reads whole rows.
 
         ``step`` is told each row's next token as it comes, eos for rows that have ended.
         """
         flat, lengths = soft[soft_mask], soft_mask.sum(1)
-        rows, done = [list(ids) for ids in after], [False] * len(after)
+        rows, done = [list(ids) for ids in suffix], [False] * len(suffix)
         for _ in range(max_new_tokens):
-            layout = lay_out(lengths, before, rows)
-            hidden = self.hidden(layout, flat)
-            chosen = self.logits(hidden[torch.arange(len(rows), device=hidden.device), layout.last]).argmax(-1).tolist()
+            packed = pack_inputs(lengths, prefix, rows)
+            hidden = self.hidden(packed, flat)
+            chosen = (
+                self.logits(hidden[torch.arange(len(rows), device=hidden.device), packed.last_positions])
+                .argmax(-1)
+                .tolist()
+            )
             for i, token in enumerate(chosen):
                 done[i] = done[i] or token == self.tokenizer.eos
                 if not done[i]:
                     rows[i].append(token)
-            step([self.tokenizer.eos if ended else row[-1] for row, ended in zip(rows, done, strict=True)])
+            on_token([self.tokenizer.eos if ended else row[-1] for row, ended in zip(rows, done, strict=True)])
             if all(done):
                 break
-        return [row[len(ids) :] for row, ids in zip(rows, after, strict=True)]
+        return [row[len(ids) :] for row, ids in zip(rows, suffix, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +166,16 @@ class SeparatePasses:
         self.lm = lm
 
     def nll(self, requests: Sequence[LmRequest]) -> list[Tensor]:
-        """Negative log-likelihood of each row's targets in nats, float32 [B] for each request; see ``target_nats``."""
-        return [self.lm.target_nats(r.soft, r.soft_mask, r.prefix, r.suffix, r.targets) for r in requests]
+        """Negative log-likelihood of each row's targets in nats, float32 [B] for each request; see ``target_nll``."""
+        return [self.lm.target_nll(r.soft, r.soft_mask, r.prefix, r.suffix, r.targets) for r in requests]
 
     def generate(self, requests: Sequence[LmRequest], max_new_tokens: int) -> list[list[list[int]]]:
         """Greedy continuations: the ids of each row, for each request; see ``LanguageModel.generate``."""
         return [self.lm.generate(r.soft, r.soft_mask, r.prefix, r.suffix, max_new_tokens) for r in requests]
 
 
-def sum_by_row(values_N: Tensor, layout: Layout) -> Tensor:
+def sum_by_row(values_N: Tensor, packed: PackedInputs) -> Tensor:
     """A number for each target position of ``layout`` [N] -> their sum in each row [B]."""
-    counts = layout.predicts.sum(1)
+    counts = packed.predicts_target.sum(1)
     slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
     return values_N.new_zeros(slots.shape).masked_scatter(slots, values_N).sum(1)

@@ -20,17 +20,17 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import train.lms.base
 from train.lms.base import LanguageModel, sum_by_row
-from train.lms.layout import Ids, lay_out
+from train.lms.packing import Ids, pack_inputs
 
 TABLES = 4  # tables of [targets, V] that a piece holds: logits and log-probabilities of both
 
 
-def distilled_nats(
+def distillation_losses(
     lm: LanguageModel,
     soft: Tensor,
     soft_mask: Tensor,
-    before: Ids,
-    after: Ids,
+    prefix: Ids,
+    suffix: Ids,
     targets: Ids,
     *,
     temperature: float,
@@ -38,12 +38,12 @@ def distilled_nats(
     """(nats [B], divergence [B] in nats), float32, each summed over a row's targets; differentiable in ``soft``.
 
     ``targets`` are a transcript's ids and one that ends it. soft [B, S, D], soft_mask [B, S] bool. Logits exist at
-    target positions only, of at most ``train.lms.base.LOGITS`` numbers at a time over all tables of a piece.
+    target positions only, of at most ``train.lms.base.MAX_LOGITS`` numbers at a time over all tables of a piece.
     """
-    layout = lay_out(soft_mask.sum(1), before, after, targets)
-    heard_ND = lm.hidden(layout, soft[soft_mask])[layout.predicts]
+    packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets)
+    student_ND = lm.hidden(packed, soft[soft_mask])[packed.predicts_target]
     with torch.no_grad():
-        read_ND = _reading(lm, before, after, targets, soft)
+        teacher_ND = _teacher_hidden(lm, prefix, suffix, targets, soft)
 
     def costs(heard: Tensor, read: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         student = lm.logits(heard)
@@ -53,22 +53,23 @@ def distilled_nats(
         divergence = F.kl_div(own, teacher, reduction="none", log_target=True).sum(-1)
         return F.cross_entropy(student, ids, reduction="none"), divergence
 
-    rows = max(1, train.lms.base.LOGITS // (TABLES * lm.vocabulary))
-    split = [torch.split(each, rows) for each in (heard_ND, read_ND, layout.targets)]
+    rows = max(1, train.lms.base.MAX_LOGITS // (TABLES * lm.vocab_size))
+    split = [torch.split(each, rows) for each in (student_ND, teacher_ND, packed.targets)]
     pieces = list(zip(*split, strict=True))
     if len(pieces) == 1:
         found = [costs(*pieces[0])]
     else:
         found = [recompute(costs, *piece, use_reentrant=False) for piece in pieces]
-    nats, divergence = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return sum_by_row(nats, layout), sum_by_row(divergence, layout)
+    nll, divergence = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return sum_by_row(nll, packed), sum_by_row(divergence, packed)
 
 
-def _reading(lm: LanguageModel, before: Ids, after: Ids, targets: Ids, soft: Tensor) -> Tensor:
+def _teacher_hidden(lm: LanguageModel, prefix: Ids, suffix: Ids, targets: Ids, soft: Tensor) -> Tensor:
     """Hidden states of the model that reads the transcripts, at the targets [N, D]."""
     nothing = [lm.tokenizer.bos or lm.tokenizer.eos]  # an empty transcript in a prompt without words
     texts = [
-        [*b, *ids[:-1]] if b or a or len(ids) > 1 else nothing for b, a, ids in zip(before, after, targets, strict=True)
+        [*b, *ids[:-1]] if b or a or len(ids) > 1 else nothing
+        for b, a, ids in zip(prefix, suffix, targets, strict=True)
     ]
-    layout = lay_out(torch.zeros(len(texts), dtype=torch.int64, device=soft.device), texts, after, targets)
-    return lm.hidden(layout, soft.new_zeros(0, soft.shape[-1]))[layout.predicts]
+    packed = pack_inputs(torch.zeros(len(texts), dtype=torch.int64, device=soft.device), texts, suffix, targets)
+    return lm.hidden(packed, soft.new_zeros(0, soft.shape[-1]))[packed.predicts_target]

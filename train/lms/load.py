@@ -36,14 +36,14 @@ def load_lm(
             f"lm.audio_value_embedding={options.audio_value_embedding}: '{reference}' has no value embeddings, only "
             "nanochat models have them"
         )
-    from pipeline.weights.resolve import resolve
-    from train.lms.hf.model import files_identity, load_folder
+    from pipeline.weights.resolve import resolve_weights
+    from train.lms.hf.model import hash_weights, load_hf
 
-    weights = resolve(reference, what="lm")
-    lm: LanguageModel = load_folder(
+    weights = resolve_weights(reference, role="lm")
+    lm: LanguageModel = load_hf(
         weights.folder,
         reference=reference,
-        identity=files_identity(weights.folder),
+        identity=hash_weights(weights.folder),
         device=device,
         dtype=dtype,
         train=train,

@@ -51,19 +51,19 @@ class AudioLM(nn.Module):
         """The rows that the LM reads: soft tokens of the audio inside the prompt, and ``texts`` [B] as targets."""
         soft, soft_mask = self.soft_tokens(features, mask)
         rows = len(soft)
-        targets = [[]] * rows if texts is None else [self.prompt.target(text) for text in texts]
-        return LmRequest(soft, soft_mask, [self.prompt.before] * rows, [self.prompt.after] * rows, targets)
+        targets = [[]] * rows if texts is None else [self.prompt.target_ids(text) for text in texts]
+        return LmRequest(soft, soft_mask, [self.prompt.prefix] * rows, [self.prompt.suffix] * rows, targets)
 
     def nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> BatchLoss:
         """The loss of ``texts`` [B] given the audio. Padding frames and the other rows of the batch change nothing."""
         return ModelList([self]).nll(features, mask, texts)[0]
 
     @torch.no_grad()
-    def candidates(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> Tensor:
+    def candidate_nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> Tensor:
         """Nats of each of ``texts`` given the one utterance of features [1, T, C]: float32 [len(texts)]."""
         soft, soft_mask = self.soft_tokens(features, mask)
-        targets = [self.prompt.target(text) for text in texts]
-        return self.lm.candidate_nats(soft[soft_mask], self.prompt.before, self.prompt.after, targets)
+        targets = [self.prompt.target_ids(text) for text in texts]
+        return self.lm.candidate_nll(soft[soft_mask], self.prompt.prefix, self.prompt.suffix, targets)
 
     @torch.no_grad()
     def generate(
@@ -71,20 +71,20 @@ class AudioLM(nn.Module):
         features: Tensor,
         mask: Tensor,
         max_new_tokens: int = 64,
-        told: Callable[[list[str]], None] | None = None,
+        on_token: Callable[[list[str]], None] | None = None,
     ) -> list[str]:
         """The LM's greedy answer to each utterance, without eos. ``told`` gets the texts so far after every token."""
-        if told is None:
+        if on_token is None:
             return ModelList([self]).generate(features, mask, max_new_tokens)[0]
-        asked, decode, eos = self.request(features, mask), self.lm.tokenizer.decode, self.lm.tokenizer.eos
-        said: list[list[int]] = [[] for _ in asked.soft]
+        request, decode, eos = self.request(features, mask), self.lm.tokenizer.decode, self.lm.tokenizer.eos
+        generated_ids: list[list[int]] = [[] for _ in request.soft]
 
         def step(tokens: list[int]) -> None:
-            for ids, token in zip(said, tokens, strict=True):
+            for ids, token in zip(generated_ids, tokens, strict=True):
                 ids += [token] if token != eos else []
-            told([decode(ids) for ids in said])
+            on_token([decode(ids) for ids in generated_ids])
 
-        rows = self.lm.generate(asked.soft, asked.soft_mask, asked.prefix, asked.suffix, max_new_tokens, step)
+        rows = self.lm.generate(request.soft, request.soft_mask, request.prefix, request.suffix, max_new_tokens, step)
         return [decode(ids) for ids in rows]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 from train.config.train import TrainConfig
-from train.runs.folder import run_caches
+from train.runs.folder import read_cache_info
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torc
     weights = run / "projector.safetensors"
     if not weights.is_file():
         raise UserError(f"'{run}' holds no trained projector yet: finish it with python -m train fit --resume {run}")
-    model = build_model(config, run_caches(run)["spec"].channels, device, dtype)
+    model = build_model(config, read_cache_info(run)["spec"].channels, device, dtype)
     try:
         restore_parameters(model, load_file(weights), str(weights))
     except (SafetensorError, OSError) as error:

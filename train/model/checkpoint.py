@@ -29,10 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from shards.files import publish, temporary, told
+from shards.files import rename_durably, temporary_path, translate_os_errors
 
 FORMAT = 1
-KEEP = 2
+MAX_CHECKPOINTS = 2
 SUFFIX = ".safetensors"
 
 
@@ -47,7 +47,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-    further: Mapping[str, Tensor] | None = None,
+    extra_tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` (see the module) and delete all but the newest two.
 
@@ -59,12 +59,12 @@ def save_checkpoint(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value.detach()
-    tensors.update(further or {})
+    tensors.update(extra_tensors or {})
     path = folder / f"step-{step:06d}{SUFFIX}"
     metadata = {"state": json.dumps({**state, "format": FORMAT, "step": step}, allow_nan=False)}
     write_tensors(path, tensors, metadata, "saving a checkpoint")
-    with told("removing an older checkpoint", folder):
-        for old in checkpoints(folder)[KEEP:]:
+    with translate_os_errors("removing an older checkpoint", folder):
+        for old in checkpoints(folder)[MAX_CHECKPOINTS:]:
             old.unlink(missing_ok=True)
     return path
 
@@ -125,14 +125,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], doing: str = "saving trained tensors"
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], action: str = "saving trained tensors"
 ) -> None:
     """A safetensors file under ``path``, durably and at once; UserError when it cannot be stored."""
-    partial = temporary(path, str(os.getpid()))
-    with told(doing, path):
+    partial = temporary_path(path, str(os.getpid()))
+    with translate_os_errors(action, path):
         try:
             _write(partial, tensors, metadata)
-            publish(partial, path)
+            rename_durably(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 

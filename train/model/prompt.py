@@ -18,16 +18,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from shards.errors import UserError
-from train.config.model import AUDIO_MARK, PromptConfig
+from train.config.model import AUDIO_PLACEHOLDER, PromptConfig
 
 if TYPE_CHECKING:
     from train.lms.base import Tokenizer
 
 MAX_KEPT = 4096  # texts whose ids stay in memory: a step and an evaluation ask several times for each of theirs
 TEMPLATES = {
-    "plain": AUDIO_MARK,
-    "slam": f"{AUDIO_MARK} USER: {{instruction}} ASSISTANT: ",
-    "chat": f"{{instruction}}\n{AUDIO_MARK}",  # the user turn; the tokenizer's template goes around it
+    "plain": AUDIO_PLACEHOLDER,
+    "slam": f"{AUDIO_PLACEHOLDER} USER: {{instruction}} ASSISTANT: ",
+    "chat": f"{{instruction}}\n{AUDIO_PLACEHOLDER}",  # the user turn; the tokenizer's template goes around it
 }
 
 
@@ -43,17 +43,17 @@ class Prompt:
         text = TEMPLATES.get(config.template, config.template).replace("{instruction}", config.instruction).lstrip("\n")
         if config.template == "chat":
             text = tokenizer.chat(text)
-        if text.count(AUDIO_MARK) != 1:
+        if text.count(AUDIO_PLACEHOLDER) != 1:
             raise UserError(
-                f"prompt.template {config.template!r} holds {AUDIO_MARK} {text.count(AUDIO_MARK)} times and must hold "
-                f"it once: write it where the audio belongs, or name one of {', '.join(TEMPLATES)}"
+                f"prompt.template {config.template!r} holds {AUDIO_PLACEHOLDER} {text.count(AUDIO_PLACEHOLDER)} times "
+                f"and must hold it once: write it where the audio belongs, or name one of {', '.join(TEMPLATES)}"
             )
-        before, after = text.split(AUDIO_MARK)
+        prefix, suffix = text.split(AUDIO_PLACEHOLDER)
         self.text = text  # with the mark, as a report shows it
-        self.before = tokenizer.encode(before, special=True) if before else []
-        self.after = tokenizer.encode(after, special=True) if after else []
+        self.prefix = tokenizer.encode(prefix, special=True) if prefix else []
+        self.suffix = tokenizer.encode(suffix, special=True) if suffix else []
         self._targets = lru_cache(MAX_KEPT)(lambda text: array("i", [*tokenizer.encode(text), tokenizer.eos]))
 
-    def target(self, text: str) -> list[int]:
+    def target_ids(self, text: str) -> list[int]:
         """Ids of ``text`` and eos. Those of the last ``MAX_KEPT`` texts are kept (4 bytes an id)."""
         return self._targets(text).tolist()

@@ -18,28 +18,28 @@ from collections.abc import Callable
 import torch
 
 from shards.errors import UserError
-from train.config.model import OwnConfig, ProjectorConfig
-from train.projectors.base import Projector, draw, under_autocast
-from train.projectors.conv import Conv
+from train.config.model import CustomConfig, ProjectorConfig
+from train.projectors.base import Projector, init_linear_layers, under_autocast
+from train.projectors.conv import ConvProjector
 from train.projectors.mixer import LayerMixer, MixedProjector
-from train.projectors.mlp import ConcatLinear, Mlp, Pool, Residual, SwiGlu
+from train.projectors.mlp import LinearProjector, MlpProjector, PoolProjector, ResidualProjector, SwigluProjector
 from train.projectors.moe import make_moe
-from train.projectors.qformer import Qformer
-from train.projectors.transformer import Transformer
+from train.projectors.qformer import QformerProjector
+from train.projectors.transformer import TransformerProjector
 
 __all__ = ["REGISTRY", "LayerMixer", "MixedProjector", "Projector", "build_projector"]
 
 # each takes its own configuration model, C, D and the RMS of the LM's embeddings
 REGISTRY: dict[str, Callable[..., Projector]] = {
-    "mlp": Mlp,
-    "residual": Residual,
-    "linear": ConcatLinear,
-    "conv": Conv,
-    "swiglu": SwiGlu,
-    "qformer": Qformer,
+    "mlp": MlpProjector,
+    "residual": ResidualProjector,
+    "linear": LinearProjector,
+    "conv": ConvProjector,
+    "swiglu": SwigluProjector,
+    "qformer": QformerProjector,
     "moe": make_moe,
-    "pool": Pool,
-    "transformer": Transformer,
+    "pool": PoolProjector,
+    "transformer": TransformerProjector,
 }
 
 
@@ -56,21 +56,21 @@ def build_projector(
     if channels < 1 or width < 1:
         raise UserError(f"a projector from {channels} channels to width {width} cannot be: both must be at least 1")
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(config, OwnConfig):
-        projector = _build_own(config, channels, width, embedding_rms, seed)
-        projector.initialise(generator)
+    if isinstance(config, CustomConfig):
+        projector = _build_custom(config, channels, width, embedding_rms, seed)
+        projector.init_weights(generator)
         return projector
     try:
         projector = REGISTRY[config.kind](config, channels, width, embedding_rms)
     except ValueError as error:
         raise UserError(f"projector.kind={config.kind}: {error}") from None
-    projector.initialise(generator)
+    projector.init_weights(generator)
     if config.init != "source":
-        draw(projector, config.init, generator)
+        init_linear_layers(projector, config.init, generator)
     return projector
 
 
-def _build_own(config: OwnConfig, channels: int, width: int, embedding_rms: float, seed: int) -> Projector:
+def _build_custom(config: CustomConfig, channels: int, width: int, embedding_rms: float, seed: int) -> Projector:
     """The user's class at ``module:Class``, constructed under ``seed``; the global generator is left as it was."""
     module, name = config.kind.split(":")
     if os.getcwd() not in sys.path:

@@ -54,9 +54,9 @@ class Conv1d(nn.Conv1d):
 class RMSNorm(nn.Module):
     """y = gain · x / RMS(x) over the last axis (Zhang & Sennrich 2019), with a float32 gain of one start value."""
 
-    def __init__(self, width: int, start: float = 1.0) -> None:
+    def __init__(self, width: int, initial_gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((width,), start))
+        self.weight = nn.Parameter(torch.full((width,), initial_gain))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape and dtype; an all-zero vector stays zero."""
@@ -66,10 +66,10 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """LayerNorm (Ba et al. 2016) with a float32 gain of one start value and a bias that starts at zero."""
 
-    def __init__(self, width: int, start: float = 1.0, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, initial_gain: float = 1.0, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.full((width,), start))
+        self.weight = nn.Parameter(torch.full((width,), initial_gain))
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,28 +103,28 @@ class Attention(nn.Module):
         return out
 
 
-def make_norm(kind: Norm, width: int, start: float = 1.0) -> nn.Module:
+def make_norm(kind: Norm, width: int, initial_gain: float = 1.0) -> nn.Module:
     """The norm named ``kind``; ``start`` is its gain at the first step."""
     if kind == "none":
         return nn.Identity()
-    return RMSNorm(width, start) if kind == "rms" else LayerNorm(width, start)
+    return RMSNorm(width, initial_gain) if kind == "rms" else LayerNorm(width, initial_gain)
 
 
 @torch.no_grad()
-def draw(module: nn.Module, how: Init, generator: torch.Generator) -> None:
+def init_linear_layers(module: nn.Module, scheme: Init, generator: torch.Generator) -> None:
     """Draw every matrix and bias below ``module`` anew: ``torch`` U(±1/sqrt(fan_in)), ``normal`` N(0, 0.02), ``xavier``
     U(±sqrt(6/(fan_in + fan_out))); the last two with zero biases. Norms, queries and the like stay."""
     for layer in module.modules():
         if not isinstance(layer, Linear | Conv1d):
             continue
         fan_in, fan_out = layer.weight[0].numel(), layer.weight[:, 0].numel()
-        if how == "normal":
+        if scheme == "normal":
             layer.weight.normal_(0, 0.02, generator=generator)
         else:
-            bound = (6 / (fan_in + fan_out)) ** 0.5 if how == "xavier" else fan_in**-0.5
+            bound = (6 / (fan_in + fan_out)) ** 0.5 if scheme == "xavier" else fan_in**-0.5
             layer.weight.uniform_(-bound, bound, generator=generator)
         if layer.bias is not None:
-            if how == "torch":
+            if scheme == "torch":
                 layer.bias.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
             else:
                 layer.bias.zero_()
@@ -134,7 +134,7 @@ class Projector(nn.Module):
     """Encoder frames in, soft tokens (rows of a language model's input) out. Weights are float32 masters.
 
     A subclass maps frames to soft tokens in ``forward``, counts them in ``soft_frames``, and may draw its start values
-    in ``initialise``. ``formula`` is its parameter count in the letters above, then what options change, in brackets.
+    in ``init_weights``. ``formula`` is its parameter count in the letters above, then what options change, in brackets.
     """
 
     formula: str = ""
@@ -142,9 +142,9 @@ class Projector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._losses: dict[str, Tensor] = {}
-        self._figures: dict[str, Tensor] = {}
+        self._metrics: dict[str, Tensor] = {}
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """Set every weight matrix from ``generator``: the same seed gives the same projector."""
 
     def soft_frames(self, frames: int) -> int:
@@ -159,7 +159,7 @@ class Projector(nn.Module):
         """
         raise NotImplementedError
 
-    def facts(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What of its weights a run's ``summary.json`` should tell, as JSON; empty for most projectors."""
         return {}
 
@@ -172,9 +172,9 @@ class Projector(nn.Module):
         losses, self._losses = self._losses, {}
         return losses
 
-    def take_figures(self) -> dict[str, Tensor]:
+    def take_metrics(self) -> dict[str, Tensor]:
         """What ``metrics.jsonl`` tells beside these losses, by name: scalars without gradient, handed out alike."""
-        figures, self._figures = self._figures, {}
+        figures, self._metrics = self._metrics, {}
         return figures
 
 
@@ -191,7 +191,7 @@ def under_autocast(kind: type[Projector]) -> Callable[..., Projector]:
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
-class Framewise(Projector):
+class FrameStackProjector(Projector):
     """A projector that concatenates ``stack`` frames and then keeps their number: S = ceil(T / stack)."""
 
     stack: int

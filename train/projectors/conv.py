@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Conv1d, Linear, Projector, draw, make_norm, stack_frames
+from .base import Conv1d, Linear, Projector, init_linear_layers, make_norm, stack_frames
 
 if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
     from train.config.model import ConvConfig
@@ -37,7 +37,7 @@ class Downsampler(nn.Module):
         return x, mask
 
 
-class Patch(nn.Module):
+class StridedConv(nn.Module):
     """Conv1d C -> C whose width and stride are both k -> ReLU; computed as what it is, a matrix on stacked frames."""
 
     def __init__(self, channels: int, stack: int) -> None:
@@ -51,7 +51,7 @@ class Patch(nn.Module):
         return F.relu(self.fc(x)), mask
 
 
-class Conv(Projector):
+class ConvProjector(Projector):
     """A convolution over time, then fc1 [H] -> ReLU -> fc2 [D] -> [norm], S = ceil(T / k). PyTorch's default start.
 
     ``slam``: SLAM-LLM's ``cov1d-linear`` (X-LANCE/SLAM-LLM, ``models/projector.py``, EncoderProjectorCov1d): Conv1d
@@ -68,13 +68,13 @@ class Conv(Projector):
             self.formula = "(log2 k - 1)·(3·C + 1)·C + (3·C + 1)·D + (D + 1)·H + (H + 1)·D [norm: rms + D, layer + 2·D]"
         self.stack = config.stack or (5 if slam else 4)
         hidden = config.hidden or (2048 if slam else 4096)
-        self.conv = Patch(channels, self.stack) if slam else Downsampler(channels, width, self.stack)
+        self.conv = StridedConv(channels, self.stack) if slam else Downsampler(channels, width, self.stack)
         self.fc1 = Linear(channels if slam else width, hidden)
         self.fc2 = Linear(hidden, width)
         self.norm = make_norm(config.norm, width, embedding_rms)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "torch", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "torch", generator)
 
     def soft_frames(self, frames: int) -> int:
         return -(-frames // self.stack)

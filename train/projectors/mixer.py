@@ -24,11 +24,11 @@ class LayerMixer(nn.Module):
     encoder can differ in scale by a factor of ten, and the weights would have to make up for it.
     """
 
-    def __init__(self, layers: int, normalise: bool = False) -> None:
+    def __init__(self, layers: int, normalize: bool = False) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"a layer mixer needs at least one layer and was given {layers}")
-        self.normalise = normalise
+        self.normalize = normalize
         self.logits = nn.Parameter(torch.zeros(layers))
 
     def weights(self) -> Tensor:
@@ -39,7 +39,7 @@ class LayerMixer(nn.Module):
         """L tensors [B, T, C] of one shape and float dtype -> [B, T, C] in that dtype."""
         if len(features) != len(self.logits):
             raise ValueError(f"a mixer of {len(self.logits)} layers was given {len(features)}")
-        if self.normalise:
+        if self.normalize:
             features = [F.layer_norm(x, x.shape[-1:]) for x in features]
         weights = self.weights().to(features[0].dtype)
         mixed = weights[0] * features[0]
@@ -55,9 +55,9 @@ class MixedProjector(Projector):
         super().__init__()
         self.mixer, self.projector = mixer, projector
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """The projector's own start; the mixer's is the mean, whatever the seed."""
-        self.projector.initialise(generator)
+        self.projector.init_weights(generator)
 
     def soft_frames(self, frames: int) -> int:
         return self.projector.soft_frames(frames)
@@ -65,12 +65,12 @@ class MixedProjector(Projector):
     def take_losses(self) -> dict[str, Tensor]:
         return self.projector.take_losses()
 
-    def take_figures(self) -> dict[str, Tensor]:
-        return self.projector.take_figures()
+    def take_metrics(self) -> dict[str, Tensor]:
+        return self.projector.take_metrics()
 
-    def facts(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The learned weights of the layers, and what the projector tells."""
-        return {"layer_weights": self.mixer.weights().tolist(), **self.projector.facts()}
+        return {"layer_weights": self.mixer.weights().tolist(), **self.projector.summary()}
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """features [B, T, L·C], mask [B, T] bool -> soft [B, S, D], soft_mask [B, S] bool."""

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Framewise, Linear, RMSNorm, draw, make_norm, stack_frames
+from .base import FrameStackProjector, Linear, RMSNorm, init_linear_layers, make_norm, stack_frames
 
 if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
     from train.config.model import LinearConfig, MlpConfig, PoolConfig, ResidualConfig, SwigluConfig
 
 
-class Mlp(Framewise):
+class MlpProjector(FrameStackProjector):
     """[k·C] -> [input norm] -> fc1 [H] -> GELU -> fc2 [D] -> [norm]. At its defaults, W1's projector exactly.
 
     W1: no bias, fc1 ~ U(±sqrt(3/(k·C))), fc2 = 0, so that the first step sees the LM with silent soft tokens.
@@ -38,7 +38,7 @@ class Mlp(Framewise):
         self.norm = make_norm(config.norm, width, embedding_rms)
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         bound = (3 / self.fc1.in_features) ** 0.5
         self.fc1.weight.uniform_(-bound, bound, generator=generator)
         if isinstance(self.norm, nn.Identity):
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
         return y
 
 
-class Residual(Framewise):
+class ResidualProjector(FrameStackProjector):
     """[k·C] -> fc [D] -> RMSNorm -> N × ResidualBlock: the projector of tiny-audio.
 
     Start: weights N(0, 0.02), each block's fc2 N(0, 0.002), biases 0, norm gains 1. With ``norm`` the last block's
@@ -90,7 +90,7 @@ class Residual(Framewise):
         self.blocks = nn.ModuleList(ResidualBlock(width, hidden, config.dropout, norm) for norm in norms)
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 module.weight.normal_(0, 0.002 if name.endswith("fc2") else 0.02, generator=generator)
@@ -103,7 +103,7 @@ class Residual(Framewise):
         return x
 
 
-class ConcatLinear(Framewise):
+class LinearProjector(FrameStackProjector):
     """[k·C] -> fc1 [H] -> ReLU -> fc2 [D] -> [norm]: SLAM-LLM's ``linear`` (arXiv 2402.08846; X-LANCE/SLAM-LLM,
     ``models/projector.py``, EncoderProjectorConcat), k = 5, H = 2048, biases, PyTorch's default start.
 
@@ -119,15 +119,15 @@ class ConcatLinear(Framewise):
         self.fc2 = Linear(config.hidden, width)
         self.norm = make_norm(config.norm, width, embedding_rms)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "torch", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "torch", generator)
 
     def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
         soft: Tensor = self.norm(self.fc2(F.relu(self.fc1(x_BSK))))
         return soft
 
 
-class SwiGlu(Framewise):
+class SwigluProjector(FrameStackProjector):
     """[k·C] -> RMSNorm -> fc1 [H] -> a · silu(b) [H/2] -> [RMSNorm] -> fc2 [D] -> [norm], a and b the halves of fc1's
     output: Ultravox's projector (fixie-ai/ultravox, ``ultravox_model.py``), k = 8, H = 4096, no biases, norm gains 0.4.
 
@@ -147,8 +147,8 @@ class SwiGlu(Framewise):
         self.fc2 = Linear(half, width, bias=False)
         self.norm = make_norm(config.norm, width, embedding_rms)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "torch", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "torch", generator)
 
     def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
         value, gate = self.fc1(self.input_norm(x_BSK)).chunk(2, -1)
@@ -156,7 +156,7 @@ class SwiGlu(Framewise):
         return soft
 
 
-class Pool(Framewise):
+class PoolProjector(FrameStackProjector):
     """mean of p frames -> concat k means -> fc [D], or fc1 [H] -> GELU -> fc2 [D] with ``hidden`` -> [norm].
 
     Qwen2-Audio (arXiv 2407.10759) is p = 2 and one layer; Audio Flamingo 3 (arXiv 2507.08128) p = 2 and two layers with
@@ -174,8 +174,8 @@ class Pool(Framewise):
         self.fc2 = Linear(config.hidden or inputs, width)
         self.norm = make_norm(config.norm, width, embedding_rms)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "normal", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "normal", generator)
 
     def soft_frames(self, frames: int) -> int:
         return super().soft_frames(-(-frames // self.pool))

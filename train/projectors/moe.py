@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Framewise, Linear, Projector, RMSNorm, draw, make_norm
+from .base import FrameStackProjector, Linear, Projector, RMSNorm, init_linear_layers, make_norm
 from .conv import Downsampler
 
 if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
     from train.config.model import MoeConfig
 
-_TOP = 2
+_TOP_K = 2
 _ROUTER_HIDDEN = 512
 
 
@@ -36,11 +36,11 @@ class Expert(nn.Module):
         return y
 
 
-class DenseMoe(Projector):
+class DenseMoeProjector(Projector):
     """Downsampler [D] -> sum over e of softmax(router)_e · expert_e -> [norm]: MOSA-Base (arXiv 2508.18998).
 
     Router D -> 512 -> ReLU -> E, experts D -> H -> ReLU -> D with H = 4096, E = 4, k = 4; the cross-entropy is the only
-    loss, ``take_figures`` gives each expert's mean weight. PyTorch's default start, but the router's last layer
+    loss, ``take_metrics`` gives each expert's mean weight. PyTorch's default start, but the router's last layer
     N(0, 0.02) with bias 0: all experts near 1/E at first.
     """
 
@@ -58,9 +58,9 @@ class DenseMoe(Projector):
         self.experts = nn.ModuleList(Expert(width, hidden, width, F.relu) for _ in range(config.experts))
         self.norm = make_norm(config.norm, width, embedding_rms)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "torch", generator)
-        draw(self.router[-1], "normal", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "torch", generator)
+        init_linear_layers(self.router[-1], "normal", generator)
 
     def soft_frames(self, frames: int) -> int:
         return -(-frames // self.stack)
@@ -70,21 +70,21 @@ class DenseMoe(Projector):
         weights_BSE = self.router(x).float().softmax(-1).to(x.dtype)
         if self.training:
             used = weights_BSE.detach().float() * soft_mask[..., None]
-            self._figures = _use(used.sum((0, 1)) / soft_mask.sum())
+            self._metrics = _expert_use(used.sum((0, 1)) / soft_mask.sum())
         total = torch.zeros_like(x)
         for i, expert in enumerate(self.experts):
             total = total + weights_BSE[..., i, None] * expert(x)
         return self.norm(total), soft_mask
 
 
-class TopMoe(Framewise):
+class TopKMoeProjector(FrameStackProjector):
     """[k·C] -> RMSNorm -> shared expert + the best two of E, weighted to sum to 1 -> [norm]: tiny-audio's ``moe``
     (alexkroman/tiny-audio, ``projectors.py``; shared experts: DeepSeekMoE, arXiv 2401.06066).
 
     Router k·C -> E without bias; experts k·C -> H -> GELU -> D, H = D, E = 4, k = 4. Start: router N(0, 0.02), fc1
     Glorot-uniform, fc2 N(0, 0.01), biases 0. In training the router's logits get a relative noise of ``jitter``, and
     ``take_losses`` gives ``balance`` (E · mean of (mean probability of e - 1/E)², over valid soft tokens) and
-    ``router_z`` (mean of logsumexp², ST-MoE, arXiv 2202.08906), times their weights; ``take_figures`` gives each
+    ``router_z`` (mean of logsumexp², ST-MoE, arXiv 2202.08906), times their weights; ``take_metrics`` gives each
     expert's share of the choices.
     """
 
@@ -103,9 +103,9 @@ class TopMoe(Framewise):
         self.norm = make_norm(config.norm, width, embedding_rms)
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "xavier", generator)
-        draw(self.router, "normal", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "xavier", generator)
+        init_linear_layers(self.router, "normal", generator)
         for expert in (self.shared, *self.experts):
             expert.fc2.weight.normal_(0, 0.01, generator=generator)
 
@@ -115,7 +115,7 @@ class TopMoe(Framewise):
         if self.training and self.jitter_noise:
             logits_NE = logits_NE * torch.empty_like(logits_NE).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         probabilities_NE = logits_NE.softmax(-1)
-        best, chosen = probabilities_NE.topk(_TOP, -1)
+        best, chosen = probabilities_NE.topk(_TOP_K, -1)
         weights = torch.zeros_like(probabilities_NE).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
         total = self.shared(x_NK)
         for i, expert in enumerate(self.experts):  # one that no token chose still runs, so that it has a gradient of 0
@@ -127,17 +127,17 @@ class TopMoe(Framewise):
                 "balance": self.aux_loss_coef * len(self.experts) * spread.square().mean(),
                 "router_z": self.z_loss_coef * logits_NE.logsumexp(-1).square().mean(),
             }
-            self._figures = _use((weights.detach() > 0).float().mean(0) / _TOP)
+            self._metrics = _expert_use((weights.detach() > 0).float().mean(0) / _TOP_K)
         soft_ND: Tensor = self.norm(total)
         return soft_ND.new_zeros(*mask_BS.shape, soft_ND.shape[-1]).masked_scatter(mask_BS[..., None], soft_ND)
 
 
-def _use(shares: Tensor) -> dict[str, Tensor]:
+def _expert_use(shares: Tensor) -> dict[str, Tensor]:
     """``expert_use_e``: expert e's share [E] of the routing, over valid soft tokens; evenly used, each has 1/E."""
     return {f"expert_use_{e}": share for e, share in enumerate(shares.unbind())}
 
 
 def make_moe(config: MoeConfig, channels: int, width: int, embedding_rms: float) -> Projector:
-    """The mixture that ``routing`` names; see ``DenseMoe`` and ``TopMoe``."""
-    make = DenseMoe if config.routing == "dense" else TopMoe
+    """The mixture that ``routing`` names; see ``DenseMoeProjector`` and ``TopKMoeProjector``."""
+    make = DenseMoeProjector if config.routing == "dense" else TopKMoeProjector
     return make(config, channels, width, embedding_rms)

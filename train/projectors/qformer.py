@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, LayerNorm, Linear, Projector, draw, make_norm, stack_frames
+from .base import Attention, LayerNorm, Linear, Projector, init_linear_layers, make_norm, stack_frames
 
 if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
     from train.config.model import QformerConfig
@@ -41,7 +41,7 @@ class QformerLayer(nn.Module):
         return y
 
 
-class Qformer(Projector):
+class QformerProjector(Projector):
     """Windows of W frames; Q queries -> LayerNorm -> L × QformerLayer -> fc [D] -> [norm]. S = ceil(T / (k·W)) · Q.
 
     Granite Speech (arXiv 2505.08699; transformers' ``modeling_granite_speech.py``): W = 15, Q = 3, L = 2, queries
@@ -73,8 +73,8 @@ class Qformer(Projector):
         self.norm = make_norm(config.norm, width, embedding_rms)
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "normal", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "normal", generator)
         self.queries.normal_(0, self.query_std, generator=generator)
 
     def soft_frames(self, frames: int) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Framewise, LayerNorm, Linear, draw, make_norm
+from .base import Attention, FrameStackProjector, LayerNorm, Linear, init_linear_layers, make_norm
 
 if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
     from train.config.model import TransformerConfig
@@ -35,7 +35,7 @@ class TransformerLayer(nn.Module):
         return y
 
 
-class Transformer(Framewise):
+class TransformerProjector(FrameStackProjector):
     """[k·C] -> fc1 [H] -> + positions -> L × TransformerLayer -> LayerNorm -> fc2 [D] -> [norm].
 
     The adapter of NeMo's SALM (arXiv 2310.09424; NVIDIA/NeMo, ``speechlm2/conf/salm.yaml``: L = 2, H = 1024, 8 heads,
@@ -56,19 +56,19 @@ class Transformer(Framewise):
         self.fc2 = Linear(config.hidden, width)
         self.norm = make_norm(config.norm, width, embedding_rms)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        draw(self, "torch", generator)
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "torch", generator)
 
     def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
         x = self.fc1(x_BSK)
-        x = x + positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
+        x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
         for layer in self.layers:
             x = layer(x, mask_BS)
         soft: Tensor = self.norm(self.fc2(self.last_norm(x)))
         return soft
 
 
-def positions(count: int, width: int, device: torch.device) -> Tensor:
+def sinusoidal_positions(count: int, width: int, device: torch.device) -> Tensor:
     """Sinusoidal positions float32 [count, width], ``width`` even: sines in even columns, cosines in odd ones."""
     frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
     angle = torch.outer(torch.arange(count, device=device), frequency)

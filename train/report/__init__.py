@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.files import atomic_write, told
+from shards.files import atomic_write, translate_os_errors
 
 REPORT = "report.html"
-SWEEP = "sweep.json"
+SWEEP_STATE = "sweep.json"
 
 
 def write_report(run: Path) -> Path:
@@ -42,7 +42,7 @@ def write_sweep_report(folder: Path) -> Path:
     """
     from train.report.sweep import render_sweep
 
-    return _write(folder, render_sweep(folder, experiments(folder), _state(folder)))
+    return _write(folder, render_sweep(folder, experiment_folders(folder), _state(folder)))
 
 
 def is_sweep(folder: Path) -> bool:
@@ -50,7 +50,7 @@ def is_sweep(folder: Path) -> bool:
     return not (folder / "config.yaml").is_file() and any(folder.glob("*/config.yaml"))
 
 
-def experiments(folder: Path) -> list[Path]:
+def experiment_folders(folder: Path) -> list[Path]:
     """The run folders of a sweep, in the order of ``sweep.json``, else of their names.
 
     Raises:
@@ -67,11 +67,11 @@ def _state(folder: Path) -> dict[str, Any]:
     """``sweep.json``; empty where there is none."""
     from train.runs.folder import read_json
 
-    return read_json(folder / SWEEP) if (folder / SWEEP).is_file() else {}
+    return read_json(folder / SWEEP_STATE) if (folder / SWEEP_STATE).is_file() else {}
 
 
 def _write(folder: Path, text: str) -> Path:
     path = folder / REPORT
-    with told("writing the report", path):
+    with translate_os_errors("writing the report", path):
         atomic_write(path, text.encode(errors="replace"), str(os.getpid()))  # a text may hold a lone surrogate
     return path

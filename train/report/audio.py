@@ -21,14 +21,14 @@ import pyarrow.compute as pc
 from shards.errors import UserError
 from shards.read.cache import Cache
 
-SECONDS = 15.0  # of a recording; longer ones are cut
-BYTES = 3 << 20  # of audio in a page
+MAX_SECONDS = 15.0  # of a recording; longer ones are cut
+MAX_BYTES = 3 << 20  # of audio in a page
 
 
 def recordings(caches: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], str]:
     """({key: data URI}, ""), or ({}, why there are none)."""
     reasons, found = [], {}
-    room = BYTES
+    room = MAX_BYTES
     for path in caches:
         try:
             for key, data in _read(path, keys).items():
@@ -73,7 +73,7 @@ def _wav(data: bytes) -> bytes:
     """Any audio file as the first seconds of it in PCM16 at 16 kHz, which every browser plays."""
     from pipeline.audio import SAMPLING_RATE, decode, encode_wav
 
-    samples = decode(data)[: round(SECONDS * SAMPLING_RATE)]
+    samples = decode(data)[: round(MAX_SECONDS * SAMPLING_RATE)]
     return encode_wav(np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16), SAMPLING_RATE)
 
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from train.report.page import render
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 60, 14, 12, 34
-MOST_POINTS = 1200  # drawn of a curve; more cannot be told apart
+MAX_POINTS = 1200  # drawn of a curve; more cannot be told apart
 TOOLTIPS = 60  # of a curve without dots
 NOTHING = Markup('<p class="note">No data yet.</p>')
 
@@ -107,7 +107,7 @@ def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: s
         ]
         line = " ".join(f"{x},{y}" for x, y in places)
         layers.append(Layer(curve.name, marks, f"{curve.style} {dash}", line))
-    return _figure(title, frame, [x for x in x_ticks if x <= frame.x_high], y_ticks, layers, x_label, y_label)
+    return _render_chart(title, frame, [x for x in x_ticks if x <= frame.x_high], y_ticks, layers, x_label, y_label)
 
 
 def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 440) -> Markup:
@@ -123,7 +123,7 @@ def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, hei
         texts = list(cloud.texts) or [cloud.name] * len(cloud.points)
         marks = [_mark(cloud, *frame.at(*point), text) for point, text in zip(cloud.points, texts, strict=True)]
         layers.append(Layer(cloud.name, marks, key=_mark(cloud, 16, 5, cloud.name)))
-    return _figure(title, frame, x_ticks, y_ticks, layers, x_label, y_label)
+    return _render_chart(title, frame, x_ticks, y_ticks, layers, x_label, y_label)
 
 
 def smooth(points: Sequence[Point], span: int = 0) -> list[Point]:
@@ -166,7 +166,7 @@ def _mark(cloud: Cloud, x: float, y: float, text: str) -> Mark:
     return Mark(f"mark {cloud.style}", x, y, r, text, path)
 
 
-def _figure(
+def _render_chart(
     title: str,
     frame: Frame,
     x_ticks: Sequence[float],
@@ -196,5 +196,5 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 
 def _thin(points: Sequence[Point]) -> Sequence[Point]:
     """Every n-th point and the last, so that a long run stays a small page."""
-    every = -(-len(points) // MOST_POINTS)
+    every = -(-len(points) // MAX_POINTS)
     return points if every <= 1 else [*points[:-1:every], points[-1]]

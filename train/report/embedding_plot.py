@@ -10,12 +10,12 @@ from typing import Any
 from markupsafe import Markup
 
 from train.report.charts import Cloud, scatter
-from train.report.page import COLOURS, SCALE
+from train.report.page import NUM_COLORS, NUM_SHADES
 
-SHOWN_TOKENS = 40  # of an utterance
+MAX_TOKENS = 40  # of an utterance
 
 
-def planes(space: dict[str, Any], seconds: float) -> list[tuple[str, Markup]]:
+def pca_charts(space: dict[str, Any], seconds: float) -> list[tuple[str, Markup]]:
     """(what the colours say, the drawing) of both pictures; ``seconds`` a frame."""
     plane = space.get("plane")
     if not plane:
@@ -27,13 +27,13 @@ def planes(space: dict[str, Any], seconds: float) -> list[tuple[str, Markup]]:
     across, up = [f"{name} component ({100 * share:.0f} % of the variance)"
                   for name, share in zip(("first", "second"), plane["explained"], strict=True)]  # fmt: skip
     by_utterance = [
-        _cloud(each, seconds, _short(each["reference"]), f"c{i % COLOURS}", i)
+        _cloud(each, seconds, _short(each["reference"]), f"c{i % NUM_COLORS}", i)
         for i, each in enumerate(plane["utterances"])
     ]
     ordered = sorted(plane["utterances"], key=lambda each: each["frames"])
     last = max(1, len(ordered) - 1)
     by_length = [
-        _cloud(each, seconds, f"{each['frames'] * seconds:.1f} s", f"s{round(i / last * (SCALE - 1))}", 0)
+        _cloud(each, seconds, f"{each['frames'] * seconds:.1f} s", f"s{round(i / last * (NUM_SHADES - 1))}", 0)
         for i, each in enumerate(ordered)
     ]
     title = "PCA of soft tokens among the embeddings, coloured"
@@ -41,11 +41,11 @@ def planes(space: dict[str, Any], seconds: float) -> list[tuple[str, Markup]]:
     return [(how, scatter([words, *clouds], f"{title} {how}", across, up)) for how, clouds in pictures]
 
 
-def nearest(space: dict[str, Any]) -> list[dict[str, Any]]:
+def nearest_tokens(space: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a few utterances: ``reference``, the nearest vocabulary ``tokens`` as (text, cosine), and their ``mean``."""
     found = []
     for each in space.get("tokens", []):
-        tokens = [(text.replace("\n", "⏎").strip() or "␣", cosine) for text, cosine in each["nearest"][:SHOWN_TOKENS]]
+        tokens = [(text.replace("\n", "⏎").strip() or "␣", cosine) for text, cosine in each["nearest"][:MAX_TOKENS]]
         mean = sum(cosine for _, cosine in tokens) / max(1, len(tokens))
         found.append({"reference": each["reference"], "mean": mean, "tokens": tokens})
     return found

@@ -18,8 +18,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-COLOURS = 8  # classes c0 … c7 of report.css: categories
-SCALE = 5  # classes s0 … s4: low to high
+NUM_COLORS = 8  # classes c0 … c7 of report.css: categories
+NUM_SHADES = 5  # classes s0 … s4: low to high
 
 Row = Sequence[object]  # the cells of a table; strings are escaped
 
@@ -59,7 +59,7 @@ def utterance(key: str, sounds: Mapping[str, str]) -> Markup:
     return DIV.format(KEY.format(key) + player)
 
 
-def marked(reference: str, hypothesis: str) -> tuple[Markup, Markup]:
+def mark_differences(reference: str, hypothesis: str) -> tuple[Markup, Markup]:
     """Both texts, with words of the reference alone inside ``<del>`` and of the hypothesis alone inside ``<ins>``.
 
     Case and punctuation at the ends of words make no difference, as in the error rates (which also normalise spellings
@@ -84,9 +84,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def bounds(figures: Mapping[str, Any], name: str, scale: float = 1, digits: int = 2, signed: bool = False) -> str:
+def format_interval(
+    metrics: Mapping[str, Any], name: str, scale: float = 1, digits: int = 2, signed: bool = False
+) -> str:
     """``[low, high]`` of a figure's interval; nothing where the evaluation gave none."""
-    found = (figures.get("intervals") or {}).get(name)
+    found = (metrics.get("intervals") or {}).get(name)
     sign = "+" if signed else ""
     return "" if found is None else f"[{scale * found[0]:{sign}.{digits}f}, {scale * found[1]:{sign}.{digits}f}]"
 

@@ -18,10 +18,10 @@ from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.data.caches import find_cache
 from train.evaluation.utterance_table import read_utterances
-from train.runs.folder import FIGURES, JUDGED, SPACE, read_json, run_config
-from train.runs.metrics_log import EVALUATIONS, METRICS, read_lines
+from train.runs.folder import EMBEDDING_SPACE_FILE, EVALUATION_FILE, OTHER_EVALUATIONS, read_json, run_config
+from train.runs.metrics_log import EVALUATIONS, METRICS, read_jsonl
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,30 @@ class RunFiles:
         return self.folder.name
 
     @cached_property
-    def metrics(self) -> list[Figures]:
+    def step_metrics(self) -> list[Metrics]:
         """A line a step."""
-        return read_lines(self.folder / METRICS)
+        return read_jsonl(self.folder / METRICS)
 
     @cached_property
-    def evaluations(self) -> list[Figures]:
+    def evaluations(self) -> list[Metrics]:
         """A line an evaluation."""
-        return read_lines(self.folder / EVALUATIONS)
+        return read_jsonl(self.folder / EVALUATIONS)
 
     @cached_property
-    def summary(self) -> Figures:
+    def summary(self) -> Metrics:
         """Empty while the run is not finished."""
         path = self.folder / "summary.json"
         return read_json(path) if path.is_file() else {}
 
     @cached_property
-    def about(self) -> Figures:
+    def cache_info(self) -> Metrics:
         """The caches' identity."""
         return read_json(self.folder / "caches.json")
 
     @cached_property
-    def space(self) -> Figures:
+    def embedding_space(self) -> Metrics:
         """Soft tokens among the LM's embeddings; empty before the end."""
-        path = self.folder / SPACE
+        path = self.folder / EMBEDDING_SPACE_FILE
         return read_json(path) if path.is_file() else {}
 
     @cached_property
@@ -79,23 +79,23 @@ class RunFiles:
             return None
 
     @cached_property
-    def figures(self) -> Figures:
+    def metrics(self) -> Metrics:
         """The latest of everything: progress, the last evaluation, the summary, an evaluation by command."""
-        path = self.folder / FIGURES
+        path = self.folder / EVALUATION_FILE
         again = read_json(path) if path.is_file() else {}
         last = self.evaluations[-1] if self.evaluations else {}
-        return {**_progress(self.metrics), **last, **self.summary, **again}
+        return {**_progress(self.step_metrics), **last, **self.summary, **again}
 
     @property
-    def samples(self) -> list[Figures]:
+    def samples(self) -> list[Metrics]:
         """Of the last evaluation."""
-        found: list[Figures] = self.figures.get("samples", [])
+        found: list[Metrics] = self.metrics.get("samples", [])
         return found
 
     @property
-    def judged(self) -> list[Figures]:
+    def other_evaluations(self) -> list[Metrics]:
         """The figures on other caches."""
-        return [read_json(path) for path in sorted((self.folder / JUDGED).glob(f"*/{FIGURES}"))]
+        return [read_json(path) for path in sorted((self.folder / OTHER_EVALUATIONS).glob(f"*/{EVALUATION_FILE}"))]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class RunFiles:
 
     def cache_paths(self) -> list[str]:
         """Where the run's caches stood, and those that it was judged on instead."""
-        paths = [str(cache["path"]) for cache in self.about.get("caches", [])]
+        paths = [str(cache["path"]) for cache in self.cache_info.get("caches", [])]
         for entry in [] if self.config is None else self.config.val.caches:
             try:
                 found = find_cache(entry if isinstance(entry, str) else entry[0])  # layers are of the same audio
@@ -124,7 +124,7 @@ class RunFiles:
         return paths
 
 
-def _progress(metrics: list[Figures]) -> Figures:
+def _progress(metrics: list[Metrics]) -> Metrics:
     """What ``summary.json`` will hold, from the steps so far."""
     if not metrics:
         return {}

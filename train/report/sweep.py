@@ -16,24 +16,35 @@ from shards.errors import UserError
 from train.evaluation.bootstrap import NATS, TOKENS, WORD_ERRORS, WORDS, Interval, paired_difference
 from train.report.audio import recordings
 from train.report.charts import Curve, chart, smooth
-from train.report.embedding_plot import planes
-from train.report.page import COLOURS, DIV, SPAN, WITH_SMALL, Row, breakable, marked, percent, render, utterance
-from train.report.run import HEARD_SAMPLES, LISTENS, identity, points, seconds_a_frame
+from train.report.embedding_plot import pca_charts
+from train.report.page import (
+    DIV,
+    NUM_COLORS,
+    SPAN,
+    WITH_SMALL,
+    Row,
+    breakable,
+    mark_differences,
+    percent,
+    render,
+    utterance,
+)
+from train.report.run import MAX_AUDIO_SAMPLES, MIN_AUDIO_GAIN, identity, metric_points, seconds_per_frame
 from train.report.run_files import RunFiles
-from train.runs.metrics_log import figure
+from train.runs.metrics_log import format_number
 
-SHOWN_SAMPLES = 8
-OWN_KEYS = ("name", "runs")
+MAX_SAMPLES = 8
+PER_RUN_KEYS = ("name", "runs")
 
 
 def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> str:
     """The page as text."""
     found = [RunFiles(run) for run in runs]
-    judged = [run for run in found if run.figures.get("val_loss") is not None]
-    best = min(judged, key=lambda run: float(run.figures["val_loss"]), default=None)
-    base = next((run for run in judged if run.name == state.get("baseline")), best)
+    evaluated = [run for run in found if run.metrics.get("val_loss") is not None]
+    best = min(evaluated, key=lambda run: float(run.metrics["val_loss"]), default=None)
+    base = next((run for run in evaluated if run.name == state.get("baseline")), best)
     states = {each["name"]: each for each in state.get("experiments", [])}
-    gain = None if best is None else best.figures.get("audio_gain")
+    gain = None if best is None else best.metrics.get("audio_gain")
     no_audio, samples = _samples(found)
     return render(
         "sweep.html.j2",
@@ -41,10 +52,10 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
         runs=len(found),
         finished=sum(bool(run.summary) for run in found),
         best=best and {
-            "name": best.name, "loss": best.figures["val_loss"], "listens": gain is None or gain >= LISTENS
+            "name": best.name, "loss": best.metrics["val_loss"], "listens": gain is None or gain >= MIN_AUDIO_GAIN
         },
         base="–" if base is None else base.name,
-        gap=None if best is None or base is None or best is base else _gap(best, base, NATS, TOKENS),
+        gap=None if best is None or base is None or best is base else _paired_difference(best, base, NATS, TOKENS),
         summary=_tiles(found, best),
         experiments=_experiments(found, base, states),
         held_out_chart=_curves(found, held_out=True),
@@ -52,19 +63,23 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
         differences=_differences(found),
         no_audio=no_audio,
         samples=samples,
-        spaces=[(run.name, run is best, drawn) for run in found if (drawn := planes(run.space, seconds_a_frame(run)))],
+        spaces=[
+            (run.name, run is best, drawn)
+            for run in found
+            if (drawn := pca_charts(run.embedding_space, seconds_per_frame(run)))
+        ],
         throughput=_throughput(found),
         features=_identities(found),
     )  # fmt: skip
 
 
 def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[tuple[str, str, str]]:
-    figures = {} if best is None else best.figures
-    wers = [(float(run.figures["wer"]), run.name) for run in runs if run.figures.get("wer") is not None]
+    metrics = {} if best is None else best.metrics
+    wers = [(float(run.metrics["wer"]), run.name) for run in runs if run.metrics.get("wer") is not None]
     low, name = min(wers, default=(None, "–"))
     return [
-        ("lowest held-out loss", figure(figures.get("val_loss"), 3), "–" if best is None else best.name),
-        ("its audio gain", figure(figures.get("audio_gain"), 2), "nats per token"),
+        ("lowest held-out loss", format_number(metrics.get("val_loss"), 3), "–" if best is None else best.name),
+        ("its audio gain", format_number(metrics.get("audio_gain"), 2), "nats per token"),
         ("lowest word error rate", percent(low), name),
         ("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
     ]
@@ -73,17 +88,17 @@ def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[tuple[str, s
 def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for run in runs:
-        figures, state = run.figures, states.get(run.name, {})
-        status = "" if run.summary else state.get("reason") or f"at step {figures.get('steps', 0):,}"
+        metrics, state = run.metrics, states.get(run.name, {})
+        status = "" if run.summary else state.get("reason") or f"at step {metrics.get('steps', 0):,}"
         rows.append(
             (
                 DIV.format(WITH_SMALL.format(breakable(run.name), status)),
-                figure(figures.get("val_loss"), 3),
+                format_number(metrics.get("val_loss"), 3),
                 _difference(run, base, NATS, TOKENS, 1, 3),
-                figure(figures.get("audio_gain"), 2),
-                percent(figures.get("wer")),
+                format_number(metrics.get("audio_gain"), 2),
+                percent(metrics.get("wer")),
                 _difference(run, base, WORD_ERRORS, WORDS, 100, 1),
-                f"{figures['trained_parameters']:,}" if figures.get("trained_parameters") else "–",
+                f"{metrics['trained_parameters']:,}" if metrics.get("trained_parameters") else "–",
             )
         )
     return rows
@@ -92,14 +107,14 @@ def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[s
 def _difference(
     run: RunFiles, base: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int
 ) -> str:
-    gap = None if base is None or run is base else _gap(run, base, counts, per)
+    gap = None if base is None or run is base else _paired_difference(run, base, counts, per)
     if gap is None:
         return "–"
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in gap)
     return DIV.format(WITH_SMALL.format(mean, f"[{low}, {high}]"))
 
 
-def _gap(run: RunFiles, base: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
+def _paired_difference(run: RunFiles, base: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
     """``run`` minus ``base``; None where they have no utterances in common."""
     if run.table is None or base.table is None:
         return None
@@ -112,9 +127,9 @@ def _gap(run: RunFiles, base: RunFiles, counts: Sequence[str], per: str) -> Inte
 def _curves(runs: Sequence[RunFiles], held_out: bool) -> Markup:
     curves = []
     for number, run in enumerate(runs):
-        train = [(line["step"], line["loss"]) for line in run.metrics]
-        line = points(run.evaluations, "val_loss") if held_out else smooth(train)
-        curves.append(Curve(run.name, f"c{number % COLOURS}", line, dots=held_out))
+        train = [(line["step"], line["loss"]) for line in run.step_metrics]
+        line = metric_points(run.evaluations, "val_loss") if held_out else smooth(train)
+        curves.append(Curve(run.name, f"c{number % NUM_COLORS}", line, dots=held_out))
     what = "Held-out loss" if held_out else "Training loss, smoothed"
     return chart(curves, f"{what} of every experiment, by step", y_label=f"{what.lower()}, nats per token")
 
@@ -126,7 +141,7 @@ def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:
         key: [str(own.get(key, "–")) for _, own in settings]
         for key in dict.fromkeys(k for _, own in settings for k in own)
     }
-    differ = {key: each for key, each in values.items() if len(set(each)) > 1 and key not in OWN_KEYS}
+    differ = {key: each for key, each in values.items() if len(set(each)) > 1 and key not in PER_RUN_KEYS}
     if not differ:
         return (), []
     if len(settings) <= 4:
@@ -143,15 +158,19 @@ def _samples(runs: Sequence[RunFiles]) -> tuple[str, list[dict[str, Any]]]:
     first = next((run for run in runs if run.samples), None)
     if first is None:
         return "", []
-    shown = first.samples[:SHOWN_SAMPLES]
+    shown = first.samples[:MAX_SAMPLES]
     paths = list(dict.fromkeys(path for run in runs for path in run.cache_paths()))
-    sounds, reason = recordings(paths, [sample["key"] for sample in shown[:HEARD_SAMPLES]])
+    sounds, reason = recordings(paths, [sample["key"] for sample in shown[:MAX_AUDIO_SAMPLES]])
     return reason, [
         {
             "reference": sample["reference"],
             "utterance": utterance(sample["key"], sounds),
             "rows": [
-                (breakable(name), SPAN.format(marked(own["reference"], own["hypothesis"])[1]), percent(own["wer"]))
+                (
+                    breakable(name),
+                    SPAN.format(mark_differences(own["reference"], own["hypothesis"])[1]),
+                    percent(own["wer"]),
+                )
                 for name, samples in decoded.items()
                 if (own := samples.get(sample["key"])) is not None
             ],
@@ -162,9 +181,9 @@ def _samples(runs: Sequence[RunFiles]) -> tuple[str, list[dict[str, Any]]]:
 
 def _throughput(runs: Sequence[RunFiles]) -> list[Row]:
     return [
-        (breakable(run.name), f"{run.figures.get('frames_per_second', 0.0):,.0f}",
-         percent(run.figures.get("data_wait_fraction")), percent(run.figures.get("padding_fraction")),
-         f"{run.figures.get('seconds', 0.0):,.0f}")
+        (breakable(run.name), f"{run.metrics.get('frames_per_second', 0.0):,.0f}",
+         percent(run.metrics.get("data_wait_fraction")), percent(run.metrics.get("padding_fraction")),
+         f"{run.metrics.get('seconds', 0.0):,.0f}")
         for run in runs
     ]  # fmt: skip
 
@@ -173,5 +192,5 @@ def _identities(runs: Sequence[RunFiles]) -> list[tuple[str, dict[str, str]]]:
     """(names of the experiments that share it, its rows) of each identity."""
     seen: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for run in runs:
-        seen.setdefault(tuple(identity(run.about, run.figures).items()), []).append(run.name)
+        seen.setdefault(tuple(identity(run.cache_info, run.metrics).items()), []).append(run.name)
     return [(", ".join(names), dict(rows)) for rows, names in seen.items()]

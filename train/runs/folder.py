@@ -23,22 +23,22 @@ import yaml
 from shards import files as disk
 from shards.config.base import load_config
 from shards.errors import UserError
-from shards.files import atomic_write, fsync_folder, told
+from shards.files import atomic_write, fsync_folder, translate_os_errors
 from shards.format.spec import FeatureSpec
 from train.config.train import TrainConfig
 
 if TYPE_CHECKING:
     from shards.read.cache import Cache
-    from train.data.layers import Layers
+    from train.data.layers import LayeredCaches
 
 LATEST = "latest"
-SHOWN = 8  # runs that an error names
-SPACE = "space.json"  # soft tokens among the LM's embeddings
-FIGURES = "figures.json"  # of an evaluation by command
-JUDGED = "judged"  # folder of what a run was judged on beside what it held out
+MAX_LISTED = 8  # runs that an error names
+EMBEDDING_SPACE_FILE = "space.json"  # soft tokens among the LM's embeddings
+EVALUATION_FILE = "figures.json"  # of an evaluation by command
+OTHER_EVALUATIONS = "judged"  # folder of what a run was judged on beside what it held out
 
 
-def run_folder(config: TrainConfig) -> Path:
+def new_run_folder(config: TrainConfig) -> Path:
     """Where a new run goes; UserError when a run stands there already."""
     name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.projector.kind.replace(':', '.')}"
     folder = Path(config.runs) / name
@@ -49,16 +49,16 @@ def run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def create(
-    folder: Path, config: TrainConfig, caches: Sequence[Cache], layers: Layers | None = None, latest: bool = True
+def create_run_folder(
+    folder: Path, config: TrainConfig, caches: Sequence[Cache], layers: LayeredCaches | None = None, latest: bool = True
 ) -> None:
     """Make the folder with ``config.yaml`` (``name`` filled in) and ``caches.json``; ``latest`` points a link at it."""
     named = config.model_copy(update={"name": folder.name})
-    with told("making the run folder", folder):
+    with translate_os_errors("making the run folder", folder):
         (folder / "checkpoints").mkdir(parents=True)
         text = yaml.safe_dump(named.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text.encode(), str(os.getpid()))
-        write_json(folder / "caches.json", describe(caches, layers))
+        write_json(folder / "caches.json", describe_caches(caches, layers))
         if latest:
             link = folder.parent / f".{LATEST}-{os.getpid()}"
             link.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def create(
         fsync_folder(folder.parent)
 
 
-def describe(caches: Sequence[Cache], layers: Layers | None = None) -> dict[str, Any]:
+def describe_caches(caches: Sequence[Cache], layers: LayeredCaches | None = None) -> dict[str, Any]:
     """The content of ``caches.json``: one feature spec, the caches' ids and counts, the encoder's reference.
 
     Of a run on several layers, ``layers`` lists the spec of each, and ``caches`` holds the first layer of each corpus.
@@ -91,21 +91,21 @@ def describe(caches: Sequence[Cache], layers: Layers | None = None) -> dict[str,
     }
 
 
-def find_run(word: str | None, runs: str | Path = "runs") -> Path:
+def find_run(name: str | None, runs: str | Path = "runs") -> Path:
     """The folder of a run from its path, its name below ``runs``, or ``None`` for the newest; links are followed.
 
     Raises:
         UserError: there is no such run.
     """
-    places = [Path(runs) / LATEST] if word is None else [Path(word), Path(runs) / word]
-    for place in places:
+    candidates = [Path(runs) / LATEST] if name is None else [Path(name), Path(runs) / name]
+    for place in candidates:
         if (place / "config.yaml").is_file():
             return place.parent / os.readlink(place) if place.is_symlink() else place
-    if word is None:
+    if name is None:
         raise UserError(f"there is no run under '{runs}' yet: train one with `make train`")
     names = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml") if not path.parent.is_symlink())
-    told = f"under '{runs}' stand {', '.join(names[-SHOWN:])}" if names else f"there is no run under '{runs}' yet"
-    raise UserError(f"'{word}' is not a run: it has no config.yaml; {told}")
+    known = f"under '{runs}' stand {', '.join(names[-MAX_LISTED:])}" if names else f"there is no run under '{runs}' yet"
+    raise UserError(f"'{name}' is not a run: it has no config.yaml; {known}")
 
 
 def run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -113,20 +113,22 @@ def run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return load_config(TrainConfig, run / "config.yaml", overrides)
 
 
-def run_caches(run: Path) -> dict[str, Any]:
+def read_cache_info(run: Path) -> dict[str, Any]:
     """``caches.json`` of a run; its ``spec`` as a FeatureSpec."""
-    about = read_json(run / "caches.json")
-    return {**about, "spec": FeatureSpec.parse(about.get("spec"), str(run / "caches.json"))}
+    cache_info = read_json(run / "caches.json")
+    return {**cache_info, "spec": FeatureSpec.parse(cache_info.get("spec"), str(run / "caches.json"))}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a run folder; UserError when it is missing or damaged."""
     return disk.read_json(
-        path, absent="the run is not whole, train it again under another name=…", damaged="train the run again"
+        path,
+        missing_hint="the run is not whole, train it again under another name=…",
+        corrupt_hint="train the run again",
     )
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
     """Put ``tree`` under ``path`` at once."""
-    with told("writing a run's file", path):
+    with translate_os_errors("writing a run's file", path):
         atomic_write(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), str(os.getpid()))

@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.files import atomic_write, told, write_all
-from train.runs.trackers import Outlets
+from shards.files import atomic_write, translate_os_errors, write_all
+from train.runs.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -75,18 +75,18 @@ class MetricsLogger:
 
         With ``quiet`` only the files are written.
         """
-        self._gain: float | None = None
-        with told("writing metrics", run):
+        self._audio_gain: float | None = None
+        with translate_os_errors("writing metrics", run):
             for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
-                kept = [line for line in read_lines(run / name) if line["step"] <= last]
+                kept = [line for line in read_jsonl(run / name) if line["step"] <= last]
                 if name == EVALUATIONS and kept:
-                    self._gain = kept[-1]["audio_gain"]
+                    self._audio_gain = kept[-1]["audio_gain"]
                 atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
             # unbuffered: what a full disk refused must not be tried again when the file is closed
             self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
             self._evaluations = open(run / EVALUATIONS, "ab", buffering=0)  # noqa: SIM115
         self._steps = steps
-        self._outlets: Outlets | None = None
+        self._trackers: Trackers | None = None
         # no bar in a log file: the lines of `log_step` say the same
         self._bar = tqdm(
             total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=quiet or None
@@ -94,9 +94,9 @@ class MetricsLogger:
         self._seconds = 0.0
         self._quiet = quiet
 
-    def attach(self, outlets: Outlets) -> None:
+    def attach_trackers(self, trackers: Trackers) -> None:
         """Send the metrics there, too, from here on."""
-        self._outlets = outlets
+        self._trackers = trackers
 
     def __enter__(self) -> MetricsLogger:
         return self
@@ -106,8 +106,8 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Close the bar, the files and what is attached."""
-        if self._outlets is not None:
-            self._outlets.close()
+        if self._trackers is not None:
+            self._trackers.close()
         self._bar.close()
         self._metrics.close()
         self._evaluations.close()
@@ -116,9 +116,9 @@ class MetricsLogger:
         """A training step goes to ``metrics.jsonl``, the bar and, for some steps, standard output."""
         record = metrics.record()
         self._append(self._metrics, record)
-        if self._outlets is not None:
-            self._outlets.log("train", record, metrics.step)
-        gain: dict[str, str] = {} if self._gain is None else {"gain": f"{self._gain:.2f}"}
+        if self._trackers is not None:
+            self._trackers.log("train", record, metrics.step)
+        gain: dict[str, str] = {} if self._audio_gain is None else {"gain": f"{self._audio_gain:.2f}"}
         self._bar.set_postfix({"loss": f"{metrics.loss:.3f}", **gain, "frames/s": f"{frames_per_second:.0f}"}, False)
         self._bar.update()
         self._seconds = metrics.seconds if not self._seconds else 0.9 * self._seconds + 0.1 * metrics.seconds
@@ -126,19 +126,19 @@ class MetricsLogger:
             left = (self._steps - metrics.step) * self._seconds
             self.log(
                 f"step {metrics.step:>6}/{self._steps}  loss {metrics.loss:.4f}"
-                f"{in_brackets(metrics.auxiliary_losses)}  lr {metrics.lr:.2e}  "
+                f"{format_losses(metrics.auxiliary_losses)}  lr {metrics.lr:.2e}  "
                 f"{frames_per_second:.0f} frames/s  {left:.0f} s left"
             )
 
     def log_evaluation(self, step: int, record: dict[str, Any]) -> None:
         """An evaluation with its samples goes to ``evaluations.jsonl``; its audio gain stays on the bar."""
         self._append(self._evaluations, {"step": step, **record})
-        if self._outlets is not None:
-            self._outlets.log("held_out", record, step)
-        self._gain = record["audio_gain"]
+        if self._trackers is not None:
+            self._trackers.log("held_out", record, step)
+        self._audio_gain = record["audio_gain"]
         self.log(
             f"step {step:>6}/{self._steps}  held-out loss {record['val_loss']:.4f}  "
-            f"shuffled {figure(record['val_loss_shuffled'])}  audio gain {figure(record['audio_gain'])}"
+            f"shuffled {format_number(record['val_loss_shuffled'])}  audio gain {format_number(record['audio_gain'])}"
         )
 
     def log(self, line: str) -> None:
@@ -148,7 +148,7 @@ class MetricsLogger:
             sys.stdout.flush()
 
     def _append(self, file: Any, tree: dict[str, Any]) -> None:
-        with told("writing metrics", Path(file.name)):
+        with translate_os_errors("writing metrics", Path(file.name)):
             write_all(file.fileno(), _line(tree).encode())
 
 
@@ -171,18 +171,18 @@ class NullLogger(MetricsLogger):
         pass
 
 
-def figure(value: float | None, digits: int = 4) -> str:
+def format_number(value: float | None, digits: int = 4) -> str:
     """``value`` for people; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def in_brackets(auxiliary_losses: Mapping[str, float]) -> str:
+def format_losses(auxiliary_losses: Mapping[str, float]) -> str:
     """What follows a loss in a line for people: the auxiliary losses, if any."""
     listed = ", ".join(f"{name} {value:.3g}" for name, value in auxiliary_losses.items())
     return f" ({listed})" if listed else ""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of ``path``; none when it is absent. A last line that a crash cut short is left out."""
     if not path.is_file():
         return []

@@ -23,34 +23,34 @@ from tqdm import tqdm
 
 from shards.config.base import flatten
 from shards.errors import UserError, missing_package
-from shards.files import atomic_write, told
+from shards.files import atomic_write, translate_os_errors
 from train.config.train import TrainConfig
 
-NEEDS = {"wandb": "wandb", "tensorboard": "tensorboard"}  # what each imports, and how pip calls it
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # what each imports, and how pip calls it
 WANDB_ID = "wandb-id"
 
 
-class Outlet(Protocol):
+class Tracker(Protocol):
     """One place that figures go to; any method may raise anything."""
 
     name: str
 
-    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Outlets:
+class Trackers:
     """All of a run's; what fails is told once and left out from then on."""
 
-    def __init__(self, outlets: Sequence[Outlet]) -> None:
-        self._outlets = list(outlets)
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
 
-    def log(self, group: str, figures: Mapping[str, Any], step: int) -> None:
+    def log(self, group: str, metrics: Mapping[str, Any], step: int) -> None:
         """The numbers among ``figures`` as ``group/name``."""
         numbers = {
             f"{group}/{name}": float(value)
-            for name, value in flatten(dict(figures)).items()
+            for name, value in flatten(dict(metrics)).items()
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
         }
         self._each(lambda outlet: outlet.log(numbers, step))
@@ -59,15 +59,15 @@ class Outlets:
         """End all of them."""
         self._each(lambda outlet: outlet.close())
 
-    def _each(self, work: Callable[[Outlet], None]) -> None:
-        for outlet in list(self._outlets):
+    def _each(self, work: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
             try:
-                work(outlet)
+                work(tracker)
             except Exception as error:  # a foreign library, a network: neither may end a training
-                self._outlets.remove(outlet)
-                told = " ".join(str(error).split())[:200]
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split())[:200]
                 tqdm.write(
-                    f"note: {outlet.name} failed ({type(error).__name__}: {told}) and gets no more figures of this "
+                    f"note: {tracker.name} failed ({type(error).__name__}: {reason}) and gets no more figures of this "
                     "session; metrics.jsonl has them all",
                     file=sys.stderr,
                 )
@@ -76,35 +76,35 @@ class Outlets:
 def require_trackers(config: TrainConfig) -> None:
     """UserError when a library that ``config.trackers`` needs is not installed."""
     for name in config.trackers:
-        if importlib.util.find_spec(NEEDS[name]) is None:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
             raise missing_package(f"trackers=[{name}]", name, "trackers")
 
 
-def open_outlets(config: TrainConfig, run: Path, step: int) -> Outlets:
+def open_trackers(config: TrainConfig, run: Path, step: int) -> Trackers:
     """Those of ``config.trackers`` for the run at ``run``, which stands at ``step``.
 
     Raises:
         UserError: one is not installed or does not start.
     """
     require_trackers(config)
-    makers: dict[str, Callable[[], Outlet]] = {
+    makers: dict[str, Callable[[], Tracker]] = {
         "wandb": lambda: Wandb(config, run),
         "tensorboard": lambda: TensorBoard(run, step),
     }
-    outlets = []
+    trackers = []
     for name in config.trackers:
         try:
-            outlets.append(makers[name]())
+            trackers.append(makers[name]())
         except UserError:
             raise
         except Exception as error:  # whatever a foreign library raises at its start
-            told = " ".join(str(error).split())[:200]
-            mend = "log in by `wandb login`, set WANDB_MODE=offline, or" if name == "wandb" else "mend it, or"
+            reason = " ".join(str(error).split())[:200]
+            fix = "log in by `wandb login`, set WANDB_MODE=offline, or" if name == "wandb" else "mend it, or"
             raise UserError(
-                f"{name} does not start ({type(error).__name__}: {told}): {mend} go on by python -m train fit "
+                f"{name} does not start ({type(error).__name__}: {reason}): {fix} go on by python -m train fit "
                 f"--resume {run} 'trackers=[]'"
             ) from None
-    return Outlets(outlets)
+    return Trackers(trackers)
 
 
 class Wandb:
@@ -117,11 +117,11 @@ class Wandb:
 
         kept = run / WANDB_ID
         if not kept.is_file():
-            with told("keeping the id of the wandb run", kept):
+            with translate_os_errors("keeping the id of the wandb run", kept):
                 atomic_write(kept, secrets.token_hex(4).encode(), str(os.getpid()))
         settings: Any = wandb.Settings(console="off", silent=True)
         self._run: Any = wandb.init(
-            project=project_of(config),
+            project=wandb_project(config),
             name=run.name,
             id=kept.read_text().strip(),
             resume="allow",
@@ -132,9 +132,9 @@ class Wandb:
         )
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
         # The step is a figure, not wandb's own counter: that refuses the steps which a resumed run makes again.
-        self._run.log({**figures, "step": step})
+        self._run.log({**metrics, "step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -151,15 +151,15 @@ class TensorBoard:
         writer: Any = SummaryWriter
         self._writer = writer(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
 
 
-def project_of(config: TrainConfig) -> str:
+def wandb_project(config: TrainConfig) -> str:
     """``wandb_project``, or for a nanochat model ``nanochat-omni-audio``, or ``earshard``."""
     if config.wandb_project is not None:
         return config.wandb_project

@@ -17,13 +17,13 @@ def sweep(file: str | None, resume: str | None, words: Sequence[str], engine: st
     ``resume`` None starts a new one, "" goes on with that of ``file``, else with the folder that it names. ``engine``
     stands for the key of that name.
     """
-    config = _which(file, resume, words)
+    config = _load_sweep_config(file, resume, words)
     if engine is not None:
         config = validate_config(SweepConfig, {**config.model_dump(mode="json"), "engine": engine}, "--engine")
 
     from train.report import REPORT
     from train.runs.folder import read_json
-    from train.sweeps.results import STATE, table
+    from train.sweeps.results import SWEEP_STATE, format_table
     from train.sweeps.sweep import run_sweep
     from train.trainer.trainer import Interrupted
 
@@ -32,12 +32,12 @@ def sweep(file: str | None, resume: str | None, words: Sequence[str], engine: st
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
-    print(table(read_json(folder / STATE)))
-    print(f"figures: {folder / STATE}\nreport: {folder / REPORT}", flush=True)
+    print(format_table(read_json(folder / SWEEP_STATE)))
+    print(f"figures: {folder / SWEEP_STATE}\nreport: {folder / REPORT}", flush=True)
     return 0
 
 
-def _which(file: str | None, resume: str | None, words: Sequence[str]) -> SweepConfig:
+def _load_sweep_config(file: str | None, resume: str | None, words: Sequence[str]) -> SweepConfig:
     words = list(words)
     if resume is not None and "=" in resume:  # `--resume key=value`: the sweep is that of --config
         words, resume = [resume, *words], ""
@@ -51,6 +51,6 @@ def _which(file: str | None, resume: str | None, words: Sequence[str]) -> SweepC
         raise UserError("name a sweep with --config (see configs/sweep/), or the folder of one with --resume")
     if words:
         raise UserError(f"'{words[0]}': a sweep goes on with its own settings; start another by --config and name=…")
-    from train.sweeps.sweep import found_sweep
+    from train.sweeps.sweep import read_sweep_config
 
-    return found_sweep(Path(resume))
+    return read_sweep_config(Path(resume))

@@ -31,7 +31,7 @@ from shards.errors import UserError
 from train.config.train import TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-OWN = ("runs", "name")  # keys of a run that a sweep sets
+PER_RUN_KEYS = ("runs", "name")  # keys of a run that a sweep sets
 
 
 class Range(Config):
@@ -82,7 +82,7 @@ def _flat(value: Any) -> Any:
     return flatten(value) if isinstance(value, dict) else value
 
 
-def _present(changes: dict[str, Any]) -> dict[str, Any]:
+def _current_names(changes: dict[str, Any]) -> dict[str, Any]:
     """``changes`` by the present names of the dotted keys of a run; ValueError where one key has two."""
     found: dict[str, Any] = {}
     for key, value in changes.items():
@@ -93,13 +93,15 @@ def _present(changes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _checked(changes: dict[str, Any]) -> dict[str, Any]:
+def _check_names(changes: dict[str, Any]) -> dict[str, Any]:
     """``changes`` as typed, because experiments are named by it."""
-    _present(changes)
+    _current_names(changes)
     return changes
 
 
-Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat), AfterValidator(_checked)]
+Grid = Annotated[
+    dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat), AfterValidator(_check_names)
+]
 
 
 class SweepConfig(Config):
@@ -113,9 +115,9 @@ class SweepConfig(Config):
 
     base: Annotated[dict[str, Any], KeysOf(TrainConfig)]
     """Training config that all experiments start from: its keys, or the file that holds them."""
-    change: Annotated[dict[str, Any], KeysOf(TrainConfig), AfterValidator(_present)] = Field(default={})
+    change: Annotated[dict[str, Any], KeysOf(TrainConfig), AfterValidator(_current_names)] = Field(default={})
     """Dotted key -> value: what all experiments change in the base."""
-    experiments: list[Annotated[dict[str, Any], AfterValidator(_checked)]] = Field(default=[])
+    experiments: list[Annotated[dict[str, Any], AfterValidator(_check_names)]] = Field(default=[])
     """The experiments: for each the keys in which it differs from the base."""
     grid: Grid = Field(default={})
     """Dotted key -> values. Every combination is run, of each of `experiments`."""
@@ -139,7 +141,7 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        own = [key for key in OWN if key in self.base or key in self.change]
+        own = [key for key in PER_RUN_KEYS if key in self.base or key in self.change]
         if own:
             raise ValueError(f"base or change sets {', '.join(own)}: a sweep names its runs by its own keys, remove it")
         if self.search is not None and (self.experiments or self.grid or self.name_template or self.engine != "local"):
@@ -191,7 +193,7 @@ def experiments(config: SweepConfig) -> list[TrainConfig]:
     varied = [key for key in dict.fromkeys(key for change in changes for key in change) if key != "name"]
     found = []
     for number, (change, where) in enumerate(zip(changes, places, strict=True), 1):
-        run = as_run(config, change, str(change.get("name") or f"number-{number}"), where)
+        run = experiment_config(config, change, str(change.get("name") or f"number-{number}"), where)
         name = str(change.get("name") or _name(config, run, change, varied))
         found.append(validate_config(TrainConfig, run.model_dump() | {"name": name}, f"experiment '{name}'"))
     twice = [name for name, count in Counter(run.name for run in found).items() if count > 1]
@@ -205,10 +207,10 @@ def experiments(config: SweepConfig) -> list[TrainConfig]:
 
 def needed_runs(config: SweepConfig) -> Sequence[TrainConfig]:
     """Runs whose caches are those of the sweep."""
-    return [as_run(config, {}, "base")] if config.search is not None else experiments(config)
+    return [experiment_config(config, {}, "base")] if config.search is not None else experiments(config)
 
 
-def as_run(
+def experiment_config(
     config: SweepConfig, change: dict[str, Any], name: str, places: Mapping[str, str] | None = None
 ) -> TrainConfig:
     """The base with the keys of ``change`` as the settings of the experiment ``name``.
@@ -240,13 +242,13 @@ def _read_base(tree: dict[str, Any]) -> dict[str, str]:
     file = tree.get("base")
     if not isinstance(file, str):
         return {}
-    tree["base"] = {key: value for key, value in read_yaml(file, TrainConfig).items() if key not in OWN}
+    tree["base"] = {key: value for key, value in read_yaml(file, TrainConfig).items() if key not in PER_RUN_KEYS}
     return {"base.": file}
 
 
 def _name(config: SweepConfig, run: TrainConfig, change: dict[str, Any], varied: Sequence[str]) -> str:
     if config.name_template is None:
-        return "-".join(word for key in varied if key in change for word in _words(key, change[key])) or "base"
+        return "-".join(word for key in varied if key in change for word in _name_parts(key, change[key])) or "base"
     flat = flatten(run.model_dump(mode="json"))
 
     def fill(match: re.Match[str]) -> str:
@@ -258,12 +260,12 @@ def _name(config: SweepConfig, run: TrainConfig, change: dict[str, Any], varied:
     return re.sub(r"\{([\w.]+)\}", fill, config.name_template)
 
 
-def _words(key: str, value: Any) -> Iterator[str]:
+def _name_parts(key: str, value: Any) -> Iterator[str]:
     """What tells ``value`` from other values of ``key``: ``mlp``, ``stack5``, ``lr0.001``."""
     last = key.rsplit(".", 1)[-1]
     if isinstance(value, dict):
         for name, part in flatten(value).items():
-            yield from _words(name, part)
+            yield from _name_parts(name, part)
     elif isinstance(value, str) and not re.fullmatch(r"[\d.e+-]+", value):
         yield _plain(value)
     else:

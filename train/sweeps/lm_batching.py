@@ -23,12 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.threads import Threads
+from pipeline.threads import ThreadPool
 from train.lms.base import LanguageModel, LmRequest, SeparatePasses
 
 # positions of a pass, padding included: enough for full speed; a layer's activations are kept for each until its end
-CPU_POSITIONS, GPU_POSITIONS = 512, 8192
-CPU_ROWS, GPU_ROWS = 64, 512  # rows decoded together: the cache of keys and values is copied at each token on a CPU
+MAX_CPU_POSITIONS, MAX_GPU_POSITIONS = 512, 8192
+MAX_CPU_ROWS, MAX_GPU_ROWS = (
+    64,
+    512,
+)  # rows decoded together: the cache of keys and values is copied at each token on a CPU
 
 
 @dataclass
@@ -59,30 +62,30 @@ class LmBatcher(SeparatePasses):
         super().__init__(lm)
         self.seconds = {"training": 0.0, "judging": 0.0, "decoding": 0.0}
         self._cpu = lm.device.type == "cpu"
-        self._threads = Threads(torch.get_num_threads() if self._cpu else 1)
+        self._threads = ThreadPool(torch.get_num_threads() if self._cpu else 1)
 
     def nll(self, requests: Sequence[LmRequest]) -> list[Tensor]:
         began, gradient = time.perf_counter(), torch.is_grad_enabled()
         rows = _rows(requests)
-        self._each(lambda batch: self._nll(batch, gradient), self._cut(_distinct(rows)))
+        self._run_batches(lambda batch: self._nll(batch, gradient), self._cut(_unique_rows(rows)))
         self.seconds["training" if gradient else "judging"] += time.perf_counter() - began
-        return [_nll_of(*each, gradient) for each in zip(requests, rows, strict=True)]
+        return [_gather_nll(*each, gradient) for each in zip(requests, rows, strict=True)]
 
     def generate(self, requests: Sequence[LmRequest], max_new_tokens: int) -> list[list[list[int]]]:
         began = time.perf_counter()
         rows = _rows(requests)
-        ordered = _distinct(rows)
-        size = min(CPU_ROWS if self._cpu else GPU_ROWS, -(-len(ordered) // self._threads.n))
+        ordered = _unique_rows(rows)
+        size = min(MAX_CPU_ROWS if self._cpu else MAX_GPU_ROWS, -(-len(ordered) // self._threads.num_threads))
         batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        self._each(lambda batch: self._generate(batch, max_new_tokens), batches)
+        self._run_batches(lambda batch: self._generate(batch, max_new_tokens), batches)
         self.seconds["decoding"] += time.perf_counter() - began
         return [[row.ids for row in own] for own in rows]
 
     def _cut(self, rows: list[_Row]) -> list[list[_Row]]:
         """Batches of ``rows``, which are sorted: about equal work in each, and a multiple of the threads in number."""
-        most = CPU_POSITIONS if self._cpu else GPU_POSITIONS
+        most = MAX_CPU_POSITIONS if self._cpu else MAX_GPU_POSITIONS
         total = sum(row.length for row in rows)
-        count = -(-max(-(-total // most), 1) // self._threads.n) * self._threads.n
+        count = -(-max(-(-total // most), 1) // self._threads.num_threads) * self._threads.num_threads
         batches: list[list[_Row]] = [[]]
         done = 0
         for row in rows:
@@ -111,13 +114,13 @@ class LmBatcher(SeparatePasses):
         for row, own in zip(batch, ids, strict=True):
             row.ids = own
 
-    def _each(self, work: Callable[[list[_Row]], None], batches: list[list[_Row]]) -> None:
+    def _run_batches(self, work: Callable[[list[_Row]], None], batches: list[list[_Row]]) -> None:
         """``work`` on every batch, as many at a time as there are threads."""
         longest_first = sorted(batches, key=lambda batch: -len(batch) * batch[-1].length)
         self._threads.run(work, [(batch,) for batch in longest_first])
 
 
-class _KnownGradient(torch.autograd.Function):
+class _PrecomputedGradient(torch.autograd.Function):
     """nll [B] whose gradient in soft [B, S, D] is known: row b gets grad [B, S, D] times what flows to its nll.
 
     Rows do not reach each other, so the gradient of each row's nll is all there is.
@@ -148,7 +151,7 @@ def _rows(requests: Sequence[LmRequest]) -> list[list[_Row]]:
     return found
 
 
-def _distinct(rows: Sequence[Sequence[_Row]]) -> list[_Row]:
+def _unique_rows(rows: Sequence[Sequence[_Row]]) -> list[_Row]:
     """All rows, each object once, from short to long."""
     return sorted({id(row): row for own in rows for row in own}.values(), key=lambda row: row.length)
 
@@ -163,12 +166,12 @@ def _request(batch: list[_Row]) -> LmRequest:
     )
 
 
-def _nll_of(request: LmRequest, rows: Sequence[_Row], gradient: bool) -> Tensor:
+def _gather_nll(request: LmRequest, rows: Sequence[_Row], gradient: bool) -> Tensor:
     """The rows' nll together [B], differentiable in the soft tokens of ``request``."""
     nll = torch.stack([row.nll for row in rows])
     if not gradient:
         return nll
     grad = torch.zeros_like(request.soft)
     grad[request.soft_mask] = torch.cat([row.grad for row in rows])
-    answered: Tensor = _KnownGradient.apply(request.soft, nll, grad)  # type: ignore[no-untyped-call]
+    answered: Tensor = _PrecomputedGradient.apply(request.soft, nll, grad)  # type: ignore[no-untyped-call]
     return answered

@@ -17,22 +17,22 @@ from typing import Any
 from pipeline.cluster.connect import connect
 from shards.errors import UserError, WorkFailed
 from train.config.train import TrainConfig
-from train.sweeps.group import Mode
+from train.sweeps.group import LockstepMode
 
-RETRIES = 3
-TICK = 1.0  # seconds between two looks at what the groups tell
+MAX_RETRIES = 3
+POLL_INTERVAL = 1.0  # seconds between two looks at what the groups tell
 
 
-def run_groups(parts: Sequence[list[TrainConfig]], mode: Mode) -> None:
+def run_groups(parts: Sequence[list[TrainConfig]], mode: LockstepMode) -> None:
     """Run every group as a task; returns when all are done.
 
     Raises:
         UserError: ray is not installed, no cluster answers, or a group is refused.
-        WorkFailed: a task was lost more often than RETRIES.
+        WorkFailed: a task was lost more often than MAX_RETRIES.
     """
     with connect("engine=ray") as ray:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) and parts[0][0].device != "cpu" else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_group)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=MAX_RETRIES)(_run_group)
         settings = [[config.model_dump(mode="json") for config in part] for part in parts]
         mailbox = ray.remote(num_cpus=0, max_restarts=-1)(Mailbox).remote()
         names = {}
@@ -41,10 +41,10 @@ def run_groups(parts: Sequence[list[TrainConfig]], mode: Mode) -> None:
             names[task.remote(part, mode, mailbox, place)] = ", ".join(each["name"] for each in part)
         waiting = list(names)
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=TICK)
-            _tell(ray, mailbox)
+            done, waiting = ray.wait(waiting, timeout=POLL_INTERVAL)
+            _print_lines(ray, mailbox)
             for call in done:
-                _result(ray, call, names[call])
+                _check_result(ray, call, names[call])
 
 
 class Mailbox:
@@ -63,7 +63,7 @@ class Mailbox:
         return lines
 
 
-def _tell(ray: Any, mailbox: Any) -> None:
+def _print_lines(ray: Any, mailbox: Any) -> None:
     """Print what is in the mailbox; while it is lost, nothing: ``metrics.jsonl`` of the experiments has it all."""
     try:
         lines = ray.get(mailbox.take.remote())
@@ -73,7 +73,7 @@ def _tell(ray: Any, mailbox: Any) -> None:
         print(line, flush=True)
 
 
-def _result(ray: Any, call: Any, names: str) -> None:
+def _check_result(ray: Any, call: Any, names: str) -> None:
     """Say that a group is done, or raise why it is not."""
     try:
         refusal = ray.get(call)
@@ -85,14 +85,14 @@ def _result(ray: Any, call: Any, names: str) -> None:
     print(f"done: {names}", flush=True)
 
 
-def _group(settings: list[dict[str, Any]], mode: Mode, mailbox: Any, place: str) -> str | None:
+def _run_group(settings: list[dict[str, Any]], mode: LockstepMode, mailbox: Any, place: str) -> str | None:
     """On a node: one group; why it was refused, if it was. A second attempt leaves finished experiments alone.
 
     Its lines go to ``mailbox``, each with its ``place`` before it, and nothing waits for them but the end.
     """
     import ray
 
-    from train.sweeps.group import Lockstep, Models, unfinished
+    from train.sweeps.group import LmCache, LockstepTrainer, unfinished
 
     sent: list[Any] = []
 
@@ -105,9 +105,11 @@ def _group(settings: list[dict[str, Any]], mode: Mode, mailbox: Any, place: str)
         if configs:
             from train.distributed.signals import StopRequest
 
-            Lockstep(configs, Models(), mode, StopRequest(), tell).run()
+            LockstepTrainer(configs, LmCache(), mode, StopRequest(), tell).run()
     except UserError as error:
         return str(error)
     finally:
-        ray.wait(sent, num_returns=len(sent), timeout=10 * TICK)  # the driver looks once more when this has ended
+        ray.wait(
+            sent, num_returns=len(sent), timeout=10 * POLL_INTERVAL
+        )  # the driver looks once more when this has ended
     return None

@@ -19,12 +19,12 @@ from train.config.train import TrainConfig
 from train.evaluation.bootstrap import WORD_ERRORS, WORDS, Interval, paired_difference
 from train.evaluation.utterance_table import UTTERANCES, read_utterances
 from train.runs import folder as runs
-from train.runs.metrics_log import METRICS, figure, read_lines
+from train.runs.metrics_log import METRICS, format_number, read_jsonl
 from train.sweeps.config import SweepConfig
-from train.sweeps.group import DROPPED, groups
+from train.sweeps.group import DROPPED, group_experiments
 
-STATE = "sweep.json"
-SHOWN = (
+SWEEP_STATE = "sweep.json"
+SUMMARY_KEYS = (
     "val_loss",
     "val_loss_shuffled",
     "audio_gain",
@@ -36,15 +36,15 @@ SHOWN = (
 )
 
 
-def figures(
+def sweep_state(
     config: SweepConfig, configs: Sequence[TrainConfig], seconds: float, lm_seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The content of ``sweep.json``; ``seconds`` that this session took, and those of shared passes of the LM."""
-    where = {str(each.name): number for number, part in enumerate(groups(configs, None)) for each in part}
+    where = {str(each.name): number for number, part in enumerate(group_experiments(configs, None)) for each in part}
     listed = [_experiment(config.folder / str(each.name), where[str(each.name)], each) for each in configs]
-    baseline = _table(config.folder, listed[0]["name"]) if listed else None
+    baseline = _read_table(config.folder, listed[0]["name"]) if listed else None
     for each in listed[1:]:
-        table = _table(config.folder, each["name"])
+        table = _read_table(config.folder, each["name"])
         if baseline is not None and table is not None:
             each["difference"] = _difference(table, baseline)
             each["wer_difference"] = _difference(table, baseline, counts=WORD_ERRORS, per=WORDS)
@@ -68,24 +68,24 @@ def figures(
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """``sweep.json`` at once."""
-    runs.write_json(folder / STATE, state)
+    runs.write_json(folder / SWEEP_STATE, state)
 
 
-def table(state: dict[str, Any]) -> str:
+def format_table(state: dict[str, Any]) -> str:
     """The experiments sorted by held-out loss, as columns."""
     rows = [("experiment", "held-out loss", "minus baseline [95 %]", "audio gain", "WER", "minus baseline [95 %]", "")]
-    judged = [each for each in state["experiments"] if each.get("val_loss") is not None]
+    evaluated = [each for each in state["experiments"] if each.get("val_loss") is not None]
     others = [each for each in state["experiments"] if each.get("val_loss") is None]
-    for each in sorted(judged, key=lambda one: float(one["val_loss"])) + others:
+    for each in sorted(evaluated, key=lambda one: float(one["val_loss"])) + others:
         first = each["name"] == state["baseline"]
         rows.append(
             (
                 each["name"],
-                figure(each.get("val_loss")),
-                "baseline" if first else _bounds(each.get("difference"), 1, 4),
-                figure(each.get("audio_gain"), 3),
+                format_number(each.get("val_loss")),
+                "baseline" if first else _format_interval(each.get("difference"), 1, 4),
+                format_number(each.get("audio_gain"), 3),
                 "–" if each.get("wer") is None else f"{100 * each['wer']:.1f} %",
-                "baseline" if first else _bounds(each.get("wer_difference"), 100, 1),
+                "baseline" if first else _format_interval(each.get("wer_difference"), 100, 1),
                 each["state"] if each["state"] != "finished" else "",
             )
         )
@@ -97,19 +97,19 @@ def table(state: dict[str, Any]) -> str:
 def _experiment(run: Path, group: int, config: TrainConfig) -> dict[str, Any]:
     """State and figures of one run folder."""
     tree: dict[str, Any] = {"name": run.name, "state": "waiting", "group": group, "steps": config.steps, "step": 0}
-    lines = read_lines(run / METRICS)
+    lines = read_jsonl(run / METRICS)
     if lines:
         tree |= {"state": "stopped", "step": lines[-1]["step"]}
     if (run / "summary.json").is_file():
         summary = runs.read_json(run / "summary.json")
-        tree |= {"state": "finished", "step": summary["steps"], **{key: summary.get(key) for key in SHOWN}}
+        tree |= {"state": "finished", "step": summary["steps"], **{key: summary.get(key) for key in SUMMARY_KEYS}}
     if (run / DROPPED).is_file():
         dropped = runs.read_json(run / DROPPED)
         tree |= {"state": dropped["state"], "step": dropped["step"], "reason": dropped["reason"]}
     return tree
 
 
-def _table(folder: Path, name: str) -> pa.Table | None:
+def _read_table(folder: Path, name: str) -> pa.Table | None:
     return read_utterances(folder / name) if (folder / name / UTTERANCES).is_file() else None
 
 
@@ -122,7 +122,7 @@ def _difference(mine: pa.Table, baseline: pa.Table, **of: Any) -> list[float] | 
     return [found.mean, found.low, found.high]
 
 
-def _bounds(interval: list[float] | None, scale: float, digits: int) -> str:
+def _format_interval(interval: list[float] | None, scale: float, digits: int) -> str:
     if interval is None:
         return "–"
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in interval)

@@ -15,15 +15,15 @@ from shards.errors import missing_package
 from train.config.train import TrainConfig
 from train.distributed.signals import StopRequest
 from train.runs import folder as runs
-from train.runs.metrics_log import EVALUATIONS, read_lines
-from train.sweeps.config import Choices, SearchConfig, SweepConfig, as_run
-from train.sweeps.group import DROPPED, Lockstep, Models, groups, how_to_go_on, say, unfinished
+from train.runs.metrics_log import EVALUATIONS, read_jsonl
+from train.sweeps.config import Choices, SearchConfig, SweepConfig, experiment_config
+from train.sweeps.group import DROPPED, LmCache, LockstepTrainer, group_experiments, log, resume_hint, unfinished
 from train.trainer.trainer import Interrupted
 
 if TYPE_CHECKING:
     import optuna
 
-DRAWN = "search.json"
+TRIALS = "search.json"
 
 
 def search(config: SweepConfig, configs: list[TrainConfig]) -> None:
@@ -37,9 +37,9 @@ def search(config: SweepConfig, configs: list[TrainConfig]) -> None:
     if wanted is None:
         raise ValueError("this sweep has no search")
     study = _study(wanted)
-    path = config.folder / DRAWN
+    path = config.folder / TRIALS
     drawn: list[dict[str, Any]] = runs.read_json(path)["trials"] if path.is_file() else []
-    models = Models()
+    models = LmCache()
     with StopRequest() as stop:
         for start in range(0, wanted.trials, wanted.max_concurrent_trials):
             trials: dict[str, optuna.Trial] = {}
@@ -50,18 +50,18 @@ def search(config: SweepConfig, configs: list[TrainConfig]) -> None:
                 trial = study.ask()
                 values = _draw(trial, wanted)
                 name = f"trial-{number:03d}"
-                fresh.append(as_run(config, values, name))
+                fresh.append(experiment_config(config, values, name))
                 trials[name] = trial
                 if number == len(drawn):
                     drawn.append(trial.params)
             runs.write_json(path, {"trials": drawn})
             configs.extend(fresh)
             for name, trial in trials.items():
-                for line in read_lines(config.folder / name / EVALUATIONS):
+                for line in read_jsonl(config.folder / name / EVALUATIONS):
                     trial.report(line["val_loss"], line["step"])
             _run(fresh, trials, config, models, stop)
             for name, trial in trials.items():
-                _tell(study, trial, config.folder / name)
+                _report_result(study, trial, config.folder / name)
 
 
 def _study(wanted: SearchConfig) -> optuna.Study:
@@ -96,7 +96,7 @@ def _run(
     fresh: list[TrainConfig],
     trials: Mapping[str, optuna.Trial],
     config: SweepConfig,
-    models: Models,
+    models: LmCache,
     stop: StopRequest,
 ) -> None:
     """One round, what of it is not finished."""
@@ -105,15 +105,15 @@ def _run(
         trials[name].report(loss, step)
         return f"{loss:.4f} at step {step} is among the worse" if trials[name].should_prune() else None
 
-    for part in groups(unfinished(fresh), 1 if config.lockstep == "none" else None):
-        say(f"trials: {', '.join(str(each.name) for each in part)}")
+    for part in group_experiments(unfinished(fresh), 1 if config.lockstep == "none" else None):
+        log(f"trials: {', '.join(str(each.name) for each in part)}")
         try:
-            Lockstep(part, models, config.lockstep, stop, say, evaluated).run()
+            LockstepTrainer(part, models, config.lockstep, stop, log, evaluated).run()
         except Interrupted as stopped:
-            raise Interrupted(f"{stopped}, saved; {how_to_go_on(config.folder)}") from None
+            raise Interrupted(f"{stopped}, saved; {resume_hint(config.folder)}") from None
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, run: Path) -> None:
+def _report_result(study: optuna.Study, trial: optuna.Trial, run: Path) -> None:
     """What came of a trial: its held-out loss, or that it was pruned or failed."""
     from optuna.trial import TrialState
 

@@ -22,16 +22,25 @@ from pathlib import Path
 import yaml
 
 from shards.errors import UserError, WorkFailed
-from shards.files import atomic_write, told
+from shards.files import atomic_write, translate_os_errors
 from train.config.train import TrainConfig
 from train.distributed.signals import StopRequest
 from train.report import write_sweep_report
 from train.sweeps.config import SweepConfig, experiments
-from train.sweeps.group import DROPPED, Lockstep, Mode, Models, groups, how_to_go_on, say, unfinished
-from train.sweeps.results import figures, write_state
+from train.sweeps.group import (
+    DROPPED,
+    LmCache,
+    LockstepMode,
+    LockstepTrainer,
+    group_experiments,
+    log,
+    resume_hint,
+    unfinished,
+)
+from train.sweeps.results import sweep_state, write_state
 from train.trainer.trainer import Interrupted
 
-SWEEP = "sweep.yaml"
+SWEEP_CONFIG = "sweep.yaml"
 
 
 def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
@@ -42,12 +51,12 @@ def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
         WorkFailed: not one experiment came to its end.
         Interrupted: SIGINT or SIGTERM came; all is saved.
     """
-    refuse_launcher()
+    require_single_process()
     begun = time.perf_counter()
     configs = [] if config.search is not None else experiments(config)
-    enter_folder(config, resume)
+    open_sweep_folder(config, resume)
     lm_seconds: dict[str, float] = {}
-    write_state(config.folder, {**figures(config, configs, 0.0, {}), "state": "running"})
+    write_state(config.folder, {**sweep_state(config, configs, 0.0, {}), "state": "running"})
     try:
         if config.search is not None:
             from train.sweeps.search import search
@@ -56,7 +65,7 @@ def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
         else:
             lm_seconds = _run(config, configs)
     finally:
-        state = figures(config, configs, time.perf_counter() - begun, lm_seconds)
+        state = sweep_state(config, configs, time.perf_counter() - begun, lm_seconds)
         write_state(config.folder, state)
     write_sweep_report(config.folder)
     if not any(each["state"] == "finished" for each in state["experiments"]):
@@ -64,7 +73,7 @@ def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
     return config.folder
 
 
-def refuse_launcher() -> None:
+def require_single_process() -> None:
     """A sweep is one process: under torchrun, whose ranks would each run all of it, raise UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -73,12 +82,12 @@ def refuse_launcher() -> None:
         )
 
 
-def enter_folder(config: SweepConfig, resume: bool) -> None:
+def open_sweep_folder(config: SweepConfig, resume: bool) -> None:
     """Make the sweep's folder with ``sweep.yaml``, or find it as it was left."""
     folder = config.folder
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     if resume:
-        changed = differences(found_sweep(folder), config)
+        changed = differences(read_sweep_config(folder), config)
         if changed:
             raise UserError(
                 f"'{folder}' cannot go on with other settings ({', '.join(changed)}): leave them alone, or start a new "
@@ -89,18 +98,20 @@ def enter_folder(config: SweepConfig, resume: bool) -> None:
         raise UserError(
             f"'{folder}' exists already: choose another name=…, go on with it by --resume {folder}, or delete it"
         )
-    with told("making the sweep's folder", folder):
+    with translate_os_errors("making the sweep's folder", folder):
         folder.mkdir(parents=True)
-        atomic_write(folder / SWEEP, text.encode(), str(os.getpid()))
+        atomic_write(folder / SWEEP_CONFIG, text.encode(), str(os.getpid()))
 
 
-def found_sweep(folder: Path) -> SweepConfig:
+def read_sweep_config(folder: Path) -> SweepConfig:
     """The settings of the sweep that stands at ``folder``, wherever it was moved."""
     from shards.config.base import load_config
 
-    if not (folder / SWEEP).is_file():
-        raise UserError(f"'{folder}' is not a sweep: it has no {SWEEP}; start one with --config (see configs/sweep/)")
-    found = load_config(SweepConfig, folder / SWEEP)
+    if not (folder / SWEEP_CONFIG).is_file():
+        raise UserError(
+            f"'{folder}' is not a sweep: it has no {SWEEP_CONFIG}; start one with --config (see configs/sweep/)"
+        )
+    found = load_config(SweepConfig, folder / SWEEP_CONFIG)
     return found.model_copy(update={"runs": str(folder.parent), "name": folder.name})
 
 
@@ -114,9 +125,9 @@ def differences(mine: SweepConfig, theirs: SweepConfig) -> list[str]:
 def _run(config: SweepConfig, configs: list[TrainConfig]) -> dict[str, float]:
     """The experiments of a list and a grid; what :func:`run_local` gives."""
     waiting = unfinished(configs)
-    parts = groups(waiting, 1 if config.lockstep == "none" else config.max_group_size)
+    parts = group_experiments(waiting, 1 if config.lockstep == "none" else config.max_group_size)
     done = len(configs) - len(waiting)
-    say(f"{len(configs)} experiments, {done} of them done; {len(parts)} groups, lockstep: {config.lockstep}")
+    log(f"{len(configs)} experiments, {done} of them done; {len(parts)} groups, lockstep: {config.lockstep}")
     if config.engine == "ray":
         from train.sweeps.ray_engine import run_groups
 
@@ -125,16 +136,16 @@ def _run(config: SweepConfig, configs: list[TrainConfig]) -> dict[str, float]:
     return run_local(parts, config.lockstep, config.folder)
 
 
-def run_local(parts: Sequence[list[TrainConfig]], mode: Mode, folder: Path) -> dict[str, float]:
+def run_local(parts: Sequence[list[TrainConfig]], mode: LockstepMode, folder: Path) -> dict[str, float]:
     """One group after the other in this process; the seconds of shared passes, by what the language model was asked."""
-    models, seconds = Models(), Counter[str]()
+    models, seconds = LmCache(), Counter[str]()
     with StopRequest() as stop:
         for number, part in enumerate(parts, 1):
-            say(f"group {number} of {len(parts)}: {', '.join(str(config.name) for config in part)}")
-            lockstep = Lockstep(part, models, mode, stop, say)
+            log(f"group {number} of {len(parts)}: {', '.join(str(config.name) for config in part)}")
+            lockstep = LockstepTrainer(part, models, mode, stop, log)
             try:
                 lockstep.run()
             except Interrupted as stopped:
-                raise Interrupted(f"{stopped}, saved; {how_to_go_on(folder)}") from None
+                raise Interrupted(f"{stopped}, saved; {resume_hint(folder)}") from None
             seconds.update(lockstep.lm_seconds)
     return dict(seconds)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-PREFIX = "best."
+BEST_PREFIX = "best."
 
 
 class EarlyStopping:
@@ -23,36 +23,40 @@ class EarlyStopping:
 
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
-        self.loss: float | None = None
-        self.step: int | None = None
-        self.stale = 0
-        self.best: dict[str, Tensor] = {}
+        self.best_loss: float | None = None
+        self.best_step: int | None = None
+        self.evaluations_since_best = 0
+        self.best_weights: dict[str, Tensor] = {}
 
     @property
     def should_stop(self) -> bool:
         """Whether to stop training."""
-        return self.patience is not None and self.stale >= self.patience
+        return self.patience is not None and self.evaluations_since_best >= self.patience
 
-    def update(self, loss: float, step: int, named: Mapping[str, nn.Parameter]) -> None:
+    def update(self, loss: float, step: int, named_parameters: Mapping[str, nn.Parameter]) -> None:
         """Add an evaluation that was made with the weights ``named``."""
         if self.patience is None:
             return
-        if self.loss is None or loss < self.loss:
-            self.loss, self.step, self.stale = loss, step, 0
-            self.best = {name: parameter.detach().clone() for name, parameter in named.items()}
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.evaluations_since_best = loss, step, 0
+            self.best_weights = {name: parameter.detach().clone() for name, parameter in named_parameters.items()}
         else:
-            self.stale += 1
+            self.evaluations_since_best += 1
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that is JSON."""
-        return {"loss": self.loss, "step": self.step, "stale": self.stale}
+        return {"loss": self.best_loss, "step": self.best_step, "stale": self.evaluations_since_best}
 
     def tensors(self) -> dict[str, Tensor]:
         """The part of a checkpoint that is tensors."""
-        return {f"{PREFIX}{name}": tensor for name, tensor in self.best.items()}
+        return {f"{BEST_PREFIX}{name}": tensor for name, tensor in self.best_weights.items()}
 
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
+    def load(
+        self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], named_parameters: Mapping[str, nn.Parameter]
+    ) -> None:
         """Restore what :meth:`state` and :meth:`tensors` returned."""
-        self.loss, self.step, self.stale = state["loss"], state["step"], state["stale"]
-        if self.loss is not None:
-            self.best = {name: tensors[f"{PREFIX}{name}"].to(p.device) for name, p in named.items()}
+        self.best_loss, self.best_step, self.evaluations_since_best = state["loss"], state["step"], state["stale"]
+        if self.best_loss is not None:
+            self.best_weights = {
+                name: tensors[f"{BEST_PREFIX}{name}"].to(p.device) for name, p in named_parameters.items()
+            }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from train.config.model import ContrastiveConfig, DistillConfig
 from train.lms.base import LmRequest
-from train.lms.distill import distilled_nats
+from train.lms.distill import distillation_losses
 from train.model.audio_lm import AudioLM, BatchLoss, batch_loss
 
 DISTILL, CONTRASTIVE = "distill", "contrastive"
@@ -54,17 +54,17 @@ class Objectives:
         """
         auxiliary: dict[str, Tensor] = {}
         if nll is None:
-            nll, auxiliary[DISTILL] = distilled_nats(
+            nll, auxiliary[DISTILL] = distillation_losses(
                 model.lm, request.soft, request.soft_mask, request.prefix, request.suffix, request.targets,
                 temperature=self.distill.temperature,
             )  # fmt: skip
         if self.contrastive.weight:
-            auxiliary[CONTRASTIVE] = contrast(
+            auxiliary[CONTRASTIVE] = contrastive_loss(
                 model, request.soft, request.soft_mask, texts, negatives, self.contrastive.temperature
             )
         return batch_loss(request, nll, auxiliary)
 
-    def total(self, out: BatchLoss, tokens: float, utterances: float) -> Tensor:
+    def step_loss(self, out: BatchLoss, tokens: float, utterances: float) -> Tensor:
         """The part of a batch in the loss of a step of ``tokens`` target tokens and ``utterances``."""
         d, c = self.distill.weight, self.contrastive.weight
         loss = out.nll.sum() / tokens
@@ -80,7 +80,7 @@ class Objectives:
         return {name: total / per[name] for name, total in zip(self.names, sums, strict=True)}
 
 
-def contrast(
+def contrastive_loss(
     model: AudioLM,
     soft: Tensor,
     soft_mask: Tensor,
@@ -91,14 +91,14 @@ def contrast(
     """InfoNCE of each utterance [B] in nats, its own text among ``negatives``; gradient to the soft tokens alone."""
     others = list(dict.fromkeys([*negatives, *texts]))
     with torch.no_grad():
-        pooled_VD = F.normalize(torch.stack([_pooled_text(model, text) for text in others]), dim=-1)
-    entered = model.lm.enter(soft).float().masked_fill(~soft_mask[..., None], 0)
-    pooled_BD = F.normalize(entered.sum(1) / soft_mask.sum(1, keepdim=True), dim=-1)
+        pooled_VD = F.normalize(torch.stack([_mean_text_embedding(model, text) for text in others]), dim=-1)
+    embedded = model.lm.to_input_embeddings(soft).float().masked_fill(~soft_mask[..., None], 0)
+    pooled_BD = F.normalize(embedded.sum(1) / soft_mask.sum(1, keepdim=True), dim=-1)
     own = torch.tensor([others.index(text) for text in texts], device=soft.device)
     return F.cross_entropy(pooled_BD @ pooled_VD.T / temperature, own, reduction="none")
 
 
-def _pooled_text(model: AudioLM, text: str) -> Tensor:
+def _mean_text_embedding(model: AudioLM, text: str) -> Tensor:
     """Mean of the embeddings of a text's tokens [D] float32; of its end where it is empty."""
-    ids = model.prompt.target(text)
+    ids = model.prompt.target_ids(text)
     return model.lm.embed(torch.tensor(ids[:-1] or ids, device=model.lm.device)).float().mean(0)

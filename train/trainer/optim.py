@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from train.config.train import TrainConfig
 
-PREFIX = "ema."
+EMA_PREFIX = "ema."
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -37,35 +37,35 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Ema:
     """Averages of ``named``, in their dtype and on their device; with ``decay`` 0 there are none."""
 
-    def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.named, self.decay = named, decay
-        self.averages = {name: p.detach().clone() for name, p in named.items()} if decay else {}
+    def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.named_parameters, self.decay = named_parameters, decay
+        self.averages = {name: p.detach().clone() for name, p in named_parameters.items()} if decay else {}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after ``step`` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.averages.items():
-            average.lerp_(self.named[name], 1 - decay)
+            average.lerp_(self.named_parameters[name], 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
         """The part of a checkpoint."""
-        return {f"{PREFIX}{name}": average for name, average in self.averages.items()}
+        return {f"{EMA_PREFIX}{name}": average for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`tensors` returned."""
         for name, average in self.averages.items():
-            average.copy_(tensors[f"{PREFIX}{name}"])
+            average.copy_(tensors[f"{EMA_PREFIX}{name}"])
 
 
 @contextmanager
-def swapped_in(named: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> Iterator[None]:
+def swapped_parameters(named_parameters: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> Iterator[None]:
     """Inside the block, the parameters of the names of ``tensors`` have those values."""
 
     def swap() -> None:
         for name in tensors:
-            named[name].data, tensors[name] = tensors[name], named[name].data
+            named_parameters[name].data, tensors[name] = tensors[name], named_parameters[name].data
 
     swap()
     try:

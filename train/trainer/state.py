@@ -17,14 +17,14 @@ import torch
 from shards.errors import UserError
 from shards.stream.batch import Batch
 from train.config.train import TrainConfig
-from train.data.caches import Data
+from train.data.caches import TrainData
 from train.data.loader import Stream, open_stream
-from train.distributed.group import Group
+from train.distributed.group import ProcessGroup
 from train.model.audio_lm import AudioLM
 from train.model.checkpoint import load_checkpoint, restore, save_checkpoint, trained_parameters
 from train.runs.metrics_log import StepMetrics
 from train.trainer.early_stopping import EarlyStopping
-from train.trainer.optim import Ema, swapped_in
+from train.trainer.optim import Ema, swapped_parameters
 
 
 @dataclass
@@ -81,48 +81,48 @@ class RunState:
     def __init__(
         self,
         config: TrainConfig,
-        data: Data,
+        data: TrainData,
         model: AudioLM,
         dtype: torch.dtype,
         run: Path,
-        group: Group,
+        group: ProcessGroup,
         stream: Stream | None = None,
     ) -> None:
         """``stream``: that of another run of equal data, batches and order, which both are fed from."""
         self.data, self.model, self.dtype, self.run, self.group = data, model, dtype, run, group
         self.step = 0
         self.counters = Counters()
-        self.named = trained_parameters(model)
-        self.parameters = list(self.named.values())
+        self.named_parameters = trained_parameters(model)
+        self.parameters = list(self.named_parameters.values())
         groups = [  # norms' gains and biases are not decayed
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
         self.stream = stream or open_stream(config, data, group)
-        self.ema = Ema(self.named, config.ema_decay)
+        self.ema = Ema(self.named_parameters, config.ema_decay)
         self.early_stopping = EarlyStopping(config.patience)
-        self.position = self.stream.state_dict()
+        self.stream_state = self.stream.state_dict()
 
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's batches from where the run stands; close it to end the threads that read ahead."""
         yield from self.stream
 
-    def step_done(self, metrics: StepMetrics) -> None:
+    def count_step(self, metrics: StepMetrics) -> None:
         """Count a step."""
         self.step += 1
         self.ema.update(self.step)
         self.counters.add(metrics)
         # Kept for `save`: a step that breaks off has taken batches from the stream already.
-        self.position = self.stream.state_dict()
+        self.stream_state = self.stream.state_dict()
 
     def current_weights(self) -> AbstractContextManager[None]:
         """Inside it, the model has the weights that are evaluated during training: the averages, or the last."""
-        return swapped_in(self.named, self.ema.averages)
+        return swapped_parameters(self.named_parameters, self.ema.averages)
 
     def final_weights(self) -> AbstractContextManager[None]:
         """Inside it, the model has the weights that a finished run keeps: the best, the averages, or the last."""
-        return swapped_in(self.named, self.early_stopping.best or self.ema.averages)
+        return swapped_parameters(self.named_parameters, self.early_stopping.best_weights or self.ema.averages)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: the features and the language model."""
@@ -134,21 +134,21 @@ class RunState:
 
     def save(self) -> None:
         """Rank 0 writes the checkpoint of the last whole step."""
-        if self.group.is_first:
+        if self.group.is_main_process:
             state = {
-                "stream": self.position,
+                "stream": self.stream_state,
                 "counters": asdict(self.counters),
                 "patience": self.early_stopping.state(),
                 "identity": self.identity(),
             }
-            further = self.ema.tensors() | self.early_stopping.tensors()
-            save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state, further)
+            extra_tensors = self.ema.tensors() | self.early_stopping.tensors()
+            save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state, extra_tensors)
 
-    def share_start(self) -> None:
+    def broadcast_initial_weights(self) -> None:
         """Take rank 0's start values: another kind of CPU may draw others in the last bit."""
-        for name, tensor in self.group.broadcast_tensors(self.named).items():
-            self.named[name].data.copy_(tensor)
-        self.ema = Ema(self.named, self.ema.decay)
+        for name, tensor in self.group.broadcast_tensors(self.named_parameters).items():
+            self.named_parameters[name].data.copy_(tensor)
+        self.ema = Ema(self.named_parameters, self.ema.decay)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run folder, which rank 0 reads for all.
@@ -159,13 +159,13 @@ class RunState:
         group = self.group
         tensors: Any = {}
         state, where = None, ""
-        with group.together():
-            if group.is_first:
+        with group.raise_on_all_ranks():
+            if group.is_main_process:
                 path, tensors, state = load_checkpoint(self.run / "checkpoints")
                 where = str(path)
         state, where = group.broadcast([state, where])
         tensors = group.broadcast_tensors(tensors)
-        with group.together():
+        with group.raise_on_all_ranks():
             for name, value in self.identity().items():
                 if state["identity"].get(name) != value:
                     raise UserError(
@@ -174,7 +174,7 @@ class RunState:
                     )
             restore(self.model, self.optimizer, tensors, where)
             self.ema.load(tensors)
-            self.early_stopping.load(state["patience"], tensors, self.named)
+            self.early_stopping.load(state["patience"], tensors, self.named_parameters)
             self.stream.load_state_dict(state["stream"])
-        self.position = state["stream"]
+        self.stream_state = state["stream"]
         self.step, self.counters = state["step"], Counters(**state["counters"])

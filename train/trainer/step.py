@@ -30,7 +30,7 @@ from torch import Tensor
 from shards.stream.batch import Batch
 from train.config.train import TrainConfig
 from train.data.loader import augment
-from train.distributed.group import Group
+from train.distributed.group import ProcessGroup
 from train.lms.base import LmRequest, SeparatePasses
 from train.model.audio_lm import AudioLM
 from train.runs.metrics_log import StepMetrics
@@ -61,7 +61,7 @@ class TrainStep:
         *,
         step: int,
         lr: float,
-        group: Group,
+        group: ProcessGroup,
         data_wait: float = 0.0,
     ) -> None:
         """``step``: steps done before this one. ``data_wait``: seconds spent to get ``batches``."""
@@ -71,17 +71,17 @@ class TrainStep:
         self.batches = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in batches]
         self.objectives = Objectives(config.distill, config.contrastive)
         mine = [
-            sum(len(model.prompt.target(text)) for batch in batches for text in batch.texts),
+            sum(len(model.prompt.target_ids(text)) for batch in batches for text in batch.texts),
             sum(int(batch.lengths.sum()) for batch in batches),
             sum(len(batch.lengths) * batch.features.shape[1] for batch in batches),
             sum(len(batch.texts) for batch in batches),
         ]
-        waits = [data_wait if rank == group.rank else 0.0 for rank in range(group.world)]
-        totals = group.total([*mine, *waits])
+        waits = [data_wait if rank == group.rank else 0.0 for rank in range(group.world_size)]
+        totals = group.all_reduce_sum([*mine, *waits])
         self.tokens, self._frames, self._padded_frames, self._utterances = map(int, totals[:4])
         self._data_wait = max(totals[4:])  # of the rank that waited longest
         contrastive = CONTRASTIVE in self.objectives.names
-        self._negatives = _texts_of_all(batches, group) if contrastive else [batch.texts for batch in batches]
+        self._negatives = _gather_texts(batches, group) if contrastive else [batch.texts for batch in batches]
         self._request: LmRequest | None = None
         self._nll = 0.0
         self._soft = [0] * len(batches)  # soft tokens of each batch
@@ -110,7 +110,7 @@ class TrainStep:
         if request is None:
             return
         out = self.objectives.batch_loss(self.model, request, nll, batch.texts, self._negatives[index])
-        loss = self.objectives.total(out, self.tokens, self._utterances)
+        loss = self.objectives.step_loss(out, self.tokens, self._utterances)
         loss = self._add_projector_losses(loss, int(out.tokens.sum()) / self.tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         self._nll += float(out.nll.detach().double().sum())
@@ -123,12 +123,12 @@ class TrainStep:
     def update(self) -> StepMetrics:
         """Sum the gradient over the ranks and update the parameters; not where loss or gradient is not finite."""
         group, count = self.group, len(self.batches)
-        group.sum_gradients(self.parameters)
-        nll, *sums = group.total([self._nll, *self._soft, *self._squares, *self._auxiliary.values()])
+        group.all_reduce_gradients(self.parameters)
+        nll, *sums = group.all_reduce_sum([self._nll, *self._soft, *self._squares, *self._auxiliary.values()])
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
         soft_rms = sum(math.sqrt(square / number) for number, square in pairs) / count
-        projectors = group.gather((self._projector_losses, self._projector_metrics))
+        projectors = group.all_gather((self._projector_losses, self._projector_metrics))
         loss = nll / self.tokens
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
@@ -156,7 +156,7 @@ class TrainStep:
         for name, own in self.model.projector.take_losses().items():
             loss = loss + own * share
             self._projector_losses[name] = self._projector_losses.get(name, 0.0) + float(own.detach()) * share
-        for name, value in self.model.projector.take_figures().items():
+        for name, value in self.model.projector.take_metrics().items():
             self._projector_metrics[name] = self._projector_metrics.get(name, 0.0) + float(value) * share
         return loss
 
@@ -172,16 +172,16 @@ def optimizer_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> list[S
                 _set_random_state(state)
             requests.append(step.forward(index))
             state[:] = [] if alone else _random_state()
-        answers = iter(passes.nll([request for request in requests if request is not None]))
+        nlls = iter(passes.nll([request for request in requests if request is not None]))
         for step, request in zip(steps, requests, strict=True):
-            step.backward(index, None if request is None else next(answers))
+            step.backward(index, None if request is None else next(nlls))
     return [step.update() for step in steps]
 
 
-def sum_by_name(shares: Sequence[dict[str, float]]) -> dict[str, float]:
+def sum_by_name(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:
     """Sums over the ranks; one whose part of the batch was empty has no names."""
-    names = dict.fromkeys(name for share in shares for name in share)
-    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+    names = dict.fromkeys(name for share in per_rank for name in share)
+    return {name: sum(share.get(name, 0.0) for share in per_rank) for name in names}
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
@@ -204,7 +204,7 @@ def _set_random_state(state: Sequence[Tensor]) -> None:
         torch.cuda.set_rng_state_all(state[1:])
 
 
-def _texts_of_all(batches: Sequence[Batch], group: Group) -> list[list[str]]:
+def _gather_texts(batches: Sequence[Batch], group: ProcessGroup) -> list[list[str]]:
     """The texts of each global batch, on every rank in the same order."""
-    shares = group.gather([batch.texts for batch in batches])
+    shares = group.all_gather([batch.texts for batch in batches])
     return [[text for share in shares for text in share[i]] for i in range(len(batches))]

@@ -27,7 +27,7 @@ from train import report
 from train.config.train import TrainConfig
 from train.data.caches import open_data
 from train.distributed.device import choose_device, choose_dtype
-from train.distributed.group import Group, RankLost
+from train.distributed.group import ProcessGroup, RankLost
 from train.distributed.signals import StopRequest
 from train.evaluation.evaluate import EvalConfig, Evaluation, Stopped, evaluate_models
 from train.lms.base import SeparatePasses
@@ -36,20 +36,20 @@ from train.model.build import build_model
 from train.model.checkpoint import write_tensors
 from train.runs import folder as runs
 from train.runs.metrics_log import MetricsLogger, NullLogger, StepMetrics
-from train.runs.trackers import open_outlets, require_trackers
+from train.runs.trackers import open_trackers, require_trackers
 from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
 from train.trainer.step import TrainStep, next_batches, optimizer_step
 
 # What may differ between the processes of a run: each machine has its own paths and devices.
-OWN_KEYS = ("caches", "extract", "val.caches", "runs", "name", "device")
+PER_PROCESS_KEYS = ("caches", "extract", "val.caches", "runs", "name", "device")
 
 
 class Interrupted(Exception):
     """The run was asked to stop and is saved; the message says how to resume."""
 
 
-def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = None) -> Path:
+def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | None = None) -> Path:
     """Train as ``config`` says, or resume the run at ``resume``; returns the run folder.
 
     Every process of ``group`` calls this. Errors that all have are raised by rank 0; the others leave by SystemExit.
@@ -59,27 +59,27 @@ def fit(config: TrainConfig, resume: Path | None = None, group: Group | None = N
         WorkFailed: the loss became NaN or infinite, or fell by less than ``min_loss_drop``; another process ended.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
-    group = group or Group()
+    group = group or ProcessGroup()
     run = resume
-    with group.together():
+    with group.raise_on_all_ranks():
         require_trackers(config)
-        if group.is_first:
-            run = resume or runs.run_folder(config)
+        if group.is_main_process:
+            run = resume or runs.new_run_folder(config)
             if resume is not None:
-                refuse_changes(config, resume)
-        device = choose_device(group.device(config.device))
+                require_resumable(config, resume)
+        device = choose_device(group.local_device(config.device))
         dtype = choose_dtype(config.dtype, device)
         data = open_data(config)
         model = build_model(config, data.caches[0].spec.channels, device, dtype)
     run = Path(group.broadcast(str(run)))
     state = RunState(config, data, model, dtype, run, group)
     settings = flatten(config.model_dump(mode="json"))
-    group.agree({key: value for key, value in settings.items() if key not in OWN_KEYS} | state.identity())
+    group.assert_same({key: value for key, value in settings.items() if key not in PER_PROCESS_KEYS} | state.identity())
     if resume is None:
-        with group.together():
-            if group.is_first:
-                runs.create(run, config, data.caches, data.layers)
-        state.share_start()
+        with group.raise_on_all_ranks():
+            if group.is_main_process:
+                runs.create_run_folder(run, config, data.caches, data.layers)
+        state.broadcast_initial_weights()
     else:
         state.restore()
     Trainer(config, state, device).train()
@@ -120,15 +120,15 @@ class Trainer:
         self.model.projector.train()
         if self.config.lm.train:
             self.model.lm.train()
-        if self.group.is_first:
+        if self.group.is_main_process:
             counters = self.state.counters
             self.logger = MetricsLogger(self.run, self.config.steps, self.state.step, counters.evaluated, self.quiet)
         try:
             if self.state.step == 0:
                 self.state.save()
-            with self.group.together():
-                if self.group.is_first and self.config.trackers:
-                    self.logger.attach(open_outlets(self.config, self.run, self.state.step))
+            with self.group.raise_on_all_ranks():
+                if self.group.is_main_process and self.config.trackers:
+                    self.logger.attach_trackers(open_trackers(self.config, self.run, self.state.step))
         except BaseException:
             self.logger.close()
             raise
@@ -156,11 +156,17 @@ class Trainer:
                 final = self.final_evaluation()
             except Stopped:
                 self.state.save()
-                self.group.leave(Interrupted(f"stopped at {self._place()}, saved; go on with: {self._go_on()}"), 130)
+                self.group.abort(
+                    Interrupted(f"stopped at {self._progress_text()}, saved; go on with: {self._resume_command()}"), 130
+                )
             except RankLost as lost:
                 self.state.save()
-                where = f"{self._place()} is saved" if self.group.is_first else "the last checkpoint stands"
-                raise RankLost(f"{lost}; {where}, go on with any number of processes by: {self._go_on()}") from None
+                where = (
+                    f"{self._progress_text()} is saved" if self.group.is_main_process else "the last checkpoint stands"
+                )
+                raise RankLost(
+                    f"{lost}; {where}, go on with any number of processes by: {self._resume_command()}"
+                ) from None
             finally:
                 batches.close()  # ends the threads that read ahead
             self.finish(final)
@@ -203,14 +209,14 @@ class Trainer:
                 f"the {what} of step {metrics.step} is not finite: lower lr or set dtype=float32; the last "
                 f"checkpoint stands in '{self.run / 'checkpoints'}'"
             )
-            self.group.leave(failure, 1)
+            self.group.abort(failure, 1)
         self.metrics = metrics
-        self.state.step_done(metrics)
+        self.state.count_step(metrics)
         self.logger.log_step(metrics, self.state.counters.frames_per_second)
 
     def save_if_due(self) -> None:
         """A checkpoint every ``checkpoint_every`` steps; the caller saves that of the last step."""
-        if self._due(self.config.checkpoint_every) and self.state.step < self.config.steps:
+        if self._is_due(self.config.checkpoint_every) and self.state.step < self.config.steps:
             self.state.save()
 
     def _log_shapes(self, features: torch.Tensor, tokens: int) -> None:
@@ -218,8 +224,8 @@ class Trainer:
         soft = self.model.projector.soft_frames(frames)
         trained = sum(parameter.numel() for parameter in self.state.parameters)
         where = f"{self.state.dtype} on {self.device}"
-        if self.group.world > 1:
-            where += f", the first of {self.group.world} processes"
+        if self.group.world_size > 1:
+            where += f", the first of {self.group.world_size} processes"
         held_out = len(self.data.held_out)
         self.logger.log(f"{len(self.data.train_rows):,} utterances to train on, {held_out:,} to be judged on")
         self.logger.log(
@@ -232,10 +238,10 @@ class Trainer:
     @property
     def evaluation_due(self) -> bool:
         """Whether to evaluate now: every ``eval_every`` steps, once."""
-        return self._due(self.config.eval_every) and self.state.counters.evaluated < self.state.step
+        return self._is_due(self.config.eval_every) and self.state.counters.evaluated < self.state.step
 
     @property
-    def best_unknown(self) -> bool:
+    def needs_last_evaluation(self) -> bool:
         """Whether the last weights may be the best of a run that stops early, and are not evaluated yet."""
         return self.config.patience is not None and self.state.counters.evaluated < self.state.step
 
@@ -260,7 +266,7 @@ class Trainer:
         """
         if self.config.eval_every == 0:
             return None
-        if self.best_unknown:
+        if self.needs_last_evaluation:
             evaluate_together([self], self.passes)
         return evaluate_together([self], self.passes, final=True)[0]
 
@@ -269,7 +275,7 @@ class Trainer:
         self.state.counters.seconds += seconds
         self.state.counters.evaluated = self.state.step
         if not final:
-            self.state.early_stopping.update(result.val_loss, self.state.step, self.state.named)
+            self.state.early_stopping.update(result.val_loss, self.state.step, self.state.named_parameters)
             self.logger.log_evaluation(self.state.step, result.record())
 
     def finish(self, final: Evaluation | None) -> None:
@@ -278,12 +284,12 @@ class Trainer:
         Raises:
             WorkFailed: all is written, and the loss fell by less than ``min_loss_drop``.
         """
-        if self.group.is_first:
+        if self.group.is_main_process:
             if final is not None:
                 self.logger.log_evaluation(self.state.step, final.record())
                 final.write(self.run)
             with self.state.final_weights():
-                trained = {name: parameter.detach() for name, parameter in self.state.named.items()}
+                trained = {name: parameter.detach() for name, parameter in self.state.named_parameters.items()}
                 metadata = {"feature_id": self.data.caches[0].feature_id}
                 write_tensors(self.run / "projector.safetensors", trained, metadata)
             runs.write_json(self.run / "summary.json", self._summary(final))
@@ -291,41 +297,41 @@ class Trainer:
         first, last, drop = self.state.counters.first_loss, self.state.counters.last_loss, self.config.min_loss_drop
         if drop is not None and first is not None and last is not None and first - last < drop:
             failure = WorkFailed(f"the training loss went from {first:.4f} to {last:.4f}: it fell by less than {drop}")
-            self.group.leave(failure, 1)
+            self.group.abort(failure, 1)
 
     def _summary(self, final: Evaluation | None) -> dict[str, Any]:
         keys = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio")
         return {
-            **(dict.fromkeys(keys) if final is None else final.figures()),
+            **(dict.fromkeys(keys) if final is None else final.metrics()),
             "steps": self.state.step,
-            "best_step": self.state.early_stopping.step,
+            "best_step": self.state.early_stopping.best_step,
             **self.state.counters.summary(),
-            **self.model.projector.facts(),
+            **self.model.projector.summary(),
             "trained_parameters": sum(parameter.numel() for parameter in self.state.parameters),
             "device": str(self.device),
-            "processes": self.group.world,
+            "processes": self.group.world_size,
             **{name.replace(" ", "_"): value for name, value in self.state.identity().items()},
         }
 
     # small things -------------------------------------------------------------------------------------------------
 
-    def _due(self, every: int | None) -> bool:
+    def _is_due(self, every: int | None) -> bool:
         return bool(every) and self.state.step > 0 and self.state.step % (every or 1) == 0
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a signal came. Raises RankLost when a rank is gone."""
-        self.group.check()
-        return self.stop.asked
+        self.group.raise_if_rank_lost()
+        return self.stop.requested
 
     def _check_stop(self) -> None:
         """A signal reaches the ranks at different steps: all stop as soon as one was asked to."""
-        if self.group.any(self.asked_to_stop()):
+        if self.group.any(self.stop_requested()):
             raise Stopped
 
-    def _place(self) -> str:
+    def _progress_text(self) -> str:
         return f"step {self.state.step} of {self.config.steps}"
 
-    def _go_on(self) -> str:
+    def _resume_command(self) -> str:
         return f"python -m train fit --resume {self.run}"
 
 
@@ -343,7 +349,7 @@ def evaluate_together(trainers: Sequence[Trainer], passes: SeparatePasses, final
             ModelList([trainer.model for trainer in trainers], passes),
             first.data.held_out,
             first.eval_config(final),
-            stop=first.asked_to_stop,
+            stop=first.stop_requested,
             group=first.group,
         )
         seconds = time.perf_counter() - began
@@ -351,12 +357,12 @@ def evaluate_together(trainers: Sequence[Trainer], passes: SeparatePasses, final
             trainer.count_evaluation(result, seconds, final)
     if not final:
         for trainer in trainers:
-            if trainer.group.is_first:
+            if trainer.group.is_main_process:
                 report.write_report(trainer.run)
     return results
 
 
-def refuse_changes(config: TrainConfig, run: Path) -> None:
+def require_resumable(config: TrainConfig, run: Path) -> None:
     """UserError when ``run`` is finished, or when ``config`` would give it other numbers than its own settings."""
     if (run / "summary.json").is_file():
         raise UserError(f"'{run}' is finished: judge it by python -m train evaluate {run}, or train a new run")

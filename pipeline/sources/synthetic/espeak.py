@@ -20,7 +20,7 @@ from shards.errors import UserError
 
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000  # espeak_AUDIO_OUTPUT, espeakINITIALIZE_DONT_EXIT
 _RATE, _VOLUME, _PITCH = 1, 2, 3  # espeak_PARAMETER
-_HALF = 50  # percent; at 100 loud vowels are clipped
+_VOLUME_PERCENT = 50  # percent; at 100 loud vowels are clipped
 _CHARACTERS, _UTF8 = 1, 1  # espeak_POSITION_TYPE, espeakCHARS_UTF8
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 _lock = threading.Lock()  # the library is one per process
@@ -39,7 +39,7 @@ def version() -> str:
         return f"espeak-ng {number.decode()}"
 
 
-def say(text: str, voice: str, rate: int, pitch: int) -> tuple[np.ndarray, int]:
+def synthesize(text: str, voice: str, words_per_minute: int, pitch: int) -> tuple[np.ndarray, int]:
     """int16 [samples] and their sampling rate in Hz.
 
     Args:
@@ -67,7 +67,7 @@ def say(text: str, voice: str, rate: int, pitch: int) -> tuple[np.ndarray, int]:
         library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
         _check(library.espeak_SetVoiceByName(voice.encode()), f"espeak_SetVoiceByName('{voice}')")
         library.espeak_SetParameter.argtypes = [ctypes.c_int] * 3
-        for parameter, value in ((_RATE, rate), (_VOLUME, _HALF), (_PITCH, pitch)):
+        for parameter, value in ((_RATE, words_per_minute), (_VOLUME, _VOLUME_PERCENT), (_PITCH, pitch)):
             _check(library.espeak_SetParameter(parameter, value, 0), f"espeak_SetParameter({parameter}, {value})")
         # without argument types the size is passed as a 32-bit integer and the library crashes
         library.espeak_Synth.argtypes = [

@@ -67,8 +67,8 @@ def sentences(n: int, seed: int) -> list[str]:
     Words and templates are dealt like cards, each once before any comes again, so that all are about equally frequent.
     """
     rng = random.Random(seed)
-    decks = {slot: _deal(words.split(), rng) for slot, words in SLOTS.items()}
-    templates = _deal(list(TEMPLATES), rng)
+    decks = {slot: _shuffled_cycle(words.split(), rng) for slot, words in SLOTS.items()}
+    templates = _shuffled_cycle(list(TEMPLATES), rng)
     made: dict[str, None] = {}
     while len(made) < n:
         template = next(templates)
@@ -76,7 +76,7 @@ def sentences(n: int, seed: int) -> list[str]:
     return list(made)
 
 
-def _deal(cards: list[str], rng: random.Random) -> Iterator[str]:
+def _shuffled_cycle(cards: list[str], rng: random.Random) -> Iterator[str]:
     """The cards, shuffled anew after each round. ``Random.random`` alone is the same in every version of Python."""
     while True:
         yield from sorted(cards, key=lambda _: rng.random())

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.audio import SAMPLING_RATE, AudioError, encode_wav, samples_at_16k
+from pipeline.audio import SAMPLING_RATE, AudioError, encode_wav, num_samples_at_16k
 from pipeline.sources.base import Source, Utterance
 from pipeline.sources.synthetic import espeak, grammar
 
@@ -20,7 +20,7 @@ VOICES = (
     *("en-us", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+f4", "en-us+f5"),
     *("en", "en+m7", "en+f3", "en-gb-x-rp", "en-gb-scotland", "en-029"),
 )
-RATES = (120, 160)  # words a minute
+WORDS_PER_MINUTE = (120, 160)  # words a minute
 PITCHES = (35, 65)
 
 
@@ -29,28 +29,28 @@ class Speech(Source):
 
     speaker_split = False  # the sentence is what validation must not share; every voice stands on both sides
 
-    def __init__(self, n: int, seed: int = 0) -> None:
+    def __init__(self, num_sentences: int, seed: int = 0) -> None:
         super().__init__()
-        self.name = f"speech-{n}"
+        self.name = f"speech-{num_sentences}"
         self.version = espeak.version()
-        self._n, self._seed = n, seed
+        self._num_sentences, self._seed = num_sentences, seed
 
     def utterances(self) -> Iterator[Utterance]:
         rng = random.Random(self._seed)
-        for number, text in enumerate(grammar.sentences(self._n, self._seed)):
+        for number, text in enumerate(grammar.sentences(self._num_sentences, self._seed)):
             voice = VOICES[int(rng.random() * len(VOICES))]
-            rate, pitch = (low + int(rng.random() * (high + 1 - low)) for low, high in (RATES, PITCHES))
-            wave, sampling_rate = espeak.say(text, voice, rate, pitch)
-            samples = samples_at_16k(len(wave), sampling_rate)
+            rate, pitch = (low + int(rng.random() * (high + 1 - low)) for low, high in (WORDS_PER_MINUTE, PITCHES))
+            wave, sampling_rate = espeak.synthesize(text, voice, rate, pitch)
+            samples = num_samples_at_16k(len(wave), sampling_rate)
             yield Utterance(
                 "", f"speech-{self._seed}-{number:05d}", f"{voice}/{rate}/{pitch}/{text}", text, voice, "", samples
             )
 
     def read_file(self, uri: str) -> bytes:
-        return speak(uri)
+        return synthesize_wav(uri)
 
 
-def speak(uri: str) -> bytes:
+def synthesize_wav(uri: str) -> bytes:
     """``voice/rate/pitch/text`` as a WAV file; raises EspeakError, or AudioError for what is no such uri."""
     import soxr
 
@@ -59,6 +59,6 @@ def speak(uri: str) -> bytes:
     pitch, _, text = rest.partition("/")
     if not (rate.isdigit() and pitch.isdigit() and text):
         raise AudioError(f"'{uri}' is no spoken sentence")
-    wave, sampling_rate = espeak.say(text, voice, int(rate), int(pitch))
+    wave, sampling_rate = espeak.synthesize(text, voice, int(rate), int(pitch))
     audio = soxr.resample(wave.astype(np.float32), sampling_rate, SAMPLING_RATE, quality="HQ")
     return encode_wav(np.clip(np.round(audio), -32768, 32767).astype(np.int16), SAMPLING_RATE)

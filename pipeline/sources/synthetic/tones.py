@@ -16,8 +16,8 @@ import numpy as np
 from pipeline.audio import SAMPLING_RATE, AudioError, encode_wav
 from pipeline.sources.base import Source, Utterance
 
-SECONDS = 5
-_LEVEL = 0.5  # of full scale; the harmonic and the noise stay clear of clipping
+TONE_SECONDS = 5
+_AMPLITUDE = 0.5  # of full scale; the harmonic and the noise stay clear of clipping
 
 
 class Tones(Source):
@@ -34,7 +34,7 @@ class Tones(Source):
         manifest = resources.files("pipeline.sources.synthetic").joinpath("tones.jsonl").read_text(encoding="utf-8")
         for row in map(json.loads, manifest.splitlines()):
             uri = f"{self._seed}/{row['frequency']}"
-            yield Utterance("", row["key"], uri, row["text"], samples=SECONDS * SAMPLING_RATE)
+            yield Utterance("", row["key"], uri, row["text"], samples=TONE_SECONDS * SAMPLING_RATE)
 
     def read_file(self, uri: str) -> bytes:
         seed, _, frequency = uri.partition("/")
@@ -45,8 +45,8 @@ class Tones(Source):
 
 def tone(frequency: int, seed: int) -> np.ndarray:
     """int16 [80000] at 16 kHz."""
-    phase = 2 * np.pi * frequency * np.arange(SECONDS * SAMPLING_RATE) / SAMPLING_RATE
+    phase = 2 * np.pi * frequency * np.arange(TONE_SECONDS * SAMPLING_RATE) / SAMPLING_RATE
     # RandomState, as its numbers are the same in every version of NumPy
     noise = np.random.RandomState([seed, frequency]).standard_normal(len(phase))
-    wave = _LEVEL * (np.sin(phase) + 0.5 * np.sin(2 * phase) + 0.01 * noise)
+    wave = _AMPLITUDE * (np.sin(phase) + 0.5 * np.sin(2 * phase) + 0.01 * noise)
     return np.round(wave * 32767).astype(np.int16)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from shards.commit.bucket.s3 import MARK
+from shards.commit.bucket.s3 import WRITE_ID_ATTRIBUTE
 from shards.errors import UserError
 from shards.remote import object_store
-from shards.remote.client import Doing, TransientError, retry
+from shards.remote.client import TransferAction, TransientError, retry
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -34,7 +34,7 @@ Version = dict[str, str]  # ``e_tag`` and, where the store numbers its objects, 
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredObject:
     """An object as it stands: its bytes, and a version that changes with them."""
 
     data: bytes
@@ -57,12 +57,12 @@ class Objects:
         self.url = url.rstrip("/")
         self._store = store or object_store.connect(self.url)
 
-    def read(self, name: str) -> Found | None:
+    def read(self, name: str) -> StoredObject | None:
         """A small object, or None."""
 
-        def get() -> Found:
+        def get() -> StoredObject:
             answer = obstore.get(self._store, name)
-            return Found(bytes(answer.bytes()), _version(answer.meta))
+            return StoredObject(bytes(answer.bytes()), _version(answer.meta))
 
         return self._request(get, name)
 
@@ -70,7 +70,7 @@ class Objects:
         """The version of an object, or None."""
         return self._request(lambda: _version(obstore.head(self._store, name)), name)
 
-    def put(self, name: str, data: bytes | Path, over: Version | None) -> Version | None:
+    def put(self, name: str, data: bytes | Path, expected: Version | None) -> Version | None:
         """Write ``data``, or a file's bytes, if the object's version is ``over`` (None: if there is no object).
 
         A write whose answer was lost is repeated, and recognizes itself by a mark.
@@ -78,12 +78,12 @@ class Objects:
         Returns:
             The new version, or None when something else stands there.
         """
-        mark = uuid.uuid4().hex
+        write_id = uuid.uuid4().hex
         if isinstance(data, bytes):
-            return self._put(self._store, name, data, mark, over)
+            return self._put(self._store, name, data, write_id, expected)
         with open(data, "rb") as file:
             body = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # obstore would read a file into memory
-        return self._put(object_store.for_upload(self._store, len(body)), name, body, mark, over)
+        return self._put(object_store.for_upload(self._store, len(body)), name, body, write_id, expected)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every object directly below ``folder``, by name without the folder."""
@@ -125,29 +125,31 @@ class Objects:
             )
 
     def _put(
-        self, store: ObjectStore, name: str, body: bytes | mmap.mmap, mark: str, over: Version | None
+        self, store: ObjectStore, name: str, body: bytes | mmap.mmap, write_id: str, expected: Version | None
     ) -> Version | None:
-        mode: Any = "create" if over is None else over
+        mode: Any = "create" if expected is None else expected
 
         def put() -> Version | None:
             try:
-                return _version(obstore.put(store, name, body, mode=mode, attributes={MARK: mark}))
+                return _version(obstore.put(store, name, body, mode=mode, attributes={WRITE_ID_ATTRIBUTE: write_id}))
             except FileNotFoundError:
-                raise object_store.no_bucket(self.url) from None
+                raise object_store.missing_bucket(self.url) from None
             except (AlreadyExistsError, PreconditionError) as error:
                 try:
                     standing = obstore.get(store, name, options={"head": True})
                 except FileNotFoundError:
                     standing = None
-                if standing and standing.attributes.get(MARK) == mark:  # the answer to our own write was lost
+                if (
+                    standing and standing.attributes.get(WRITE_ID_ATTRIBUTE) == write_id
+                ):  # the answer to our own write was lost
                     return _version(standing.meta)
-                if isinstance(error, AlreadyExistsError) and (over is not None or standing is None):
+                if isinstance(error, AlreadyExistsError) and (expected is not None or standing is None):
                     raise TransientError("another write to it was under way") from None  # HTTP 409
                 return None
 
         return self._request(put, name, "written")
 
-    def _request(self, call: Callable[[], T], name: str, doing: Doing = "fetched") -> T | None:
+    def _request(self, call: Callable[[], T], name: str, doing: TransferAction = "fetched") -> T | None:
         """The call's answer, None when there is no such object; repeated for as long as that may help."""
 
         def attempt() -> T | None:
@@ -159,7 +161,7 @@ class Objects:
             except ConnectionError as error:
                 raise TransientError(str(error)) from None
 
-        return retry(attempt, f"{self.url}/{name}", doing=doing)
+        return retry(attempt, f"{self.url}/{name}", action=doing)
 
 
 def _version(meta: Any) -> Version:

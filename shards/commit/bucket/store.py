@@ -1,6 +1,7 @@
 """A cache that is being made in an object store, by workers that share nothing else.
 
-In: a URL such as ``s3://bucket/caches/corpus/encoder``. Out: :class:`Bucket`, a :class:`shards.commit.store.Store`.
+In: a URL such as ``s3://bucket/caches/corpus/encoder``. Out: :class:`BucketStore`, a
+:class:`shards.commit.store.Store`.
 
 ```
 scratch folder: ShardWriter -> 000042.tar, .parquet, .json
@@ -26,41 +27,41 @@ from typing import Any
 
 import pyarrow as pa
 
-from shards.commit.bucket.claims import FarClaims, TakenOver
+from shards.commit.bucket.claims import ClaimLost, RemoteClaims
 from shards.commit.bucket.objects import Objects
 from shards.commit.claims import LEASE, new_owner
-from shards.commit.finalize import hashed_rows, is_of, merged
+from shards.commit.finalize import merge_shards, read_shard_rows, record_matches
 from shards.errors import UserError
-from shards.files import file_lock, make_folder, told
+from shards.files import file_lock, make_folder, translate_os_errors
 from shards.format.layout import UTTERANCE_SCHEMA, Layout, Plan, parquet_bytes, read_plan
-from shards.format.records import RELEASED, RecordError, is_claim, is_released, parse, seal
+from shards.format.records import RELEASED, RecordError, is_claim, is_released, seal, unseal_bytes
 from shards.format.spec import FeatureSpec
 from shards.remote import object_store
 
 SCRATCH = "earshard-scratch-"
 READERS = 16  # small objects read at once
-LISTED = 5.0  # seconds for which a shard that a listing did not show is taken for absent; taking it asks again
+LISTING_MAX_AGE = 5.0  # seconds for which a shard that a listing did not show is taken for absent; taking it asks again
 
 
-class Bucket:
+class BucketStore:
     """A cache below a URL; its layout is a scratch folder of this process, removed at its end."""
 
     def __init__(self, url: str, scratch: Path | None = None) -> None:
-        self.location, self.stays = url.rstrip("/"), False
+        self.location, self.keeps_shards = url.rstrip("/"), False
         self._objects = connect_objects(self.location)
         parent = scratch or Path(tempfile.gettempdir())
-        with told("making a scratch folder", parent):
+        with translate_os_errors("making a scratch folder", parent):
             self._scratch = _Scratch(parent)
         self.layout = Layout(self._scratch.path)
         make_folder(self.layout.shards)
-        self._claims = FarClaims(self._objects, new_owner())
+        self._claims = RemoteClaims(self._objects, new_owner())
         self._records: dict[int, dict[str, Any]] = {}
-        self._void: dict[str, bytes] = {}  # objects as they stood when they were found not to count
-        self._listed: float | None = None
+        self._invalidated: dict[str, bytes] = {}  # objects as they stood when they were found not to count
+        self._listed_at: float | None = None
 
     def info(self) -> dict[str, Any] | None:
         found = self._objects.read("CACHE.json")
-        return None if found is None or is_claim(found.data) else parse(found.data, "CACHE.json")
+        return None if found is None or is_claim(found.data) else unseal_bytes(found.data, "CACHE.json")
 
     def plan(self) -> Plan | None:
         found = self._objects.read("plan.parquet")
@@ -76,20 +77,20 @@ class Bucket:
             raise UserError(f"the plan of '{self.location}' vanished while it was written: extract again")
         return plan
 
-    def committed(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
-        if self._listed is None:
+    def commit_record(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
+        if self._listed_at is None:
             self._list()
-        if shard not in self._records and time.monotonic() - (self._listed or 0.0) > LISTED:
-            self._look(shard)
+        if shard not in self._records and time.monotonic() - (self._listed_at or 0.0) > LISTING_MAX_AGE:
+            self._read_record(shard)
         record = self._records.get(shard)
         if record is None:
             return None
-        if not is_of(record, shard, feature_id, plan_id):
-            self._forget(shard, seal(record))
+        if not record_matches(record, shard, feature_id, plan_id):
+            self._invalidate(shard, seal(record))
             return None
         return record
 
-    def damaged(self, shard: int, record: dict[str, Any]) -> bool:
+    def is_corrupt(self, shard: int, record: dict[str, Any]) -> bool:
         files = (("tar", self.layout.tar(shard)), ("parquet", self.layout.rows(shard)))
         return any(
             self._objects.sha256(f"shards/{path.name}", record[kind]["bytes"] + 1) != record[kind]["sha256"]
@@ -98,7 +99,7 @@ class Bucket:
 
     def reopen(self, shards: dict[int, dict[str, Any]]) -> None:
         for shard, record in shards.items():
-            self._forget(shard, seal(record))
+            self._invalidate(shard, seal(record))
         found = self._objects.read("CACHE.json")
         if found is not None and not is_released(found.data):
             self._objects.put("CACHE.json", RELEASED, found.version)
@@ -108,20 +109,20 @@ class Bucket:
         if found is None or is_claim(found.data):
             return False
         with suppress(RecordError):
-            info = parse(found.data, "CACHE.json")
+            info = unseal_bytes(found.data, "CACHE.json")
             if (info.get("feature_id"), info.get("plan_id")) == (feature_id, plan_id):
                 return True
-        self._void["CACHE.json"] = found.data
+        self._invalidated["CACHE.json"] = found.data
         return False
 
     @contextmanager
-    def at_work(self, owner: str, lease: float = LEASE) -> Iterator[None]:
-        with FarClaims(self._objects, owner, lease) as self._claims:
+    def hold_leases(self, owner: str, lease: float = LEASE) -> Iterator[None]:
+        with RemoteClaims(self._objects, owner, lease) as self._claims:
             yield
 
-    def take(self, shard: int | None) -> bool:
+    def acquire(self, shard: int | None) -> bool:
         name = self._name(shard)
-        return self._claims.take(name, lambda data: data == self._void.get(name))
+        return self._claims.acquire(name, lambda data: data == self._invalidated.get(name))
 
     def release(self, shard: int | None) -> None:
         self._claims.release(self._name(shard))
@@ -134,31 +135,31 @@ class Bucket:
             for path in (layout.tar(shard), layout.rows(shard)):
                 self._claims.put(f"shards/{path.name}", path, claim=name)
             self._claims.commit(name, record)
-            self._records[shard] = parse(record, name)
-        except TakenOver:
+            self._records[shard] = unseal_bytes(record, name)
+        except ClaimLost:
             pass
         finally:
             for path in (layout.tar(shard), layout.rows(shard), layout.record(shard)):
                 path.unlink(missing_ok=True)
 
-    def finish(self, spec: FeatureSpec, plan: Plan, about: dict[str, Any]) -> None:
+    def finalize(self, spec: FeatureSpec, plan: Plan, provenance: dict[str, Any]) -> None:
         records = []
-        for shard in range(plan.shards):
-            record = self.committed(shard, spec.feature_id, plan.id)
+        for shard in range(plan.num_shards):
+            record = self.commit_record(shard, spec.feature_id, plan.id)
             if record is None:
                 raise UserError(
                     f"shard {shard:06d} of '{self.location}' is not committed: run the same extraction again"
                 )
             records.append(record)
         with ThreadPoolExecutor(READERS) as pool:
-            tables = list(pool.map(self._rows, range(plan.shards), records))
-        files, info = merged(spec, plan, records, tables, about)
-        with suppress(TakenOver):  # whoever took it over finishes
+            tables = list(pool.map(self._read_rows, range(plan.num_shards), records))
+        files, info = merge_shards(spec, plan, records, tables, provenance)
+        with suppress(ClaimLost):  # whoever took it over finishes
             for name, data in files.items():
                 self._claims.put(name, data, claim="CACHE.json")
             self._claims.commit("CACHE.json", seal(info))
 
-    def tidy(self) -> None:
+    def cleanup(self) -> None:
         """Nothing: a complete cache holds the objects of the format alone."""
 
     def _name(self, shard: int | None) -> str:
@@ -167,39 +168,39 @@ class Bucket:
     def _list(self) -> None:
         """Read every record that stands with files of its sizes."""
         sizes = self._objects.sizes("shards")
-        self._listed = time.monotonic()
+        self._listed_at = time.monotonic()
         shards = [int(name[:-5]) for name in sizes if name.endswith(".json") and name[:-5].isdigit()]
         with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(self._look, shards))
+            list(pool.map(self._read_record, shards))
         for shard, record in list(self._records.items()):
             for kind, path in (("tar", self.layout.tar(shard)), ("parquet", self.layout.rows(shard))):
                 if sizes.get(path.name) != record[kind]["bytes"]:
-                    self._forget(shard, seal(record))
+                    self._invalidate(shard, seal(record))
 
-    def _look(self, shard: int) -> None:
+    def _read_record(self, shard: int) -> None:
         """Read a shard's record, if it is committed by now."""
         name = self._name(shard)
         found = self._objects.read(name)
-        if found is None or is_claim(found.data) or found.data == self._void.get(name):
+        if found is None or is_claim(found.data) or found.data == self._invalidated.get(name):
             return
         try:
-            record = parse(found.data, name)
+            record = unseal_bytes(found.data, name)
             if any(not isinstance(record[kind]["bytes"], int) for kind in ("tar", "parquet")):
                 raise TypeError
             self._records[shard] = record
         except (RecordError, KeyError, TypeError):
-            self._void[name] = found.data
+            self._invalidated[name] = found.data
 
-    def _forget(self, shard: int, data: bytes) -> None:
+    def _invalidate(self, shard: int, data: bytes) -> None:
         self._records.pop(shard, None)
-        self._void[self._name(shard)] = data
+        self._invalidated[self._name(shard)] = data
 
-    def _rows(self, shard: int, record: dict[str, Any]) -> pa.Table:
+    def _read_rows(self, shard: int, record: dict[str, Any]) -> pa.Table:
         path = self.layout.rows(shard)
         found = self._objects.read(f"shards/{path.name}")
         try:
             path.write_bytes(found.data if found else b"")
-            return hashed_rows(path, record)
+            return read_shard_rows(path, record)
         except RecordError as error:
             raise UserError(
                 f"shard {shard:06d} of '{self.location}' is damaged: {error}; run the same extraction with --verify"

@@ -20,10 +20,10 @@ import pytest
 from extraction import only_cache, run, snapshot, words, write_corpus
 
 from pipeline.__main__ import command
-from pipeline.cluster.engine import Extractor
+from pipeline.cluster.engine import ExtractionActor
 from pipeline.config import ExtractConfig
 from pipeline.extract.resources import Worker
-from shards.commit.finalize import is_tidy
+from shards.commit.finalize import is_clean
 from shards.config.base import load_config
 from shards.errors import UserError, run_command
 from shards.format.layout import Layout
@@ -59,9 +59,13 @@ def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]
 
 def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world):
     root = tmp_path / "actors"
-    first, second = (Extractor(settings(root, world), str(tmp_path)) for _ in range(2))
+    first, second = (ExtractionActor(settings(root, world), str(tmp_path)) for _ in range(2))
     facts, told = first.prepare(False, False)
-    assert (facts.utterances, len(facts.sizes), facts.todo) == (24, len(facts.todo), list(range(len(facts.sizes))))
+    assert (facts.utterances, len(facts.shard_sizes), facts.todo) == (
+        24,
+        len(facts.todo),
+        list(range(len(facts.shard_sizes))),
+    )
     told = json.loads(json.dumps(told))
     with ThreadPoolExecutor(2) as threads:
         calls = [threads.submit(list, each.work(told, Worker(i, 2))) for i, each in enumerate((first, second))]
@@ -78,7 +82,7 @@ def test_an_actor_that_joins_late_makes_again_what_was_marked_and_not_made_yet(t
         data = bytearray(layout.tar(shard).read_bytes())
         data[700] ^= 1
         layout.tar(shard).write_bytes(data)
-    first, late = (Extractor(settings(root, world), str(tmp_path)) for _ in range(2))
+    first, late = (ExtractionActor(settings(root, world), str(tmp_path)) for _ in range(2))
     facts, told = first.prepare(verify=True, retry_failed=False)
     assert facts.todo == [0, 2]
     assert first._job is not None
@@ -90,7 +94,7 @@ def test_an_actor_that_joins_late_makes_again_what_was_marked_and_not_made_yet(t
 
 
 def test_an_actor_whose_encoder_makes_other_features_refuses_to_join(tmp_path, world):
-    first, other = (Extractor(settings(tmp_path, world), str(tmp_path)) for _ in range(2))
+    first, other = (ExtractionActor(settings(tmp_path, world), str(tmp_path)) for _ in range(2))
     _, told = first.prepare(False, False)
     ((layer, location, spec),) = told["targets"]
     told["targets"] = [(layer, location, {**spec, "dtype": "bfloat16"})]
@@ -178,7 +182,7 @@ def test_a_node_killed_in_the_middle_costs_its_shard_and_nothing_else(tmp_path, 
     said = log.read_text()
     assert "a worker was lost" in said
     assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", large))
-    assert is_tidy(Layout(only_cache(root)))
+    assert is_clean(Layout(only_cache(root)))
     (line,) = [line for line in said.splitlines() if line.startswith("extracted ")]
     assert line.split()[1] == str(CLIPS)
 

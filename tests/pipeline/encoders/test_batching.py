@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.encoders.batching import LARGEST, encode_in_parts, fitting_batch, is_out_of_memory
+from pipeline.encoders.batching import MAX_BATCH_SIZE, encode_in_batches, fitting_batch_size, is_out_of_memory
 from pipeline.encoders.load import load_encoder
 from pipeline.weights.resolve import Weights
 from shards.errors import UserError
@@ -40,7 +40,7 @@ def encoder(whisper):
 def test_a_batch_that_does_not_fit_is_halved_and_the_features_are_the_same_bytes(encoder, error, capsys):
     clips = [np.full(1000 + 300 * i, 0.01 * i, np.float32) for i in range(11)]
     small = Small(encoder, 3, error)
-    found = encode_in_parts(small, clips, [1, 2], "valid")
+    found = encode_in_batches(small, clips, [1, 2], "valid")
     wanted = encoder.encode(clips, [1, 2])
     assert [{layer: x.tobytes() for layer, x in each.items()} for each in found] == [
         {layer: x.tobytes() for layer, x in each.items()} for each in wanted
@@ -53,14 +53,23 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_features_are_the_same_bytes
 
 def test_a_window_that_does_not_fit_alone_is_told_in_a_sentence(encoder):
     with pytest.raises(UserError, match="does not fit into the memory of cpu"):
-        encode_in_parts(Small(encoder, 0, GPU), [np.zeros(400, np.float32)], [2], "valid")
+        encode_in_batches(Small(encoder, 0, GPU), [np.zeros(400, np.float32)], [2], "valid")
 
 
 def test_other_errors_are_passed_on(encoder):
     with pytest.raises(RuntimeError, match="shapes"):
-        encode_in_parts(Small(encoder, 0, RuntimeError("shapes do not fit")), [np.zeros(400, np.float32)], [2], "valid")
+        encode_in_batches(
+            Small(encoder, 0, RuntimeError("shapes do not fit")), [np.zeros(400, np.float32)], [2], "valid"
+        )
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_the_first_batch_is_a_power_of_two_within_the_free_memory():
-    assert [fitting_batch(free, 100) for free in (0, 150, 400, 700, 1400, 10**9)] == [1, 1, 2, 4, 8, LARGEST]
+    assert [fitting_batch_size(free, 100) for free in (0, 150, 400, 700, 1400, 10**9)] == [
+        1,
+        1,
+        2,
+        4,
+        8,
+        MAX_BATCH_SIZE,
+    ]

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.encoders.compile import GAIN, RATE, SECONDS, Compiled, decide
-from pipeline.encoders.load import fast_dtype, load_encoder
+from pipeline.encoders.compile import (
+    COMPILE_SECONDS,
+    FLOP_PER_SECOND,
+    TIME_SAVED_FRACTION,
+    CompiledForward,
+    should_compile,
+)
+from pipeline.encoders.load import auto_dtype, load_encoder
 from pipeline.weights.resolve import Weights
 
-LONG = int(SECONDS * RATE / GAIN / 1e11) + 2  # windows of 1e11 FLOP that earn the compilation
+LONG = (
+    int(COMPILE_SECONDS * FLOP_PER_SECOND / TIME_SAVED_FRACTION / 1e11) + 2
+)  # windows of 1e11 FLOP that earn the compilation
 
 
 @pytest.mark.parametrize(
@@ -26,7 +34,7 @@ LONG = int(SECONDS * RATE / GAIN / 1e11) + 2  # windows of 1e11 FLOP that earn t
     ],
 )
 def test_compiling_is_for_long_jobs_on_a_gpu_with_a_compiler(wanted, device, windows, compiler, use, note):
-    found = decide(wanted, device=device, windows=windows, flop=1e11, compiler=compiler)
+    found = should_compile(wanted, device=device, num_windows=windows, flop_per_window=1e11, compiler_found=compiler)
     assert found[0] == use
     assert (note in found[1]) if note else not found[1]
 
@@ -53,7 +61,7 @@ def test_whole_batches_pass_compiled_in_one_shape_and_small_ones_as_they_are(bat
         shapes.append((tuple(mel.shape), keep))
         return batched._forward(mel, layers, keep)
 
-    batched.forward = Compiled(spy, backend="eager")
+    batched.forward = CompiledForward(spy, backend="eager")
     for part in (audio[:7], audio[7:]):
         found = batched.encode(part, [1, 2])
         for one, other in zip(found, wanted[: len(part)] if len(part) == 7 else wanted[7:], strict=True):
@@ -65,7 +73,7 @@ def test_whole_batches_pass_compiled_in_one_shape_and_small_ones_as_they_are(bat
 def test_a_traced_pass_equals_the_plain_one(batched):
     audio = clips(70_000, 50_000, 60_000, 30_000)
     wanted = batched.encode(audio, [0, 2])
-    batched.forward = Compiled(batched._forward, backend="aot_eager")
+    batched.forward = CompiledForward(batched._forward, backend="aot_eager")
     for one, other in zip(batched.encode(audio, [0, 2]), wanted, strict=True):
         np.testing.assert_allclose(one[0], other[0], atol=1e-5)
         np.testing.assert_allclose(one[2], other[2], atol=1e-5)
@@ -76,7 +84,7 @@ def test_a_compiler_that_fails_is_told_and_the_plain_pass_goes_on(batched, capsy
         raise RuntimeError("no such instruction")
 
     wanted = batched.encode(clips(20_000) * 4, [2])
-    batched.forward = Compiled(batched._forward, backend=broken)
+    batched.forward = CompiledForward(batched._forward, backend=broken)
     for _ in range(2):
         for one, other in zip(batched.encode(clips(20_000) * 4, [2]), wanted, strict=True):
             np.testing.assert_allclose(one[2], other[2], atol=1e-5)
@@ -86,6 +94,6 @@ def test_a_compiler_that_fails_is_told_and_the_plain_pass_goes_on(batched, capsy
 
 def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert fast_dtype("cuda:0") == "float16"
+    assert auto_dtype("cuda:0") == "float16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert fast_dtype("cuda") == "bfloat16"
+    assert auto_dtype("cuda") == "bfloat16"

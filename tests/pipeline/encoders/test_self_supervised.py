@@ -12,7 +12,7 @@ from tiny_corpus import wav
 
 from pipeline.__main__ import command
 from pipeline.encoders.load import load_encoder
-from pipeline.weights.resolve import Weights, check_folder
+from pipeline.weights.resolve import Weights, check_weights_folder
 from shards.errors import UserError, run_command
 from shards.read.cache import Cache
 
@@ -110,7 +110,7 @@ def test_windows_of_whisper_and_folders_without_a_tensor_are_refused_in_a_senten
     from safetensors.torch import load_file, save_file
 
     family, folder = tiny
-    check_folder(folder, "encoder")
+    check_weights_folder(folder, "encoder")
     with pytest.raises(UserError, match="window=tight"):
         load(folder, window="tight")
     broken = write_tiny(tmp_path / "broken", family)

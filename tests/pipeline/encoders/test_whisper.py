@@ -13,7 +13,7 @@ from tiny_whisper import write_tiny_whisper
 from pipeline.encoders.base import context_samples, encoder_name
 from pipeline.encoders.load import load_encoder
 from pipeline.encoders.logmel import LogMel, MelSettings, mel_filters
-from pipeline.encoders.whisper import attend
+from pipeline.encoders.whisper import self_attention
 from pipeline.weights.resolve import Weights
 from shards.errors import UserError
 from shards.format.spec import FeatureSpec
@@ -164,8 +164,8 @@ def test_low_precision_attention_in_blocks_equals_the_full_one():
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, 1203, 3 * 64, generator=generator)
     qkv[..., :64] *= 0.25  # q comes scaled
-    expected = attend(qkv, 4)
-    ours = attend(qkv.bfloat16(), 4).float()
+    expected = self_attention(qkv, 4)
+    ours = self_attention(qkv.bfloat16(), 4).float()
     assert (ours - expected).norm() / expected.norm() < 0.01
 
 

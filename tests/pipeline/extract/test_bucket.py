@@ -154,9 +154,9 @@ def test_a_far_cache_is_described_verified_and_made_again_where_it_is_damaged(s3
     assert main(["verify", url, "--deep"]) is None
     client = boto3.client("s3", endpoint_url=s3.url)
     key = f"{url.removeprefix('s3://bucket/')}/shards/000001.tar"
-    data = bytearray(client.get_object(Bucket="bucket", Key=key)["Body"].read())
+    data = bytearray(client.get_object(BucketStore="bucket", Key=key)["Body"].read())
     data[3000] ^= 1
-    client.put_object(Bucket="bucket", Key=key, Body=bytes(data))
+    client.put_object(BucketStore="bucket", Key=key, Body=bytes(data))
     assert verify(url) == []
     with pytest.raises(WorkFailed, match="is not sound: 2 problems"):
         main(["verify", url, "--deep"])

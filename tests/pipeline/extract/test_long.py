@@ -10,12 +10,12 @@ import soundfile
 from extraction import only_cache, run, words
 from tiny_whisper import write_tiny_whisper
 
-from pipeline.audio import windows
+from pipeline.audio import split_into_windows
 from pipeline.encoders.load import load_encoder
-from pipeline.extract.shard import _heard
+from pipeline.extract.shard import _encode_utterances
 from pipeline.maintain.check import check
-from pipeline.profile import Stages
-from pipeline.weights.resolve import resolve
+from pipeline.profile import StageTimes
+from pipeline.weights.resolve import resolve_weights
 from shards.read.cache import Cache
 
 HOP, WINDOW, OVERLAP = 320, 480_000, 2 * 16_000
@@ -39,7 +39,9 @@ def long(tmp_path_factory, request):
             audio[f"{seconds}.wav"] = noise
             manifest.write(f"{seconds}.wav,{seconds} seconds\n")
     assert run(words(root, folder, whisper, "overlap=2.0")) == 0
-    encoder = load_encoder(resolve(f"path:{whisper}", what="encoder"), device="cpu", dtype="float32", batch_size=1)
+    encoder = load_encoder(
+        resolve_weights(f"path:{whisper}", role="encoder"), device="cpu", dtype="float32", batch_size=1
+    )
     return Cache.open(only_cache(root)), audio, encoder
 
 
@@ -56,7 +58,7 @@ def test_each_frame_is_that_of_the_window_in_which_it_lies_farther_from_an_edge(
     cache, audio, encoder = long
     for index in range(len(cache)):
         samples, features = audio[cache.row(index)["audio"]], cache.features(index)
-        spans = windows(len(samples), WINDOW, OVERLAP)
+        spans = split_into_windows(len(samples), WINDOW, OVERLAP)
         assert len(spans) == max(1, -(-(len(samples) - OVERLAP) // (WINDOW - OVERLAP)))
         joins = [0, *(stop // HOP - OVERLAP // HOP // 2 for _, stop in spans[:-1]), len(features)]
         for (start, stop), first, last in zip(spans, joins[:-1], joins[1:], strict=True):
@@ -81,12 +83,12 @@ def test_batches_are_filled_across_recordings_and_across_the_windows_of_long_one
 
     encoder = SimpleNamespace(sampling_rate=16_000, hop=HOP, window_samples=WINDOW, batch_size=4, encode=encode)
     config = SimpleNamespace(overlap=2.0, trim="valid")
-    job = SimpleNamespace(encoder=encoder, config=config, plan=SimpleNamespace(shard=lambda shard: rows))
+    job = SimpleNamespace(encoder=encoder, config=config, plan=SimpleNamespace(shard_rows=lambda shard: rows))
     decoders = SimpleNamespace(read=lambda rows: zip(rows, [""] * len(rows), clips, strict=True))
-    heard = list(_heard(job, 0, [2], Stages(), decoders))
+    heard = list(_encode_utterances(job, 0, [2], StageTimes(), decoders))
     assert [each.row for each in heard] == rows
-    assert [sum(len(part[2]) for part in each.parts) for each in heard] == [
+    assert [sum(len(part[2]) for part in each.window_outputs) for each in heard] == [
         sum(-(-(stop - start) // HOP) for start, stop in each.spans) for each in heard
     ]
-    windows_made = sum(len(windows(n, WINDOW, OVERLAP)) for n in samples)
+    windows_made = sum(len(split_into_windows(n, WINDOW, OVERLAP)) for n in samples)
     assert sizes == [4] * (windows_made // 4) + [windows_made % 4] * (windows_made % 4 > 0)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.audio import windows
-from pipeline.extract.plan import fingerprint, make_plan, windows_of
+from pipeline.audio import split_into_windows
+from pipeline.extract.plan import corpus_fingerprint, count_windows, make_plan
 from pipeline.sources import Utterance
 
 
@@ -18,7 +18,7 @@ def corpus(lengths: list[int]) -> list[Utterance]:
 
 def plan(utterances: list[Utterance], shard_mb: float = 0.5, shuffle: bool = True, seed: int = 0):
     return make_plan(
-        utterances, shuffle=shuffle, seed=seed, frame_bytes=1024, hop=320, padded=None, shard_mb=shard_mb
+        utterances, shuffle=shuffle, seed=seed, frame_bytes=1024, hop=320, padded_frames=None, shard_mb=shard_mb
     ).to_pylist()
 
 
@@ -61,13 +61,15 @@ def test_the_fingerprint_sees_a_changed_text_and_no_changed_folder():
     utterances = corpus([16000] * 5)
     moved = [Utterance(u.key, u.id, "elsewhere/" + u.audio, u.text, u.speaker, u.split, u.samples) for u in utterances]
     edited = [*utterances[:-1], Utterance("k0004", "id4", "a/4.flac", "other text", "s1", "", 16000)]
-    assert fingerprint(moved, "") == fingerprint(utterances, "")
-    assert fingerprint(edited, "") != fingerprint(utterances, "")
-    assert fingerprint(utterances, "espeak 1.52") != fingerprint(utterances, "")
+    assert corpus_fingerprint(moved, "") == corpus_fingerprint(utterances, "")
+    assert corpus_fingerprint(edited, "") != corpus_fingerprint(utterances, "")
+    assert corpus_fingerprint(utterances, "espeak 1.52") != corpus_fingerprint(utterances, "")
 
 
 def test_windows_are_counted_as_long_audio_is_cut():
     encoder = SimpleNamespace(sampling_rate=16000, window_samples=480_000)
     for samples in (1, 480_000, 480_001, 16000 * 56, 16000 * 57, 16000 * 300):
-        table = make_plan(corpus([samples]), shuffle=True, seed=0, frame_bytes=2, hop=320, padded=None, shard_mb=1)
-        assert windows_of(table, encoder, 4.0) == len(windows(samples, 480_000, 64_000))
+        table = make_plan(
+            corpus([samples]), shuffle=True, seed=0, frame_bytes=2, hop=320, padded_frames=None, shard_mb=1
+        )
+        assert count_windows(table, encoder, 4.0) == len(split_into_windows(samples, 480_000, 64_000))

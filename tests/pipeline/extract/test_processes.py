@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from extraction import only_cache, run, snapshot, start, words
 
-from pipeline.extract.child import Listener, Report
-from pipeline.extract.progress import Progress
-from pipeline.extract.resources import devices
-from pipeline.extract.stats import Tally
+from pipeline.extract.child import ReportCounter, ShardReport
+from pipeline.extract.progress import ProgressBar
+from pipeline.extract.resources import process_devices
+from pipeline.extract.stats import ExtractionStats
 from shards.commit.finalize import stray_files
 from shards.errors import UserError
 from shards.format.layout import Layout
@@ -109,24 +109,24 @@ def test_no_process_outlives_an_extraction_that_is_ended(tmp_path, undisturbed, 
 
 
 def test_what_a_lost_process_did_not_live_to_commit_counts_no_more():
-    tally = Tally()
-    with Progress({0: 3, 1: 3}, str) as progress:
-        listener = Listener(tally, progress)
-        listener.hear(Report(0, 3, 30.0, [("a", "read", "gone")]))
-        listener.hear(Report(1, 2, 20.0, [("b", "read", "gone")]))
-        listener.hear(Report(0, committed=True))
-        listener.end()
+    tally = ExtractionStats()
+    with ProgressBar({0: 3, 1: 3}, str) as progress:
+        listener = ReportCounter(tally, progress)
+        listener.add(ShardReport(0, 3, 30.0, [("a", "read", "gone")]))
+        listener.add(ShardReport(1, 2, 20.0, [("b", "read", "gone")]))
+        listener.add(ShardReport(0, committed=True))
+        listener.discard_uncommitted()
     assert (tally.utterances, tally.audio_seconds, tally.failures) == (3, 30.0, [("a", "read", "gone")])
 
 
 def test_the_devices_of_a_machine_are_one_process_each():
-    assert devices("auto", None, 0) == ["auto"]
-    assert devices("auto", None, 1) == ["auto"]
-    assert devices("auto", None, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
-    assert devices("cuda", 2, 4) == ["cuda:0", "cuda:1"]
-    assert devices("cuda:1", None, 4) == ["cuda:1"]
-    assert devices("cpu", 3, 4) == ["cpu"] * 3
+    assert process_devices("auto", None, 0) == ["auto"]
+    assert process_devices("auto", None, 1) == ["auto"]
+    assert process_devices("auto", None, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert process_devices("cuda", 2, 4) == ["cuda:0", "cuda:1"]
+    assert process_devices("cuda:1", None, 4) == ["cuda:1"]
+    assert process_devices("cpu", 3, 4) == ["cpu"] * 3
     with pytest.raises(UserError, match="there are 2 GPUs"):
-        devices("auto", 3, 2)
+        process_devices("auto", 3, 2)
     with pytest.raises(UserError, match=r"encoder\.device=cuda for"):
-        devices("cuda:0", 2, 2)
+        process_devices("cuda:0", 2, 2)

@@ -43,7 +43,7 @@ def test_a_cache_holds_every_utterance_with_its_frames_and_text(undisturbed):
         assert features.shape == (-(-row["samples"] // 320), cache.spec.channels)
         assert np.isfinite(features).all()
         assert row["text"] == f"text number {int(row['id'].removesuffix('.flac')[-2:])}"
-    assert read_plan(Layout(cache.path)).shards > 3
+    assert read_plan(Layout(cache.path)).num_shards > 3
 
 
 def test_a_finished_extraction_is_not_done_again(undisturbed, corpus, whisper):
@@ -68,7 +68,7 @@ def test_commit_records_are_read_once_at_the_beginning_and_once_by_the_merge(tmp
     root, log = tmp_path / "resumed", tmp_path / "opened"
     shutil.copytree(undisturbed[0], root)
     layout = Layout(only_cache(root))
-    argv, shards = words(root, corpus, whisper), read_plan(layout).shards
+    argv, shards = words(root, corpus, whisper), read_plan(layout).num_shards
     assert run(argv, before=partial(log_records, log)) == 0
     assert log.read_text() == ""  # it is complete
     layout.cache.unlink()

@@ -16,14 +16,14 @@ from shards.format.layout import Layout
 @pytest.mark.parametrize(("shards", "count"), [(10, 1), (10, 3), (2, 5), (0, 4)])
 def test_every_worker_takes_every_shard_once_its_own_first(shards, count):
     for index in range(count):
-        turn = Worker(index, count).turn(shards)
+        turn = Worker(index, count).shard_order(shards)
         own = list(range(index, shards, count))
         assert turn[: len(own)] == own
         assert sorted(turn) == list(range(shards))
 
 
 def test_a_helper_comes_from_the_other_end():
-    assert Worker(1, 3).turn(9) == [1, 4, 7, 8, 5, 2, 6, 3, 0]
+    assert Worker(1, 3).shard_order(9) == [1, 4, 7, 8, 5, 2, 6, 3, 0]
 
 
 SLURM = {"SLURM_ARRAY_TASK_ID": "30", "SLURM_ARRAY_TASK_COUNT": "4"}

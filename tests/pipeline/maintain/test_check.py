@@ -13,7 +13,7 @@ from tiny_whisper import write_tiny_whisper
 from pipeline.__main__ import main
 from pipeline.maintain.check import check, recorded_config, tolerance
 from shards.__main__ import main as shards_main
-from shards.commit.finalize import finalise
+from shards.commit.finalize import finalize
 from shards.commit.writer import ShardWriter
 from shards.errors import run_command
 from shards.format.layout import Layout, read_plan
@@ -50,9 +50,9 @@ def rewrite(cache: Path, change) -> None:
     old, layout = Cache.open(cache), Layout(cache)
     features = {old.row(i)["key"]: (old.features(i).astype(np.float32), old.row(i)) for i in range(len(old))}
     plan = read_plan(layout)
-    for shard in range(plan.shards):
+    for shard in range(plan.num_shards):
         with ShardWriter(layout, shard, old.spec, plan.id, "rewriter") as writer:
-            for row in plan.shard(shard):
+            for row in plan.shard_rows(shard):
                 stored, about = features[row["key"]]
                 writer.add(
                     row,
@@ -61,7 +61,7 @@ def rewrite(cache: Path, change) -> None:
                     audio_sha256=about["audio_sha256"],
                 )
             writer.commit({"seconds": 0.0})
-    finalise(layout, old.spec, plan, "rewriter", old.info["provenance"])
+    finalize(layout, old.spec, plan, "rewriter", old.info["provenance"])
     assert verify(cache, deep=True) == []
 
 
@@ -71,7 +71,7 @@ def test_features_of_every_codec_pass_within_its_tolerance(codec, tmp_path, corp
     found = list(check(made, 6))
     assert len(found) == 6
     assert [row.problem for row in found] == [""] * 6
-    worst = max(row.error for row in found)
+    worst = max(row.relative_error for row in found)
     assert 0 < worst <= tolerance(made)
     assert min(row.cosine for row in found) > 0.998
     stored = made.manifest["error"].to_numpy()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_corpus import librispeech_files, write_tree
 
 from pipeline.sources import SourceConfig, Utterance, decode_key, encode_key, open_source
-from pipeline.sources.base import Tally
-from pipeline.sources.selection import Selection, validation_groups
+from pipeline.sources.base import ProblemLog
+from pipeline.sources.selection import FilteredSource, validation_groups
 from shards.config.base import load_config
 from shards.errors import UserError
 
@@ -43,7 +43,7 @@ def utterance(identifier: str, samples: int = 16_000, speaker: str = "") -> Utte
 
 
 def select(utterances: Sequence[Utterance], **settings) -> list[Utterance]:
-    return list(Selection(Listed(utterances), name="x", **settings).utterances())
+    return list(FilteredSource(Listed(utterances), name="x", **settings).utterances())
 
 
 @given(st.text(st.sampled_from("-xX2AFE.é/_"), min_size=1, max_size=16) | st.text(min_size=1, max_size=20))
@@ -76,7 +76,7 @@ def test_a_long_id_becomes_its_head_and_a_hash():
 
 
 def test_rewritten_keys_are_told_once_and_the_id_is_kept():
-    source = Selection(Listed([utterance("a.b"), utterance("c/d"), utterance("e")]), name="x")
+    source = FilteredSource(Listed([utterance("a.b"), utterance("c/d"), utterance("e")]), name="x")
     for _ in range(2):
         made = list(source.utterances())
     assert [(u.key, u.id) for u in made] == [("a-x2E-b", "a.b"), ("c-x2F-d", "c/d"), ("e", "e")]
@@ -103,7 +103,7 @@ def test_durations_filter_and_a_recording_of_unknown_length_is_kept():
 
 def test_limit_makes_no_more_utterances_than_it_needs():
     listed = Listed([utterance(str(number)) for number in range(100)])
-    assert len(list(Selection(listed, name="x", limit=3).utterances())) == 3
+    assert len(list(FilteredSource(listed, name="x", limit=3).utterances())) == 3
     assert listed.made == 3
 
 
@@ -132,7 +132,7 @@ def test_without_speakers_the_split_is_by_utterance():
 
 
 def test_a_corpus_of_one_speaker_is_split_by_utterance_and_told():
-    source = Selection(Listed([utterance(str(n), speaker="only") for n in range(10)]), name="x", val_fraction=0.2)
+    source = FilteredSource(Listed([utterance(str(n), speaker="only") for n in range(10)]), name="x", val_fraction=0.2)
     assert Counter(u.split for u in source.utterances()) == {"val": 2, "train": 8}
     assert "one speaker" in source.problems[0]
 
@@ -148,7 +148,7 @@ def test_both_sides_of_a_split_hold_at_least_one_speaker(sizes, fraction, seed):
 
 
 def test_a_tally_counts_all_and_names_the_first_few():
-    tally = Tally()
+    tally = ProblemLog()
     for number in range(7):
         tally.add("odd things", str(number))
     assert tally.sentences() == ["7 odd things: 0, 1, 2, 3, 4, …"]

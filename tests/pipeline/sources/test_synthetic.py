@@ -109,8 +109,8 @@ def test_a_sentence_sounds_the_same_whatever_was_spoken_before():
 
 def test_a_sentence_sounds_the_same_in_another_process():
     program = (
-        "import hashlib, sys; from pipeline.sources.synthetic.speech import speak; "
-        "print(hashlib.sha256(b''.join(map(speak, sys.argv[1:]))).hexdigest())"
+        "import hashlib, sys; from pipeline.sources.synthetic.speech import synthesize_wav; "
+        "print(hashlib.sha256(b''.join(map(synthesize_wav, sys.argv[1:]))).hexdigest())"
     )
     told = {
         subprocess.run(
@@ -133,4 +133,4 @@ def test_the_version_of_the_synthesiser_is_told():
 
 def test_an_unknown_voice_is_an_error_that_names_it():
     with pytest.raises(espeak.EspeakError, match="xx-nowhere"):
-        espeak.say("hello", "xx-nowhere", 150, 50)
+        espeak.synthesize("hello", "xx-nowhere", 150, 50)

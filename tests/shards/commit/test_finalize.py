@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_cache import make_spec
 from tiny_faults import make_small_cache
 
-from shards.commit.finalize import committed, finalise, is_complete, stray_files, write_plan
+from shards.commit.finalize import commit_record, finalize, is_complete, stray_files, write_plan
 from shards.errors import UserError
 from shards.format.layout import (
     FAILURE_SCHEMA,
@@ -110,8 +110,8 @@ def test_a_plan_whose_shards_folder_is_gone_gets_it_back(tmp_path):
 
 def test_a_plan_gives_the_utterances_of_a_shard_in_row_order(cache):
     plan = read_plan(cache)
-    assert plan.shards == 3
-    assert [row["key"] for row in plan.shard(1)] == ["utt-0-3", "utt-0-4", "utt-0-5"]
+    assert plan.num_shards == 3
+    assert [row["key"] for row in plan.shard_rows(1)] == ["utt-0-3", "utt-0-4", "utt-0-5"]
 
 
 def test_a_folder_without_a_plan_and_a_damaged_plan_are_told(tmp_path):
@@ -128,15 +128,15 @@ def test_the_same_table_is_the_same_parquet_bytes():
 
 def test_a_record_is_trusted_only_with_its_ids_its_number_and_files_of_its_sizes(cache):
     plan = read_plan(cache)
-    record = committed(cache, 1, SPEC.feature_id, plan.id)
+    record = commit_record(cache, 1, SPEC.feature_id, plan.id)
     assert record["rows"] == 2
-    assert committed(cache, 1, "0" * 64, plan.id) is None
-    assert committed(cache, 1, SPEC.feature_id, "0" * 64) is None
-    assert committed(cache, 7, SPEC.feature_id, plan.id) is None
+    assert commit_record(cache, 1, "0" * 64, plan.id) is None
+    assert commit_record(cache, 1, SPEC.feature_id, "0" * 64) is None
+    assert commit_record(cache, 7, SPEC.feature_id, plan.id) is None
     cache.record(2).write_bytes(cache.record(1).read_bytes())
-    assert committed(cache, 2, SPEC.feature_id, plan.id) is None
+    assert commit_record(cache, 2, SPEC.feature_id, plan.id) is None
     os.truncate(cache.tar(1), 512)
-    assert committed(cache, 1, SPEC.feature_id, plan.id) is None
+    assert commit_record(cache, 1, SPEC.feature_id, plan.id) is None
 
 
 @pytest.mark.parametrize(
@@ -144,22 +144,22 @@ def test_a_record_is_trusted_only_with_its_ids_its_number_and_files_of_its_sizes
 )
 def test_a_record_that_is_none_of_ours_is_not_trusted(cache, data):
     cache.record(1).write_bytes(data)
-    assert committed(cache, 1, SPEC.feature_id, read_plan(cache).id) is None
+    assert commit_record(cache, 1, SPEC.feature_id, read_plan(cache).id) is None
 
 
 def test_a_pipe_or_a_folder_in_the_place_of_a_record_is_not_waited_for(cache):
     plan = read_plan(cache)
     cache.record(1).unlink()
     os.mkfifo(cache.record(1))
-    assert committed(cache, 1, SPEC.feature_id, plan.id) is None
+    assert commit_record(cache, 1, SPEC.feature_id, plan.id) is None
     cache.record(1).unlink()
     cache.record(1).mkdir()
-    assert committed(cache, 1, SPEC.feature_id, plan.id) is None
+    assert commit_record(cache, 1, SPEC.feature_id, plan.id) is None
 
 
 def test_finishing_twice_gives_the_same_files(cache):
     before = {path: path.read_bytes() for path in (cache.cache, cache.manifest, cache.failures)}
-    finalise(cache, SPEC, read_plan(cache), "again", {"source": {"name": "small"}})
+    finalize(cache, SPEC, read_plan(cache), "again", {"source": {"name": "small"}})
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -190,10 +190,10 @@ def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damage
     with pytest.raises(
         UserError, match=r"shard 000001 .* is damaged: 000001\.parquet does not match its sha256; delete "
     ):
-        finalise(cache, SPEC, plan, "me", {})
+        finalize(cache, SPEC, plan, "me", {})
     cache.record(1).unlink()
     with pytest.raises(UserError, match=r"shard 000001 .* is not committed: run the same extraction again"):
-        finalise(cache, SPEC, plan, "me", {})
+        finalize(cache, SPEC, plan, "me", {})
     assert not cache.cache.exists()
 
 

@@ -6,10 +6,10 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.commit.writer import MAX_WAITING, BackgroundHash
+from shards.commit.writer import MAX_QUEUED_UPDATES, BackgroundHash
 
 
-@given(st.lists(st.lists(st.binary(max_size=4000), max_size=3), max_size=3 * MAX_WAITING))
+@given(st.lists(st.lists(st.binary(max_size=4000), max_size=3), max_size=3 * MAX_QUEUED_UPDATES))
 def test_the_digest_is_that_of_all_pieces_in_their_order(updates):
     found = BackgroundHash()
     for pieces in updates:

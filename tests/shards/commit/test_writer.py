@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_cache import make_cache, make_spec
 
-from shards.commit.finalize import committed, stray_files, write_plan
-from shards.commit.writer import CommitError, ShardWriter, clean, remove_shard
+from shards.commit.finalize import commit_record, stray_files, write_plan
+from shards.commit.writer import CommitError, ShardWriter, remove_shard, remove_stray_shard_files
 from shards.errors import WorkFailed
-from shards.files import TEMPORARY
+from shards.files import TEMPORARY_INFIX
 from shards.format.codec import CodecError, decode
 from shards.format.layout import MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, read_parquet
 from shards.format.tar import TarError
@@ -66,7 +66,7 @@ def test_a_committed_shard_gives_back_every_utterance_through_its_rows(tmp_path,
     spec = make_spec(CHANNELS, codec)
     layout, plan_id = planned(tmp_path)
     record = write(layout, plan_id, "me", spec=spec)
-    assert committed(layout, 0, spec.feature_id, plan_id) == record
+    assert commit_record(layout, 0, spec.feature_id, plan_id) == record
     data = layout.tar(0).read_bytes()
     rows = read_parquet(layout.rows(0), MANIFEST_SCHEMA).to_pylist()
     assert [row["key"] for row in rows] == ["utt-000", "utt-001", "utt-002"]
@@ -139,7 +139,7 @@ def test_what_cannot_be_stored_is_refused_before_its_first_byte_and_the_shard_go
     with ShardWriter(layout, 0, SPEC, plan_id, "me") as writer:
         with pytest.raises(error):
             writer.add(about, x, samples=640, audio_sha256="")
-        writer.fail("utt-000", "store", "no")
+        writer.add_failure("utt-000", "store", "no")
         for row in (1, 2):
             writer.add(utterance(row), features(row), samples=960, audio_sha256="0" * 64)
         writer.commit({"seconds": 0.0})
@@ -156,9 +156,9 @@ def test_two_writers_of_one_shard_do_not_touch_each_other(tmp_path):
         first = one.commit({"seconds": 0.0})
         once = files(layout.shards)
         assert two.commit({"seconds": 0.0}) == first
-    del once["000000.tar" + TEMPORARY + "two"]
+    del once["000000.tar" + TEMPORARY_INFIX + "two"]
     assert files(layout.shards) == once
-    assert committed(layout, 0, SPEC.feature_id, plan_id) == first
+    assert commit_record(layout, 0, SPEC.feature_id, plan_id) == first
 
 
 def test_an_owner_that_stood_still_while_its_shard_was_taken_over_harms_nothing(tmp_path):
@@ -168,7 +168,7 @@ def test_an_owner_that_stood_still_while_its_shard_was_taken_over_harms_nothing(
     for row in range(3):
         for writer in (slow, slower):
             writer.add(utterance(row), features(row), samples=960, audio_sha256="0" * 64)
-    clean(layout, 0)  # the new owner of the claim begins
+    remove_stray_shard_files(layout, 0)  # the new owner of the claim begins
     with pytest.raises(WorkFailed, match=r"shard 000000 .* was taken over .* run the same command again"), slow:
         slow.commit({"seconds": 9.0})
     assert files(layout.shards) == {}
@@ -204,7 +204,7 @@ def test_a_full_disk_at_any_write_of_a_commit_leaves_no_half_shard_and_no_tempor
                 break
         assert not list(stray_files(layout))
         write(layout, plan_id, "me")
-        assert committed(layout, 0, SPEC.feature_id, plan_id)
+        assert commit_record(layout, 0, SPEC.feature_id, plan_id)
     assert k > 1 or call == "pwrite"
 
 
@@ -240,12 +240,12 @@ def test_a_crash_between_any_two_steps_is_seen_as_uncommitted_or_committed_and_n
             else:
                 if not crashed:
                     break
-        record = committed(layout, 0, SPEC.feature_id, plan_id)
+        record = commit_record(layout, 0, SPEC.feature_id, plan_id)
         seen.add(record is not None)
         if record is not None:
-            assert {name: data for name, data in files(layout.shards).items() if TEMPORARY not in name} == whole
-        assert all(path.name.endswith(f"{TEMPORARY}dead") for path in stray_files(layout))
-        clean(layout, 0)
+            assert {name: data for name, data in files(layout.shards).items() if TEMPORARY_INFIX not in name} == whole
+        assert all(path.name.endswith(f"{TEMPORARY_INFIX}dead") for path in stray_files(layout))
+        remove_stray_shard_files(layout, 0)
         write(layout, plan_id, "next")
         assert files(layout.shards) == whole
     assert seen == {True, False}
@@ -295,11 +295,11 @@ def test_bytes_that_come_back_changed_are_never_committed(tmp_path, monkeypatch)
 
 def test_cleaning_removes_what_dead_owners_left_of_this_shard_alone(tmp_path):
     layout, _ = planned(tmp_path)
-    mine = [f"000001.{kind}{TEMPORARY}9-dead" for kind in ("tar", "parquet", "json", "claim")]
-    others = [f"000002.tar{TEMPORARY}8-live", "000001.claim", "0000010.tar.tmp-1-x"]
+    mine = [f"000001.{kind}{TEMPORARY_INFIX}9-dead" for kind in ("tar", "parquet", "json", "claim")]
+    others = [f"000002.tar{TEMPORARY_INFIX}8-live", "000001.claim", "0000010.tar.tmp-1-x"]
     for name in mine + others:
         (layout.shards / name).touch()
-    clean(layout, 1)
+    remove_stray_shard_files(layout, 1)
     assert sorted(files(layout.shards)) == sorted(others)
 
 

@@ -79,11 +79,11 @@ def test_the_examples_of_the_whole_command_parse(name):
 
 def test_overrides_may_stand_before_and_behind_options(capsys):
     words = ["config", "source.kind=tones", "--config", "x.yaml", "limit=3", "--print", "codec=int8"]
-    args = commandline.parse(pipeline.__main__.parser(), words)
+    args = commandline.parse_args(pipeline.__main__.parser(), words)
     assert (args.overrides, args.config, args.print) == (["source.kind=tones", "limit=3", "codec=int8"], "x.yaml", True)
     for wrong in (["fit", "--config", "x.yaml", "lr=1", "--stepz=3"], ["report", "runs/x", "lr=1"]):
         with pytest.raises(SystemExit):
-            commandline.parse(train.__main__.parser(), wrong)
+            commandline.parse_args(train.__main__.parser(), wrong)
     assert "unrecognized arguments: lr=1" in capsys.readouterr().err
 
 

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_faults import make_small_cache
 
-from shards.commit.writer import npy
+from shards.commit.writer import npy_bytes
 from shards.errors import UserError
 from shards.format.layout import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, read_parquet
-from shards.format.npy import NpyError, read_header
+from shards.format.npy import NpyError, parse_npy_header
 from shards.format.records import RecordError, seal, unseal
 from shards.format.spec import FeatureSpec
-from shards.format.tar import BLOCK, TarError, header, walk
-from shards.inspect.info import describe_cache, lines
+from shards.format.tar import BLOCK_SIZE, TarError, iter_members, pack_header
+from shards.inspect.info import describe_cache, format_info
 from shards.inspect.verify import verify
 from shards.read.cache import Cache
 
@@ -61,12 +61,12 @@ def fuzz(cases: int, case: Callable[..., None], *strategies: st.SearchStrategy) 
 
 def fuzz_tar(layout: Layout, cases: int) -> None:
     honest = layout.tar(0).read_bytes()
-    allowed = st.builds(bend, st.just(honest), edits()) | st.binary(max_size=2 * BLOCK)
-    sizes = st.builds(lambda n: header("a.npy", n) + bytes(1024), st.integers(0, (1 << 33) - 1))
+    allowed = st.builds(bend, st.just(honest), edits()) | st.binary(max_size=2 * BLOCK_SIZE)
+    sizes = st.builds(lambda n: pack_header("a.npy", n) + bytes(1024), st.integers(0, (1 << 33) - 1))
 
     def case(data: bytes) -> None:
         try:
-            for member in walk(memoryview(data)):
+            for member in iter_members(memoryview(data)):
                 assert 0 <= member.offset <= member.offset + member.length <= len(data)
                 assert "/" not in member.name
         except TarError as error:
@@ -78,7 +78,7 @@ def fuzz_tar(layout: Layout, cases: int) -> None:
 def fuzz_npy(layout: Layout, cases: int) -> None:
     import numpy as np
 
-    honest = npy(np.ones((7, 4), np.float16))
+    honest = npy_bytes(np.ones((7, 4), np.float16))
     head = st.builds(
         lambda d, f, s: f"{{'descr': '{d}', 'fortran_order': {f}, 'shape': {s}, }}".ljust(117).encode() + b"\n",
         st.sampled_from(["<f2", "<f4", "|O", "<U9", "|V8", "<u2"]),
@@ -90,7 +90,7 @@ def fuzz_npy(layout: Layout, cases: int) -> None:
 
     def case(data: bytes) -> None:
         try:
-            dtype, shape, start = read_header(memoryview(data))
+            dtype, shape, start = parse_npy_header(memoryview(data))
             assert int(np.prod(shape, dtype=object)) * dtype.itemsize == len(data) - start
         except NpyError as error:
             check_sentence(error)
@@ -147,7 +147,11 @@ def fuzz_cache(layout: Layout, cases: int) -> None:
         else:
             changed[place[0]][place[1]] = value
         layout.cache.write_bytes(seal(changed))
-        for read in (verify, lambda path: Cache.open(path).features(0), lambda path: list(lines(describe_cache(path)))):
+        for read in (
+            verify,
+            lambda path: Cache.open(path).features(0),
+            lambda path: list(format_info(describe_cache(path))),
+        ):
             try:
                 read(layout.path)
             except UserError as error:

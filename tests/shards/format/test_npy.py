@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.commit.writer import npy
-from shards.format.npy import DTYPES, NpyError, read_header
+from shards.commit.writer import npy_bytes
+from shards.format.npy import DTYPES, NpyError, parse_npy_header
 
 
 def header(text: str, body: bytes = b"") -> bytes:
@@ -20,8 +20,8 @@ def header(text: str, body: bytes = b"") -> bytes:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 40), min_size=1, max_size=2))
 def test_every_array_of_a_shard_is_read_as_numpy_reads_it(text, shape):
-    data = npy(np.ones(shape, dtype=text))
-    dtype, found, start = read_header(memoryview(data))
+    data = npy_bytes(np.ones(shape, dtype=text))
+    dtype, found, start = parse_npy_header(memoryview(data))
     theirs = np.load(io.BytesIO(data), allow_pickle=False)
     assert (dtype, found) == (theirs.dtype, theirs.shape)
     assert data[start:] == theirs.tobytes()
@@ -50,14 +50,14 @@ def test_every_array_of_a_shard_is_read_as_numpy_reads_it(text, shape):
 )
 def test_every_other_header_is_refused(data):
     with pytest.raises(NpyError):
-        read_header(memoryview(data))
+        parse_npy_header(memoryview(data))
 
 
 def test_a_hundred_million_frames_are_refused_without_allocating_them():
     data = header("{'descr': '<f2', 'fortran_order': False, 'shape': (100000000, 512), }", bytes(1024))
     tracemalloc.start()
     with pytest.raises(NpyError, match="declares the shape"):
-        read_header(memoryview(data))
+        parse_npy_header(memoryview(data))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20

@@ -16,23 +16,23 @@ FILES = st.dictionaries(NAMES, st.binary(max_size=1500), max_size=6)
 
 
 def pack(files: dict[str, bytes]) -> bytes:
-    data = b"".join(tar.header(name, len(body)) + body + tar.padding(len(body)) for name, body in files.items())
-    return data + tar.closing(len(data))
+    data = b"".join(tar.pack_header(name, len(body)) + body + tar.padding(len(body)) for name, body in files.items())
+    return data + tar.end_of_archive(len(data))
 
 
 def walk(data: bytes) -> dict[str, bytes]:
-    return {m.name: data[m.offset : m.offset + m.length] for m in tar.walk(memoryview(data))}
+    return {m.name: data[m.offset : m.offset + m.length] for m in tar.iter_members(memoryview(data))}
 
 
 def forge(**fields: bytes) -> bytes:
     """The tar of 'a.npy' with some fields of its header changed and the checksum right again."""
-    block = bytearray(tar.header("a.npy", 5))
+    block = bytearray(tar.pack_header("a.npy", 5))
     for field, value in fields.items():
         start, size = FIELDS[field]
         block[start : start + size] = value.ljust(size, b"\0")
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block) + b"12345" + tar.padding(5) + tar.closing(1024)
+    return bytes(block) + b"12345" + tar.padding(5) + tar.end_of_archive(1024)
 
 
 FIELDS = {
@@ -89,7 +89,7 @@ def test_the_tar_program_reads_what_was_packed(tmp_path):
 
 
 def test_the_header_is_the_one_that_tarfile_writes_but_for_the_device_numbers_that_it_leaves_empty():
-    ours, theirs = bytearray(tar.header("a.npy", 5)), bytearray(standard()[:512])
+    ours, theirs = bytearray(tar.pack_header("a.npy", 5)), bytearray(standard()[:512])
     for block in (ours, theirs):
         block[329:345], block[148:156] = bytes(16), bytes(8)
     assert ours == theirs
@@ -102,13 +102,13 @@ def test_the_header_is_the_one_that_tarfile_writes_but_for_the_device_numbers_th
 )
 def test_names_that_are_no_members_are_never_written(name):
     with pytest.raises((tar.TarError, UnicodeEncodeError)):
-        tar.header(name, 1)
+        tar.pack_header(name, 1)
 
 
 @pytest.mark.parametrize("length", [-1, 1 << 33])
 def test_sizes_that_a_header_cannot_say_are_never_written(length):
     with pytest.raises(tar.TarError):
-        tar.header("a.npy", length)
+        tar.pack_header("a.npy", length)
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_a_walk_refuses_a_flip_of_any_bit_of_a_header_or_a_padding():
 
 def test_a_size_of_eight_gigabytes_in_a_header_costs_no_memory():
     with pytest.raises(tar.TarError, match="runs past the end"):
-        walk(tar.header("a.npy", (1 << 33) - 1) + bytes(10240))
+        walk(tar.pack_header("a.npy", (1 << 33) - 1) + bytes(10240))

@@ -86,7 +86,7 @@ def test_rows_strings_and_bounds_agree_with_the_manifest(path):
 
 
 def test_strings_are_found_in_a_manifest_of_many_row_groups(path, monkeypatch):
-    monkeypatch.setattr(index, "GROUP_BYTES", 800)
+    monkeypatch.setattr(index, "MAX_ROW_GROUP_BYTES", 800)
     table = pq.read_table(path / "manifest.parquet")
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=5, store_schema=False)
@@ -107,13 +107,13 @@ def test_a_cache_survives_pickling_by_opening_itself_again(path):
 
 
 def test_mappings_and_descriptors_are_bounded_while_views_stay_valid(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAPPINGS", 4)
+    monkeypatch.setattr(reader, "MAX_MAPPED_SHARDS", 4)
     cache = Cache.open(make_cache(tmp_path / "cache", n=30, shards=30))
     kept = cache.features(0)
     before = kept.copy()
     for i in range(30):
         cache.features(i)
-    assert len(cache._maps) == 4
+    assert len(cache._mmap_pool) == 4
     mapped = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)]
     assert (
         sum(name.startswith(str(tmp_path)) and name.endswith(".tar") for name in mapped) <= 10
@@ -238,6 +238,6 @@ def test_a_manifest_that_unpacks_without_end_is_refused(path, monkeypatch):
     monkeypatch.setattr(tables, "TEXT_GROWTH", 0)
     with pytest.raises(UserError, match="unpacks to more than a file of"):
         Cache.open(path).strings("text", [0])
-    monkeypatch.setattr(index, "ROWS_PER_BYTE", 0.001)
+    monkeypatch.setattr(index, "MAX_ROWS_PER_BYTE", 0.001)
     with pytest.raises(UserError, match=r"has 12 rows in \d+ bytes"):
         Cache.open(path)

@@ -9,9 +9,9 @@ from tiny_cache import make_cache
 
 from shards.errors import UserError
 from shards.read.cache import Cache
-from shards.read.filters import parse, select
+from shards.read.filters import parse_filter, select_rows
 from shards.stream.iterable_dataset import FeatureStream
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +44,25 @@ FILTERS = [
 @pytest.mark.parametrize("text", FILTERS)
 def test_a_filter_selects_what_python_would(caches, text):
     wanted = [index for index, row in enumerate(rows(caches)) if eval(text, {}, row)]
-    assert select(caches, text).tolist() == wanted
+    assert select_rows(caches, text).tolist() == wanted
 
 
 def test_an_expression_of_pyarrow_is_a_filter(caches):
     wanted = [index for index, row in enumerate(rows(caches)) if row["duration"] < 0.5]
-    assert select(caches, pc.field("duration") < 0.5).tolist() == wanted
+    assert select_rows(caches, pc.field("duration") < 0.5).tolist() == wanted
 
 
 @given(st.sampled_from(FILTERS), st.integers(1, 9), st.integers(1, 3), st.integers(0, 5))
 def test_a_filtered_epoch_holds_every_passing_row_exactly_once(caches, text, size, window, seed):
-    passing = select(caches, text)
+    passing = select_rows(caches, text)
     if len(passing):
-        rules = Rules(batch_size=size, window_shards=window)
-        order = FeatureStream(caches, rules, seed, rows=passing, epochs=1, prefetch=0).order
+        rules = SamplerConfig(batch_size=size, window_shards=window)
+        order = FeatureStream(caches, rules, seed, rows=passing, epochs=1, prefetch=0).batch_sampler
         seen = np.concatenate(
-            [batch for batch, _, _ in order.walk(at=FeatureStream(caches, rules, seed)._at, epochs=1)]
+            [
+                batch
+                for batch, _, _ in order.iter_batches(state=FeatureStream(caches, rules, seed)._sampler_state, epochs=1)
+            ]
         )
         assert sorted(seen.tolist()) == passing.tolist()
 
@@ -83,10 +86,10 @@ def test_a_filtered_epoch_holds_every_passing_row_exactly_once(caches, text, siz
 )
 def test_what_is_no_filter_is_told_in_one_sentence(text, reason):
     with pytest.raises(UserError, match="is no filter") as told:
-        parse(text)
+        parse_filter(text)
     assert reason in str(told.value)
 
 
 def test_a_comparison_of_text_with_a_number_is_told(caches):
     with pytest.raises(UserError, match="the filter 'speaker < 3' does not fit the manifest of"):
-        select(caches, "speaker < 3")
+        select_rows(caches, "speaker < 3")

@@ -6,7 +6,7 @@ import pytest
 from tiny_azure import Azure, serve_azure
 from tiny_bucket import SPEC, finish, make, plan_table
 
-from shards.commit.bucket.store import Bucket, connect_objects
+from shards.commit.bucket.store import BucketStore, connect_objects
 from shards.errors import UserError
 from shards.remote import client as storage
 
@@ -40,11 +40,11 @@ def test_writes_keep_to_their_conditions(azure, scheme):
 
 @pytest.mark.parametrize("loses", [0, 3])
 def test_a_cache_is_made_in_a_container(azure, loses):
-    store = Bucket("az://container/made")
+    store = BucketStore("az://container/made")
     azure.loses = loses
     plan = store.write_plan(plan_table())
-    with store.at_work("a"):
-        assert store.take(0)
+    with store.hold_leases("a"):
+        assert store.acquire(0)
         store.release(0)
         make(store, plan)
         finish(store, plan)

@@ -17,10 +17,10 @@ from shards.errors import UserError
 from shards.read.cache import Cache
 from shards.remote import client as storage
 from shards.stream.iterable_dataset import FeatureStream
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 
 pytestmark = pytest.mark.slow
-RULES = Rules(batch_size=4, window_shards=2)
+RULES = SamplerConfig(batch_size=4, window_shards=2)
 FAULTS = ["cut", "503", "slow", "truncated", "corrupt", "cut"]
 
 
@@ -77,7 +77,7 @@ def s3(near):
         client = boto3.client(
             "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
         )
-        client.create_bucket(Bucket="bucket")
+        client.create_bucket(BucketStore="bucket")
         for path in near.rglob("*.*"):
             client.upload_file(str(path), "bucket", f"some/cache/{path.relative_to(near)}")
         yield url

@@ -92,14 +92,14 @@ def test_a_file_that_is_not_there_has_no_size_and_no_content(folder):
     with serve(folder) as server:
         remote = Remote(server.url + "/")
         assert (remote.size("file"), remote.size("other")) == (SIZE, None)
-        assert (remote.find("file", 9), remote.find("other", 9)) == (DATA[:9], None)
+        assert (remote.read_if_exists("file", 9), remote.read_if_exists("other", 9)) == (DATA[:9], None)
         with pytest.raises(UserError, match=r"there is no 'http://127.0.0.1:\d+/other'"):
             remote.read("other", 9, bytes)
 
 
 def test_a_password_in_a_url_is_refused_and_not_shown():
     with pytest.raises(UserError, match=r"the URL of 'http://127.0.0.1:9/cache' holds a user name or password") as told:
-        Remote("http://ann:secret@127.0.0.1:9/cache").find("CACHE.json", 9)
+        Remote("http://ann:secret@127.0.0.1:9/cache").read_if_exists("CACHE.json", 9)
     assert "secret" not in str(told.value)
 
 
@@ -150,9 +150,9 @@ def test_a_redirect_is_followed_but_not_from_https_to_http(folder, tmp_path, mon
     with serve(folder) as server, https_redirect(server.url, tmp_path) as (plain, pem):
         monkeypatch.setenv("SSL_CERT_FILE", str(pem))
         with pytest.raises(UserError, match=r"'https://.*/file' redirects from https to http"):
-            Remote(plain).find("file", 9)
+            Remote(plain).read_if_exists("file", 9)
         assert server.asked == []
         with https_redirect(plain, tmp_path / "served") as (encrypted, other):
             pem.write_bytes(pem.read_bytes() + other.read_bytes())
             with pytest.raises(UserError, match=rf"'{plain}/file' redirects from https to http"):
-                Remote(encrypted).find("file", 9)
+                Remote(encrypted).read_if_exists("file", 9)

@@ -116,8 +116,8 @@ def test_a_server_that_is_away_may_come_back(monkeypatch):
 
 
 def test_an_upload_may_take_longer_than_a_small_request(server, monkeypatch):
-    monkeypatch.setattr(object_store, "SILENCE", 1)
-    monkeypatch.setattr(object_store, "SLOWEST_UPLOAD", 1 << 18)
+    monkeypatch.setattr(object_store, "READ_TIMEOUT", 1)
+    monkeypatch.setattr(object_store, "MIN_UPLOAD_RATE", 1 << 18)
     server.pause, body = 0.1, bytes(4 << 20)
     with pytest.raises(ConnectionError), translate_errors(URL):
         obstore.put(connect(URL), "name", body, mode="create")

@@ -21,10 +21,10 @@ from shards.read.cache import Cache
 from shards.stream import prefetch as ahead
 from shards.stream.batch import Batch
 from shards.stream.iterable_dataset import FeatureStream
-from shards.stream.prefetch import Pool
-from shards.stream.sampler import Rules
+from shards.stream.prefetch import BufferPool
+from shards.stream.sampler import SamplerConfig
 
-RULES = Rules(max_frames=160, batch_size=6, window_shards=2)
+RULES = SamplerConfig(max_frames=160, batch_size=6, window_shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def caches(tmp_path_factory):
     ]
 
 
-def stream(caches, rules=RULES, seed=7, **more) -> FeatureStream:
-    return FeatureStream(caches, rules, seed, **{"epochs": 2, "prefetch": 0, **more})
+def stream(caches, sampler=RULES, seed=7, **more) -> FeatureStream:
+    return FeatureStream(caches, sampler, seed, **{"epochs": 2, "prefetch": 0, **more})
 
 
 def rows_of(batches) -> list[list[int]]:
@@ -103,7 +103,7 @@ def test_worlds_may_change_at_any_number_of_restarts_and_the_global_batches_stay
     seen, state = [], None
     for _ in range(3):
         world = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
-        ranks = [stream(caches, rank=rank, world=world, prefetch=rank % 3) for rank in range(world)]
+        ranks = [stream(caches, rank=rank, world_size=world, prefetch=rank % 3) for rank in range(world)]
         for rank in ranks:
             if state is not None:
                 rank.load_state_dict(state)
@@ -203,8 +203,8 @@ def test_stateful_dataloader_resumes_in_the_middle(caches, workers):
 
 
 def test_a_rank_beyond_the_batch_gets_an_empty_part_and_as_many_batches(caches):
-    small = Rules(batch_size=3)
-    ranks = [list(stream(caches, small, epochs=1, rank=rank, world=8)) for rank in range(8)]
+    small = SamplerConfig(batch_size=3)
+    ranks = [list(stream(caches, small, epochs=1, rank=rank, world_size=8)) for rank in range(8)]
     assert len({len(batches) for batches in ranks}) == 1
     last: Batch = ranks[7][0]
     assert last.features.shape == (0, int(ranks[0][0].lengths.max()), 8)
@@ -221,7 +221,7 @@ def test_a_batch_that_is_kept_is_never_overwritten(caches):
 
 
 def test_buffers_are_reused_once_their_batches_are_gone(caches):
-    reader = stream(caches, Rules(batch_size=4), epochs=None, prefetch=2)
+    reader = stream(caches, SamplerConfig(batch_size=4), epochs=None, prefetch=2)
     places = set()
     for batch in islice(reader, 200):
         places.add(batch.features.data_ptr())
@@ -247,7 +247,7 @@ def test_a_pinned_stream_fills_page_locked_memory(caches):
 
 def test_memory_stays_flat_over_the_epochs(tmp_path):
     cache = Cache.open(make_cache(tmp_path / "cache", n=120, channels=256, shards=6, min_frames=100, max_frames=400))
-    loop, held = iter(stream([cache], Rules(batch_size=8), epochs=None, prefetch=4)), []
+    loop, held = iter(stream([cache], SamplerConfig(batch_size=8), epochs=None, prefetch=4)), []
     for _ in range(4):  # 15 MB an epoch
         for _ in range(15 * 8):
             next(loop)
@@ -266,8 +266,8 @@ def anonymous_bytes() -> int:
 
 
 def test_a_buffer_returns_only_when_every_view_of_its_tensor_is_gone():
-    pool = Pool(keep=2)
-    tensor = torch.from_numpy(pool.take((4, 8), np.dtype(np.float16)))
+    pool = BufferPool(max_free=2)
+    tensor = torch.from_numpy(pool.acquire((4, 8), np.dtype(np.float16)))
     place, view, array = tensor.data_ptr(), tensor[2:].detach(), tensor.numpy()
     for name in ("tensor", "view", "array"):
         assert not pool._free
@@ -278,14 +278,17 @@ def test_a_buffer_returns_only_when_every_view_of_its_tensor_is_gone():
         else:
             del array
         gc.collect()
-    assert pool.take((4, 8), np.dtype(np.float16)).ctypes.data == place
+    assert pool.acquire((4, 8), np.dtype(np.float16)).ctypes.data == place
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"seed": 8}, "seed is 7 there and 8 here"),
-        ({"rules": Rules(max_frames=150, batch_size=6, window_shards=2)}, "rules.max_frames is 160 there and 150 here"),
+        (
+            {"sampler": SamplerConfig(max_frames=150, batch_size=6, window_shards=2)},
+            "rules.max_frames is 160 there and 150 here",
+        ),
         ({"rows": np.arange(10)}, "rows is all there and"),
     ],
 )
@@ -326,7 +329,7 @@ def test_an_utterance_longer_than_the_budget_is_named_before_anything_is_read(ca
     longest = int(np.argmax(caches[1].frames))
     key, frames = caches[1].row(longest)["key"], int(caches[1].frames[longest])
     with pytest.raises(UserError, match=f"utterance '{key}' is {frames} frames long"):
-        stream(caches[1:], Rules(max_frames=frames - 1))
+        stream(caches[1:], SamplerConfig(max_frames=frames - 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -335,7 +338,7 @@ def test_an_unsound_shard_ends_the_loop_with_its_sentence_after_the_batches_befo
     path = make_cache(tmp_path / "cache", n=20, shards=2)
     flip(path / "shards" / "000001.tar", Cache.open(path).row(19)["offset"] + 200)
     loader = DataLoader(
-        stream([Cache.open(path)], Rules(batch_size=2), prefetch=prefetch), batch_size=None, num_workers=workers
+        stream([Cache.open(path)], SamplerConfig(batch_size=2), prefetch=prefetch), batch_size=None, num_workers=workers
     )
     taken = []
     with pytest.raises(UserError, match=r"'utt-00019' in shards/000001.tar does not match its checksum"):
@@ -353,18 +356,18 @@ def test_a_stream_survives_pickling_for_spawned_workers(caches):
 def test_a_loop_left_standing_ends_with_its_process_and_says_nothing(tmp_path):
     cache = make_cache(tmp_path / "cache", n=40)
     script = (
-        "from shards.stream.sampler import Rules; from shards.read.cache import Cache\n"
+        "from shards.stream.sampler import SamplerConfig; from shards.read.cache import Cache\n"
         "from shards.stream.iterable_dataset import FeatureStream\n"
-        f"loop = iter(FeatureStream([Cache.open({str(cache)!r})], Rules(batch_size=2), 0)); next(loop)"
+        f"loop = iter(FeatureStream([Cache.open({str(cache)!r})], SamplerConfig(batch_size=2), 0)); next(loop)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
 
 
 def test_bad_ranks_and_rows_are_told(caches):
-    for bad in ({"rank": 2, "world": 2}, {"rank": -1}, {"prefetch": -1}, {"threads": 0}):
+    for bad in ({"rank": 2, "world_size": 2}, {"rank": -1}, {"prefetch": -1}, {"threads": 0}):
         with pytest.raises(ValueError, match=r"rank|prefetch"):
             stream(caches, **bad)
-    assert stream(caches).chain.locate(40) == (caches[1], 0)
+    assert stream(caches).concat_cache.locate(40) == (caches[1], 0)
     with pytest.raises(IndexError):
-        stream(caches).chain.locate(63)
+        stream(caches).concat_cache.locate(63)

@@ -7,14 +7,14 @@ from extraction import run, words, write_corpus
 from tiny_cache import make_cache, without
 from tiny_whisper import write_tiny_whisper
 
-from shards.commit.finalize import finalise
+from shards.commit.finalize import finalize
 from shards.commit.writer import ShardWriter
 from shards.errors import UserError
 from shards.format.layout import Layout, read_plan
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
 from shards.stream.join import join
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def layers(tmp_path) -> list[Cache]:
 def test_utterances_that_all_caches_hold_stand_side_by_side(layers):
     joined = join(layers)
     assert len(joined) == 19
-    assert joined.absent == 1
+    assert joined.num_missing == 1
     for index, (one, two) in enumerate(joined.rows.tolist()):
         assert layers[0].row(one)["key"] == layers[1].row(two)["key"] != "utt-00007"
         x, y = joined.features(index)
@@ -40,7 +40,7 @@ def test_utterances_that_all_caches_hold_stand_side_by_side(layers):
 def test_a_stream_over_the_first_cache_has_the_others_features_in_the_same_places(layers):
     joined = join(layers)
     seen = []
-    for batch in FeatureStream([layers[0]], Rules(batch_size=4), 0, rows=joined.rows[:, 0], epochs=1):
+    for batch in FeatureStream([layers[0]], SamplerConfig(batch_size=4), 0, rows=joined.rows[:, 0], epochs=1):
         x, y = joined.layers(batch)
         assert x is batch.features
         assert y.shape == (*x.shape[:2], 6)
@@ -61,7 +61,7 @@ def test_layers_of_one_extraction_join_completely(tmp_path):
     assert run(words(root, corpus, whisper, "encoder.layers=[0,1,2]")) == 0
     caches = [Cache.open(path) for path in sorted(root.glob("*/*"))]
     joined = join(caches)
-    assert (len(joined), joined.absent, len(joined.caches)) == (4, 0, 3)
+    assert (len(joined), joined.num_missing, len(joined.caches)) == (4, 0, 3)
     assert np.array_equal(joined.rows, np.repeat(np.arange(4)[:, None], 3, axis=1))
 
 
@@ -81,11 +81,11 @@ def test_a_key_with_other_audio_is_refused(layers, tmp_path):
     old, layout = Cache.open(path), Layout(path)
     plan = read_plan(layout)
     index = iter(range(len(old)))
-    for shard in range(plan.shards):
+    for shard in range(plan.num_shards):
         with ShardWriter(layout, shard, old.spec, plan.id, "other") as writer:
-            for row in plan.shard(shard):
+            for row in plan.shard_rows(shard):
                 writer.add(row, old.features(next(index)).astype(np.float32), samples=320, audio_sha256="0" * 64)
             writer.commit({"seconds": 0.0})
-    finalise(layout, old.spec, plan, "other", {})
+    finalize(layout, old.spec, plan, "other", {})
     with pytest.raises(UserError, match="'utt-00000' is other audio"):
         join([layers[0], Cache.open(path)])

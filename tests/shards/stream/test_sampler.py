@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shards.config.base import validate_config
 from shards.errors import UserError
-from shards.stream.sampler import BATCHES, ROWS, Order, Position, Rules, random_words
+from shards.stream.sampler import BATCHES, ROWS, BatchSampler, SamplerConfig, SamplerState, random_words
 
 SHUFFLES = ["none", "shard", "window", "global"]
 
@@ -21,7 +21,7 @@ def orders(draw, may_drop=False):
     total = sum(sizes)
     frames = np.array(draw(st.lists(st.integers(1, 60), min_size=total, max_size=total)))
     some = draw(st.none() | st.sets(st.integers(0, total - 1), min_size=1))
-    rules = Rules(
+    rules = SamplerConfig(
         batch_size=draw(st.none() | st.integers(1, 9)),
         max_frames=draw(st.integers(60, 400)),
         window_shards=draw(st.integers(1, 5)),
@@ -29,11 +29,11 @@ def orders(draw, may_drop=False):
         drop_last=may_drop and draw(st.booleans()),
     )
     rows = None if some is None else list(some)
-    return Order(frames, np.cumsum([0, *sizes]), rules, draw(st.integers(0, 2**64 - 1)), rows)
+    return BatchSampler(frames, np.cumsum([0, *sizes]), rules, draw(st.integers(0, 2**64 - 1)), rows)
 
 
-def epoch_of(order: Order, epoch: int = 0) -> list[list[int]]:
-    return [batch.tolist() for batch, _, _ in order.walk(Position(epoch), epochs=epoch + 1)]
+def epoch_of(order: BatchSampler, epoch: int = 0) -> list[list[int]]:
+    return [batch.tolist() for batch, _, _ in order.iter_batches(SamplerState(epoch), epochs=epoch + 1)]
 
 
 def durations(count: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def durations(count: int) -> np.ndarray:
     return ((2 + 15 * rng.beta(2.5, 0.9, count)) * 50).astype(np.int32)
 
 
-def padding(order: Order, batches: list[list[int]]) -> float:
+def padding(order: BatchSampler, batches: list[list[int]]) -> float:
     frames = order.frames
     return 1 - sum(frames[b].sum() for b in batches) / sum(len(b) * frames[b].max() for b in batches)
 
@@ -56,7 +56,7 @@ def test_an_epoch_holds_every_eligible_row_exactly_once(order, epoch):
 
 @given(orders(may_drop=True))
 def test_no_batch_exceeds_its_bounds_or_is_empty(order):
-    rules = order.rules
+    rules = order.config
     for batch in (window[i] for window in [order.window(0, 0)] for i in range(len(window))):
         lengths = order.frames[batch].tolist()
         assert lengths == sorted(lengths, reverse=True)
@@ -67,9 +67,9 @@ def test_no_batch_exceeds_its_bounds_or_is_empty(order):
 
 @given(orders(), st.data())
 def test_a_walk_from_any_position_is_the_rest_of_the_walk(order, data):
-    whole = list(islice(order.walk(Position()), 40))
+    whole = list(islice(order.iter_batches(SamplerState()), 40))
     cut = data.draw(st.integers(0, len(whole) - 1))
-    rest = list(islice(order.walk(whole[cut][2]), len(whole) - cut - 1))
+    rest = list(islice(order.iter_batches(whole[cut][2]), len(whole) - cut - 1))
     assert [(b.tolist(), here, after) for b, here, after in rest] == [
         (b.tolist(), here, after) for b, here, after in whole[cut + 1 :]
     ]
@@ -88,7 +88,7 @@ def test_rank_slices_of_any_world_make_up_the_global_batch_in_even_parts(order, 
 
 
 def test_drop_last_with_a_batch_size_gives_full_batches_only_and_drops_other_rows_each_epoch():
-    order = Order(durations(110), [0, 50, 110], Rules(batch_size=16, drop_last=True), seed=3)
+    order = BatchSampler(durations(110), [0, 50, 110], SamplerConfig(batch_size=16, drop_last=True), seed=3)
     epochs = [epoch_of(order, epoch) for epoch in range(2)]
     assert all(len(batch) == 16 for batches in epochs for batch in batches)
     assert [len(batches) for batches in epochs] == [6, 6]
@@ -97,14 +97,14 @@ def test_drop_last_with_a_batch_size_gives_full_batches_only_and_drops_other_row
 
 
 def test_an_epoch_without_a_full_batch_is_an_error_and_not_an_endless_loop():
-    order = Order([5, 5, 5], [0, 1, 3], Rules(batch_size=4, window_shards=1, drop_last=True), seed=0)
+    order = BatchSampler([5, 5, 5], [0, 1, 3], SamplerConfig(batch_size=4, window_shards=1, drop_last=True), seed=0)
     for epochs in (None, 1):
         with pytest.raises(UserError, match="drop_last leaves no batch"):
-            next(order.walk(Position(), epochs))
+            next(order.iter_batches(SamplerState(), epochs))
 
 
 def test_without_drop_last_the_last_batches_of_a_window_share_evenly():
-    order = Order(durations(65), [0, 65], Rules(batch_size=16), seed=0)
+    order = BatchSampler(durations(65), [0, 65], SamplerConfig(batch_size=16), seed=0)
     assert sorted(map(len, epoch_of(order))) == [13] * 5
 
 
@@ -112,7 +112,7 @@ def test_the_modes_of_shuffle_shuffle_what_they_say():
     frames, bounds = durations(300), np.arange(0, 301, 50)
 
     def two(shuffle):
-        order = Order(frames, bounds, Rules(batch_size=8, window_shards=1, shuffle=shuffle), seed=1)
+        order = BatchSampler(frames, bounds, SamplerConfig(batch_size=8, window_shards=1, shuffle=shuffle), seed=1)
         return order, epoch_of(order, 0), epoch_of(order, 1)
 
     _, first, second = two("none")
@@ -125,19 +125,19 @@ def test_the_modes_of_shuffle_shuffle_what_they_say():
     assert sorted(first) != sorted(second)
     assert all(len({row // 50 for row in batch}) == 1 for batch in first)
     order, first, second = two("global")
-    assert order.windows == 1
+    assert order.num_windows == 1
     assert any(len({row // 50 for row in batch}) > 4 for batch in first)
 
 
 def test_another_seed_gives_another_order():
-    first, second = (Order(durations(200), [0, 100, 200], Rules(batch_size=8), seed) for seed in (0, 1))
+    first, second = (BatchSampler(durations(200), [0, 100, 200], SamplerConfig(batch_size=8), seed) for seed in (0, 1))
     assert epoch_of(first) != epoch_of(second)
 
 
 @pytest.mark.parametrize(("size", "window"), [(8, 4), (16, 4), (16, 8), (32, 4)])
 def test_padding_stays_under_two_percent_where_random_batches_pad_a_fifth(size, window):
     frames, bounds = durations(12_000), np.arange(0, 12_001, 400)  # 256 MB of whisper-base features is about 400 rows
-    order = Order(frames, bounds, Rules(batch_size=size, window_shards=window), seed=0)
+    order = BatchSampler(frames, bounds, SamplerConfig(batch_size=size, window_shards=window), seed=0)
     batches = epoch_of(order)
     assert padding(order, batches) < 0.02
     assert min(map(len, batches)) >= size - 2
@@ -146,7 +146,7 @@ def test_padding_stays_under_two_percent_where_random_batches_pad_a_fifth(size, 
 
 
 def test_a_frame_budget_is_well_used_and_leaves_no_tiny_batch():
-    order = Order(durations(12_000), np.arange(0, 12_001, 400), Rules(max_frames=12_000), seed=0)
+    order = BatchSampler(durations(12_000), np.arange(0, 12_001, 400), SamplerConfig(max_frames=12_000), seed=0)
     batches = epoch_of(order)
     used = [len(batch) * order.frames[batch].max() / 12_000 for batch in batches]
     assert np.mean(used) > 0.95
@@ -156,7 +156,7 @@ def test_a_frame_budget_is_well_used_and_leaves_no_tiny_batch():
 
 @pytest.mark.parametrize("rows", [64, 256])
 def test_a_small_cache_groups_other_rows_together_in_each_epoch(rows):
-    order = Order(durations(rows), [0, rows], Rules(batch_size=8), seed=0)
+    order = BatchSampler(durations(rows), [0, rows], SamplerConfig(batch_size=8), seed=0)
     pairs = [
         {frozenset((a, b)) for batch in epoch_of(order, epoch) for a in batch for b in batch if a < b}
         for epoch in range(2)
@@ -165,7 +165,9 @@ def test_a_small_cache_groups_other_rows_together_in_each_epoch(rows):
 
 
 def test_a_large_window_groups_other_rows_together_in_each_epoch_where_many_are_of_one_length():
-    order = Order(durations(12_000), np.arange(0, 12_001, 400), Rules(batch_size=16, shuffle="global"), seed=0)
+    order = BatchSampler(
+        durations(12_000), np.arange(0, 12_001, 400), SamplerConfig(batch_size=16, shuffle="global"), seed=0
+    )
     pairs = [
         {(a, b) for batch in epoch_of(order, epoch) for a in sorted(batch) for b in sorted(batch) if a < b}
         for epoch in range(2)
@@ -175,14 +177,16 @@ def test_a_large_window_groups_other_rows_together_in_each_epoch_where_many_are_
 
 def test_a_filter_that_thins_the_shards_does_not_shrink_the_batches():
     rows = np.arange(0, 10_000, 50)  # two rows of every shard
-    order = Order(durations(10_000), np.arange(0, 10_001, 100), Rules(batch_size=16, window_shards=2), 0, rows)
+    order = BatchSampler(
+        durations(10_000), np.arange(0, 10_001, 100), SamplerConfig(batch_size=16, window_shards=2), 0, rows
+    )
     assert min(map(len, epoch_of(order))) >= 14
 
 
 def test_the_order_never_changes_between_versions():
     assert random_words(1, 2, 3, ROWS, 2).tolist() == GOLDEN_WORDS
     frames = np.arange(500) * 7919 % 750 + 100
-    order = Order(frames, np.arange(0, 501, 50), Rules(max_frames=6000, window_shards=3), seed=2024)
+    order = BatchSampler(frames, np.arange(0, 501, 50), SamplerConfig(max_frames=6000, window_shards=3), seed=2024)
     text = repr([epoch_of(order, epoch) for epoch in range(2)])
     assert hashlib.sha256(text.encode()).hexdigest() == GOLDEN_ORDER
 
@@ -204,28 +208,28 @@ def test_neighbouring_positions_draw_different_words(seed, epoch, window):
 
 def test_a_row_longer_than_the_frame_budget_is_named_with_the_setting_before_anything_is_read():
     with pytest.raises(UserError, match=r"row 2 is 90 frames long .* \(max_frames\): set max_frames to 90"):
-        Order([10, 20, 90, 30], [0, 4], Rules(max_frames=80), seed=0)
-    Order([10, 20, 90, 30], [0, 4], Rules(max_frames=80), seed=0, rows=[0, 1, 3])
+        BatchSampler([10, 20, 90, 30], [0, 4], SamplerConfig(max_frames=80), seed=0)
+    BatchSampler([10, 20, 90, 30], [0, 4], SamplerConfig(max_frames=80), seed=0, rows=[0, 1, 3])
 
 
 def test_bad_arguments_are_told():
-    rules = Rules(batch_size=2)
+    rules = SamplerConfig(batch_size=2)
     with pytest.raises(UserError, match="no utterance is left"):
-        Order([1, 2], [0, 2], rules, seed=0, rows=[])
+        BatchSampler([1, 2], [0, 2], rules, seed=0, rows=[])
     with pytest.raises(UserError, match="seed -1"):
-        Order([1, 2], [0, 2], rules, seed=-1)
+        BatchSampler([1, 2], [0, 2], rules, seed=-1)
     for bounds, rows in [([0, 1], None), ([1, 2], None), ([0, 2, 1, 2], None), ([0, 2], [2]), ([0, 2], [0, 0])]:
         with pytest.raises(ValueError, match="rows"):
-            Order([1, 2], bounds, rules, seed=0, rows=rows)
+            BatchSampler([1, 2], bounds, rules, seed=0, rows=rows)
     with pytest.raises(UserError, match="set batch_size, max_frames or both"):
-        validate_config(Rules, {"shuffle": "none"}, "test.yaml")
+        validate_config(SamplerConfig, {"shuffle": "none"}, "test.yaml")
 
 
 def test_a_position_that_the_order_does_not_have_is_refused():
-    order = Order(durations(64), [0, 64], Rules(batch_size=8), seed=0)
-    for at in [Position(window=1), Position(batch=8), Position(epoch=-1), Position(count=-1)]:
+    order = BatchSampler(durations(64), [0, 64], SamplerConfig(batch_size=8), seed=0)
+    for at in [SamplerState(window=1), SamplerState(batch=8), SamplerState(epoch=-1), SamplerState(count=-1)]:
         with pytest.raises(UserError, match="no position of this order"):
-            next(order.walk(at))
+            next(order.iter_batches(at))
 
 
 GOLDEN_WORDS = [12219508911059832398, 17188035296609076471]
@@ -238,13 +242,13 @@ def weighted(draw):
     edges = sorted({0, len(frames), *draw(st.lists(st.integers(0, len(frames)), max_size=8))})
     caches = sorted({0, len(frames), *draw(st.lists(st.sampled_from(edges), max_size=2))})
     weight = st.one_of(st.sampled_from([0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]), st.floats(0.05, 3.0))
-    rules = Rules(
+    rules = SamplerConfig(
         batch_size=draw(st.integers(1, 8)),
         window_shards=draw(st.integers(1, 4)),
         shuffle=draw(st.sampled_from(["none", "shard", "window", "global"])),
         weights=tuple(draw(weight) for _ in caches[1:]),
     )
-    return Order(frames, edges, rules, draw(st.integers(0, 9)), caches=caches), caches
+    return BatchSampler(frames, edges, rules, draw(st.integers(0, 9)), caches=caches), caches
 
 
 @given(weighted(), st.integers(1, 12))
@@ -255,20 +259,20 @@ def test_weights_take_every_row_of_a_cache_as_often_as_any_other_up_to_once(give
         before = times.copy()
         for batch in epoch_of(order, epoch):
             np.add.at(times, batch, 1)
-        for cache, weight in enumerate(order.rules.weights):
+        for cache, weight in enumerate(order.config.weights):
             mine = slice(caches[cache], caches[cache + 1])
             taken = (times - before)[mine]
             assert taken.min() >= np.floor(weight)
             assert taken.max() <= np.ceil(weight)
-    for cache, weight in enumerate(order.rules.weights):
+    for cache, weight in enumerate(order.config.weights):
         mine = times[caches[cache] : caches[cache + 1]]
         assert np.floor(epochs * weight - 1e-9) <= mine.min()
         assert mine.max() <= np.ceil(epochs * weight + 1e-9)
 
 
 def test_an_epoch_holds_the_weighted_part_of_each_cache_up_to_one_row_a_shard():
-    rules = Rules(batch_size=8, window_shards=2, weights=(0.3, 1.0, 2.5))
-    order = Order(durations(3000), np.arange(0, 3001, 100), rules, seed=4, caches=[0, 1000, 2000, 3000])
+    rules = SamplerConfig(batch_size=8, window_shards=2, weights=(0.3, 1.0, 2.5))
+    order = BatchSampler(durations(3000), np.arange(0, 3001, 100), rules, seed=4, caches=[0, 1000, 2000, 3000])
     for epoch in range(4):
         rows = np.concatenate(epoch_of(order, epoch))
         for cache, weight in enumerate(rules.weights):
@@ -278,32 +282,34 @@ def test_an_epoch_holds_the_weighted_part_of_each_cache_up_to_one_row_a_shard():
 @given(weighted(), st.data())
 def test_a_weighted_walk_from_any_position_is_the_rest_of_the_walk(given_, data):
     order, _ = given_
-    steps = list(order.walk(Position(), epochs=3))
+    steps = list(order.iter_batches(SamplerState(), epochs=3))
     if steps:
         at = data.draw(st.integers(0, len(steps) - 1))
-        rest = [rows.tolist() for rows, _, _ in order.walk(steps[at][1], epochs=3)]
+        rest = [rows.tolist() for rows, _, _ in order.iter_batches(steps[at][1], epochs=3)]
         assert rest == [rows.tolist() for rows, _, _ in steps[at:]]
 
 
 @given(orders(), st.integers(0, 3))
 def test_the_shards_a_window_is_said_to_read_are_those_of_its_rows(order, epoch):
-    for number in range(order.windows):
+    for number in range(order.num_windows):
         window = order.window(epoch, number)
         rows = np.concatenate([window[i] for i in range(len(window))]) if len(window) else np.array([], dtype=int)
-        said = order.reads(epoch, number)
+        said = order.one_row_per_shard(epoch, number)
         assert len(set(said.tolist())) == len(said)
         assert len(said) <= max(len(rows), 1)
-        if not order.rules.drop_last:
+        if not order.config.drop_last:
             assert set(said.tolist()) <= set(rows.tolist())
 
 
 def test_weights_of_one_are_the_order_without_weights():
     arguments = (durations(300), [0, 100, 200, 300])
-    plain = Order(*arguments, Rules(batch_size=8, window_shards=2), 5)
-    same = Order(*arguments, Rules(batch_size=8, window_shards=2, weights=(1.0, 1.0)), 5, caches=[0, 100, 300])
+    plain = BatchSampler(*arguments, SamplerConfig(batch_size=8, window_shards=2), 5)
+    same = BatchSampler(
+        *arguments, SamplerConfig(batch_size=8, window_shards=2, weights=(1.0, 1.0)), 5, caches=[0, 100, 300]
+    )
     assert epoch_of(plain, 1) == epoch_of(same, 1)
 
 
 def test_as_many_weights_as_caches_are_wanted():
     with pytest.raises(UserError, match="weights has 1 numbers for 2 caches: give one for each cache"):
-        Order([1, 2], [0, 1, 2], Rules(batch_size=2, weights=(2.0,)), 0, caches=[0, 1, 2])
+        BatchSampler([1, 2], [0, 1, 2], SamplerConfig(batch_size=2, weights=(2.0,)), 0, caches=[0, 1, 2])

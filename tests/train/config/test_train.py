@@ -71,8 +71,8 @@ def test_values_that_cannot_be_meant_are_refused(keys, said):
 
 
 def test_a_batch_without_bounds_holds_eight_utterances():
-    assert load().batch.rules().batch_size == 8
-    assert load(batch={"max_frames": 500}).batch.rules().batch_size is None
+    assert load().batch.sampler_config().batch_size == 8
+    assert load(batch={"max_frames": 500}).batch.sampler_config().batch_size is None
 
 
 def test_differences_name_the_keys_that_change_a_runs_numbers_and_no_other():

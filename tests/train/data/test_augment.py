@@ -7,7 +7,7 @@ from tiny_cache import make_cache
 
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 from train.data.loader import augment
 
 
@@ -21,9 +21,9 @@ def utterances(cache: Cache, world: int = 1, seed: int = 3, **keys: float) -> di
     """(batch, row) -> features [T, C] of two epochs after augmentation; the padding behind must stay zero."""
     found = {}
     for rank in range(world):
-        for batch in FeatureStream([cache], Rules(batch_size=3), 0, rank=rank, world=world, epochs=2):
+        for batch in FeatureStream([cache], SamplerConfig(batch_size=3), 0, rank=rank, world_size=world, epochs=2):
             stored = batch.features.clone()
-            batch, given = augment(batch, seed, **{"mask_frames": 0.0, "noise": 0.0, **keys}), batch
+            batch, given = augment(batch, seed, **{"frame_mask_prob": 0.0, "noise_std": 0.0, **keys}), batch
             assert torch.equal(given.features, stored)
             assert not batch.features[~batch.mask()].any()
             for i, row in enumerate(batch.rows):
@@ -38,7 +38,7 @@ def test_without_settings_nothing_changes(cache):
 
 def test_a_tenth_of_the_frames_is_zero_and_the_others_are_untouched(cache):
     zero = total = 0
-    for (_, row), features in utterances(cache, mask_frames=0.1).items():
+    for (_, row), features in utterances(cache, frame_mask_prob=0.1).items():
         silent = ~features.any(1)
         assert np.array_equal(features[~silent], cache.features(row)[~silent])
         zero, total = zero + silent.sum(), total + len(silent)
@@ -46,13 +46,13 @@ def test_a_tenth_of_the_frames_is_zero_and_the_others_are_untouched(cache):
 
 
 def test_noise_is_as_large_as_told_in_units_of_each_channel(cache):
-    for (_, row), features in utterances(cache, noise=0.2).items():
+    for (_, row), features in utterances(cache, noise_std=0.2).items():
         clean = cache.features(row).astype(np.float32)
         ratio = (features - clean).std(0) / clean.std(0)
         assert ratio.mean() == pytest.approx(0.2, rel=0.1)
 
 
-@pytest.mark.parametrize("keys", [{"mask_frames": 0.3}, {"noise": 0.1}])
+@pytest.mark.parametrize("keys", [{"frame_mask_prob": 0.3}, {"noise_std": 0.1}])
 def test_it_is_the_same_under_any_world_size_and_another_in_each_epoch(cache, keys):
     one, three = utterances(cache, **keys), utterances(cache, world=3, **keys)
     assert one.keys() == three.keys()
@@ -67,4 +67,4 @@ def test_it_is_the_same_under_any_world_size_and_another_in_each_epoch(cache, ke
 
 def test_an_utterance_of_one_frame_takes_noise_without_becoming_nan(tmp_path):
     short = Cache.open(make_cache(tmp_path / "cache", 3, min_frames=1, max_frames=1))
-    assert all(np.isfinite(features).all() for features in utterances(short, noise=0.5).values())
+    assert all(np.isfinite(features).all() for features in utterances(short, noise_std=0.5).values())

@@ -12,9 +12,18 @@ from shards.errors import UserError
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
 from train.config.train import TrainConfig, ValConfig
-from train.data.caches import AbsentCache, Utterances, find_cache, held_out_mask, needed, open_corpora, open_data, pad
-from train.evaluation.run import judged_on
-from train.runs.folder import describe
+from train.data.caches import (
+    MissingCache,
+    Utterances,
+    find_cache,
+    held_out_mask,
+    missing_extractions,
+    open_corpora,
+    open_data,
+    pad,
+)
+from train.evaluation.run import evaluation_utterances
+from train.runs.folder import describe_caches
 
 
 def config(*caches, **keys):
@@ -51,22 +60,22 @@ def test_an_unfinished_cache_is_absent(marked):
 
 
 def test_an_absent_cache_names_the_extraction_that_makes_it(marked, tmp_path):
-    with pytest.raises(AbsentCache, match=r"make extract CONFIG=b\.yaml` makes it") as error:
+    with pytest.raises(MissingCache, match=r"make extract CONFIG=b\.yaml` makes it") as error:
         open_data(config(marked, tmp_path / "gone", extract=["a.yaml", "b.yaml"]))
     assert "a.yaml" not in str(error.value)
-    with pytest.raises(AbsentCache, match="make extract"):
+    with pytest.raises(MissingCache, match="make extract"):
         open_data(config(tmp_path / "gone"))
 
 
 def test_needed_lists_the_extractions_of_absent_caches_alone(marked, tmp_path):
     gone = tmp_path / "gone"
-    assert needed(config(marked, extract=["a.yaml"])) == []
-    assert needed(config(marked, gone, extract=["a.yaml", "b.yaml"])) == ["b.yaml"]
-    assert needed(config(gone, gone, extract=["a.yaml", "a.yaml"])) == ["a.yaml"]
-    assert needed(config(gone, tmp_path / "gone too", extract=["a.yaml"])) == ["a.yaml"]
-    assert needed(config(marked, val={"caches": [str(gone)]}, extract=["a.yaml"])) == ["a.yaml"]
-    with pytest.raises(AbsentCache, match="correct the path"):
-        needed(config(gone))
+    assert missing_extractions(config(marked, extract=["a.yaml"])) == []
+    assert missing_extractions(config(marked, gone, extract=["a.yaml", "b.yaml"])) == ["b.yaml"]
+    assert missing_extractions(config(gone, gone, extract=["a.yaml", "a.yaml"])) == ["a.yaml"]
+    assert missing_extractions(config(gone, tmp_path / "gone too", extract=["a.yaml"])) == ["a.yaml"]
+    assert missing_extractions(config(marked, val={"caches": [str(gone)]}, extract=["a.yaml"])) == ["a.yaml"]
+    with pytest.raises(MissingCache, match="correct the path"):
+        missing_extractions(config(gone))
 
 
 def test_rows_marked_val_are_held_out_and_the_others_trained_on(marked):
@@ -91,11 +100,11 @@ def test_a_filter_narrows_what_is_trained_on_and_not_what_is_judged(marked, plai
 def test_weights_and_filters_reach_the_stream(marked, plain):
     settings = config(marked, plain, batch={"size": 4, "weights": [2, 0.5]})
     data = open_data(settings)
-    stream = FeatureStream(data.caches, settings.batch.rules(), 0, rows=data.train_rows, epochs=1, prefetch=0)
+    stream = FeatureStream(data.caches, settings.batch.sampler_config(), 0, rows=data.train_rows, epochs=1, prefetch=0)
     rows = [row for batch in stream for row in batch.rows]
     assert sum(row < 20 for row in rows) == 2 * (data.train_rows < 20).sum()
     assert abs(sum(row >= 20 for row in rows) - 20) <= 3
-    short = config(marked, plain, batch={"weights": [2]}).batch.rules()
+    short = config(marked, plain, batch={"weights": [2]}).batch.sampler_config()
     with pytest.raises(UserError, match="weights has 1 numbers for 2 caches"):
         FeatureStream(data.caches, short, 0)
 
@@ -103,10 +112,10 @@ def test_weights_and_filters_reach_the_stream(marked, plain):
 def test_a_cache_may_be_a_url(marked, tmp_path, monkeypatch):
     monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
     with serve(marked) as server:
-        assert needed(config(server.url)) == []
+        assert missing_extractions(config(server.url)) == []
         data = open_data(config(server.url))
         assert data.train_rows.tolist() == open_data(config(marked)).train_rows.tolist()
-        assert describe(data.caches)["caches"][0]["path"] == server.url
+        assert describe_caches(data.caches)["caches"][0]["path"] == server.url
         with pytest.raises(UserError, match="twice"):
             open_corpora([server.url, f"{server.url}/"])
 
@@ -178,16 +187,16 @@ def test_a_limit_takes_the_same_part_each_time_in_row_order(plain):
     assert len(rows) == 7
     assert rows == sorted(rows)
     assert rows != list(range(7))
-    assert set(data.held_out.first(3).rows) < set(rows)
+    assert set(data.held_out.subset(3).rows) < set(rows)
 
 
 def test_a_run_is_judged_on_what_it_held_out_of_a_cache_it_trained_on_and_on_all_of_another(marked, plain):
     settings = config(marked)
-    mine, other = ({**describe([Cache.open(path)]), "spec": Cache.open(path).spec} for path in (marked, plain))
-    assert judged_on(str(marked), settings, mine).rows.tolist() == [0, 5, 10, 15]
-    assert len(judged_on(str(plain), settings, mine)) == 40
+    mine, other = ({**describe_caches([Cache.open(path)]), "spec": Cache.open(path).spec} for path in (marked, plain))
+    assert evaluation_utterances(str(marked), settings, mine).rows.tolist() == [0, 5, 10, 15]
+    assert len(evaluation_utterances(str(plain), settings, mine)) == 40
     with pytest.raises(UserError, match="trained on every utterance"):
-        judged_on(str(plain), config(plain, eval_every=0), other)
+        evaluation_utterances(str(plain), config(plain, eval_every=0), other)
 
 
 def test_pad_puts_zeros_behind_and_masks_them():

@@ -14,10 +14,10 @@ from tiny_run import forget_after, losses, make_config, write_config
 from shards.errors import UserError
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 from train.config.train import TrainConfig
-from train.data.caches import needed, open_data
-from train.data.layers import Layers
+from train.data.caches import missing_extractions, open_data
+from train.data.layers import LayeredCaches
 from train.data.loader import LayeredStream
 from train.evaluation.run import evaluate_run
 from train.model.build import load_model
@@ -43,10 +43,10 @@ def opened(folder, *names):
 
 def test_channels_of_all_layers_stand_side_by_side_where_all_hold_the_utterance(folder):
     caches = opened(folder, "L2", "L4", "L6")
-    layers = Layers([caches])
+    layers = LayeredCaches([caches])
     assert (layers.count, layers.channels) == (3, 8)
-    assert np.flatnonzero(~layers.held).tolist() == [4]
-    for row in np.flatnonzero(layers.held).tolist():
+    assert np.flatnonzero(~layers.in_all_layers).tolist() == [4]
+    for row in np.flatnonzero(layers.in_all_layers).tolist():
         x = layers.features(row)
         assert x.dtype == np.float32
         key = caches[0].row(row)["key"]
@@ -61,8 +61,8 @@ def test_a_stream_of_layers_has_the_order_and_the_state_of_the_first_caches(fold
     make_cache(tmp_path / "L2", 6, layer=2, seed=3, prefix="other")
     make_cache(tmp_path / "L6", 6, layer=6, seed=3, prefix="other", codec="int8")
     corpora = [opened(folder, "L2", "L6"), opened(tmp_path, "L2", "L6")]
-    layers, rules = Layers(corpora), Rules(batch_size=4)
-    rows = np.flatnonzero(layers.held)
+    layers, rules = LayeredCaches(corpora), SamplerConfig(batch_size=4)
+    rows = np.flatnonzero(layers.in_all_layers)
 
     def stream():
         return FeatureStream([caches[0] for caches in corpora], rules, 0, rows=rows, epochs=1)
@@ -120,10 +120,10 @@ def test_a_mix_learns_in_front_of_any_projector_and_leaves_out_what_a_layer_lack
     assert (len(data.train_rows), len(data.held_out)) == (12, 3)
     assert 4 not in data.held_out.rows
     model = load_model(fit(config), config, torch.device("cpu"), torch.float32)
-    weights = model.projector.facts()["layer_weights"]
+    weights = model.projector.summary()["layer_weights"]
     assert sum(weights) == pytest.approx(1)
     assert max(weights) - min(weights) > 0.01
-    assert model.projector.mixer.normalise
+    assert model.projector.mixer.normalize
 
 
 @pytest.mark.slow
@@ -141,9 +141,9 @@ def test_layers_that_do_not_belong_together_are_refused(folder, tmp_path):
     make_cache(tmp_path / "o4", 4, layer=4, prefix="other")
     two, four = opened(folder, "L2", "L4")
     with pytest.raises(UserError, match=r"6 channels .* a mix is of layers of one width"):
-        Layers([[two, *opened(tmp_path, "wide")]])
+        LayeredCaches([[two, *opened(tmp_path, "wide")]])
     with pytest.raises(UserError, match="in the same order"):
-        Layers([[two, four], opened(tmp_path, "o4", "o2")])
+        LayeredCaches([[two, four], opened(tmp_path, "o4", "o2")])
 
 
 def test_a_config_names_as_many_layers_of_each_corpus_and_the_extraction_that_makes_them(tmp_path):
@@ -154,5 +154,5 @@ def test_a_config_names_as_many_layers_of_each_corpus_and_the_extraction_that_ma
     here = make_cache(tmp_path / "here", 4)
     entries = [[str(here), str(tmp_path / "gone")], [str(tmp_path / "x"), str(tmp_path / "y")]]
     config = TrainConfig.model_validate({"caches": entries, "extract": ["one.yaml", "two.yaml"]})
-    assert needed(config) == ["one.yaml", "two.yaml"]
+    assert missing_extractions(config) == ["one.yaml", "two.yaml"]
     assert config.layers == 2

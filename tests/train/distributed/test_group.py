@@ -21,7 +21,7 @@ from tiny_run import losses, make_config, write_config
 from train.evaluation.run import evaluate_run
 from train.model.checkpoint import checkpoints
 from train.runs.folder import run_config
-from train.runs.metrics_log import read_lines
+from train.runs.metrics_log import read_jsonl
 from train.trainer.trainer import fit
 
 # 9 training rows in batches of at most 2: in one batch of an epoch, one of two processes has nothing to do
@@ -77,7 +77,7 @@ def test_two_processes_under_torchrun_give_the_run_of_one(tmp_path, cache, alone
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
     for name in ("utterances", "n_val", "n_decoded", "steps"):
         assert two[name] == one[name], name
-    norms = [[line["grad_norm"] for line in read_lines(each / "metrics.jsonl")] for each in (alone, run)]
+    norms = [[line["grad_norm"] for line in read_jsonl(each / "metrics.jsonl")] for each in (alone, run)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
     assert out.count("first batch:") == out.count("report: ") == 1  # rank 0 alone speaks
     assert err == ""
@@ -226,7 +226,7 @@ def ranks_without_launcher(code: str) -> list[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 def test_what_one_rank_finds_wrong_rank_0_tells_and_all_leave(tmp_path):
-    code = """with group.together():
+    code = """with group.raise_on_all_ranks():
     if group.rank == 1:
         raise UserError("no cache here")"""
     ends = [(process.communicate(timeout=SECONDS)[1], process.returncode) for process in ranks_without_launcher(code)]
@@ -235,7 +235,7 @@ def test_what_one_rank_finds_wrong_rank_0_tells_and_all_leave(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_that_differ_in_a_fact_are_refused():
-    code = 'group.agree({"dtype": ["float32", "bfloat16"][group.rank]})'
+    code = 'group.assert_same({"dtype": ["float32", "bfloat16"][group.rank]})'
     ends = [(process.communicate(timeout=SECONDS)[1], process.returncode) for process in ranks_without_launcher(code)]
     assert "rank 1 has another dtype than rank 0 (bfloat16, not float32)" in ends[0][0]
     assert ends[1] == ("", 2)

@@ -87,7 +87,7 @@ def test_a_model_that_hears_another_utterance_gets_another_loss(world, model):
 
 
 def test_one_utterance_alone_has_no_other_audio(world, model):
-    result = evaluate(model, open_data(world[2]).held_out.first(1), EvalConfig(decode_limit=0))
+    result = evaluate(model, open_data(world[2]).held_out.subset(1), EvalConfig(decode_limit=0))
     assert result.val_loss_shuffled is None
     assert result.audio_gain is None
 

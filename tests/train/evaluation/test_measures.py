@@ -10,14 +10,14 @@ from tiny_lm import save_tiny_lm
 from tiny_run import make_config
 
 from train.data.caches import Utterances, open_data
-from train.distributed.group import Group
-from train.evaluation.batches import Reader
-from train.evaluation.embedding_space import look, nearest_tokens
+from train.distributed.group import ProcessGroup
+from train.evaluation.batches import UtteranceReader
+from train.evaluation.embedding_space import measure_embedding_space, nearest_tokens
 from train.evaluation.evaluate import EvalConfig, evaluate
 from train.evaluation.held_out_loss import text_only_losses
 from train.evaluation.retrieval import make_groups, retrieve
 from train.evaluation.run import evaluate_run
-from train.evaluation.silence import Silence, listen_to_silence
+from train.evaluation.silence import Silence, measure_hallucination
 from train.evaluation.utterance_table import read_utterances
 from train.model.audio_lm import ModelList
 from train.model.build import build_model
@@ -44,8 +44,8 @@ def model(config):
 
 
 @pytest.fixture
-def reader(held_out) -> Reader:
-    return Reader(held_out, 5, None, lambda: False, Group())
+def reader(held_out) -> UtteranceReader:
+    return UtteranceReader(held_out, 5, None, lambda: False, ProcessGroup())
 
 
 @pytest.fixture(scope="module")
@@ -66,39 +66,39 @@ def summary_of(run):
 def test_silence_is_judged_as_if_every_utterance_were_its_frames_of_it(config, held_out, model):
     result = evaluate(model, held_out, EvalConfig(decode_limit=0, complete=True, max_new_tokens=4))
     silence = np.zeros((1, 8), np.float32)
-    assert result.more["silence"].startswith("zeros: ")  # the tiny cache's encoder exists nowhere
+    assert result.extra_metrics["silence"].startswith("zeros: ")  # the tiny cache's encoder exists nowhere
     nats, tokens = 0.0, 0
     for text, frames in zip(*held_out.columns("text", "frames").values(), strict=True):
         features = torch.from_numpy(np.repeat(silence, frames, 0))[None]
         out = model.nll(features, torch.ones(1, frames, dtype=torch.bool), [text])
         nats, tokens = nats + float(out.nll.sum()), tokens + int(out.tokens.sum())
-    assert result.more["val_loss_silent"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert result.more["silent_gain"] == pytest.approx(nats / tokens - result.val_loss, rel=1e-4)
+    assert result.extra_metrics["val_loss_silent"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert result.extra_metrics["silent_gain"] == pytest.approx(nats / tokens - result.val_loss, rel=1e-4)
 
 
 def test_silence_longer_than_was_encoded_is_heard_again(model):
     silence = Silence(np.arange(6, dtype=np.float32).reshape(3, 2), "test")
-    assert silence.audio(2).tolist() == [[0, 1], [2, 3]]
-    assert silence.audio(4).tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
+    assert silence.features_of_length(2).tolist() == [[0, 1], [2, 3]]
+    assert silence.features_of_length(4).tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
 
 
 def test_text_alone_is_the_language_model_without_any_soft_token(model, reader):
     found = text_only_losses(ModelList([model]), reader)[0]
     hf = model.lm.model
     for index, text in enumerate(reader.texts):
-        ids = model.prompt.target(text)
+        ids = model.prompt.target_ids(text)
         read = torch.tensor([[model.lm.tokenizer.bos, *ids]])
         logits = hf(input_ids=read).logits[0, :-1].float()
         wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
         assert found.nll[index] == pytest.approx(float(wanted), rel=1e-4)
-    assert found.tokens.tolist() == [len(model.prompt.target(text)) for text in reader.texts]
+    assert found.tokens.tolist() == [len(model.prompt.target_ids(text)) for text in reader.texts]
 
 
 def test_the_share_of_silent_inputs_with_words_is_counted(model, reader, monkeypatch):
     said = ["go left", "", " … ", "no"]
     answer = lambda self, features, mask, most: [[said[len(mask) % 4]] * len(mask)]  # noqa: E731
     monkeypatch.setattr(ModelList, "generate", answer)
-    (found,) = listen_to_silence(ModelList([model]), reader, Silence(np.zeros((1, 8), np.float32), "test"), 4)
+    (found,) = measure_hallucination(ModelList([model]), reader, Silence(np.zeros((1, 8), np.float32), "test"), 4)
     lengths = min(16, len(set(reader.frames)))
     batches = [5] * (lengths // 5) + [lengths % 5] * bool(lengths % 5)
     spoken = sum(size for size in batches if said[size % 4].isascii() and said[size % 4])
@@ -125,16 +125,16 @@ class Oracle(torch.nn.Module):
     def __init__(self, model, frames_of):
         super().__init__()
         self.prompt, self.lm, self.soft_tokens = model.prompt, model.lm, model.soft_tokens
-        self.frames_of = frames_of
+        self.frame_counts = frames_of
 
-    def candidates(self, features, mask, texts):
-        return torch.tensor([float(self.frames_of[text] != int(mask.sum())) for text in texts])
+    def candidate_nll(self, features, mask, texts):
+        return torch.tensor([float(self.frame_counts[text] != int(mask.sum())) for text in texts])
 
 
 def test_a_model_that_knows_the_pairs_finds_all_and_a_deaf_one_finds_one_in_a_group(model, tmp_path):
     cache = make_cache(tmp_path / "cache", 60, min_frames=1, max_frames=900, seed=2)
     utterances = open_data(make_config(tmp_path, cache, "", val={"fraction": 0.9})).held_out
-    reader = Reader(utterances, 5, None, lambda: False, Group())
+    reader = UtteranceReader(utterances, 5, None, lambda: False, ProcessGroup())
     frames = {}  # one utterance a text and a length
     for index, text in enumerate(reader.texts):
         if reader.frames[index] not in frames.values():
@@ -145,11 +145,11 @@ def test_a_model_that_knows_the_pairs_finds_all_and_a_deaf_one_finds_one_in_a_gr
     assert (found.by_likelihood.mean, found.audio_by_likelihood.mean) == (1, 1)
     deaf = retrieve(Oracle(model, dict.fromkeys(frames, 0)), reader, chosen)
     assert deaf.audio_by_likelihood.mean == pytest.approx(1 / 16)
-    assert found.figures()["chance"] == 1 / 16
+    assert found.metrics()["chance"] == 1 / 16
 
 
 def test_retrieval_with_few_frames_at_a_time_finds_the_same(model, held_out):
-    narrow, wide = (Reader(held_out, 5, most, lambda: False, Group()) for most in (100, None))
+    narrow, wide = (UtteranceReader(held_out, 5, most, lambda: False, ProcessGroup()) for most in (100, None))
     for reader in (narrow, wide):
         reader.found = retrieve(model, reader, range(20))
     assert narrow.found == wide.found
@@ -162,10 +162,10 @@ def test_candidates_after_one_audio_cost_what_they_cost_alone(config, held_out, 
     features = torch.from_numpy(held_out.features(0)[None].copy())
     mask = torch.ones(features.shape[:2], dtype=torch.bool)
     texts = ["one", "", "turn left at the red light", "x"]
-    together = model.candidates(features, mask, texts)
+    together = model.candidate_nll(features, mask, texts)
     alone = [float(model.nll(features, mask, [text]).nll[0]) for text in texts]
     assert together.tolist() == pytest.approx(alone, rel=1e-4)
-    assert model.candidates(features, mask, [""]).tolist() == pytest.approx(alone[1:2], rel=1e-4)
+    assert model.candidate_nll(features, mask, [""]).tolist() == pytest.approx(alone[1:2], rel=1e-4)
 
 
 def test_the_nearest_tokens_of_embeddings_are_their_own_tokens(model):
@@ -176,7 +176,7 @@ def test_the_nearest_tokens_of_embeddings_are_their_own_tokens(model):
 
 
 def test_the_plane_is_that_of_the_two_main_components(model, reader):
-    tree = look(model, reader)
+    tree = measure_embedding_space(model, reader)
     plane = tree["plane"]
     points = np.array(
         [[x, y] for x, y, _ in plane["vocabulary"]] + [p for u in plane["utterances"] for p in u["points"]]
@@ -190,7 +190,7 @@ def test_the_plane_is_that_of_the_two_main_components(model, reader):
     assert frames[0] == min(reader.frames)
     assert frames[-1] == max(reader.frames)
     assert len(tree["tokens"]) == 4
-    assert look(model, reader) == tree
+    assert measure_embedding_space(model, reader) == tree
 
 
 def test_a_finished_run_holds_every_figure_with_its_interval(run):
@@ -244,14 +244,16 @@ def test_nanochat_is_judged_whole_with_its_soft_tokens_as_it_takes_them_in(confi
         nanochat.lm.gpt.lm_head.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
     whole = EvalConfig(decode_limit=0, max_new_tokens=4, complete=True, retrieval_limit=16)
     result = evaluate(nanochat, held_out, whole)
-    assert result.more["retrieval"]["candidates"] == 16
-    assert result.more["val_loss_text_only"] != result.val_loss
+    assert result.extra_metrics["retrieval"]["candidates"] == 16
+    assert result.extra_metrics["val_loss_text_only"] != result.val_loss
     soft = torch.randn(3, nanochat.lm.width)
-    assert nanochat.lm.enter(soft).square().mean(-1).tolist() == pytest.approx([1, 1, 1], rel=1e-3)
-    assert nearest_tokens(nanochat, nanochat.lm.enter(nanochat.lm.embed(torch.tensor([5]))))[0][1] == pytest.approx(1)
+    assert nanochat.lm.to_input_embeddings(soft).square().mean(-1).tolist() == pytest.approx([1, 1, 1], rel=1e-3)
+    assert nearest_tokens(nanochat, nanochat.lm.to_input_embeddings(nanochat.lm.embed(torch.tensor([5]))))[0][
+        1
+    ] == pytest.approx(1)
 
 
 def test_an_evaluation_on_the_way_leaves_the_costly_figures_out(model, held_out):
     result = evaluate(model, held_out, EvalConfig(decode_limit=0))
-    assert result.space is None
-    assert not {"val_loss_silent", "retrieval", "hallucination_rate"} & result.figures().keys()
+    assert result.embedding_space is None
+    assert not {"val_loss_silent", "retrieval", "hallucination_rate"} & result.metrics().keys()

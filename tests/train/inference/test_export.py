@@ -19,7 +19,7 @@ from tiny_run import make_config
 import train
 from shards.errors import UserError, run_command
 from train.__main__ import command
-from train.config.model import MlpConfig, OwnConfig
+from train.config.model import CustomConfig, MlpConfig
 from train.inference.export import export, load_projector, make_settings, write_projector
 from train.model.build import load_model
 from train.projectors import LayerMixer, MixedProjector, build_projector
@@ -39,7 +39,7 @@ class Mine(Projector):
         self.register_buffer("shift", torch.randn(width))
         self.fc2.weight.requires_grad = False
 
-    def initialise(self, generator):
+    def init_weights(self, generator):
         nn.init.normal_(self.fc1.weight, generator=generator)
         nn.init.zeros_(self.fc1.bias)
 
@@ -137,9 +137,9 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
-    def make(text: str) -> OwnConfig:
+    def make(text: str) -> CustomConfig:
         (tmp_path / "own_export.py").write_text(text)
-        return OwnConfig(kind="own_export:Mine", settings={"stack": 3})
+        return CustomConfig(kind="own_export:Mine", settings={"stack": 3})
 
     yield make
     sys.modules.pop("own_export", None)

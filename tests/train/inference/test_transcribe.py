@@ -19,9 +19,9 @@ from shards.errors import UserError, run_command
 from shards.read.cache import Cache
 from train.__main__ import command
 from train.data.caches import open_data
-from train.data.live import features_of, require_one_encoder, specs_of
-from train.inference.transcribe import Recording, Typist, transcribe
-from train.runs.folder import run_caches, run_config
+from train.data.live import encode_features, feature_specs, require_one_encoder
+from train.inference.transcribe import Recording, TokenWriter, transcribe
+from train.runs.folder import read_cache_info, run_config
 from train.trainer.trainer import fit
 
 SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last takes two windows
@@ -57,11 +57,11 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize("key", SAMPLES)
 def test_audio_becomes_the_very_features_that_extraction_stored(world, key):
     folder, _, run = world
-    about = run_caches(run)
+    about = read_cache_info(run)
     cache = Cache.open(about["caches"][0]["path"])
     row = cache.manifest["key"].to_pylist().index(key)
     encoder = open_encoder(about["spec"], about["encoder"])
-    ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, [about["spec"]])
+    ours = encode_features(decode((folder / f"{key}.wav").read_bytes()), encoder, [about["spec"]])
     assert ours.shape == (-(-SAMPLES[key] // 320), 32)
     assert np.array_equal(ours, cache.features(row))
 
@@ -73,14 +73,14 @@ def test_tight_features_are_extracted_checked_and_transcribed_alike(world, capsy
     profile = json.loads((folder / "profile.json").read_text())
     assert set(profile["stages"]) == {"read", "decode", "encode", "codec", "write", "commit"}
     assert "waited for" in capsys.readouterr().out
-    (path,) = set((folder / "caches").glob("*/*-L2-*")) - {Path(run_caches(world[2])["caches"][0]["path"])}
+    (path,) = set((folder / "caches").glob("*/*-L2-*")) - {Path(read_cache_info(world[2])["caches"][0]["path"])}
     cache = Cache.open(path)
     assert (cache.spec.window, cache.spec.margin) == ("tight", 1.0)
     assert run_command(pipeline_command, ["check", str(path)]) == 0
     assert "3 utterances compared, 0 above" in capsys.readouterr().out
     encoder = open_encoder(cache.spec, cache.info["provenance"]["encoder"]["reference"])
     for row, key in enumerate(cache.manifest["key"].to_pylist()):
-        ours = features_of(decode((folder / f"{key}.wav").read_bytes()), encoder, [cache.spec])
+        ours = encode_features(decode((folder / f"{key}.wav").read_bytes()), encoder, [cache.spec])
         assert np.array_equal(ours, cache.features(row))
     assert run_command(pipeline_command, [*settings, "trim=none"]) == 2
     assert "trim=valid" in capsys.readouterr().err
@@ -131,12 +131,12 @@ def test_what_standard_input_cannot_be_is_told(world, words, sentence, capsys):
 
 def test_half_a_character_waits_for_its_other_half():
     out = StringIO()
-    typist = Typist(out)
+    typist = TokenWriter(out)
     for text in ("a", "a \ufffd", "a é"):
         typist("x.wav", text)
         assert "\ufffd" not in out.getvalue()
-    typist.end("x.wav", "a é!")
-    typist.end("y.wav", "")
+    typist.finish("x.wav", "a é!")
+    typist.finish("y.wav", "")
     assert out.getvalue() == "x.wav\ta é!\ny.wav\t\n"
 
 
@@ -176,10 +176,10 @@ def test_a_run_on_several_layers_hears_them_in_one_pass_of_the_encoder(world, tm
     layers = [[f"{folder}/caches/*/*-L1-*", f"{folder}/caches/*/*-L2-*"]]
     keys = {"caches": layers, "val": config.val.model_copy(update={"caches": layers}), "runs": str(tmp_path)}
     run = fit(config.model_copy(update=keys))
-    about = run_caches(run)
-    specs = specs_of(about)
+    about = read_cache_info(run)
+    specs = feature_specs(about)
     encoder = open_encoder(specs[0], about["encoder"])
-    ours = features_of(decode((folder / "long.wav").read_bytes()), encoder, specs)
+    ours = encode_features(decode((folder / "long.wav").read_bytes()), encoder, specs)
     held_out = open_data(run_config(run)).held_out
     stored = held_out.features(held_out.columns("key")["key"].index("long"))
     assert np.array_equal(ours, stored)
@@ -187,4 +187,4 @@ def test_a_run_on_several_layers_hears_them_in_one_pass_of_the_encoder(world, tm
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}/short.wav\t")
     about["layers"][1]["tensors"] = "0" * 64
     with pytest.raises(UserError, match="several encoders"):
-        require_one_encoder(specs_of(about))
+        require_one_encoder(feature_specs(about))

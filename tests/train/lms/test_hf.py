@@ -8,13 +8,13 @@ from tiny_lm import save_tiny_lm, save_tiny_tokenizer
 
 from shards.errors import UserError
 from train.lms.base import LanguageModel
-from train.lms.hf.model import load_folder
-from train.lms.layout import lay_out
+from train.lms.hf.model import load_hf
 from train.lms.load import load_lm
+from train.lms.packing import pack_inputs
 
 
 def load(folder, *, dtype=torch.float32, train=False):
-    return load_folder(folder, reference="tiny", identity="tiny", device="cpu", dtype=dtype, train=train)
+    return load_hf(folder, reference="tiny", identity="tiny", device="cpu", dtype=dtype, train=train)
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +40,34 @@ def reference_nats(lm, soft, mask, before, after, targets):
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_rows_are_packed_without_gaps_and_padded_on_one_side(pad):
-    layout = lay_out(torch.tensor([3, 1, 4]), BEFORE, AFTER, TARGETS, pad=pad)
+    layout = pack_inputs(torch.tensor([3, 1, 4]), BEFORE, AFTER, TARGETS, pad=pad)
     for i in range(3):
         inputs = [*BEFORE[i], *[0] * [3, 1, 4][i], *AFTER[i], *TARGETS[i][:-1]]
         columns = layout.valid[i].nonzero()[:, 0]
         assert layout.ids[i][layout.valid[i]].tolist() == inputs
         assert columns.tolist() == list(range(columns[0], columns[0] + len(inputs)))
         assert columns[0] == 0 if pad == "right" else columns[-1] == layout.ids.shape[1] - 1
-        assert layout.last[i] == columns[-1]
-        assert layout.predicts[i].nonzero()[:, 0].tolist() == columns[-len(TARGETS[i]) :].tolist()
+        assert layout.last_positions[i] == columns[-1]
+        assert layout.predicts_target[i].nonzero()[:, 0].tolist() == columns[-len(TARGETS[i]) :].tolist()
     assert layout.targets.tolist() == [20, 21, 2, 22, 2, 2]
     assert layout.is_soft.sum(1).tolist() == [3, 1, 4]
 
 
 def test_a_row_that_nothing_could_predict_is_refused():
     with pytest.raises(ValueError, match="nothing to predict"):
-        lay_out(torch.tensor([0]), [[]], [[]], [[2]])
+        pack_inputs(torch.tensor([0]), [[]], [[]], [[2]])
 
 
 def test_batched_nats_equal_a_row_by_row_reference(lm):
     soft, mask = soft_batch()
     expected = reference_nats(lm, soft, mask, BEFORE, AFTER, TARGETS)
-    torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_valid_soft_tokens_and_nothing_of_a_frozen_model(lm):
     soft, mask = soft_batch()
     soft.requires_grad_()
-    lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
+    lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
     reached = soft.grad.abs().sum(-1) > 0
     assert torch.equal(reached, mask)
     assert all(p.grad is None for p in lm.parameters())
@@ -127,26 +127,26 @@ def test_embedding_rms_is_that_of_the_table(lm):
 def test_bfloat16_runs_near_float32(folder, lm):
     soft, mask = soft_batch()
     half = load(folder, dtype=torch.bfloat16)
-    nats = half.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
+    nats = half.target_nll(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
     assert nats.dtype == torch.float32
-    torch.testing.assert_close(nats, lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(nats, lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS), rtol=0.05, atol=0.05)
 
 
 def test_float32_attention_changes_a_bfloat16_model_no_more_than_rounding_does(folder):
     soft, mask = soft_batch()
     half = load(folder, dtype=torch.bfloat16)
     assert half.model.config._attn_implementation == "sdpa_float32"
-    fast = half.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
+    fast = half.target_nll(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
     assert len(half.generate(soft.bfloat16(), mask, BEFORE, AFTER, 3)) == 3
     half.model.set_attn_implementation("sdpa")
-    plain = half.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
+    plain = half.target_nll(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
     torch.testing.assert_close(fast, plain, rtol=0.03, atol=0.03)
 
 
 def test_a_training_model_keeps_float32_masters_and_gets_gradients(folder):
     lm = load(folder, dtype=torch.bfloat16, train=True)
     soft, mask = soft_batch()
-    lm.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS).sum().backward()
+    lm.target_nll(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS).sum().backward()
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
     assert all(p.grad is not None for p in lm.parameters())
     assert lm.generate(soft.bfloat16(), mask, BEFORE, AFTER, 2)
@@ -170,7 +170,7 @@ def test_a_softcapped_family_is_followed(tmp_path):
     lm = load(save_tiny_lm(tmp_path / "gemma", model=Gemma2ForCausalLM(config)))
     soft, mask = soft_batch()
     expected = reference_nats(lm, soft, mask, BEFORE, AFTER, TARGETS)
-    torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-4, atol=1e-4)
 
 
 def gemma(kind):
@@ -201,8 +201,8 @@ def test_soft_tokens_that_equal_scaled_embeddings_are_heard_as_those_tokens(scal
     mask = torch.arange(6) < torch.tensor([6, 1, 2])[:, None]
     soft = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     as_text = [[*b, *row] for b, row in zip(BEFORE, ids, strict=True)]
-    expected = scaled.target_nats(soft[:, :0], mask[:, :0], as_text, AFTER, TARGETS)
-    torch.testing.assert_close(scaled.target_nats(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-4, atol=1e-4)
+    expected = scaled.target_nll(soft[:, :0], mask[:, :0], as_text, AFTER, TARGETS)
+    torch.testing.assert_close(scaled.target_nll(soft, mask, BEFORE, AFTER, TARGETS), expected, rtol=1e-4, atol=1e-4)
     for i, row in enumerate(as_text):
         whole = torch.tensor([*row, *AFTER[i], *TARGETS[i]])
         logits = scaled.model(input_ids=whole[None]).logits[0, -len(TARGETS[i]) - 1 : -1]
@@ -226,10 +226,10 @@ def assert_candidates_cost_as_much_as_alone(lm):
         0.3 * torch.randn(9, 32, generator=torch.Generator().manual_seed(1)),
         [[4, 5, 6, 7, 8], [9], [9, 3]],
     )
-    found = lm.candidate_nats(soft, [30, 31], [7], candidates)
+    found = lm.candidate_nll(soft, [30, 31], [7], candidates)
     mask = torch.ones(1, 9, dtype=torch.bool)
     for nats, ids in zip(found, candidates, strict=True):
-        alone = lm.target_nats(soft[None], mask, [[30, 31]], [[7]], [ids])[0]
+        alone = lm.target_nll(soft[None], mask, [[30, 31]], [[7]], [ids])[0]
         torch.testing.assert_close(nats, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -262,7 +262,7 @@ def multiplied(kind):
 def test_a_family_that_multiplies_logits_or_embeddings_gives_its_own_logits(tmp_path, kind):
     lm = load(save_tiny_lm(tmp_path / kind, model=multiplied(kind)))
     ids, none = [[5, 6, 7], [8], [9, 10]], torch.zeros(3, 0, dtype=torch.bool)
-    nats = lm.target_nats(torch.zeros(3, 0, 32), none, ids, AFTER, TARGETS)
+    nats = lm.target_nll(torch.zeros(3, 0, 32), none, ids, AFTER, TARGETS)
     for i, text in enumerate(ids):
         whole = torch.tensor([*text, *AFTER[i], *TARGETS[i]])
         logits = lm.model(input_ids=whole[None]).logits[0, -len(TARGETS[i]) - 1 : -1].float()

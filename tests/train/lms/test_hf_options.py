@@ -56,7 +56,7 @@ def run(lm):
 
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        nats = lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS)
+        nats = lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS)
     nats.sum().backward()
     return nats.detach(), soft.grad, sum(size for size, _ in kept.values())
 
@@ -103,12 +103,12 @@ def test_logits_in_pieces_give_the_same_nats_and_gradients_and_are_never_there_a
     nats, grad, _ = run(lm)
     sizes, logits = [], lm.logits
     monkeypatch.setattr(lm, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
-    monkeypatch.setattr(train.lms.base, "LOGITS", 2 * lm.vocabulary + 1)
+    monkeypatch.setattr(train.lms.base, "MAX_LOGITS", 2 * lm.vocab_size + 1)
     nats_pieces, grad_pieces, _ = run(lm)
     torch.testing.assert_close(nats_pieces, nats)
     torch.testing.assert_close(grad_pieces, grad)
     assert max(sizes) == 2
-    monkeypatch.setattr(train.lms.base, "LOGITS", 1)
+    monkeypatch.setattr(train.lms.base, "MAX_LOGITS", 1)
     torch.testing.assert_close(run(lm)[0], nats)
 
 

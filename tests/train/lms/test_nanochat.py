@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from shards.errors import UserError
 from train.config.model import LmConfig
 from train.lms.base import LanguageModel
-from train.lms.layout import lay_out
 from train.lms.load import load_lm
 from train.lms.nanochat.config import EARLY_MARCH, FIRST, TODAY, Generation, GPTConfig
 from train.lms.nanochat.gpt import GPT
 from train.lms.nanochat.layers import windowed_attention
 from train.lms.nanochat.model import NanochatLanguageModel
 from train.lms.nanochat.tokenizers import ByteTokenizer
+from train.lms.packing import pack_inputs
 
 BEFORE, AFTER, TARGETS = [[], [], []], [[256], [256, 40], [256]], [[104, 105, 256], [97, 256], [256]]
 
@@ -23,7 +23,7 @@ def shaken(
 ) -> NanochatLanguageModel:
     """A nanochat whose zero-initialised parts have moved, so that every path has a voice."""
     gpt = GPT(config, generation)
-    gpt.initialise(seed)
+    gpt.init_weights(seed)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in gpt.parameters():
@@ -91,7 +91,7 @@ def literal_logits(gpt: GPT, audio: torch.Tensor, ids: list[int]) -> torch.Tenso
 
 def test_logits_follow_the_published_equations(lm):
     soft, mask = soft_batch()
-    got = lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS)
+    got = lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS)
     for i in range(3):
         ids = [*AFTER[i], *TARGETS[i]]
         logits = literal_logits(lm.gpt, soft[i][mask[i]], ids)
@@ -104,7 +104,7 @@ def test_the_short_window_is_cut_where_the_equations_cut_it():
     assert lm.gpt.config.windows() == [128, 160]
     soft, mask = soft_batch(lengths=(180,))
     ids = [256, 104, 105]
-    layout = lay_out(mask.sum(1), [[]], [ids])
+    layout = pack_inputs(mask.sum(1), [[]], [ids])
     logits = lm.logits(lm.hidden(layout, soft[mask])[0])
     torch.testing.assert_close(logits[180:], literal_logits(lm.gpt, soft[0], ids)[180:], rtol=1e-4, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_depth_gives_nanochats_widths_heads_and_windows():
 
 def test_random_start_is_nanochats():
     gpt = GPT(GPTConfig())
-    gpt.initialise(0)
+    gpt.init_weights(0)
     bound = (3 / 384) ** 0.5
     block = gpt.blocks[1]
     assert gpt.transformer.wte.weight.std().item() == pytest.approx(0.8, rel=0.02)
@@ -163,35 +163,35 @@ def test_the_same_seed_gives_the_same_model_and_identity():
 
 def test_padding_and_company_change_nothing(lm):
     soft, mask = soft_batch()
-    together = lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS)
+    together = lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS)
     for i in range(3):
-        alone = lm.target_nats(soft[i : i + 1], mask[i : i + 1], [BEFORE[i]], [AFTER[i]], [TARGETS[i]])
+        alone = lm.target_nll(soft[i : i + 1], mask[i : i + 1], [BEFORE[i]], [AFTER[i]], [TARGETS[i]])
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-5)
 
 
 def test_soft_tokens_are_rms_normed_on_entry(lm):
     soft, mask = soft_batch()
-    nats = lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS)
-    torch.testing.assert_close(lm.target_nats(7 * soft, mask, BEFORE, AFTER, TARGETS), nats, rtol=1e-4, atol=1e-4)
+    nats = lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS)
+    torch.testing.assert_close(lm.target_nll(7 * soft, mask, BEFORE, AFTER, TARGETS), nats, rtol=1e-4, atol=1e-4)
 
 
 def test_text_before_the_audio_is_one_smear_chain_with_the_text_after(lm):
     soft, mask = soft_batch(lengths=(3,))
-    layout = lay_out(mask.sum(1), [[50, 51]], [[52]])
+    layout = pack_inputs(mask.sum(1), [[50, 51]], [[52]])
     _, chain = lm.gpt._smear(layout, torch.float32)
-    _, straight = lm.gpt._smear(lay_out(torch.tensor([0]), [[50, 51, 52]], [[]]), torch.float32)
+    _, straight = lm.gpt._smear(pack_inputs(torch.tensor([0]), [[50, 51, 52]], [[]]), torch.float32)
     torch.testing.assert_close(chain, straight)
-    assert torch.isfinite(lm.target_nats(soft, mask, [[50, 51]], [[52]], [[256]])).all()
+    assert torch.isfinite(lm.target_nll(soft, mask, [[50, 51]], [[52]], [[256]])).all()
 
 
 def test_frozen_gradients_reach_soft_tokens_alone_and_training_ones_every_parameter(lm):
     soft, mask = soft_batch()
     soft.requires_grad_()
-    lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
+    lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
     assert torch.equal(soft.grad.abs().sum(-1) > 0, mask)
     assert all(p.grad is None for p in lm.parameters())
     training = shaken(lm.gpt.config, train=True)
-    training.target_nats(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
+    training.target_nll(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in training.parameters())
 
 
@@ -211,14 +211,14 @@ def test_generation_is_the_argmax_of_the_equations(lm):
 def test_a_bfloat16_run_keeps_float32_masters():
     lm = load_lm("nanochat:d1", device="cpu", dtype=torch.bfloat16, train=True)
     soft, mask = soft_batch(width=64)
-    nats = lm.target_nats(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
+    nats = lm.target_nll(soft.bfloat16(), mask, BEFORE, AFTER, TARGETS)
     assert nats.dtype == torch.float32
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
 
 
 def test_a_random_model_costs_the_logarithm_of_its_vocabulary():
     lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32)
-    nats = lm.target_nats(*soft_batch(width=64), BEFORE, AFTER, TARGETS)
+    nats = lm.target_nll(*soft_batch(width=64), BEFORE, AFTER, TARGETS)
     torch.testing.assert_close(nats / torch.tensor([3.0, 2.0, 1.0]), torch.full((3,), 5.549), rtol=0.01, atol=0.05)
 
 
@@ -231,7 +231,7 @@ def test_bytes_round_trip_and_decoding_tolerates_what_is_no_text():
 
 def test_a_row_beyond_the_rotary_tables_is_refused(lm):
     with pytest.raises(UserError, match="drop long utterances"):
-        lm.target_nats(*soft_batch(lengths=(170,)), [[]], [[256]], [[256]])
+        lm.target_nll(*soft_batch(lengths=(170,)), [[]], [[256]], [[256]])
 
 
 @pytest.mark.parametrize("reference", ["nanochat:6", "nanochat:d0", "nanochat:d6-h7", "nanochat:/no/folder"])
@@ -253,7 +253,7 @@ def test_the_head_size_can_be_named():
 def test_cached_decoding_behind_audio_equals_uncached(generation, value, before, after):
     config = GPTConfig(sequence_len=16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
     lm = shaken(config, generation=generation)
-    lm.gpt.audio_value, lm.gpt.bos = value, 256
+    lm.gpt.audio_value_embedding, lm.gpt.bos = value, 256
     soft, mask = soft_batch(lengths=(9, 1, 24))
     lm.tokenizer.eos = -1  # every row decodes to the end: beyond the windows, each from a length of its own
     expected = LanguageModel.generate(lm, soft, mask, before, after, 12)
@@ -264,14 +264,14 @@ def test_cached_decoding_behind_audio_equals_uncached(generation, value, before,
 def test_each_cached_step_gives_the_hidden_state_of_the_whole_row():
     lm = shaken(GPTConfig(sequence_len=160, n_layer=3, n_head=4, n_kv_head=2, n_embd=32))
     soft, mask = soft_batch(lengths=(150, 3))
-    layout, tokens = lay_out(mask.sum(1), [[9], []], [[256], [8, 9]]), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-    cache = lm.gpt.cache(2, 160, torch.float32)
+    layout, tokens = pack_inputs(mask.sum(1), [[9], []], [[256], [8, 9]]), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    cache = lm.gpt.new_cache(2, 160, torch.float32)
     lm.gpt(layout, soft[mask], torch.float32, cache)
     for t in range(4):
-        got = lm.gpt.step(tokens[:, t], cache, torch.float32)
+        got = lm.gpt.decode_step(tokens[:, t], cache, torch.float32)
         rows = [[256, *tokens[0, : t + 1].tolist()], [8, 9, *tokens[1, : t + 1].tolist()]]
-        whole = lay_out(mask.sum(1), [[9], []], rows)
-        expected = lm.gpt(whole, soft[mask], torch.float32)[torch.arange(2), whole.last]
+        whole = pack_inputs(mask.sum(1), [[9], []], rows)
+        expected = lm.gpt(whole, soft[mask], torch.float32)[torch.arange(2), whole.last_positions]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -293,27 +293,27 @@ def test_value_embeddings_on_audio_positions_can_be_those_of_bos_or_none(lm):
     nats = {}
     try:
         for value in ("id0", "zero", "bos"):
-            lm.gpt.audio_value, lm.gpt.bos = value, 256
-            nats[value] = lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS)
+            lm.gpt.audio_value_embedding, lm.gpt.bos = value, 256
+            nats[value] = lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS)
         lm.gpt.bos = 0
-        torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), nats["id0"])
-        lm.gpt.audio_value = "id0"
+        torch.testing.assert_close(lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS), nats["id0"])
+        lm.gpt.audio_value_embedding = "id0"
         kept = {name: table.weight[0].clone() for name, table in lm.gpt.value_embeds.items()}
         with torch.no_grad():
             for table in lm.gpt.value_embeds.values():
                 table.weight[0] = 0
-        torch.testing.assert_close(lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS), nats["zero"])
+        torch.testing.assert_close(lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS), nats["zero"])
         with torch.no_grad():
             for name, table in lm.gpt.value_embeds.items():
                 table.weight[0] = kept[name]
     finally:
-        lm.gpt.audio_value = "id0"
+        lm.gpt.audio_value_embedding = "id0"
     assert len({round(float(x.sum()), 4) for x in nats.values()}) == 3
 
 
 def test_the_value_on_audio_positions_is_a_setting_of_nanochat_alone(tmp_path):
     lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32, options=LmConfig(audio_value_embedding="bos"))
-    assert (lm.gpt.audio_value, lm.gpt.bos) == ("bos", 256)
+    assert (lm.gpt.audio_value_embedding, lm.gpt.bos) == ("bos", 256)
     with pytest.raises(UserError, match="only nanochat models have them"):
         load_lm(f"path:{tmp_path}", device="cpu", dtype=torch.float32, options=LmConfig(audio_value_embedding="bos"))
 

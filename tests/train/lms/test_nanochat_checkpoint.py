@@ -63,7 +63,7 @@ def load(place, **keys):
 
 def nats(lm, width=32):
     soft = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
-    return lm.target_nats(soft, torch.tensor([[1, 1, 1], [1, 0, 0]]).bool(), [[257], []], [[5], [6]], [[7, 257], [257]])
+    return lm.target_nll(soft, torch.tensor([[1, 1, 1], [1, 0, 0]]).bool(), [[257], []], [[5], [6]], [[7, 257], [257]])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny_lm import save_tiny_lm
 
 from train.config.model import MlpConfig, PromptConfig, ResidualConfig
-from train.lms.hf.model import load_folder
+from train.lms.hf.model import load_hf
 from train.lms.load import load_lm
 from train.model.audio_lm import AudioLM
 from train.model.prompt import Prompt
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def audio_lm(folder, projector=PROJECTORS[0], template="slam", dtype=torch.float32, train=False, lm=None):
-    lm = lm or load_folder(folder, reference="tiny", identity="tiny", device="cpu", dtype=dtype, train=train)
+    lm = lm or load_hf(folder, reference="tiny", identity="tiny", device="cpu", dtype=dtype, train=train)
     built = build_projector(projector, 6, lm.width, 1.0)
     return AudioLM(built, lm, Prompt(PromptConfig(template=template), lm.tokenizer))
 
@@ -43,9 +43,9 @@ def test_nats_match_an_unbatched_loop_over_the_lms_own_forward(folder, projector
     embed = model.lm.model.get_input_embeddings()
     for i, text in enumerate(TEXTS):
         soft, _ = model.projector(features[i : i + 1, : LENGTHS[i]], mask[i : i + 1, : LENGTHS[i]])
-        ids = model.prompt.target(text)
-        tail = embed(torch.tensor([*model.prompt.after, *ids]))
-        x = torch.cat([embed(torch.tensor(model.prompt.before).long()), soft[0], tail])[None]
+        ids = model.prompt.target_ids(text)
+        tail = embed(torch.tensor([*model.prompt.suffix, *ids]))
+        x = torch.cat([embed(torch.tensor(model.prompt.prefix).long()), soft[0], tail])[None]
         logits = model.lm.model(inputs_embeds=x).logits[0, -len(ids) - 1 : -1]
         expected = F.cross_entropy(logits, torch.tensor(ids), reduction="sum")
         torch.testing.assert_close(out.nll[i], expected, rtol=1e-5, atol=1e-5)
@@ -97,8 +97,8 @@ def test_generate_equals_uncached_argmax_step_by_step(folder, template):
         soft, _ = model.projector(features[i : i + 1, : LENGTHS[i]], mask[i : i + 1, : LENGTHS[i]])
         ids: list[int] = []
         while len(ids) < 10 and tokenizer.eos not in ids:
-            tail = embed(torch.tensor([*model.prompt.after, *ids]).long())
-            x = torch.cat([embed(torch.tensor(model.prompt.before).long()), soft[0], tail])[None]
+            tail = embed(torch.tensor([*model.prompt.suffix, *ids]).long())
+            x = torch.cat([embed(torch.tensor(model.prompt.prefix).long()), soft[0], tail])[None]
             ids.append(int(model.lm.model(inputs_embeds=x).logits[0, -1].argmax()))
         assert got[i] == tokenizer.decode(ids)
 

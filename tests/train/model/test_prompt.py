@@ -23,13 +23,13 @@ def tokenizer(tmp_path_factory):
 
 
 def words(prompt, tokenizer):
-    return tokenizer.decode(prompt.before), tokenizer.decode(prompt.after)
+    return tokenizer.decode(prompt.prefix), tokenizer.decode(prompt.suffix)
 
 
 def test_plain_is_audio_and_then_the_text(tokenizer):
     prompt = Prompt(PromptConfig(), tokenizer)
-    assert (prompt.before, prompt.after) == ([], [])
-    assert prompt.target("six") == [*tokenizer.encode("six"), tokenizer.eos]
+    assert (prompt.prefix, prompt.suffix) == ([], [])
+    assert prompt.target_ids("six") == [*tokenizer.encode("six"), tokenizer.eos]
 
 
 def test_slam_is_its_template(tokenizer):
@@ -40,8 +40,8 @@ def test_slam_is_its_template(tokenizer):
 def test_chat_puts_the_audio_in_the_user_turn_with_the_models_own_special_tokens(tokenizer):
     prompt = Prompt(PromptConfig(template="chat", instruction="Write."), tokenizer)
     assert prompt.text == "<|im_start|>user\nWrite.\n<|audio|><|im_end|>\n<|im_start|>assistant\n"
-    assert prompt.before == [1, *tokenizer.encode("user\nWrite.\n")]
-    assert prompt.after == [2, *tokenizer.encode("\n"), 1, *tokenizer.encode("assistant\n")]
+    assert prompt.prefix == [1, *tokenizer.encode("user\nWrite.\n")]
+    assert prompt.suffix == [2, *tokenizer.encode("\n"), 1, *tokenizer.encode("assistant\n")]
 
 
 def test_chat_without_an_instruction_is_the_audio_alone(tokenizer):
@@ -82,17 +82,17 @@ def test_the_last_texts_are_tokenised_once_and_their_ids_cannot_be_spoilt(monkey
             return super().encode(text, special)
 
     prompt = Prompt(PromptConfig(), Counting())
-    prompt.target("six").append(99)
-    assert prompt.target("six") == [*b"six", 256]
+    prompt.target_ids("six").append(99)
+    assert prompt.target_ids("six") == [*b"six", 256]
     assert calls == ["six"]
     for text in ("one", "two", "six"):
-        prompt.target(text)
+        prompt.target_ids(text)
     assert calls == ["six", "one", "two", "six"]
 
 
 def test_bytes_know_a_written_bos_in_the_template():
     prompt = Prompt(PromptConfig(template="<|audio|><|bos|>"), ByteTokenizer())
-    assert prompt.after == [256]
+    assert prompt.suffix == [256]
 
 
 def test_options_and_prompt_are_imported_without_torch():

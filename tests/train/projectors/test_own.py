@@ -132,5 +132,5 @@ def test_a_mixed_projector_hands_on_the_losses_of_the_one_it_holds():
 
 def test_the_same_seed_starts_a_mixed_projector_as_the_one_it_holds():
     mixed, alone = MixedProjector(LayerMixer(2), build(LinearConfig(hidden=24), seed=1)), build(LinearConfig(hidden=24))
-    mixed.initialise(torch.Generator().manual_seed(0))
+    mixed.init_weights(torch.Generator().manual_seed(0))
     assert torch.equal(mixed.projector.fc1.weight, alone.fc1.weight)

@@ -19,14 +19,14 @@ from train.config.model import (
     TransformerConfig,
 )
 from train.projectors import build_projector
-from train.projectors.mlp import Mlp, Residual
+from train.projectors.mlp import MlpProjector, ResidualProjector
 
 IDS = [f"{i}-{c.kind}-{c.norm}" for i, c in enumerate(CONFIGS)]
 
 
 def test_w1_mlp_has_its_exact_start_and_parameter_count():
     projector = build_projector(MlpConfig(), 512, 384, 1.0)
-    assert isinstance(projector, Mlp)
+    assert isinstance(projector, MlpProjector)
     assert {name: tuple(p.shape) for name, p in projector.named_parameters()} == {
         "fc1.weight": (384, 512),
         "fc2.weight": (384, 384),
@@ -39,13 +39,13 @@ def test_w1_mlp_has_its_exact_start_and_parameter_count():
 
 def test_fc2_starts_small_and_not_zero_behind_an_output_norm():
     projector = build(MlpConfig(norm="rms", hidden=512))
-    assert isinstance(projector, Mlp)
+    assert isinstance(projector, MlpProjector)
     assert projector.fc2.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_residual_starts_as_tiny_audio_does():
     projector = build_projector(ResidualConfig(), 128, 64, 1.0)
-    assert isinstance(projector, Residual)
+    assert isinstance(projector, ResidualProjector)
     assert projector.fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for block in projector.blocks:
         assert block.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)

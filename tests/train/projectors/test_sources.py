@@ -18,7 +18,7 @@ from train.config.model import (
     TransformerConfig,
 )
 from train.projectors import build_projector
-from train.projectors.transformer import positions
+from train.projectors.transformer import sinusoidal_positions
 
 C, D = 12, 16
 
@@ -180,7 +180,7 @@ def test_mlp_of_four_frames_is_voxtrals():
 def test_transformer_layers_are_pytorchs_pre_norm_layers():
     projector = build(TransformerConfig(hidden=32, heads=4))
     x, soft = run(projector, 12)
-    h = projector.fc1(x.view(2, 3, 4 * C)) + positions(3, 32, x.device)
+    h = projector.fc1(x.view(2, 3, 4 * C)) + sinusoidal_positions(3, 32, x.device)
     for ours in projector.layers:
         layer = nn.TransformerEncoderLayer(32, 4, 128, 0.0, F.gelu, batch_first=True, norm_first=True)
         a = ours.attention
@@ -197,7 +197,7 @@ def test_transformer_layers_are_pytorchs_pre_norm_layers():
 
 
 def test_positions_are_sines_and_cosines_of_falling_frequency():
-    table = positions(3, 4, torch.device("cpu"))
+    table = sinusoidal_positions(3, 4, torch.device("cpu"))
     torch.testing.assert_close(
         table[2],
         torch.tensor([2.0, 2.0, 0.02, 0.02])

@@ -12,7 +12,7 @@ from tiny_lm import save_tiny_lm
 from tiny_run import make_config
 
 from train.evaluation.run import evaluate_run
-from train.report import experiments, write_report, write_sweep_report
+from train.report import experiment_folders, write_report, write_sweep_report
 from train.trainer.trainer import fit
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path (Debian: apt install chromium)")
@@ -160,4 +160,4 @@ def test_silence_of_a_real_cache_is_its_encoders_own(sweep):
 
 
 def test_experiments_stand_in_the_order_of_the_sweep(sweep):
-    assert [folder.name for folder in experiments(sweep)] == ["slow", "fast"]
+    assert [folder.name for folder in experiment_folders(sweep)] == ["slow", "fast"]

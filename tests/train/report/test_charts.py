@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.report.charts import LEFT, MOST_POINTS, RIGHT, WIDTH, Cloud, Curve, chart, scatter, smooth, ticks
+from train.report.charts import LEFT, MAX_POINTS, RIGHT, WIDTH, Cloud, Curve, chart, scatter, smooth, ticks
 
 numbers = st.floats(-1e6, 1e6)
 
@@ -40,7 +40,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_end():
     line = ElementTree.fromstring(f"<div>{drawing}</div>").find("figure/svg/polyline")
     assert line is not None
     places = line.get("points", "").split()
-    assert len(places) <= MOST_POINTS + 1
+    assert len(places) <= MAX_POINTS + 1
     assert places[-1].startswith(f"{WIDTH - RIGHT}")
 
 

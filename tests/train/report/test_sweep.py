@@ -11,9 +11,9 @@ from tiny_cache import make_cache, make_spec
 from shards.errors import UserError
 from train.__main__ import command
 from train.evaluation.utterance_table import utterance_table, write_utterances
-from train.report import experiments, is_sweep, write_report, write_sweep_report
+from train.report import experiment_folders, is_sweep, write_report, write_sweep_report
 from train.report.audio import recordings
-from train.report.page import marked
+from train.report.page import mark_differences
 from train.report.run_files import RunFiles
 
 
@@ -92,9 +92,9 @@ def test_a_sweep_shows_what_differs_and_the_same_utterance_decoded_by_each(sweep
 
 
 def test_the_order_is_that_of_the_sweeps_own_file(sweep):
-    assert [path.name for path in experiments(sweep)] == ["alpha", "beta", "gamma"]
+    assert [path.name for path in experiment_folders(sweep)] == ["alpha", "beta", "gamma"]
     (sweep / "sweep.json").write_text(json.dumps({"experiments": [{"name": "gamma"}, {"name": "beta"}]}))
-    assert [path.name for path in experiments(sweep)] == ["gamma", "beta", "alpha"]
+    assert [path.name for path in experiment_folders(sweep)] == ["gamma", "beta", "alpha"]
 
 
 def test_the_command_tells_a_sweep_from_a_run(sweep, tmp_path, capsys):
@@ -130,18 +130,18 @@ def test_a_source_that_is_gone_is_told_in_a_sentence(tmp_path):
 
 
 def test_words_that_differ_are_marked_on_both_sides():
-    assert marked("Turn left, now", "turn right now please") == (
+    assert mark_differences("Turn left, now", "turn right now please") == (
         "Turn <del>left,</del> now",
         "turn <ins>right</ins> now <ins>please</ins>",
     )
-    assert marked("a <b>", "") == ("<del>a &lt;b&gt;</del>", "–")
+    assert mark_differences("a <b>", "") == ("<del>a &lt;b&gt;</del>", "–")
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_marks_add_and_lose_no_word(reference, hypothesis):
     from html import unescape
 
-    for text, found in zip((reference, hypothesis), marked(reference, hypothesis), strict=True):
+    for text, found in zip((reference, hypothesis), mark_differences(reference, hypothesis), strict=True):
         plain = str(found).replace("<del>", "").replace("</del>", "").replace("<ins>", "").replace("</ins>", "")
         if text.split():
             assert unescape(plain).split() == text.split()

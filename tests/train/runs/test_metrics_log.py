@@ -7,13 +7,13 @@ import sys
 
 from tiny_step import step_metrics
 
-from train.runs.metrics_log import MetricsLogger, read_lines
+from train.runs.metrics_log import MetricsLogger, read_jsonl
 
 
 def test_lines_are_on_disk_at_once_and_floats_come_back_to_the_last_bit(tmp_path):
     with MetricsLogger(tmp_path, 3) as logger:
         logger.log_step(step_metrics(1), 10.0)
-        assert read_lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1 / 3
+        assert read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == 1 / 3
 
 
 def test_a_resumed_logger_drops_what_came_after_the_checkpoint(tmp_path):
@@ -25,14 +25,14 @@ def test_a_resumed_logger_drops_what_came_after_the_checkpoint(tmp_path):
         logger.log_evaluation(4, record)
     with MetricsLogger(tmp_path, 9, step=4, evaluated=2) as logger:
         logger.log_step(step_metrics(5), 10.0)
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert [line["step"] for line in read_lines(tmp_path / "evaluations.jsonl")] == [2]
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_jsonl(tmp_path / "evaluations.jsonl")] == [2]
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(step_metrics(1).record()) + "\n" + json.dumps(step_metrics(2).record())[:-5])
-    assert [line["step"] for line in read_lines(path)] == [1]
+    assert [line["step"] for line in read_jsonl(path)] == [1]
 
 
 def test_a_log_gets_lines_and_no_bar(tmp_path, capsys):

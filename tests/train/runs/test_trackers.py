@@ -11,8 +11,8 @@ from tiny_run import forget_after, losses, make_config
 
 from shards.errors import UserError
 from train.config.train import TrainConfig
-from train.runs import trackers as outlets
-from train.runs.trackers import Outlets, project_of, require_trackers
+from train.runs import trackers
+from train.runs.trackers import Trackers, require_trackers, wandb_project
 from train.trainer.trainer import fit
 
 KEYS = {"checkpoint_every": 4, "eval_every": 4, "decode_samples": 0}
@@ -72,9 +72,9 @@ def test_an_outlet_that_fails_in_a_run_is_told_and_the_run_and_the_others_go_on(
             self.steps.append("closed")
 
     bad, good = Fake("wandb", 3), Fake("tensorboard", None)
-    monkeypatch.setattr(outlets, "require_trackers", lambda config: None)
+    monkeypatch.setattr(trackers, "require_trackers", lambda config: None)
     monkeypatch.setattr("train.trainer.trainer.require_trackers", lambda config: None)
-    monkeypatch.setattr("train.trainer.trainer.open_outlets", lambda *_: Outlets([bad, good]))
+    monkeypatch.setattr("train.trainer.trainer.open_trackers", lambda *_: Trackers([bad, good]))
     run = fit(make_config(tmp_path, cache, "nanochat:d1", eval_every=0, trackers=["wandb", "tensorboard"]))
     assert len(losses(run)) == 8
     assert [step for step, _ in bad.steps] == [1, 2]
@@ -87,7 +87,7 @@ def test_an_outlet_that_fails_in_a_run_is_told_and_the_run_and_the_others_go_on(
 
 
 def test_a_library_that_is_not_installed_is_told_before_a_folder_is_made(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(outlets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     for name in ("wandb", "tensorboard"):
         config = make_config(tmp_path, cache, "nanochat:d1", trackers=[name])
         with pytest.raises(
@@ -102,9 +102,9 @@ def test_an_outlet_that_does_not_start_says_how_to_go_on(tmp_path, cache, monkey
     def fails(*_):
         raise RuntimeError("no API key")
 
-    monkeypatch.setattr(outlets, "require_trackers", lambda config: None)
+    monkeypatch.setattr(trackers, "require_trackers", lambda config: None)
     monkeypatch.setattr("train.trainer.trainer.require_trackers", lambda config: None)
-    monkeypatch.setattr(outlets, "Wandb", fails)
+    monkeypatch.setattr(trackers, "Wandb", fails)
     config = make_config(tmp_path, cache, "nanochat:d1", eval_every=0, trackers=["wandb"])
     with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline.*--resume .* 'trackers=\[\]'"):
         fit(config)
@@ -114,7 +114,7 @@ def test_an_outlet_that_does_not_start_says_how_to_go_on(tmp_path, cache, monkey
 
 def test_the_project_of_a_nanochat_run_is_the_nanochat_omni_audio_one():
     def project(**keys):
-        return project_of(TrainConfig.model_validate({"caches": "a", **keys}))
+        return wandb_project(TrainConfig.model_validate({"caches": "a", **keys}))
 
     assert project(lm={"model": "nanochat:d6"}) == "nanochat-omni-audio"
     assert project() == "earshard"

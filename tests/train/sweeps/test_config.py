@@ -10,7 +10,7 @@ import yaml
 from shards.errors import UserError
 from train.__main__ import command
 from train.sweeps.config import SweepConfig, experiments, load_sweep
-from train.sweeps.group import groups
+from train.sweeps.group import group_experiments
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BASE = {"caches": ["some/cache"], "steps": 10}
@@ -134,7 +134,7 @@ def test_the_base_may_be_a_file_whose_keys_the_command_line_changes(tmp_path):
 
 def test_experiments_that_share_data_order_and_language_model_form_a_group():
     def count(**grid: list[Any]) -> list[int]:
-        return [len(part) for part in groups(experiments(sweep(grid=grid)), None)]
+        return [len(part) for part in group_experiments(experiments(sweep(grid=grid)), None)]
 
     assert count(lr=[1, 2], projector=[{"kind": "mlp"}, {"kind": "pool"}], steps=[1, 2], ema_decay=[0, 0.5]) == [16]
     assert count(seed=[1, 2]) == [1, 1]
@@ -143,7 +143,7 @@ def test_experiments_that_share_data_order_and_language_model_form_a_group():
     assert count(caches=["a", "b"], lr=[1, 2]) == [2, 2]
     assert count(**{"lm.train": [True]}, lr=[1, 2]) == [1, 1]
     assert count(**{"lm.model": ["nanochat:d1"]}, seed=[1, 2], data_seed=[0]) == [1, 1]
-    assert [len(part) for part in groups(experiments(sweep(grid={"lr": [1, 2, 3]})), 2)] == [2, 1]
+    assert [len(part) for part in group_experiments(experiments(sweep(grid={"lr": [1, 2, 3]})), 2)] == [2, 1]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
@@ -152,7 +152,7 @@ def test_the_committed_sweeps_are_valid(file, monkeypatch):
     config = load_sweep(str(file))
     if config.search is None:
         found = experiments(config)
-        assert len(groups(found, None)) == 1
+        assert len(group_experiments(found, None)) == 1
         assert len(found) >= 6
 
 

@@ -23,9 +23,9 @@ from train.evaluation.bootstrap import paired_difference
 from train.evaluation.run import evaluate_run
 from train.evaluation.utterance_table import read_utterances
 from train.runs.folder import read_json, run_config
-from train.runs.metrics_log import read_lines
+from train.runs.metrics_log import read_jsonl
 from train.sweeps.config import SweepConfig, experiments
-from train.sweeps.group import groups
+from train.sweeps.group import group_experiments
 from train.sweeps.sweep import run_sweep
 from train.trainer.trainer import Interrupted, fit
 
@@ -55,7 +55,7 @@ def whole(tmp_path_factory, cache, lm):
 
 def test_with_separate_passes_every_experiment_equals_its_run_alone_bit_for_bit(whole):
     config, folder, alone = whole
-    assert len(groups(experiments(config), None)) == 1
+    assert len(group_experiments(experiments(config), None)) == 1
     for name, run in alone.items():
         same_run(folder / name, run)
     assert len(losses(folder / "short")) == 4
@@ -101,7 +101,7 @@ def test_a_routers_losses_and_the_use_of_its_experts_are_told_as_by_a_run_alone(
         r"step +3/3  top2 [\d.]+ \(balance \S+, router_z \S+\)  dense [\d.]+  mlp", capsys.readouterr().out
     )
     for name, run in run_alone(config, tmp_path).items():
-        ours, theirs = (read_lines(each / "metrics.jsonl") for each in (folder / name, run))
+        ours, theirs = (read_jsonl(each / "metrics.jsonl") for each in (folder / name, run))
         told = {key for key in theirs[0] if key in ("balance", "router_z") or key.startswith("expert_use_")}
         assert len(told) == {"top2": 6, "dense": 4, "mlp": 0}[name]
         for mine, alone in zip(ours, theirs, strict=True):
@@ -146,11 +146,11 @@ def test_every_experiment_is_a_run_that_the_other_commands_take(whole, capsys):
 
 
 def test_the_table_is_sorted_by_held_out_loss_with_paired_differences_to_the_first(whole):
-    from train.sweeps.results import table
+    from train.sweeps.results import format_table
 
     _, folder, _ = whole
     state = read_json(folder / "sweep.json")
-    lines = table(state).splitlines()
+    lines = format_table(state).splitlines()
     losses_shown = [float(line.split()[1]) for line in lines[1:-1]]
     assert lines[-1].split()[:2] == ["distilled", "–"]  # was not judged
     assert losses_shown == sorted(losses_shown)

@@ -10,7 +10,7 @@ from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config
 from torch import nn
 
-from train.runs.metrics_log import read_lines
+from train.runs.metrics_log import read_jsonl
 from train.trainer.early_stopping import EarlyStopping
 from train.trainer.trainer import fit
 
@@ -23,7 +23,7 @@ def test_the_best_weights_are_kept_and_two_worse_evaluations_end_it():
         parameter.data.fill_(step)
         stopping.update(loss, step, {"p": parameter})
     assert stopping.should_stop
-    assert (stopping.loss, stopping.step, stopping.best["p"].item()) == (1.9, 3, 3)
+    assert (stopping.best_loss, stopping.best_step, stopping.best_weights["p"].item()) == (1.9, 3, 3)
 
 
 def test_without_patience_nothing_is_kept():
@@ -31,7 +31,7 @@ def test_without_patience_nothing_is_kept():
     for loss in (1.0, 2.0, 3.0):
         stopping.update(loss, 1, {"p": nn.Parameter(torch.zeros(1))})
     assert not stopping.should_stop
-    assert not stopping.best
+    assert not stopping.best_weights
 
 
 def test_a_run_that_gets_worse_ends_early_with_its_best_weights_and_so_does_its_resumption(tmp_path):
@@ -42,7 +42,7 @@ def test_a_run_that_gets_worse_ends_early_with_its_best_weights_and_so_does_its_
     summary = json.loads((run / "summary.json").read_text())
     steps, best = summary["steps"], summary["best_step"]
     assert steps == len(losses(run)) == best + 4 < 200
-    judged = {line["step"]: line["val_loss"] for line in read_lines(run / "evaluations.jsonl")}
+    judged = {line["step"]: line["val_loss"] for line in read_jsonl(run / "evaluations.jsonl")}
     assert judged[steps] == summary["val_loss"] == judged[best] == min(judged.values())
 
     resumed = tmp_path / "runs" / "resumed"

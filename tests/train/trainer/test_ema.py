@@ -10,7 +10,7 @@ from tiny_lm import save_tiny_lm
 from tiny_run import make_config
 from torch import nn
 
-from train.trainer.optim import Ema, swapped_in
+from train.trainer.optim import Ema, swapped_parameters
 from train.trainer.trainer import fit
 
 
@@ -30,7 +30,7 @@ def test_the_average_forgets_its_start_and_then_decays_as_told():
 def test_stand_ins_leave_after_the_block_even_when_it_fails():
     parameter, other = nn.Parameter(torch.zeros(2)), {"p": torch.ones(2)}
     seen = []
-    with suppress(KeyError), swapped_in({"p": parameter}, other):
+    with suppress(KeyError), swapped_parameters({"p": parameter}, other):
         seen = parameter.tolist()
         raise KeyError
     assert seen == [1, 1]

@@ -17,13 +17,13 @@ from tiny_step import one_step
 import train.lms.base
 from train.config.model import ContrastiveConfig, DistillConfig, MlpConfig, PromptConfig
 from train.config.train import TrainConfig
-from train.distributed.group import Group
-from train.lms.distill import distilled_nats
+from train.distributed.group import ProcessGroup
+from train.lms.distill import distillation_losses
 from train.lms.load import load_lm
 from train.model.audio_lm import AudioLM
 from train.model.prompt import Prompt
 from train.projectors import build_projector
-from train.trainer.losses import contrast
+from train.trainer.losses import contrastive_loss
 from train.trainer.trainer import fit
 
 BOTH = {"distill": {"weight": 0.5}, "contrastive": {"weight": 0.3}}
@@ -60,12 +60,12 @@ def test_the_divergence_is_that_of_the_model_that_reads_the_transcript(lm):
     soft.requires_grad_()
     expected = rows_of(lm, soft, mask, 2.0)
     (wanted,) = torch.autograd.grad(expected[1].sum(), soft)
-    found = distilled_nats(lm, soft, mask, BEFORE, AFTER, TARGETS, temperature=2.0)
+    found = distillation_losses(lm, soft, mask, BEFORE, AFTER, TARGETS, temperature=2.0)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     (grad,) = torch.autograd.grad(found[1].sum(), soft)
     torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(found[0], lm.target_nats(soft, mask, BEFORE, AFTER, TARGETS))
+    torch.testing.assert_close(found[0], lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS))
     assert (found[1] > 0.01).all()
     assert not any(p.grad is not None for p in lm.parameters())
 
@@ -74,7 +74,7 @@ def test_soft_tokens_that_are_the_transcript_are_no_divergence(lm):
     texts = [torch.tensor(ids[:-1], dtype=torch.int64) for ids in TARGETS]
     mask = torch.arange(2) < torch.tensor([len(ids) for ids in texts])[:, None]
     soft = torch.nn.utils.rnn.pad_sequence([lm.embed(ids) for ids in texts], batch_first=True)
-    found = distilled_nats(lm, soft, mask[:, : soft.shape[1]], BEFORE, AFTER, TARGETS, temperature=2.0)[1]
+    found = distillation_losses(lm, soft, mask[:, : soft.shape[1]], BEFORE, AFTER, TARGETS, temperature=2.0)[1]
     torch.testing.assert_close(found, torch.zeros(3), atol=1e-4, rtol=0)
 
 
@@ -85,12 +85,12 @@ def test_in_pieces_no_more_logits_exist_than_told_and_the_numbers_stay(lm, kind,
     soft.requires_grad_()
 
     def costs():
-        nats, divergence = distilled_nats(lm, soft, mask, BEFORE, AFTER, TARGETS, temperature=2.0)
+        nats, divergence = distillation_losses(lm, soft, mask, BEFORE, AFTER, TARGETS, temperature=2.0)
         return nats.detach(), divergence.detach(), torch.autograd.grad(nats.sum() + divergence.sum(), soft)[0]
 
     whole, sizes, logits = costs(), [], lm.logits
     monkeypatch.setattr(lm, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
-    monkeypatch.setattr(train.lms.base, "LOGITS", 4 * 2 * lm.vocabulary)
+    monkeypatch.setattr(train.lms.base, "MAX_LOGITS", 4 * 2 * lm.vocab_size)
     for ours, theirs in zip(costs(), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert max(sizes) == 2
@@ -106,8 +106,8 @@ def test_the_contrastive_term_is_info_nce_over_the_texts_of_the_batch(model):
     soft, mask = soft_batch()
     soft.requires_grad_()
     texts = ["one", "two", "one"]
-    found = contrast(model, soft, mask, texts, ["three", *texts], 0.07)
-    ids = {text: torch.tensor(model.prompt.target(text)[:-1]) for text in ("one", "two", "three")}
+    found = contrastive_loss(model, soft, mask, texts, ["three", *texts], 0.07)
+    ids = {text: torch.tensor(model.prompt.target_ids(text)[:-1]) for text in ("one", "two", "three")}
     text = {name: model.lm.embed(each).mean(0) for name, each in ids.items()}
     for i, own in enumerate(texts):
         audio = soft[i][mask[i]].mean(0)
@@ -118,13 +118,13 @@ def test_the_contrastive_term_is_info_nce_over_the_texts_of_the_batch(model):
     assert torch.equal(grad.abs().sum(-1) > 0, mask)
 
 
-class Half(Group):
+class Half(ProcessGroup):
     """One of two ranks whose other one has ``texts``."""
 
     def __init__(self, texts):
         self.texts = texts
 
-    def gather(self, tree):
+    def all_gather(self, tree):
         return [tree, [self.texts] if isinstance(tree, list) else ({}, {})]  # batches' texts, or a projector's own
 
 
@@ -136,9 +136,9 @@ def test_the_texts_of_other_ranks_are_told_apart_too_and_each_term_has_its_own_m
     grads = [p.grad.clone() for p in parameters]
     rows = model.request(batch.features, batch.mask(), batch.texts)
     around = rows.prefix, rows.suffix, rows.targets
-    nats, divergence = distilled_nats(model.lm, rows.soft, rows.soft_mask, *around, temperature=2.0)
-    apart = contrast(model, rows.soft, rows.soft_mask, batch.texts, ["far"], 0.07)
-    assert told.tokens == sum(len(model.prompt.target(text)) for text in batch.texts)
+    nats, divergence = distillation_losses(model.lm, rows.soft, rows.soft_mask, *around, temperature=2.0)
+    apart = contrastive_loss(model, rows.soft, rows.soft_mask, batch.texts, ["far"], 0.07)
+    assert told.tokens == sum(len(model.prompt.target_ids(text)) for text in batch.texts)
     assert told.loss == pytest.approx(float(nats.detach().sum()) / told.tokens, rel=1e-5)
     expected = {
         "distill": float(divergence.detach().sum()) / told.tokens,

@@ -10,7 +10,7 @@ from tiny_run import make_config, write_config
 
 from shards.errors import UserError, run_command
 from train.__main__ import command
-from train.trainer.lr_range import DIVERGED, Rate, lr_range, suggest
+from train.trainer.lr_range import DIVERGENCE_RATIO, LrPoint, lr_range, suggest_lr
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def cache(tmp_path_factory):
 
 def curve(loss):
     """Rates from 1e-6 to 10 with ``loss(log10 lr)``."""
-    return [Rate(10**x, loss(x), loss(x)) for x in (-6 + 7 * i / 99 for i in range(100))]
+    return [LrPoint(10**x, loss(x), loss(x)) for x in (-6 + 7 * i / 99 for i in range(100))]
 
 
 def test_the_ramp_is_exponential_and_ends_where_the_loss_runs_away(tmp_path, cache):
@@ -30,7 +30,7 @@ def test_the_ramp_is_exponential_and_ends_where_the_loss_runs_away(tmp_path, cac
     assert ratios == pytest.approx([(1e9) ** (1 / 19)] * len(ratios))
     assert rates[0].lr == 1e-6
     lowest = min(rate.smoothed for rate in rates)
-    assert all(rate.smoothed <= DIVERGED * lowest for rate in rates[:-1])
+    assert all(rate.smoothed <= DIVERGENCE_RATIO * lowest for rate in rates[:-1])
     whole = lr_range(make_config(tmp_path, cache, "", lm=lm), 1e-6, 1e-4, 12)
     assert len(whole) == 12
     assert whole[-1].lr == pytest.approx(1e-4)
@@ -40,7 +40,7 @@ def test_the_ramp_is_exponential_and_ends_where_the_loss_runs_away(tmp_path, cac
 def test_a_ramp_that_runs_away_is_cut(tmp_path, cache, monkeypatch):
     from train.trainer import lr_range as module
 
-    monkeypatch.setattr(module, "DIVERGED", 1.0)  # any rise is too much
+    monkeypatch.setattr(module, "DIVERGENCE_RATIO", 1.0)  # any rise is too much
     rates = lr_range(make_config(tmp_path, cache, "nanochat:d1"), 1e-6, 1e2, 60)
     assert len(rates) < 60
     assert rates[-1].smoothed > min(rate.smoothed for rate in rates)
@@ -48,17 +48,17 @@ def test_a_ramp_that_runs_away_is_cut(tmp_path, cache, monkeypatch):
 
 def test_the_steepest_fall_is_suggested_and_never_what_is_near_the_lowest_point():
     falling = curve(lambda x: 5 - 2 / (1 + math.exp(-4 * (x + 3))) + 40 * math.exp(3 * (x - 1)))
-    found = suggest(falling)
+    found = suggest_lr(falling)
     assert found.lr == pytest.approx(1e-3, rel=0.3)
     assert "falls fastest at" in found.reason
     late = curve(lambda x: 5 - math.exp(2 * (x + 1)) if x < -1 else 4 + 10 * (x + 1))  # steepest just before the end
-    assert suggest(late).lr == pytest.approx(10**-1 / 3, rel=0.3)
+    assert suggest_lr(late).lr == pytest.approx(10**-1 / 3, rel=0.3)
 
 
 def test_a_loss_that_never_falls_is_one_sentence():
     for rates in (curve(lambda x: 5 + x), curve(lambda x: 5.0)[:4]):
         with pytest.raises(UserError, match=r"never falls|ran away after 4 steps"):
-            suggest(rates)
+            suggest_lr(rates)
 
 
 def test_the_command_prints_table_and_suggestion_and_writes_what_it_is_told(tmp_path, cache, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from train.model.build import load_model
 from train.model.prompt import Prompt
 from train.projectors import build_projector
 from train.runs.folder import run_config
-from train.runs.metrics_log import read_lines
+from train.runs.metrics_log import read_jsonl
 from train.trainer.step import sum_by_name
 from train.trainer.trainer import fit
 
@@ -61,7 +61,7 @@ def cache(tmp_path_factory):
 
 def test_a_run_tells_its_routers_losses_and_the_use_of_experts_beside_its_loss(tmp_path, cache, capsys):
     routed = {"kind": "moe", "routing": "top2", "router_aux_loss_coef": 1.0}
-    lines = read_lines(fit(make_config(tmp_path, cache, "nanochat:d1", projector=routed, steps=3)) / "metrics.jsonl")
+    lines = read_jsonl(fit(make_config(tmp_path, cache, "nanochat:d1", projector=routed, steps=3)) / "metrics.jsonl")
     assert len(lines) == 3
     for line in lines:
         assert line["router_z"] > 0

@@ -17,9 +17,9 @@ from tiny_run import forget_after, losses, make_config, write_config
 from shards.errors import UserError, WorkFailed
 from train.config.train import TrainConfig
 from train.data.caches import open_data, pad
-from train.distributed.group import Group
+from train.distributed.group import ProcessGroup
 from train.model.build import build_model
-from train.runs.folder import create, run_folder
+from train.runs.folder import create_run_folder, new_run_folder
 from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
 from train.trainer.step import next_batches
@@ -104,9 +104,9 @@ def test_the_gradient_of_a_step_is_that_of_its_tokens_together(tmp_path, cache, 
     config = make_config(tmp_path, cache, lm, gradient_accumulation_steps=3, max_grad_norm=1e9)
     data = open_data(config)
     model = build_model(config, 8, CPU, torch.float32)
-    run = run_folder(config)
-    create(run, config, data.caches)
-    state, other = (RunState(config, data, model, torch.float32, run, Group()) for _ in range(2))
+    run = new_run_folder(config)
+    create_run_folder(run, config, data.caches)
+    state, other = (RunState(config, data, model, torch.float32, run, ProcessGroup()) for _ in range(2))
     batches = [batch for batch, _ in zip(other.stream, range(3), strict=False)]
     arrays = [batch.features[i, :n].numpy() for batch in batches for i, n in enumerate(batch.lengths)]
     features, mask = pad(arrays)

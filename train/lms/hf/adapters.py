@@ -17,7 +17,7 @@ from shards.errors import UserError, missing_package
 from train.config.model import LoraConfig
 
 
-def quantization(bits: int, dtype: torch.dtype) -> Any:
+def quantization_config(bits: int, dtype: torch.dtype) -> Any:
     """transformers' setting for matrices of 8 bits (LLM.int8, arXiv 2208.07339) or 4 (NF4, arXiv 2305.14314).
 
     The matrices are read into ``bits`` as the model is loaded; activations stay in ``dtype``.
@@ -36,7 +36,7 @@ def quantization(bits: int, dtype: torch.dtype) -> Any:
     return settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def keep_gradients(model: Any) -> None:
+def disable_bf16_packing(model: Any) -> None:
     """Turn off bitsandbytes' packing of 4-bit matrices for AVX-512, which a model in ``eval()`` on a CPU would get.
 
     Its kernel has no derivative, and autograd then drops the gradient of the projector with no more than a warning.
@@ -67,16 +67,16 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
         try:
             peft.inject_adapter_in_model(settings, model)
         except ValueError as error:
-            told = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"lm.lora.target_modules={config.target_modules} fits no linear layer of this model: {told}"
+                f"lm.lora.target_modules={config.target_modules} fits no linear layer of this model: {reason}"
             ) from None
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
 
 
-def checkpoint_layers(model: Any) -> None:
+def enable_gradient_checkpointing(model: Any) -> None:
     """Keep only the input of each decoder layer for the backward pass, which computes the rest again.
 
     Unlike transformers' own switch it works on a frozen model in ``eval()``, whose projector needs the gradient.
@@ -85,10 +85,10 @@ def checkpoint_layers(model: Any) -> None:
 
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = _again(layer.forward)
+            layer.forward = _recomputed(layer.forward)
 
 
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)

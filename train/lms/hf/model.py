@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from shards.errors import UserError
 from train.config.model import LmConfig
 from train.lms.base import LanguageModel
-from train.lms.hf.adapters import add_lora, checkpoint_layers, keep_gradients, quantization
+from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
 from train.lms.hf.scales import Scales, find_scales
-from train.lms.layout import Ids, Layout, lay_out
+from train.lms.packing import Ids, PackedInputs, pack_inputs
 
 _EMBEDDING_ROWS = 8192  # rows embedded at a time when their RMS is taken: a 150k vocabulary must not blow memory
 
@@ -55,7 +55,7 @@ class HfTokenizer:
 
 
 class HfLanguageModel(LanguageModel):
-    """A causal LM and its tokenizer; build it with ``load_folder``.
+    """A causal LM and its tokenizer; build it with ``load_hf``.
 
     Tokens pass through the model's own embedding module and what its family multiplies them by (``scales.py``); soft
     tokens are put beside them as they are.
@@ -67,37 +67,39 @@ class HfLanguageModel(LanguageModel):
         self.reference, self.identity, self.dtype = reference, identity, dtype
         self.trainable = any(parameter.requires_grad for parameter in model.parameters())
         self.width = model.get_input_embeddings().embedding_dim
-        self.vocabulary = model.get_output_embeddings().out_features
+        self.vocab_size = model.get_output_embeddings().out_features
         self._compiled: Callable[..., Any] | None = None
         self._scales = self._find_scales()
         self.embedding_rms = self._embedding_rms()
 
-    def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
+    def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
         with self._autocast():
-            out = (self._compiled or self.model.base_model)(inputs_embeds=self._embed(layout, soft_ND), use_cache=False)
+            out = (self._compiled or self.model.base_model)(
+                inputs_embeds=self._embed_inputs(packed, soft_ND), use_cache=False
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with self._autocast():
             product: Tensor = self.model.get_output_embeddings()(hidden_ND)
-        return self._scales.cap(product)
+        return self._scales.to_logits(product)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self._rows(ids).to(self.dtype)
+        return self._embed_ids(ids).to(self.dtype)
 
     @torch.no_grad()
-    def candidate_nats(self, soft_SD: Tensor, before: Sequence[int], after: Sequence[int], candidates: Ids) -> Tensor:
+    def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
         """Audio and prompt pass once; their keys and values are repeated under the candidates. No gradient."""
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        layout = lay_out(torch.tensor([len(soft_SD)], device=self.device), [before], [after])
+        packed = pack_inputs(torch.tensor([len(soft_SD)], device=self.device), [prefix], [suffix])
         with self._autocast():
-            read = self.model.base_model(inputs_embeds=self._embed(layout, soft_SD), use_cache=True)
+            read = self.model.base_model(inputs_embeds=self._embed_inputs(packed, soft_SD), use_cache=True)
         cache = read.past_key_values
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         if not all(type(layer) in plain for layer in getattr(cache, "layers", [None])):
-            return super().candidate_nats(soft_SD, before, after, candidates)  # a recurrent state, or a family's own
+            return super().candidate_nll(soft_SD, prefix, suffix, candidates)  # a recurrent state, or a family's own
         cache.batch_repeat_interleave(len(candidates))
         targets = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True).to(self.device)
         lengths = torch.tensor([len(ids) for ids in candidates], device=self.device)
@@ -105,29 +107,29 @@ class HfLanguageModel(LanguageModel):
         if targets.shape[1] > 1:
             with self._autocast():
                 rest = self.model.base_model(
-                    inputs_embeds=self._rows(targets[:, :-1]), past_key_values=cache, use_cache=True
+                    inputs_embeds=self._embed_ids(targets[:, :-1]), past_key_values=cache, use_cache=True
                 )
             states = torch.cat([states, rest.last_hidden_state], 1)  # padding stands behind, where nothing looks back
-        said = torch.arange(targets.shape[1], device=self.device) < lengths[:, None]
-        nats_N = self._nats(states[said], targets[said])
-        return nats_N.new_zeros(said.shape).masked_scatter(said, nats_N).sum(1)
+        target_mask = torch.arange(targets.shape[1], device=self.device) < lengths[:, None]
+        nll_N = self._token_nll(states[target_mask], targets[target_mask])
+        return nll_N.new_zeros(target_mask.shape).masked_scatter(target_mask, nll_N).sum(1)
 
     @torch.no_grad()
     def generate(
         self,
         soft: Tensor,
         soft_mask: Tensor,
-        before: Ids,
-        after: Ids,
+        prefix: Ids,
+        suffix: Ids,
         max_new_tokens: int,
-        step: Callable[[list[int]], None] = lambda tokens: None,
+        on_token: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
         """Greedy, batched, with a KV cache; eos ends a row and is not returned."""
-        layout = lay_out(soft_mask.sum(1), before, after, pad="left")
-        inputs, mask, cache = self._embed(layout, soft[soft_mask]), layout.valid.long(), None
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left")
+        inputs, mask, cache = self._embed_inputs(packed, soft[soft_mask]), packed.valid.long(), None
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         steps: list[Tensor] = []
-        done = torch.zeros(len(before), dtype=torch.bool, device=mask.device)
+        done = torch.zeros(len(prefix), dtype=torch.bool, device=mask.device)
         for _ in range(max_new_tokens):
             with self._autocast():
                 out = self.model.base_model(
@@ -140,29 +142,29 @@ class HfLanguageModel(LanguageModel):
             # [B, D]: a product of [B, 1, D], cut from longer rows, would copy the output matrix B times on a CPU
             chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, self.tokenizer.eos)
             steps.append(chosen)
-            step(chosen.tolist())
+            on_token(chosen.tolist())
             done |= chosen == self.tokenizer.eos
             if bool(done.all()):
                 break
             cache = out.past_key_values
-            inputs = self._rows(chosen[:, None])
-            mask = torch.cat([mask, mask.new_ones(len(before), 1)], 1)
+            inputs = self._embed_ids(chosen[:, None])
+            mask = torch.cat([mask, mask.new_ones(len(prefix), 1)], 1)
             positions = positions[:, -1:] + 1
-        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in before]
+        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
         return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
 
     def compile_forward(self) -> None:
         """From here on ``hidden`` runs through torch.compile, once for all shapes; generation stays as it is."""
         self._compiled = torch.compile(self.model.base_model.__call__, dynamic=True)
 
-    def _rows(self, ids: Tensor) -> Tensor:
+    def _embed_ids(self, ids: Tensor) -> Tensor:
         """Ids of any shape -> what stands for them in ``inputs_embeds`` [..., D]."""
         rows: Tensor = self.model.get_input_embeddings()(ids)
         return rows if self._scales.embedding == 1 else rows * self._scales.embedding
 
-    def _embed(self, layout: Layout, soft_ND: Tensor) -> Tensor:
-        x_BTD = self._rows(layout.ids)
-        return x_BTD.masked_scatter(layout.is_soft[..., None], soft_ND.to(x_BTD.dtype))
+    def _embed_inputs(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
+        x_BTD = self._embed_ids(packed.ids)
+        return x_BTD.masked_scatter(packed.is_soft[..., None], soft_ND.to(x_BTD.dtype))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Float32 masters that train in a smaller dtype run under autocast; a frozen model simply is of that dtype."""
@@ -174,7 +176,7 @@ class HfLanguageModel(LanguageModel):
         total, rows = 0.0, self.model.get_input_embeddings().num_embeddings
         for start in range(0, rows, _EMBEDDING_ROWS):
             ids = torch.arange(start, min(start + _EMBEDDING_ROWS, rows), device=self.device)
-            total += float(self._rows(ids).float().square().sum())
+            total += float(self._embed_ids(ids).float().square().sum())
         return math.sqrt(total / (rows * self.width))
 
     def _find_scales(self) -> Scales:
@@ -228,7 +230,7 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def files_identity(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
     """``sha256:…`` over a folder's safetensors: a hub's revision can be a branch that moves, and a folder has none."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
@@ -238,7 +240,7 @@ def files_identity(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def load_folder(
+def load_hf(
     folder: Path,
     *,
     reference: str,
@@ -260,7 +262,7 @@ def load_folder(
     options = options or LmConfig()
     loading: dict[str, Any] = {"dtype": torch.float32 if train else dtype}
     if options.bits is not None:
-        loading |= {"quantization_config": quantization(options.bits, dtype), "device_map": {"": str(device)}}
+        loading |= {"quantization_config": quantization_config(options.bits, dtype), "device_map": {"": str(device)}}
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -270,19 +272,21 @@ def load_folder(
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"'{reference}' (folder {folder}) cannot be read as a causal language model: {told}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"'{reference}' (folder {folder}) cannot be read as a causal language model: {reason}"
+        ) from None
     if options.bits is None:
         model.to(device)
     else:  # device_map has put it there, and packed matrices do not move
-        keep_gradients(model)
+        disable_bf16_packing(model)
     model.requires_grad_(train).eval()
     if dtype == torch.bfloat16 and not train and model.device.type == "cpu":
         _attend_in_float32(model)
     if options.lora is not None:
         add_lora(model, options.lora, seed)
     if options.gradient_checkpointing:
-        checkpoint_layers(model)
+        enable_gradient_checkpointing(model)
     lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference), reference, identity, dtype)
     lm.train(train)
     if options.compile:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NEAR = 0.02  # of the largest logit: what bfloat16 and other kernels may differ by
+_TOLERANCE = 0.02  # of the largest logit: what bfloat16 and other kernels may differ by
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Scales:
     logits: float = 1.0  # of the output matrix's product
     softcap: float | None = None  # c · tanh(logits / c), last
 
-    def cap(self, product_NV: Tensor) -> Tensor:
+    def to_logits(self, product_NV: Tensor) -> Tensor:
         """The output matrix's product [N, V] -> logits [N, V] float32."""
         logits = product_NV.float()
         if self.logits != 1:
@@ -53,22 +53,24 @@ def find_scales(model: Any) -> Scales | None:
         scales = Scales(embedding, logits, softcap)
         rows = model.get_input_embeddings()(ids) * embedding
         states = model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state[0]
-        ours = scales.cap(model.get_output_embeddings()(states))
+        ours = scales.to_logits(model.get_output_embeddings()(states))
         found.append((float((ours - theirs).abs().max()), scales))
     error, best = min(found, key=lambda each: each[0])
-    return best if error <= _NEAR * float(theirs.abs().max()) else None
+    return best if error <= _TOLERANCE * float(theirs.abs().max()) else None
 
 
 def _embedding_factors(config: Any) -> list[float]:
-    return _distinct([1.0, _told(config, "embedding_multiplier")])
+    return _distinct([1.0, _config_factor(config, "embedding_multiplier")])
 
 
 def _logit_factors(config: Any) -> list[float]:
-    scaling = _told(config, "logits_scaling")  # Granite divides by it, HyperCLOVA X multiplies
-    return _distinct([1.0, scaling, 1 / scaling, _told(config, "logit_scale"), _told(config, "lm_head_multiplier")])
+    scaling = _config_factor(config, "logits_scaling")  # Granite divides by it, HyperCLOVA X multiplies
+    return _distinct(
+        [1.0, scaling, 1 / scaling, _config_factor(config, "logit_scale"), _config_factor(config, "lm_head_multiplier")]
+    )
 
 
-def _told(config: Any, name: str) -> float:
+def _config_factor(config: Any, name: str) -> float:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, int | float) and value else 1.0
 

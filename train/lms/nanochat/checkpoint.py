@@ -54,7 +54,7 @@ def find_model(place: Path) -> Path:
     return found[max(found)]
 
 
-def read_gpt(path: Path) -> GPT:
+def load_gpt(path: Path) -> GPT:
     """The model of ``path`` on the CPU, float32; what its generation lacks is neutral and marked not to train.
 
     Raises:
@@ -62,7 +62,7 @@ def read_gpt(path: Path) -> GPT:
     """
     config = read_config(path)
     state = read_tensors(path)
-    generation = tell_generation(state, config, path)
+    generation = detect_generation(state, config, path)
     neutral = {
         "resid_lambdas": torch.ones(config.n_layer),
         "x0_lambdas": torch.zeros(config.n_layer),
@@ -74,7 +74,7 @@ def read_gpt(path: Path) -> GPT:
     with torch.device("meta"):
         gpt = GPT(config, generation, rows=len(state["transformer.wte.weight"]))
     gpt.load_state_dict({**neutral, **{name: x.float() for name, x in state.items()}}, assign=True)
-    gpt.absent = frozenset(absent)
+    gpt.missing_parameters = frozenset(absent)
     return gpt
 
 
@@ -82,24 +82,26 @@ def read_config(path: Path) -> GPTConfig:
     """``model_config`` of the ``meta_*.json`` beside ``path``; before 2026-01-11 it had no window_pattern: "L"."""
     meta = path.with_name(f"meta_{path.stem.removeprefix('model_')}.json")
     try:
-        told = json.loads(meta.read_text(encoding="utf-8"))["model_config"]
+        model_config = json.loads(meta.read_text(encoding="utf-8"))["model_config"]
     except FileNotFoundError:
         raise UserError(f"'{meta}' is missing: nanochat writes it beside {path.name}, copy it too") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{meta}' is no meta file of nanochat ({type(error).__name__}: {error})") from None
     known = {field.name: type(field.default) for field in fields(GPTConfig)}
-    told = {"window_pattern": "L", **told} if isinstance(told, dict) else {}
-    wrong = [name for name in known if type(told.get(name)) is not known[name]] + sorted(told.keys() - known.keys())
+    model_config = {"window_pattern": "L", **model_config} if isinstance(model_config, dict) else {}
+    wrong = [name for name in known if type(model_config.get(name)) is not known[name]] + sorted(
+        model_config.keys() - known.keys()
+    )
     if wrong:
         raise UserError(f"'{meta}' describes another nanochat than is known here (model_config: {', '.join(wrong)})")
-    config = GPTConfig(**told)
+    config = GPTConfig(**model_config)
     sizes = [getattr(config, name) for name in known if name != "window_pattern"]
     divides = min(sizes) > 0 and not config.n_embd % (2 * config.n_head) and not config.n_head % config.n_kv_head
     huge = (
         config.n_layer > 1000 or config.sequence_len > 2**20
     )  # tables and layers are made before the file is believed
     if huge or not divides or not config.window_pattern or set(config.window_pattern.upper()) - {"S", "L"}:
-        raise UserError(f"'{meta}' describes no model that could be ({told})")
+        raise UserError(f"'{meta}' describes no model that could be ({model_config})")
     return config
 
 
@@ -110,14 +112,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist") from None
     except Exception as error:  # torch.load has no error of its own
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"'{path}' is no file of tensors alone ({type(error).__name__}: {told})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{path}' is no file of tensors alone ({type(error).__name__}: {reason})") from None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise UserError(f"'{path}' holds no state dict of tensors")
     return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
-def tell_generation(state: dict[str, Tensor], config: GPTConfig, path: Path) -> Generation:
+def detect_generation(state: dict[str, Tensor], config: GPTConfig, path: Path) -> Generation:
     """The stretch of nanochat's history that has exactly these keys and shapes.
 
     Raises:
@@ -132,9 +134,11 @@ def tell_generation(state: dict[str, Tensor], config: GPTConfig, path: Path) -> 
             "it again with a newer nanochat"
         )
     for generation, keys in ((TODAY, _LAMBDAS | _SMEAR), (EARLY_MARCH, _LAMBDAS), (FIRST, _LAMBDAS), (FIRST, set())):
-        if shapes == expected_shapes(config, generation, keys, table[0]) and table[0] in rows(config):
+        if shapes == expected_shapes(config, generation, keys, table[0]) and table[0] in possible_embedding_rows(
+            config
+        ):
             return generation
-    today = expected_shapes(config, TODAY, _LAMBDAS | _SMEAR, max(rows(config)))
+    today = expected_shapes(config, TODAY, _LAMBDAS | _SMEAR, max(possible_embedding_rows(config)))
     odd = sorted(name for name in today.keys() | shapes.keys() if today.get(name) != shapes.get(name))
     raise UserError(
         f"'{path}' is of no nanochat that is known here: {len(odd)} tensors differ from today's, such as {odd[0]} "
@@ -142,7 +146,7 @@ def tell_generation(state: dict[str, Tensor], config: GPTConfig, path: Path) -> 
     )
 
 
-def rows(config: GPTConfig) -> set[int]:
+def possible_embedding_rows(config: GPTConfig) -> set[int]:
     """Rows that a table of tokens can have: padded to 64, or not, as before 2025-12-09."""
     return {config.vocab_size, -(-config.vocab_size // 64) * 64}
 

@@ -17,8 +17,8 @@ class Generation:
     name: str = "2026-03-14"
     rotary_base: float = 100_000.0
     qk_scale: float = 1.2  # of normed queries and keys, each
-    short: int = 4  # an S layer sees one part in so many of sequence_len
-    tile: int = 128  # rounded up to a multiple of this
+    window_divisor: int = 4  # an S layer sees one part in so many of sequence_len
+    window_multiple: int = 128  # rounded up to a multiple of this
     value_embeddings: bool = True
     gate_channels: int = 12
     gate_scale: float = 3.0
@@ -26,8 +26,8 @@ class Generation:
 
 
 TODAY = Generation()
-EARLY_MARCH = Generation("2026-03-09", qk_scale=1.15, short=3)
-FIRST = Generation("2025-10-13", 10_000.0, qk_scale=1.0, short=2, tile=1, value_embeddings=False)
+EARLY_MARCH = Generation("2026-03-09", qk_scale=1.15, window_divisor=3)
+FIRST = Generation("2025-10-13", 10_000.0, qk_scale=1.0, window_divisor=2, window_multiple=1, value_embeddings=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,12 @@ class GPTConfig:
 
     def windows(self, generation: Generation = TODAY) -> list[int]:
         """How many positions back each layer sees, itself not counted: L = sequence_len, S = a part of it."""
-        part = generation.short * generation.tile
-        short = self.sequence_len // part if generation.tile == 1 else -(-self.sequence_len // part) * generation.tile
+        part = generation.window_divisor * generation.window_multiple
+        short = (
+            self.sequence_len // part
+            if generation.window_multiple == 1
+            else -(-self.sequence_len // part) * generation.window_multiple
+        )
         sizes = {"L": self.sequence_len, "S": short}
         pattern = self.window_pattern.upper()
         windows = [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer)]

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from shards.errors import UserError
 from train.config.model import AudioValue
-from train.lms.layout import Layout
 from train.lms.nanochat.config import TODAY, Generation, GPTConfig
 from train.lms.nanochat.layers import Block, Embedding, KvCache, Linear, Transformer, norm
+from train.lms.packing import PackedInputs
 
 _SMEAR_CHANNELS = 24
 
@@ -37,10 +37,12 @@ class GPT(nn.Module):
         """``rows`` of the token tables: the vocabulary, padded to a multiple of 64 unless told."""
         super().__init__()
         self.config, self.generation = config, generation
-        self.audio_value: AudioValue = "id0"
+        self.audio_value_embedding: AudioValue = "id0"
         self.bos = 0  # what audio positions look up with ``audio_value`` bos
-        self.checkpointing = False  # layers are computed again in the backward pass
-        self.absent: frozenset[str] = frozenset()  # parameters that a checkpoint lacked: neutral, never trained
+        self.gradient_checkpointing = False  # layers are computed again in the backward pass
+        self.missing_parameters: frozenset[str] = (
+            frozenset()
+        )  # parameters that a checkpoint lacked: neutral, never trained
         width, layers = config.n_embd, config.n_layer
         rows = rows or -(-config.vocab_size // 64) * 64
         self.transformer = Transformer(config, generation, rows)
@@ -66,7 +68,7 @@ class GPT(nn.Module):
         return [block for block in self.transformer.h if isinstance(block, Block)]
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def init_weights(self, seed: int) -> None:
         """nanochat's start, drawn from a generator of its own: the same seed gives the same bytes."""
         generator, layers = torch.Generator().manual_seed(seed), self.config.n_layer
         bound = (3 / self.config.n_embd) ** 0.5
@@ -89,35 +91,35 @@ class GPT(nn.Module):
         self.backout_lambda.fill_(0.2)
 
     def forward(
-        self, layout: Layout, audio_features: Tensor, dtype: torch.dtype, cache: KvCache | None = None
+        self, packed: PackedInputs, audio_features: Tensor, dtype: torch.dtype, cache: KvCache | None = None
     ) -> Tensor:
         """``audio_features`` [all soft tokens of the batch, D] at ``layout.is_soft`` -> normed hidden [B, T, D].
 
         Rows are padded on the right, which causal attention keeps from the rest, so there is no padding mask. An empty
         ``cache`` is filled for ``step``.
         """
-        width = layout.ids.shape[1]
+        width = packed.ids.shape[1]
         if width > len(self.cos):
             raise self._too_long(width)
-        plain_ND, text_ND = self._smear(layout, dtype)
-        x = text_ND.new_zeros(*layout.ids.shape, self.config.n_embd)
-        x = x.masked_scatter(layout.is_text[..., None], text_ND)
-        x = x.masked_scatter(layout.is_soft[..., None], norm(audio_features.to(dtype)))
-        ids, voiced = layout.ids, None
-        if self.audio_value == "bos":
-            ids = ids.masked_fill(layout.is_soft, self.bos)
-        elif self.audio_value == "zero":
-            voiced = ~layout.is_soft
-        hidden = self._trunk(x, ids, voiced, self.cos[:width], self.sin[:width], cache)
+        plain_ND, text_ND = self._smear(packed, dtype)
+        x = text_ND.new_zeros(*packed.ids.shape, self.config.n_embd)
+        x = x.masked_scatter(packed.is_text[..., None], text_ND)
+        x = x.masked_scatter(packed.is_soft[..., None], norm(audio_features.to(dtype)))
+        ids, value_mask = packed.ids, None
+        if self.audio_value_embedding == "bos":
+            ids = ids.masked_fill(packed.is_soft, self.bos)
+        elif self.audio_value_embedding == "zero":
+            value_mask = ~packed.is_soft
+        hidden = self._trunk(x, ids, value_mask, self.cos[:width], self.sin[:width], cache)
         if cache is not None:
-            last = layout.is_text.sum(1).cumsum(0) - 1  # each row's last text token among all of them
-            none = ~layout.is_text.any(1)
+            last = packed.is_text.sum(1).cumsum(0) - 1  # each row's last text token among all of them
+            none = ~packed.is_text.any(1)
             padded_ND = torch.cat([plain_ND, x.new_zeros(1, x.shape[-1])])  # a batch may hold no text token at all
-            cache.previous = padded_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
-            cache.lengths, cache.used = layout.valid.sum(1), width
+            cache.previous_embedding = padded_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
+            cache.lengths, cache.max_length = packed.valid.sum(1), width
         return hidden
 
-    def cache(self, batch: int, positions: int, dtype: torch.dtype) -> KvCache:
+    def new_cache(self, batch: int, positions: int, dtype: torch.dtype) -> KvCache:
         """An empty cache for ``batch`` rows of up to ``positions`` positions."""
         if positions > len(self.cos):
             raise self._too_long(positions)
@@ -130,27 +132,27 @@ class GPT(nn.Module):
         none = torch.zeros(batch, dtype=torch.int64, device=device)
         return KvCache(rooms(), rooms(), none, 0, torch.zeros(batch, self.config.n_embd, dtype=dtype, device=device))
 
-    def step(self, tokens: Tensor, cache: KvCache, dtype: torch.dtype) -> Tensor:
+    def decode_step(self, tokens: Tensor, cache: KvCache, dtype: torch.dtype) -> Tensor:
         """One text token a row, int64 [B], behind what ``cache`` holds -> normed hidden [B, D]; the cache grows."""
         x = norm(self.transformer.wte(tokens).to(dtype))
-        smeared = x + self._gate(x) * cache.previous
+        smeared = x + self._gate(x) * cache.previous_embedding
         positions = cache.lengths[:, None]
         cos, sin = self.cos[positions], self.sin[positions]
         hidden = self._trunk(smeared[:, None], tokens[:, None], None, cos, sin, cache)
-        cache.previous, cache.lengths, cache.used = x, cache.lengths + 1, cache.used + 1
+        cache.previous_embedding, cache.lengths, cache.max_length = x, cache.lengths + 1, cache.max_length + 1
         return hidden[:, 0]
 
     def _trunk(
-        self, x: Tensor, ids: Tensor, voiced: Tensor | None, cos: Tensor, sin: Tensor, cache: KvCache | None
+        self, x: Tensor, ids: Tensor, value_mask: Tensor | None, cos: Tensor, sin: Tensor, cache: KvCache | None
     ) -> Tensor:
         """x [B, T, D], ids [B, T] for the value embeddings (where ``voiced``, if told) -> normed hidden [B, T, D]."""
         x0 = kept = x
         for i, (block, window) in enumerate(zip(self.blocks, self.config.windows(self.generation), strict=True)):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             ve = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
-            if ve is not None and voiced is not None:
-                ve = ve.masked_fill(~voiced[..., None], 0)
-            if self.checkpointing and torch.is_grad_enabled():
+            if ve is not None and value_mask is not None:
+                ve = ve.masked_fill(~value_mask[..., None], 0)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, ve, cos, sin, window, use_reentrant=False)
             else:
                 x = block(x, ve, cos, sin, window, cache)
@@ -163,14 +165,14 @@ class GPT(nn.Module):
         z: Tensor = self.lm_head(hidden_ND)[..., : self.config.vocab_size].float()
         return self.generation.softcap * torch.tanh(z / self.generation.softcap)
 
-    def _smear(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _smear(self, packed: PackedInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Normed embeddings of all text tokens, plain and with a gated part of the token before (but a row's first).
 
         Both [all text tokens of the batch, D], in row-major order.
         """
-        text_ids = layout.ids[layout.is_text]
+        text_ids = packed.ids[packed.is_text]
         x = norm(self.transformer.wte(text_ids).to(dtype))
-        row = layout.is_text.nonzero()[:, 0]
+        row = packed.is_text.nonzero()[:, 0]
         follows = torch.zeros_like(row, dtype=torch.bool)
         follows[1:] = row[1:] == row[:-1]
         return x, x + torch.where(follows[:, None], self._gate(x) * x.roll(1, 0), 0)

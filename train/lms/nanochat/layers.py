@@ -77,8 +77,8 @@ class KvCache:
     keys: list[Tensor]  # each layer [B, G, M, d]
     values: list[Tensor]
     lengths: Tensor  # [B] int64: positions filled
-    used: int  # the longest of them; 0 is an empty cache
-    previous: Tensor  # [B, D]: the last text token's embedding before the smear; 0 where there was none
+    max_length: int  # the longest of them; 0 is an empty cache
+    previous_embedding: Tensor  # [B, D]: the last text token's embedding before the smear; 0 where there was none
 
 
 class Attention(nn.Module):
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is None:
             y = windowed_attention(q, k, v, window)
-        elif cache.used:
+        elif cache.max_length:
             y = self._attend_to(cache, q, k, v, window)
         else:
             cache.keys[self.layer][:, :, :width], cache.values[self.layer][:, :, :width] = k, v
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
     def _attend_to(self, cache: KvCache, q_BH1d: Tensor, k_BG1d: Tensor, v_BG1d: Tensor, window: int) -> Tensor:
         """One position a row, written behind what the row holds (over the padding of its prompt) -> [B, H, 1, d]."""
-        rows, used = torch.arange(len(q_BH1d), device=q_BH1d.device), cache.used + 1
+        rows, used = torch.arange(len(q_BH1d), device=q_BH1d.device), cache.max_length + 1
         keys, values = cache.keys[self.layer], cache.values[self.layer]
         keys[rows, :, cache.lengths], values[rows, :, cache.lengths] = k_BG1d[:, :, 0], v_BG1d[:, :, 0]
         back = cache.lengths[:, None] - torch.arange(used, device=rows.device)

@@ -18,12 +18,12 @@ from torch import Tensor
 from shards.errors import UserError
 from train.config.model import LmConfig
 from train.lms.base import LanguageModel, Tokenizer
-from train.lms.layout import Ids, Layout, lay_out
-from train.lms.nanochat.checkpoint import find_model, read_config, read_gpt
+from train.lms.nanochat.checkpoint import find_model, load_gpt, read_config
 from train.lms.nanochat.config import GPTConfig
 from train.lms.nanochat.gpt import GPT
 from train.lms.nanochat.layers import norm
 from train.lms.nanochat.tokenizers import ByteTokenizer, TiktokenTokenizer, find_tokenizer, read_encoding
+from train.lms.packing import Ids, PackedInputs, pack_inputs
 
 _REFERENCE = re.compile(r"nanochat:d([1-9]\d?)(?:-h(\d+))?")
 
@@ -37,15 +37,15 @@ class NanochatLanguageModel(LanguageModel):
         super().__init__()
         self.gpt, self.tokenizer = gpt, tokenizer
         self.reference, self.identity, self.dtype = reference, identity, dtype
-        self.vocabulary = gpt.config.vocab_size
+        self.vocab_size = gpt.config.vocab_size
         self.width, self.embedding_rms = gpt.config.n_embd, 1.0  # embeddings and audio are RMS-normed on entry
         self.trainable = train
         for name, parameter in gpt.named_parameters():
-            parameter.requires_grad_(train and name not in gpt.absent)
+            parameter.requires_grad_(train and name not in gpt.missing_parameters)
         self.train(train)
 
-    def hidden(self, layout: Layout, soft_ND: Tensor) -> Tensor:
-        hidden: Tensor = self.gpt(layout, soft_ND, self.dtype)
+    def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
+        hidden: Tensor = self.gpt(packed, soft_ND, self.dtype)
         return hidden
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class NanochatLanguageModel(LanguageModel):
     def embed(self, ids: Tensor) -> Tensor:
         return norm(self.gpt.transformer.wte(ids).to(self.dtype))
 
-    def enter(self, soft: Tensor) -> Tensor:
+    def to_input_embeddings(self, soft: Tensor) -> Tensor:
         return norm(soft)
 
     @torch.no_grad()
@@ -62,28 +62,28 @@ class NanochatLanguageModel(LanguageModel):
         self,
         soft: Tensor,
         soft_mask: Tensor,
-        before: Ids,
-        after: Ids,
+        prefix: Ids,
+        suffix: Ids,
         max_new_tokens: int,
-        step: Callable[[list[int]], None] = lambda tokens: None,
+        on_token: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
         """Greedy, batched, with a KV cache: audio and prompt once, then one position a step; eos is not returned."""
-        layout = lay_out(soft_mask.sum(1), before, after)
-        batch, width = layout.ids.shape
-        cache = self.gpt.cache(batch, width + max_new_tokens, self.dtype)
-        hidden = self.gpt(layout, soft[soft_mask], self.dtype, cache)
-        hidden = hidden[torch.arange(batch, device=hidden.device), layout.last]
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix)
+        batch, width = packed.ids.shape
+        cache = self.gpt.new_cache(batch, width + max_new_tokens, self.dtype)
+        hidden = self.gpt(packed, soft[soft_mask], self.dtype, cache)
+        hidden = hidden[torch.arange(batch, device=hidden.device), packed.last_positions]
         done = torch.zeros(batch, dtype=torch.bool, device=hidden.device)
         steps: list[Tensor] = []
         while len(steps) < max_new_tokens:
             chosen = self.logits(hidden).argmax(-1).masked_fill(done, self.tokenizer.eos)
             steps.append(chosen)
-            step(chosen.tolist())
+            on_token(chosen.tolist())
             done |= chosen == self.tokenizer.eos
             if bool(done.all()):
                 break
-            hidden = self.gpt.step(chosen, cache, self.dtype)
-        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in before]
+            hidden = self.gpt.decode_step(chosen, cache, self.dtype)
+        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
         return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
 
 
@@ -119,7 +119,7 @@ def load_nanochat(
     tokenizer: ByteTokenizer | TiktokenTokenizer
     if match is None and place.exists():
         path = find_model(place)
-        gpt, tokenizer = read_gpt(path), _tokenizer(path, reference)
+        gpt, tokenizer = load_gpt(path), _tokenizer(path, reference)
         if tokenizer.vocab_size != gpt.config.vocab_size:
             raise UserError(
                 f"the tokenizer of '{reference}' knows {tokenizer.vocab_size} tokens, its model "
@@ -139,10 +139,10 @@ def load_nanochat(
                 "another (even) head size, or nanochat:FOLDER for a checkpoint"
             )
         gpt, tokenizer = GPT(GPTConfig.from_depth(int(match[1]), head_size)), ByteTokenizer()
-        gpt.initialise(seed)
+        gpt.init_weights(seed)
         identity = f"nanochat-{tensors_sha256(gpt)[:16]}"
-    gpt.audio_value, gpt.bos = options.audio_value_embedding, tokenizer.bos or 0
-    gpt.checkpointing = options.gradient_checkpointing
+    gpt.audio_value_embedding, gpt.bos = options.audio_value_embedding, tokenizer.bos or 0
+    gpt.gradient_checkpointing = options.gradient_checkpointing
     return NanochatLanguageModel(gpt.to(device), tokenizer, reference, identity, dtype, train)
 
 

@@ -16,7 +16,7 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     from tiktoken import Encoding
 
-_MARKS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+_CHAT_TOKENS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 
 
 class ByteTokenizer:
@@ -50,10 +50,10 @@ class TiktokenTokenizer:
     def __init__(self, encoding: Encoding, chat: bool, reference: str) -> None:
         self._encoding, self._reference = encoding, reference
         special = encoding._special_tokens
-        if "<|bos|>" not in special or (chat and not set(_MARKS) <= special.keys()):
+        if "<|bos|>" not in special or (chat and not set(_CHAT_TOKENS) <= special.keys()):
             raise UserError(f"the tokenizer of '{reference}' lacks nanochat's special tokens ({', '.join(special)})")
         self._special = set(special.values())
-        self._chats = set(_MARKS) <= special.keys()
+        self._has_chat_tokens = set(_CHAT_TOKENS) <= special.keys()
         self.bos: int | None = special["<|bos|>"]
         self.eos: int = special["<|assistant_end|>" if chat else "<|bos|>"]
         self.vocab_size: int = encoding.n_vocab
@@ -72,12 +72,12 @@ class TiktokenTokenizer:
 
     def chat(self, user: str) -> str:
         """One user turn and the opening of the answer."""
-        if not self._chats:
+        if not self._has_chat_tokens:
             raise UserError(f"'{self._reference}' has no chat tokens: set prompt.template to plain or slam")
         return f"<|bos|><|user_start|>{user}<|user_end|><|assistant_start|>"
 
 
-class _Values:
+class _PickledState:
     """Stands for ``tiktoken.core.Encoding`` while a pickle is read: keeps the state, runs nothing."""
 
     state: Any = None
@@ -89,7 +89,7 @@ class _Values:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
-            return _Values
+            return _PickledState
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
@@ -106,7 +106,7 @@ def read_encoding(path: Path) -> Encoding:
             read = _Unpickler(file).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"'{path}' is no pickled tiktoken Encoding ({type(error).__name__}: {error})") from None
-    state = read.state if isinstance(read, _Values) else None
+    state = read.state if isinstance(read, _PickledState) else None
     if not (
         isinstance(state, dict)
         and state.keys() == {"name", "pat_str", "mergeable_ranks", "special_tokens"}

@@ -10,13 +10,13 @@ from tiny_bucket import SPEC, finish, make, plan_table
 from tiny_cache import make_cache
 from tiny_gcs import GCS, serve_gcs
 
-from shards.commit.bucket.store import Bucket, connect_objects
+from shards.commit.bucket.store import BucketStore, connect_objects
 from shards.errors import UserError
 from shards.inspect.verify import verify
 from shards.read.cache import Cache
 from shards.remote import client as storage
 from shards.stream.iterable_dataset import FeatureStream
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_cache_is_read_from_google_cloud_storage(gcs, tmp_path):
     url = "gs://bucket/some/cache"
     local, far = Cache.open(near), Cache.open(url)
     rows = []
-    for batch in FeatureStream([far], Rules(batch_size=4, window_shards=2), 5, epochs=1):
+    for batch in FeatureStream([far], SamplerConfig(batch_size=4, window_shards=2), 5, epochs=1):
         rows += batch.rows
         for row, features, frames in zip(batch.rows, batch.features, batch.lengths, strict=True):
             assert np.array_equal(features[:frames].numpy(), local.features(row))
@@ -93,15 +93,15 @@ def test_a_write_whose_answer_was_lost_recognizes_itself(gcs, tmp_path):
 @pytest.mark.parametrize("loses", [0, 3])
 def test_two_makers_share_a_bucket(gcs, loses):
     url = "gs://bucket/made"
-    a, b = Bucket(url), Bucket(url)
+    a, b = BucketStore(url), BucketStore(url)
     gcs.loses = loses
     plan = a.write_plan(plan_table())
-    with a.at_work("a"), b.at_work("b"):
-        assert a.take(0)
-        assert not b.take(0)
+    with a.hold_leases("a"), b.hold_leases("b"):
+        assert a.acquire(0)
+        assert not b.acquire(0)
         a.release(0)
         make(a, plan)
-        assert b.take(None)
+        assert b.acquire(None)
         b.release(None)
         finish(b, plan)
     assert a.is_complete(SPEC.feature_id, plan.id)
@@ -115,9 +115,9 @@ def test_two_makers_share_a_bucket(gcs, loses):
 def test_what_was_made_in_google_cloud_storage_is_a_sound_cache(gcs):
     pytest.importorskip("gcsfs")
     url = "gs://bucket/made"
-    store = Bucket(url)
+    store = BucketStore(url)
     plan = store.write_plan(plan_table())
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         make(store, plan)
         finish(store, plan)
     assert verify(url, deep=True) == []

@@ -11,9 +11,9 @@ from tiny_bucket import SPEC, finish, make, plan_table, write
 from tiny_objects import MemoryObjects, memory, names
 
 from pipeline.config import ExtractConfig
-from pipeline.extract.job import prepare
+from pipeline.extract.job import prepare_job
 from shards.commit.bucket import store as bucket_module
-from shards.commit.bucket.store import Bucket, connect_objects
+from shards.commit.bucket.store import BucketStore, connect_objects
 from shards.errors import UserError
 from shards.format.layout import Plan
 from shards.format.records import is_released
@@ -37,14 +37,14 @@ def change(url: str, name: str, edit: Callable[[bytearray], object]) -> None:
 
 
 def test_two_that_share_a_bucket_alone_agree_on_a_plan_and_make_one_cache(url):
-    a, b = Bucket(url), Bucket(url)
+    a, b = BucketStore(url), BucketStore(url)
     assert a.plan() is None
     plan = a.write_plan(plan_table())
     assert b.write_plan(plan_table().slice(0, 2)).id == plan.id
-    with a.at_work("a"), b.at_work("b"):
-        assert a.take(0)
-        assert not b.take(0)
-        assert b.take(1)
+    with a.hold_leases("a"), b.hold_leases("b"):
+        assert a.acquire(0)
+        assert not b.acquire(0)
+        assert b.acquire(1)
         for store, shard in ((a, 0), (b, 1)):
             write(store, shard, plan)
             store.publish(shard)
@@ -60,13 +60,13 @@ def test_two_that_share_a_bucket_alone_agree_on_a_plan_and_make_one_cache(url):
 
 
 def test_a_shard_that_was_taken_over_meanwhile_is_left_to_the_other(url):
-    a, b = Bucket(url), Bucket(url)
+    a, b = BucketStore(url), BucketStore(url)
     plan = a.write_plan(plan_table(1))
-    with a.at_work("a"), b.at_work("b", lease=0.0):
-        assert a.take(0)
+    with a.hold_leases("a"), b.hold_leases("b", lease=0.0):
+        assert a.acquire(0)
         write(a, 0, plan)
-        assert not b.take(0)
-        assert b.take(0)  # a lease of nothing has passed
+        assert not b.acquire(0)
+        assert b.acquire(0)  # a lease of nothing has passed
         write(b, 0, plan, shift=1.0)
         b.publish(0)
         a.publish(0)
@@ -76,10 +76,10 @@ def test_a_shard_that_was_taken_over_meanwhile_is_left_to_the_other(url):
 
 
 def test_a_reader_sees_no_cache_before_it_is_complete(url):
-    store = Bucket(url)
+    store = BucketStore(url)
     store.write_plan(plan_table())
-    with store.at_work("a"):
-        assert store.take(0)
+    with store.hold_leases("a"):
+        assert store.acquire(0)
         assert [problem.what for problem in verify(url)][:2] == [
             "is missing: the extraction is not complete",
             "is missing: the shard is not committed",
@@ -89,19 +89,19 @@ def test_a_reader_sees_no_cache_before_it_is_complete(url):
         assert (about["counts"]["committed"], about["counts"]["shards"]) == (0, 3)
         with pytest.raises(UserError, match="there is no"):
             Cache.open(url)
-        assert store.take(None)
+        assert store.acquire(None)
         with pytest.raises(UserError, match="is not complete: finish its extraction first"):
             Cache.open(url)
 
 
 def test_what_was_released_or_reopened_counts_as_absent_and_does_not_stay(url, tmp_path):
-    store, near = Bucket(url), tmp_path / "near"
+    store, near = BucketStore(url), tmp_path / "near"
     plan = store.write_plan(plan_table(2))
-    with store.at_work("a"):
-        assert store.take(0)
+    with store.hold_leases("a"):
+        assert store.acquire(0)
         store.release(0)
         make(store, plan)
-        assert store.take(None)
+        assert store.acquire(None)
         store.release(None)
         assert store.info() is None
         finish(store, plan)
@@ -115,7 +115,7 @@ def test_what_was_released_or_reopened_counts_as_absent_and_does_not_stay(url, t
     for attempt in (lambda: pull(url, tmp_path / "other"), lambda: Cache.open(url)):
         with pytest.raises(UserError, match="complete"):
             attempt()
-    with store.at_work("b"):
+    with store.hold_leases("b"):
         finish(store, plan)
     assert verify(url, deep=True) == []
     shards = [f"shards/{i:06d}.{kind}" for i in range(2) for kind in ("tar", "parquet", "json")]
@@ -123,116 +123,116 @@ def test_what_was_released_or_reopened_counts_as_absent_and_does_not_stay(url, t
 
 
 def test_leftovers_of_a_killed_writer_are_written_over(url):
-    store = Bucket(url)
+    store = BucketStore(url)
     plan = store.write_plan(plan_table(1))
     for name in ("shards/000000.tar", "shards/000000.parquet"):
         store._objects.put(name, b"half", None)
     store._objects.put("shards/000000.json", b'{"of": "something else"}', None)
-    with store.at_work("a"):
-        assert store.committed(0, SPEC.feature_id, plan.id) is None
+    with store.hold_leases("a"):
+        assert store.commit_record(0, SPEC.feature_id, plan.id) is None
         make(store, plan)
         finish(store, plan)
     assert verify(url, deep=True) == []
 
 
 def test_a_record_whose_files_are_gone_counts_as_none(url):
-    store = Bucket(url)
+    store = BucketStore(url)
     plan = store.write_plan(plan_table(2))
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         make(store, plan)
     obstore.delete(memory(url), "shards/000001.tar")
-    again = Bucket(url)
-    assert again.committed(0, SPEC.feature_id, plan.id) is not None
-    assert again.committed(1, SPEC.feature_id, plan.id) is None
-    with again.at_work("b"):
+    again = BucketStore(url)
+    assert again.commit_record(0, SPEC.feature_id, plan.id) is not None
+    assert again.commit_record(1, SPEC.feature_id, plan.id) is None
+    with again.hold_leases("b"):
         make(again, plan)
         finish(again, plan)
     assert verify(url, deep=True) == []
 
 
 def test_shards_with_failures_are_made_again_once_by_whoever_comes_first(url):
-    store, other = Bucket(url), Bucket(url)
+    store, other = BucketStore(url), BucketStore(url)
     plan = store.write_plan(plan_table(2))
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         make(store, plan, fail="utt-1")
         finish(store, plan)
     for one in (store, other):
-        found = one.committed(0, SPEC.feature_id, plan.id)
+        found = one.commit_record(0, SPEC.feature_id, plan.id)
         assert [failure["key"] for failure in found["failures"]] == ["utt-1"]
         one.reopen({0: found})
     assert not store.is_complete(SPEC.feature_id, plan.id)
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         make(store, plan)
-    assert other.committed(0, SPEC.feature_id, plan.id) is None  # as it knew the shard …
-    with other.at_work("b"):
-        assert not other.take(0)  # … but it was made again
-        other._listed = 0.0
-        assert other.committed(0, SPEC.feature_id, plan.id)["failures"] == []
+    assert other.commit_record(0, SPEC.feature_id, plan.id) is None  # as it knew the shard …
+    with other.hold_leases("b"):
+        assert not other.acquire(0)  # … but it was made again
+        other._listed_at = 0.0
+        assert other.commit_record(0, SPEC.feature_id, plan.id)["failures"] == []
         finish(other, plan)
     assert verify(url, deep=True) == []
 
 
 def test_what_stands_of_other_features_counts_as_nothing_and_is_made_anew(url):
-    store, other = Bucket(url), "0" * 64
+    store, other = BucketStore(url), "0" * 64
     plan = store.write_plan(plan_table(1))
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         make(store, plan)
         finish(store, plan)
-        assert store.committed(0, other, plan.id) is None
+        assert store.commit_record(0, other, plan.id) is None
         assert not store.is_complete(other, plan.id)
-        assert store.take(0)
-        assert store.take(None)
+        assert store.acquire(0)
+        assert store.acquire(None)
 
 
 def test_the_cache_file_of_a_bucket_is_there_when_the_cache_is_complete(url):
-    store = Bucket(url)
+    store = BucketStore(url)
     plan = store.write_plan(plan_table(1))
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         assert store.info() is None
         make(store, plan)
-        assert store.take(None)
+        assert store.acquire(None)
         assert store.info() is None  # a claim stands there
-        store.finish(SPEC, plan, {"source": {"name": "small"}})
+        store.finalize(SPEC, plan, {"source": {"name": "small"}})
     assert store.info()["feature_id"] == SPEC.feature_id
 
 
 def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damaged(url):
-    store = Bucket(url)
+    store = BucketStore(url)
     plan = store.write_plan(plan_table(2))
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         make(store, Plan(plan.table.slice(0, 2), plan.id))
         with pytest.raises(UserError, match=r"shard 000001 of .* is not committed: run the same extraction again"):
             finish(store, plan)
         make(store, plan)
         change(url, "shards/000000.parquet", lambda data: data.reverse())
         with pytest.raises(UserError, match=r"shard 000000 of .* is damaged: .* run the same extraction with --verify"):
-            store.finish(SPEC, plan, {})
+            store.finalize(SPEC, plan, {})
     assert not store.is_complete(SPEC.feature_id, plan.id)
 
 
 def test_damage_is_found_by_reading_a_shard_whole(url):
-    store = Bucket(url)
+    store = BucketStore(url)
     plan = store.write_plan(plan_table(2))
-    with store.at_work("a"):
+    with store.hold_leases("a"):
         make(store, plan)
-    record = store.committed(1, SPEC.feature_id, plan.id)
-    assert not store.damaged(1, record)
+    record = store.commit_record(1, SPEC.feature_id, plan.id)
+    assert not store.is_corrupt(1, record)
     change(url, "shards/000001.tar", lambda data: data.append(0))
-    assert store.damaged(1, record)
+    assert store.is_corrupt(1, record)
     change(url, "shards/000001.tar", lambda data: data.pop())
-    assert not store.damaged(1, record)
+    assert not store.is_corrupt(1, record)
     change(url, "shards/000001.tar", lambda data: data.reverse())
-    assert store.damaged(1, record)
+    assert store.is_corrupt(1, record)
     obstore.delete(memory(url), "shards/000001.tar")
-    assert store.damaged(1, record)
+    assert store.is_corrupt(1, record)
 
 
 def test_scratch_folders_go_with_their_process_and_those_of_killed_ones_go_at_the_next_start(url, tmp_path):
     left = tmp_path / "earshard-scratch-dead"
     left.mkdir()
     (left / "lock").touch()
-    store = Bucket(url, tmp_path)
-    other = Bucket(url, tmp_path)
+    store = BucketStore(url, tmp_path)
+    other = BucketStore(url, tmp_path)
     assert {store.layout.path, other.layout.path} == set(tmp_path.glob("earshard-scratch-*"))
     del store, other
     assert not list(tmp_path.glob("earshard-scratch-*"))
@@ -247,7 +247,7 @@ def test_a_store_without_known_conditions_is_refused_in_a_sentence(scheme):
 def test_shards_larger_than_a_bucket_takes_at_once_are_refused_before_any_work():
     source = {"kind": "manifest", "path": "clips.csv"}
     with pytest.raises(UserError, match="shard_mb=8000 is more than a bucket takes in one piece"):
-        prepare(ExtractConfig(root="s3://bucket/caches", shard_mb=8000, source=source))
+        prepare_job(ExtractConfig(root="s3://bucket/caches", shard_mb=8000, source=source))
 
 
 def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(url):

@@ -20,15 +20,15 @@ Ids = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackedInputs:
     """One batch. Row-major order of the True positions of a mask is the order of the values that belong there."""
 
     ids: Tensor  # [B, T] int64; 0 where a soft token or padding stands
     is_text: Tensor  # [B, T] bool
     is_soft: Tensor  # [B, T] bool
-    predicts: Tensor  # [B, T] bool: the position's output predicts a target
+    predicts_target: Tensor  # [B, T] bool: the position's output predicts a target
     targets: Tensor  # [N] int64, in the order of ``predicts``
-    last: Tensor  # [B] int64: the column of each row's last input
+    last_positions: Tensor  # [B] int64: the column of each row's last input
 
     @property
     def valid(self) -> Tensor:
@@ -36,9 +36,9 @@ class Layout:
         return self.is_text | self.is_soft
 
 
-def lay_out(
-    soft_lengths: Tensor, before: Ids, after: Ids, targets: Ids | None = None, pad: Literal["left", "right"] = "right"
-) -> Layout:
+def pack_inputs(
+    soft_lengths: Tensor, prefix: Ids, suffix: Ids, targets: Ids | None = None, pad: Literal["left", "right"] = "right"
+) -> PackedInputs:
     """Place ``soft_lengths`` [B] int64 soft tokens between ``before`` and ``after``; ``targets`` follow.
 
     The last target is predicted and never an input. Without ``targets`` the row ends with ``after``.
@@ -46,15 +46,15 @@ def lay_out(
     Raises:
         ValueError: a row has targets and nothing that could predict the first of them.
     """
-    device, batch = soft_lengths.device, len(before)
+    device, batch = soft_lengths.device, len(prefix)
     wanted = targets if targets is not None else [[] for _ in range(batch)]
-    parts = list(zip(before, after, wanted, strict=True))
+    parts = list(zip(prefix, suffix, wanted, strict=True))
     text = chain.from_iterable([*b, *a, *t[:-1]] for b, a, t in parts)
     sizes = torch.tensor([[len(b), len(a), len(t)] for b, a, t in parts]).to(device)
-    n_before, n_after, n_targets = sizes.unbind(1)
-    prefix = n_before + soft_lengths + n_after
-    lengths = prefix + (n_targets - 1).clamp(min=0)
-    if int(prefix.min()) < 1:
+    n_prefix, n_suffix, n_targets = sizes.unbind(1)
+    prompt_lengths = n_prefix + soft_lengths + n_suffix
+    lengths = prompt_lengths + (n_targets - 1).clamp(min=0)
+    if int(prompt_lengths.min()) < 1:
         raise ValueError("a row without soft tokens and without a prompt has nothing to predict its first token from")
     width = int(lengths.max())
     start = width - lengths if pad == "left" else torch.zeros_like(lengths)
@@ -63,14 +63,14 @@ def lay_out(
     def between(low: Tensor, high: Tensor) -> Tensor:
         return (position >= low[:, None]) & (position < high[:, None])
 
-    is_soft = between(n_before, n_before + soft_lengths)
+    is_soft = between(n_prefix, n_prefix + soft_lengths)
     is_text = between(torch.zeros_like(lengths), lengths) & ~is_soft
     flat = torch.tensor(list(text), dtype=torch.int64).to(device)
-    return Layout(
+    return PackedInputs(
         ids=torch.zeros(batch, width, dtype=torch.int64, device=device).masked_scatter(is_text, flat),
         is_text=is_text,
         is_soft=is_soft,
-        predicts=between(prefix - 1, prefix - 1 + n_targets),
+        predicts_target=between(prompt_lengths - 1, prompt_lengths - 1 + n_targets),
         targets=torch.tensor(list(chain.from_iterable(wanted)), dtype=torch.int64).to(device),
-        last=start + lengths - 1,
+        last_positions=start + lengths - 1,
     )
