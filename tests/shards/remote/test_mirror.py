@@ -27,9 +27,9 @@ from shards.remote import client as storage
 from shards.remote import mirror as mirror_module
 from shards.remote.mirror import Mirror
 from shards.stream.iterable_dataset import FeatureStream
-from shards.stream.sampler import Rules
+from shards.stream.sampler import SamplerConfig
 
-RULES = Rules(batch_size=4, window_shards=2)
+RULES = SamplerConfig(batch_size=4, window_shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,21 @@ def test_the_folder_stays_within_its_budget_and_every_row_is_read(near, root):
             for row, features, frames in zip(batch.rows, batch.features, batch.lengths, strict=True):
                 assert np.array_equal(features[:frames].numpy(), local.features(row))
         assert sum(server.count(f"{shard:06d}.tar") for shard in range(12)) > 12
+
+
+def test_a_shard_that_becomes_whole_while_it_is_counted_is_counted(tmp_path):
+    folder = tmp_path / "cache" / "shards"
+    folder.mkdir(parents=True)
+    parts = [folder / f"{shard:06d}.part" for shard in range(800)]
+    for part in parts:
+        part.write_bytes(b"x")
+    thread = threading.Thread(target=lambda: [part.rename(part.with_suffix(".tar")) for part in parts])
+    thread.start()
+    counts = set()
+    while thread.is_alive():
+        counts.add(sum(taken for _, taken, _ in mirror_module._mirrored_shards(tmp_path)))
+    thread.join()
+    assert counts == {len(parts)}
 
 
 def test_the_longest_unused_shard_makes_room_and_a_mapped_one_does_not(near, root):
