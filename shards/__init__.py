@@ -1,42 +1,58 @@
-"""The contract between the two stages: the cache format, its writer, its readers. Knows no model.
+"""The contract between extraction and training: the cache format, its writer and its readers. Knows no model.
 
-For loops that are not ours, in three lines each::
+A cache in your own loop::
 
-    data = shards.open("caches/…")                     # map-style: len(data), data[i]["features"], data[i]["text"]
-    data = shards.as_webdataset("caches/…")            # a webdataset pipeline: for sample in data, data.shuffle(…)
-    data = FeatureStream([Cache.open("caches/…")], …)  # batches with a state: shards/stream/iterable_dataset.py
+    data = shards.open("caches/…")           # map-style torch dataset: data[i]["features"], data[i]["text"]
+    data = shards.as_webdataset("caches/…")  # webdataset pipeline: for sample in data, data.shuffle(…)
+    data = shards.FeatureStream(             # length-grouped batches with an exact resume state
+        [shards.Cache.open("caches/…")], shards.SamplerConfig(max_frames=8000), seed=0)
+
+Names are imported on first use: ``import shards`` loads neither torch nor pyarrow.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # `import shards` stays light: torch and webdataset are imported by whoever calls
+if TYPE_CHECKING:
     from shards.read.cache import Cache
-    from shards.read.map_dataset import FeatureDataset
+    from shards.read.map_dataset import FeatureDataset, as_webdataset, collate
+    from shards.read.map_dataset import FeatureDataset as open
+    from shards.stream.iterable_dataset import FeatureStream
+    from shards.stream.sampler import SamplerConfig
 
 VERSION = "0.1.0"
 
+__all__ = [
+    "VERSION",
+    "Cache",
+    "FeatureDataset",
+    "FeatureStream",
+    "SamplerConfig",
+    "as_webdataset",
+    "collate",
+    "open",
+]
 
-def open(cache: str | Path | Cache) -> FeatureDataset:
-    """A map-style torch dataset over a cache, its folder or its URL."""
-    from shards.read.map_dataset import FeatureDataset
+_MODULES = {
+    "Cache": "shards.read.cache",
+    "FeatureDataset": "shards.read.map_dataset",
+    "FeatureStream": "shards.stream.iterable_dataset",
+    "SamplerConfig": "shards.stream.sampler",
+    "as_webdataset": "shards.read.map_dataset",
+    "collate": "shards.read.map_dataset",
+    "open": "shards.read.map_dataset",
+}
 
-    return FeatureDataset(cache)
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), "FeatureDataset" if name == "open" else name)
+    globals()[name] = value
+    return value
 
 
-def as_webdataset(cache: str | Path | Cache, *, seed: int | None = None) -> Any:
-    """A webdataset pipeline over a cache, its folder or its URL: one sample an utterance, codecs undone.
-
-    Shards are split by node, then by DataLoader worker; every utterance comes once an epoch. A sample holds
-    ``__key__``, ``features`` (float32 tensor [frames, channels]) and the fields of the shard's JSON: ``text``,
-    ``speaker``, ``split``, ``duration`` …. The result chains as webdataset's do: ``.shuffle(1000)``,
-    ``.batched(8, collation_fn=shards.read.map_dataset.collate)``.
-
-    Args:
-        seed: shuffles the order of shards, anew each epoch, the same on every node; ``None`` keeps it.
-    """
-    from shards.read.map_dataset import as_webdataset as build
-
-    return build(cache, seed=seed)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

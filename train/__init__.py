@@ -1,21 +1,25 @@
-"""Training of projectors from cached features into language models.
+"""Training of projectors from cached features into frozen language models.
 
-A trained projector that ``python -m train export`` wrote comes back in one line::
+A projector of your own derives from ``train.Projector``. One that ``python -m train export`` wrote is loaded by::
 
     projector = train.load_projector("exported/demo")
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # `import train` stays light
-    from train.projectors import Projector
+if TYPE_CHECKING:
+    from train.inference.export import load_projector
+    from train.projectors.base import Projector
+
+__all__ = ["Projector", "load_projector"]
+
+_MODULES = {"Projector": "train.projectors.base", "load_projector": "train.inference.export"}
 
 
-def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
-    """The projector of an export; see :func:`train.inference.export.load_projector`."""
-    from train.inference.export import load_projector as load
-
-    return load(folder, kind)
+def __getattr__(name: str) -> Any:  # `import train` stays light: torch is imported on first use
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -27,10 +27,14 @@ SAMPLE_FIELDS = ["key", "id", "text", "speaker", "split", "frames"]
 
 
 class FeatureDataset(Dataset[dict[str, Any]]):
-    """Utterance i of a cache as a dictionary.
+    """A map-style torch dataset over a cache, its folder or its URL; ``shards.open`` is this class.
 
-    ``features`` is a float32 tensor [frames, channels] of its own memory; ``key``, ``id``, ``text``, ``speaker``,
-    ``split``, ``frames`` and ``duration`` (seconds) are of the manifest. :func:`collate` pads a list of them.
+    Item i is a dictionary: ``features`` is a float32 tensor [frames, channels] that owns its memory; ``key``, ``id``,
+    ``text``, ``speaker``, ``split``, ``frames`` and ``duration`` (seconds) come from the manifest. :func:`collate`
+    pads a list of items.
+
+    Raises:
+        UserError: there is no complete cache there.
     """
 
     def __init__(self, cache: str | Path | Cache) -> None:
@@ -61,7 +65,19 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def as_webdataset(cache: str | Path | Cache, *, seed: int | None = None) -> Any:
-    """See :func:`shards.as_webdataset`."""
+    """A webdataset pipeline over a cache, its folder or its URL: one sample per utterance, codecs decoded.
+
+    Shards are split by node, then by DataLoader worker; every utterance comes once an epoch. A sample holds
+    ``__key__``, ``features`` (float32 tensor [frames, channels]) and the fields of the shard's JSON: ``text``,
+    ``speaker``, ``split``, ``duration`` and so on. The result chains like any webdataset pipeline:
+    ``.shuffle(1000)``, ``.batched(8, collation_fn=shards.collate)``.
+
+    Args:
+        seed: shuffles the order of shards, differently each epoch and equally on every node; ``None`` keeps it.
+
+    Raises:
+        UserError: there is no complete cache there, or (while iterating) a sample is corrupt.
+    """
     import webdataset as wds
 
     class Pipeline(wds.DataPipeline, wds.FluidInterface):  # type: ignore[misc]  # webdataset has no types

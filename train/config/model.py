@@ -204,7 +204,7 @@ class TransformerConfig(KindConfig):
 
 
 class CustomConfig(Config):
-    """A projector class of your own, derived from `train.projectors.Projector`."""
+    """A projector class of your own, derived from `train.Projector`."""
 
     kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """Import path of the class: `my_module:MyProjector`."""
