@@ -13,7 +13,6 @@ process (``train/distributed/liveness.py``) ends that wait.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +51,7 @@ class ProcessGroup:
         return name
 
     def all_gather(self, tree: Any) -> list[Any]:
-        """What each rank gave, in order of rank. ``tree`` is what JSON can hold; floats come through exactly."""
+        """The value of each rank, in order of rank; ``tree`` is any value that pickle can hold."""
         return [tree]
 
     def broadcast(self, tree: Any) -> Any:
@@ -143,19 +142,12 @@ class DistributedProcessGroup(ProcessGroup):
         return f"cuda:{self.local_rank}"
 
     def all_gather(self, tree: Any) -> list[Any]:
-        import torch
         import torch.distributed as dist
 
-        mine = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
-        sizes = torch.zeros(self.world_size, dtype=torch.int64)
-        sizes[self.rank] = len(mine)
+        parts: list[Any] = [None] * self.world_size
         with self._rank_loss_detected():
-            dist.all_reduce(sizes, group=self._control)
-            padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-            padded[: len(mine)] = mine
-            parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-            dist.all_gather(parts, padded, group=self._control)
-        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+            dist.all_gather_object(parts, tree, group=self._control)
+        return parts
 
     def broadcast_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         import torch

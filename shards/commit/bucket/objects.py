@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from shards.commit.bucket.s3 import WRITE_ID_ATTRIBUTE
 from shards.errors import UserError
 from shards.remote import object_store
 from shards.remote.client import TransferAction, TransientError, retry
@@ -29,6 +28,8 @@ from shards.remote.client import TransferAction, TransientError, retry
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+# Metadata that tells our own write, whose answer was lost, from another's. An identifier, because Azure requires one.
+WRITE_ID_ATTRIBUTE = "earshardput"
 T = TypeVar("T")
 Version = dict[str, str]  # ``e_tag`` and, where the store numbers its objects, ``version``
 
