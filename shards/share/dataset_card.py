@@ -12,18 +12,18 @@ from typing import Any
 import yaml
 
 
-def dataset_card(about: dict[str, Any], url: str, license_id: str, folder: str, base_url: str) -> str:
+def dataset_card(description: dict[str, Any], url: str, license_id: str, folder: str, base_url: str) -> str:
     """The text of ``README.md``.
 
     Args:
-        about: of :func:`shards.inspect.info.describe_cache`.
+        description: of :func:`shards.inspect.info.describe_cache`.
         url: where the cache will stand, ``hf://datasets/…``.
         licence: an identifier that the hub knows, such as ``cc-by-4.0``, or ``other``.
         folder: of the cache in its repository, "" for the root.
         web: the address that the repository's files are downloaded from.
     """
-    spec = about["spec"]
-    source = about["provenance"].get("source")
+    spec = description["spec"]
+    source = description["provenance"].get("source")
     corpus = str(source.get("name", "a speech corpus")) if isinstance(source, dict) else "a speech corpus"
     title = f"{spec['family']} layer {spec['layer']} features of {corpus}"
     tars = f"{folder}/shards/*.tar" if folder else "shards/*.tar"
@@ -33,11 +33,11 @@ def dataset_card(about: dict[str, Any], url: str, license_id: str, folder: str, 
 
 # {title}
 
-{_what(about)}
+{_what(description)}
 
 ## Open it
 
-{_opening(about, url, f"{base_url}/{tars}")}
+{_opening(description, url, f"{base_url}/{tars}")}
 
 ## What the features are
 
@@ -67,8 +67,8 @@ def _header(title: str, license_id: str, tars: str) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()
 
 
-def _what(about: dict[str, Any]) -> str:
-    spec, counts, error = about["spec"], about["counts"], about["codec_error"]
+def _what(description: dict[str, Any]) -> str:
+    spec, counts, error = description["spec"], description["counts"], description["codec_error"]
     return f"""Encoder features of speech and their transcripts, ready to train an audio projector or any other model.
 Each utterance went through a frozen {spec["family"]} encoder once; what stands here is its layer {spec["layer"]},
 {spec["channels"]} channels, {spec["sampling_rate"] / spec["hop"]:g} frames a second, stored as `{spec["codec"]}`.
@@ -77,16 +77,16 @@ Made with earshard; the audio itself is not part of it.
 | | |
 |---|---|
 | utterances | {counts["utterances"]:,} of {counts["planned"]:,} planned ({counts["failures"]:,} could not be read) |
-| audio | {about["hours"]:.2f} hours |
+| audio | {description["hours"]:.2f} hours |
 | frames | {counts["frames"]:,} |
 | shards | {counts["shards"]:,}, {counts["bytes"] / 1e9:.3g} GB |
 | codec error | mean {error["mean"]:.2e}, worst {error["max"]:.2e} (relative RMS) |
-| feature id | `{about["feature_id"]}` |
-| manifest id | `{about["manifest_id"]}` |"""
+| feature id | `{description["feature_id"]}` |
+| manifest id | `{description["manifest_id"]}` |"""
 
 
-def _opening(about: dict[str, Any], url: str, tars: str) -> str:
-    every = tars.replace("*", f"{{000000..{about['counts']['shards'] - 1:06d}}}")
+def _opening(description: dict[str, Any], url: str, tars: str) -> str:
+    every = tars.replace("*", f"{{000000..{description['counts']['shards'] - 1:06d}}}")
     return f"""```python
 import shards
 

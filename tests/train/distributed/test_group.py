@@ -256,7 +256,8 @@ threading.Event().wait()"""
 
 def test_without_a_launcher_a_run_is_a_group_of_one_that_loads_no_torch():
     code = (
-        "import sys; from train.distributed.group import join\nwith join() as g: print(g.world_size, 'torch' in sys.modules)"
+        "import sys; from train.distributed.group import join\n"
+        "with join() as g: print(g.world_size, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1 False\n"
