@@ -5,8 +5,8 @@ one thread: source.read -> bytes -> n threads: sha256, decode, resample -> sampl
 ```
 
 Threads are enough: libsndfile, soxr, sha256 and espeak-ng work without Python's lock, and no samples are copied between
-processes (``bench/host.py``, ``docs/design.md``). At most ``ahead`` recordings wait. What goes wrong with a recording
-is its :class:`Failure`.
+processes (``bench/host.py``, ``docs/decisions.md``). At most ``ahead`` recordings wait. What goes wrong with a
+recording is its :class:`Failure`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: an encoder's forward pass, and how long the job is. Out: the same pass, compiled where that pays. Compiling takes
 about a minute, a batch saves a fraction of its time: only a GPU's long job earns it. On a CPU clips pass alone through
-packed kernels that a compiler does not improve (docs/design.md). The decision hangs on the plan, the encoder and the
+packed kernels that a compiler does not improve (docs/decisions.md). The decision hangs on the plan, the encoder and the
 machine alone, so that a job that goes on after a stop computes as it began.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 
 from docs_text import ROOT
 
@@ -34,6 +35,28 @@ def test_every_module_that_is_named_exists():
             found = {name for name in PATH.findall(text) + DOTTED.findall(text) if name not in FILES}
             stale += [f"{file}: {name}" for name in sorted(found) if is_stale(name)]
     assert not stale
+
+
+def test_the_rooms_page_names_every_module_in_the_row_of_its_folder():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `((?:shards|pipeline|train)/[\w/]*)` \|.*\| (.*) \|$", page, re.MULTILINE)
+    named = {f"{folder}{name}.py" for folder, text in rows for name in re.findall(r"`([a-z_0-9]+)`", text)}
+    listed = subprocess.run(["git", "ls-files", "shards/*.py", "pipeline/*.py", "train/*.py"], cwd=ROOT, text=True,
+                            capture_output=True, check=True)  # fmt: skip
+    modules = {file for file in listed.stdout.split() if not file.endswith("/__init__.py") and (ROOT / file).is_file()}
+    assert modules - named == set()
+    assert named - modules == set()
+
+
+def test_the_rooms_page_draws_the_layers_that_the_import_contracts_check():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    contracts = [contract for contract in tools["importlinter"]["contracts"] if contract.get("exhaustive")]
+    layers = {contract["containers"][0]: contract["layers"] for contract in contracts}
+    assert sorted(layers) == ["pipeline", "shards", "train"]
+    for package, names in layers.items():
+        (drawn,) = re.findall(rf"^- \*\*{package}\*\*: (.*(?:\n  .*)*)", page, re.MULTILINE)
+        assert re.findall(r"`([^`]+)`", drawn) == names
 
 
 def test_a_name_that_is_gone_is_noticed():
