@@ -1,1 +1,1 @@
-"""Figures on held-out utterances, a kind a module."""
+"""Metrics on held-out utterances, one module per kind of metric."""

@@ -1,6 +1,7 @@
-"""Held-out utterances in padded batches of like lengths, each rank its share.
+"""Padded batches of held-out utterances of similar length, divided among the ranks.
 
-In: utterances, and which utterance hears whose audio. Out: the results of a function over the batches, on every rank.
+Takes utterances and, for each text, the utterance whose audio it is paired with. Applies a function to every batch and
+returns all results on every rank.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ BatchFunction = Callable[[list[int], Tensor, Tensor], Any]
 
 
 class Stopped(Exception):
-    """The caller's ``stop`` asked for an end before the evaluation was done."""
+    """The caller's ``stop`` returned True before the evaluation was complete."""
 
 
 class UtteranceReader:
-    """Reads chosen utterances; ``keys``, ``texts`` and ``frames`` are those of the utterances by their index."""
+    """Reads a set of utterances in batches.
+
+    ``keys``, ``texts`` and ``frames`` (counts) hold one entry per utterance, in the order of ``utterances``.
+    """
 
     def __init__(
         self,
@@ -52,44 +56,52 @@ class UtteranceReader:
         function: BatchFunction,
         get_features: Callable[[int], Features] | None = None,
     ) -> list[Any]:
-        """``work(readers, features [B, T, C], mask [B, T])`` of every batch, in the order of the batches.
+        """Call ``function(text_indices, features, mask)`` for every batch; return the results in batch order.
 
-        Utterance ``readers[i]`` hears the audio of ``heard[i]``, or what ``audio`` gives for it. Each rank works on its
-        share of the batches, and all get all results, which must be what JSON can hold.
+        Text ``text_indices[i]`` is paired with the audio of utterance ``audio_indices[i]``. Each rank processes its
+        share of the batches; every rank gets all results.
+
+        Args:
+            audio_indices, text_indices: indices of utterances, of equal length.
+            function: receives the batch's text indices (B of them), its features [B, T, C] and their mask [B, T]
+                (True = a frame). Its result must be JSON-serializable.
+            get_features: returns the features [frames, channels] for an audio index; by default those of the utterance.
 
         Raises:
-            Stopped: ``stop()`` became true on any rank.
+            Stopped: ``stop()`` returned True on any rank.
         """
         read = get_features or self.utterances.features
 
-        def one(batch: list[int]) -> Any:
+        def run_batch(batch: list[int]) -> Any:
             return function([text_indices[i] for i in batch], *pad([read(audio_indices[i]) for i in batch]))
 
-        return self.map_items(self._batches(audio_indices), one)
+        return self.map_items(self._batches(audio_indices), run_batch)
 
     def map_items(self, items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
-        """``work(item)`` of every item, in their order; each rank does its share, and all get what JSON can hold of it.
+        """Call ``function(item)`` for every item; return the results in the order of ``items``.
+
+        Each rank processes its share of the items; every rank gets all results, which must be JSON-serializable.
 
         Raises:
-            Stopped: ``stop()`` became true on any rank.
+            Stopped: ``stop()`` returned True on any rank.
         """
         done, stopped = [], False
         for item in items[self.group.rank :: self.group.world_size]:
             stopped = self.stop()
-            if stopped:  # the others learn it where they wait for this rank
+            if stopped:  # the other ranks learn of it in all_gather
                 break
             done.append(function(item))
         shares = self.group.all_gather(None if stopped else done)
         if any(part is None for part in shares):
             raise Stopped
-        turns = zip_longest(*shares)  # item i was the turn of rank i % world
-        return [result for turn in turns for result in turn if result is not None]
+        rounds = zip_longest(*shares)  # item i was processed by rank i % world_size
+        return [result for results in rounds for result in results if result is not None]
 
     def _batches(self, audio_indices: Sequence[int]) -> list[list[int]]:
-        """Places in ``heard`` of like lengths."""
+        """Positions in ``audio_indices``, grouped into batches of similar length."""
         batches: list[list[int]] = [[]]
         for i in sorted(range(len(audio_indices)), key=lambda i: (self.frames[audio_indices[i]], i)):
-            longest = self.frames[audio_indices[i]]  # the order ascends
+            longest = self.frames[audio_indices[i]]  # lengths ascend
             too_wide = self.max_frames is not None and longest * (len(batches[-1]) + 1) > self.max_frames
             if batches[-1] and (len(batches[-1]) == self.batch_size or too_wide):
                 batches.append([])
@@ -98,10 +110,13 @@ class UtteranceReader:
 
 
 def derangement(texts: Sequence[str], seed: int = 0) -> list[int] | None:
-    """For each utterance the one whose audio it hears instead: a permutation in which no text meets an equal text.
+    """Pair each text with another utterance's audio: a permutation that never pairs two equal texts.
 
-    Utterances are put in a seeded order with equal texts side by side, and the order is turned by the size of the
-    largest group: that is a solution whenever there is one. None when there is none.
+    Utterances are put in a seeded order with equal texts adjacent, and the order is rotated by the size of the largest
+    group of equal texts. This finds a solution whenever one exists.
+
+    Returns:
+        For each utterance the index of the utterance whose audio replaces its own; None if no such permutation exists.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index in np.random.default_rng(seed).permutation(len(texts)).tolist():
@@ -111,6 +126,6 @@ def derangement(texts: Sequence[str], seed: int = 0) -> list[int] | None:
         return None
     order = [index for group in groups.values() for index in group]
     other = [0] * len(texts)
-    for place, index in enumerate(order):
-        other[index] = order[(place + largest) % len(order)]
+    for position, index in enumerate(order):
+        other[index] = order[(position + largest) % len(order)]
     return other

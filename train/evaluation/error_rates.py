@@ -1,8 +1,8 @@
-"""Decoded text against what was said: word and character errors by kind, after normalisation.
+"""Word and character errors of decoded text, by kind, after normalization.
 
-In: an utterance's reference and hypothesis. Out: a :class:`Sample` with counts of insertions, deletions and
-substitutions (jiwer's alignment), both sides through Whisper's English normalizer. Rates are of the corpus: all errors
-over all reference words. A reference that normalises to nothing has no counts and is left out.
+Takes the reference and the hypothesis of an utterance; returns a :class:`Sample` with counts of insertions, deletions
+and substitutions (jiwer's alignment). Whisper's English normalizer is applied to both texts. Rates are corpus rates:
+all errors divided by all reference words. A reference that is empty after normalization has no counts and is excluded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Edits:
-    """What turns a reference of ``length`` words (or characters) into the hypothesis."""
+    """Counts of the edits that turn a reference of ``length`` words (or characters) into the hypothesis."""
 
     length: int
     insertions: int
@@ -23,13 +23,13 @@ class Edits:
 
     @property
     def rate(self) -> float:
-        """All errors over the reference's length."""
+        """Error rate: all edits divided by the length of the reference."""
         return (self.insertions + self.deletions + self.substitutions) / self.length
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded utterance; ``words`` and ``characters`` are None where the normalised reference is empty."""
+    """One decoded utterance; ``words`` and ``characters`` are None if the normalized reference is empty."""
 
     key: str
     reference: str
@@ -39,16 +39,16 @@ class Sample:
 
     @property
     def wer(self) -> float | None:
-        """Its own word error rate."""
+        """Word error rate of this utterance; None if its normalized reference is empty."""
         return None if self.words is None else self.words.rate
 
     def record(self) -> dict[str, Any]:
-        """What ``evaluations.jsonl`` keeps of it."""
+        """Return the entry of this sample in ``evaluations.jsonl``."""
         return {"key": self.key, "reference": self.reference, "hypothesis": self.hypothesis, "wer": self.wer}
 
 
 def make_sample(key: str, reference: str, hypothesis: str) -> Sample:
-    """A sample with its errors counted."""
+    """Count the errors of ``hypothesis``; both texts are normalized first."""
     import jiwer
 
     normalize = normalizer()
@@ -60,12 +60,12 @@ def make_sample(key: str, reference: str, hypothesis: str) -> Sample:
 
 
 def has_words(normalized: str) -> bool:
-    """Whether normalised text says anything: the normalizer makes "…" a lone point."""
+    """Return whether normalized text has a word: the normalizer turns "…" into a lone period."""
     return any(letter.isalnum() for letter in normalized)
 
 
 def corpus_edits(edits: Sequence[Edits | None]) -> Edits | None:
-    """The sums over those that have counts; None without any."""
+    """Return the sums over the entries that are not None; None if there are none."""
     known = [each for each in edits if each is not None]
     if not known:
         return None
@@ -73,14 +73,14 @@ def corpus_edits(edits: Sequence[Edits | None]) -> Edits | None:
 
 
 def error_rates(samples: Sequence[Sample]) -> tuple[float | None, float | None]:
-    """Corpus WER and CER of the samples that have a reference after normalisation; None without any."""
+    """Return corpus WER and CER over the samples whose normalized reference is not empty; None if there are none."""
     words = corpus_edits([sample.words for sample in samples])
     characters = corpus_edits([sample.characters for sample in samples])
     return (None if words is None else words.rate), (None if characters is None else characters.rate)
 
 
 def edit_columns(samples: Sequence[Sample | None]) -> dict[str, list[Any]]:
-    """Columns of ``utterances.parquet`` from one sample (or none) an utterance."""
+    """Return columns of ``utterances.parquet`` from one sample (or None) per utterance."""
     columns: dict[str, list[Any]] = {"hypothesis": [None if s is None else s.hypothesis for s in samples]}
     for name, prefix in (("words", "word"), ("characters", "character")):
         edits = [None if s is None else getattr(s, name) for s in samples]
@@ -91,7 +91,7 @@ def edit_columns(samples: Sequence[Sample | None]) -> dict[str, list[Any]]:
 
 
 def _edits(output: Any) -> Edits:
-    """jiwer's alignment of one pair as counts."""
+    """Counts of jiwer's alignment of one pair."""
     length = output.hits + output.substitutions + output.deletions
     return Edits(length, output.insertions, output.deletions, output.substitutions)
 
@@ -100,7 +100,7 @@ _NORMALIZER: list[Callable[[str], str]] = []
 
 
 def normalizer() -> Callable[[str], str]:
-    """Whisper's English normalizer, built once: it reads a table of spellings."""
+    """Return Whisper's English text normalizer; it is built once, because it loads a table of spellings."""
     if not _NORMALIZER:
         from whisper_normalizer.english import EnglishTextNormalizer
 

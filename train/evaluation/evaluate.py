@@ -1,24 +1,24 @@
-"""Does the language model listen? Held-out loss with the right audio, with another's, with none, and decoded text.
+"""Does the language model use the audio? Held-out loss with matched, shuffled, silent and no audio, and decoded text.
 
-In: a model and held-out utterances. Out: an :class:`Evaluation`. All losses are nats per target token, over all
-utterances; every figure is defined in the module of ``train/evaluation/`` that computes it.
+Takes a model and held-out utterances; returns an :class:`Evaluation`. All losses are in nats per target token over all
+utterances. Every metric is defined in the module of ``train/evaluation/`` that computes it.
 
-| figure | what it says | cost, in evaluations of the loss |
+| metric | meaning | cost, in passes over the held-out set |
 |---|---|---|
-| ``val_loss`` | hearing the utterance itself | 1 |
-| ``val_loss_shuffled`` | hearing another utterance: a derangement in which no text meets an equal text | 1 |
-| ``audio_gain`` | shuffled minus matched: what the model takes from the audio | |
+| ``val_loss`` | loss with the utterance's own audio | 1 |
+| ``val_loss_shuffled`` | loss with another utterance's audio; texts of the pair always differ | 1 |
+| ``audio_gain`` | shuffled minus matched: what the model gains from the audio | |
 | ``wer``, ``cer`` | corpus error rates of greedy decoding, with insertions, deletions, substitutions | decoding |
 | ``projector_rms_ratio`` | RMS of the soft tokens over RMS of the LM's embeddings | |
-| *complete:* ``val_loss_silent``, ``silent_gain`` | hearing silence; silent minus matched | 1, and the encoder once |
-| ``val_loss_text_only``, ``text_only_gain`` | with nothing where the audio would stand | less than 1 |
-| ``hallucination_rate`` | share of 16 silent inputs that are answered with words | decoding 16 |
-| ``retrieval`` | right first choices among 16 texts, by likelihood and pooled embedding | 16 of ``retrieval_limit`` |
-| ``space.json`` | nearest vocabulary tokens of soft tokens; PCA among the LM's embeddings | next to none |
+| *complete:* ``val_loss_silent``, ``silent_gain`` | loss with silence; silent minus matched | 1, and the encoder once |
+| ``val_loss_text_only``, ``text_only_gain`` | loss without soft tokens; text only minus matched | less than 1 |
+| ``hallucination_rate`` | share of 16 silent inputs whose decoded text has words | decoding 16 |
+| ``retrieval`` | retrieval@1 among 16 candidates, by likelihood and pooled embedding | 16 of ``retrieval_limit`` |
+| ``space.json`` | nearest vocabulary tokens of soft tokens; PCA among the LM's embeddings | negligible |
 
-``intervals`` holds 95 % bootstrap intervals over utterances. Evaluations during training leave out what is marked
-*complete*. The counts of every utterance go to ``utterances.parquet``, by which ``paired_difference`` of
-``train/evaluation/bootstrap.py`` compares two runs.
+``intervals`` holds 95 % bootstrap intervals over utterances. Evaluations during training omit the metrics from
+*complete* on. Counts per utterance are written to ``utterances.parquet``; ``paired_difference`` in
+``train/evaluation/bootstrap.py`` compares two runs by them.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ from train.model.audio_lm import AudioLM, ModelList
 
 __all__ = ["EvalConfig", "Evaluation", "Stopped", "evaluate", "evaluate_models"]
 
-MAX_SAMPLES = 24  # decoded utterances that an evaluation's record keeps
+MAX_SAMPLES = 24  # decoded utterances in the record of an evaluation
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The settings of an evaluation. Models with equal settings can be evaluated together."""
+    """Settings of an evaluation. Models with equal settings can be evaluated together."""
 
-    limit: int | None = None  # most utterances; None: all
+    limit: int | None = None  # maximum number of utterances; None: all
     batch_size: int = 16
-    max_frames: int | None = None  # of a batch, padding included
-    decode_limit: int = 200  # most utterances that are decoded
-    max_new_tokens: int = 64  # of a decoded text
-    complete: bool = False  # also silence, text alone, retrieval and the embedding space
-    retrieval_limit: int = 0  # most utterances in retrieval; 0: none
+    max_frames: int | None = None  # maximum frames per batch, including padding
+    decode_limit: int = 200  # maximum number of decoded utterances
+    max_new_tokens: int = 64  # per decoded utterance
+    complete: bool = False  # include silence, text only, retrieval and the embedding space
+    retrieval_limit: int = 0  # maximum number of utterances in retrieval; 0: no retrieval
 
     @classmethod
     def during_training(cls, config: TrainConfig) -> EvalConfig:
-        """The evaluation of a run every ``eval_every`` steps."""
+        """Return the settings of the evaluation that a run performs every ``eval_every`` steps."""
         return cls(
             limit=config.eval_limit,
             batch_size=config.eval_batch_size,
@@ -77,7 +77,7 @@ class EvalConfig:
 
     @classmethod
     def final(cls, config: TrainConfig) -> EvalConfig:
-        """The evaluation of a finished run."""
+        """Return the settings of the complete evaluation at the end of a run."""
         return cls(
             batch_size=config.eval_batch_size,
             max_frames=config.batch.max_frames,
@@ -90,41 +90,44 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per target token, error rates as fractions; None where the set cannot give the figure."""
+    """Results of an evaluation.
+
+    Losses are in nats per target token, error rates are fractions. A metric that is undefined on this set is None.
+    """
 
     val_loss: float
-    val_loss_shuffled: float | None  # None: one utterance, or one text that fills more than half of the set
+    val_loss_shuffled: float | None  # None: one utterance, or one text is more than half of the set
     wer: float | None
     cer: float | None
     projector_rms_ratio: float  # RMS of the soft tokens over RMS of the LM's embeddings
     n_val: int
     n_decoded: int
-    n_without_reference: int  # decoded, and left out of WER and CER: the normalised reference is empty
+    n_without_reference: int  # decoded, not in WER and CER: the normalized reference is empty
     eval_seconds: float
-    table: pa.Table  # utterances.parquet: the counts of every utterance
+    table: pa.Table  # utterances.parquet: counts per utterance
     samples: list[Sample] = field(default_factory=list)
-    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 % over utterances, by the figure's name
-    extra_metrics: dict[str, Any] = field(default_factory=dict)  # further figures, by the names of summary.json
+    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 % over utterances, by metric name
+    extra_metrics: dict[str, Any] = field(default_factory=dict)  # named as in summary.json
     embedding_space: dict[str, Any] | None = None  # space.json: soft tokens among the LM's embeddings
 
     @property
     def audio_gain(self) -> float | None:
-        """``val_loss_shuffled - val_loss``."""
+        """``val_loss_shuffled - val_loss``, in nats per target token."""
         return None if self.val_loss_shuffled is None else self.val_loss_shuffled - self.val_loss
 
     def metrics(self) -> dict[str, Any]:
-        """The figures by the names of ``summary.json``, without samples."""
+        """Return the metrics, named as in ``summary.json``, without samples."""
         names = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio",
                  "n_val", "n_decoded", "n_without_reference", "eval_seconds")  # fmt: skip
         bounds = {name: [bound.low, bound.high] for name, bound in self.intervals.items()}
         return {**{name: getattr(self, name) for name in names}, "intervals": bounds, **self.extra_metrics}
 
     def record(self) -> dict[str, Any]:
-        """:meth:`figures` and the first samples."""
+        """Return :meth:`metrics` and the first MAX_SAMPLES samples."""
         return {**self.metrics(), "samples": [sample.record() for sample in self.samples[:MAX_SAMPLES]]}
 
     def write(self, folder: Path) -> None:
-        """``utterances.parquet`` into ``folder``, and ``space.json`` where the evaluation looked there."""
+        """Write ``utterances.parquet`` into ``folder``, and ``space.json`` after a complete evaluation."""
         write_utterances(folder, self.table)
         if self.embedding_space is not None:
             write_embedding_space(folder, self.embedding_space)
@@ -132,8 +135,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Extras:
-    """What a complete evaluation adds: figures by the names of ``summary.json``, columns of ``utterances.parquet``,
-    the tree of ``space.json``."""
+    """Results that only a complete evaluation has.
+
+    ``metrics`` are named as in ``summary.json``, ``columns`` as in ``utterances.parquet``; ``embedding_space`` is the
+    content of ``space.json``.
+    """
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -148,13 +154,14 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     group: ProcessGroup | None = None,
 ) -> Evaluation:
-    """Evaluate ``model`` on ``utterances``. Draws no random numbers.
+    """Evaluate ``model`` on ``utterances``. The global random state does not change.
 
-    Every process of ``group`` calls this with the same arguments, does its part of the batches, and gets the same
-    figures, those of a single process.
+    Every process of ``group`` must call this with the same arguments. Each evaluates its share of the batches, and all
+    return the same metrics as a single process would.
 
     Raises:
-        Stopped: ``stop()`` became true on any rank.
+        Stopped: ``stop()`` returned True on any rank.
+        ValueError: there are no utterances.
     """
     return evaluate_models(ModelList([model]), utterances, config or EvalConfig(), stop=stop, group=group)[0]
 
@@ -167,10 +174,13 @@ def evaluate_models(
     stop: Callable[[], bool] = lambda: False,
     group: ProcessGroup | None = None,
 ) -> list[Evaluation]:
-    """:func:`evaluate` of each of ``models``: every batch is read once, and its rows share passes of the LM."""
+    """Evaluate several models that share one LM; see :func:`evaluate`.
+
+    Every batch is read once, and its rows from all models share the forward passes of the LM.
+    """
     utterances = utterances.subset(config.limit)
     if not len(utterances):
-        raise ValueError("nothing to evaluate on")
+        raise ValueError("there are no utterances to evaluate on")
     began = time.perf_counter()
     count = len(models.models)
     with _evaluation_mode(models.models):
@@ -181,16 +191,16 @@ def evaluate_models(
         decoded = _decode(models, reader, config)
         extras = _extras(models, reader, matched, config) if config.complete else [_Extras()] * count
     seconds = time.perf_counter() - began
-    heard = {} if other is None else {"heard": [reader.keys[i] for i in other]}
+    shuffled_keys = {} if other is None else {"heard": [reader.keys[i] for i in other]}
     return [
-        _evaluation(model, reader, heard, seconds, *own)
+        _evaluation(model, reader, shuffled_keys, seconds, *own)
         for model, own in zip(models.models, zip(matched, shuffled, decoded, extras, strict=True), strict=True)
     ]
 
 
 @contextmanager
 def _evaluation_mode(models: Sequence[AudioLM]) -> Iterator[None]:
-    """Without dropout and gradients; afterwards every module is in the mode that it was in."""
+    """Disable dropout and gradients; on exit, restore the mode of every module."""
     training = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
@@ -203,16 +213,16 @@ def _evaluation_mode(models: Sequence[AudioLM]) -> Iterator[None]:
 
 
 def _decode(models: ModelList, reader: UtteranceReader, config: EvalConfig) -> list[dict[int, Sample]]:
-    """Greedy decoding of the first utterances by each model, by their index and in their own order."""
+    """Decode up to ``decode_limit`` utterances greedily with each model; the samples are keyed by utterance index."""
     if not config.decode_limit:
         return [{} for _ in models.models]
 
-    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[Any]:
+    def decode_batch(text_indices: list[int], features: Tensor, mask: Tensor) -> list[Any]:
         texts = models.generate(features, mask, config.max_new_tokens)
-        return [list(zip(readers, own, strict=True)) for own in texts]
+        return [list(zip(text_indices, own, strict=True)) for own in texts]
 
     wanted = [reader.index_of_row[int(row)] for row in reader.utterances.subset(config.decode_limit).rows]
-    batches = reader.map_batches(wanted, wanted, work)
+    batches = reader.map_batches(wanted, wanted, decode_batch)
     found = [dict(pair for batch in own for pair in batch) for own in zip(*batches, strict=True)]
     return [{i: make_sample(reader.keys[i], reader.texts[i], texts[i].strip()) for i in wanted} for texts in found]
 
@@ -220,28 +230,29 @@ def _decode(models: ModelList, reader: UtteranceReader, config: EvalConfig) -> l
 def _extras(
     models: ModelList, reader: UtteranceReader, matched: Sequence[HeldOutLosses], config: EvalConfig
 ) -> list[_Extras]:
-    """What evaluations during training leave out."""
+    """Compute, for each model, what evaluations during training omit."""
     silence = encode_silence(reader.utterances, str(models.models[0].lm.device), reader.group)
     silent = held_out_losses(
         models, reader, range(len(reader)), lambda index: silence.features_of_length(reader.frames[index])
     )
     text_only = text_only_losses(models, reader)
-    spoken = measure_hallucination(models, reader, silence, config.max_new_tokens)
+    hallucinations = measure_hallucination(models, reader, silence, config.max_new_tokens)
     limit = config.retrieval_limit
     chosen = [reader.index_of_row[int(row)] for row in reader.utterances.subset(limit).rows] if limit else []
     found = []
-    for model, mine, without, nothing, said in zip(models.models, matched, silent, text_only, spoken, strict=True):
+    results = zip(models.models, matched, silent, text_only, hallucinations, strict=True)
+    for model, with_audio, with_silence, without_audio, hallucination in results:
         retrieved = retrieve(model, reader, chosen)
         metrics = {
-            "val_loss_silent": without.loss,
-            "silent_gain": without.loss - mine.loss,
+            "val_loss_silent": with_silence.loss,
+            "silent_gain": with_silence.loss - with_audio.loss,
             "silence": silence.source,
-            "val_loss_text_only": nothing.loss,
-            "text_only_gain": nothing.loss - mine.loss,
-            **said.metrics(),
+            "val_loss_text_only": without_audio.loss,
+            "text_only_gain": without_audio.loss - with_audio.loss,
+            **hallucination.metrics(),
             "retrieval": None if retrieved is None else retrieved.metrics(),
         }
-        columns = {"nats_silent": without.nll, "nats_text_only": nothing.nll}
+        columns = {"nats_silent": with_silence.nll, "nats_text_only": without_audio.nll}
         found.append(_Extras(metrics, columns, measure_embedding_space(model, reader)))
     return found
 
@@ -256,7 +267,7 @@ def _evaluation(
     decoded: dict[int, Sample],
     extras: _Extras,
 ) -> Evaluation:
-    """The figures of one model."""
+    """Assemble the results of one model."""
     samples = list(decoded.values())
     words, characters = (corpus_edits([getattr(s, name) for s in samples]) for name in ("words", "characters"))
     table = utterance_table(

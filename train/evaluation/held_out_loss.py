@@ -1,7 +1,7 @@
-"""The loss of every held-out text, whatever stands in the place of its audio.
+"""The loss of every held-out text with its own audio, other audio, or none.
 
-In: models, a :class:`~train.evaluation.batches.UtteranceReader`, and which audio each
-text is heard with. Out: :class:`Losses` of each model.
+Takes models, a :class:`~train.evaluation.batches.UtteranceReader` and the audio to pair with each text; returns the
+:class:`HeldOutLosses` of each model.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from train.model.audio_lm import AudioLM, ModelList
 
 @dataclass(frozen=True)
 class HeldOutLosses:
-    """Of n utterances, in their order."""
+    """Losses of n utterances, in their order."""
 
-    nll: Array  # [n] in nats, summed over an utterance's targets
-    tokens: npt.NDArray[np.int64]  # [n]
-    soft_rms: float  # of the soft tokens heard, the mean over the utterances
+    nll: Array  # [n] float64, nats, summed over the utterance's targets
+    tokens: npt.NDArray[np.int64]  # [n] number of targets
+    soft_rms: float  # RMS of the soft tokens, mean over the utterances
 
     @property
     def loss(self) -> float:
-        """Nats per target token."""
+        """Loss in nats per target token, over all utterances."""
         return float(self.nll.sum() / self.tokens.sum())
 
 
@@ -41,33 +41,40 @@ def held_out_losses(
     audio_indices: Sequence[int],
     get_features: Callable[[int], Features] | None = None,
 ) -> list[HeldOutLosses]:
-    """Utterance i hears the audio of utterance ``heard[i]``, or what ``audio(heard[i])`` gives [frames, channels]."""
+    """Compute the loss of text i with the audio of utterance ``audio_indices[i]``, for each model.
 
-    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[Any]:
-        found = models.nll(features, mask, [reader.texts[i] for i in readers])
-        return [_by_utterance(readers, out.nll, out.tokens.tolist(), float(out.soft_rms)) for out in found]
+    Args:
+        audio_indices: one index per utterance of ``reader``.
+        get_features: returns the features [frames, channels] for an audio index; by default those of the utterance.
+    """
 
-    batches = reader.map_batches(audio_indices, range(len(audio_indices)), work, get_features)
+    def compute_losses(text_indices: list[int], features: Tensor, mask: Tensor) -> list[Any]:
+        found = models.nll(features, mask, [reader.texts[i] for i in text_indices])
+        return [_by_utterance(text_indices, out.nll, out.tokens.tolist(), float(out.soft_rms)) for out in found]
+
+    batches = reader.map_batches(audio_indices, range(len(audio_indices)), compute_losses, get_features)
     return [_make_losses(sorted(row for batch in own for row in batch)) for own in zip(*batches, strict=True)]
 
 
 def text_only_losses(models: ModelList, reader: UtteranceReader) -> list[HeldOutLosses]:
-    """Nothing stands where the audio would: what the LM expects of the texts by itself."""
-    here = range(len(reader))
-    batches = [list(here[start : start + reader.batch_size]) for start in here[:: reader.batch_size]]
+    """Compute the loss of the texts without any soft tokens: the LM's prior over the texts."""
+    indices = range(len(reader))
+    batches = [list(indices[start : start + reader.batch_size]) for start in indices[:: reader.batch_size]]
 
-    def work(batch: list[int]) -> list[Any]:
+    def compute_losses(batch: list[int]) -> list[Any]:
         requests = [_without_audio(model, [reader.texts[i] for i in batch]) for model in models.models]
         found = zip(requests, models.passes.nll(requests), strict=True)
         return [_by_utterance(batch, nll, [len(ids) for ids in request.targets], 0.0) for request, nll in found]
 
-    shares = reader.map_items(batches, work)
+    shares = reader.map_items(batches, compute_losses)
     return [_make_losses([row for batch in own for row in batch]) for own in zip(*shares, strict=True)]
 
 
 def _without_audio(model: AudioLM, texts: Sequence[str]) -> LmRequest:
-    """Where the prompt is nothing but audio (``plain``), one BOS token, or eos where the tokenizer has none, takes its
-    place: something must come before the first token that is predicted.
+    """Make a request without soft tokens.
+
+    A prompt that is audio only (``plain``) becomes one BOS token, or EOS if the tokenizer has no BOS: at least one
+    token must precede the first predicted one.
     """
     lm, prefix, suffix = model.lm, model.prompt.prefix, model.prompt.suffix
     if not prefix and not suffix:
@@ -83,6 +90,6 @@ def _by_utterance(utterances: list[int], nll: Tensor, tokens: list[int], soft_rm
 
 
 def _make_losses(rows: Sequence[Sequence[Any]]) -> HeldOutLosses:
-    """Of (utterance, nll, tokens, RMS of the soft tokens), in the order of the utterances."""
+    """Convert rows (utterance, nll, tokens, RMS of the soft tokens), sorted by utterance."""
     _, nll, tokens, soft_rms = zip(*rows, strict=True)
     return HeldOutLosses(np.array(nll), np.array(tokens), float(np.mean(soft_rms)))

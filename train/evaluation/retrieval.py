@@ -1,14 +1,16 @@
-"""Does a text find its audio among 16, and an audio its text? By the LM's likelihood and by pooled embeddings.
+"""Retrieval of texts by audio and of audio by text among 16 candidates, by LM likelihood and by pooled embeddings.
 
-In: a model and held-out utterances. Out: :class:`Retrieval`, shares of right first choices (retrieval@1); by chance
-they are 1/16. Groups hold texts that all differ and audio of like length, so that length alone gives nothing away.
+Takes a model and held-out utterances; returns a :class:`Retrieval` with the shares of correct first choices
+(retrieval@1). Chance is 1/16. Within a group all texts differ and all audio has similar length, so that length alone
+does not identify a pair.
 
-- ``by_likelihood``: an audio chooses the text with the fewest nats a token; ``audio_by_likelihood``: a text chooses
-  the audio under which it has the fewest nats. All 16 × 16 pairs of a group are judged: 16 texts pass through the LM
-  for each audio, which itself passes once where the LM keeps keys and values.
-- ``by_embedding``: an audio chooses the text whose mean token embedding has the highest cosine with the mean of its
-  soft tokens, after the mean over all groups is taken from each side (both clouds lie off the origin). Costs next to
-  nothing; a projector that was not trained for it may stay at chance and still work.
+- ``by_likelihood``: each audio selects the text with the lowest loss in nats per token. ``audio_by_likelihood``: each
+  text selects the audio with which its loss in nats is lowest. All 16 × 16 pairs of a group are evaluated: for each
+  audio 16 texts pass through the LM, and the audio itself passes only once if the LM has a key-value cache.
+- ``by_embedding``: each audio selects the text whose mean token embedding has the highest cosine similarity with the
+  mean of its soft tokens. The mean over all groups is subtracted from both sides first, because neither cloud is
+  centered at the origin. The cost is negligible. A projector that was not trained for this metric may score at chance
+  and still work.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ CANDIDATES = 16
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Shares of right first choices with their 95 % intervals over utterances."""
+    """Shares of correct first choices with 95 % intervals over utterances."""
 
     utterances: int
     candidates: int
@@ -40,7 +42,7 @@ class Retrieval:
     by_embedding: Interval
 
     def metrics(self) -> dict[str, Any]:
-        """By the names of ``summary.json``."""
+        """Return the content of ``retrieval`` in ``summary.json``."""
         found = {name: getattr(self, name) for name in ("by_likelihood", "audio_by_likelihood", "by_embedding")}
         return {"utterances": self.utterances, "candidates": self.candidates, "chance": 1 / self.candidates,
                 **{name: share.mean for name, share in found.items()},
@@ -48,13 +50,13 @@ class Retrieval:
 
 
 def retrieve(model: AudioLM, reader: UtteranceReader, chosen: Sequence[int]) -> Retrieval | None:
-    """Retrieval@1 over ``chosen`` utterances of the reader; None where fewer than two texts differ."""
+    """Compute retrieval@1 over the utterances ``chosen`` (indices); None if fewer than two of their texts differ."""
     groups = make_groups(reader.texts, reader.frames, chosen)
     if not groups:
         return None
-    heard = [(index, group) for group in groups for index in group]
-    rows = reader.map_items(heard, lambda pair: _text_nll(model, reader, *pair))  # [audio][candidate text]
-    right: list[list[bool]] = [[], [], []]
+    pairs = [(index, group) for group in groups for index in group]
+    rows = reader.map_items(pairs, lambda pair: _text_nll(model, reader, *pair))  # [audio][candidate text]
+    correct: list[list[bool]] = [[], [], []]
     start = 0
     audio, text = _mean_embeddings(model, reader, [index for group in groups for index in group])
     for group in groups:
@@ -63,17 +65,18 @@ def retrieve(model: AudioLM, reader: UtteranceReader, chosen: Sequence[int]) -> 
         per_token = nll / [len(model.prompt.target_ids(reader.texts[index])) for index in group]
         cosine = (audio[start : start + size] @ text[start : start + size].T).numpy()
         own = np.arange(size)
-        for hits, choice in zip(right, (per_token.argmin(1), nll.argmin(0), cosine.argmax(1)), strict=True):
+        for hits, choice in zip(correct, (per_token.argmin(1), nll.argmin(0), cosine.argmax(1)), strict=True):
             hits += (choice == own).tolist()
         start += size
-    shares = [ratio(np.array(hits, float), np.ones(len(hits))) for hits in right]
-    return Retrieval(len(heard), len(groups[0]), *shares)
+    shares = [ratio(np.array(hits, float), np.ones(len(hits))) for hits in correct]
+    return Retrieval(len(pairs), len(groups[0]), *shares)
 
 
 def make_groups(texts: Sequence[str], frames: Sequence[int], chosen: Sequence[int]) -> list[list[int]]:
-    """Indices of ``chosen`` in groups of CANDIDATES neighbours in length, no text twice; what is left over is dropped.
+    """Divide the indices ``chosen`` into groups of CANDIDATES utterances of similar length.
 
-    One smaller group where there are fewer; none where fewer than two texts differ.
+    No text occurs twice; of utterances with equal texts only the first is used, and an incomplete last group is
+    dropped. With fewer than CANDIDATES different texts there is one smaller group; with fewer than two there is none.
     """
     first = {texts[index]: index for index in reversed(chosen)}
     order = sorted(first.values(), key=lambda index: (frames[index], index))
@@ -84,7 +87,7 @@ def make_groups(texts: Sequence[str], frames: Sequence[int], chosen: Sequence[in
 
 
 def _text_nll(model: AudioLM, reader: UtteranceReader, index: int, group: Sequence[int]) -> list[float]:
-    """Nats of each text of ``group`` with the audio of utterance ``index``."""
+    """Loss in nats of each text of ``group`` with the audio of utterance ``index``."""
     features, mask = pad([reader.utterances.features(index)])
     most = len(group) if reader.max_frames is None else max(1, reader.max_frames // features.shape[1])
     nll: list[float] = []
@@ -95,7 +98,7 @@ def _text_nll(model: AudioLM, reader: UtteranceReader, index: int, group: Sequen
 
 
 def _mean_embeddings(model: AudioLM, reader: UtteranceReader, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean soft tokens and mean text embeddings of ``chosen``, centred, of unit length: [n, D] float32 on the CPU."""
+    """Mean soft tokens and mean text embeddings of ``chosen``, centered, unit length: two [n, D] float32 on the CPU."""
     audio, text = [], []
     for index in chosen:
         soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))

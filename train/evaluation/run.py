@@ -1,7 +1,8 @@
-"""The evaluation of a finished run, on what it held out or on another corpus of the same features.
+"""Evaluation of a finished run, on its held-out utterances or on another corpus with the same features.
 
-In: a run, and optionally the cache that ``--cache`` names (of a run on several layers one for each layer, separated by
-commas, in the run's order). Out: the keys of ``summary.json`` with new figures, and the files that a report shows.
+Takes a run and optionally the cache named by ``--cache`` (for a run on several layers one cache per layer, separated by
+commas, in the order of the run's caches). Returns the keys of ``summary.json`` with new metrics, and writes the files
+that a report shows.
 
     python -m train evaluate runs/demo --cache cache/other/… --json other.json
 """
@@ -32,22 +33,26 @@ from train.evaluation.evaluate import EvalConfig, Evaluation, evaluate
 from train.model.build import load_model
 from train.runs import folder as runs
 
-EVALUATION_KEYS = ("val.limit", "dtype")  # beside the free ones, what may differ between training and evaluation
+EVALUATION_KEYS = ("val.limit", "dtype")  # may differ from training, like CHANGEABLE_KEYS
 
 
 def evaluate_run(
     run: Path, config: TrainConfig, cache: str | None = None, group: ProcessGroup | None = None
 ) -> dict[str, Any]:
-    """Judge a finished run on what it held out, or on ``cache``; the keys of its ``summary.json`` with new figures.
+    """Evaluate a finished run on its held-out utterances, or on ``cache``.
 
-    Of a cache that the run trained on only the held-out rows are used. What tells about the training (``steps``,
-    ``seconds`` …) stays as it was. The counts of the utterances go to the run's folder with the figures, or for
-    another ``cache`` to ``judged/<manifest id>/`` below it, and the report shows them.
+    Of a cache that the run trained on, only the held-out rows are used. Metrics and counts per utterance are written to
+    the run folder, or for ``cache`` to ``judged/<manifest id>/`` in it; the report shows them.
 
-    Every process of ``group`` calls this and does its part of the batches; rank 0 writes.
+    Every process of ``group`` must call this. Each evaluates its share of the batches; rank 0 writes.
+
+    Returns:
+        The keys of ``summary.json`` with new metrics; those about the training (``steps``, ``seconds``, …) are
+        unchanged.
 
     Raises:
-        UserError: the run is not finished, ``cache`` holds other features, or nothing was held out.
+        UserError: the run is not finished or has no held-out utterances, ``config`` has other settings than the
+            training, or ``cache`` does not exist or holds other features.
     """
     group = group or ProcessGroup()
     with group.raise_on_all_ranks():
@@ -65,24 +70,24 @@ def evaluate_run(
 
 
 def _select_utterances(run: Path, config: TrainConfig, cache: str | None) -> Utterances:
-    """What ``run`` held out, or what it may be judged on in ``cache``."""
+    """Return the held-out utterances of ``run``, or those of ``cache`` that it may be evaluated on."""
     if not (run / "summary.json").is_file():
-        raise UserError(f"'{run}' is not finished: go on with python -m train fit --resume {run}")
+        raise UserError(f"'{run}' is not finished: resume it with `python -m train fit --resume {run}`")
     changed = [key for key in runs.run_config(run).differences(config) if not key.startswith(EVALUATION_KEYS)]
     if changed:
-        raise UserError(f"'{run}' was trained with other settings ({'; '.join(changed)}): leave these keys alone")
+        raise UserError(f"'{run}' was trained with other settings ({'; '.join(changed)}): remove these overrides")
     cache_info = runs.read_cache_info(run)
     if cache is None:
         utterances = open_data(config).held_out
         if not len(utterances):
-            raise UserError(f"'{run}' held nothing out: name a cache to judge it on with --cache")
+            raise UserError(f"'{run}' has no held-out utterances: name a cache to evaluate it on with --cache")
     else:
         utterances = evaluation_utterances(cache, config, cache_info)
     return utterances
 
 
 def _write_evaluation(folder: Path, result: Evaluation, caches: list[str]) -> None:
-    """The files of an evaluation, in ``folder``."""
+    """Write the files of an evaluation into ``folder``."""
     with translate_os_errors("writing the evaluation", folder):
         make_folder(folder)
     result.write(folder)
@@ -90,24 +95,30 @@ def _write_evaluation(folder: Path, result: Evaluation, caches: list[str]) -> No
 
 
 def evaluation_utterances(cache_names: str, config: TrainConfig, cache_info: dict[str, Any]) -> Utterances:
-    """The utterances of the cache ``word`` that a run may be judged on; ``about`` is its ``caches.json``.
+    """Return the utterances of a cache that a run may be evaluated on.
 
-    Of a cache that the run trained on only its held-out rows; one that it named in ``val.caches`` whole.
+    Of a cache that the run trained on, these are the held-out rows; of any other cache, and of one that the run names
+    in ``val.caches``, all rows. ``val.limit`` applies to both.
+
+    Args:
+        cache_names: the value of ``--cache``: a cache, or one cache per layer separated by commas.
+        config: settings of the run.
+        cache_info: ``caches.json`` of the run, as :func:`~train.runs.folder.read_cache_info` returns it.
 
     Raises:
-        UserError: there is no such cache, it holds other features, or the run trained on all of it.
+        UserError: the cache does not exist, it holds other features, or the run trained on all of it.
     """
     names = cache_names.split(",") if config.layers > 1 else [cache_names]
     if len(names) != config.layers:
         raise UserError(
-            f"the run hears {config.layers} layers and --cache names {len(names)}: name one cache a layer, with commas "
-            "between, in the order of the run's caches"
+            f"the run uses {config.layers} layers and --cache names {len(names)}: name one cache per layer, separated "
+            "by commas, in the order of the run's caches"
         )
     try:
         found = open_utterances([names if config.layers > 1 else cache_names])
     except MissingCache as absent:
         missing = str(absent).partition(": ")[0]
-        raise UserError(f"{missing}: correct --cache, or make it with `make extract`") from None
+        raise UserError(f"{missing}: correct --cache, or run `make extract`") from None
     _require_features(found, cache_info)
     cache, rows = found.caches[0], found.rows
     if cache.manifest_id in [each["manifest_id"] for each in cache_info["caches"]]:
@@ -120,6 +131,7 @@ def evaluation_utterances(cache_names: str, config: TrainConfig, cache_info: dic
 
 
 def _require_features(found: Utterances, cache_info: dict[str, Any]) -> None:
+    """UserError if a layer of ``found`` has another feature id than the run."""
     caches = [found.caches[0]] if found.layers is None else found.layers.joined[0].caches
     specs = (
         [cache_info["spec"]]
@@ -129,6 +141,6 @@ def _require_features(found: Utterances, cache_info: dict[str, Any]) -> None:
     for cache, spec in zip(caches, specs, strict=True):
         if cache.feature_id != spec.feature_id:
             raise UserError(
-                f"'{cache.path}' holds other features than the run was trained on "
+                f"'{cache.path}' holds other features than those the run was trained on "
                 f"({'; '.join(cache.spec.differences(spec))}): extract the cache with the run's encoder settings"
             )

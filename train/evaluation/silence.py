@@ -1,12 +1,12 @@
-"""What silence is to a projector: the features of digital silence, as the run's own encoder gives them.
+"""Silence as projector input, and how often the LM hallucinates words from it.
 
-In: held-out utterances. Out: a :class:`Silence`, whose ``audio(frames)`` stands for an utterance of as many frames.
-Silence is recorded once: zero samples, as long as the longest utterance but at most 30 s, through encoder, trimming
-and codec as in extraction. A shorter utterance hears the first of its frames, a longer one hears it again and again.
-Only an encoder that is on this machine already is used (a folder, a wheel, a hub's cache): judging downloads nothing.
-Where there is none, silence is zeros, and the figures say so.
+Takes held-out utterances; returns a :class:`Silence`: the features of digital silence from the run's encoder. Silence
+is encoded once: zero samples, as long as the longest utterance but at most 30 s, pass through encoder, trimming and
+codec as in extraction. An utterance with fewer frames uses the first of them; one with more repeats them. Evaluation
+downloads nothing: the encoder must be on this machine already (a folder, a wheel, a hub's cache). If it is not, the
+features are zeros, and the metric ``silence`` records the reason.
 
-Out, too: how often the LM answers silence with words (:class:`Hallucination`).
+:class:`Hallucination` counts how often the LM answers silence with words.
 """
 
 from __future__ import annotations
@@ -30,34 +30,35 @@ if TYPE_CHECKING:
     from shards.format.spec import FeatureSpec
     from shards.read.cache import Cache
 
-MAX_SECONDS = 30.0  # seconds of silence that are encoded
-NUM_INPUTS = 16  # silent inputs that are decoded
-MAX_TEXTS = 4  # decoded texts that are kept
+MAX_SECONDS = 30.0  # maximum duration of the encoded silence
+NUM_INPUTS = 16  # number of silent inputs that are decoded
+MAX_TEXTS = 4  # decoded texts in summary.json
 ENCODED = "digital silence through the encoder"
 
 
 @dataclass(frozen=True)
 class Silence:
-    """``features`` [frames, channels] float32; ``source`` says for people what they are."""
+    """Features of silence [frames, channels], float32; ``source`` describes their origin for people."""
 
     features: Features
     source: str
 
     def features_of_length(self, frames: int) -> Features:
-        """[frames, channels]"""
+        """Return features [frames, channels]: the encoded silence, cut or repeated to ``frames``."""
         return self.features[np.arange(frames) % len(self.features)]
 
 
 def encode_silence(utterances: Utterances, device: str, group: ProcessGroup) -> Silence:
-    """The silence of the caches' encoder; rank 0 makes it for all."""
+    """Encode silence with the encoder of the caches; rank 0 encodes it for all ranks."""
     features, source = np.zeros((1, 0), np.float32), ""
     if group.is_main_process:
-        features, source = _record(utterances, device)
+        features, source = _encode_or_zeros(utterances, device)
     source = group.broadcast(source)
     return Silence(group.broadcast_tensors({"silence": torch.from_numpy(features)})["silence"].numpy(), source)
 
 
-def _record(utterances: Utterances, device: str) -> tuple[Features, str]:
+def _encode_or_zeros(utterances: Utterances, device: str) -> tuple[Features, str]:
+    """(features [frames, channels] float32, their source); one frame of zeros if the encoder is not available."""
     specs = utterances.specs
     from pipeline.encoders.recording import NonFiniteFeaturesError
 
@@ -70,7 +71,7 @@ def _record(utterances: Utterances, device: str) -> tuple[Features, str]:
 
 
 def _encode(cache: Cache, specs: list[FeatureSpec], samples: int, device: str) -> Features:
-    """[frames, channels of all layers] float32 of zero samples; UserError without the one encoder of all."""
+    """Features of zero samples, [frames, channels of all layers] float32; UserError if the encoder is not available."""
     from pipeline.encoders.recording import open_encoder
     from train.data.live import encode_features, require_one_encoder
 
@@ -81,7 +82,7 @@ def _encode(cache: Cache, specs: list[FeatureSpec], samples: int, device: str) -
 
 
 def _on_this_machine(reference: str | None) -> str | None:
-    """``reference``, or the folder that a hub's library keeps for it; UserError when it would have to be fetched."""
+    """Return ``reference``, or the local folder of a hub's model; UserError if it would have to be downloaded."""
     if reference is None or not reference.startswith(("hf:", "modelscope:")):
         return reference
     from pipeline.weights.hubs import cached_folder
@@ -94,15 +95,15 @@ def _on_this_machine(reference: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Hallucination:
-    """What the LM says to silence."""
+    """Words that the LM generates from silence."""
 
-    rate: float  # share of the silent inputs to which it says at least one word after normalisation
-    inputs: int
-    words: float  # mean over the inputs
-    texts: list[str]  # the first few
+    rate: float  # share of the silent inputs whose normalized output has at least one word
+    inputs: int  # number of silent inputs
+    words: float  # mean number per input
+    texts: list[str]  # the first MAX_TEXTS outputs
 
     def metrics(self) -> dict[str, Any]:
-        """By the names of ``summary.json``."""
+        """Return the metrics, named as in ``summary.json``."""
         return {"hallucination_rate": self.rate,
                 "hallucination": {"inputs": self.inputs, "words": self.words, "texts": self.texts}}  # fmt: skip
 
@@ -110,15 +111,17 @@ class Hallucination:
 def measure_hallucination(
     models: ModelList, reader: UtteranceReader, silence: Silence, max_new_tokens: int
 ) -> list[Hallucination]:
-    """Decode silence of up to NUM_INPUTS different lengths, spread evenly over those of the utterances."""
+    """Decode silence of up to NUM_INPUTS different lengths, spread evenly over the lengths of the utterances."""
     by_length = sorted({frames: index for index, frames in enumerate(reader.frames)}.items())
-    places = np.linspace(0, len(by_length) - 1, min(NUM_INPUTS, len(by_length))).round().astype(int)
-    chosen = [by_length[place][1] for place in places.tolist()]
+    positions = np.linspace(0, len(by_length) - 1, min(NUM_INPUTS, len(by_length))).round().astype(int)
+    chosen = [by_length[position][1] for position in positions.tolist()]
 
-    def work(readers: list[int], features: Tensor, mask: Tensor) -> list[list[str]]:
+    def decode_batch(text_indices: list[int], features: Tensor, mask: Tensor) -> list[list[str]]:
         return models.generate(features, mask, max_new_tokens)
 
-    batches = reader.map_batches(chosen, chosen, work, lambda index: silence.features_of_length(reader.frames[index]))
+    batches = reader.map_batches(
+        chosen, chosen, decode_batch, lambda index: silence.features_of_length(reader.frames[index])
+    )
     return [_hallucination([text.strip() for batch in own for text in batch]) for own in zip(*batches, strict=True)]
 
 

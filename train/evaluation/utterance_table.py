@@ -1,8 +1,8 @@
-"""The counts of every judged utterance: ``utterances.parquet`` in a run's folder.
+"""Counts per evaluated utterance: ``utterances.parquet`` in a run folder.
 
-In: the columns that an evaluation filled. Out: one row an utterance, in the order of the held-out rows; a cell is empty
-where the evaluation did not ask (what was not decoded has no errors). Two runs that judged the same utterances are
-compared by these rows (``intervals.paired_difference``).
+The table has one row per utterance, in the order of the held-out rows. A cell is null if the evaluation did not compute
+it; an utterance that was not decoded has no error counts. ``bootstrap.paired_difference`` compares two runs that were
+evaluated on the same utterances by these rows.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("cache", pa.string()),  # manifest id
         ("frames", pa.int32()),
-        ("tokens", pa.int32()),  # targets: the text's and eos
-        ("nats", pa.float64()),  # of all targets, hearing the utterance itself
-        ("nats_shuffled", pa.float64()),  # hearing the audio of the utterance that ``heard`` names
+        ("tokens", pa.int32()),  # number of targets: those of the text and EOS
+        ("nats", pa.float64()),  # summed over all targets, with the utterance's own audio
+        ("nats_shuffled", pa.float64()),  # with the audio of the utterance whose key is in ``heard``
         ("heard", pa.string()),
-        ("nats_silent", pa.float64()),  # hearing as many frames of silence
-        ("nats_text_only", pa.float64()),  # with nothing where the audio would stand
+        ("nats_silent", pa.float64()),  # with as many frames of silence
+        ("nats_text_only", pa.float64()),  # without soft tokens
         ("reference", pa.string()),
         ("hypothesis", pa.string()),
-        ("words", pa.int32()),  # of the normalised reference
+        ("words", pa.int32()),  # in the normalized reference
         ("word_insertions", pa.int32()),
         ("word_deletions", pa.int32()),
         ("word_substitutions", pa.int32()),
@@ -48,44 +48,48 @@ SCHEMA = pa.schema(
 
 
 def utterance_table(columns: Mapping[str, Any]) -> pa.Table:
-    """``columns`` by name in the order of SCHEMA; those that are absent are empty."""
+    """Return a table with SCHEMA; columns that are missing from ``columns`` are null.
+
+    Raises:
+        ValueError: ``columns`` has a name that is not in SCHEMA.
+    """
     count = len(columns["key"])
     unknown = columns.keys() - set(SCHEMA.names)
     if unknown:
-        raise ValueError(f"no such columns: {sorted(unknown)}")
+        raise ValueError(f"unknown columns: {sorted(unknown)}")
     arrays = [pa.array(columns.get(field.name, [None] * count), field.type) for field in SCHEMA]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
 def write_utterances(folder: Path, table: pa.Table) -> Path:
-    """``utterances.parquet`` in ``folder``, at once; returns its path."""
+    """Write ``utterances.parquet`` into ``folder`` atomically; return its path."""
     path = folder / UTTERANCES
-    with translate_os_errors("writing the utterances' figures", path):
+    with translate_os_errors("writing the utterance table", path):
         atomic_write(path, parquet_bytes(table), str(os.getpid()))
     return path
 
 
 def read_utterances(folder: Path) -> pa.Table:
-    """The table of a run's folder.
+    """Read ``utterances.parquet`` from a run folder.
 
     Raises:
-        UserError: it is missing, damaged, or of another version of earshard.
+        UserError: the file is missing or corrupt, or another version of earshard wrote it.
     """
     path = folder / UTTERANCES
-    hint = f"judge the run by python -m train evaluate {folder}"
+    hint = f"run `python -m train evaluate {folder}`"
     try:
         table = pq.read_table(path).replace_schema_metadata(None)
     except FileNotFoundError:
-        raise UserError(f"'{path}' is missing: {hint}") from None
+        raise UserError(f"'{path}' does not exist: {hint}") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"'{path}' cannot be read ({type(error).__name__}): {hint}") from None
     if not table.schema.equals(SCHEMA):
-        raise UserError(f"'{path}' has other columns than this earshard writes: {hint}")
+        raise UserError(f"'{path}' has other columns than this version of earshard writes: {hint}")
     return table
 
 
 def cache_ids(utterances: Utterances) -> list[str]:
-    """The manifest id of the cache that each utterance is from."""
-    edges = np.cumsum([len(cache) for cache in utterances.caches])
-    which = np.searchsorted(edges, utterances.rows, side="right")
-    return [utterances.caches[index].manifest_id for index in which.tolist()]
+    """Return for each utterance the manifest id of its cache."""
+    ends = np.cumsum([len(cache) for cache in utterances.caches])
+    cache_indices = np.searchsorted(ends, utterances.rows, side="right")
+    return [utterances.caches[index].manifest_id for index in cache_indices.tolist()]

@@ -19,27 +19,27 @@ def run_table(nats, tokens, keys=None, **columns) -> pa.Table:
 
 
 @given(counts, st.integers(0, 3))
-def test_the_figure_is_the_ratio_of_sums_within_what_single_utterances_say(pairs, seed):
+def test_the_mean_is_the_ratio_of_sums_and_the_interval_lies_within_the_ratios_of_single_utterances(pairs, seed):
     nats, tokens = np.array(pairs).T
     mean, low, high = ratio(nats, tokens, seed)
     assert mean == pytest.approx(nats.sum() / tokens.sum())
-    each = nats / tokens
-    assert each.min() - 1e-9 <= low <= high <= each.max() + 1e-9
+    ratios = nats / tokens
+    assert ratios.min() - 1e-9 <= low <= high <= ratios.max() + 1e-9
 
 
-def test_the_interval_is_the_same_each_time_and_holds_the_truth_as_often_as_it_says():
+def test_the_interval_is_deterministic_and_has_its_nominal_coverage():
     rng = np.random.default_rng(1)
-    held = 0
+    covered = 0
     for seed in range(200):
         tokens = rng.integers(5, 30, 40)
         nats = tokens * (3 + rng.normal(0, 1, 40))
         interval = ratio(nats, tokens, seed)
         assert interval == ratio(nats, tokens, seed)
-        held += interval.low <= 3 <= interval.high
-    assert 0.88 <= held / 200 <= 0.99
+        covered += interval.low <= 3 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_a_pair_shares_what_makes_utterances_hard():
+def test_a_paired_difference_has_a_narrower_interval_than_one_run_alone():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 30, 60).astype(float)
     hard = rng.normal(3, 1, 60)
@@ -59,24 +59,24 @@ def test_two_runs_are_paired_by_key_in_any_order_and_swapping_them_changes_the_s
     assert paired_difference(a, a) == (0, 0, 0)
 
 
-def test_word_errors_are_compared_over_what_both_decoded():
+def test_word_errors_are_compared_over_utterances_that_both_decoded():
     edits = {"word_insertions": [1, 0, None], "word_deletions": [0, 0, None], "word_substitutions": [1, 2, None]}
     a = run_table([1, 1, 1], [1, 1, 1], words=[4, 4, None], **edits)
     b = run_table([1, 1, 1], [1, 1, 1], words=[4, 4, 4], **{name: [0, 0, 3] for name in edits})
     assert paired_difference(a, b, counts=WORD_ERRORS, per=WORDS).mean == pytest.approx(4 / 8)
 
 
-def test_runs_with_no_utterance_in_common_are_told_so():
+def test_runs_with_no_utterance_in_common_are_refused():
     with pytest.raises(UserError, match="in common"):
         paired_difference(run_table([1], [1], ["x"]), run_table([1], [1], ["y"]))
 
 
-def test_the_table_comes_back_and_a_damaged_one_names_the_command(tmp_path):
+def test_the_table_round_trips_and_a_corrupt_one_names_the_command(tmp_path):
     table = run_table([1.5, 2.5], [3, 4])
     path = write_utterances(tmp_path, table)
     assert read_utterances(tmp_path).equals(table)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match="train evaluate"):
         read_utterances(tmp_path)
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="does not exist: run `python -m train evaluate"):
         read_utterances(tmp_path / "other")

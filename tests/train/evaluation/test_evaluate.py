@@ -42,7 +42,7 @@ def model(world):
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=30), st.integers(0, 3))
-def test_no_text_meets_an_equal_text_whenever_that_is_possible(texts, seed):
+def test_no_text_is_paired_with_an_equal_text_whenever_that_is_possible(texts, seed):
     other = derangement(texts, seed)
     largest = max(Counter(texts).values(), default=0)
     if other is None:
@@ -52,11 +52,11 @@ def test_no_text_meets_an_equal_text_whenever_that_is_possible(texts, seed):
         assert all(texts[i] != texts[j] for i, j in enumerate(other))
 
 
-def test_the_derangement_is_the_same_each_time():
+def test_the_derangement_is_deterministic():
     assert derangement(list("abcdefgh")) == derangement(list("abcdefgh"))
 
 
-def test_figures_do_not_depend_on_how_utterances_are_batched(world, model):
+def test_metrics_do_not_depend_on_how_utterances_are_batched(world, model):
     held = open_data(world[2]).held_out
     one, many, narrow = (
         evaluate(model, held, EvalConfig(batch_size=size, max_frames=frames, decode_limit=3, max_new_tokens=4))
@@ -69,7 +69,7 @@ def test_figures_do_not_depend_on_how_utterances_are_batched(world, model):
         assert other.samples == one.samples
 
 
-def test_every_target_token_weighs_the_same(world, model):
+def test_every_target_token_has_equal_weight(world, model):
     held = open_data(world[2]).held_out
     nats, tokens = 0.0, 0
     for i, text in enumerate(held.columns("text")["text"]):
@@ -79,20 +79,20 @@ def test_every_target_token_weighs_the_same(world, model):
     assert evaluate(model, held, EvalConfig(decode_limit=0)).val_loss == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_a_model_that_hears_another_utterance_gets_another_loss(world, model):
+def test_audio_of_another_utterance_changes_the_loss(world, model):
     result = evaluate(model, open_data(world[2]).held_out, EvalConfig(decode_limit=0))
     assert result.audio_gain == result.val_loss_shuffled - result.val_loss
     assert result.audio_gain != 0
     assert (result.wer, result.cer, result.n_val) == (None, None, 6)
 
 
-def test_one_utterance_alone_has_no_other_audio(world, model):
+def test_one_utterance_alone_has_no_shuffled_loss(world, model):
     result = evaluate(model, open_data(world[2]).held_out.subset(1), EvalConfig(decode_limit=0))
     assert result.val_loss_shuffled is None
     assert result.audio_gain is None
 
 
-def test_an_evaluation_leaves_modes_gradients_and_random_state_alone(world, model):
+def test_an_evaluation_does_not_change_modes_gradients_or_random_state(world, model):
     model.projector.train()
     before = torch.get_rng_state()
     evaluate(model, open_data(world[2]).held_out, EvalConfig(decode_limit=2, max_new_tokens=2))
@@ -107,23 +107,26 @@ def test_an_evaluation_stops_when_asked(world, model):
         evaluate(model, open_data(world[2]).held_out, stop=lambda: True)
 
 
-def test_error_rates_are_of_the_corpus_and_after_normalisation():
-    said = [make_sample("a", "Mister Brown, it's COLOUR!", "mr brown it is color"), make_sample("b", "one two", "one")]
-    assert said[0].wer == 0
-    wer, cer = error_rates([*said, make_sample("c", "a b c d", "x b c d")])
+def test_error_rates_are_corpus_rates_after_normalization():
+    samples = [
+        make_sample("a", "Mister Brown, it's COLOUR!", "mr brown it is color"),
+        make_sample("b", "one two", "one"),
+    ]
+    assert samples[0].wer == 0
+    wer, cer = error_rates([*samples, make_sample("c", "a b c d", "x b c d")])
     assert wer == pytest.approx(2 / 10)  # "one two" is one word, "12", and wrong; so is "a"
     assert cer is not None
     assert 0 < cer < 0.5
 
 
-def test_references_that_normalise_to_nothing_are_left_out():
+def test_references_that_are_empty_after_normalization_are_excluded():
     silent = make_sample("a", "[noise] um ...", "hello")
     assert silent.wer is None
     assert error_rates([silent]) == (None, None)
     assert error_rates([silent, make_sample("b", "yes", "yes")]) == (0.0, 0.0)
 
 
-def test_a_finished_run_is_judged_with_the_keys_of_its_summary(finished, world):
+def test_evaluating_a_finished_run_returns_the_keys_of_its_summary(finished, world):
     summary = json.loads((finished / "summary.json").read_text())
     again = evaluate_run(finished, world[2])
     assert summary.keys() <= again.keys()
@@ -132,7 +135,7 @@ def test_a_finished_run_is_judged_with_the_keys_of_its_summary(finished, world):
     assert again["n_val"] == 6
 
 
-def test_of_a_cache_it_trained_on_only_held_out_rows_count(finished, world):
+def test_only_held_out_rows_of_a_training_cache_are_evaluated(finished, world):
     assert evaluate_run(finished, world[2], str(world[1]))["n_val"] == 6
     copy = make_cache(world[0] / "other", 10, seed=3)
     assert evaluate_run(finished, world[2], str(copy))["n_val"] == 10
@@ -144,12 +147,12 @@ def test_a_cache_of_other_features_is_refused_with_the_field(finished, world):
         evaluate_run(finished, world[2], str(other))
 
 
-def test_settings_of_the_training_cannot_be_changed_when_judging(finished, world):
+def test_training_settings_cannot_be_changed_in_an_evaluation(finished, world):
     changed = world[2].model_copy(update={"val": world[2].val.model_copy(update={"fraction": 0.5})})
     with pytest.raises(UserError, match=r"val\.fraction: 0\.0, not 0\.5"):
         evaluate_run(finished, changed)
 
 
-def test_a_run_that_is_not_finished_says_how_to_go_on(world, tmp_path):
+def test_a_run_that_is_not_finished_names_the_command_that_resumes_it(world, tmp_path):
     with pytest.raises(UserError, match="--resume"):
         evaluate_run(tmp_path, world[2])

@@ -55,7 +55,7 @@ def run(config):
 
 @pytest.fixture(autouse=True)
 def _no_gradients():
-    with torch.no_grad():  # as an evaluation does; the run above trains before it
+    with torch.no_grad():  # as in an evaluation; the fixture `run` trains before this
         yield
 
 
@@ -63,7 +63,7 @@ def summary_of(run):
     return json.loads((run / "summary.json").read_text())
 
 
-def test_silence_is_judged_as_if_every_utterance_were_its_frames_of_it(config, held_out, model):
+def test_the_silent_loss_is_that_of_every_text_with_as_many_silent_frames(config, held_out, model):
     result = evaluate(model, held_out, EvalConfig(decode_limit=0, complete=True, max_new_tokens=4))
     silence = np.zeros((1, 8), np.float32)
     assert result.extra_metrics["silence"].startswith("zeros: ")  # the tiny cache's encoder exists nowhere
@@ -76,13 +76,13 @@ def test_silence_is_judged_as_if_every_utterance_were_its_frames_of_it(config, h
     assert result.extra_metrics["silent_gain"] == pytest.approx(nats / tokens - result.val_loss, rel=1e-4)
 
 
-def test_silence_longer_than_was_encoded_is_heard_again(model):
+def test_silence_longer_than_the_encoded_one_repeats_it(model):
     silence = Silence(np.arange(6, dtype=np.float32).reshape(3, 2), "test")
     assert silence.features_of_length(2).tolist() == [[0, 1], [2, 3]]
     assert silence.features_of_length(4).tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
 
 
-def test_text_alone_is_the_language_model_without_any_soft_token(model, reader):
+def test_the_text_only_loss_is_that_of_the_language_model_without_soft_tokens(model, reader):
     found = text_only_losses(ModelList([model]), reader)[0]
     hf = model.lm.model
     for index, text in enumerate(reader.texts):
@@ -106,7 +106,7 @@ def test_the_share_of_silent_inputs_with_words_is_counted(model, reader, monkeyp
     assert found.rate == pytest.approx(spoken / lengths)
 
 
-def test_groups_hold_sixteen_texts_that_differ_with_audio_of_like_length():
+def test_groups_hold_sixteen_different_texts_with_audio_of_similar_length():
     texts = [f"text {i % 40}" for i in range(60)]
     frames = [(7 * i) % 60 for i in range(60)]
     groups = make_groups(texts, frames, range(60))
@@ -120,7 +120,7 @@ def test_groups_hold_sixteen_texts_that_differ_with_audio_of_like_length():
 
 
 class Oracle(torch.nn.Module):
-    """A stand-in for the LM's judgement: a text costs the distance between its length and the audio's frames."""
+    """A fake LM: the loss of a text is 0 with audio of the right number of frames, else 1."""
 
     def __init__(self, model, frames_of):
         super().__init__()
@@ -131,11 +131,11 @@ class Oracle(torch.nn.Module):
         return torch.tensor([float(self.frame_counts[text] != int(mask.sum())) for text in texts])
 
 
-def test_a_model_that_knows_the_pairs_finds_all_and_a_deaf_one_finds_one_in_a_group(model, tmp_path):
+def test_an_oracle_retrieves_all_pairs_and_a_model_that_ignores_audio_one_per_group(model, tmp_path):
     cache = make_cache(tmp_path / "cache", 60, min_frames=1, max_frames=900, seed=2)
     utterances = open_data(make_config(tmp_path, cache, "", val={"fraction": 0.9})).held_out
     reader = UtteranceReader(utterances, 5, None, lambda: False, ProcessGroup())
-    frames = {}  # one utterance a text and a length
+    frames = {}  # one utterance per text and length
     for index, text in enumerate(reader.texts):
         if reader.frames[index] not in frames.values():
             frames.setdefault(text, reader.frames[index])
@@ -143,8 +143,8 @@ def test_a_model_that_knows_the_pairs_finds_all_and_a_deaf_one_finds_one_in_a_gr
     found = retrieve(Oracle(model, frames), reader, chosen)
     assert found.candidates == 16
     assert (found.by_likelihood.mean, found.audio_by_likelihood.mean) == (1, 1)
-    deaf = retrieve(Oracle(model, dict.fromkeys(frames, 0)), reader, chosen)
-    assert deaf.audio_by_likelihood.mean == pytest.approx(1 / 16)
+    ignoring = retrieve(Oracle(model, dict.fromkeys(frames, 0)), reader, chosen)
+    assert ignoring.audio_by_likelihood.mean == pytest.approx(1 / 16)
     assert found.metrics()["chance"] == 1 / 16
 
 
@@ -156,7 +156,7 @@ def test_retrieval_with_few_frames_at_a_time_finds_the_same(model, held_out):
 
 
 @pytest.mark.parametrize("template", ["plain", "slam"])
-def test_candidates_after_one_audio_cost_what_they_cost_alone(config, held_out, template):
+def test_candidates_after_one_audio_have_the_loss_that_they_have_alone(config, held_out, template):
     options = config.model_copy(update={"prompt": config.prompt.model_copy(update={"template": template})})
     model = build_model(options, 8, torch.device("cpu"), torch.float32).eval()
     features = torch.from_numpy(held_out.features(0)[None].copy())
@@ -175,13 +175,13 @@ def test_the_nearest_tokens_of_embeddings_are_their_own_tokens(model):
     assert [cosine for _, cosine in nearest] == pytest.approx([1, 1, 1], abs=1e-3)
 
 
-def test_the_plane_is_that_of_the_two_main_components(model, reader):
+def test_the_plane_is_that_of_the_first_two_principal_components(model, reader):
     tree = measure_embedding_space(model, reader)
     plane = tree["plane"]
     points = np.array(
         [[x, y] for x, y, _ in plane["vocabulary"]] + [p for u in plane["utterances"] for p in u["points"]]
     )
-    assert np.abs(points.mean(0)).max() < 1e-3  # centred
+    assert np.abs(points.mean(0)).max() < 1e-3  # centered
     assert abs(np.corrcoef(points.T)[0, 1]) < 1e-3  # components do not correlate
     assert points[:, 0].var() >= points[:, 1].var()
     assert 0 < plane["explained"][1] <= plane["explained"][0] <= 1
@@ -193,7 +193,7 @@ def test_the_plane_is_that_of_the_two_main_components(model, reader):
     assert measure_embedding_space(model, reader) == tree
 
 
-def test_a_finished_run_holds_every_figure_with_its_interval(run):
+def test_a_finished_run_has_every_metric_with_its_interval(run):
     summary = summary_of(run)
     for name in ("val_loss", "audio_gain", "silent_gain", "text_only_gain", "wer", "cer"):
         low, high = summary["intervals"][name]
@@ -206,7 +206,7 @@ def test_a_finished_run_holds_every_figure_with_its_interval(run):
     assert (run / "space.json").is_file()
 
 
-def test_the_counts_of_the_utterances_add_up_to_the_figures(run):
+def test_the_counts_of_the_utterances_add_up_to_the_metrics(run):
     summary, table = summary_of(run), read_utterances(run)
     assert len(table) == summary["n_val"] == 20
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
@@ -223,7 +223,7 @@ def test_the_counts_of_the_utterances_add_up_to_the_figures(run):
     assert all(heard != key for heard, key in zip(columns["heard"], columns["key"], strict=True))
 
 
-def test_another_corpus_is_judged_whole_into_a_folder_of_its_own(run, config, tmp_path):
+def test_all_of_another_corpus_is_evaluated_into_a_separate_folder(run, config, tmp_path):
     before = read_utterances(run)
     other = make_cache(tmp_path / "other", 18, seed=3)
     figures = evaluate_run(run, config, str(other))
@@ -237,7 +237,7 @@ def test_another_corpus_is_judged_whole_into_a_folder_of_its_own(run, config, tm
     assert read_utterances(run).equals(before)
 
 
-def test_nanochat_is_judged_whole_with_its_soft_tokens_as_it_takes_them_in(config, held_out):
+def test_nanochat_is_evaluated_completely_with_its_soft_tokens_as_input_embeddings(config, held_out):
     options = config.model_copy(update={"lm": config.lm.model_copy(update={"model": "nanochat:d1"})})
     nanochat = build_model(options, 8, torch.device("cpu"), torch.float32)
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_nanochat_is_judged_whole_with_its_soft_tokens_as_it_takes_them_in(confi
     ] == pytest.approx(1)
 
 
-def test_an_evaluation_on_the_way_leaves_the_costly_figures_out(model, held_out):
+def test_an_evaluation_during_training_omits_the_costly_metrics(model, held_out):
     result = evaluate(model, held_out, EvalConfig(decode_limit=0))
     assert result.embedding_space is None
     assert not {"val_loss_silent", "retrieval", "hallucination_rate"} & result.metrics().keys()
