@@ -1,1 +1,1 @@
-"""A trained projector in use: ``transcribe``, ``export``."""
+"""Use of a trained projector: ``transcribe`` and ``export``."""

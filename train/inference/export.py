@@ -1,12 +1,13 @@
-"""A trained projector to give away: weights, settings, its source, and a card that says what it was trained on.
+"""Export of a trained projector: weights, settings, source code, and a model card.
 
     python -m train export runs/demo exported/demo
 
     exported/demo/   projector.safetensors  config.json  README.md  projector/*.py  [lm.safetensors]
 
-In: a finished run. Out: that folder, which needs neither the run nor its cache; ``lm.safetensors`` where the LM was
-trained, too. Its package ``projector`` loads it with torch and safetensors alone: ``from projector import load``.
-:func:`load_projector` does the same with earshard's own code and runs none of the folder's.
+Reads a finished run; writes that folder, which depends on neither the run nor its caches. ``lm.safetensors`` is written
+if the LM was trained. The package ``projector`` in the folder loads the export with only torch and safetensors
+installed: ``from projector import load``. :func:`load_projector` does the same with earshard's code and runs no code
+from the folder.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 WEIGHTS, SETTINGS, MODEL_CARD, LM_WEIGHTS = "projector.safetensors", "config.json", "README.md", "lm.safetensors"
 PACKAGE = "projector"
-CUSTOM_MODULE = "own"  # the name that a module of the user's has in the package
+CUSTOM_MODULE = "own"  # module name of a custom projector in the package
 IMPORT_CHECK = """
 import sys
-sys.modules.update(dict.fromkeys(("train", "pipeline", "shards")))  # as where earshard is not installed
+sys.modules.update(dict.fromkeys(("train", "pipeline", "shards")))  # as if earshard were not installed
 sys.path.insert(0, sys.argv[1])
 from projector import load
 load(sys.argv[1])
@@ -49,38 +50,38 @@ load(sys.argv[1])
 
 
 class ExportConfig(Config):
-    """``config.json`` of an export: all that :func:`load_projector`, or another program, needs."""
+    """``config.json`` of an export: everything that :func:`load_projector` or another program needs."""
 
     format: int
     projector: ProjectorConfig
-    source: str = ""  # module:Class of the package; exports of earlier versions have no package
+    source: str = ""  # module:Class in the package; exports of earlier versions have no package
     layers: int
     normalise_layers: bool
-    channels: int  # of each layer
+    channels: int  # per layer
     width: int  # of a soft token
-    embedding_rms: float = 1.0  # of the LM's embeddings
+    embedding_rms: float = 1.0  # RMS of the LM's embeddings
     lm: LmConfig
     lm_identity: str
     prompt: PromptConfig
-    specs: list[dict[str, Any]]  # of the features, one a layer
+    specs: list[dict[str, Any]]  # feature specs, one per layer
     feature_ids: list[str]
     manifest_ids: list[str]
-    encoder: str | None  # the reference that the run recorded
+    encoder: str | None  # encoder reference recorded by the run
 
 
 def export(run: Path, folder: Path) -> Path:
-    """Write the projector of ``run`` into ``folder``, which must not exist yet; returns it.
+    """Write the projector of ``run`` into ``folder``, which must not exist; return ``folder``.
 
     Raises:
-        UserError: the run is not finished, the folder exists or cannot be written, or the source of a projector of the
-            user's own cannot be carried.
+        UserError: the run is not finished, the folder exists or cannot be written, or the source of a custom projector
+            cannot be exported.
     """
     import torch
 
     from train.model.checkpoint import trained_parameters, write_tensors
 
     if folder.exists():
-        raise UserError(f"'{folder}' exists already: name another folder, or delete it")
+        raise UserError(f"'{folder}' already exists: name another folder, or delete it")
     config, cache_info = run_config(run), read_cache_info(run)
     model = load_model(run, config, torch.device("cpu"), torch.float32)
     settings = make_settings(config, cache_info, model.lm, model.projector)
@@ -96,10 +97,10 @@ def export(run: Path, folder: Path) -> Path:
 
 
 def write_projector(folder: Path, settings: ExportConfig, projector: Projector) -> None:
-    """Make ``folder`` with the settings, the weights and the source: all of an export that loading it takes.
+    """Create ``folder`` with settings, weights and source: the part of an export that is needed to load it.
 
     Raises:
-        UserError: as :func:`export`.
+        UserError: see :func:`export`.
     """
     from train.model.checkpoint import write_tensors
 
@@ -110,7 +111,7 @@ def write_projector(folder: Path, settings: ExportConfig, projector: Projector) 
             atomic_write(folder / PACKAGE / name, text.encode(), str(os.getpid()))
         tree = json.dumps(settings.model_dump(mode="json"), indent=1) + "\n"
         atomic_write(folder / SETTINGS, tree.encode(), str(os.getpid()))
-    # all of them, trained or not; of two names of one tensor each gets its own
+    # frozen parameters and buffers too; clone() because safetensors refuses tensors that share memory
     tensors = {name: value.detach().clone() for name, value in projector.state_dict().items()}
     write_tensors(folder / WEIGHTS, tensors, {"feature_id": settings.feature_ids[0]})
     if isinstance(settings.projector, CustomConfig):
@@ -120,7 +121,7 @@ def write_projector(folder: Path, settings: ExportConfig, projector: Projector) 
 def make_settings(
     config: TrainConfig, cache_info: dict[str, Any], lm: LanguageModel, projector: Projector
 ) -> ExportConfig:
-    """``config.json`` of a run with these settings, ``caches.json``, language model and trained projector."""
+    """Return ``config.json`` of an export of a run with these settings, ``caches.json``, LM and trained projector."""
     from shards.format.spec import FeatureSpec
     from train.projectors import MixedProjector
 
@@ -147,7 +148,7 @@ def make_settings(
 
 
 def _sources(settings: ExportConfig) -> dict[str, str]:
-    """File names and texts of the package: its loader, the module of the projector, and what they import there."""
+    """File names and contents of the package: the loader, the projector's module, and the modules that they import."""
     module = settings.source.split(":")[0]
     config = settings.projector
     text = _custom_source(config.kind.split(":")[0]) if isinstance(config, CustomConfig) else _source(module)
@@ -155,6 +156,7 @@ def _sources(settings: ExportConfig) -> dict[str, str]:
 
 
 def _with_imports(module: str, text: str) -> dict[str, str]:
+    """File names and contents of ``module`` and of the modules that it imports relatively."""
     found = {f"{module}.py": text}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level == 1 and (source := _source(node.module or "")):
@@ -163,44 +165,50 @@ def _with_imports(module: str, text: str) -> dict[str, str]:
 
 
 def _source(module: str) -> str:
-    """The text of a module of ``train.projectors``; nothing where there is no such module."""
+    """Source of a module of ``train.projectors``; empty if there is no such module."""
     file = files("train.projectors") / f"{module}.py"
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _custom_source(module: str) -> str:
-    """The source of the user's module, its imports of earshard's projectors made relative; UserError if unreadable."""
+    """Source of the user's module, with imports from train.projectors made relative; UserError if it is unreadable."""
     try:
         text = inspect.getsource(sys.modules[module])
     except (OSError, TypeError) as error:
-        raise UserError(f"the source of '{module}' cannot be read ({error}), and an export carries it") from None
+        raise UserError(
+            f"the source of '{module}', which an export includes, cannot be read ({error}): define it in a .py file"
+        ) from None
     local = re.compile(r"^(\s*)from train\.projectors(\.\w+)? import\b", re.MULTILINE)
     return local.sub(lambda found: f"{found[1]}from {found[2] or '.'} import", text)
 
 
 def _check_custom(folder: Path, kind: str) -> None:
-    """Load the package where there is no earshard and no working folder; UserError, and no folder, when it fails."""
+    """Load the package in a process without earshard; if that fails, delete ``folder`` and raise UserError."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    words = [sys.executable, "-P", "-c", IMPORT_CHECK, str(folder)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    arguments = [sys.executable, "-P", "-c", IMPORT_CHECK, str(folder)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder)
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no error message"])[-1]
         raise UserError(
-            f"the projector {kind} cannot be exported, its source does not load by itself ({reason}): it may import "
-            "installed packages and, of earshard, train.projectors.Projector and the modules of train.projectors"
+            f"the projector {kind} cannot be exported: its source does not load without earshard ({reason}); it may "
+            "import only installed packages, `train.Projector` and the modules of train.projectors"
         )
 
 
 def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
-    """The projector of an export, in evaluation mode, float32 on the CPU; see :class:`train.projectors.Projector`.
+    """Load the projector of an export, in evaluation mode, float32 on the CPU; see :class:`train.Projector`.
 
-    The code in ``folder`` is not run. ``kind`` is the import path of a projector of your own, ``my_module:Mine``: it is
-    imported because you name it, never because the export does.
+    No code in ``folder`` is run.
+
+    Args:
+        folder: an export, as :func:`export` writes it.
+        kind: import path ``my_module:MyProjector`` of the class, required for a custom projector. The class named in
+            the export is never imported unless you pass it here.
 
     Raises:
-        UserError: the folder is no export, of a newer format, or damaged; or its projector is not one of earshard's and
-            ``kind`` is not given.
+        UserError: the folder is not an export, has another format version, or is corrupt; or it holds a custom
+            projector and ``kind`` is not given.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -212,8 +220,8 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
     if isinstance(config, CustomConfig):
         if kind is None:
             raise UserError(
-                f"'{folder}' holds a projector of the class {config.kind}, which is not earshard's: pass "
-                f"kind='{config.kind}' to import it from your own Python path, or use the code in the folder as its "
+                f"'{folder}' holds a projector of the class {config.kind}, which is not part of earshard: pass "
+                f"kind='{config.kind}' to import it from your Python path, or use the code in the folder as its "
                 f"{MODEL_CARD} shows"
             )
         config = validate_config(CustomConfig, {"kind": kind, "settings": config.settings}, "kind")
@@ -230,36 +238,36 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
 
 
 def read_settings(folder: Path) -> ExportConfig:
-    """``config.json`` of an export; raises UserError as :func:`load_projector`."""
+    """Read ``config.json`` of an export; raises UserError like :func:`load_projector`."""
     path = folder / SETTINGS
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"'{folder}' is not an export: it has no {SETTINGS}; make one with python -m train export"
+            f"'{folder}' is not an export: it has no {SETTINGS}; create one with `python -m train export`"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): export the run again") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise UserError(f"'{path}' is not of export format {FORMAT}: update earshard, or export the run again")
+        raise UserError(f"'{path}' does not have export format {FORMAT}: update earshard, or export the run again")
     return validate_config(ExportConfig, tree, f"'{path}'")
 
 
 def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_lm: bool) -> str:
-    """``README.md`` of an export."""
+    """Return the text of ``README.md`` of an export; ``has_lm``: the export includes the trained LM."""
     spec = settings.specs[0]
     channels = settings.layers * settings.channels
     source = f"`{settings.encoder}`" if settings.encoder else "an encoder whose reference was not recorded"
-    is_own = isinstance(settings.projector, CustomConfig)
-    needs = ", and what `projector/own.py` imports" if is_own else ""
-    own = ", but for `projector/own.py`, which is its author's" if is_own else ""
+    is_custom = isinstance(settings.projector, CustomConfig)
+    requirements = ", and what `projector/own.py` imports" if is_custom else ""
+    exception = ", except for `projector/own.py`, which belongs to its author" if is_custom else ""
     layers = ", ".join(str(each["layer"]) for each in settings.specs)
     rows = [
         ("encoder", f"{source}, {spec['family']}, layer {layers}, window {spec['window']}, {spec['dtype']}"),
-        ("encoder's tensors, sha256", f"`{spec['tensors']}`"),
+        ("sha256 of the encoder's tensors", f"`{spec['tensors']}`"),
         ("feature id", ", ".join(f"`{each}`" for each in settings.feature_ids)),
         ("trained on caches (manifest id)", ", ".join(f"`{each}`" for each in settings.manifest_ids)),
-        ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {'trained too' if has_lm else 'frozen'}"),
+        ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {'trained' if has_lm else 'frozen'}"),
         ("projector", f"`{settings.projector.kind}`, {channels} channels to width {settings.width}"),
         ("prompt", f"`{settings.prompt.template}`: {settings.prompt.instruction}"),
         ("steps", str(summary.get("steps", "–"))),
@@ -274,19 +282,20 @@ tags: [audio, speech, projector]
 
 # {name}
 
-A projector from the features of a frozen speech encoder to the input of a language model, trained with earshard.
+A projector that maps features of a frozen speech encoder to input embeddings of a language model, trained with
+earshard.
 
 | | |
 |---|---|
 {table}
 
-Features of another encoder, layer, window or codec do not fit: compare the feature id.
+The projector works only with features of this encoder, layer, window and codec: compare the feature id.
 
 ## Use
 
-`features` are float32 [B, frames, {channels}] and their `mask` is bool [B, frames], True where there is a frame. The
-result is `soft` [B, soft tokens, {settings.width}] and its mask; the valid soft tokens take the place of `<|audio|>` in
-the prompt. These lines need torch and safetensors{needs}:
+`features` are float32 [B, frames, {channels}]; `mask` is bool [B, frames], True for valid frames. The result is
+`soft` [B, soft tokens, {settings.width}] and its mask. The valid soft tokens replace `<|audio|>` in the prompt. This
+code requires torch and safetensors{requirements}:
 
 ```python
 import sys; sys.path.insert(0, "{name}")  # this folder
@@ -294,8 +303,8 @@ from projector import load
 soft, soft_mask = load("{name}")(features, mask)
 ```
 
-`projector/` is the source of the projector as it was trained, part of earshard (MIT licence){own}. With earshard
-installed, `train.load_projector("{name}")` loads the same without running code of this folder.
+`projector/` is the source code of the projector at the time of export. It is part of earshard (MIT license){exception}.
+With earshard installed, `train.load_projector("{name}")` loads the projector without running code from this folder.
 """
 
 

@@ -1,11 +1,11 @@
-"""Audio in, text out, through the encoder and the trained model of a run.
+"""Transcription of audio with the encoder and the trained model of a run.
 
 ```
 file -> 16 kHz -> windows -> encoder of the run's feature spec -> stitched frames -> codec -> projector -> LM -> text
 ```
 
-Audio passes exactly the way it passed in extraction, codec included. An encoder whose tensors are not those of the spec
-is refused: its features would be another language to the projector.
+Audio is processed exactly as in extraction, including the codec. An encoder whose tensors differ from those of the
+feature spec is refused, because the projector was not trained on its features.
 
     python -m train transcribe runs/demo one.wav two.flac
     ffmpeg -i talk.mp4 -f wav - | python -m train transcribe runs/demo --stream -
@@ -39,42 +39,49 @@ STDIN = "-"
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Audio by its name, a path or ``-``; ``raw`` is the rate in Hz of headerless 16-bit little-endian mono samples."""
+    """An audio file, or standard input.
+
+    ``name`` is a path, or ``-`` for standard input. ``raw_rate`` is the sampling rate in Hz of headerless 16-bit
+    little-endian mono samples; None for an audio file format.
+    """
 
     name: str
     raw_rate: int | None = None
 
     def samples(self) -> npt.NDArray[np.float32]:
-        """float32 [samples], mono, 16 kHz.
+        """Read and decode the recording: float32 [samples], mono, 16 kHz.
 
         Raises:
-            AudioError: no audio can be decoded from it.
-            OSError: it cannot be read.
+            AudioError: the data cannot be decoded as audio.
+            OSError: the file cannot be read.
         """
         data = sys.stdin.buffer.read() if self.name == STDIN else Path(self.name).read_bytes()
         if self.raw_rate is None:
             return decode(data)
         if len(data) % 2 or not data:
-            raise AudioError(f"{len(data)} bytes are no 16-bit samples")
+            raise AudioError(f"expected 16-bit samples, got {len(data)} bytes")
         return to_mono_16k(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw_rate)
 
 
 def find_recordings(paths: Sequence[str], raw_rate: int | None = None) -> list[Recording]:
-    """The recordings that ``words`` name; ``raw`` is the sampling rate in Hz of the samples on standard input.
+    """Return the recordings at ``paths``; ``-`` is standard input.
+
+    Args:
+        raw_rate: sampling rate in Hz of headerless samples on standard input (``--raw``).
 
     Raises:
-        UserError: a file does not exist, ``-`` is given twice, or ``raw`` is out of range or given without ``-``.
+        UserError: a file does not exist, ``-`` is given twice, or ``raw_rate`` is out of range or given without ``-``.
     """
     if paths.count(STDIN) > 1:
-        raise UserError("standard input is one recording: write - once")
+        raise UserError("standard input is a single recording: pass - once")
     if raw_rate is not None and STDIN not in paths:
-        raise UserError("--raw describes samples on standard input: write - in place of a file")
+        raise UserError("--raw describes samples on standard input: pass - instead of a file")
     if raw_rate is not None and not 1000 <= raw_rate <= 384_000:
-        raise UserError(f"--raw is {raw_rate}: give the sampling rate in Hz, such as 16000")
-    for word in paths:
-        if word != STDIN and not Path(word).is_file():
-            raise UserError(f"there is no audio file at '{word}': correct the path")
-    return [Recording(word, raw_rate if word == STDIN else None) for word in paths]
+        raise UserError(f"--raw is {raw_rate}: expected a sampling rate in Hz from 1000 to 384000, such as 16000")
+    for path in paths:
+        if path != STDIN and not Path(path).is_file():
+            raise UserError(f"the audio file '{path}' does not exist: correct the path")
+    return [Recording(path, raw_rate if path == STDIN else None) for path in paths]
 
 
 def transcribe(
@@ -86,15 +93,18 @@ def transcribe(
     batch_size: int = 8,
     on_token: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """(name, text) of each recording that can be read, in the order given; texts are one line.
+    """Yield (name, text) of each recording that can be read, in the order given; each text is one line.
 
     Args:
-        encoder: a model reference to use instead of the one that the run recorded.
-        told: hears name and text so far after every token; recordings then pass one at a time.
+        run: folder of a finished run.
+        config: settings of the run.
+        encoder: model reference to use instead of the one recorded by the run.
+        batch_size: number of recordings per batch.
+        on_token: called with the name and the text so far after every token; recordings are then decoded one at a time.
 
     Raises:
-        UserError: the encoder cannot be had or is another one; after all others are done: a recording that could not
-            be read.
+        UserError: the encoder is not available or has other weights; or, after all other recordings, one could not be
+            read.
     """
     cache_info = read_cache_info(run)
     specs = feature_specs(cache_info)
@@ -116,36 +126,36 @@ def transcribe(
             texts = model.generate(features, mask, config.max_new_tokens, *_token_callbacks(encoded[0][0], on_token))
             yield from ((name, one_line(text)) for (name, _), text in zip(encoded, texts, strict=True))
     if failures:
-        raise UserError(f"could not read {', '.join(failures)}: give audio that soundfile can decode")
+        raise UserError(f"could not read {', '.join(failures)}: pass audio that soundfile can decode")
 
 
 def _token_callbacks(name: str, on_token: Callable[[str, str], None] | None) -> list[Callable[[list[str]], None]]:
-    """What :meth:`AudioLM.generate` is to call after every token of a batch of one, if anything."""
+    """Return the ``on_token`` argument of :meth:`AudioLM.generate` for a batch of one; empty if there is none."""
     if on_token is None:
         return []
     return [lambda texts: on_token(name, one_line(texts[0]))]
 
 
 def one_line(text: str) -> str:
-    """``text`` with every run of white space as one space; what begins a text begins its line."""
+    """Return ``text`` with each run of whitespace replaced by one space, and without leading or trailing whitespace."""
     return " ".join(text.split())
 
 
 class TokenWriter:
-    """Writes a recording's text as it grows: ``name``, a tab, then what each token added."""
+    """Writes the text of a recording while it is decoded: ``name``, a tab, then the text that each token adds."""
 
     def __init__(self, out: TextIO) -> None:
         self._out, self._name, self._written = out, "", ""
 
     def __call__(self, name: str, text: str) -> None:
-        """``text`` so far; an unfinished character at its end (a token may be part of one) waits for the next token."""
+        """Write what is new in ``text``; an incomplete character at its end is held back until the next token."""
         if name != self._name:
             self._out.write(f"{name}\t")
             self._name, self._written = name, ""
         self._write(text.rstrip("\ufffd"))
 
     def finish(self, name: str, text: str) -> None:
-        """``text`` is complete."""
+        """Write the rest of the complete ``text`` and end the line."""
         if name != self._name:
             self._out.write(f"{name}\t")
             self._written = ""

@@ -1,4 +1,4 @@
-"""What leaves the laboratory: the same soft tokens from a run, from its export, and from the export's own source."""
+"""Exports: a run, its export, and the source code in the export all compute the same soft tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.model.build import load_model
 from train.projectors import LayerMixer, MixedProjector, build_projector
 from train.trainer.trainer import fit
 
-OWN = """
+CUSTOM_SOURCE = """
 import torch
 from torch import nn
 from train.projectors import Projector
@@ -51,7 +51,7 @@ class Mine(Projector):
         return self.scale * self.fc2(self.fc1(x).relu()) + self.shift, mask
 """
 
-# a process that has torch and safetensors, and neither earshard nor what it stands on
+# a process with torch and safetensors, but without earshard and its other dependencies
 ALONE = """
 import sys
 sys.modules.update(dict.fromkeys(("train", "pipeline", "shards", "pydantic", "yaml")))
@@ -75,25 +75,25 @@ save_file(results, sys.argv[2])
 
 
 class SmallLm:
-    """What of a language model an export records."""
+    """The attributes of a language model that an export records."""
 
     width, embedding_rms, identity = 16, 0.136, "sha256:0"
 
 
 def write(folder: Path, config: Any, projector: Any, layers: int = 1, normalise: bool = False) -> None:
-    """The export of a projector for features of 12 channels, with every parameter off its start."""
+    """The export of a projector for features of 12 channels, with every parameter changed from its initial value."""
     with torch.no_grad():
-        for parameter in projector.parameters():  # a second layer that starts at zero would hide the first
+        for parameter in projector.parameters():  # a second layer initialized to zero would hide the first
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     caches = [[f"layer-{layer}" for layer in range(layers)]] if layers > 1 else ["cache"]
     run = make_config(folder, "cache", "nanochat:d1", caches=caches, normalise_layers=normalise)
     run = run.model_copy(update={"projector": config})
-    about = {"spec": make_spec(channels=12 // layers), "caches": []}
-    write_projector(folder, make_settings(run, about, SmallLm(), projector.eval()), projector)  # type: ignore[arg-type]
+    cache_info = {"spec": make_spec(channels=12 // layers), "caches": []}
+    write_projector(folder, make_settings(run, cache_info, SmallLm(), projector.eval()), projector)  # type: ignore[arg-type]
 
 
 def run_alone(folders: list[Path], tmp_path: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the exports in ``folders`` give in one fresh process."""
+    """Soft tokens of the exports in ``folders``, computed in one fresh process."""
     save_file(inputs, tmp_path / "inputs")
     words = [sys.executable, "-I", "-c", ALONE, str(tmp_path / "inputs"), str(tmp_path / "results"), *map(str, folders)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -112,7 +112,7 @@ def assert_same_bits(projectors: dict[Path, Any], tmp_path: Path) -> None:
             assert torch.equal(results[f"{folder} {name} mask"], soft_mask)
 
 
-def test_every_kind_gives_the_same_bits_where_there_is_torch_alone(tmp_path):
+def test_every_kind_computes_the_same_bits_with_torch_alone(tmp_path):
     projectors: dict[Path, Any] = {}
     for number, config in enumerate(CONFIGS):
         folder = tmp_path / f"{number}-{config.kind}"
@@ -132,8 +132,8 @@ def test_every_kind_gives_the_same_bits_where_there_is_torch_alone(tmp_path):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Writes a module of the user's own into the working folder; a configuration of the class in it."""
+def custom_module(tmp_path, monkeypatch):
+    """Writes a custom projector's module into the working folder and returns its configuration."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -145,23 +145,23 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_export", None)
 
 
-def test_a_projector_of_ones_own_takes_its_module_buffers_and_frozen_weights_along(own, tmp_path):
-    config, folder = own(OWN), tmp_path / "exported"
+def test_the_export_of_a_custom_projector_has_its_module_buffers_and_frozen_weights(custom_module, tmp_path):
+    config, folder = custom_module(CUSTOM_SOURCE), tmp_path / "exported"
     projector = build_projector(config, 12, 16, 0.136, seed=5)
     write(folder, config, projector)
     assert_same_bits({folder: projector}, tmp_path)
     assert (folder / "projector" / "own.py").read_text().count("train") == 0
 
 
-def test_a_module_of_ones_own_that_cannot_stand_alone_is_not_exported(own, tmp_path):
-    config, folder = own("import train.config.model\n" + OWN), tmp_path / "exported"
+def test_a_custom_module_that_needs_the_rest_of_earshard_is_not_exported(custom_module, tmp_path):
+    config, folder = custom_module("import train.config.model\n" + CUSTOM_SOURCE), tmp_path / "exported"
     with pytest.raises(UserError, match=r"own_export:Mine cannot be exported.*ModuleNotFoundError.*train"):
         write(folder, config, build_projector(config, 12, 16, 0.136))
     assert not folder.exists()
 
 
-def test_loading_an_export_runs_no_code_that_it_brings_or_names(own, tmp_path):
-    config, folder = own(OWN), tmp_path / "exported"
+def test_loading_an_export_runs_no_code_that_it_contains_or_names(custom_module, tmp_path):
+    config, folder = custom_module(CUSTOM_SOURCE), tmp_path / "exported"
     projector = build_projector(config, 12, 16, 0.136)
     write(folder, config, projector)
     for file in (folder / "projector").iterdir():
@@ -184,7 +184,7 @@ def run(tmp_path_factory) -> tuple[Path, Any]:
     return fit(config), config
 
 
-def test_an_export_has_the_soft_tokens_of_its_run_in_the_three_lines_of_its_card(run, tmp_path, capsys):
+def test_the_three_lines_of_the_model_card_compute_the_soft_tokens_of_the_run(run, tmp_path, capsys):
     folder = tmp_path / "demo"
     assert run_command(command, ["export", str(run[0]), str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -206,18 +206,18 @@ def test_an_export_has_the_soft_tokens_of_its_run_in_the_three_lines_of_its_card
     ]
     subprocess.run([sys.executable, "-I", "-c", "\n".join(lines)], cwd=tmp_path, check=True)
     assert torch.equal(load_file(tmp_path / "soft")["soft"], wanted)
-    about = json.loads((run[0] / "caches.json").read_text())
-    assert about["feature_id"] in card
-    assert about["caches"][0]["manifest_id"] in card
-    assert about["spec"]["tensors"] in card
+    cache_info = json.loads((run[0] / "caches.json").read_text())
+    assert cache_info["feature_id"] in card
+    assert cache_info["caches"][0]["manifest_id"] in card
+    assert cache_info["spec"]["tensors"] in card
     assert run_command(command, ["export", str(run[0]), str(folder)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists: name another folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_an_export_is_refused_in_one_sentence(run, tmp_path):
     with pytest.raises(UserError, match=r"is not an export: it has no config\.json"):
         load_projector(tmp_path)
-    folder = export(run[0], tmp_path / "damaged")
+    folder = export(run[0], tmp_path / "corrupt")
     tensors = load_file(folder / "projector.safetensors")
     save_file({name: value[:1] for name, value in tensors.items()}, folder / "projector.safetensors")
     with pytest.raises(UserError, match=r"size mismatch .*: export the run again"):

@@ -24,7 +24,7 @@ from train.inference.transcribe import Recording, TokenWriter, transcribe
 from train.runs.folder import read_cache_info, run_config
 from train.trainer.trainer import fit
 
-SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last takes two windows
+SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last one spans two windows
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +55,13 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("key", SAMPLES)
-def test_audio_becomes_the_very_features_that_extraction_stored(world, key):
+def test_audio_is_encoded_to_exactly_the_features_that_extraction_stored(world, key):
     folder, _, run = world
-    about = read_cache_info(run)
-    cache = Cache.open(about["caches"][0]["path"])
+    cache_info = read_cache_info(run)
+    cache = Cache.open(cache_info["caches"][0]["path"])
     row = cache.manifest["key"].to_pylist().index(key)
-    encoder = open_encoder(about["spec"], about["encoder"])
-    ours = encode_features(decode((folder / f"{key}.wav").read_bytes()), encoder, [about["spec"]])
+    encoder = open_encoder(cache_info["spec"], cache_info["encoder"])
+    ours = encode_features(decode((folder / f"{key}.wav").read_bytes()), encoder, [cache_info["spec"]])
     assert ours.shape == (-(-SAMPLES[key] // 320), 32)
     assert np.array_equal(ours, cache.features(row))
 
@@ -95,13 +95,13 @@ def test_the_command_prints_path_and_text_in_the_order_given(world, capsys):
     assert [line.split("\t")[0] for line in lines] == paths
 
 
-def test_a_text_stays_on_its_line(world, monkeypatch, capsys):
+def test_each_text_is_printed_on_one_line(world, monkeypatch, capsys):
     monkeypatch.setattr("train.model.audio_lm.AudioLM.generate", lambda *_: ["one\ntwo\tthree"])
     assert run_command(command, ["transcribe", str(world[2]), str(world[0] / "short.wav")]) == 0
     assert capsys.readouterr().out.endswith("short.wav\tone two three\n")
 
 
-def test_a_stream_writes_the_same_line_in_pieces_and_standard_input_is_a_recording(world, monkeypatch, capsys):
+def test_streaming_writes_the_same_line_in_pieces_and_standard_input_is_a_recording(world, monkeypatch, capsys):
     folder, _, run = world
     data = (folder / "short.wav").read_bytes()
     assert run_command(command, ["transcribe", str(run), str(folder / "short.wav")]) == 0
@@ -119,24 +119,24 @@ def test_a_stream_writes_the_same_line_in_pieces_and_standard_input_is_a_recordi
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["-", "-"], "write - once"),
+        (["-", "-"], "pass - once"),
         (["--raw", "16000", "x.wav"], "--raw describes samples on standard input"),
         (["--raw", "1", "-"], "such as 16000"),
     ],
 )
-def test_what_standard_input_cannot_be_is_told(world, words, sentence, capsys):
+def test_invalid_uses_of_standard_input_are_refused(world, words, sentence, capsys):
     assert run_command(command, ["transcribe", str(world[2]), *words]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_half_a_character_waits_for_its_other_half():
+def test_an_incomplete_character_is_held_back_until_it_is_complete():
     out = StringIO()
-    typist = TokenWriter(out)
+    writer = TokenWriter(out)
     for text in ("a", "a \ufffd", "a é"):
-        typist("x.wav", text)
+        writer("x.wav", text)
         assert "\ufffd" not in out.getvalue()
-    typist.finish("x.wav", "a é!")
-    typist.finish("y.wav", "")
+    writer.finish("x.wav", "a é!")
+    writer.finish("y.wav", "")
     assert out.getvalue() == "x.wav\ta é!\ny.wav\t\n"
 
 
@@ -154,14 +154,14 @@ def test_a_moved_encoder_can_be_named(world, tmp_path):
     assert next(transcribe(run, config, [short], f"path:{moved}"))[0] == short.name
 
 
-def test_a_missing_file_is_told_before_anything_is_loaded(world):
+def test_a_missing_file_is_reported_before_anything_is_loaded(world):
     folder, _, run = world
     words = ["transcribe", str(run), "--encoder", "path:nothing", str(folder / "short.wav"), str(folder / "gone.wav")]
-    with pytest.raises(UserError, match=r"no audio file at '.*gone\.wav'"):
+    with pytest.raises(UserError, match=r"the audio file '.*gone\.wav' does not exist"):
         command(words)
 
 
-def test_a_file_that_cannot_be_read_does_not_lose_the_others(world, tmp_path, capsys):
+def test_a_file_that_cannot_be_read_does_not_prevent_the_others(world, tmp_path, capsys):
     folder, _, run = world
     (tmp_path / "bad.wav").write_bytes(b"no audio")
     words = ["transcribe", str(run), str(tmp_path / "bad.wav"), str(folder / "short.wav")]
@@ -171,20 +171,20 @@ def test_a_file_that_cannot_be_read_does_not_lose_the_others(world, tmp_path, ca
     assert "bad.wav" in err.splitlines()[-1]
 
 
-def test_a_run_on_several_layers_hears_them_in_one_pass_of_the_encoder(world, tmp_path, capsys):
+def test_a_run_on_several_layers_encodes_them_in_one_pass(world, tmp_path, capsys):
     folder, config, _ = world
     layers = [[f"{folder}/caches/*/*-L1-*", f"{folder}/caches/*/*-L2-*"]]
     keys = {"caches": layers, "val": config.val.model_copy(update={"caches": layers}), "runs": str(tmp_path)}
     run = fit(config.model_copy(update=keys))
-    about = read_cache_info(run)
-    specs = feature_specs(about)
-    encoder = open_encoder(specs[0], about["encoder"])
+    cache_info = read_cache_info(run)
+    specs = feature_specs(cache_info)
+    encoder = open_encoder(specs[0], cache_info["encoder"])
     ours = encode_features(decode((folder / "long.wav").read_bytes()), encoder, specs)
     held_out = open_data(run_config(run)).held_out
     stored = held_out.features(held_out.columns("key")["key"].index("long"))
     assert np.array_equal(ours, stored)
     assert run_command(command, ["transcribe", str(run), str(folder / "short.wav")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}/short.wav\t")
-    about["layers"][1]["tensors"] = "0" * 64
+    cache_info["layers"][1]["tensors"] = "0" * 64
     with pytest.raises(UserError, match="several encoders"):
-        require_one_encoder(feature_specs(about))
+        require_one_encoder(feature_specs(cache_info))
