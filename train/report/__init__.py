@@ -1,14 +1,14 @@
-"""One self-contained page about a run or about a sweep: figures, curves, sound, settings, identity of the features.
+"""A self-contained HTML report of a run or a sweep: metrics, charts, audio, settings, identity of the features.
 
-In: a run's folder (``metrics.jsonl``, ``evaluations.jsonl``, ``config.yaml``, ``caches.json`` and, when finished,
-``summary.json``, ``space.json``, ``utterances.parquet``), or a folder of such folders. Out: ``report.html`` there. No
-script, no network: curves are inline SVG, sound is data inside the page.
+Reads a run folder (``metrics.jsonl``, ``evaluations.jsonl``, ``config.yaml``, ``caches.json`` and, when finished,
+``summary.json``, ``space.json``, ``utterances.parquet``), or a folder of run folders; writes ``report.html`` into it.
+The page has no scripts and loads nothing: charts are inline SVG, and audio is embedded as data URIs.
 
     python -m train report runs/demo
-    python -m train report runs/six        (a sweep: its run folders stand in it)
+    python -m train report runs/six        (a sweep: a folder of run folders)
 
-``source`` reads the files, ``run`` and ``sweep`` fill in the templates, ``sounds`` and ``space`` make samples and
-pictures, ``page`` holds the Jinja2 environment.
+``run_files`` reads the files, ``run`` and ``sweep`` fill in the templates, ``audio``, ``charts`` and ``embedding_plot``
+make players and charts, and ``page`` holds the Jinja2 environment.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ SWEEP_STATE = "sweep.json"
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html`` into the folder of a run from what stands there; returns its path."""
+    """Write ``report.html`` into a run folder, from the files in it; return its path."""
     from train.report.run import render_run
 
     return _write(run, render_run(run))
 
 
 def write_sweep_report(folder: Path) -> Path:
-    """Write ``report.html`` into ``folder``, which holds the run folder of each experiment; returns its path.
+    """Write ``report.html`` into ``folder``, which holds one run folder per experiment; return its path.
 
-    Of ``sweep.json``, where it stands, it takes the ``experiments`` in their order (objects with ``name``, and the
-    ``state`` and ``reason`` of one that did not finish) and the ``baseline``, with which the others are compared.
+    ``sweep.json``, if it exists, determines the order of the ``experiments`` (objects with ``name``, and ``state`` and
+    ``reason`` for those that did not finish) and the ``baseline`` with which the others are compared.
 
     Raises:
-        UserError: no run stands in it.
+        UserError: there is no run in ``folder``.
     """
     from train.report.sweep import render_sweep
 
@@ -46,25 +46,25 @@ def write_sweep_report(folder: Path) -> Path:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether ``folder`` holds runs and is none."""
+    """Return whether ``folder`` contains run folders and is not one itself."""
     return not (folder / "config.yaml").is_file() and any(folder.glob("*/config.yaml"))
 
 
 def experiment_folders(folder: Path) -> list[Path]:
-    """The run folders of a sweep, in the order of ``sweep.json``, else of their names.
+    """Return the run folders of a sweep in the order of ``sweep.json``; the others follow, sorted by name.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     found = sorted(path.parent for path in folder.glob("*/config.yaml") if not path.parent.is_symlink())
     if not found:
-        raise UserError(f"'{folder}' holds no run: train a sweep there first")
+        raise UserError(f"'{folder}' contains no runs: run `python -m train sweep` first")
     names = [each["name"] for each in _state(folder).get("experiments", [])]
     return sorted(found, key=lambda path: names.index(path.name) if path.name in names else len(names))
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """``sweep.json``; empty where there is none."""
+    """Content of ``sweep.json``; empty if it does not exist."""
     from train.runs.folder import read_json
 
     return read_json(folder / SWEEP_STATE) if (folder / SWEEP_STATE).is_file() else {}
@@ -73,5 +73,5 @@ def _state(folder: Path) -> dict[str, Any]:
 def _write(folder: Path, text: str) -> Path:
     path = folder / REPORT
     with translate_os_errors("writing the report", path):
-        atomic_write(path, text.encode(errors="replace"), str(os.getpid()))  # a text may hold a lone surrogate
+        atomic_write(path, text.encode(errors="replace"), str(os.getpid()))  # texts may contain lone surrogates
     return path

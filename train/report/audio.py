@@ -1,11 +1,12 @@
-"""The recordings behind a report's samples, as WAV data inside the page, where their source can be read.
+"""Recordings of a report's samples, embedded in the page as WAV data.
 
-In: the folders of caches and keys of utterances. Out: a ``data:`` URI for each key, or one sentence that says why there
-is none. Only sources on this machine that give a single recording at once are asked: folders of files, local parquet,
-and speech or tones, which are made again. The caches say where their audio is; the sha256 of what is read must be the
-one that the features were extracted from.
+Takes cache folders and keys of utterances; returns a ``data:`` URI for each key, or one sentence that explains why
+there is no audio. Only local sources with random access are read: folders of files, local parquet, and synthetic speech
+or tones, which are synthesized again. The caches record where their audio is. A recording is used only if its sha256 is
+that of the recording from which the features were extracted.
 
-The only module of ``train`` that reads audio sources: a training run needs none, and this one answers with a sentence.
+This is the only module of ``train`` that reads audio sources. Training needs none, so an unreadable source is not an
+error here.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ import pyarrow.compute as pc
 from shards.errors import UserError
 from shards.read.cache import Cache
 
-MAX_SECONDS = 15.0  # of a recording; longer ones are cut
-MAX_BYTES = 3 << 20  # of audio in a page
+MAX_SECONDS = 15.0  # per recording; longer ones are truncated
+MAX_BYTES = 3 << 20  # WAV data per page, before base64
 
 
 def recordings(caches: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], str]:
-    """({key: data URI}, ""), or ({}, why there are none)."""
+    """Return ({key: data URI}, ""), or ({}, the reason why there is no audio)."""
     reasons, found = [], {}
-    room = MAX_BYTES
+    bytes_left = MAX_BYTES
     for path in caches:
         try:
             for key, data in _read(path, keys).items():
-                if key not in found and len(data) <= room:
-                    room -= len(data)
+                if key not in found and len(data) <= bytes_left:
+                    bytes_left -= len(data)
                     found[key] = f"data:audio/wav;base64,{base64.b64encode(data).decode()}"
         except (UserError, OSError) as error:
             reasons.append(f"No audio: {error}")
@@ -41,10 +42,10 @@ def recordings(caches: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, st
 
 
 def _read(path: str, keys: Sequence[str]) -> Mapping[str, bytes]:
-    """WAV files of those ``keys`` that the cache at ``path`` holds.
+    """Return WAV files of those ``keys`` that are in the cache at ``path``.
 
     Raises:
-        UserError: the cache or its source is gone, or the source gives no single recordings.
+        UserError: the cache or its source is not available, or the source has no random access.
     """
     from pipeline.maintain.check import recorded_config
     from pipeline.sources import open_source
@@ -58,19 +59,21 @@ def _read(path: str, keys: Sequence[str]) -> Mapping[str, bytes]:
         raise UserError(f"the source of '{path}' is streamed from a remote dataset")
     source = open_source(config)
     if source.sequential:
-        raise UserError(f"the source of '{path}' is an archive that can only be read from its start")
+        raise UserError(f"the source of '{path}' is an archive that can only be read sequentially")
     wanted = [cache.row(int(row)) for row in rows]
     wavs = {}
     for row, (_, data) in zip(wanted, source.read([row["audio"] for row in wanted]), strict=True):
         if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() == row["audio_sha256"]:
             wavs[row["key"]] = _wav(data)
     if wanted and not wavs:
-        raise UserError(f"the source of '{path}' no longer has the recordings that its features were extracted from")
+        raise UserError(
+            f"the source of '{path}' no longer contains the recordings from which the features were extracted"
+        )
     return wavs
 
 
 def _wav(data: bytes) -> bytes:
-    """Any audio file as the first seconds of it in PCM16 at 16 kHz, which every browser plays."""
+    """Convert the start of an audio file to 16-bit PCM WAV at 16 kHz, which every browser plays."""
     from pipeline.audio import SAMPLING_RATE, decode, encode_wav
 
     samples = decode(data)[: round(MAX_SECONDS * SAMPLING_RATE)]

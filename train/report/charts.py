@@ -1,8 +1,8 @@
-"""Charts as inline SVG: no script, no plotting library.
+"""Charts as inline SVG, without scripts or a plotting library.
 
-In: curves as (x, y) points, or points of several groups. Out: one ``<figure>`` (``templates/chart.html.j2``) with axes,
-their units, a legend, and a tooltip (``<title>``) on every mark. Colours are classes of ``templates/report.css``.
-Curves differ in their dashes and groups in their shapes as well, so that nothing depends on colour alone.
+Takes curves of (x, y) points, or groups of points; returns a ``<figure>`` (``templates/chart.html.j2``) with labeled
+axes, a legend, and a tooltip (``<title>``) on every mark. Colors are classes of ``templates/report.css``. Curves also
+differ in their dashes and groups in their shapes, so that nothing depends on color alone.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from markupsafe import Markup
 from train.report.page import render
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 60, 14, 12, 34
-MAX_POINTS = 1200  # drawn of a curve; more cannot be told apart
-TOOLTIPS = 60  # of a curve without dots
-NOTHING = Markup('<p class="note">No data yet.</p>')
+MAX_POINTS = 1200  # per curve; more would be indistinguishable
+TOOLTIPS = 60  # per curve without dots
+NO_DATA = Markup('<p class="note">No data yet.</p>')
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line; ``style`` is a CSS class; ``dots`` marks each point."""
+    """A named line. ``style`` is a CSS class; ``dots`` draws a dot at every point."""
 
     name: str
     style: str
@@ -36,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points of one group, each with the text of its tooltip; ``shape`` counts through SHAPES."""
+    """A group of points. ``texts`` are their tooltips (default: the name); ``shape`` is an index, see :func:`_mark`."""
 
     name: str
     style: str
@@ -48,7 +48,7 @@ class Cloud:
 
 @dataclass(frozen=True)
 class Mark:
-    """A circle at a place in the drawing, or where it has ``corners`` a polygon, with the text of its tooltip."""
+    """A circle at (x, y) in SVG units, or a polygon if ``corners`` is set; ``text`` is its tooltip."""
 
     style: str
     x: float
@@ -60,7 +60,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Layer:
-    """A curve or a cloud as the template draws it; a curve has ``points``, a cloud the mark ``key`` in the legend."""
+    """A curve or a cloud as the template draws it. A curve has ``points``; a cloud has ``key``, its legend mark."""
 
     name: str
     marks: list[Mark]
@@ -71,7 +71,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where values lie in a drawing ``WIDTH`` wide and ``height`` high."""
+    """Maps data values to a drawing that is ``WIDTH`` wide and ``height`` high."""
 
     x_low: float
     x_high: float
@@ -80,42 +80,45 @@ class Frame:
     height: int
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """A value's place in the drawing."""
-        across = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
-        down = self.height - BOTTOM - (y - self.y_low) / (self.y_high - self.y_low) * (self.height - TOP - BOTTOM)
-        return round(across, 1), round(down, 1)
+        """Return the position of a data point in SVG units."""
+        svg_x = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        svg_y = self.height - BOTTOM - (y - self.y_low) / (self.y_high - self.y_low) * (self.height - TOP - BOTTOM)
+        return round(svg_x, 1), round(svg_y, 1)
 
 
 def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: str = "", height: int = 300) -> Markup:
-    """The curves on shared axes from 0; a sentence instead when none has a point. What is not finite is left out."""
-    curves = [Curve(c.name, c.style, _thin(_finite(c.points)), c.dots) for c in curves]
+    """Draw curves on shared axes that include 0; values that are not finite are omitted.
+
+    Returns a note instead of a chart if no curve has a point.
+    """
+    curves = [Curve(c.name, c.style, _subsample(_finite(c.points)), c.dots) for c in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
-        return NOTHING
+        return NO_DATA
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys), max(ys), max(2, height // 50))
     frame = Frame(0.0, max(max(xs), 1.0), y_ticks[0], max(y_ticks[-1], max(ys)), height)
     layers = []
     for curve, dash in zip(curves, _dashes(curves), strict=True):
-        places = [frame.at(x, y) for x, y in curve.points]
-        dots = curve.dots or len(places) == 1
-        style, radius, every = (curve.style, 3.5, 1) if dots else ("unseen", 7, -(-len(places) // TOOLTIPS))
+        positions = [frame.at(x, y) for x, y in curve.points]
+        dots = curve.dots or len(positions) == 1
+        style, radius, every = (curve.style, 3.5, 1) if dots else ("unseen", 7, -(-len(positions) // TOOLTIPS))
         marks = [
-            Mark(style, *place, radius, f"{curve.name}: {y:.4g} at {x_label} {x:,.10g}")
-            for (x, y), place in list(zip(curve.points, places, strict=True))[::every]
+            Mark(style, *position, radius, f"{curve.name}: {y:.4g} at {x_label} {x:,.10g}")
+            for (x, y), position in list(zip(curve.points, positions, strict=True))[::every]
         ]
-        line = " ".join(f"{x},{y}" for x, y in places)
+        line = " ".join(f"{x},{y}" for x, y in positions)
         layers.append(Layer(curve.name, marks, f"{curve.style} {dash}", line))
     return _render_chart(title, frame, [x for x in x_ticks if x <= frame.x_high], y_ticks, layers, x_label, y_label)
 
 
 def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 440) -> Markup:
-    """The clouds on shared axes, the first at the back."""
+    """Draw clouds on shared axes, the first at the back; a note instead of a chart if there are no points."""
     xs = [x for cloud in clouds for x, _ in cloud.points]
     ys = [y for cloud in clouds for _, y in cloud.points]
     if not xs:
-        return NOTHING
+        return NO_DATA
     x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
     frame = Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1], height)
     layers = []
@@ -127,7 +130,10 @@ def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, hei
 
 
 def smooth(points: Sequence[Point], span: int = 0) -> list[Point]:
-    """Exponential moving average over about ``span`` points (0: a fortieth of them), unbiased at the start."""
+    """Return the exponential moving average over about ``span`` points, with bias correction at the start.
+
+    ``span`` 0 means a fortieth of the points.
+    """
     weight = 2 / ((span or max(2, len(points) // 40)) + 1)
     average, total, result = 0.0, 0.0, []
     for x, y in points:
@@ -136,25 +142,28 @@ def smooth(points: Sequence[Point], span: int = 0) -> list[Point]:
     return result
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values that cover ``low`` to ``high``: steps of 1, 2 or 5 times a power of ten, at most about ``most``."""
-    if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):  # one value, but for rounding
+def ticks(low: float, high: float, max_steps: int = 6) -> list[float]:
+    """Return round values that cover ``low`` to ``high``.
+
+    Their step is 1, 2 or 5 times a power of ten; there are about ``max_steps`` steps at most.
+    """
+    if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):  # a single value, up to rounding
         high = low + max(1.0, abs(low))
-    raw = (high - low) / most
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    min_step = (high - low) / max_steps
+    power = 10 ** math.floor(math.log10(min_step))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= min_step)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
 def _dashes(curves: Sequence[Curve]) -> list[str]:
-    """A class of its own for each of four curves; a faint one, which stands behind its smoothed self, has none."""
+    """Return the CSS dash class of each curve: four in turn, none for a faint curve behind its smoothed version."""
     kinds = cycle(range(4))
     return ["" if curve.style == "faint" else f"dash{next(kinds)}" for curve in curves]
 
 
 def _mark(cloud: Cloud, x: float, y: float, text: str) -> Mark:
-    """Circle, square, triangle or diamond around a place."""
+    """Return a circle, square, triangle or diamond (``cloud.shape`` 0 to 3) centered at (x, y)."""
     r = cloud.radius
     corners = (
         [],
@@ -162,7 +171,7 @@ def _mark(cloud: Cloud, x: float, y: float, text: str) -> Mark:
         [(0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)],
         [(0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)],
     )[cloud.shape % 4]
-    path = " ".join(f"{x + across:.1f},{y + down:.1f}" for across, down in corners)
+    path = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
     return Mark(f"mark {cloud.style}", x, y, r, text, path)
 
 
@@ -194,7 +203,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
-def _thin(points: Sequence[Point]) -> Sequence[Point]:
-    """Every n-th point and the last, so that a long run stays a small page."""
+def _subsample(points: Sequence[Point]) -> Sequence[Point]:
+    """Return every n-th point and the last one, which limits the size of the page."""
     every = -(-len(points) // MAX_POINTS)
     return points if every <= 1 else [*points[:-1:every], points[-1]]

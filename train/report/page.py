@@ -1,8 +1,8 @@
-"""The HTML of a report: Jinja2 templates that escape every value, and the small pieces that table cells are made of.
+"""HTML of a report: Jinja2 templates that escape every value, and building blocks for table cells.
 
-In: a template of ``templates/`` and its values. Out: ``Markup``, the only type that a template does not escape; besides
-the templates themselves, only the constants of this module make it. A name that a template asks for and nobody gives is
-an error, not an empty string.
+Takes a template of ``templates/`` and its values; returns ``Markup``, the only type that a template does not escape.
+Besides the templates, only the constants of this module create it. An undefined template variable is an error, not an
+empty string.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-NUM_COLORS = 8  # classes c0 … c7 of report.css: categories
-NUM_SHADES = 5  # classes s0 … s4: low to high
+NUM_COLORS = 8  # classes c0 … c7 of report.css, for categories
+NUM_SHADES = 5  # classes s0 … s4 of report.css, from low to high
 
 Row = Sequence[object]  # the cells of a table; strings are escaped
 
@@ -35,7 +35,7 @@ LINE_BREAK = Markup("<wbr>")
 
 @cache
 def environment() -> Environment:
-    """The templates, with the style sheet and its hash (the page's Content-Security-Policy admits no other style)."""
+    """Return the template environment, with the style sheet and its hash for the Content-Security-Policy."""
     loader = PackageLoader("train.report")
     found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     style, _, _ = loader.get_source(found, "report.css")
@@ -44,26 +44,26 @@ def environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """The template of that name with ``values``, all of them escaped unless they are ``Markup``."""
+    """Render a template; ``values`` are escaped unless they are ``Markup``."""
     return Markup(environment().get_template(template).render(values))
 
 
 def breakable(name: str) -> Markup:
-    """A name that a line can break after its signs, so that a narrow column need not break it within a word."""
+    """Return a name with line break opportunities after its punctuation, so that lines do not break within words."""
     return NAME.format(LINE_BREAK.join(re.split(r"(?<=[-_/=])(?=[^\W_])", name)))
 
 
 def utterance(key: str, sounds: Mapping[str, str]) -> Markup:
-    """An utterance's key, with a player where there is sound."""
+    """Return the cell of an utterance: its key, and a player if ``sounds`` has its audio."""
     player = PLAYER.format(sounds[key]) if key in sounds else ""
     return DIV.format(KEY.format(key) + player)
 
 
 def mark_differences(reference: str, hypothesis: str) -> tuple[Markup, Markup]:
-    """Both texts, with words of the reference alone inside ``<del>`` and of the hypothesis alone inside ``<ins>``.
+    """Return both texts, with words only in the reference in ``<del>`` and words only in the hypothesis in ``<ins>``.
 
-    Case and punctuation at the ends of words make no difference, as in the error rates (which also normalise spellings
-    and numbers). A hypothesis without a word is a dash.
+    Case and punctuation are ignored, as in the error rates (which also normalize spellings and numbers). An empty
+    hypothesis becomes a dash.
     """
     texts = reference.split(), hypothesis.split()
     left, right = ([_plain(word) for word in words] for words in texts)
@@ -80,20 +80,20 @@ def _plain(word: str) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction as a percentage; a dash where there is none."""
+    """Format a fraction as a percentage; None as a dash."""
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def format_interval(
     metrics: Mapping[str, Any], name: str, scale: float = 1, digits: int = 2, signed: bool = False
 ) -> str:
-    """``[low, high]`` of a figure's interval; nothing where the evaluation gave none."""
+    """Format the interval of a metric as ``[low, high]``; empty if the evaluation has none."""
     found = (metrics.get("intervals") or {}).get(name)
     sign = "+" if signed else ""
     return "" if found is None else f"[{scale * found[0]:{sign}.{digits}f}, {scale * found[1]:{sign}.{digits}f}]"
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, or hours and minutes."""
+    """Format a duration as minutes and seconds, or as hours and minutes."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

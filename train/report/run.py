@@ -1,7 +1,4 @@
-"""The page about one run.
-
-In: a run's folder. Out: its page, ``templates/run.html.j2`` filled in.
-"""
+"""Report of one run: fills in ``templates/run.html.j2`` from a run folder."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ from train.report.run_files import Metrics, RunFiles
 from train.runs.metrics_log import format_number
 
 MAX_SAMPLES = 24
-MIN_AUDIO_GAIN = 0.1  # nats per token of audio gain from which a model is said to listen
-MAX_AUDIO_SAMPLES = 6  # with their sound
+MIN_AUDIO_GAIN = 0.1  # nats per token; with less, the report says that the model does not listen
+MAX_AUDIO_SAMPLES = 6  # samples with a player
 
 
 def render_run(folder: Path) -> str:
-    """The page as text."""
+    """Return the page as HTML."""
     run = RunFiles(folder)
     metrics = run.metrics
     gain = metrics.get("audio_gain")
@@ -47,7 +44,7 @@ def render_run(folder: Path) -> str:
         listens=gain is not None and gain >= MIN_AUDIO_GAIN,
         summary=_tiles(metrics),
         loss_chart=loss_chart(run),
-        listening=_listening(metrics),
+        losses_by_input=_losses_by_input(metrics),
         retrieval=_retrieval(metrics.get("retrieval")),
         errors=_errors(metrics),
         silence=_silence(metrics),
@@ -56,7 +53,7 @@ def render_run(folder: Path) -> str:
         rms_chart=_rms_chart(run.step_metrics),
         no_audio=no_audio,
         samples=samples,
-        elsewhere=_other_evaluations(run.other_evaluations),
+        other_evaluations=_other_evaluations(run.other_evaluations),
         throughput=throughput(metrics),
         speed_charts=_speed_charts(run.step_metrics),
         features=identity(run.cache_info, metrics),
@@ -66,21 +63,21 @@ def render_run(folder: Path) -> str:
 
 
 def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
-    def beside(name: str, unit: str, scale: float = 1) -> str:
+    def interval(name: str, unit: str, scale: float = 1) -> str:
         return f"{format_interval(metrics, name, scale, 2 if scale == 1 else 1)} {unit}".lstrip()
 
     return [
-        ("audio gain", format_number(metrics.get("audio_gain"), 2), beside("audio_gain", "nats per token")),
-        ("held-out loss", format_number(metrics.get("val_loss"), 3), beside("val_loss", "nats per token")),
-        ("word error rate", percent(metrics.get("wer")), beside("wer", "%", 100)),
-        ("character error rate", percent(metrics.get("cer")), beside("cer", "%", 100)),
+        ("audio gain", format_number(metrics.get("audio_gain"), 2), interval("audio_gain", "nats per token")),
+        ("held-out loss", format_number(metrics.get("val_loss"), 3), interval("val_loss", "nats per token")),
+        ("word error rate", percent(metrics.get("wer")), interval("wer", "%", 100)),
+        ("character error rate", percent(metrics.get("cer")), interval("cer", "%", 100)),
         ("hallucination rate", percent(metrics.get("hallucination_rate"), 0), "of silent inputs"),
         ("steps", f"{metrics.get('steps', 0):,}", duration(metrics.get("seconds", 0.0))),
     ]
 
 
 def loss_chart(run: RunFiles) -> Markup:
-    """Training and held-out loss over steps."""
+    """Return the chart of training and held-out loss over steps."""
     train = [(line["step"], line["loss"]) for line in run.step_metrics]
     return chart(
         [
@@ -94,7 +91,7 @@ def loss_chart(run: RunFiles) -> Markup:
             ),
             Curve("held out", "c2", metric_points(run.evaluations, "val_loss"), dots=True),
         ],
-        "Training loss and held-out loss with the right and with another utterance’s audio, by step",
+        "Training loss and held-out loss with the matching and with another utterance’s audio, by step",
         y_label="loss, nats per token",
     )
 
@@ -118,13 +115,13 @@ def _speed_charts(metrics: list[Metrics]) -> Markup:
 
 
 def metric_points(lines: list[Metrics], key: str) -> list[tuple[float, float]]:
-    """(step, value) where there is one."""
+    """Return (step, value) of the lines that have a value for ``key``."""
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
 
 
-def _listening(metrics: Metrics) -> list[Row]:
+def _losses_by_input(metrics: Metrics) -> list[Row]:
     rows = [
-        ("the right utterance", "val_loss", None),
+        ("the same utterance", "val_loss", None),
         ("another utterance", "val_loss_shuffled", "audio_gain"),
         ("silence", "val_loss_silent", "silent_gain"),
         ("none (text only)", "val_loss_text_only", "text_only_gain"),
@@ -171,7 +168,7 @@ def _silence(metrics: Metrics) -> dict[str, str]:
 
 
 def _samples(run: RunFiles) -> tuple[str, list[Row]]:
-    """Why no audio is in the page ("" when it is), and a row a sample."""
+    """(reason why there is no audio, empty if there is; one row per sample)."""
     shown = run.samples[:MAX_SAMPLES]
     sounds: dict[str, str] = {}
     reason = "Audio is added when the run is finished."
@@ -196,7 +193,7 @@ def _other_evaluations(evaluations: list[Metrics]) -> list[Row]:
 
 
 def throughput(metrics: Metrics) -> dict[str, str]:
-    """Speed, waiting, padding."""
+    """Return the rows of the throughput section, by label."""
     first, last = format_number(metrics.get("train_loss_first")), format_number(metrics.get("train_loss_last"))
     return {
         "frames per second": f"{metrics.get('frames_per_second', 0.0):,.0f} (50 frames are one second of audio)",
@@ -209,7 +206,7 @@ def throughput(metrics: Metrics) -> dict[str, str]:
 
 
 def identity(cache_info: dict[str, Any], metrics: Metrics) -> dict[str, str]:
-    """Which features, which language model."""
+    """Return the rows that identify features and language model, by label."""
     spec = cache_info.get("spec", {})
     rows = {
         "feature id": str(cache_info.get("feature_id")),
@@ -223,6 +220,6 @@ def identity(cache_info: dict[str, Any], metrics: Metrics) -> dict[str, str]:
 
 
 def seconds_per_frame(run: RunFiles) -> float:
-    """Of the run's features."""
+    """Return the duration in seconds of one feature frame of the run."""
     spec = run.cache_info.get("spec", {})
     return float(spec.get("hop", 320)) / float(spec.get("sampling_rate", 16_000))

@@ -1,7 +1,7 @@
-"""What a report reads: the files of one run's folder, none of which must be there but ``caches.json``.
+"""The files of a run folder that a report reads.
 
-In: a run's folder. Out: :class:`RunFiles`. A run that goes on, or of an older earshard, lacks some; what is there is
-shown.
+Only ``caches.json`` is required. An unfinished run, or one of an older version of earshard, lacks some of the others;
+the report shows what exists.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """One run, read once."""
+    """Files of one run; each is read once, on first access."""
 
     folder: Path
 
     @property
     def name(self) -> str:
-        """Of the run: that of its folder."""
+        """Name of the run: the name of its folder."""
         return self.folder.name
 
     @cached_property
     def step_metrics(self) -> list[Metrics]:
-        """A line a step."""
+        """``metrics.jsonl``: one entry per step."""
         return read_jsonl(self.folder / METRICS)
 
     @cached_property
     def evaluations(self) -> list[Metrics]:
-        """A line an evaluation."""
+        """``evaluations.jsonl``: one entry per evaluation."""
         return read_jsonl(self.folder / EVALUATIONS)
 
     @cached_property
     def summary(self) -> Metrics:
-        """Empty while the run is not finished."""
+        """``summary.json``; empty while the run is not finished."""
         path = self.folder / "summary.json"
         return read_json(path) if path.is_file() else {}
 
     @cached_property
     def cache_info(self) -> Metrics:
-        """The caches' identity."""
+        """``caches.json``: identity of the caches."""
         return read_json(self.folder / "caches.json")
 
     @cached_property
     def embedding_space(self) -> Metrics:
-        """Soft tokens among the LM's embeddings; empty before the end."""
+        """``space.json``: soft tokens among the LM's embeddings; empty while the run is not finished."""
         path = self.folder / EMBEDDING_SPACE_FILE
         return read_json(path) if path.is_file() else {}
 
     @cached_property
     def config(self) -> TrainConfig | None:
-        """None where this earshard does not know its keys."""
+        """``config.yaml``; None if this version of earshard cannot read it."""
         try:
             return run_config(self.folder)
         except UserError:
@@ -72,7 +72,7 @@ class RunFiles:
 
     @cached_property
     def table(self) -> pa.Table | None:
-        """The counts of the utterances; None where there are none of this earshard's."""
+        """``utterances.parquet``: counts per utterance; None if this version of earshard cannot read it."""
         try:
             return read_utterances(self.folder)
         except UserError:
@@ -80,52 +80,52 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """The latest of everything: progress, the last evaluation, the summary, an evaluation by command."""
+        """Latest metrics: progress, last evaluation, summary, `train evaluate`; later ones replace earlier ones."""
         path = self.folder / EVALUATION_FILE
-        again = read_json(path) if path.is_file() else {}
+        reevaluated = read_json(path) if path.is_file() else {}
         last = self.evaluations[-1] if self.evaluations else {}
-        return {**_progress(self.step_metrics), **last, **self.summary, **again}
+        return {**_progress(self.step_metrics), **last, **self.summary, **reevaluated}
 
     @property
     def samples(self) -> list[Metrics]:
-        """Of the last evaluation."""
+        """Decoded samples of the last evaluation."""
         found: list[Metrics] = self.metrics.get("samples", [])
         return found
 
     @property
     def other_evaluations(self) -> list[Metrics]:
-        """The figures on other caches."""
+        """Metrics of the evaluations on other caches."""
         return [read_json(path) for path in sorted((self.folder / OTHER_EVALUATIONS).glob(f"*/{EVALUATION_FILE}"))]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Flat keys and values; empty where they are not known."""
+        """Settings as flat keys and values; empty if ``config`` is None."""
         return {} if self.config is None else flatten(self.config.model_dump(mode="json"))
 
     def changed_settings(self) -> list[tuple[str, Any, Any]]:
-        """(key, value, default) of every key that is not at its default; of a projector, at its kind's default."""
+        """Return (key, value, default) of every key that differs from its default; a projector's depend on its kind."""
         if self.config is None:
             return []
         default = TrainConfig.model_validate({"caches": ["-"], "projector": {"kind": self.config.projector.kind}})
-        other = flatten(default.model_dump(mode="json")) | {"caches": None}
-        mine = self.settings
-        keys = [key for key in mine if mine[key] != other.get(key) and key not in ("runs", "name")]
-        return [(key, mine[key], other.get(key)) for key in keys]
+        defaults = flatten(default.model_dump(mode="json")) | {"caches": None}
+        settings = self.settings
+        keys = [key for key in settings if settings[key] != defaults.get(key) and key not in ("runs", "name")]
+        return [(key, settings[key], defaults.get(key)) for key in keys]
 
     def cache_paths(self) -> list[str]:
-        """Where the run's caches stood, and those that it was judged on instead."""
+        """Return the paths of the run's caches, and of those in ``val.caches``."""
         paths = [str(cache["path"]) for cache in self.cache_info.get("caches", [])]
         for entry in [] if self.config is None else self.config.val.caches:
             try:
-                found = find_cache(entry if isinstance(entry, str) else entry[0])  # layers are of the same audio
-            except UserError:  # by now several match
+                found = find_cache(entry if isinstance(entry, str) else entry[0])  # all layers have the same audio
+            except UserError:  # the pattern is ambiguous by now
                 continue
             paths += [found] if found else []
         return paths
 
 
 def _progress(metrics: list[Metrics]) -> Metrics:
-    """What ``summary.json`` will hold, from the steps so far."""
+    """The keys of ``summary.json`` that are known from the steps so far."""
     if not metrics:
         return {}
     seconds = sum(line["seconds"] for line in metrics) or 1e-9

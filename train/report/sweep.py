@@ -1,7 +1,7 @@
-"""The page about a sweep: experiments side by side, with paired differences over the same held-out utterances.
+"""Report of a sweep: experiments side by side, with paired differences over the same held-out utterances.
 
-In: the run folders of a sweep, and its ``sweep.json``. Out: its page, ``templates/sweep.html.j2`` filled in. The others
-are compared with the sweep's baseline or, where it names none, with the experiment of the lowest held-out loss.
+Fills in ``templates/sweep.html.j2`` from the run folders of a sweep and its ``sweep.json``. Experiments are compared
+with the sweep's baseline or, if it names none, with the experiment that has the lowest held-out loss.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ PER_RUN_KEYS = ("name", "runs")
 
 
 def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> str:
-    """The page as text."""
+    """Return the page as HTML."""
     found = [RunFiles(run) for run in runs]
     evaluated = [run for run in found if run.metrics.get("val_loss") is not None]
     best = min(evaluated, key=lambda run: float(run.metrics["val_loss"]), default=None)
-    base = next((run for run in evaluated if run.name == state.get("baseline")), best)
+    baseline = next((run for run in evaluated if run.name == state.get("baseline")), best)
     states = {each["name"]: each for each in state.get("experiments", [])}
     gain = None if best is None else best.metrics.get("audio_gain")
     no_audio, samples = _samples(found)
@@ -54,10 +54,11 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
         best=best and {
             "name": best.name, "loss": best.metrics["val_loss"], "listens": gain is None or gain >= MIN_AUDIO_GAIN
         },
-        base="–" if base is None else base.name,
-        gap=None if best is None or base is None or best is base else _paired_difference(best, base, NATS, TOKENS),
+        baseline="–" if baseline is None else baseline.name,
+        difference=None if best is None or baseline is None or best is baseline
+        else _paired_difference(best, baseline, NATS, TOKENS),
         summary=_tiles(found, best),
-        experiments=_experiments(found, base, states),
+        experiments=_experiments(found, baseline, states),
         held_out_chart=_curves(found, held_out=True),
         training_chart=_curves(found, held_out=False),
         differences=_differences(found),
@@ -85,7 +86,7 @@ def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[tuple[str, s
     ]
 
 
-def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[str, Any]) -> list[Row]:
+def _experiments(runs: Sequence[RunFiles], baseline: RunFiles | None, states: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for run in runs:
         metrics, state = run.metrics, states.get(run.name, {})
@@ -94,10 +95,10 @@ def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[s
             (
                 DIV.format(WITH_SMALL.format(breakable(run.name), status)),
                 format_number(metrics.get("val_loss"), 3),
-                _difference(run, base, NATS, TOKENS, 1, 3),
+                _difference(run, baseline, NATS, TOKENS, 1, 3),
                 format_number(metrics.get("audio_gain"), 2),
                 percent(metrics.get("wer")),
-                _difference(run, base, WORD_ERRORS, WORDS, 100, 1),
+                _difference(run, baseline, WORD_ERRORS, WORDS, 100, 1),
                 f"{metrics['trained_parameters']:,}" if metrics.get("trained_parameters") else "–",
             )
         )
@@ -105,21 +106,21 @@ def _experiments(runs: Sequence[RunFiles], base: RunFiles | None, states: dict[s
 
 
 def _difference(
-    run: RunFiles, base: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int
+    run: RunFiles, baseline: RunFiles | None, counts: Sequence[str], per: str, scale: float, digits: int
 ) -> str:
-    gap = None if base is None or run is base else _paired_difference(run, base, counts, per)
-    if gap is None:
+    difference = None if baseline is None or run is baseline else _paired_difference(run, baseline, counts, per)
+    if difference is None:
         return "–"
-    mean, low, high = (f"{scale * value:+.{digits}f}" for value in gap)
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in difference)
     return DIV.format(WITH_SMALL.format(mean, f"[{low}, {high}]"))
 
 
-def _paired_difference(run: RunFiles, base: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
-    """``run`` minus ``base``; None where they have no utterances in common."""
-    if run.table is None or base.table is None:
+def _paired_difference(run: RunFiles, baseline: RunFiles, counts: Sequence[str], per: str) -> Interval | None:
+    """``run`` minus ``baseline``; None if they have no utterances in common."""
+    if run.table is None or baseline.table is None:
         return None
     try:
-        return paired_difference(run.table, base.table, counts=counts, per=per)
+        return paired_difference(run.table, baseline.table, counts=counts, per=per)
     except UserError:
         return None
 
@@ -130,12 +131,12 @@ def _curves(runs: Sequence[RunFiles], held_out: bool) -> Markup:
         train = [(line["step"], line["loss"]) for line in run.step_metrics]
         line = metric_points(run.evaluations, "val_loss") if held_out else smooth(train)
         curves.append(Curve(run.name, f"c{number % NUM_COLORS}", line, dots=held_out))
-    what = "Held-out loss" if held_out else "Training loss, smoothed"
-    return chart(curves, f"{what} of every experiment, by step", y_label=f"{what.lower()}, nats per token")
+    metric = "Held-out loss" if held_out else "Training loss, smoothed"
+    return chart(curves, f"{metric} of every experiment, by step", y_label=f"{metric.lower()}, nats per token")
 
 
 def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:
-    """Headings and rows of what is not the same in all: a row a setting, or of many experiments a row an experiment."""
+    """Headings and rows of the settings that differ: one row per setting, or per experiment if they are many."""
     settings = [(run.name, run.settings) for run in runs if run.settings]
     values = {
         key: [str(own.get(key, "–")) for _, own in settings]
@@ -153,7 +154,7 @@ def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:
 
 
 def _samples(runs: Sequence[RunFiles]) -> tuple[str, list[dict[str, Any]]]:
-    """Why no audio is in the page ("" when it is), and each utterance with what every experiment made of it."""
+    """(reason why there is no audio, empty if there is; each utterance with the text that every experiment decoded)."""
     decoded = {run.name: {sample["key"]: sample for sample in run.samples} for run in runs}
     first = next((run for run in runs if run.samples), None)
     if first is None:
@@ -189,7 +190,7 @@ def _throughput(runs: Sequence[RunFiles]) -> list[Row]:
 
 
 def _identities(runs: Sequence[RunFiles]) -> list[tuple[str, dict[str, str]]]:
-    """(names of the experiments that share it, its rows) of each identity."""
+    """(names of the experiments, rows) of each identity that they share."""
     seen: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for run in runs:
         seen.setdefault(tuple(identity(run.cache_info, run.metrics).items()), []).append(run.name)

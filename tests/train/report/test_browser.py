@@ -1,4 +1,4 @@
-"""Reports in a real browser: headless Chromium opens a run's page and a sweep's, on a desk, on a phone, in the dark."""
+"""Reports in a real browser: headless Chromium opens the page of a run and of a sweep, in desktop and phone widths."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOO_WIDE = """
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory, whisper, corpus):
-    """Two experiments over features of real audio files, one of them judged by name of the cache as well."""
+    """Two experiments over features of real audio files; one is also evaluated on a named cache."""
     folder = tmp_path_factory.mktemp("report")
     assert run(words(folder / "caches", corpus, whisper, "source.val_fraction=0.5")) == 0
     cache = only_cache(folder / "caches")
@@ -68,26 +68,26 @@ def browser(tmp_path_factory):
         yield browser
 
 
-def test_pages_load_nothing_and_raise_no_complaint(browser, pages):
+def test_pages_load_nothing_and_log_no_errors(browser, pages):
     for page in pages:
         browser.open(page)
         assert browser.complaints() == []
         assert [url for url in browser.requested() if not url.startswith(("data:", page.resolve().as_uri()))] == []
 
 
-def test_markup_that_came_in_all_the_same_cannot_run_load_or_restyle(browser, pages, tmp_path):
-    smuggled = (
+def test_injected_markup_cannot_run_load_or_restyle(browser, pages, tmp_path):
+    injected = (
         "<script>document.title = 'ran'</script><style>h1 {color: rgb(1, 2, 3)}</style><h1 style='color: rgb(1, 2, 3)'>"
         "<img src='file:///x.png' onerror='document.title = 1'>"
     )
-    (tmp_path / "page.html").write_text(pages[0].read_text().replace("<h1>", smuggled, 1))
+    (tmp_path / "page.html").write_text(pages[0].read_text().replace("<h1>", injected, 1))
     browser.open(tmp_path / "page.html")
     assert len([line for line in browser.complaints() if "Content Security Policy" in line]) >= 4
     assert browser.run("document.title").startswith("fast")
     assert browser.run("getComputedStyle(document.querySelector('h1')).color") != "rgb(1, 2, 3)"
 
 
-def test_every_picture_is_there_with_marks_in_it(browser, pages):
+def test_every_chart_is_visible_and_has_marks(browser, pages):
     for page, least in zip(pages, (6, 4), strict=True):
         browser.open(page)
         browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
@@ -104,7 +104,7 @@ def test_recordings_can_be_played(browser, pages):
         assert all(0.1 < each < 3 for each in seconds)
 
 
-def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser, pages):
+def test_pages_fit_a_phone_without_horizontal_scrolling(browser, pages):
     for page in pages:
         browser.open(page, width=360, height=740)
         browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
@@ -134,7 +134,7 @@ NAMES = """
 
 @pytest.fixture(scope="module")
 def long_names(sweep, tmp_path_factory):
-    """The sweep's page, with one of the experiments under the name that a grid gives."""
+    """The sweep's page, with one experiment that has a long name as a grid generates it."""
     folder = tmp_path_factory.mktemp("long") / "sweep"
     for name, source in (("slow", "slow"), (LONG, "fast")):
         shutil.copytree(sweep / source, folder / name)
@@ -143,7 +143,7 @@ def long_names(sweep, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("width", "most"), [(390, 3), (700, 5), (1000, 5)])
-def test_a_long_name_breaks_between_its_words_into_few_lines(browser, long_names, width, most):
+def test_a_long_name_wraps_between_words_into_few_lines(browser, long_names, width, most):
     browser.open(long_names, width=width)
     assert browser.run("document.documentElement.scrollWidth") == width
     cells = browser.run(NAMES)
@@ -154,10 +154,10 @@ def test_a_long_name_breaks_between_its_words_into_few_lines(browser, long_names
         assert max(cell["height"] for cell in cells) <= most + 0.5  # with the cell's padding
 
 
-def test_silence_of_a_real_cache_is_its_encoders_own(sweep):
+def test_silence_of_a_real_cache_is_encoded_with_its_encoder(sweep):
     summary = json.loads((sweep / "fast" / "summary.json").read_text())
     assert summary["silence"] == "digital silence through the encoder"
 
 
-def test_experiments_stand_in_the_order_of_the_sweep(sweep):
+def test_experiments_are_in_the_order_of_the_sweep(sweep):
     assert [folder.name for folder in experiment_folders(sweep)] == ["slow", "fast"]

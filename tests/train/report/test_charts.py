@@ -23,7 +23,7 @@ def test_ticks_cover_the_range_in_a_few_round_steps(one, two):
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(width=32)), max_size=40))
-def test_any_figures_give_a_drawing_inside_its_frame(points):
+def test_charts_of_any_values_stay_inside_the_frame(points):
     drawing = chart([Curve("a <b>", "train", points, dots=True)], 'title "<&"')
     if not any(math.isfinite(y) for _, y in points):
         assert "No data yet" in drawing
@@ -49,24 +49,24 @@ def test_smoothing_starts_unbiased_and_keeps_a_constant():
     assert smooth([(0, 1.0), (1, 3.0)])[0] == (0, 1.0)
 
 
-def test_axes_have_units_curves_have_dashes_of_their_own_and_marks_have_tooltips():
+def test_axes_have_units_curves_have_distinct_dashes_and_marks_have_tooltips():
     curves = [Curve(name, f"c{i}", [(1, 2.0), (2, 1.5)], dots=True) for i, name in enumerate("abc")]
     root = ElementTree.fromstring(f"<div>{chart(curves, 'losses', 'step', 'nats')}</div>")
     assert [p.text for p in root.iter("p")] == ["nats", "step"]
     dashes = {line.get("class", "").split()[-1] for line in root.iter("polyline")}
     assert len(dashes) == 3
     assert [item.find("svg").tail for item in root.iter("li")] == ["a", "b", "c"]
-    told = [title.text for circle in root.iter("circle") for title in circle]
-    assert told[1] == "a: 1.5 at step 2"
+    tooltips = [title.text for circle in root.iter("circle") for title in circle]
+    assert tooltips[1] == "a: 1.5 at step 2"
 
 
-def test_a_long_curve_has_tooltips_at_some_places():
+def test_a_long_curve_has_tooltips_at_some_points():
     drawing = chart([Curve("a", "c0", [(float(i), 1.0) for i in range(1000)])], "t")
     assert 30 <= drawing.count("<circle") <= 61
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20))
-def test_clouds_lie_inside_the_axes_with_shapes_of_their_own(points):
+def test_clouds_lie_inside_the_axes_and_have_distinct_shapes(points):
     clouds = [Cloud(str(i), f"c{i}", points, [f"<{x}>" for x, _ in points], shape=i) for i in range(4)]
     root = ElementTree.fromstring(f"<div>{scatter(clouds, 't', 'x', 'y')}</div>")
     marks = [mark for mark in root.find("figure/svg") or () if mark.get("class", "").startswith("mark")]

@@ -61,13 +61,13 @@ def test_the_page_has_a_dark_mode_and_fits_a_phone(run):
     assert "max-width:40rem" in text
 
 
-def test_a_run_that_just_began_has_a_page(run):
+def test_a_run_that_has_just_started_has_a_page(run):
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (run / name).unlink()
     assert "Not evaluated yet" in Page(write_report(run).read_text()).shown
 
 
-def test_the_policy_of_the_page_admits_its_own_style_and_nothing_else(run):
+def test_the_content_security_policy_allows_only_the_style_of_the_page(run):
     text = write_report(run).read_text()
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -79,7 +79,7 @@ NAME = "<i onload='x'>\"&amp;"  # a folder's name has no slash
 
 
 def write_everything(folder, text):
-    """A finished run with all that a page can show, where every string that comes from data is ``text``."""
+    """Write a finished run with everything that a page can show; every string that comes from data is ``text``."""
     counts = {"insertions": 1, "deletions": 2, "substitutions": 3, "length": 9}
     figures = {
         **dict.fromkeys(("val_loss", "val_loss_silent", "val_loss_text_only", "wer", "cer", "hallucination_rate"), 0.5),
@@ -132,6 +132,6 @@ def test_no_string_of_a_run_or_of_a_sweep_becomes_markup(text):
             assert page.fetched == []
 
 
-def test_a_name_that_a_template_asks_for_and_nobody_gives_is_an_error():
+def test_an_undefined_template_variable_is_an_error():
     with pytest.raises(UndefinedError, match="'title' is undefined"):
         render("page.html.j2")

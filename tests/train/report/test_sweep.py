@@ -18,7 +18,7 @@ from train.report.run_files import RunFiles
 
 
 def make_run(folder, losses, lr=1e-3, finished=True, gain=2.0):
-    """A run folder with a nat a token and half the words wrong for each 1 of ``losses``."""
+    """Make a run folder; ``losses`` are nats per token, and a loss of 1 also means 2 wrong words of 4."""
     folder.mkdir(parents=True)
     keys = [f"utt-{i}" for i in range(len(losses))]
     counts = {"key": keys, "cache": ["c"] * len(keys), "tokens": [10] * len(keys), "nats": [10 * x for x in losses]}
@@ -62,18 +62,18 @@ def test_experiments_are_compared_with_the_best_over_the_same_utterances(sweep):
     assert "2 of 3 experiments finished" in page.shown
 
 
-def test_the_best_of_a_sweep_that_hears_nothing_is_no_winner(sweep):
+def test_a_best_experiment_that_does_not_listen_is_marked_as_such(sweep):
     assert "does not listen" not in Page(write_sweep_report(sweep).read_text()).shown
     make_run(sweep / "deaf", [0.5, 0.5, 0.5, 0.5], gain=0.01)
     shown = Page(write_sweep_report(sweep).read_text()).shown
     assert "deaf has the lowest held-out loss: 0.500 nats per token. It does not listen yet" in shown
-    make_run(sweep / "lone", [0.4], gain=None)  # one held-out utterance has no other's audio
+    make_run(sweep / "lone", [0.4], gain=None)  # one held-out utterance alone has no shuffled loss
     assert (
         "lone has the lowest held-out loss: 0.400 nats per token." in Page(write_sweep_report(sweep).read_text()).shown
     )
 
 
-def test_a_sweeps_baseline_is_what_the_others_are_compared_with(sweep):
+def test_experiments_are_compared_with_the_baseline_of_the_sweep(sweep):
     listed = [{"name": "alpha"}, {"name": "gamma", "state": "failed", "reason": "the loss of step 7 is not finite"}]
     (sweep / "sweep.json").write_text(json.dumps({"baseline": "alpha", "experiments": listed}))
     page = Page(write_sweep_report(sweep).read_text())
@@ -91,28 +91,28 @@ def test_a_sweep_shows_what_differs_and_the_same_utterance_decoded_by_each(sweep
     assert page.shown.count("e" * 64) == 1  # one identity for all
 
 
-def test_the_order_is_that_of_the_sweeps_own_file(sweep):
+def test_the_order_is_that_of_sweep_json(sweep):
     assert [path.name for path in experiment_folders(sweep)] == ["alpha", "beta", "gamma"]
     (sweep / "sweep.json").write_text(json.dumps({"experiments": [{"name": "gamma"}, {"name": "beta"}]}))
     assert [path.name for path in experiment_folders(sweep)] == ["gamma", "beta", "alpha"]
 
 
-def test_the_command_tells_a_sweep_from_a_run(sweep, tmp_path, capsys):
+def test_the_command_distinguishes_a_sweep_from_a_run(sweep, tmp_path, capsys):
     assert is_sweep(sweep)
     assert not is_sweep(sweep / "beta")
     assert command(["report", str(sweep)]) == 0
     assert (sweep / "report.html").is_file()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no runs"):
         write_sweep_report(tmp_path / "empty")
 
 
-def test_settings_are_shown_where_they_are_not_the_defaults(sweep):
+def test_settings_that_differ_from_their_defaults_are_shown(sweep):
     changed = RunFiles(sweep / "alpha").changed_settings()
     assert changed == [("caches", ["/gone"], None), ("lr", 5e-3, 1e-3)]
 
 
-def test_a_run_of_another_earshard_is_shown_without_what_cannot_be_read(sweep):
+def test_a_run_of_another_version_of_earshard_is_shown_without_the_unreadable_files(sweep):
     (sweep / "alpha" / "config.yaml").write_text("a_key_of_tomorrow: 1\n")
     (sweep / "alpha" / "utterances.parquet").unlink()
     page = Page(write_report(sweep / "alpha").read_text())
@@ -120,7 +120,7 @@ def test_a_run_of_another_earshard_is_shown_without_what_cannot_be_read(sweep):
     Page(write_sweep_report(sweep).read_text())
 
 
-def test_a_source_that_is_gone_is_told_in_a_sentence(tmp_path):
+def test_a_missing_source_is_reported_in_one_sentence(tmp_path):
     sounds, reason = recordings([str(tmp_path / "nowhere")], ["utt-00000"])
     assert sounds == {}
     assert reason.startswith("No audio: ")
@@ -138,7 +138,7 @@ def test_words_that_differ_are_marked_on_both_sides():
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-def test_marks_add_and_lose_no_word(reference, hypothesis):
+def test_marking_differences_neither_adds_nor_removes_words(reference, hypothesis):
     from html import unescape
 
     for text, found in zip((reference, hypothesis), mark_differences(reference, hypothesis), strict=True):
