@@ -171,14 +171,18 @@ def _source(module: str) -> str:
 
 
 def _custom_source(module: str) -> str:
-    """Source of the user's module, with imports from train.projectors made relative; UserError if it is unreadable."""
+    """The source of the user's module; its imports from ``train`` and ``train.projectors`` become relative.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
     try:
         text = inspect.getsource(sys.modules[module])
     except (OSError, TypeError) as error:
         raise UserError(
             f"the source of '{module}', which an export includes, cannot be read ({error}): define it in a .py file"
         ) from None
-    local = re.compile(r"^(\s*)from train\.projectors(\.\w+)? import\b", re.MULTILINE)
+    local = re.compile(r"^(\s*)from train(?:\.projectors(\.\w+)?)? import\b", re.MULTILINE)
     return local.sub(lambda found: f"{found[1]}from {found[2] or '.'} import", text)
 
 

@@ -28,7 +28,7 @@ from train.trainer.trainer import fit
 CUSTOM_SOURCE = """
 import torch
 from torch import nn
-from train.projectors import Projector
+from train import Projector
 from train.projectors.base import Linear, stack_frames
 
 class Mine(Projector):
