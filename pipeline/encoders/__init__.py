@@ -1,1 +1,1 @@
-"""Frozen speech encoders: audio samples to frames."""
+"""Frozen speech encoders: audio samples in, feature frames out."""

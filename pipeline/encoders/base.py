@@ -1,8 +1,8 @@
-"""What a frozen speech encoder is to this project, and the one that a folder of weights holds.
+"""The interface of a frozen speech encoder.
 
-In: a :class:`pipeline.weights.resolve.Weights` folder and float32 mono clips. Out: for each clip a float32 array
-[frames, channels] per layer. One module a family (``pipeline/encoders/whisper.py``) does the arithmetic; here stand the
-protocol that they share, the choice of device and dtype, and the hash that is an encoder's identity.
+An encoder maps float32 mono clips to one float32 array [frames, channels] per clip and layer. Each model family has its
+own module (``pipeline/encoders/whisper.py``); this one holds the protocol they share, argument checks, and the hash
+that identifies an encoder. ``load.py`` chooses the device and the dtype.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-CONTEXT_STEP_SECONDS = 5  # seconds: tight contexts are 5, 10, … 30; part of the format (docs/format.md)
+CONTEXT_STEP_SECONDS = 5  # tight contexts last 5, 10, …, 30 s; part of the format (docs/format.md)
 
 
 class Encoder(Protocol):
-    """What extraction needs of an encoder; sizes in samples at ``sampling_rate`` Hz.
+    """What extraction requires of an encoder. Sizes are in samples at ``sampling_rate`` Hz.
 
     Attributes:
-        family: architecture, part of the feature spec.
-        name: part of a cache folder's name, ``[A-Za-z0-9_-]+``.
-        n_layers: layer 0 is the input of the first layer, ``n_layers`` the output after the final norm.
-        channels: width of a frame.
-        hop: samples a frame stands for.
-        window_samples: longest clip.
-        window: ``full30`` pads every clip to ``window_samples``; ``tight`` cuts the context to the clip and ``margin``
-            seconds of silence, rounded up to a multiple of ``CONTEXT_STEP_SECONDS`` seconds; ``clip`` pads nothing.
-        margin: 0 but with ``tight``.
+        family: Architecture, part of the feature spec.
+        name: Part of the cache folder's name, ``[A-Za-z0-9_-]+``.
+        n_layers: Index of the last layer. Layer 0 is the input of the first layer, layer ``n_layers`` the output after
+            the final norm.
+        channels: Number of features per frame.
+        hop: Samples per frame.
+        sampling_rate: Sampling rate of the clips, in Hz.
+        window_samples: Maximum length of a clip.
+        window: ``full30`` pads every clip to ``window_samples``. ``tight`` pads it with ``margin`` seconds of silence,
+            then to a multiple of ``CONTEXT_STEP_SECONDS`` seconds. ``clip`` adds no padding.
+        margin: Silence in seconds, 0 unless ``window`` is ``tight``.
         tensors: sha256 of the encoder's tensors, see :func:`tensors_hash`.
-        frontend: settings of the spectrogram, part of the feature spec.
-        batch_size: clips that a call should hold to keep the device busy; lowered when memory runs out.
-        dtype: arithmetic, one of ``DTYPES``.
-        device: torch's name of it.
+        frontend: Settings of the spectrogram, part of the feature spec.
+        batch_size: Number of clips per call that keeps the device busy; lowered when memory runs out.
+        dtype: Precision of the computation, one of ``DTYPES``.
+        device: Name of the torch device.
     """
 
     family: str
@@ -62,16 +64,21 @@ class Encoder(Protocol):
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
     ) -> list[dict[int, np.ndarray]]:
-        """Features of ``clips`` (float32 [samples], at most ``window_samples``), each padded to its context.
+        """Encode ``clips``, each padded to its own context.
 
-        Returns a dict for each clip: layer -> float32 [frames, channels], where frames is ceil(samples / hop) with
-        ``trim="valid"`` and the whole context's with ``trim="none"``. NaN and Inf are passed on, not checked.
+        Args:
+            clips: float32 arrays [samples], at most ``window_samples`` long.
+            layers: Layers to return, 0 to ``n_layers``.
+            trim: ``valid`` returns ceil(samples / hop) frames per clip, ``none`` the frames of the whole context.
+
+        Returns:
+            One dict per clip: layer -> float32 [frames, channels]. Values are not checked for NaN or Inf.
         """
         ...
 
 
 def context_samples(samples: int, encoder: Encoder) -> int:
-    """Samples that a clip of ``samples`` is padded to: a few sizes, so that shapes repeat."""
+    """Return the number of samples that a clip of ``samples`` is padded to. There are few sizes, so shapes repeat."""
     if encoder.window != "tight":
         return encoder.window_samples
     step = CONTEXT_STEP_SECONDS * encoder.sampling_rate
@@ -80,26 +87,27 @@ def context_samples(samples: int, encoder: Encoder) -> int:
 
 
 def check_encode_args(encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str) -> None:
-    """ValueError for a layer, trim or clip that ``encoder.encode`` cannot take."""
+    """Raise ValueError for a layer, trim or clip that ``encoder.encode`` does not accept."""
     if not layers or min(layers) < 0 or max(layers) > encoder.n_layers:
-        raise ValueError(f"layers {list(layers)} are not in 0 … {encoder.n_layers}")
+        raise ValueError(f"expected layers between 0 and {encoder.n_layers}, got {list(layers)}")
     if trim not in ("valid", "none"):
-        raise ValueError(f"trim is {trim!r}, not 'valid' or 'none'")
+        raise ValueError(f"expected trim 'valid' or 'none', got {trim!r}")
     for clip in clips:
         if clip.ndim != 1 or clip.shape[0] > encoder.window_samples:
-            raise ValueError(f"a clip has shape {clip.shape}, not [samples <= {encoder.window_samples}]")
+            raise ValueError(f"expected clips of shape [samples <= {encoder.window_samples}], got {clip.shape}")
 
 
 def encoder_name(reference: str) -> str:
-    """``hf:openai/whisper-tiny.en@main`` -> ``whisper-tiny-en``: a part of a folder's name."""
+    """Return the folder-name part for a model reference: ``hf:openai/whisper-tiny.en@main`` -> ``whisper-tiny-en``."""
     last = reference.partition("@")[0].rstrip("/").replace(":", "/").rpartition("/")[2]
     return re.sub(r"[^a-z0-9_-]+", "-", last.lower()).strip("-") or "encoder"
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over the tensors sorted by name: name, shape, values as little-endian float32; 64 hex digits.
+    """Return the sha256 of the tensors as 64 hex digits.
 
-    The same weights stored as float16, bfloat16 or float32, in a folder of an encoder or of a whole model, agree.
+    The hash covers each tensor's name, shape and values as little-endian float32, sorted by name. It is the same
+    whether the weights are stored as float16, bfloat16 or float32, and for an encoder alone or inside a whole model.
     """
     import torch
 

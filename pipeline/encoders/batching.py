@@ -1,7 +1,7 @@
-"""The one place that cuts windows into batches for an encoder: as many as fit, and fewer after memory ran out.
+"""Split windows into batches for an encoder, and reduce the batch size when memory runs out.
 
-In: windows. Out: their features, whatever the first guess was: a batch that does not fit is halved and tried again, and
-later ones stay at that size. On a CPU every clip passes alone, so the bytes are the same in any batch.
+A batch that does not fit is halved and retried; later batches keep the smaller size. On a CPU each clip is encoded
+alone, so the features do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from tqdm import tqdm
 from pipeline.encoders.base import Encoder
 from shards.errors import UserError
 
-MAX_BATCH_SIZE = (
-    32  # windows of 30 s: 48,000 rows for each matrix product, more gains nothing and costs at a shard's end
-)
-MEMORY_FRACTION = 0.6  # of the free memory; the rest is for what an estimate does not see
-_OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-)  # CUDA's, torch's CPU allocator's, Linux's
+# 32 windows of 30 s are 48,000 rows per matrix product; larger batches are no faster and waste work at a shard's end
+MAX_BATCH_SIZE = 32
+MEMORY_FRACTION = 0.6  # of the free memory; the estimate does not cover everything
+# from CUDA, torch's CPU allocator and Linux
+_OUT_OF_MEMORY_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def fitting_batch_size(free_bytes: int, window_bytes: int) -> int:
-    """A power of two, 1 … ``LARGEST``: windows of ``window`` bytes that fit into ``SHARE`` of ``free`` bytes."""
+    """Return the largest power of two up to ``MAX_BATCH_SIZE`` whose windows fit into the free memory, at least 1.
+
+    Windows of ``window_bytes`` may fill ``MEMORY_FRACTION`` of ``free_bytes``.
+    """
     size = 1
     while size < MAX_BATCH_SIZE and 2 * size * window_bytes <= MEMORY_FRACTION * free_bytes:
         size *= 2
@@ -37,48 +36,48 @@ def fitting_batch_size(free_bytes: int, window_bytes: int) -> int:
 def encode_in_batches(
     encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str
 ) -> list[dict[int, np.ndarray]]:
-    """:meth:`Encoder.encode` of any number of clips, ``encoder.batch_size`` at a time.
+    """Call :meth:`Encoder.encode` on any number of clips, ``encoder.batch_size`` at a time.
 
-    Where memory runs out, ``encoder.batch_size`` is halved, which a note tells, and the same clips are tried again.
+    When memory runs out, halves ``encoder.batch_size``, prints a note and retries the same clips.
 
     Raises:
-        UserError: not even a single window fits.
+        UserError: A single window does not fit into memory.
     """
     results: list[dict[int, np.ndarray]] = []
     while len(results) < len(clips):
-        part = clips[len(results) : len(results) + encoder.batch_size]
-        found = _try_encode(encoder, part, layers, trim)
-        if found is not None:
-            results += found
+        batch = clips[len(results) : len(results) + encoder.batch_size]
+        features = _try_encode(encoder, batch, layers, trim)
+        if features is not None:
+            results += features
             continue
-        if len(part) == 1:
+        if len(batch) == 1:
             raise UserError(
-                f"one window of the encoder '{encoder.name}' does not fit into the memory of {encoder.device}: end "
-                "what else uses it, or choose a smaller encoder or another encoder.device"
+                f"one window of the encoder '{encoder.name}' does not fit into the memory of {encoder.device}: stop "
+                "other programs that use it, or set a smaller encoder.model or another encoder.device"
             )
-        encoder.batch_size = len(part) // 2
+        encoder.batch_size = len(batch) // 2
         _empty_cuda_cache(encoder.device)
         tqdm.write(
-            f"note: {len(part)} windows did not fit into the memory of {encoder.device}: going on with "
-            f"{encoder.batch_size} at a time",
+            f"note: {len(batch)} windows did not fit into the memory of {encoder.device}: continuing with batches of "
+            f"{encoder.batch_size}",
             file=sys.stderr,
         )
     return results
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out, in torch's words for GPU and CPU, or NumPy's."""
+    """Return whether ``error`` is an out-of-memory error of torch (GPU or CPU) or NumPy."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY_MESSAGES)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY_MESSAGES)
 
 
 def _try_encode(
     encoder: Encoder, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str
 ) -> list[dict[int, np.ndarray]] | None:
-    """None when memory ran out; by then nothing holds the tensors of the attempt."""
+    """Return the features, or None when memory ran out; the failed attempt's tensors are freed by then."""
     try:
         return encoder.encode(clips, layers, trim)
     except (RuntimeError, MemoryError) as error:

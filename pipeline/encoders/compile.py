@@ -1,9 +1,8 @@
-"""Whether a forward pass is compiled, and the pass that is: ``torch.compile`` with CUDA graphs for whole batches.
+"""Decide whether to compile a forward pass, and compile it: ``torch.compile`` with CUDA graphs for full batches.
 
-In: an encoder's forward pass, and how long the job is. Out: the same pass, compiled where that pays. Compiling takes
-about a minute, a batch saves a fraction of its time: only a GPU's long job earns it. On a CPU clips pass alone through
-packed kernels that a compiler does not improve (docs/decisions.md). The decision hangs on the plan, the encoder and the
-machine alone, so that a job that goes on after a stop computes as it began.
+Compiling takes about a minute and saves a fraction of each batch's time, so it only pays off for long jobs on a GPU. On
+a CPU, clips are encoded one by one with packed kernels that a compiler does not improve (docs/decisions.md). The decision
+depends only on the plan, the encoder and the machine, so that a resumed job computes exactly as it started.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
     import torch
 
 
-COMPILE_SECONDS = 60.0  # that compiling takes; this, RATE and GAIN are guesses until a GPU was measured (bench/gpu.py)
-FLOP_PER_SECOND = 1e14  # FLOP a second of an uncompiled pass
-TIME_SAVED_FRACTION = 0.2  # of its time that a compiled pass saves
-MAX_COMPILED_SHAPES = (
-    64  # batches are padded to one size, so contexts, layers and kept frames alone make further shapes
-)
+# Estimates, not yet measured on a GPU (bench/gpu.py)
+COMPILE_SECONDS = 60.0
+FLOP_PER_SECOND = 1e14  # of an uncompiled pass
+TIME_SAVED_FRACTION = 0.2  # of the time of an uncompiled pass
+# batches are padded to one size, so only contexts, layers and frame counts add shapes
+MAX_COMPILED_SHAPES = 64
 
 Forward = Callable[["torch.Tensor", Sequence[int], int], dict[int, "torch.Tensor"]]
 
@@ -32,43 +31,43 @@ Forward = Callable[["torch.Tensor", Sequence[int], int], dict[int, "torch.Tensor
 def should_compile(
     setting: str, *, device: str, num_windows: int, flop_per_window: float, compiler_found: bool
 ) -> tuple[bool, str]:
-    """Whether to compile, and a note for the user where that is not what they may expect ("" where it is).
+    """Return whether to compile, and a note for the user when the answer may surprise them (else "").
 
     Args:
-        wanted: the setting ``encoder.compile``: auto, always or never.
-        device: the encoder's.
-        windows: of the whole job, whether they are done already or not.
-        flop: of one window.
-        compiler: whether torch finds what it compiles with.
+        setting: The value of ``encoder.compile``: auto, always or never.
+        device: The encoder's torch device.
+        num_windows: Windows of the whole job, including those already encoded.
+        flop_per_window: Floating-point operations per window.
+        compiler_found: Whether torch finds a compiler, see :func:`has_compiler`.
     """
     if setting == "never":
         return False, ""
     if not device.startswith("cuda"):
         return (
             False,
-            "" if setting == "auto" else "not compiled: on a CPU the encoder's own kernels are the faster ones",
+            "" if setting == "auto" else "not compiled: on a CPU the encoder's own kernels are faster",
         )
     saved = num_windows * flop_per_window / FLOP_PER_SECOND * TIME_SAVED_FRACTION
     if setting == "auto" and saved < COMPILE_SECONDS:
         return (
             False,
             f"not compiled: {num_windows} windows would save about {saved:.0f} s and compiling takes "
-            f"{COMPILE_SECONDS:.0f}",
+            f"{COMPILE_SECONDS:.0f} s",
         )
     if not compiler_found:
-        return False, "not compiled: torch finds no Triton or no C compiler; install them for faster encoding"
+        return False, "not compiled: torch found no Triton or no C compiler; install both for faster encoding"
     return True, ""
 
 
 def has_compiler() -> bool:
-    """Whether torch can compile for a GPU: Triton, and a C compiler for its launchers."""
+    """Return whether torch can compile for a GPU, which takes Triton and a C compiler for its launchers."""
     from torch.utils._triton import has_triton
 
     return bool(has_triton()) and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 class CompiledForward:
-    """``forward``, compiled once for each shape; the uncompiled one after the first shape that does not compile."""
+    """``forward``, compiled once per shape. Falls back to the uncompiled pass after the first failure to compile."""
 
     def __init__(self, forward: Forward, *, mode: str | None = None, backend: str = "inductor") -> None:
         import torch
@@ -88,5 +87,5 @@ class CompiledForward:
             except TorchDynamoException as error:
                 self._compiled = None
                 reason = " ".join(str(error).split())[:160]
-                tqdm.write(f"note: the encoder is not compiled, that failed ({reason})", file=sys.stderr)
+                tqdm.write(f"note: the encoder is not compiled: torch.compile failed ({reason})", file=sys.stderr)
         return self._forward(mel, layers, num_frames)

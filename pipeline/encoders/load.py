@@ -1,11 +1,10 @@
-"""The encoder that a folder of weights holds, on the device and in the dtype asked for."""
+"""Load an encoder from a folder of weights, on a given device and in a given dtype."""
 
 from __future__ import annotations
 
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -14,9 +13,6 @@ from pipeline.encoders.compile import CompiledForward, has_compiler, should_comp
 from pipeline.weights.resolve import ENCODERS, Weights, read_model_json
 from shards.errors import UserError
 from shards.format.spec import WindowMode
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_encoder(
@@ -28,49 +24,57 @@ def load_encoder(
     window: WindowMode | None = None,
     margin: float = 0.0,
 ) -> Encoder:
-    """The encoder in ``weights``, ready on ``device``.
+    """Load the encoder in ``weights`` onto ``device``.
 
     Args:
-        device: ``auto`` is ``cuda`` where there is one, else ``cpu``.
-        dtype: ``auto`` is bfloat16 where the device computes it natively, else float16 on a GPU, float32 on a CPU.
-        batch_size: most clips in one forward pass on a GPU; None is as many as fit (``pipeline/encoders/batching.py``).
-        window, margin: see :class:`Encoder`; None is ``full30`` for a Whisper and ``clip`` for the others.
+        weights: A checked folder, see :func:`pipeline.weights.resolve.resolve_weights`.
+        device: ``auto`` is ``cuda`` if available, else ``cpu``.
+        dtype: ``auto`` is bfloat16 if the device supports it natively, else float16 on a GPU and float32 on a CPU.
+        batch_size: Maximum number of clips per forward pass on a GPU. None: as many as fit into memory, see
+            ``pipeline/encoders/batching.py``.
+        window: See :class:`Encoder`. None: ``full30`` for Whisper encoders, ``clip`` for others.
+        margin: See :class:`Encoder`.
 
     Raises:
-        UserError: no such encoder, a damaged folder, or a device, dtype or window that is not there.
+        UserError: The model is not a supported encoder, the folder is corrupt, or the device, dtype or window is not
+            available.
     """
     import torch
 
     if batch_size is not None and batch_size < 1:
-        raise UserError(f"encoder.batch_size is {batch_size}: set it to 1 or more")
+        raise UserError(f"expected encoder.batch_size >= 1, got {batch_size}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"encoder.device '{device}' is not available here: set encoder.device=auto or cpu") from None
+        raise UserError(
+            f"encoder.device '{device}' is not available on this machine: set encoder.device=auto or cpu"
+        ) from None
     if dtype == "auto":
         dtype = auto_dtype(device)
     if dtype not in DTYPES:
-        raise UserError(f"encoder.dtype is '{dtype}': set it to auto, {', '.join(DTYPES)}")
+        raise UserError(f"expected encoder.dtype auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got '{dtype}'")
     family = read_model_json(weights.folder / "config.json").get("model_type")
     if family in ENCODERS[1:]:
         from pipeline.encoders.self_supervised import SelfSupervisedEncoder
 
         if window not in (None, "clip"):
-            raise UserError(f"window={window} is of Whisper encoders, and a {family} hears the audio alone: use clip")
+            raise UserError(
+                f"window={window} is only for Whisper encoders; a {family} encoder is not padded: set window=clip"
+            )
         return SelfSupervisedEncoder(weights, family, device=device, dtype=dtype, batch_size=batch_size)
     from pipeline.encoders.whisper import WhisperEncoder
 
     if window == "clip":
-        raise UserError("window=clip is of encoders that take audio of any length: use full30 or tight with a Whisper")
+        raise UserError("window=clip is not for Whisper encoders: set window=full30 or window=tight")
     return WhisperEncoder(
         weights, device=device, dtype=dtype, batch_size=batch_size, window=window or "full30", margin=margin
     )
 
 
 def auto_dtype(device: str) -> str:
-    """The dtype that ``auto`` stands for on ``device``: depends on the hardware, not on the model."""
+    """Return the dtype that ``auto`` stands for on ``device``. It depends on the hardware, not on the model."""
     import torch
 
     if device.startswith("cuda"):
@@ -83,18 +87,24 @@ def auto_dtype(device: str) -> str:
 
 
 def compile_encoder(encoder: Encoder, setting: str, num_windows: int) -> None:
-    """Compile ``encoder`` where :func:`decide` says so, and tell its note."""
+    """Compile ``encoder`` if :func:`should_compile` says so; print its note otherwise.
+
+    Args:
+        encoder: A Whisper encoder; others are left unchanged.
+        setting: The value of ``encoder.compile``: auto, always or never.
+        num_windows: Windows of the whole job.
+    """
     from pipeline.encoders.whisper import WhisperEncoder
 
-    if not isinstance(encoder, WhisperEncoder):  # the others take clips of any length: no shape comes twice
+    if not isinstance(encoder, WhisperEncoder):  # others take clips of any length, so shapes do not repeat
         return
-    compiler = encoder.device.startswith("cuda") and has_compiler()
+    compiler_found = encoder.device.startswith("cuda") and has_compiler()
     use, note = should_compile(
         setting,
         device=encoder.device,
         num_windows=num_windows,
         flop_per_window=encoder.flop_per_window,
-        compiler_found=compiler,
+        compiler_found=compiler_found,
     )
     if use:
         encoder.forward = CompiledForward(encoder.forward, mode="reduce-overhead")  # with CUDA graphs

@@ -1,8 +1,8 @@
 """Whisper's log-mel spectrogram in torch, batched, on the encoder's device.
 
-In: float32 samples [clips, samples]. Out: float32 [clips, n_mels, frames] within 1e-4 of transformers'
-``WhisperFeatureExtractor`` (which is NumPy or one clip at a time). Only frames that touch audio are transformed; those
-of the padding hold one constant.
+Maps float32 [clips, samples] to float32 [clips, n_mels, frames], within 1e-4 of ``WhisperFeatureExtractor`` of
+transformers, which uses NumPy or processes one clip at a time. Only frames that overlap audio are transformed; frames
+of padding are filled with a constant.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ MEL_FLOOR = 1e-10
 
 @dataclass(frozen=True)
 class MelSettings:
-    """What ``preprocessor_config.json`` says: samples and Hz at ``sampling_rate``, ``chunk_length`` in seconds."""
+    """Settings of the spectrogram, as in ``preprocessor_config.json``.
+
+    ``n_fft`` and ``hop_length`` are in samples, ``chunk_length`` is in seconds, ``sampling_rate`` is in Hz.
+    """
 
     n_mels: int
     n_fft: int = 400
@@ -33,11 +36,20 @@ class MelSettings:
 
     @classmethod
     def from_preprocessor(cls, tree: dict[str, Any], path: Path, n_mels: int) -> MelSettings:
-        """Settings of a ``WhisperFeatureExtractor``'s config; UserError for those that are not computed here."""
-        for key, wanted in (("dither", 0.0), ("padding_value", 0.0), ("do_normalize", False)):
-            if tree.get(key) not in (None, wanted):
+        """Read the settings of a ``WhisperFeatureExtractor``.
+
+        Args:
+            tree: The JSON object of ``preprocessor_config.json``.
+            path: The path of that file, for error messages.
+            n_mels: Mel bands that the encoder takes.
+
+        Raises:
+            UserError: A setting is not supported, or the number of mel bands differs from ``n_mels``.
+        """
+        for key, supported in (("dither", 0.0), ("padding_value", 0.0), ("do_normalize", False)):
+            if tree.get(key) not in (None, supported):
                 raise UserError(
-                    f"'{path}' sets {key} to {tree[key]!r}, and features are computed with {wanted!r}: remove it"
+                    f"'{path}' sets {key} to {tree[key]!r}, and only {supported!r} is supported: remove the setting"
                 )
         names = {
             "feature_size": "n_mels",
@@ -46,27 +58,27 @@ class MelSettings:
         settings = cls(**{"n_mels": n_mels, **{names[key]: tree[key] for key in names if key in tree}})
         if settings.n_mels != n_mels:
             raise UserError(
-                f"'{path}' makes {settings.n_mels} mels and the encoder beside it takes {n_mels}: copy it again"
+                f"'{path}' sets {settings.n_mels} mels, but the encoder expects {n_mels}: copy the file again"
             )
         return settings
 
     @property
     def samples(self) -> int:
-        """Samples of a padded window."""
+        """Number of samples in a padded window."""
         return self.chunk_length * self.sampling_rate
 
     @property
     def frames(self) -> int:
-        """Mel frames of a padded window."""
+        """Number of mel frames in a padded window."""
         return self.samples // self.hop_length
 
     def frontend(self) -> dict[str, int | float | str | bool | None]:
-        """The settings as the feature spec holds them."""
+        """Return the settings as stored in the feature spec."""
         return {"type": "whisper-log-mel", **asdict(self)}
 
 
 def mel_filters(settings: MelSettings) -> np.ndarray:
-    """Triangular filters on Slaney's mel scale, each of unit area, 0 Hz to 8 kHz: float64 [n_mels, n_fft // 2 + 1].
+    """Return triangular filters of unit area on Slaney's mel scale, 0 Hz to 8 kHz: float64 [n_mels, n_fft // 2 + 1].
 
     Source: Slaney, Auditory Toolbox (1998), as in librosa and OpenAI's Whisper.
     """
@@ -82,7 +94,7 @@ def mel_filters(settings: MelSettings) -> np.ndarray:
 
 
 class LogMel:
-    """Holds the window and the filters on ``device``; call it with a batch."""
+    """The spectrogram transform, with its window and filters on ``device``."""
 
     def __init__(self, settings: MelSettings, device: torch.device) -> None:
         import torch
@@ -92,18 +104,22 @@ class LogMel:
         self.filters = torch.from_numpy(mel_filters(settings)).to(device, torch.float32)
 
     def __call__(self, audio: torch.Tensor, frames: int | None = None) -> torch.Tensor:
-        """float32 [clips, n <= settings.samples] -> float32 [clips, n_mels, frames], by default ``settings.frames``.
+        """Compute the spectrogram of a batch.
 
-        Fewer ``frames`` are the first of the whole window's, the very same values: the clamp is below the loudest value
-        of the window, and padding is never that.
+        Args:
+            audio: float32 [clips, n], n <= ``settings.samples``.
+            frames: Number of frames to return; None: ``settings.frames``. The values do not depend on it: they are
+                clamped relative to the maximum of the window, which never lies in the padding.
+
+        Returns:
+            float32 [clips, n_mels, frames].
         """
         import torch
         import torch.nn.functional as F
 
         settings, half = self.settings, self.settings.n_fft // 2
-        audio_frames = min(
-            settings.frames, -(-(audio.shape[1] + half) // settings.hop_length)
-        )  # frames that touch a sample
+        # frames that overlap at least one sample of audio
+        audio_frames = min(settings.frames, -(-(audio.shape[1] + half) // settings.hop_length))
         audio = F.pad(audio, (0, settings.samples - audio.shape[1]))
         audio = F.pad(audio, (half, half), mode="reflect")[
             :, : (audio_frames - 1) * settings.hop_length + settings.n_fft

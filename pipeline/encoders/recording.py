@@ -1,7 +1,7 @@
-"""One recording's samples to its frames: windows, encoder, stitching. Shared by extraction, check and transcription.
+"""Encode whole recordings: split into windows, encode, stitch. Shared by extraction, check and transcription.
 
-In: float32 mono samples at the encoder's sampling rate. Out: float32 [frames, channels] for each layer. Audio longer
-than the encoder's window passes in overlapping windows, joined in the middle of each overlap; nothing is cut off.
+Maps float32 mono samples at the encoder's sampling rate to float32 [frames, channels] per layer. Audio longer than the
+encoder's window is encoded in overlapping windows, which are joined in the middle of each overlap; nothing is cut off.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Spans = list[tuple[int, int]]
 
 
 class NonFiniteFeaturesError(ValueError):
-    """The encoder gave NaN or infinite values for this recording."""
+    """The encoder returned NaN or infinite values for this recording."""
 
 
 def window_spans(samples: int, encoder: Encoder, overlap: float) -> Spans:
-    """(start, stop) of each window in samples; ``overlap`` in seconds is rounded to whole frames."""
+    """Return (start, stop) of each window in samples; ``overlap``, in seconds, is rounded to whole frames."""
     return split_into_windows(
         samples, encoder.window_samples, round(overlap * encoder.sampling_rate / encoder.hop) * encoder.hop
     )
@@ -38,19 +38,19 @@ def window_spans(samples: int, encoder: Encoder, overlap: float) -> Spans:
 def join_windows(
     outputs: Sequence[Mapping[int, Array]], spans: Spans, layers: Sequence[int], hop: int
 ) -> dict[int, Array]:
-    """The windows' outputs as one array [frames, channels] a layer.
+    """Join the outputs of the windows into one array [frames, channels] per layer.
 
     Raises:
-        NonFiniteFeaturesError: a value is NaN or infinite.
+        NonFiniteFeaturesError: A value is NaN or infinite.
     """
     joined = {}
     for layer in layers:
         parts = [output[layer] for output in outputs]
-        if len(parts) > 1:  # untrimmed windows lose their padding here: it would lie inside the speech
+        if len(parts) > 1:  # drop the padding of untrimmed windows, which would end up inside the speech
             parts = [part[: -(-(stop - start) // hop)] for part, (start, stop) in zip(parts, spans, strict=True)]
         frames = stitch(parts, spans, hop)
         if not np.isfinite(frames).all():
-            raise NonFiniteFeaturesError(f"layer {layer} of the encoder gave NaN or infinite values")
+            raise NonFiniteFeaturesError(f"layer {layer} of the encoder returned NaN or infinite values")
         joined[layer] = frames
     return joined
 
@@ -58,16 +58,35 @@ def join_windows(
 def encode_recording(
     samples: npt.NDArray[np.float32], encoder: Encoder, layers: Sequence[int], *, overlap: float, trim: str
 ) -> dict[int, Array]:
-    """Frames of one recording as extraction makes them, before the codec."""
+    """Encode one recording exactly as extraction does, before the codec.
+
+    Args:
+        samples: float32 [samples] at ``encoder.sampling_rate``.
+        encoder: The encoder.
+        layers: Layers to return.
+        overlap: Overlap of the windows, in seconds.
+        trim: See :meth:`Encoder.encode`.
+
+    Returns:
+        Layer -> float32 [frames, channels].
+
+    Raises:
+        NonFiniteFeaturesError: A value is NaN or infinite.
+        UserError: A single window does not fit into memory.
+    """
     spans = window_spans(len(samples), encoder, overlap)
     outputs = encode_in_batches(encoder, [samples[start:stop] for start, stop in spans], layers, trim)
     return join_windows(outputs, spans, layers, encoder.hop)
 
 
 def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto") -> Encoder:
-    """The encoder that made features of ``spec``; UserError when ``reference`` leads to another one."""
+    """Load the encoder that ``spec`` was extracted with.
+
+    Raises:
+        UserError: ``reference`` is empty or names a different encoder.
+    """
     if not reference:
-        raise UserError("nothing says which encoder these features come from: name it with --encoder")
+        raise UserError("the encoder of these features is not recorded: name it with --encoder")
     encoder = load_encoder(
         resolve_weights(reference, role="encoder"),
         device=device,
@@ -75,15 +94,15 @@ def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto")
         window=spec.window,
         margin=spec.margin,
     )
-    for name, wanted, found in (
+    for name, expected, actual in (
         ("architecture", spec.family, encoder.family),
         ("weights (sha256 of the tensors)", spec.tensors, encoder.tensors),
         ("spectrogram settings", spec.frontend, encoder.frontend),
         ("channels", spec.channels, encoder.channels),
     ):
-        if wanted != found:
+        if expected != actual:
             raise UserError(
-                f"the encoder '{reference}' has other {name} than these features were made with "
-                f"({found}, not {wanted}): name the same encoder with --encoder"
+                f"the encoder '{reference}' did not make these features (expected {name} {expected}, got {actual}): "
+                "name the same encoder with --encoder"
             )
     return encoder

@@ -1,12 +1,12 @@
 """HuBERT, wav2vec 2.0, WavLM and w2v-BERT 2.0: encoders that take audio of any length.
 
-In: float32 clips at 16 kHz. Out: the hidden states of chosen layers, float32 [frames, channels] a clip, by
-transformers' own modules. A clip passes alone, as long as it is (``window: clip``): these encoders were not trained on
-padding, and the older ones normalise over it. Zeros are added at the end until the last frame's receptive field is
-full, so that a clip has ceil(samples / hop) frames and every sample is heard; hop and receptive field come from the
-model's config.
+Maps float32 clips at 16 kHz to the hidden states of the requested layers, float32 [frames, channels] per clip and
+layer, with the modules of transformers. Each clip is encoded alone at its own length (``window: clip``), because these
+encoders were not trained on padding and the older ones normalize over it. Zeros are appended until the receptive field
+of the last frame is full, so that a clip has ceil(samples / hop) frames and every sample contributes; the hop and the
+receptive field come from the model's config.
 
-Layers above the highest one asked for are not computed: a hook in front of the next one ends the pass.
+Layers above the highest requested one are not computed: a pre-hook of the next layer ends the forward pass.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ MODEL_CLASSES = {  # config.json's model_type -> transformers' class
     "wavlm": "WavLMModel",
     "wav2vec2-bert": "Wav2Vec2BertModel",
 }
-WINDOW_SECONDS = 30  # seconds of a window, as Whisper's: attention over longer audio grows with its square
-FILTERBANK_HOP, FILTERBANK_LENGTH = (
-    160,
-    400,
-)  # samples of w2v-BERT's log-mel frames (transformers' SeamlessM4T extractor)
-UNUSED_TENSOR_PREFIXES = ("masked_spec_embed", "adapter.", "intermediate_ffn.")  # of training, or behind the last layer
+WINDOW_SECONDS = 30  # as in Whisper: the cost of attention grows with the square of the length
+# w2v-BERT's log-mel frames, in samples (SeamlessM4TFeatureExtractor)
+FILTERBANK_HOP, FILTERBANK_LENGTH = 160, 400
+# used in training only, or applied after the last layer
+UNUSED_TENSOR_PREFIXES = ("masked_spec_embed", "adapter.", "intermediate_ffn.")
 
 
 class _StopForward(Exception):
-    """The highest layer asked for has its input."""
+    """Raised to end the forward pass once the highest requested layer is captured."""
 
 
 class SelfSupervisedEncoder:
-    """See :class:`pipeline.encoders.base.Encoder`."""
+    """A HuBERT, wav2vec 2.0, WavLM or w2v-BERT 2.0 encoder; see :class:`pipeline.encoders.base.Encoder`.
+
+    Raises:
+        UserError: ``weights`` does not load as ``family``, lacks a tensor, or is not for 16 kHz audio.
+    """
 
     def __init__(self, weights: Weights, family: str, *, device: str, dtype: str, batch_size: int | None) -> None:
         import torch
@@ -55,14 +58,17 @@ class SelfSupervisedEncoder:
         preprocessor = weights.folder / "preprocessor_config.json"
         tree = read_model_json(preprocessor) if preprocessor.is_file() else {}
         if tree.get("sampling_rate", 16000) != 16000:
-            raise UserError(f"'{preprocessor}' says {tree['sampling_rate']} Hz: name an encoder of 16000 Hz audio")
+            raise UserError(
+                f"expected 16000 Hz in '{preprocessor}', got {tree['sampling_rate']} Hz: name an encoder for 16 kHz "
+                "audio"
+            )
         try:
             model, loading_info = getattr(transformers, MODEL_CLASSES[family]).from_pretrained(
                 weights.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"'{weights.folder}' does not load as a {family} model ({reason}): copy it again") from None
+            raise UserError(f"cannot load '{weights.folder}' as a {family} model ({reason}): copy it again") from None
         missing = sorted(name for name in loading_info["missing_keys"] if not name.startswith(UNUSED_TENSOR_PREFIXES))
         if missing:
             raise UserError(f"'{weights.folder}' lacks the tensor {missing[0]} of a {family} model: copy it again")
@@ -92,8 +98,11 @@ class SelfSupervisedEncoder:
             self._normalize = bool(tree.get("do_normalize", True))
             self.frontend = {"type": "waveform", "do_normalize": self._normalize}
         if self.window_samples % self.hop:
-            raise UserError(f"'{weights.folder}' makes a frame of {self.hop} samples, which does not divide a window")
-        for name in ("adapter", "intermediate_ffn"):  # they make other frames of the last layer's
+            raise UserError(
+                f"the hop of '{weights.folder}' is {self.hop} samples, which does not divide a window: name another "
+                "encoder"
+            )
+        for name in ("adapter", "intermediate_ffn"):  # they change the frames of the last layer
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
         self._torch_device = torch.device(device)
@@ -107,7 +116,7 @@ class SelfSupervisedEncoder:
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
     ) -> list[dict[int, np.ndarray]]:
-        """See :meth:`pipeline.encoders.base.Encoder.encode`; both trims are the same where nothing is padded."""
+        """See :meth:`pipeline.encoders.base.Encoder.encode`; without padding, both values of ``trim`` are the same."""
         check_encode_args(self, clips, layers, trim)
         results: list[dict[int, np.ndarray]] = [{} for _ in clips]
 
@@ -141,7 +150,7 @@ class SelfSupervisedEncoder:
         }
 
     def _input(self, clip: np.ndarray, frames: int) -> torch.Tensor:
-        """[1, samples] for convolutions, [1, frames, mels · stride] for w2v-BERT, in the run's dtype."""
+        """Return the model's input: [1, samples], or [1, frames, n_mels * stride] for w2v-BERT, in ``self.dtype``."""
         import torch
 
         length = (frames - 1) * self.hop + self._receptive_field
@@ -152,11 +161,11 @@ class SelfSupervisedEncoder:
             if self._normalize:  # as Wav2Vec2FeatureExtractor does, before the padding
                 clip = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)
             values = torch.from_numpy(np.pad(clip, (0, length - len(clip)))[None])
-        placed: torch.Tensor = values.to(self._torch_device, getattr(torch, self.dtype))
-        return placed
+        model_input: torch.Tensor = values.to(self._torch_device, getattr(torch, self.dtype))
+        return model_input
 
     def _capture_hook(self, index: int) -> Any:
-        """A hook in front of layer ``index`` + 1: its input is hidden state ``index``."""
+        """Return a pre-hook for layer ``index`` + 1, whose input is hidden state ``index``."""
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if index in self._captured.layers:
@@ -168,7 +177,7 @@ class SelfSupervisedEncoder:
 
 
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
-    """Samples that one frame of a stack of convolutions hears."""
+    """Return the receptive field of a stack of convolutions, in samples."""
     field, step = 1, 1
     for kernel, stride in zip(kernels, strides, strict=True):
         field, step = field + (kernel - 1) * step, step * stride
@@ -176,7 +185,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def _checkpoint_state_dict(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without what no frame depends on, and weight-normed tensors under the names that checkpoints give them."""
+    """Drop the tensors that no frame depends on and rename weight-normed ones as in checkpoints."""
     renamed = {}
     for name, tensor in state.items():
         if not name.startswith(UNUSED_TENSOR_PREFIXES):

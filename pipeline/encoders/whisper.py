@@ -1,13 +1,14 @@
-"""Whisper's encoder: the forward pass, written over the tensors of a transformers folder.
+"""Whisper's encoder: a forward pass over the tensors of a transformers folder.
 
-In: float32 clips at 16 kHz. Out: the hidden states of chosen layers, float32 [frames, channels] a clip. The decoder is
-never loaded; layers above the highest one asked for are not computed, and of that one only the frames that are kept;
-bfloat16 on a CPU is faster and nearer to float32 than transformers' (see ``attend`` and ``_forward``).
+Maps float32 clips at 16 kHz to the hidden states of the requested layers, float32 [frames, channels] per clip and
+layer. The decoder is never loaded. Layers above the highest requested one are not computed, and the highest one only
+for the frames that are kept. bfloat16 on a CPU is faster than in transformers and closer to float32 (see
+:func:`self_attention` and :meth:`WhisperEncoder._forward`).
 
-On a CPU each clip passes alone on one thread, and as many clips at a time as torch has threads: nobody waits at
-barriers inside a layer, so a busy core costs its share and no more, and a clip's features depend neither on the batch
-nor on the number of threads. On a GPU clips pass in batches, and a kernel chosen for another batch size may round
-differently.
+On a CPU, each clip is encoded on one thread, and as many clips run in parallel as torch has threads. No thread waits at
+a barrier inside a layer, so a busy core slows down only its own clip, and a clip's features depend neither on the batch
+nor on the number of threads. On a GPU, clips are encoded in batches, and the kernel chosen for another batch size may
+round differently.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ from shards.format.spec import WindowMode
 if TYPE_CHECKING:
     import torch
 
-QUERY_BLOCK = 500  # rows of scores that stay in a core's cache: fastest of 125 to 1500 for 1500 frames
-FRAMES_STEP = 50  # frames of the last layer are computed up to a multiple of this: few shapes, so few kernels to make
+QUERY_BLOCK = 500  # score rows that fit into a core's cache: the fastest of 125 to 1500 for 1500 frames
+FRAMES_STEP = 50  # frames of the last layer are rounded up to a multiple of this, to limit the number of shapes
 
 
 class WhisperEncoder:
-    """Any OpenAI Whisper's encoder (Radford et al., 2022, arXiv:2212.04356); see :class:`Encoder`."""
+    """The encoder of an OpenAI Whisper (Radford et al., 2022, arXiv:2212.04356); see :class:`Encoder`.
+
+    Raises:
+        UserError: ``weights`` does not hold an unmodified Whisper encoder.
+    """
 
     family = "whisper"
 
@@ -64,10 +69,10 @@ class WhisperEncoder:
             mel = MelSettings.from_preprocessor(tree, preprocessor, tensors["conv1.weight"].shape[1])
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"'{weights.folder}' holds no Whisper encoder ({error} is missing): name another model"
+                f"'{weights.folder}' does not hold a Whisper encoder ({error} is missing): name another model"
             ) from None
         if config.get("activation_function", "gelu") != "gelu" or mel.frames != 2 * self.positions:
-            raise UserError(f"'{weights.folder}' holds an encoder unlike OpenAI's Whisper: name an unmodified Whisper")
+            raise UserError(f"'{weights.folder}' holds a modified Whisper encoder: name one with OpenAI's architecture")
         self.name = encoder_name(weights.reference)
         self.hop = 2 * mel.hop_length  # the second convolution has stride 2
         self.sampling_rate = mel.sampling_rate
@@ -82,12 +87,12 @@ class WhisperEncoder:
         self._log_mel = LogMel(mel, self._torch_device)
         inner = tensors["layers.0.fc1.weight"].shape[0]
         self._weights = self._prepare_weights(tensors)
-        self.forward: Forward = self._forward  # or a compiled one (pipeline/encoders/compile.py)
+        self.forward: Forward = self._forward  # replaced by a compiled one in pipeline/encoders/load.py
         positions, channels = self.positions, self.channels
         stem = 6 * positions * channels * (2 * mel.n_mels + channels)
         layer = 2 * positions * channels * (4 * channels + 2 * inner) + 4 * positions**2 * channels
-        self.flop_per_window: float = stem + self.n_layers * layer  # of a whole window
-        # of a window at once: the stem's output and the residual stream in float32, the inner layer, q, k and v
+        self.flop_per_window: float = stem + self.n_layers * layer
+        # memory per window: the stem's output and the residual stream in float32, the inner layer, q, k and v
         window_bytes = positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
         if self._pool:
             self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads)
@@ -99,7 +104,7 @@ class WhisperEncoder:
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
     ) -> list[dict[int, np.ndarray]]:
-        """See :meth:`Encoder.encode`. Raises ValueError for a clip, layer or trim that is out of range."""
+        """See :meth:`Encoder.encode`. Raises ValueError for an invalid clip, layer or trim."""
         import torch
 
         check_encode_args(self, clips, layers, trim)
@@ -124,7 +129,10 @@ class WhisperEncoder:
         return results
 
     def _run_forward(self, mel: torch.Tensor, layers: Sequence[int], frames: int) -> dict[int, torch.Tensor]:
-        """The forward pass; a compiled one takes whole batches alone: more than half a batch is filled with silence."""
+        """Run the forward pass.
+
+        A compiled pass takes full batches only. It is used from half a batch up, and the batch is padded with zeros.
+        """
         import torch.nn.functional as F
 
         compiled = self.forward != self._forward and 2 * len(mel) > self.batch_size
@@ -135,11 +143,11 @@ class WhisperEncoder:
         return self.forward(F.pad(mel, (0, 0, 0, 0, 0, self.batch_size - len(mel))), layers, num_frames)
 
     def _batches(self, clips: Sequence[np.ndarray], size: int) -> list[tuple[int, list[int]]]:
-        """(samples of context, indices of clips) of each forward pass, the longest contexts first."""
+        """Return (context in samples, indices of clips) of each forward pass, the longest contexts first."""
         contexts = [context_samples(len(clip), self) for clip in clips]
         batches = []
         for context in sorted(set(contexts), reverse=True):
-            same = [i for i, found in enumerate(contexts) if found == context]
+            same = [i for i, other in enumerate(contexts) if other == context]
             batches += [(context, same[start : start + size]) for start in range(0, len(same), size)]
         return batches
 
@@ -152,7 +160,11 @@ class WhisperEncoder:
         return torch.from_numpy(audio).to(self._torch_device)
 
     def _prepare_weights(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """On the device: the layers' matrices in the run's dtype (q, k, v stacked, q scaled), the rest in float32."""
+        """Move the tensors to the device.
+
+        The matrices of the layers are cast to ``self.dtype``, with q, k and v stacked and q scaled. The rest stay in
+        float32.
+        """
         import torch
 
         scale = (self.channels // self.n_heads) ** -0.5  # a power of two in every Whisper: exact in any dtype
@@ -165,24 +177,30 @@ class WhisperEncoder:
             ready[f"{attention}.qkv.bias"] = torch.cat([q_bias * scale, torch.zeros_like(q_bias), v_bias])
         dtype = getattr(torch, self.dtype)
         linear = re.compile(r"layers\..*\.(qkv|out_proj|fc1|fc2)\.|conv2\.")
-        placed = {
+        on_device = {
             name: value.to(self._torch_device, dtype if linear.match(name) else torch.float32).contiguous()
             for name, value in ready.items()
         }
         if self._pool and dtype == torch.bfloat16 and _has_packed_linear():
-            for name, value in placed.items():
+            for name, value in on_device.items():
                 if value.ndim == 2 and value.dtype == dtype:
-                    placed[name] = torch.ops.mkldnn._reorder_linear_weight(value, self.positions)
-        return placed
+                    on_device[name] = torch.ops.mkldnn._reorder_linear_weight(value, self.positions)
+        return on_device
 
     def _forward(self, mel: torch.Tensor, layers: Sequence[int], num_frames: int) -> dict[int, torch.Tensor]:
-        """Mel [B, n_mels, 2T] -> hidden states [B, T, C] of the sorted ``layers``; nothing above the last is computed.
+        """Compute the hidden states of the sorted ``layers``, and nothing above the last of them.
 
-        Of the last one only the first ``keep`` frames are: [B, keep, C]. Every layer before it must be whole, because
-        all its frames are keys and values of the next.
+        The large matrix products run in ``self.dtype``, everything else (first convolution, residual stream, norms) in
+        float32. That costs 3 % of the time and makes the error of bfloat16 smaller than in a model cast as a whole.
 
-        The large matrix products run in the run's dtype, everything else (first convolution, residual stream, norms) in
-        float32: that costs 3 % of the time and makes bfloat16's error smaller than that of a model cast as a whole.
+        Args:
+            mel: float32 [B, n_mels, 2T].
+            layers: Layers to return, in ascending order.
+            num_frames: Number of frames of the last layer to compute. The layers before it are computed in full,
+                because all their frames are keys and values of the next.
+
+        Returns:
+            Layer -> [B, T, C], for the last layer [B, num_frames, C].
         """
         import torch
         import torch.nn.functional as F
@@ -191,9 +209,11 @@ class WhisperEncoder:
 
         def linear(x: torch.Tensor, name: str, gelu: bool = False) -> torch.Tensor:
             weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-            if weight.is_mkldnn:  # packed once, where F.linear packs at every call; the same sums
-                after, how = ("gelu", "none") if gelu else ("none", "")  # GELU by the error function
-                z: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.to(bias.dtype), weight, bias, after, [], how)
+            if weight.is_mkldnn:  # packed once, where F.linear packs at every call; the results are identical
+                activation, variant = ("gelu", "none") if gelu else ("none", "")  # "none": GELU with the error function
+                z: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                    x.to(bias.dtype), weight, bias, activation, [], variant
+                )
                 return z
             y = F.linear(x.to(weight.dtype), weight, bias)
             return F.gelu(y) if gelu else y
@@ -221,9 +241,15 @@ class WhisperEncoder:
 
 
 def self_attention(qkv: torch.Tensor, n_heads: int, num_queries: int | None = None) -> torch.Tensor:
-    """Full self-attention of stacked q (already scaled), k, v: [B, T, 3C] -> [B, rows, C], in the dtype of ``qkv``.
+    """Compute full self-attention.
 
-    ``rows``: only the first so many queries, all by default.
+    Args:
+        qkv: Stacked q (already scaled), k and v: [B, T, 3C].
+        n_heads: Number of heads.
+        num_queries: Compute the first ``num_queries`` queries only; None: all T.
+
+    Returns:
+        [B, num_queries, C] in the dtype of ``qkv``.
     """
     import torch
     import torch.nn.functional as F
@@ -233,21 +259,21 @@ def self_attention(qkv: torch.Tensor, n_heads: int, num_queries: int | None = No
     q, k, v = qkv.view(B, T, 3, n_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if qkv.device.type != "cpu" or qkv.dtype == torch.float32:
         return F.scaled_dot_product_attention(q[:, :, :R], k, v, scale=1.0).transpose(1, 2).reshape(B, R, -1)
-    # torch's CPU kernel computes low-precision attention at a quarter of the speed of low-precision products.
+    # torch's CPU attention kernel runs at a quarter of the speed of plain matrix products in low precision.
     out = qkv.new_empty(B, R, n_heads, q.shape[-1])
-    scores, shares = qkv.new_empty(2, min(R, QUERY_BLOCK), T)  # written again and again: fresh memory has to be mapped
+    scores, probabilities = qkv.new_empty(2, min(R, QUERY_BLOCK), T)  # reused: new memory must be mapped
     for b in range(B):
         for h in range(n_heads):
             for i in range(0, R, QUERY_BLOCK):
                 block = min(QUERY_BLOCK, R - i)
                 torch.mm(q[b, h, i : i + block], k[b, h].T, out=scores[:block])
-                torch.softmax(scores[:block], -1, out=shares[:block])
-                torch.mm(shares[:block], v[b, h], out=out[b, i : i + block, h])
+                torch.softmax(scores[:block], -1, out=probabilities[:block])
+                torch.mm(probabilities[:block], v[b, h], out=out[b, i : i + block, h])
     return out.view(B, R, -1)
 
 
 def _has_packed_linear() -> bool:
-    """Whether this torch has oneDNN's linear layer over packed weights, and in bfloat16 (it has on x86 servers)."""
+    """Return whether torch has oneDNN's linear layer over packed bfloat16 weights, as it has on x86 servers."""
     import torch
 
     operations = torch.ops.mkldnn
@@ -256,7 +282,7 @@ def _has_packed_linear() -> bool:
 
 
 def read_encoder_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The encoder's tensors (as stored, on the CPU) of a Whisper folder, named as in ``WhisperModel.encoder``."""
+    """Read the encoder's tensors from a Whisper folder: as stored, on the CPU, named as in ``WhisperModel.encoder``."""
     import torch
     from safetensors import safe_open
 

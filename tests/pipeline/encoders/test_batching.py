@@ -1,4 +1,4 @@
-"""Batches that fit into memory: the first guess, and what happens when it was wrong."""
+"""Batches that fit into memory: the first estimate, and what happens when it was wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = RuntimeError(
 
 
 class Small:
-    """An encoder in whose memory ``room`` clips find place."""
+    """An encoder with memory for ``room`` clips."""
 
     def __init__(self, encoder, room: int, error: BaseException) -> None:
         self._encoder, self.batch_size, self.calls = encoder, 8, []
@@ -46,12 +46,12 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_features_are_the_same_bytes
         {layer: x.tobytes() for layer, x in each.items()} for each in wanted
     ]
     assert small.calls == [8, 4, 2, 2, 2, 2, 2, 1]
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert len(told) == 2
-    assert "going on with 2 at a time" in told[1]
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert "continuing with batches of 2" in notes[1]
 
 
-def test_a_window_that_does_not_fit_alone_is_told_in_a_sentence(encoder):
+def test_a_single_window_that_does_not_fit_is_a_one_sentence_error(encoder):
     with pytest.raises(UserError, match="does not fit into the memory of cpu"):
         encode_in_batches(Small(encoder, 0, GPU), [np.zeros(400, np.float32)], [2], "valid")
 

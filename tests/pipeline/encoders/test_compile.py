@@ -1,4 +1,4 @@
-"""When an encoder is compiled, and that the compiled pass gives the same features; backends that need no compiler."""
+"""When an encoder is compiled, and that the compiled pass returns the same features; the backends need no compiler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONG = (
         ("auto", "cuda:0", LONG, False, False, "no Triton or no C compiler"),
         ("never", "cuda:0", LONG, True, False, ""),
         ("auto", "cpu", LONG, True, False, ""),
-        ("always", "cpu", LONG, True, False, "kernels are the faster ones"),
+        ("always", "cpu", LONG, True, False, "kernels are faster"),
     ],
 )
 def test_compiling_is_for_long_jobs_on_a_gpu_with_a_compiler(wanted, device, windows, compiler, use, note):
@@ -41,7 +41,7 @@ def test_compiling_is_for_long_jobs_on_a_gpu_with_a_compiler(wanted, device, win
 
 @pytest.fixture
 def batched(whisper):
-    """The tiny encoder as it is on a GPU: batches of four, no threads of its own."""
+    """The tiny encoder as on a GPU: batches of four, no threads."""
     encoder = load_encoder(Weights(whisper, f"path:{whisper}", ""), device="cpu", dtype="float32")
     encoder._pool, encoder.batch_size = None, 4
     return encoder
@@ -52,7 +52,7 @@ def clips(*samples: int) -> list[np.ndarray]:
     return [rng.normal(0, 0.1, n).astype(np.float32) for n in samples]
 
 
-def test_whole_batches_pass_compiled_in_one_shape_and_small_ones_as_they_are(batched):
+def test_full_batches_run_compiled_in_one_shape_and_small_ones_uncompiled(batched):
     audio = clips(70_000, 50_000, 60_000, 30_000, 40_000, 20_000, 10_000, 5_000)  # 4 + 3, padded, and 1
     wanted = batched.encode(audio, [1, 2])
     shapes = []
@@ -79,7 +79,7 @@ def test_a_traced_pass_equals_the_plain_one(batched):
         np.testing.assert_allclose(one[2], other[2], atol=1e-5)
 
 
-def test_a_compiler_that_fails_is_told_and_the_plain_pass_goes_on(batched, capsys):
+def test_a_failing_compiler_prints_a_note_and_the_plain_pass_continues(batched, capsys):
     def broken(graph, inputs):
         raise RuntimeError("no such instruction")
 

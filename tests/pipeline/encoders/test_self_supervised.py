@@ -76,7 +76,7 @@ def test_every_layer_equals_transformers_hidden_states(tiny):
             np.testing.assert_allclose(ours[layer], expected[0].numpy(), atol=1e-4, rtol=1e-4)
 
 
-def test_a_clip_gives_the_same_bytes_in_any_company_and_choice_of_layers(tiny):
+def test_a_clip_has_the_same_bytes_in_any_batch_and_choice_of_layers(tiny):
     clips = noise(9000, 30_001, 0)
     encoder = load(tiny[1])
     together = encoder.encode(clips, [1, 2])
@@ -85,7 +85,7 @@ def test_a_clip_gives_the_same_bytes_in_any_company_and_choice_of_layers(tiny):
             assert encoder.encode([clip], [layer])[0][layer].tobytes() == found[layer].tobytes()
 
 
-def test_layers_above_the_highest_asked_for_are_not_computed(tiny):
+def test_layers_above_the_highest_requested_are_not_computed(tiny):
     encoder = load(tiny[1])
     expected = encoder.encode(noise(4000), [1])[0][1]
     encoder._model.encoder.layers[1].forward = None

@@ -69,7 +69,7 @@ def test_valid_frames_are_the_ceiling_of_samples_over_320_and_a_prefix_of_the_wi
         np.testing.assert_array_equal(short[2], full[2][: len(short[2])])
 
 
-def test_a_clip_gives_the_same_bytes_in_any_batch(tiny):
+def test_a_clip_has_the_same_bytes_in_any_batch(tiny):
     clips = noise(40_000, 90_001, 480_000)
     for dtype in ("float32", "bfloat16"):
         together = load(tiny, batch_size=8, dtype=dtype).encode(clips, [1, 2])
@@ -128,7 +128,7 @@ def test_features_are_the_same_bytes_on_any_number_of_threads(tiny):
     assert [each[2].tobytes() for each in found[0]] == [each[2].tobytes() for each in found[1]]
 
 
-def test_layers_above_the_highest_asked_for_are_not_computed(tiny):
+def test_layers_above_the_highest_requested_are_not_computed(tiny):
     encoder = load(tiny)
     expected = encoder.encode(noise(5000), [1])[0][1]
     for name in [name for name in encoder._weights if name.startswith(("layers.1.", "layer_norm."))]:
@@ -136,7 +136,7 @@ def test_layers_above_the_highest_asked_for_are_not_computed(tiny):
     np.testing.assert_array_equal(encoder.encode(noise(5000), [1])[0][1], expected)
 
 
-def test_of_the_last_layer_only_frames_that_are_kept_are_computed(tiny):
+def test_only_the_kept_frames_of_the_last_layer_are_computed(tiny):
     encoder = load(tiny)
     mel = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
