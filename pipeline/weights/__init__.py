@@ -1,1 +1,1 @@
-"""A model reference to a local, checked folder of weights."""
+"""Resolve a model reference to a local, checked folder of weights."""

@@ -1,9 +1,8 @@
-"""A CTranslate2 Whisper in, a transformers Whisper folder out (config, safetensors, tokenizer, preprocessor).
+"""Convert a CTranslate2 Whisper to a transformers folder (config, safetensors, tokenizer, preprocessor).
 
-In: the bytes of ``model.bin`` (whole, or in parts to be joined), its ``config.json`` and ``tokenizer.json``. Out: a
-folder that ``WhisperForConditionalGeneration.from_pretrained`` reads. Called by :mod:`pipeline.weights.wheels`; needs
-neither torch nor CTranslate2. The values are stored in the float16 they come in: that is exact, and half the size of
-float32.
+Reads ``model.bin`` (whole or in parts), ``config.json`` and ``tokenizer.json``, and writes a folder that
+``WhisperForConditionalGeneration.from_pretrained`` reads. Used by :mod:`pipeline.weights.wheels`; requires neither
+torch nor CTranslate2. The values keep their dtype, float16, which is exact and half the size of float32.
 """
 
 from __future__ import annotations
@@ -22,10 +21,16 @@ DTYPE_BY_CODE: dict[int, np.dtype[Any]] = {
 
 
 def read_model(data: bytes) -> dict[str, np.ndarray]:
-    """The variables of a CTranslate2 ``model.bin`` (binary version 6) as views on ``data``, aliases included.
+    """Parse a CTranslate2 ``model.bin`` of binary version 6.
+
+    Args:
+        data: The bytes of the file.
+
+    Returns:
+        Variable name -> array, a view of ``data``; aliases are included.
 
     Raises:
-        ValueError: ``data`` is not such a file, or ends early.
+        ValueError: ``data`` is not a Whisper of that version, or is truncated or corrupt.
     """
     offset = 0
 
@@ -37,19 +42,19 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
 
     def string() -> str:
         nonlocal offset
-        length = number("H")  # counts a final NUL
+        length = number("H")  # includes the final NUL
         offset += length
         if offset > len(data):
-            raise struct.error("a name is cut off")
+            raise struct.error("a name is truncated")
         return data[offset - length : offset - 1].decode()
 
     try:
         version, spec = number("I"), string()
         if version != 6 or spec != "WhisperSpec":
             raise ValueError(
-                f"this is CTranslate2 {spec!r} of binary version {version}, not 'WhisperSpec' of version 6"
+                f"expected CTranslate2 'WhisperSpec' of binary version 6, got {spec!r} of version {version}"
             )
-        number("I")  # revision of the spec: the names checked below tell more
+        number("I")  # revision of the spec, not needed: the names are checked below
         variables: dict[str, np.ndarray] = {}
         for _ in range(number("I")):
             name, rank = string(), number("B")
@@ -61,12 +66,12 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
             alias, name = string(), string()
             variables[alias] = variables[name]
     except (struct.error, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"the CTranslate2 model ends early or is damaged near byte {offset} ({error})") from None
+        raise ValueError(f"the CTranslate2 model is truncated or corrupt near byte {offset} ({error})") from None
     return variables
 
 
 def whisper_tensors(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """CTranslate2 variables renamed and unstacked to the state dict of transformers' Whisper (tied head left out)."""
+    """Rename and unstack CTranslate2 variables to the state dict of transformers' Whisper, without the tied head."""
     tensors: dict[str, np.ndarray] = {}
 
     def linear(ours: str, theirs: str, rows: slice = slice(None), bias: bool = True) -> None:
@@ -75,7 +80,7 @@ def whisper_tensors(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         if bias:
             tensors[f"{ours}.bias"] = values
         elif values.any():
-            raise ValueError(f"{theirs} has a bias where Whisper's k_proj has none")
+            raise ValueError(f"{theirs} has a bias, but Whisper's k_proj has none")
 
     def norm(ours: str, theirs: str) -> None:
         tensors[f"{ours}.weight"] = variables[f"{theirs}/layer_norm/gamma"]
@@ -112,14 +117,14 @@ def whisper_tensors(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def count_layers(variables: Mapping[str, np.ndarray], side: str) -> int:
-    """Layers of ``side`` ("encoder" or "decoder")."""
+    """Return the number of layers of ``side`` ("encoder" or "decoder")."""
     return sum(name.startswith(f"{side}/layer_") and name.endswith("/ffn/linear_0/weight") for name in variables)
 
 
 def whisper_configs(
     variables: Mapping[str, np.ndarray], ct2: dict[str, Any], tokenizer: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """File name -> JSON tree of every config file of the folder, derived from shapes and the tokenizer's own ids."""
+    """Return file name -> JSON object for each config file, derived from the shapes and the tokenizer's ids."""
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
     vocabulary, width = variables["decoder/embeddings/weight"].shape
@@ -186,16 +191,22 @@ def whisper_configs(
 
 
 def convert_whisper(parts: list[Path], config: Path, tokenizer: Path, folder: Path) -> None:
-    """Write the transformers folder of the CTranslate2 Whisper in ``parts`` (joined in order) into ``folder``.
+    """Convert a CTranslate2 Whisper and write its transformers folder.
+
+    Args:
+        parts: The parts of ``model.bin``, in order.
+        config: Its ``config.json``.
+        tokenizer: Its ``tokenizer.json``.
+        folder: Existing folder to write to.
 
     Raises:
-        ValueError, KeyError: the files are not a CTranslate2 Whisper.
+        ValueError, KeyError: The files are not a CTranslate2 Whisper.
     """
     from safetensors.numpy import save_file
 
     variables = read_model(b"".join(part.read_bytes() for part in parts))
-    words = json.loads(tokenizer.read_text(encoding="utf-8"))
-    for name, tree in whisper_configs(variables, json.loads(config.read_text()), words).items():
+    tokenizer_json = json.loads(tokenizer.read_text(encoding="utf-8"))
+    for name, tree in whisper_configs(variables, json.loads(config.read_text()), tokenizer_json).items():
         (folder / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     tensors = {name: np.ascontiguousarray(values) for name, values in whisper_tensors(variables).items()}

@@ -1,12 +1,12 @@
-"""A GGUF Llama in, a transformers Llama folder out (config, safetensors, tokenizer, chat template).
+"""Convert a GGUF Llama to a transformers folder (config, safetensors, tokenizer, chat template).
 
-In: one ``.gguf`` file of architecture ``llama`` with a byte-level BPE vocabulary (SmolLM2). Out: a folder that
-``AutoModelForCausalLM`` and ``AutoTokenizer`` read. Called by :mod:`pipeline.weights.wheels`; transformers' own GGUF
-reader gives the same values, slower, and cannot save what it read.
+Reads one ``.gguf`` file of architecture ``llama`` with a byte-level BPE vocabulary (SmolLM2), and writes a folder that
+``AutoModelForCausalLM`` and ``AutoTokenizer`` read. Used by :mod:`pipeline.weights.wheels`. The GGUF reader of
+transformers returns the same values but is slower, and its result cannot be saved.
 
-Values are dequantised in float32 and stored as float16 (270 MB for SmolLM2-135M, float32 would be 540 MB): rounding to
-float16 moves a value by at most 1 part in 2048, where 4-bit quantisation has already moved it by some percent. bfloat16
-would be as small and eight times coarser.
+Values are dequantized in float32 and stored as float16 (270 MB for SmolLM2-135M instead of 540 MB). Rounding to float16
+changes a value by at most 1 part in 2048, while 4-bit quantization has already changed it by a few percent. bfloat16
+would have the same size and an error eight times as large.
 """
 
 from __future__ import annotations
@@ -33,13 +33,19 @@ CONTROL_TOKEN_TYPE = 3  # token type of special tokens
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's row order of q and k ([heads * d, width]): interleaved rotary pairs back to rotated halves."""
+    """Undo llama.cpp's row order of q and k, [heads * d, width]: interleaved rotary pairs become rotated halves."""
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def llama_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; KeyError for an unknown tensor."""
+    """Return transformers' name of a GGUF tensor.
+
+    Example: ``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``.
+
+    Raises:
+        KeyError: The tensor is unknown.
+    """
     stem, _, kind = name.rpartition(".")
     if not stem.startswith("blk."):
         return f"{TENSOR_NAMES[stem]}.{kind}"
@@ -48,7 +54,7 @@ def llama_name(name: str) -> str:
 
 
 def llama_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """``config.json`` of a GGUF's ``llama.*`` and ``tokenizer.ggml.*`` fields."""
+    """Build ``config.json`` from the ``llama.*`` and ``tokenizer.ggml.*`` fields of a GGUF file."""
     width, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -73,12 +79,16 @@ def llama_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """``tokenizer.json`` (byte-level BPE, digits one by one: llama.cpp's ``smollm``) and ``tokenizer_config.json``."""
+    """Write ``tokenizer.json`` (byte-level BPE with single digits, llama.cpp's ``smollm``) and its config.
+
+    Raises:
+        ValueError: The tokenizer is of another kind.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    model, before = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
-    if (model, before) != ("gpt2", "smollm"):
-        raise ValueError(f"its tokenizer is {model}/{before}, and only gpt2/smollm is read here")
+    model, pre_tokenizer = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
+    if (model, pre_tokenizer) != ("gpt2", "smollm"):
+        raise ValueError(f"expected a gpt2/smollm tokenizer, got {model}/{pre_tokenizer}")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -104,10 +114,10 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
 
 
 def convert_llama(source: Path, folder: Path) -> None:
-    """Write the transformers folder of the GGUF file ``source`` into ``folder``.
+    """Convert the GGUF file ``source`` and write its transformers folder into ``folder``.
 
     Raises:
-        ValueError, KeyError: ``source`` is not a GGUF of architecture llama with a smollm vocabulary.
+        ValueError, KeyError: ``source`` is not a GGUF file of architecture llama with a smollm vocabulary.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -116,7 +126,7 @@ def convert_llama(source: Path, folder: Path) -> None:
     reader = GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
-        raise ValueError(f"it holds a {fields['general.architecture']}, and only llama is read here")
+        raise ValueError(f"expected the architecture llama, got {fields['general.architecture']}")
     heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
     tensors: dict[str, np.ndarray] = {}
     for tensor in reader.tensors:

