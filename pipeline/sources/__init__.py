@@ -1,8 +1,9 @@
-"""Where utterances come from: a ``SourceConfig`` in, a lazy list of utterances and the bytes of their audio out.
+"""Sources of utterances: a ``SourceConfig`` describes one, and it lists utterances lazily and reads their audio.
 
-One module for each kind: ``librispeech`` (OpenSLR tree or archives), ``parquet`` (the ``openslr/librispeech_asr``
-layout, local or streamed), ``manifest`` (JSONL, CSV, NeMo, lhotse), ``tones`` and ``speech`` (made on demand). Every
-kind takes ``limit``, ``min_duration``, ``max_duration`` and ``val_fraction`` (``selection.py``).
+Each kind has its own module: ``librispeech`` (OpenSLR folders or archives), ``parquet`` (the
+``openslr/librispeech_asr`` layout, local or streamed), ``manifest`` (JSONL, CSV, NeMo, lhotse), and ``tones`` and
+``speech`` (synthesized on demand). All kinds support ``limit``, ``min_duration``, ``max_duration`` and
+``val_fraction`` (``selection.py``).
 
     python -m pipeline extract --config configs/extract/librispeech.yaml source.path=… source.splits=[dev-clean]
 """
@@ -50,7 +51,7 @@ class SourceConfig(Config):
     name: str | None = None
     """Name of the corpus in the cache's path. null: derived from the corpus."""
     num_sentences: int = Field(default=_DEFAULT_NUM_SENTENCES, ge=1, le=MAX_SENTENCES)
-    """Sentences to synthesise (speech only)."""
+    """Sentences to synthesize (speech only)."""
     config_name: str | None = None
     """Configuration of a streamed dataset, such as `clean` (`hf:` only)."""
 
@@ -58,14 +59,14 @@ class SourceConfig(Config):
     def _check_kind(self) -> SourceConfig:
         is_synthetic = self.kind in ("tones", "speech")
         if is_synthetic and (self.path is not None or self.splits):
-            raise ValueError(f"kind {self.kind} is made on demand: it has no path and no splits")
+            raise ValueError(f"kind {self.kind} has no path and no splits: remove source.path and source.splits")
         if not is_synthetic and not self.path:
             raise ValueError(f"kind {self.kind} needs a path: set source.path")
         if self.num_sentences != _DEFAULT_NUM_SENTENCES and self.kind != "speech":
-            raise ValueError(f"num_sentences belongs to kind speech, not to {self.kind}: use limit")
+            raise ValueError(f"num_sentences is only for kind speech, not for {self.kind}: set source.limit")
         if self.config_name is not None and not (self.kind == "parquet" and str(self.path).startswith("hf:")):
             raise ValueError(
-                "config_name belongs to a streamed dataset: kind parquet with a path such as hf:owner/name"
+                "config_name is only for streamed datasets: set source.kind=parquet and source.path=hf:OWNER/NAME"
             )
         if self.min_duration and self.max_duration and self.min_duration > self.max_duration:
             raise ValueError(f"min_duration {self.min_duration} is above max_duration {self.max_duration}")
@@ -73,10 +74,10 @@ class SourceConfig(Config):
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The source that ``config`` describes, filtered; nothing is read but the names of files.
+    """Open the source that ``config`` describes, with its filters applied. Reads no files, only their names.
 
     Raises:
-        UserError: the path or a split does not exist. ``utterances`` raises it for what only reading can show.
+        UserError: The path or a split does not exist. Errors inside files are raised by ``utterances``.
     """
     from pipeline.sources.selection import FilteredSource
 
@@ -114,7 +115,7 @@ def _open_kind(config: SourceConfig) -> Source:
 
 
 def open_parquet(path: str, splits: Sequence[str], config_name: str | None) -> Source:
-    """Local files, or a streamed dataset when ``path`` starts with ``hf:``; raises UserError."""
+    """Open local parquet files, or a streamed dataset if ``path`` starts with ``hf:``; raises UserError."""
     if path.startswith("hf:"):
         from pipeline.sources.hub import HubStream
 

@@ -1,7 +1,7 @@
-"""A tar archive read from its start to its end, once, compressed or not, and never a cut one taken for a whole one.
+"""Read a tar archive in a single pass, and detect truncated ones.
 
-In: a ``.tar``, ``.tar.gz``, ``.tar.bz2`` or ``.tar.xz`` file. Out: its members in order, and the bytes of those that
-are wanted.
+Reads a ``.tar``, ``.tar.gz``, ``.tar.bz2`` or ``.tar.xz`` file from start to end; yields its members in order, or the
+contents of the wanted ones.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma
 
 
 class ArchiveReader:
-    """One reading of an archive, forward only.
+    """A single forward pass over an archive.
 
     Raises:
-        EOFError: the archive is cut short. ``tarfile`` by itself takes many cuts for the end.
+        EOFError: The archive is truncated. ``tarfile`` alone accepts many truncated archives as complete.
     """
 
     def __init__(self, file: Path) -> None:
@@ -37,11 +37,11 @@ class ArchiveReader:
         self._ended = False
 
     def may_reach(self, archive: str, name: str) -> bool:
-        """Whether the member may still come in this pass over the file called ``archive``."""
+        """Return whether this pass is over the file ``archive`` and may still reach the member ``name``."""
         return archive == self._file.name and not self._ended and name not in self._passed
 
     def read_wanted(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
-        """Name and content of the members in ``wanted``, from here on."""
+        """Yield the name and content of each remaining member in ``wanted``."""
         for member in self.members():
             self._passed.add(member.name)
             if member.name in wanted:
@@ -49,31 +49,32 @@ class ArchiveReader:
         self._ended = True
 
     def members(self) -> Iterator[tarfile.TarInfo]:
-        """The members from here on; ``for member in tar`` would remember every one of them."""
+        """Yield the remaining members. Unlike ``for member in tar``, does not keep them in memory."""
         tar = self._tar
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]
             yield member
         if self._stream.tell() < tar.offset + tarfile.BLOCKSIZE:
-            raise EOFError("its end is missing")
-        while self._stream.read(1 << 20):  # up to the checksum of the compressed data
+            raise EOFError("the end of the archive is missing")
+        while self._stream.read(1 << 20):  # reads and verifies the checksum of the compressed data
             pass
 
     def content(self, member: tarfile.TarInfo) -> bytes:
-        """The bytes of the member that came last."""
+        """Return the bytes of the most recent member."""
         file = self._tar.extractfile(member)
         data = file.read() if file is not None else b""
         if len(data) != member.size:
-            raise EOFError(f"{member.name} is cut short")
+            raise EOFError(f"{member.name} is truncated")
         return data
 
     def close(self) -> None:
+        """Close the archive."""
         self._tar.close()
         self._stream.close()
 
 
 def _open_decompressed(file: Path) -> Any:
-    """The tar inside; unlike tarfile's own streams these tell when the compressed data are cut short."""
+    """Open the tar stream inside. Unlike tarfile's streams, these raise an error for truncated compressed data."""
     with open(file, "rb") as raw:
         magic = raw.read(6)
     if magic.startswith(b"\x1f\x8b"):

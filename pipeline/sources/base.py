@@ -1,7 +1,7 @@
-"""What every kind of source shares: the utterance, its key, the base class, and the tally of what was odd on the way.
+"""Shared by all kinds of sources: the utterance, its key, the base class, and the log of problems.
 
-A kind (``librispeech.py`` …) yields utterances with the source's own ``id`` and an empty ``key``; ``selection.py``
-wraps it, makes the keys and applies the filters.
+A source of one kind (such as ``librispeech.py``) yields utterances with the corpus's own ``id`` and an empty ``key``.
+``selection.py`` wraps it, creates the keys and applies the filters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ MAX_KEY = 90
 _TRUNCATED_LENGTH = 64
 _HASH_DIGITS = 24
 _ESCAPE = re.compile(rb"-x([0-9A-F]{2})-")
-_LOOKALIKE = re.compile(rb"x[0-9A-F]{2}(-|[^A-Za-z0-9_])")  # what follows a dash: another byte becomes a dash, too
+_LOOKALIKE = re.compile(
+    rb"x[0-9A-F]{2}(-|[^A-Za-z0-9_])"
+)  # text that would read as an escape after a dash; any illegal byte becomes a dash, too
 _KEY_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
@@ -28,13 +30,13 @@ class Utterance:
     """One recording with its text.
 
     Attributes:
-        key: name in the cache, ``[A-Za-z0-9_-]{1,90}``, unique in a source.
-        id: the source's own name, before it was rewritten to a key.
-        audio: uri that the source's ``read`` understands, relative to its root.
-        text: the transcript as the source has it.
-        speaker: "" when unknown.
-        split: "" when unknown.
-        samples: length at 16 kHz from the header; 0 when unknown or unreadable.
+        key: Name in the cache, ``[A-Za-z0-9_-]{1,90}``, unique within a source.
+        id: Name in the corpus, from which the key is made.
+        audio: URI for :meth:`Source.read`, relative to the source's root.
+        text: Transcript, unchanged.
+        speaker: "" if unknown.
+        split: "" if unknown.
+        samples: Length at 16 kHz according to the header; 0 if unknown or unreadable.
     """
 
     key: str
@@ -47,39 +49,40 @@ class Utterance:
 
 
 class ProblemLog:
-    """Counts by kind of problem, with the first ``shown`` names of each."""
+    """Counts problems by kind and keeps the first ``max_listed`` names of each."""
 
     def __init__(self, max_listed: int = 5) -> None:
-        self._shown = max_listed
-        self._found: dict[str, tuple[int, list[str]]] = {}
+        self._max_listed = max_listed
+        self._counts: dict[str, tuple[int, list[str]]] = {}
 
     def add(self, problem: str, name: str) -> None:
-        """Count one ``name`` under ``problem``, a plural such as "transcript lines without audio"."""
-        count, names = self._found.get(problem, (0, []))
-        self._found[problem] = (count + 1, [*names, name] if len(names) < self._shown else names)
+        """Count ``name`` under ``problem``, a plural noun phrase such as "transcript lines without audio"."""
+        count, names = self._counts.get(problem, (0, []))
+        self._counts[problem] = (count + 1, [*names, name] if len(names) < self._max_listed else names)
 
     def clear(self) -> None:
-        self._found.clear()
+        """Remove all counts."""
+        self._counts.clear()
 
     def sentences(self) -> list[str]:
-        """``3 transcript lines without audio: a, b, c``, one for each problem, in the order first met."""
+        """Return one line per problem, in order of occurrence: ``3 transcript lines without audio: a, b, c``."""
         return [
             f"{count} {problem}: {', '.join(names)}{', …' if count > len(names) else ''}"
-            for problem, (count, names) in self._found.items()
+            for problem, (count, names) in self._counts.items()
         ]
 
 
 class Source(ABC):
-    """Where utterances come from.
+    """A corpus: lists its utterances and reads their audio.
 
-    A kind defines :meth:`utterances` and either :meth:`read_file` or, where the order of reading matters, :meth:`read`.
+    Subclasses define :meth:`utterances` and either :meth:`read_file` or, if the order of reading matters, :meth:`read`.
 
     Attributes:
-        name: part of the cache's folder name, ``[A-Za-z0-9_-]``.
-        sequential: reading out of order is expensive (archives, streams): a plan keeps the source's order.
-        root: the folder that uris are relative to; None when there is none.
-        version: what else decides the bytes of the audio (the synthesiser's version); "" where the files do.
-        speaker_split: ``val_fraction`` keeps a speaker on one side; False where each utterance stands for itself.
+        name: Part of the cache's folder name, ``[A-Za-z0-9_-]``.
+        sequential: Whether reading out of order is expensive (archives, streams); a plan then keeps the source's order.
+        root: Folder that URIs are relative to; None if there is none.
+        version: What determines the audio besides the files, such as the synthesizer's version; "" if nothing does.
+        speaker_split: Whether ``val_fraction`` splits by speaker; False: by utterance.
     """
 
     name: str
@@ -93,16 +96,16 @@ class Source(ABC):
 
     @property
     def problems(self) -> list[str]:
-        """What was odd in the last pass over ``utterances``, a sentence each with a count and the first few names."""
+        """Problems in the last pass over :meth:`utterances`, one line each with a count and the first few names."""
         return self._problem_log.sentences()
 
     @abstractmethod
     def utterances(self) -> Iterator[Utterance]:
-        """All utterances, lazily, in an order that never changes."""
+        """Yield all utterances lazily, always in the same order."""
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        """(uri, encoded audio file, or the error that reading it raised) for each uri, in the order given."""
-        from pipeline.audio import AudioError  # imports NumPy: a command that reads no audio starts without it
+        """Yield (uri, encoded audio file or the error that reading it raised) for each URI, in the given order."""
+        from pipeline.audio import AudioError  # imports NumPy, which commands that read no audio do not need
 
         for uri in uris:
             try:
@@ -113,40 +116,42 @@ class Source(ABC):
                 yield uri, data
 
     def read_file(self, uri: str) -> bytes:
-        """The encoded audio file of one uri. Raises :class:`~pipeline.audio.AudioError` or OSError."""
+        """Return the encoded audio file of one URI. Raises :class:`~pipeline.audio.AudioError` or OSError."""
         raise NotImplementedError
 
 
 def safe_name(text: str, default: str) -> str:
-    """``text`` with every run of other characters than ``[A-Za-z0-9_-]`` as one dash, at most 80 characters."""
+    """Replace each run of characters other than ``[A-Za-z0-9_-]`` in ``text`` with a dash, and cut at 80 characters.
+
+    Returns ``default`` if nothing is left.
+    """
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:80] or default
 
 
-def require_splits(wanted: Iterable[str], present: Iterable[str], where: str) -> None:
-    """UserError if a split is not there; the message names those that are."""
+def require_splits(wanted: Iterable[str], present: Iterable[str], location: str) -> None:
+    """Raise UserError if a wanted split is missing; the message names the present ones."""
     found = set(present)
     missing = [split for split in wanted if split not in found]
     if missing:
         names = join_names(filter(None, found))
-        raise UserError(f"no split {join_names(missing)} in {where}, which holds {names}: set source.splits")
+        raise UserError(f"no split {join_names(missing)} in {location}, which has {names}: set source.splits")
 
 
 def join_names(names: Iterable[str]) -> str:
-    """The names for a sentence: sorted, with commas, or "none"."""
+    """Join names for a message: sorted, separated by commas; "none" if there are none."""
     return ", ".join(sorted(names)) or "none"
 
 
 def encode_key(identifier: str) -> str:
-    """A key for the source's own id: ``[A-Za-z0-9_-]{1,90}``, because a dot would split a WebDataset key.
+    """Return the key of an id: ``[A-Za-z0-9_-]{1,90}``, because a dot would split a WebDataset key.
 
-    Different ids have different keys.
-    A legal id that does not look like an escape is its own key. Each byte (UTF-8) that a key may not hold becomes
-    ``-xHH-``. A dash before what reads like an escape is escaped, too (``-x2D-``), so that :func:`decode_key` returns
-    the id exactly. A key longer than 90 characters is cut to 64 and ends in 24 digits of the id's sha256; its id is in
-    the ``id`` column only.
+    Different ids have different keys. A legal id that does not look like an escape is its own key. Each illegal byte
+    (UTF-8) becomes ``-xHH-``. A dash before text that reads like an escape is escaped, too (``-x2D-``), so that
+    :func:`decode_key` returns the id exactly. A key longer than 90 characters is cut to 64 and ends with 24 digits of
+    the id's sha256; its id is then only in the ``id`` column.
 
     Raises:
-        ValueError: the id is empty.
+        ValueError: The id is empty.
     """
     if not identifier:
         raise ValueError("an empty id has no key")
@@ -163,6 +168,6 @@ def encode_key(identifier: str) -> str:
 
 
 def decode_key(key: str) -> str:
-    """The id that :func:`encode_key` made ``key`` of (not for keys that had to be cut)."""
+    """Return the id that :func:`encode_key` made ``key`` from. Keys that were cut cannot be decoded."""
     raw = _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), key.encode())
     return raw.decode("utf-8", "surrogatepass")

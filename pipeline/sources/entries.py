@@ -1,4 +1,4 @@
-"""entries."""
+"""Rows of manifests: read JSONL, check fields, and hold the result as a :class:`ManifestEntry`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,20 @@ from shards.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ManifestEntry:
-    """One row, checked: ``audio`` as written, seconds, and the place for a message. ``whole``: all of the file."""
+    """One checked row of a manifest.
+
+    Attributes:
+        audio: Path as written in the manifest.
+        text: Transcript.
+        location: File and line, for messages.
+        id: "" if the row has none.
+        speaker: "" if unknown.
+        split: "" if unknown.
+        start: Start of the segment, in seconds.
+        duration: In seconds; None if unknown.
+        channel: Index of the channel; None: all.
+        is_whole_file: The utterance is the whole file, not a segment.
+    """
 
     audio: str
     text: str
@@ -30,27 +43,25 @@ class ManifestEntry:
 
 
 def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every object of a JSONL file (``.gz`` too) with its place for a message; raises UserError."""
-    with _open_text(path) as file:
-        for number, line in _lines(file, path):
+    """Yield each object of a JSONL file (also ``.gz``) and its location for messages; raises UserError."""
+    with open_text(path) as file:
+        for number, line in numbered_lines(file, path):
             if not line.strip():
                 continue
             location = f"line {number} of '{path}'"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(
-                    f"{location} is not JSON ({error}): a manifest has one JSON object in each line"
-                ) from None
+                raise UserError(f"{location} is not JSON ({error}): a manifest has one JSON object per line") from None
             if not isinstance(row, dict):
                 raise UserError(
-                    f'{location} is a JSON {type(row).__name__}, not an object such as {{"audio": …, "text": …}}'
+                    f'{location} is a JSON {type(row).__name__}, expected an object such as {{"audio": …, "text": …}}'
                 )
             yield row, location
 
 
-def number_field(row: dict[str, Any], name: str, place: str) -> float | None:
-    """The seconds in column ``name``, None when absent or empty; raises UserError."""
+def number_field(row: dict[str, Any], name: str, location: str) -> float | None:
+    """Return the seconds in field ``name``, or None if it is missing or empty; raises UserError."""
     value = row.get(name)
     if value is None or value == "":
         return None
@@ -59,23 +70,28 @@ def number_field(row: dict[str, Any], name: str, place: str) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0) or isinstance(value, bool):
-        raise UserError(f"{name} in {place} is {value!r}: it must be a number of seconds, not negative")
+        raise UserError(f"{name} in {location} is {value!r}, expected a non-negative number of seconds")
     return number
 
 
-def text_field(row: dict[str, Any], names: Sequence[str], place: str) -> str:
-    """The first of ``names`` that has a value, as text; "" when none; raises UserError for a list or an object."""
+def text_field(row: dict[str, Any], names: Sequence[str], location: str) -> str:
+    """Return the first of the fields ``names`` that has a value, as text; "" if none has.
+
+    Raises:
+        UserError: The value is a list or an object.
+    """
     for name in names:
         value = row.get(name)
         if value is None or value == "":
             continue
         if not isinstance(value, (str, int, float)):
-            raise UserError(f"{name} in {place} is {value!r}: it must be text")
+            raise UserError(f"{name} in {location} is {value!r}, expected text")
         return str(value)
     return ""
 
 
-def _open_text(path: Path, newline: str | None = None) -> TextIO:
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """Open a text file (also ``.gz``) as UTF-8; raises UserError."""
     try:
         if path.suffix == ".gz":
             return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
@@ -84,7 +100,8 @@ def _open_text(path: Path, newline: str | None = None) -> TextIO:
         raise UserError(f"cannot read the manifest '{path}': {error.strerror}") from None
 
 
-def _lines(file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number, line), counted from 1; raises UserError if the file is not UTF-8 or a corrupt gzip file."""
     number = 0
     try:
         for number, line in enumerate(file, 1):
@@ -92,4 +109,4 @@ def _lines(file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not UTF-8 after line {number} ({error.reason}): save it as UTF-8") from None
     except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"'{path}' is cut short or no gzip file ({error}): fetch it again") from None
+        raise UserError(f"'{path}' is truncated or not a gzip file ({error}): copy or download it again") from None

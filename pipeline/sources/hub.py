@@ -1,8 +1,8 @@
-"""A dataset on a hub, streamed: rows of the ``openslr/librispeech_asr`` layout without a copy on disk.
+"""Stream a dataset from a hub: rows of the ``openslr/librispeech_asr`` layout without a copy on disk.
 
-In: ``owner/name``, a configuration and splits; ``datasets`` fetches (``HF_ENDPOINT`` and ``HF_TOKEN`` are its own
-settings). Out: utterances with the uri ``split#row``. The list is one pass over the stream, the audio another: a
-recording's length stands inside the audio, and a plan needs it.
+Takes ``owner/name``, a configuration and splits; yields utterances with the URI ``split#row``. The library ``datasets``
+downloads the rows and reads ``HF_ENDPOINT`` and ``HF_TOKEN``. Listing the utterances takes one pass over the stream and
+reading the audio another, because a plan needs the durations, which are only in the audio.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shards.errors import UserError
 
 
 class HubStream(Source):
-    """The source of kind ``parquet`` with a path ``hf:owner/name``."""
+    """The source of kind ``parquet`` whose path is ``hf:owner/name``."""
 
     sequential = True
 
@@ -43,7 +43,7 @@ class HubStream(Source):
                 row += 1
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        """Uris in the stream's order cost one pass over all calls together; one behind starts it anew."""
+        """See :meth:`Source.read`. URIs in stream order take one pass across calls; going back restarts the stream."""
         for uri in uris:
             split, _, row = uri.rpartition("#")
             try:
@@ -58,14 +58,14 @@ class HubStream(Source):
             raise AudioError(f"no split {split} in the dataset")
         if self._cursor is None or self._cursor[0] != split or self._cursor[1] > row:
             self._cursor = (split, row, iter(streams[split].skip(row)))
-        _, at, rows = self._cursor
+        _, next_row, rows = self._cursor
         record: dict[str, Any] | None = None
-        while at <= row:
+        while next_row <= row:
             record = self._next(rows)
             if record is None:
                 raise AudioError(f"no row {row} in the stream")
-            at += 1
-        self._cursor = (split, at, rows)
+            next_row += 1
+        self._cursor = (split, next_row, rows)
         data = audio_bytes(record["audio"]) if record is not None else None
         if data is None:
             raise AudioError(NO_BYTES)
@@ -74,28 +74,31 @@ class HubStream(Source):
     def _next(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
         try:
             return next(rows, None)
-        except Exception as error:  # whatever the network, the hub's client or the parquet reader throws
-            raise UserError(f"reading hf:{self._dataset} broke off ({first_line(error)}): run it again") from error
+        except Exception as error:  # the network, the hub's client and the parquet reader raise many types
+            raise UserError(
+                f"reading hf:{self._dataset} failed ({first_line(error)}): run the same command again"
+            ) from error
 
     def _open(self) -> dict[str, Any]:
-        """One ``IterableDataset`` for each split, its audio left encoded."""
+        """Return one ``IterableDataset`` per split, with encoded audio."""
         if self._streams is None:
             import datasets
 
             try:
-                found = datasets.load_dataset(self._dataset, self._config_name, streaming=True)
+                streams = datasets.load_dataset(self._dataset, self._config_name, streaming=True)
             except Exception as error:  # the hub's client and datasets raise many types
                 raise UserError(
                     f"cannot open the dataset hf:{self._dataset}"
-                    f"{f' ({self._config_name})' if self._config_name else ''}: {first_line(error)}; see source.config"
+                    f"{f' ({self._config_name})' if self._config_name else ''}: {first_line(error)}; "
+                    "check source.path and source.config_name"
                 ) from error
-            require_splits(self._splits, found, f"hf:{self._dataset}")
-            self._streams = {split: _without_decoding(stream) for split, stream in found.items()}
+            require_splits(self._splits, streams, f"hf:{self._dataset}")
+            self._streams = {split: _without_decoding(stream) for split, stream in streams.items()}
         return self._streams
 
 
 def _without_decoding(stream: Any) -> Any:
-    """The stream with the bytes of the audio; decoding in ``datasets`` needs torchcodec and FFmpeg."""
+    """Return the stream with encoded audio; decoding in ``datasets`` needs torchcodec and FFmpeg."""
     datasets = sys.modules["datasets"]
     features = stream.features
     if features is not None and not isinstance(features.get("audio"), datasets.Audio):

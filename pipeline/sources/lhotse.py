@@ -1,8 +1,8 @@
-"""lhotse's manifests: recordings (where the audio is) and supervisions (who says what, when), read without lhotse.
+"""Read lhotse manifests, recordings (audio files) and supervisions (segments with speaker and text), without lhotse.
 
-In: ``recordings.jsonl.gz`` with ``supervisions.jsonl.gz`` beside it, or pairs such as
-``libri_recordings_dev-clean.jsonl.gz`` and ``libri_supervisions_dev-clean.jsonl.gz`` (then ``dev-clean`` is the
-split). Out: the entries of ``manifest.py``.
+Reads ``recordings.jsonl.gz`` and ``supervisions.jsonl.gz`` in the same folder, or pairs such as
+``libri_recordings_dev-clean.jsonl.gz`` and ``libri_supervisions_dev-clean.jsonl.gz``, whose split is ``dev-clean``.
+Yields entries for ``manifest.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from pipeline.sources.entries import ManifestEntry, json_rows, number_field, tex
 from shards.errors import UserError
 
 _NAME = re.compile(r"^(?P<prefix>.*?)(?P<kind>recordings|supervisions)(?P<suffix>.*?)(?P<ending>\.jsonl(\.gz)?)$")
-_WHOLE_TOLERANCE = 0.002  # s; a supervision that covers its recording but for this is all of it
+_WHOLE_TOLERANCE = 0.002  # seconds; a supervision that covers its recording up to this is the whole file
 
 
 def find_manifest_pairs(path: Path) -> list[tuple[Path, Path, str]]:
-    """(recordings, supervisions, split) for ``path``, a folder or one of the two files; empty when it is neither."""
+    """Return (recordings, supervisions, split) of each pair of manifests.
+
+    Args:
+        path: A folder, or one of the two files. Other files have no pairs.
+
+    Raises:
+        UserError: One file of a pair is missing.
+    """
     if path.is_dir():
         files = [
             file
@@ -48,21 +55,22 @@ def find_manifest_pairs(path: Path) -> list[tuple[Path, Path, str]]:
         recordings, supervisions = both["recordings"], both["supervisions"]
         if recordings is None or supervisions is None:
             other = "supervisions" if supervisions is None else "recordings"
-            raise UserError(f"'{file}' has no {other} manifest beside it: lhotse's two files belong together")
+            raise UserError(f"'{file}' has no {other} manifest in the same folder: copy both files of lhotse there")
         pairs.append((recordings, supervisions, name["suffix"].strip("_-.")))
     return pairs
 
 
 def read_entries(pair: tuple[Path, Path, str], problem_log: ProblemLog) -> Iterator[ManifestEntry]:
-    """One entry for each supervision, in their order; raises UserError for a line that is none."""
+    """Yield one entry per supervision, in file order; raises UserError for an invalid line."""
     recordings_file, supervisions_file, split = pair
-    recordings = {text_field(row, ["id"], place): (row, place) for row, place in json_rows(recordings_file)}
+    recordings = {text_field(row, ["id"], location): (row, location) for row, location in json_rows(recordings_file)}
     unused = dict.fromkeys(recordings)
     for row, location in json_rows(supervisions_file):
         recording_id = text_field(row, ["recording_id"], location)
         if not recording_id or "start" not in row or "duration" not in row:
             raise UserError(
-                f"{location} is no supervision: it needs recording_id, start, duration, not {join_names(list(row))}"
+                f"{location} is not a supervision: expected recording_id, start and duration, got "
+                f"{join_names(list(row))}"
             )
         if recording_id not in recordings:
             problem_log.add("supervisions without a recording", text_field(row, ["id"], location))
@@ -98,17 +106,17 @@ def _entry(
 
 
 def _audio(row: dict[str, Any], recording: dict[str, Any], location: str) -> tuple[str, int | None]:
-    """The file that holds the supervision's channel, and the channel's place in it (None for a file of one channel)."""
+    """Return the file with the supervision's channel, and the channel's index in it (None: use the whole file)."""
     sources = recording.get("sources")
     if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):
-        raise UserError(f"{location} is no lhotse recording: it needs sources")
+        raise UserError(f"{location} is not a lhotse recording: it has no sources")
     wanted = row.get("channel", 0)
     wanted = wanted[0] if isinstance(wanted, list) and len(wanted) == 1 else wanted
     for source in sources:
         if source.get("type") != "file":
-            raise UserError(f"{location} has audio of type {source.get('type')!r}: only files are read")
+            raise UserError(f"{location} has audio of type {source.get('type')!r}: only type 'file' is supported")
         channels = source.get("channels") or [0]
         if isinstance(wanted, list) or wanted in channels or len(sources) == 1:
-            one = len(channels) == 1 or isinstance(wanted, list) or wanted not in channels
-            return str(source["source"]), None if one else channels.index(wanted)
-    raise UserError(f"{location} has no channel {wanted}: its sources and its supervisions do not fit")
+            all_channels = len(channels) == 1 or isinstance(wanted, list) or wanted not in channels
+            return str(source["source"]), None if all_channels else channels.index(wanted)
+    raise UserError(f"{location} has no channel {wanted}: its sources do not match its supervisions")

@@ -1,8 +1,8 @@
-"""LibriSpeech as OpenSLR ships it: the unpacked tree, or its ``.tar.gz`` archives read straight through.
+"""LibriSpeech as published by OpenSLR: the unpacked folders, or the ``.tar.gz`` archives, read in a single pass.
 
-In: ``…/LibriSpeech`` (or its parent, or one split folder) with ``train-clean-100/19/198/19-198-0000.flac`` and
-``19-198.trans.txt`` (lines ``19-198-0000 THE TEXT``); or an archive, or a folder of archives, with the same inside.
-Out: utterances whose uri is ``train-clean-100/19/198/19-198-0000.flac``, or for archives
+Reads ``…/LibriSpeech`` (or its parent, or one split folder) with ``train-clean-100/19/198/19-198-0000.flac`` and
+``19-198.trans.txt`` (lines ``19-198-0000 THE TEXT``); or an archive, or a folder of archives, with the same contents.
+The URI of an utterance is ``train-clean-100/19/198/19-198-0000.flac``, or in an archive
 ``train-clean-100.tar.gz#LibriSpeech/train-clean-100/19/198/19-198-0000.flac``.
 """
 
@@ -26,29 +26,42 @@ _ARCHIVE = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$")
 
 
 def open_librispeech(path: str, splits: Sequence[str]) -> Source:
-    """The tree or the archives at ``path``; raises UserError when there are none, or not all of ``splits``."""
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise UserError(f"source.path '{path}' does not exist: give the LibriSpeech folder or an archive of it")
-    if place.is_file():
-        if not _ARCHIVE.search(place.name):
-            raise UserError(f"source.path '{path}' is no LibriSpeech archive: give a .tar.gz file or a folder")
-        return LibriSpeechArchives([place], splits)
-    for root, names in ((place, _split_folders(place)), (place / "LibriSpeech", _split_folders(place / "LibriSpeech"))):
+    """Open the folders or the archives at ``path``.
+
+    Args:
+        path: The LibriSpeech folder, its parent, one split folder, an archive or a folder of archives.
+        splits: Splits to read; empty: all.
+
+    Raises:
+        UserError: There are no folders and no archives, or a split is missing.
+    """
+    location = Path(path).expanduser()
+    if not location.exists():
+        raise UserError(f"source.path '{path}' does not exist: set it to the LibriSpeech folder or an archive")
+    if location.is_file():
+        if not _ARCHIVE.search(location.name):
+            raise UserError(f"source.path '{path}' is not a LibriSpeech archive: set it to a .tar.gz file or a folder")
+        return LibriSpeechArchives([location], splits)
+    for root in (location, location / "LibriSpeech"):
+        names = _split_folders(root)
         if names:
             return LibriSpeechFolders(root, _select_splits(splits, names, root))
-    if _is_split(place):
-        return LibriSpeechFolders(place.resolve().parent, _select_splits(splits, [place.resolve().name], place))
-    archives = {_stem(file): file for file in sorted(place.iterdir()) if _ARCHIVE.search(file.name)}
+    if _is_split(location):
+        return LibriSpeechFolders(
+            location.resolve().parent, _select_splits(splits, [location.resolve().name], location)
+        )
+    archives = {_stem(file): file for file in sorted(location.iterdir()) if _ARCHIVE.search(file.name)}
     if archives:
-        return LibriSpeechArchives([archives[name] for name in _select_splits(splits, list(archives), place)], splits)
+        selected = _select_splits(splits, list(archives), location)
+        return LibriSpeechArchives([archives[name] for name in selected], splits)
     raise UserError(
-        f"no LibriSpeech splits and no .tar.gz archives in '{path}': give the folder that holds train-clean-100 …"
+        f"no LibriSpeech splits and no .tar.gz archives in '{path}': set source.path to the folder that contains "
+        "train-clean-100 …"
     )
 
 
 class LibriSpeechFolders(Source):
-    """The unpacked folders; ``root`` holds the split folders."""
+    """The unpacked folders; ``root`` contains the split folders."""
 
     def __init__(self, root: Path, splits: Sequence[str]) -> None:
         super().__init__()
@@ -83,7 +96,7 @@ class LibriSpeechFolders(Source):
 
 
 class LibriSpeechArchives(Source):
-    """``.tar.gz`` files, each read from its start to its end: once to list it, once more for the audio."""
+    """``.tar.gz`` files, each read in two passes: one to list the utterances, one to read the audio."""
 
     sequential = True
 
@@ -101,12 +114,14 @@ class LibriSpeechArchives(Source):
             try:
                 yield from self._archive(archive, found)
             except ARCHIVE_ERRORS as error:
-                raise UserError(f"the archive '{archive}' is cut short or damaged ({error}): fetch it again") from None
+                raise UserError(
+                    f"the archive '{archive}' is truncated or corrupt ({error}): download it again"
+                ) from None
         require_splits(self._splits, found, f"'{self._root}'")
 
     def _archive(self, archive: Path, found: set[str]) -> Iterator[Utterance]:
-        """Utterances in the order of their audio; a transcript may stand before or after it."""
-        waiting: deque[Utterance] = deque()  # audio in archive order, until the text of the first is known
+        """Yield utterances in the order of their audio; a transcript may come before or after the audio."""
+        pending: deque[Utterance] = deque()  # in archive order, until the text of the first one is read
         texts: dict[str, str] = {}
         with closing(ArchiveReader(archive)) as tar:
             for member in tar.members():
@@ -122,10 +137,10 @@ class LibriSpeechArchives(Source):
                     texts |= _parse_transcript(tar.content(member), f"{archive}#{name}", texts)
                 elif name.suffix == ".flac":
                     uri = f"{archive.name}#{name}"
-                    waiting.append(Utterance("", name.stem, uri, "", speaker, split, probe(tar.content(member))))
-                while waiting and waiting[0].id in texts:
-                    yield _with_text(waiting.popleft(), texts)
-        for utterance in waiting:
+                    pending.append(Utterance("", name.stem, uri, "", speaker, split, probe(tar.content(member))))
+                while pending and pending[0].id in texts:
+                    yield _with_text(pending.popleft(), texts)
+        for utterance in pending:
             if utterance.id in texts:
                 yield _with_text(utterance, texts)
             else:
@@ -144,14 +159,17 @@ class LibriSpeechArchives(Source):
             start = stop
 
     def _read_archive(self, archive: str, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        """One pass where the uris follow the archive, going on where the last call ended; what comes early is held."""
-        held: dict[str, bytes] = {}
+        """Read ``uris`` of one archive in a single pass if they follow its order, continuing where the last call ended.
+
+        Members that come before their turn are buffered.
+        """
+        buffered: dict[str, bytes] = {}
         wanted = Counter(uri.partition("#")[2] for uri in uris)
         for uri in uris:
             name = uri.partition("#")[2]
             try:
                 from_start = False
-                while name not in held:
+                while name not in buffered:
                     if self._cursor is None or not self._cursor.may_reach(archive, name):
                         if from_start:
                             raise AudioError(f"no such file in the archive {archive}")
@@ -159,7 +177,7 @@ class LibriSpeechArchives(Source):
                         from_start = True
                     assert self._cursor is not None
                     for member, data in self._cursor.read_wanted(wanted):
-                        held[member] = data
+                        buffered[member] = data
                         if member == name:
                             break
             except AudioError as error:
@@ -167,19 +185,19 @@ class LibriSpeechArchives(Source):
                 yield uri, error
             except ARCHIVE_ERRORS as error:
                 self.close()
-                yield uri, AudioError(f"the archive {archive} is cut short or damaged ({error})")
+                yield uri, AudioError(f"the archive {archive} is truncated or corrupt ({error})")
             else:
-                yield uri, held[name]
+                yield uri, buffered[name]
                 wanted[name] -= 1
                 if not wanted[name]:
-                    del held[name], wanted[name]
+                    del buffered[name], wanted[name]
 
     def _rewind(self, archive: str) -> None:
         self.close()
         self._cursor = ArchiveReader(self._root / archive)
 
     def close(self) -> None:
-        """Let go of the archive that is being read."""
+        """Close the archive that is being read, if any."""
         if self._cursor is not None:
             self._cursor.close()
         self._cursor = None
@@ -189,25 +207,27 @@ def _with_text(utterance: Utterance, texts: dict[str, str]) -> Utterance:
     return replace(utterance, text=texts.pop(utterance.id))
 
 
-def _parse_transcript(data: bytes, where: str, known: dict[str, str]) -> dict[str, str]:
-    """``{id: text}`` of a .trans.txt file."""
+def _parse_transcript(data: bytes, location: str, known: dict[str, str]) -> dict[str, str]:
+    """Parse a .trans.txt file and return id -> text; an id that repeats, or is in ``known``, raises UserError."""
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"the transcript '{where}' is not UTF-8 ({error.reason}): fetch it again") from None
+        raise UserError(f"the transcript '{location}' is not UTF-8 ({error.reason}): download it again") from None
     texts: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         identifier, _, text = line.strip().partition(" ")
         if not identifier:
             continue
         if identifier in texts or identifier in known:
-            raise UserError(f"key '{identifier}' stands twice in the transcripts, again in line {number} of '{where}'")
+            raise UserError(
+                f"duplicate key '{identifier}' in line {number} of '{location}': keep one of its transcript lines"
+            )
         texts[identifier] = text.strip()
     return texts
 
 
-def _select_splits(wanted: Sequence[str], present: Sequence[str], where: Path) -> list[str]:
-    require_splits(wanted, present, f"'{where}'")
+def _select_splits(wanted: Sequence[str], present: Sequence[str], location: Path) -> list[str]:
+    require_splits(wanted, present, f"'{location}'")
     return list(dict.fromkeys(wanted)) or sorted(present)
 
 
@@ -216,14 +236,14 @@ def _split_folders(root: Path) -> list[str]:
 
 
 def _is_split(folder: Path) -> bool:
-    """Whether ``folder`` holds speaker folders that hold chapter folders, both named by numbers."""
+    """Return whether ``folder`` contains speaker folders with chapter folders, both named by numbers."""
     return any(_numbered_folders(speaker) for speaker in _numbered_folders(folder))
 
 
-def _numbered_folders(place: Path) -> list[Path]:
-    if not place.is_dir():
+def _numbered_folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
         return []
-    return sorted(folder for folder in place.iterdir() if folder.name.isdigit() and folder.is_dir())
+    return sorted(folder for folder in parent.iterdir() if folder.name.isdigit() and folder.is_dir())
 
 
 def _stem(archive: Path) -> str:

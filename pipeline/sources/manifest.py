@@ -1,11 +1,12 @@
-"""A list of recordings with their texts, in a file: JSONL, CSV or TSV, NeMo's JSONL, or lhotse's pair of files.
+"""Manifests, which list recordings and their transcripts: JSONL, CSV, TSV, NeMo's JSONL, or the file pair of lhotse.
 
-In: rows with ``audio``, ``file``, ``wav`` or ``audio_filepath`` (NeMo), and ``text`` (a CSV with commas or, from
-spreadsheets, semicolons); optional ``duration`` and
-``offset`` in seconds, ``speaker``, ``key`` or ``id``, ``split``. Or the folder, the recordings or the supervisions of
-lhotse (``lhotse.py``). Relative paths are relative to the manifest. Out: utterances whose uri is the path, with
-``#t=1.5,3.25`` where only these seconds of it are meant (and ``&c=1`` for one channel), ``read`` as a WAV file of
-their own.
+A row has ``audio``, ``file``, ``wav`` or ``audio_filepath`` (NeMo), and ``text``; optional are ``duration`` and
+``offset`` in seconds, ``speaker``, ``key`` or ``id``, and ``split``. A CSV file is separated by commas or, as some
+spreadsheets write it, by semicolons. For lhotse, the path is the folder, the recordings or the supervisions
+(``lhotse.py``). Relative paths are relative to the manifest.
+
+The URI of an utterance is the path of its recording. A segment has ``#t=1.5,3.25`` (in seconds) appended, and ``&c=1``
+for one channel; it is read as a WAV file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from pipeline.audio import SAMPLING_RATE, AudioError, probe, read_segment
 from pipeline.sources.base import Source, Utterance, join_names, require_splits, safe_name
-from pipeline.sources.entries import ManifestEntry, _lines, _open_text, json_rows, number_field, text_field
+from pipeline.sources.entries import ManifestEntry, json_rows, number_field, numbered_lines, open_text, text_field
 from shards.errors import UserError
 
 AUDIO_COLUMNS = ("audio", "file", "wav", "audio_filepath")
@@ -38,7 +39,9 @@ class Manifest(Source):
         super().__init__()
         self._path = Path(path).expanduser()
         if not self._path.exists():
-            raise UserError(f"source.path '{path}' does not exist: give a .jsonl, .csv or .tsv file or a lhotse folder")
+            raise UserError(
+                f"source.path '{path}' does not exist: set it to a .jsonl, .csv or .tsv file or a lhotse folder"
+            )
         self.root = self._root = self._path if self._path.is_dir() else self._path.parent
         self.name = safe_name(self._path.resolve().name.split(".")[0], "manifest")
         self._splits = list(splits)
@@ -74,14 +77,16 @@ class Manifest(Source):
         if self._path.is_dir():
             raise UserError(
                 f"no lhotse manifests (recordings.jsonl.gz and supervisions.jsonl.gz) in the folder '{self._path}': "
-                "give the manifest file itself"
+                "set source.path to the manifest file"
             )
         if name.endswith(_JSON_SUFFIXES):
             rows = json_rows(self._path)
         elif self._path.suffix.lower() in _DELIMITERS:
             rows = _table_rows(self._path, _DELIMITERS[self._path.suffix.lower()])
         else:
-            raise UserError(f"'{self._path}' is no manifest by its name: call it .jsonl, .json, .csv or .tsv")
+            raise UserError(
+                f"the manifest '{self._path}' has an unknown suffix: rename it to .jsonl, .json, .csv or .tsv"
+            )
         for row, location in rows:
             yield _entry(row, location)
 
@@ -105,7 +110,7 @@ class Manifest(Source):
         )
 
     def _relative(self, audio: str) -> str:
-        """An absolute path below the root becomes relative, so that the folder can be moved."""
+        """Make an absolute path below the root relative, so that the folder can be moved."""
         root = f"{self._root.absolute()}{os.sep}"
         return audio.removeprefix(root) if audio != root else audio
 
@@ -114,12 +119,10 @@ def _entry(row: dict[str, Any], location: str) -> ManifestEntry:
     audio = text_field(row, AUDIO_COLUMNS, location)
     if not audio:
         raise UserError(
-            f"no audio in {location}, only {join_names(list(row))}: it needs one of {', '.join(AUDIO_COLUMNS)}"
+            f"no audio in {location}, which has {join_names(list(row))}: add one of {', '.join(AUDIO_COLUMNS)}"
         )
     if row.get("text") is None:
-        raise UserError(
-            f"no text in {location}, which has {join_names(list(row))}: every utterance needs its transcript"
-        )
+        raise UserError(f"no text in {location}, which has {join_names(list(row))}: every utterance needs a transcript")
     start = number_field(row, "offset", location)
     return ManifestEntry(
         audio=audio,
@@ -135,24 +138,24 @@ def _entry(row: dict[str, Any], location: str) -> ManifestEntry:
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every row of a CSV or TSV file by its header, with its place; raises UserError."""
-    with _open_text(path, newline="") as file:
-        lines = (line for _, line in _lines(file, path))
-        head = next(lines, "")
-        if delimiter == "," and head.count(";") > head.count(","):
-            delimiter = ";"  # what spreadsheets write where the comma is the decimal point
-        reader = csv.DictReader(itertools.chain([head], lines), delimiter=delimiter)
+    """Yield each row of a CSV or TSV file, by column name, and its location for messages; raises UserError."""
+    with open_text(path, newline="") as file:
+        lines = (line for _, line in numbered_lines(file, path))
+        header = next(lines, "")
+        if delimiter == "," and header.count(";") > header.count(","):
+            delimiter = ";"  # spreadsheets write it where the comma is the decimal separator
+        reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter)
         try:
             names = reader.fieldnames or []
             if "text" not in names or not set(AUDIO_COLUMNS) & set(names):
                 raise UserError(
-                    f"line 1 of '{path}' names the columns {join_names(list(names))}: it needs text and one of "
-                    f"{', '.join(AUDIO_COLUMNS)}, with {delimiter!r} between them"
+                    f"line 1 of '{path}' has the columns {join_names(list(names))}: expected text and one of "
+                    f"{', '.join(AUDIO_COLUMNS)}, separated by {delimiter!r}"
                 )
             for row in reader:
                 location = f"line {reader.line_num} of '{path}'"
                 if None in row:
-                    raise UserError(f"{location} has more fields than line 1 names: quote a text that holds a comma")
+                    raise UserError(f"{location} has more fields than line 1: quote texts that contain the separator")
                 yield row, location
         except csv.Error as error:
             raise UserError(f"line {reader.line_num} of '{path}' is not CSV: {error}") from None
@@ -167,7 +170,7 @@ def _format_seconds(value: float) -> str:
 
 
 def _default_id(audio: str, entry: ManifestEntry) -> str:
-    """The path without its ending, and for a segment its milliseconds."""
+    """Return the path without its suffix; for a segment, start and end in milliseconds are appended."""
     name = str(PurePosixPath(audio.lstrip("/")).with_suffix("")) if PurePosixPath(audio).name else audio
     if entry.is_whole_file:
         return name

@@ -1,8 +1,8 @@
-"""Parquet files in the layout of ``openslr/librispeech_asr`` and its mirrors: audio inside the rows.
+"""Parquet files in the layout of ``openslr/librispeech_asr`` and its mirrors, with the audio inside the rows.
 
-In: a file, a folder or a glob of parquet files with ``audio`` (``{bytes, path}`` or plain bytes) and ``text``, and
-where they stand ``id`` (else ``file``, else the name inside ``audio``) and ``speaker_id``; or ``hf:owner/name``, a
-dataset that is streamed from a hub (``hub.py``). Out: utterances with the uri ``relative.parquet#row``.
+Reads a file, a folder or a glob of parquet files. The columns are ``audio`` (``{bytes, path}`` or plain bytes) and
+``text``; optional are ``id`` (default: the stem of the path in ``audio``, else of ``file``) and ``speaker_id``. The URI
+of an utterance is ``relative.parquet#row``. ``hub.py`` streams the same layout from a hub.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from shards.errors import UserError
 NO_AUDIO = "rows without audio bytes"
 NO_BYTES = "no audio bytes in the row"
 COLUMNS = ("audio", "text", "id", "speaker_id", "file")
-_BATCH = 32  # rows decoded at a time while listing: audio is large
+_BATCH = 32  # rows read at a time while listing, because audio is large
 _PART_SUFFIX = re.compile(r"-\d+-of-\d+$")
 
 
 class ParquetFiles(Source):
-    """Local files. Audio is read by row group: one that a call of ``read`` needs is read once in that call."""
+    """Local parquet files. A call of :meth:`read` reads each row group that it needs once."""
 
     def __init__(self, path: str, splits: Sequence[str]) -> None:
         super().__init__()
@@ -55,12 +55,14 @@ class ParquetFiles(Source):
                         yield to_utterance(record, f"{uri}#{row}", split, self._problem_log)
                         row += 1
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"'{file}' cannot be read as parquet ({first_line(error)}): fetch it again") from None
+                raise UserError(
+                    f"'{file}' cannot be read as parquet ({first_line(error)}): download it again"
+                ) from None
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
         import pyarrow
 
-        places: dict[str, tuple[str, int, int]] = {}  # uri: file, row group, row in it
+        locations: dict[str, tuple[str, int, int]] = {}  # URI -> file, row group, row in the group
         groups: dict[tuple[str, int], list[str]] = {}
         failed: dict[str, Exception] = {}
         starts: dict[str, list[int]] = {}
@@ -72,7 +74,7 @@ class ParquetFiles(Source):
                 if not row.isdigit() or int(row) >= starts[name][-1]:
                     raise AudioError(f"no row {row} in {name}")
                 group = next(g for g in range(len(starts[name])) if int(row) < starts[name][g + 1])
-                places[uri] = (name, group, int(row) - starts[name][group])
+                locations[uri] = (name, group, int(row) - starts[name][group])
                 groups.setdefault((name, group), []).append(uri)
             except (AudioError, UserError, OSError) as error:
                 failed[uri] = error
@@ -82,50 +84,50 @@ class ParquetFiles(Source):
                 yield uri, failed[uri]
                 continue
             if uri not in ready:
-                name, group, _ = places[uri]
+                name, group, _ = locations[uri]
                 try:
                     column = self._row_group(name, group)
                     for other in dict.fromkeys(groups[name, group]):
-                        ready[other] = audio_bytes(column[places[other][2]].as_py()) or AudioError(NO_BYTES)
+                        ready[other] = audio_bytes(column[locations[other][2]].as_py()) or AudioError(NO_BYTES)
                 except (pyarrow.ArrowException, OSError, UserError) as error:
                     reason = AudioError(f"cannot read row group {group} of {name}: {first_line(error)}")
                     ready |= dict.fromkeys(groups[name, group], reason)
-            groups[places[uri][:2]].remove(uri)
-            again = uri in groups[places[uri][:2]]
-            yield uri, ready[uri] if again else ready.pop(uri)
+            groups[locations[uri][:2]].remove(uri)
+            is_repeated = uri in groups[locations[uri][:2]]
+            yield uri, ready[uri] if is_repeated else ready.pop(uri)
 
     def _row_group(self, name: str, group: int) -> Any:
         if self._cached_column is None or self._cached_column[0] != (name, group):
-            self._cached_column = None  # not two at a time
+            self._cached_column = None  # freed first, so that only one column is in memory
             table = open_file(self._root / name).read_row_group(group, columns=["audio"])
             self._cached_column = ((name, group), table.column("audio"))
         return self._cached_column[1]
 
 
 def open_file(file: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile`` with the columns that are needed; raises UserError."""
+    """Open a ``pyarrow.parquet.ParquetFile``; raises UserError if it is unreadable or lacks a required column."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"'{file}' cannot be read as parquet ({first_line(error)}): fetch it again") from None
+        raise UserError(f"'{file}' cannot be read as parquet ({first_line(error)}): download it again") from None
     check_columns(parquet.schema_arrow.names, str(file))
     return parquet
 
 
-def check_columns(names: Sequence[str], where: str) -> None:
-    """Raises UserError unless audio and text are there."""
+def check_columns(names: Sequence[str], location: str) -> None:
+    """Raise UserError unless ``names`` include audio and text."""
     missing = [name for name in ("audio", "text") if name not in names]
     if missing:
         raise UserError(
-            f"no column {join_names(missing)} in '{where}', which has {join_names(names)}: it needs audio and text"
+            f"no column {join_names(missing)} in '{location}', which has {join_names(names)}: expected audio and text"
         )
 
 
 def to_utterance(record: dict[str, Any], uri: str, split: str, problem_log: ProblemLog) -> Utterance:
-    """One row of the layout as an utterance."""
+    """Convert one row to an utterance; count it in ``problem_log`` if it has no audio."""
     audio = record["audio"]
     data, name = audio_bytes(audio), audio.get("path") if isinstance(audio, dict) else None
     identifier = record.get("id")
@@ -148,17 +150,18 @@ def to_utterance(record: dict[str, Any], uri: str, split: str, problem_log: Prob
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of the message of ``error``, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def audio_bytes(audio: Any) -> bytes | None:
-    """The encoded file in a row's ``audio``, which is ``{bytes, path}`` or plain bytes; None when there is none."""
+    """Return the encoded file in a row's ``audio``, which is ``{bytes, path}`` or plain bytes; None if it is empty."""
     data = audio.get("bytes") if isinstance(audio, dict) else audio
     return bytes(data) if data else None
 
 
 def _group_starts(parquet: Any) -> list[int]:
-    """First row of each row group, and the number of rows at the end."""
+    """Return the first row of each row group, followed by the total number of rows."""
     starts = [0]
     for group in range(parquet.metadata.num_row_groups):
         starts.append(starts[-1] + parquet.metadata.row_group(group).num_rows)
@@ -166,23 +169,25 @@ def _group_starts(parquet: Any) -> list[int]:
 
 
 def _find_files(path: str) -> tuple[Path, list[Path]]:
-    """The folder that uris are relative to, and the files, sorted."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        return place.parent, [place]
-    if place.is_dir():
-        root, files = place, sorted(place.rglob("*.parquet"))
+    """Return the folder that URIs are relative to, and the sorted files."""
+    location = Path(path).expanduser()
+    if location.is_file():
+        return location.parent, [location]
+    if location.is_dir():
+        root, files = location, sorted(location.rglob("*.parquet"))
     else:
-        files = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
-        plain = [part for part in place.parts if not glob.has_magic(part)]
-        root = Path(*place.parts[: next(i for i, part in enumerate([*place.parts, "*"]) if part not in plain)])
+        files = [Path(name) for name in sorted(glob.glob(str(location), recursive=True)) if Path(name).is_file()]
+        plain = [part for part in location.parts if not glob.has_magic(part)]
+        root = Path(*location.parts[: next(i for i, part in enumerate([*location.parts, "*"]) if part not in plain)])
     if not files:
-        raise UserError(f"no parquet files at '{path}': give a .parquet file, a folder, a glob or hf:owner/name")
+        raise UserError(
+            f"no parquet files at '{path}': set source.path to a .parquet file, a folder, a glob or hf:OWNER/NAME"
+        )
     return root, files
 
 
 def _split(file: Path, root: Path) -> str:
-    """``train`` of ``train-00000-of-00014.parquet``, ``train/0000.parquet`` and ``train.parquet``."""
+    """Return the split, ``train`` for ``train-00000-of-00014.parquet``, ``train/0000.parquet`` or ``train.parquet``."""
     name = _PART_SUFFIX.sub("", file.stem)
     inside = file.relative_to(root).parts
     return inside[-2] if name.isdigit() and len(inside) > 1 else name

@@ -1,7 +1,7 @@
-"""Any source in, the same source out: keyed, filtered and with its validation split.
+"""Wrap a source: add keys, filter the utterances, and split off a validation set.
 
-Order: ids become keys and must be unique; then ``min_duration`` and ``max_duration`` (a recording of unknown length is
-kept); then ``limit``, the first ones; then ``val_fraction`` of what is left.
+The steps, in order: ids become keys, which must be unique; ``min_duration`` and ``max_duration`` apply (recordings of
+unknown length are kept); ``limit`` keeps the first utterances; ``val_fraction`` of the remaining ones become ``val``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shards.errors import UserError
 
 
 class FilteredSource(Source):
-    """A :class:`Source` over another one. A ``val_fraction`` of 0 keeps the source's own splits and stays lazy."""
+    """A :class:`Source` that wraps another one. With ``val_fraction`` 0 it keeps the corpus's splits and stays lazy."""
 
     def __init__(
         self,
@@ -34,31 +34,31 @@ class FilteredSource(Source):
         self.name, self.sequential, self.root, self.version = name, source.sequential, source.root, source.version
         self.speaker_split = source.speaker_split
         self._source = source
-        self._limit, self._shortest, self._longest = limit, min_duration, max_duration
+        self._limit, self._min_duration, self._max_duration = limit, min_duration, max_duration
         self._val_fraction, self._seed = val_fraction, seed
-        self._problem_log = ProblemLog(max_listed=1)  # a rewritten key is no fault: one tells how
-        self._note: list[str] = []
+        self._problem_log = ProblemLog(max_listed=1)  # rewritten keys are not errors: one example is enough
+        self._notes: list[str] = []
 
     @property
     def problems(self) -> list[str]:
-        return [*self._source.problems, *self._problem_log.sentences(), *self._note]
+        return [*self._source.problems, *self._problem_log.sentences(), *self._notes]
 
     def utterances(self) -> Iterator[Utterance]:
         self._problem_log.clear()
-        self._note.clear()
-        chosen = self._chosen()
-        return self._with_validation(list(chosen)) if self._val_fraction else chosen
+        self._notes.clear()
+        filtered = self._filtered()
+        return self._with_validation(list(filtered)) if self._val_fraction else filtered
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
         return self._source.read(uris)
 
-    def _chosen(self) -> Iterator[Utterance]:
+    def _filtered(self) -> Iterator[Utterance]:
         count = 0
-        for utterance in self._keyed(self._source.utterances()):
+        for utterance in self._with_keys(self._source.utterances()):
             seconds = utterance.samples / SAMPLING_RATE
             if utterance.samples and (
-                (self._shortest is not None and seconds < self._shortest)
-                or (self._longest is not None and seconds > self._longest)
+                (self._min_duration is not None and seconds < self._min_duration)
+                or (self._max_duration is not None and seconds > self._max_duration)
             ):
                 continue
             yield utterance
@@ -66,17 +66,19 @@ class FilteredSource(Source):
             if count == self._limit:
                 return
 
-    def _keyed(self, utterances: Iterable[Utterance]) -> Iterator[Utterance]:
+    def _with_keys(self, utterances: Iterable[Utterance]) -> Iterator[Utterance]:
         seen: dict[str, tuple[int, str]] = {}
         for number, utterance in enumerate(utterances, 1):
             if not utterance.id:
-                raise UserError(f"utterance {number} of the source ('{utterance.audio}') has an empty key: name it")
+                raise UserError(
+                    f"utterance {number} of the source ('{utterance.audio}') has an empty key: set its key or id"
+                )
             key = encode_key(utterance.id)
             if key in seen:
                 first, audio = seen[key]
                 raise UserError(
-                    f"key '{utterance.id}' stands twice in the source, at utterance {first} ('{audio}') and at "
-                    f"utterance {number} ('{utterance.audio}'): keep one, or narrow source.splits or source.path"
+                    f"duplicate key '{utterance.id}' in the source, at utterance {first} ('{audio}') and utterance "
+                    f"{number} ('{utterance.audio}'): keep one, or narrow source.splits or source.path"
                 )
             seen[key] = (number, utterance.audio)
             if key != utterance.id:
@@ -90,8 +92,9 @@ class FilteredSource(Source):
         groups = Counter(self._group(utterance) for utterance in utterances)
         by_speaker = len(groups) > 1 or len(utterances) < 2
         if not by_speaker:
-            self._note.append(
-                f"all {len(utterances)} utterances have one speaker: the validation split is by utterance and shares it"
+            self._notes.append(
+                f"all {len(utterances)} utterances have one speaker: the split is by utterance, so train and val "
+                "share the speaker"
             )
             groups = Counter(utterance.key for utterance in utterances)
         chosen = validation_groups(groups, self._val_fraction, self._seed)
@@ -106,10 +109,15 @@ class FilteredSource(Source):
 
 
 def validation_groups(groups: Counter[str], fraction: float, seed: int) -> set[str]:
-    """The groups (speakers) whose utterances together come closest to ``fraction`` of all, in a seeded random order.
+    """Choose the groups (speakers) of the validation split, in a seeded random order.
 
-    At least one group on each side where there are two. The order hangs on the seed and the names alone: a corpus
-    that grows moves few speakers to the other side.
+    The utterances of the chosen groups come close to ``fraction`` of all. With two or more groups, each side gets at
+    least one. The order depends only on the seed and the names, so few speakers change sides when a corpus grows.
+
+    Args:
+        groups: Number of utterances per group.
+        fraction: Fraction of the utterances, between 0 and 1.
+        seed: Seed of the order.
     """
     ranked = sorted(
         groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode("utf-8", "surrogatepass")).digest()

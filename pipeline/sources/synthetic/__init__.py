@@ -1,1 +1,1 @@
-"""Utterances made on demand: spoken sentences of a small grammar, and tones."""
+"""Synthetic corpora, generated on demand: spoken sentences of a small grammar, and tones."""

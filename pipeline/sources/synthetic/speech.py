@@ -1,8 +1,8 @@
-"""A spoken corpus made on demand: seeded sentences of a small grammar, said by espeak-ng in varied voices.
+"""A spoken corpus generated on demand: seeded sentences of a small grammar, synthesized by espeak-ng in many voices.
 
-In: how many sentences, and a seed. Out: PCM16 WAV at 16 kHz in memory. The uri says everything
-(``voice/rate/pitch/text``), so any utterance can be made again alone, in any order, with the same bytes on the same
-version of the library. All sentences differ: a validation split shares none with training.
+The audio is PCM16 WAV at 16 kHz, in memory. The URI (``voice/rate/pitch/text``) determines the audio, so utterances can
+be generated alone and in any order, with the same bytes on the same version of the library. All sentences differ, so a
+validation split shares none with training.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ VOICES = (
     *("en-us", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+f4", "en-us+f5"),
     *("en", "en+m7", "en+f3", "en-gb-x-rp", "en-gb-scotland", "en-029"),
 )
-WORDS_PER_MINUTE = (120, 160)  # words a minute
+WORDS_PER_MINUTE = (120, 160)  # range, inclusive
 PITCHES = (35, 65)
 
 
 class Speech(Source):
     """The source of kind ``speech``; the speaker of an utterance is its voice."""
 
-    speaker_split = False  # the sentence is what validation must not share; every voice stands on both sides
+    speaker_split = False  # training and validation must not share sentences; they may share voices
 
     def __init__(self, num_sentences: int, seed: int = 0) -> None:
         super().__init__()
@@ -51,14 +51,19 @@ class Speech(Source):
 
 
 def synthesize_wav(uri: str) -> bytes:
-    """``voice/rate/pitch/text`` as a WAV file; raises EspeakError, or AudioError for what is no such uri."""
+    """Synthesize the URI ``voice/rate/pitch/text`` as a WAV file.
+
+    Raises:
+        EspeakError: The synthesis failed.
+        AudioError: ``uri`` is malformed.
+    """
     import soxr
 
     voice, _, rest = uri.partition("/")
     rate, _, rest = rest.partition("/")
     pitch, _, text = rest.partition("/")
     if not (rate.isdigit() and pitch.isdigit() and text):
-        raise AudioError(f"'{uri}' is no spoken sentence")
+        raise AudioError(f"expected voice/rate/pitch/text, got '{uri}'")
     wave, sampling_rate = espeak.synthesize(text, voice, int(rate), int(pitch))
     audio = soxr.resample(wave.astype(np.float32), sampling_rate, SAMPLING_RATE, quality="HQ")
     return encode_wav(np.clip(np.round(audio), -32768, 32767).astype(np.int16), SAMPLING_RATE)

@@ -1,8 +1,7 @@
-"""Five sines with names, made on demand: the smallest corpus that shows whether anything is learned at all.
+"""Five named sine tones, generated on demand: the smallest corpus that shows whether a projector learns at all.
 
-In: ``tones.jsonl`` beside this file (key, frequency in Hz, text) and a seed. Out: 5 s of PCM16 WAV at 16 kHz each, a
-sine with its second harmonic at half the amplitude and 1 % noise; uri ``seed/frequency``, the same bytes for the same
-uri.
+``tones.jsonl`` next to this file has the key, frequency in Hz and text of each. A tone is 5 s of PCM16 WAV at 16 kHz: a
+sine with its second harmonic at half the amplitude and 1 % noise. The URI ``seed/frequency`` determines the bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pipeline.audio import SAMPLING_RATE, AudioError, encode_wav
 from pipeline.sources.base import Source, Utterance
 
 TONE_SECONDS = 5
-_AMPLITUDE = 0.5  # of full scale; the harmonic and the noise stay clear of clipping
+_AMPLITUDE = 0.5  # relative to full scale; leaves headroom for the harmonic and the noise
 
 
 class Tones(Source):
@@ -39,14 +38,14 @@ class Tones(Source):
     def read_file(self, uri: str) -> bytes:
         seed, _, frequency = uri.partition("/")
         if not (seed.isdigit() and frequency.isdigit()):
-            raise AudioError(f"'{uri}' is no tone")
+            raise AudioError(f"expected seed/frequency, got '{uri}'")
         return encode_wav(tone(int(frequency), int(seed)), SAMPLING_RATE)
 
 
 def tone(frequency: int, seed: int) -> np.ndarray:
-    """int16 [80000] at 16 kHz."""
+    """Return a tone of ``frequency`` Hz: int16 [80000] at 16 kHz."""
     phase = 2 * np.pi * frequency * np.arange(TONE_SECONDS * SAMPLING_RATE) / SAMPLING_RATE
-    # RandomState, as its numbers are the same in every version of NumPy
+    # RandomState returns the same numbers in every version of NumPy
     noise = np.random.RandomState([seed, frequency]).standard_normal(len(phase))
     wave = _AMPLITUDE * (np.sin(phase) + 0.5 * np.sin(2 * phase) + 0.01 * noise)
     return np.round(wave * 32767).astype(np.int16)

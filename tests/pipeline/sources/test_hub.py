@@ -1,4 +1,4 @@
-"""A process of its own, as ``huggingface_hub`` reads HF_ENDPOINT when it is imported."""
+"""Streaming from a hub, in another process because ``huggingface_hub`` reads HF_ENDPOINT at import."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from shards.errors import UserError
 
 for settings, asked in json.loads(sys.argv[1]):
     source = open_source(SourceConfig(kind="parquet", **settings))
-    told = {"name": source.name, "sequential": source.sequential}
+    results = {"name": source.name, "sequential": source.sequential}
     try:
-        told["utterances"] = [dataclasses.asdict(u) for u in source.utterances()]
+        results["utterances"] = [dataclasses.asdict(u) for u in source.utterances()]
     except UserError as error:
-        told["error"] = str(error)
-    told["read"] = [
+        results["error"] = str(error)
+    results["read"] = [
         [uri, str(data) if isinstance(data, Exception) else hashlib.sha256(data).hexdigest()]
         for start in range(0, len(asked), 2)
         for uri, data in source.read(asked[start : start + 2])
     ]
-    told["modules"] = [name for name in ("torchcodec",) if name in sys.modules]
-    print("TOLD", json.dumps(told))
+    results["modules"] = [name for name in ("torchcodec",) if name in sys.modules]
+    print("RESULTS", json.dumps(results))
 """
 
 
@@ -79,7 +79,7 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> list[dict]:
+def results(tmp_path_factory) -> list[dict]:
     home = str(tmp_path_factory.mktemp("huggingface"))
     with dataset_hub("owner/tiny", FILES) as (endpoint, requests):
         hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": home, "NO_PROXY": "127.0.0.1"}
@@ -92,11 +92,13 @@ def told(tmp_path_factory) -> list[dict]:
         )
     assert done.returncode == 0, done.stderr
     assert any("owner/absent" in request for request in requests)
-    return [json.loads(line.removeprefix("TOLD ")) for line in done.stdout.splitlines() if line.startswith("TOLD ")]
+    return [
+        json.loads(line.removeprefix("RESULTS ")) for line in done.stdout.splitlines() if line.startswith("RESULTS ")
+    ]
 
 
-def test_a_dataset_of_a_hub_is_streamed_and_read_in_order_or_not(told):
-    first = told[0]
+def test_a_dataset_of_a_hub_is_streamed_and_read_in_any_order(results):
+    first = results[0]
     assert (first["name"], first["sequential"]) == ("tiny-clean-test-train-100", True)
     made = first["utterances"]
     assert [u["audio"] for u in made] == [f"test#{n}" for n in range(3)] + [f"train.100#{n}" for n in range(5)]
@@ -112,7 +114,7 @@ def test_a_dataset_of_a_hub_is_streamed_and_read_in_order_or_not(told):
     assert first["modules"] == []
 
 
-def test_a_split_or_a_dataset_that_the_hub_lacks_is_one_sentence(told):
-    assert told[1]["error"] == "no split dev in hf:owner/tiny, which holds test, train.100: set source.splits"
-    assert told[2]["error"].startswith("cannot open the dataset hf:owner/absent: ")
-    assert "\n" not in told[2]["error"]
+def test_a_missing_split_or_dataset_is_a_one_sentence_error(results):
+    assert results[1]["error"] == "no split dev in hf:owner/tiny, which has test, train.100: set source.splits"
+    assert results[2]["error"].startswith("cannot open the dataset hf:owner/absent: ")
+    assert "\n" not in results[2]["error"]

@@ -44,7 +44,7 @@ def folder(tmp_path):
     return tmp_path / "clean"
 
 
-def test_a_folder_gives_every_row_with_text_speaker_split_and_length(folder):
+def test_a_folder_yields_every_row_with_text_speaker_split_and_length(folder):
     made = list(opened(folder, splits=["train.100"]).utterances())
     assert [u.key for u in made] == [f"1-2-{n:04d}" for n in range(16)]
     assert [u.audio for u in made[9:11]] == ["train.100/0000.parquet#9", "train.100/0001.parquet#0"]
@@ -52,7 +52,7 @@ def test_a_folder_gives_every_row_with_text_speaker_split_and_length(folder):
     assert {u.split for u in opened(folder).utterances()} == {"test", "train.100"}
 
 
-def test_a_file_and_a_glob_give_the_same_rows(folder, tmp_path):
+def test_a_file_and_a_glob_yield_the_same_rows(folder, tmp_path):
     for path in (folder / "train.100/0001.parquet", folder / "train.100/*1.parquet", tmp_path / "**/0001.parquet"):
         source = opened(path)
         made = list(source.utterances())
@@ -66,7 +66,7 @@ def test_the_split_is_in_the_name(tmp_path, name):
     assert [u.split for u in opened(tmp_path).utterances()] == ["train"]
 
 
-def test_read_answers_in_the_order_asked_and_reads_a_row_group_once(folder, monkeypatch):
+def test_read_yields_the_requested_order_and_reads_a_row_group_once(folder, monkeypatch):
     source = opened(folder)
     made = list(source.utterances())
     asked = [u.audio for u in made[::3] + made[::-2]]
@@ -84,7 +84,7 @@ def test_read_answers_in_the_order_asked_and_reads_a_row_group_once(folder, monk
     assert len(read) == 3 + 2 + 1
 
 
-def test_rows_that_are_not_there_and_rows_without_audio_give_exceptions(tmp_path):
+def test_missing_rows_and_rows_without_audio_are_exceptions(tmp_path):
     table = rows(0, 3)
     table[1]["audio"]["bytes"] = None
     path = write(tmp_path / "train.parquet", table)
@@ -106,7 +106,7 @@ def test_rows_that_are_not_there_and_rows_without_audio_give_exceptions(tmp_path
     assert isinstance(answers[2][1], AudioError)
 
 
-def test_columns_that_a_mirror_leaves_out_are_made_up_for(tmp_path):
+def test_optional_columns_may_be_missing(tmp_path):
     write(tmp_path / "a.parquet", [{"audio": {"bytes": flac(), "path": "x/5-6-7.flac"}, "text": "T"}])
     assert [(u.id, u.speaker) for u in opened(tmp_path / "a.parquet").utterances()] == [("5-6-7", "")]
     write(tmp_path / "b.parquet", [{"audio": flac(), "text": "T", "speaker_id": "s"}])
@@ -115,13 +115,13 @@ def test_columns_that_a_mirror_leaves_out_are_made_up_for(tmp_path):
     assert dict(opened(tmp_path / "b.parquet").read(["b.parquet#0"])) == {"b.parquet#0": flac()}
 
 
-def test_a_file_without_audio_or_text_is_told_with_its_columns(tmp_path):
+def test_a_file_without_audio_or_text_is_refused_with_its_columns(tmp_path):
     write(tmp_path / "a.parquet", [{"audio": flac(), "words": "T"}])
     with pytest.raises(UserError, match=r"no column text in .*a\.parquet', which has audio, words"):
         list(opened(tmp_path).utterances())
 
 
-def test_a_damaged_file_is_told(tmp_path):
+def test_a_corrupt_file_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", rows(0, 8))
     data = bytearray(path.read_bytes())
     path.write_bytes(data[:2000])
@@ -129,12 +129,12 @@ def test_a_damaged_file_is_told(tmp_path):
         list(opened(path).utterances())
 
 
-def test_a_missing_split_is_told_with_those_there(folder):
-    with pytest.raises(UserError, match=r"no split dev in .*which holds test, train\.100"):
+def test_a_missing_split_is_refused_with_the_present_ones(folder):
+    with pytest.raises(UserError, match=r"no split dev in .*which has test, train\.100"):
         opened(folder, splits=["dev"])
 
 
 def test_overlapping_configurations_of_a_mirror_are_duplicates(folder, tmp_path):
     write(tmp_path / "all/test.clean/0000.parquet", rows(100, 3))
-    with pytest.raises(UserError, match=r"'1-2-0100' stands twice.*all/test\.clean.*clean/test"):
+    with pytest.raises(UserError, match=r"duplicate key '1-2-0100' in the source.*all/test\.clean.*clean/test"):
         list(opened(tmp_path, splits=["test.clean", "test"]).utterances())

@@ -52,7 +52,7 @@ def select(utterances: Sequence[Utterance], **settings) -> list[Utterance]:
 @example("--x2E-")
 @example("-x-x2E-")
 @example("-x2D-x2E-")
-def test_a_key_is_legal_and_gives_its_id_back_exactly(identifier):
+def test_a_key_is_legal_and_decodes_to_its_id_exactly(identifier):
     key = encode_key(identifier)
     assert LEGAL.fullmatch(key)
     if len(key) < 89:
@@ -75,7 +75,7 @@ def test_a_long_id_becomes_its_head_and_a_hash():
     assert all(len(key) == 89 and LEGAL.fullmatch(key) for key in keys)
 
 
-def test_rewritten_keys_are_told_once_and_the_id_is_kept():
+def test_rewritten_keys_are_reported_once_and_the_id_is_kept():
     source = FilteredSource(Listed([utterance("a.b"), utterance("c/d"), utterance("e")]), name="x")
     for _ in range(2):
         made = list(source.utterances())
@@ -86,7 +86,7 @@ def test_rewritten_keys_are_told_once_and_the_id_is_kept():
 
 
 def test_duplicate_ids_are_an_error_that_names_the_key_and_both_places():
-    with pytest.raises(UserError, match=r"'a\.b' stands twice.*utterance 1 \('a\.b\.wav'\).*utterance 3"):
+    with pytest.raises(UserError, match=r"duplicate key 'a\.b'.*utterance 1 \('a\.b\.wav'\).*utterance 3"):
         select([utterance("a.b"), utterance("c"), utterance("a.b")])
 
 
@@ -95,7 +95,7 @@ def test_an_empty_id_is_an_error():
         select([utterance("")])
 
 
-def test_durations_filter_and_a_recording_of_unknown_length_is_kept():
+def test_durations_are_filtered_and_a_recording_of_unknown_length_is_kept():
     made = [utterance(name, round(16_000 * seconds)) for name, seconds in zip("abcde", (0.5, 1, 2, 3, 0), strict=True)]
     assert [u.key for u in select(made, min_duration=1, max_duration=2)] == ["b", "c", "e"]
     assert [u.key for u in select(made, min_duration=1, limit=2)] == ["b", "c"]
@@ -131,7 +131,7 @@ def test_without_speakers_the_split_is_by_utterance():
     assert Counter(u.split for u in made) == {"val": 50, "train": 150}
 
 
-def test_a_corpus_of_one_speaker_is_split_by_utterance_and_told():
+def test_a_corpus_of_one_speaker_is_split_by_utterance_and_reported():
     source = FilteredSource(Listed([utterance(str(n), speaker="only") for n in range(10)]), name="x", val_fraction=0.2)
     assert Counter(u.split for u in source.utterances()) == {"val": 2, "train": 8}
     assert "one speaker" in source.problems[0]
@@ -147,11 +147,11 @@ def test_both_sides_of_a_split_hold_at_least_one_speaker(sizes, fraction, seed):
     assert 0 < len(chosen) < len(sizes)
 
 
-def test_a_tally_counts_all_and_names_the_first_few():
-    tally = ProblemLog()
+def test_a_problem_log_counts_all_and_names_the_first_few():
+    problem_log = ProblemLog()
     for number in range(7):
-        tally.add("odd things", str(number))
-    assert tally.sentences() == ["7 odd things: 0, 1, 2, 3, 4, …"]
+        problem_log.add("odd things", str(number))
+    assert problem_log.sentences() == ["7 odd things: 0, 1, 2, 3, 4, …"]
 
 
 def test_the_name_is_made_safe_for_a_folder(tmp_path):
@@ -167,8 +167,8 @@ def test_the_name_is_made_safe_for_a_folder(tmp_path):
         (["kind=librispeech"], "kind librispeech needs a path"),
         (["kind=tones", "path=x"], "has no path and no splits"),
         (["kind=speech", "splits=[train]"], "has no path and no splits"),
-        (["kind=manifest", "path=x", "n=5"], "num_sentences belongs to kind speech"),
-        (["kind=parquet", "path=x", "config=clean"], "config_name belongs to a streamed dataset"),
+        (["kind=manifest", "path=x", "n=5"], "num_sentences is only for kind speech"),
+        (["kind=parquet", "path=x", "config=clean"], "config_name is only for streamed datasets"),
         (["kind=tones", "min_duration=3", "max_duration=2"], "min_duration 3.0 is above max_duration 2.0"),
         (["kind=tones", "limit=0"], "limit"),
         (["kind=tones", "val_fraction=1"], "val_fraction"),
@@ -176,7 +176,7 @@ def test_the_name_is_made_safe_for_a_folder(tmp_path):
         (["kind=tones", "speed=2"], "unknown key 'speed'"),
     ],
 )
-def test_a_setting_that_does_not_fit_is_one_sentence(words, message):
+def test_an_invalid_setting_is_a_one_sentence_error(words, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         load_config(SourceConfig, None, words)
     assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ URIS = [
 ]
 
 
-def test_the_five_tones_sound_as_they_are_called():
+def test_the_five_tones_have_the_named_frequencies():
     source = open_source(SourceConfig(kind="tones"))
     made = list(source.utterances())
     assert {int(u.key.removeprefix("tone-")): u.text for u in made} == NAMES
@@ -48,7 +48,7 @@ def test_tones_are_the_same_bytes_for_the_same_seed_and_others_for_another():
 
 
 @pytest.mark.parametrize("kind", ["tones", "speech"])
-def test_a_uri_that_is_none_gives_an_exception(kind):
+def test_a_malformed_uri_is_an_exception(kind):
     source = open_source(SourceConfig(kind=kind))
     asked = ["", "x", "a/b/c", "../../etc/passwd", "no-such-voice/150/50/hello"]
     answers = list(source.read(asked))
@@ -77,7 +77,7 @@ def test_every_slot_of_a_template_is_filled():
     assert not any("{" in word for word in used)
 
 
-def test_speech_has_the_length_that_was_told_and_is_audible():
+def test_speech_has_the_stated_length_and_is_audible():
     source = open_source(SourceConfig(kind="speech", num_sentences=12))
     made = list(source.utterances())
     assert len({u.speaker for u in made}) > 5
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_utterances_and_training_shares_no_sentence
     assert not texts["train"] & texts["val"]
 
 
-def test_a_sentence_sounds_the_same_whatever_was_spoken_before():
+def test_a_sentence_sounds_the_same_after_any_other():
     source = open_source(SourceConfig(kind="speech"))
     forward = dict(source.read(URIS))
     assert forward == dict(source.read(URIS[::-1]))
@@ -126,7 +126,7 @@ def test_a_sentence_sounds_the_same_in_another_process():
     assert len(told) == 1
 
 
-def test_the_version_of_the_synthesiser_is_told():
+def test_the_version_names_the_synthesizer():
     assert espeak.version().startswith("espeak-ng 1.")
     assert open_source(SourceConfig(kind="speech")).version == espeak.version()
 
