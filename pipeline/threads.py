@@ -1,10 +1,10 @@
-"""Threads of an extraction: many clips at once on a CPU, each on one thread; work behind the main thread's back.
+"""Threads of an extraction: a pool that encodes one clip per thread on a CPU, and a background thread.
 
-:class:`Threads` — in: a function and its arguments, one call a clip. Out: when all calls are done. Torch's own way, all
-threads inside each operation, waits at a barrier after every one of them, a thousand times a clip: on cores that are
-shared with anything else a call then takes many times as long.
+:class:`ThreadPool` runs a function once per clip and returns when all calls are done. By default torch uses all threads
+inside each operation and waits at a barrier after every one, about a thousand times per clip. On cores shared with
+other programs, a call then takes many times as long.
 
-:class:`BackgroundThread` — in: items, in order. Out: when one thread has taken them all.
+:class:`BackgroundThread` processes items in order in one thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class ThreadPool:
-    """A pool of ``n`` threads in which torch itself uses one thread; made at the first use."""
+    """A pool of ``num_threads`` threads in which torch itself uses one thread. Created at the first use."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
         self._executor: ThreadPoolExecutor | None = None
 
     def run(self, function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
-        """``function(*call)`` for each of ``calls``, in any order; the first exception is raised when all are done."""
+        """Run ``function(*call)`` for each of ``calls``, in any order; raise the first exception when all are done."""
         with _torch_single_threaded():
             if self.num_threads == 1 or len(calls) == 1:
                 for call in calls:
@@ -42,7 +42,7 @@ class ThreadPool:
             try:
                 errors = [future.exception() for future in futures]
             finally:
-                for future in futures:  # an interrupt ends after the clips that are under way
+                for future in futures:  # after an interrupt, only the clips already started are finished
                     future.cancel()
         for error in errors:
             if error is not None:
@@ -51,7 +51,7 @@ class ThreadPool:
 
 @contextmanager
 def _torch_single_threaded() -> Iterator[None]:
-    """The calling thread, and what is global in torch's settings, at one thread for a while."""
+    """Limit the calling thread, and torch's global setting, to one thread inside the ``with`` block."""
     import torch
 
     before = torch.get_num_threads()
@@ -65,20 +65,20 @@ def _torch_single_threaded() -> Iterator[None]:
 def _set_one_torch_thread() -> None:
     import torch
 
-    torch.set_num_threads(1)  # OpenMP keeps the number of threads for each thread that calls it
+    torch.set_num_threads(1)  # OpenMP keeps the number of threads per calling thread
 
 
 class BackgroundThread(Generic[T]):
-    """Calls ``function`` with each item in a thread of its own, in order; at most ``room`` items wait.
+    """Calls ``function`` with each item in a background thread, in order; at most ``maxsize`` items are queued.
 
-    An exception of ``function`` ends the work and is raised by the next :meth:`put` or :meth:`finish`. Leaving the
-    ``with`` block by an exception drops what waits.
+    An exception of ``function`` stops the processing and is raised by the next :meth:`put` or :meth:`finish`. Leaving
+    the ``with`` block with an exception discards the queued items.
     """
 
     def __init__(self, function: Callable[[T], None], maxsize: int) -> None:
         self._function = function
         self._error: BaseException | None = None
-        self._dropping = False
+        self._discarding = False
         self._items: Queue[tuple[T] | None] = Queue(maxsize)
         self._thread = Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
@@ -89,17 +89,17 @@ class BackgroundThread(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._dropping = self._dropping or kind is not None
+        self._discarding = self._discarding or kind is not None
         self._end()
 
     def put(self, item: T) -> None:
-        """Hand over; waits while there is no room."""
+        """Queue ``item``; blocks while the queue is full."""
         if self._error is not None:
             raise self._error
         self._items.put((item,))
 
     def finish(self) -> None:
-        """Wait until everything is done."""
+        """Wait until all items are processed; raises the exception of ``function``, if any."""
         self._end()
         if self._error is not None:
             raise self._error
@@ -111,8 +111,8 @@ class BackgroundThread(Generic[T]):
 
     def _run(self) -> None:
         while (item := self._items.get()) is not None:
-            if not self._dropping:
+            if not self._discarding:
                 try:
                     self._function(*item)
                 except BaseException as error:
-                    self._error, self._dropping = error, True
+                    self._error, self._discarding = error, True

@@ -55,7 +55,7 @@ def test_stereo_becomes_the_mean_of_its_channels():
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 44_100, 48_000, 96_000])
 @pytest.mark.parametrize("length", [1, 7, 12_345, 22_051])
-def test_probe_tells_the_length_that_decode_will_give(rate, length):
+def test_probe_returns_the_length_that_decode_returns(rate, length):
     data = encode_wav(np.zeros(length, np.int16), rate)
     if probe(data):
         assert len(decode(data)) == probe(data)
@@ -64,7 +64,7 @@ def test_probe_tells_the_length_that_decode_will_give(rate, length):
             decode(data)
 
 
-def test_probe_of_what_cannot_be_read_is_zero(tmp_path):
+def test_probe_of_an_unreadable_file_is_zero(tmp_path):
     assert probe(b"") == probe(b"not audio") == probe(tmp_path / "absent.wav") == probe(str(tmp_path)) == 0
     assert probe(encode_wav(np.zeros(0, np.int16), 16_000)) == 0
 
@@ -108,7 +108,7 @@ def test_encode_wav_is_read_back_exactly_by_libsndfile(dtype, channels):
     assert rate == 22_050
 
 
-def test_cut_gives_the_segment_at_the_rate_of_the_recording_and_one_channel_where_asked(tmp_path):
+def test_read_segment_keeps_the_sampling_rate_and_selects_a_channel(tmp_path):
     samples = np.stack([sine(2, 8000)[:, 0], sine(2, 8000, 880)[:, 0]], axis=1)
     path = tmp_path / "a b.wav"
     path.write_bytes(encode_wav(samples, 8000))
@@ -127,7 +127,7 @@ def test_cut_gives_the_segment_at_the_rate_of_the_recording_and_one_channel_wher
 
 
 def frames_of(spans: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Frames that say where in the recording they lie, and in which window."""
+    """Frames that contain their position in the recording and the index of their window."""
     return [
         np.stack([np.arange(start // 320, -(-stop // 320)), np.full(-(-(stop - start) // 320), number)], axis=1)
         for number, (start, stop) in enumerate(spans)
@@ -136,7 +136,7 @@ def frames_of(spans: list[tuple[int, int]]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("seconds", [0.01, 1.0, 30.0, 30.02, 35, 61, 600])
 @pytest.mark.parametrize("overlap", [0, 1, 5, 29.98])
-def test_windows_and_stitch_lose_and_repeat_no_frame(seconds, overlap):
+def test_windows_and_stitch_neither_lose_nor_repeat_frames(seconds, overlap):
     samples = round(seconds * SAMPLING_RATE)
     if samples > 1_000_000 and overlap > 5:
         samples = 500_000
@@ -181,5 +181,5 @@ def test_frames_that_do_not_fit_their_window_are_refused():
         with pytest.raises(ValueError, match=r"frames|parts"):
             stitch(parts, spans, 320)
     for samples, window, overlap in [(0, 320, 0), (10, 300, 0), (10, 320, 100), (10, 320, 320), (10, 320, -320)]:
-        with pytest.raises(ValueError, match=r"window"):
+        with pytest.raises(ValueError, match=r"window|sample"):
             split_into_windows(samples, window, overlap)

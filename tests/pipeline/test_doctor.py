@@ -41,7 +41,7 @@ def test_it_runs_without_any_package_and_names_the_setup(tmp_path):
 @pytest.mark.parametrize(
     "file", ["pipeline/doctor.py", "pipeline/__main__.py", "pipeline/weights/wheels.py", "pipeline/weights/hubs.py"]
 )
-def test_an_older_python_can_read_what_tells_it_that_it_is_too_old(file):
+def test_an_older_python_can_parse_the_code_that_reports_it_as_too_old(file):
     ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
@@ -54,11 +54,11 @@ def test_packages_that_differ_from_the_lock_are_named(tmp_path):
     lock = tmp_path / "requirements.lock"
     lock.write_text("pytest==0.1\nno-such-package==1.0\n")
     found = doctor.packages(lock)
-    assert "0 of 2 as in requirements.lock; absent no-such-package; other versions pytest " in found.message
+    assert "0 of 2 as in requirements.lock; missing no-such-package; other versions pytest " in found.message
     assert found.fix == "run `make setup`"
 
 
-def test_cpu_flags_tell_the_dtype_that_auto_means(tmp_path):
+def test_cpu_flags_determine_the_dtype_that_auto_means(tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text("model name\t: Test 1\nflags\t\t: fpu avx2 avx512f amx_bf16\n")
     assert "Test 1" in doctor.cpu(info).message
@@ -67,7 +67,7 @@ def test_cpu_flags_tell_the_dtype_that_auto_means(tmp_path):
     assert "means float32" in doctor.cpu(info).message
 
 
-def test_a_gpu_that_torch_cannot_use_is_told(here, monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_reported(here, monkeypatch):
     smi = here / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text("#!/bin/sh\necho 'Test GPU, 16376 MiB, 1.2'\n")
@@ -79,10 +79,10 @@ def test_a_gpu_that_torch_cannot_use_is_told(here, monkeypatch):
     assert "lists none" in doctor.gpus()[0].message
 
 
-def test_a_full_disk_is_told_before_the_work(here, monkeypatch):
+def test_a_full_disk_is_reported(here, monkeypatch):
     assert doctor.disk([here / "not" / "yet"]).fix == ""
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", float("inf"))
-    assert f"make room for {here}" in doctor.disk([here]).fix
+    assert f"free space for {here}" in doctor.disk([here]).fix
 
 
 def test_weights_of_wheels_and_hub_caches_are_found(here):
@@ -94,7 +94,7 @@ def test_weights_of_wheels_and_hub_caches_are_found(here):
     assert "wheel:whisper-base" in texts
 
 
-def test_the_next_command_follows_what_stands_here(here):
+def test_the_next_command_depends_on_the_caches_and_runs(here):
     caches, runs = here / "caches", here / "runs"
     assert doctor.next_command(True, caches, runs).startswith("make setup")
     assert doctor.next_command(False, caches, runs).startswith("make train")
@@ -110,7 +110,7 @@ def test_the_next_command_follows_what_stands_here(here):
     assert doctor.runs(runs).message.startswith("1 finished")
 
 
-def test_a_hub_that_answers_anything_can_be_reached_and_another_cannot():
+def test_a_hub_is_reachable_if_it_answers_at_all():
     class Refusing(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_error(403)
@@ -129,7 +129,7 @@ def test_a_hub_that_answers_anything_can_be_reached_and_another_cannot():
     assert gone.fix
 
 
-def test_hubs_are_asked_only_when_asked_for(here, capsys, monkeypatch):
+def test_hubs_are_contacted_only_on_request(here, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "hub", lambda name, url: doctor.Finding("hubs", f"asked {name} at {url}"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     doctor.doctor()

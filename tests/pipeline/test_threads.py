@@ -35,7 +35,7 @@ def test_a_failed_call_is_raised(n):
         ThreadPool(n).run(divide, [(1,), (0,), (2,)])
 
 
-def test_background_work_is_done_in_order_and_all_of_it():
+def test_background_work_is_done_completely_and_in_order():
     done: list[int] = []
     with BackgroundThread(done.append, 2) as background:
         for i in range(50):
@@ -45,7 +45,7 @@ def test_background_work_is_done_in_order_and_all_of_it():
     assert not background._thread.is_alive()
 
 
-def test_no_more_than_the_room_waits():
+def test_no_more_than_maxsize_items_are_queued():
     go, done = threading.Event(), []
     with BackgroundThread(lambda i: (go.wait(20), done.append(i)), 3) as background:
         for i in range(4):  # one is under way, three wait
@@ -60,7 +60,7 @@ def test_no_more_than_the_room_waits():
     assert done == [0, 1, 2, 3, 4]
 
 
-def test_an_error_of_background_work_reaches_the_giver_and_ends_the_work():
+def test_an_error_of_background_work_reaches_the_caller_and_ends_the_work():
     done: list[int] = []
 
     def work(i: int) -> None:
@@ -79,7 +79,7 @@ def test_an_error_of_background_work_reaches_the_giver_and_ends_the_work():
     assert not background._thread.is_alive()
 
 
-def test_leaving_by_an_exception_drops_what_waits():
+def test_leaving_with_an_exception_discards_the_queued_items():
     go, done = threading.Event(), []
 
     def give(background: BackgroundThread[int]) -> None:
