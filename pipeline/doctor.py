@@ -81,6 +81,7 @@ def doctor(hubs: bool = False) -> int:
 
 
 def python(version: tuple[int, ...]) -> Finding:
+    """Report the version of Python and whether it is recent enough."""
     fix = (
         ""
         if version >= MIN_PYTHON
@@ -134,6 +135,7 @@ def _torch_version_file() -> tuple[str, str | None] | None:
 
 
 def cpu(info: Path = Path("/proc/cpuinfo")) -> Finding:
+    """Report the CPU, its usable cores and vector flags, and the dtype that ``encoder.dtype=auto`` stands for."""
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     words = set(re.findall(r"\w+", text))
@@ -154,7 +156,7 @@ def gpus() -> list[Finding]:
         gpu_lines = []
     build = _torch_version_file()
     if not gpu_lines:
-        return [Finding("GPU", "nvidia-smi lists none; everything also runs on the CPU")]
+        return [Finding("GPU", "none found (nvidia-smi lists none); everything also runs on the CPU")]
     if build is None or build[1] is None:
         fix = "install a CUDA build of torch into .venv" if build else ""
         return [Finding("GPU", f"{line}; not used, torch is not a CUDA build", fix) for line in gpu_lines]
@@ -168,6 +170,7 @@ def gpus() -> list[Finding]:
 
 
 def memory(info: Path = Path("/proc/meminfo")) -> Finding:
+    """Report the free and the total memory."""
     sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", info.read_text(), re.MULTILINE)) if info.exists() else {}
     if "MemAvailable" not in sizes:
         return Finding("memory", "unknown")
@@ -179,7 +182,7 @@ def disk(folders: list[Path]) -> Finding:
     free = {folder: shutil.disk_usage(_existing_parent(folder)).free for folder in folders}
     text = ", ".join(f"{size / 1e9:.0f} GB under {folder}" for folder, size in free.items())
     low = [str(folder) for folder, size in free.items() if size < MIN_FREE_BYTES]
-    fix = f"free space for {' and '.join(low)}, or set root=… and EARSHARD_HOME" if low else ""
+    fix = f"free up space under {' and '.join(low)}, or set root=… and EARSHARD_HOME" if low else ""
     return Finding("disk", f"free: {text}", fix)
 
 
@@ -216,6 +219,7 @@ def weights() -> list[Finding]:
 
 
 def caches(root: Path) -> list[Finding]:
+    """Report the complete and the incomplete caches under ``root``."""
     complete, incomplete = _find_caches(root)
     if not complete and not incomplete:
         return [Finding("caches", f"none under {root.absolute()}")]
@@ -235,6 +239,7 @@ def _find_caches(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def runs(root: Path) -> Finding:
+    """Report the finished runs under ``root``."""
     finished = _find_finished_runs(root)
     if not finished:
         return Finding("runs", f"none finished under {root.absolute()}")

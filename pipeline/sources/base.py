@@ -154,7 +154,7 @@ def encode_key(identifier: str) -> str:
         ValueError: The id is empty.
     """
     if not identifier:
-        raise ValueError("an empty id has no key")
+        raise ValueError("expected a non-empty id")
     raw = identifier.encode("utf-8", "surrogatepass")
     key = "".join(
         f"-x{byte:02X}-"

@@ -45,7 +45,7 @@ def test_an_older_python_can_parse_the_code_that_reports_it_as_too_old(file):
     ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
-def test_a_python_that_is_too_old_is_told_what_to_install():
+def test_a_python_that_is_too_old_names_what_to_install():
     assert doctor.python((3, 11, 0)).fix == ""
     assert "install Python 3.11" in doctor.python((3, 10, 9)).fix
 
@@ -82,7 +82,7 @@ def test_a_gpu_that_torch_cannot_use_is_reported(here, monkeypatch):
 def test_a_full_disk_is_reported(here, monkeypatch):
     assert doctor.disk([here / "not" / "yet"]).fix == ""
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", float("inf"))
-    assert f"free space for {here}" in doctor.disk([here]).fix
+    assert f"free up space under {here}" in doctor.disk([here]).fix
 
 
 def test_weights_of_wheels_and_hub_caches_are_found(here):
