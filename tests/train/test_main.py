@@ -93,7 +93,7 @@ def test_needs_prints_the_extractions_of_absent_caches_one_a_line(config, tmp_pa
         (["fit"], "--config"),
         (["fit", "--config", "no.yaml"], "there is no configuration file 'no.yaml'"),
         (["fit", "lr=1e-3"], "key 'caches' is missing in the command line"),
-        (["fit", "caches=[http://127.0.0.1:9/x/*]"], "a pattern on a server, which cannot be listed"),
+        (["fit", "caches=[http://127.0.0.1:9/x/*]"], "a glob pattern in a URL, and servers cannot be listed"),
         (["fit", "--resume", "no-run"], "'no-run' is not a run"),
         (["evaluate", "no-run"], "'no-run' is not a run"),
         (["report", "no-run"], "'no-run' is not a run"),

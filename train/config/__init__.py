@@ -1,1 +1,1 @@
-"""Settings of a training run."""
+"""Configuration of a training run."""

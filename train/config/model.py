@@ -1,8 +1,8 @@
-"""The settings of the parts of a model: which projector, which language model, which prompt.
+"""Configuration of the parts of a model: projector, language model and prompt.
 
-In: mappings from a YAML file. Out: frozen models that ``train/projectors/``, ``train/lms/`` and
-``train/model/prompt.py`` read. ``train/config/train.py`` holds them as its keys ``projector``, ``lm`` and ``prompt``.
-Nothing here imports torch, so that ``--help`` and a refusal of a bad key cost nothing.
+Mappings from a YAML file become frozen pydantic models that ``train/projectors/``, ``train/lms/`` and
+``train/model/prompt.py`` read. They are the keys ``projector``, ``lm`` and ``prompt`` of ``train/config/train.py``.
+This module does not import torch, so ``--help`` and errors about bad keys are fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class KindConfig(Config):
     """Keys that all built-in projectors share."""
 
     norm: Norm = "none"
-    """Normalisation of the soft tokens. Its gain starts at the RMS of the LM's embeddings, which the LM expects."""
+    """Normalization of the soft tokens. Its gain starts at the RMS of the LM's embeddings, the scale the LM expects."""
     init: Init = "source"
     """Initial weights. source: as in the original implementation. torch: U(±1/sqrt(fan_in)), weights and biases.
     normal: N(0, 0.02). xavier: Glorot uniform. The last two set biases to zero."""
@@ -44,7 +44,7 @@ class MlpConfig(KindConfig):
     bias: bool = False
     """Whether both linear layers have biases."""
     input_norm: Literal["none", "layer"] = "none"
-    """Normalisation of the concatenated frames."""
+    """Normalization of the concatenated frames."""
 
 
 class ResidualConfig(KindConfig):
@@ -57,7 +57,7 @@ class ResidualConfig(KindConfig):
     stack: int = Field(default=4, ge=1)
     """Frames concatenated into one soft token."""
     blocks: int = Field(default=2, ge=1)
-    """Number of residual MLPs."""
+    """Number of residual MLP blocks."""
     hidden: int | None = Field(default=None, ge=1)
     """Hidden width of each MLP. null: 4 × the LM's width."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -87,7 +87,7 @@ class ConvConfig(KindConfig):
 
     @model_validator(mode="after")
     def _powers(self) -> ConvConfig:
-        _check_power("variant=mosa", self.stack if self.variant == "mosa" else None)
+        _require_power_of_two("variant=mosa", self.stack if self.variant == "mosa" else None)
         return self
 
 
@@ -116,7 +116,7 @@ class QformerConfig(KindConfig):
     stack: int = Field(default=1, ge=1)
     """Frames concatenated before they are divided into windows."""
     window: int = Field(default=15, ge=1)
-    """Frames (after stacking) of a window."""
+    """Frames per window, after stacking."""
     queries: int = Field(default=3, ge=1)
     """Soft tokens per window."""
     layers: int = Field(default=2, ge=1)
@@ -124,7 +124,7 @@ class QformerConfig(KindConfig):
     hidden: int | None = Field(default=None, ge=1)
     """Width of the layers. null: the encoder's channels."""
     heads: int | None = Field(default=None, ge=1)
-    """Attention heads. null: one for every 64 of `hidden`."""
+    """Attention heads. null: one per 64 channels of `hidden`."""
     intermediate: int | None = Field(default=None, ge=1)
     """Width of the MLPs. null: 4 × `hidden`."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -144,7 +144,8 @@ class MoeConfig(KindConfig):
 
     kind: Literal["moe"] = "moe"
     routing: Literal["dense", "top2"] = "dense"
-    """dense: all experts for each token (MOSA). top2: the two best for each token, and a shared one (tiny-audio)."""
+    """dense: all experts for each token (MOSA). top2: the two best experts for each token and a shared one
+    (tiny-audio)."""
     stack: int = Field(default=4, ge=2)
     """Frames per soft token; a power of 2 for dense routing."""
     experts: int = Field(default=4, ge=2)
@@ -154,7 +155,7 @@ class MoeConfig(KindConfig):
     router_aux_loss_coef: float = Field(default=0.01, ge=0)
     """Weight of the load-balancing loss (top2 only)."""
     router_z_loss_coef: float = Field(default=1e-4, ge=0)
-    """Weight of the router z-loss, which penalises large logits (top2 only)."""
+    """Weight of the router z-loss, which penalizes large logits (top2 only)."""
     router_jitter_noise: float = Field(default=0.01, ge=0, lt=1)
     """Relative noise on the router's logits in training (top2 only)."""
 
@@ -162,10 +163,10 @@ class MoeConfig(KindConfig):
     def _routing(self) -> MoeConfig:
         given = set(self.OLD_NAMES.values()) & self.model_fields_set
         if self.routing == "dense":
-            _check_power("routing=dense", self.stack)
+            _require_power_of_two("routing=dense", self.stack)
             defaults = {name: type(self).model_fields[name].default for name in given}
             if any(getattr(self, name) != value for name, value in defaults.items()):
-                raise ValueError(f"{', '.join(sorted(given))}: dense routing has no such key, set routing=top2")
+                raise ValueError(f"routing=dense does not use {', '.join(sorted(given))}: set routing=top2")
         return self
 
 
@@ -199,7 +200,7 @@ class TransformerConfig(KindConfig):
     @model_validator(mode="after")
     def _heads(self) -> TransformerConfig:
         if self.hidden % self.heads:
-            raise ValueError(f"hidden={self.hidden} does not divide into heads={self.heads}")
+            raise ValueError(f"hidden={self.hidden} is not divisible by heads={self.heads}")
         return self
 
 
@@ -212,9 +213,9 @@ class CustomConfig(Config):
     """Keyword arguments of the class."""
 
 
-def _check_power(what: str, stack: int | None) -> None:
+def _require_power_of_two(option: str, stack: int | None) -> None:
     if stack is not None and stack & (stack - 1):
-        raise ValueError(f"{what} halves the frame rate again and again: stack={stack} must be a power of 2")
+        raise ValueError(f"{option} halves the frame rate repeatedly: stack={stack} must be a power of 2")
 
 
 KINDS: dict[str, type[KindConfig]] = {
@@ -231,7 +232,10 @@ KINDS: dict[str, type[KindConfig]] = {
 
 
 def _kind(value: Any) -> str | None:
-    """The tag of a projector's settings: its kind (``mlp`` when not set), or that of classes of one's own."""
+    """Return the tag of a projector's configuration: its kind (default ``mlp``), or ``CUSTOM_KIND`` for user classes.
+
+    None if the value has no kind.
+    """
     kind = value.get("kind", "mlp") if isinstance(value, dict) else getattr(value, "kind", None)
     return CUSTOM_KIND if ":" in str(kind) else str(kind) if kind is not None or isinstance(value, dict) else None
 
@@ -260,7 +264,7 @@ class LoraConfig(Config):
     rank: int = Field(default=8, ge=1)
     """Rank of the adapters."""
     alpha: float = Field(default=16, gt=0)
-    """Adapters are scaled by alpha / rank."""
+    """Scale of the adapters, which are multiplied by alpha / rank."""
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the adapted layers, such as `[q_proj, v_proj]`. null: all linear layers except the output matrix."""
 
@@ -269,13 +273,13 @@ class DistillConfig(Config):
     """Distillation from the same frozen LM reading the transcript (Ultravox; `train/lms/distill.py`)."""
 
     weight: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the KL divergence; cross-entropy has 1 - weight. 0: off."""
+    """Weight of the KL divergence. The weight of the cross-entropy is 1 - weight. 0: off."""
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of both softmaxes."""
 
 
 class ContrastiveConfig(Config):
-    """InfoNCE between the mean soft token and the mean text embedding of each utterance of a batch."""
+    """InfoNCE loss between the mean soft token and the mean text embedding of each utterance of a batch."""
 
     weight: float = Field(default=0.0, ge=0)
     """Weight of the loss, added to the others. 0: off."""
@@ -297,21 +301,21 @@ class LmConfig(Config):
     train: bool = False
     """Whether to train the parameters of the LM together with the projector."""
     audio_value_embedding: AudioValue = "id0"
-    """Value embedding at audio positions (nanochat only): that of token 0, zero, or that of the BOS token. id0 is what
-    stage W1 of nanochat-omni trained with."""
+    """Value embedding at audio positions (nanochat only): that of token 0 (id0), zero, or that of the BOS token. Stage
+    W1 of nanochat-omni trained with id0."""
     gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: takes a third more time and far less memory."""
+    """Recompute each layer in the backward pass. Takes a third more time and much less memory."""
     compile: bool = False
     """Compile the forward pass of training and evaluation with torch.compile. The first step takes minutes."""
     lora: LoraConfig | None = None
     """Train low-rank adapters (Hugging Face models only). null: off."""
     bits: Literal[4, 8] | None = None
-    """Quantise the frozen matrices to 4 or 8 bits with bitsandbytes. null: off."""
+    """Quantize the frozen matrices to 4 or 8 bits with bitsandbytes. null: off."""
 
     @model_validator(mode="after")
     def _frozen(self) -> LmConfig:
         if self.train and (self.lora or self.bits):
-            raise ValueError("train=true trains the model itself: set it or lora (or bits), not both")
+            raise ValueError("train=true trains all weights of the LM: set either train or lora and bits, not both")
         return self
 
 
@@ -319,7 +323,7 @@ class PromptConfig(Config):
     """The text around the audio."""
 
     template: str = "plain"
-    """plain: the audio alone. slam: `<|audio|> USER: {instruction} ASSISTANT:`. chat: the LM's own chat template. Any
+    """plain: only the audio. slam: `<|audio|> USER: {instruction} ASSISTANT:`. chat: the LM's own chat template. Any
     other text must contain `<|audio|>` once and may contain `{instruction}`."""
     instruction: str = "Transcribe the speech."
-    """Replaces `{instruction}` in the template."""
+    """Text that replaces `{instruction}` in the template."""

@@ -1,7 +1,7 @@
-"""The settings of a training run: one YAML file and ``key=value`` words in, one :class:`TrainConfig` out.
+"""Configuration of a training run: one YAML file and ``key=value`` overrides become one :class:`TrainConfig`.
 
-The keys are a contract with users' scripts. Nothing here imports torch. :meth:`TrainConfig.differences` says which
-keys a resumed run may not change.
+The keys are a stable interface for users' scripts. This module does not import torch. :meth:`TrainConfig.differences`
+lists the changed keys that a resumed run does not allow.
 
     python -m train fit --config configs/train/demo.yaml lr=5e-4 projector.stack=4
 """
@@ -17,10 +17,10 @@ from shards.config.base import Config, flatten
 from shards.stream.sampler import SamplerConfig
 from train.config.model import ContrastiveConfig, DistillConfig, LmConfig, MlpConfig, ProjectorConfig, PromptConfig
 
-# Keys that leave the losses of a run alone: a resumed run may change them.
+# Keys that do not affect the losses of a run: a resumed run may change them.
 CHANGEABLE_KEYS = frozenset(
     {
-        "caches",  # a cache may be moved: the checkpoint compares manifest ids instead
+        "caches",  # a cache may move: checkpoints compare manifest ids instead
         "extract",
         "runs",
         "name",
@@ -45,46 +45,46 @@ def _as_list(value: Any) -> Any:
 
 
 Strings = Annotated[list[str], BeforeValidator(_as_list)]
-# each a cache, or the caches of several layers of one corpus (train/data/layers.py)
+# each entry is a cache, or the caches of several layers of one corpus (train/data/layers.py)
 Corpora = Annotated[list[str | Annotated[list[str], Field(min_length=2)]], BeforeValidator(_as_list)]
 
 
 class ValConfig(Config):
     """The held-out utterances.
 
-    Rows that the extraction marked `val` are always held out. Evaluation uses them and those of `fraction`, or else the
-    whole of `caches`.
+    Rows that the extraction marked `val` are never trained on. Evaluation uses them and those of `fraction`, or, if
+    `caches` is set, all of `caches`.
     """
 
     caches: Corpora = Field(default_factory=list)
-    """Caches to evaluate on, instead of held-out rows. As many layers as in the run's caches."""
+    """Caches to evaluate on instead of held-out rows. They need as many layers as the run's caches."""
     fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of each cache to hold out. Whole speakers are held out where speakers are known."""
+    """Fraction of each cache to hold out. If speakers are known, whole speakers are held out."""
     limit: int | None = Field(default=None, ge=1)
     """Maximum number of utterances in the final evaluation. null: all."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the choice of speakers. Separate from the run's seed, so that runs with other seeds are evaluated on the
-    same utterances."""
+    """Seed of the choice of speakers. It is separate from the run's seed, so that runs with different seeds are
+    evaluated on the same utterances."""
 
 
 class BatchConfig(Config):
-    """How utterances form batches (`shards/stream/sampler.py`). `size` is 8 if it and `max_frames` are not set."""
+    """How utterances form batches (`shards/stream/sampler.py`). `size` defaults to 8 unless `max_frames` is set."""
 
     size: int | None = Field(default=None, ge=1)
     """Maximum number of utterances in a batch, over all processes."""
     max_frames: int | None = Field(default=None, ge=1)
     """Maximum number of frames in a batch, padding included."""
     window_shards: int = Field(default=8, ge=1)
-    """Shards that are shuffled and sorted by length together. More mix better and need less padding; fewer read the
-    disk more locally."""
+    """Shards that are shuffled and sorted by length together. More shards mix better and need less padding; fewer make
+    disk reads more local."""
     shuffle: Literal["none", "shard", "window", "global"] = "window"
-    """none: stored order. shard: shuffle shards. window: also rows within `window_shards` shards. global: shuffle all
-    rows."""
+    """none: stored order. shard: shuffle the shards. window: also shuffle the rows within `window_shards` shards.
+    global: shuffle all rows."""
     weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
-    """How often an epoch visits the rows of each cache; 0.25 is a different quarter in each epoch. null: once."""
+    """How often an epoch visits the rows of each cache. 0.25: a different quarter in each epoch. null: once."""
 
     def sampler_config(self) -> SamplerConfig:
-        """The same as the stream's rules; no batch is dropped."""
+        """Return these keys as the sampler's configuration; no batch is dropped."""
         size = 8 if self.size is None and self.max_frames is None else self.size
         return SamplerConfig(
             batch_size=size,
@@ -96,7 +96,7 @@ class BatchConfig(Config):
 
 
 class TrainConfig(Config):
-    """Every key of ``python -m train fit``; see ``configs/train/`` for files."""
+    """All keys of ``python -m train fit``; see ``configs/train/`` for examples."""
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
         "accumulate": "gradient_accumulation_steps",
@@ -108,10 +108,10 @@ class TrainConfig(Config):
     }
 
     caches: Corpora = Field(min_length=1)
-    """Caches to train on: folders, or glob patterns that each match one complete cache. A list inside the list names
-    the caches of several layers of one corpus."""
+    """Caches to train on: folders, or glob patterns that each match one complete cache. An inner list names the caches
+    of several layers of one corpus."""
     extract: Strings = Field(default_factory=list)
-    """Extraction configs that create the caches: one for each in the same order, or one for all."""
+    """Extraction configs that create the caches: one for each cache in the same order, or one for all."""
     filter: str | None = None
     """Train on rows that match, such as `duration < 20 and speaker != ''` (`shards/read/filters.py`). null: all."""
     val: ValConfig = ValConfig()
@@ -119,11 +119,11 @@ class TrainConfig(Config):
     runs: str = "runs"
     """Folder in which run folders are created."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run's folder. null: the time and the projector's kind."""
+    """Name of the run folder. null: the time and the projector's kind."""
 
     projector: ProjectorConfig = MlpConfig()
     normalise_layers: bool = False
-    """Scale each of several layers to mean 0 and variance 1 before they are mixed."""
+    """Scale each layer to mean 0 and variance 1 before the layers are mixed."""
     lm: LmConfig = LmConfig()
     prompt: PromptConfig = PromptConfig()
 
@@ -131,31 +131,31 @@ class TrainConfig(Config):
     contrastive: ContrastiveConfig = ContrastiveConfig()
 
     steps: int = Field(default=1000, ge=1)
-    """Number of optimiser steps."""
+    """Number of optimizer steps."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
     min_lr: float = Field(default=0.0, ge=0)
     """Final learning rate of the cosine and linear schedules."""
     warmup: float = Field(default=0.03, ge=0)
-    """Linear warm-up of the learning rate: a fraction of `steps` below 1, a number of steps from 1 on."""
+    """Linear warmup of the learning rate: below 1 a fraction of `steps`, otherwise a number of steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate schedule after the warm-up."""
+    """Learning rate schedule after the warmup."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of AdamW. Applies to matrices, not to norms and biases."""
+    """Weight decay of AdamW. It applies to matrices, not to norms and biases."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Betas of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradients, which are clipped to it."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of an exponential moving average of the weights, which is evaluated and kept instead of them. 0: off."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved in their place. 0: off."""
     frame_mask_prob: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which each frame is set to zero in training. 0.1 works well."""
     noise_std: float = Field(default=0.0, ge=0)
-    """Gaussian noise on features in training, in standard deviations of each channel."""
+    """Standard deviation of Gaussian noise on features in training, relative to that of each channel."""
 
     batch: BatchConfig = BatchConfig()
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Batches per optimiser step. Every target token of a step has the same weight."""
+    """Batches per optimizer step. Every target token of a step has the same weight."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, of dropout, and of the data order unless `data_seed` is set."""
     data_seed: int | None = Field(default=None, ge=0)
@@ -163,29 +163,29 @@ class TrainConfig(Config):
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1` … auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of activations. Trained weights are always float32."""
+    """Dtype of activations. auto: bfloat16 if the device computes it natively. Trained weights are always float32."""
 
     eval_every: int | None = Field(default=None, ge=0)
-    """Steps between evaluations. null: evaluate at the end only. 0: never evaluate."""
+    """Steps between evaluations. null: evaluate only at the end. 0: never evaluate."""
     patience: int | None = Field(default=None, ge=1)
-    """Early stopping: end after this many evaluations without a lower held-out loss, and keep the best weights. null:
+    """Early stopping: stop after this many evaluations without a lower held-out loss, and keep the best weights. null:
     off."""
     eval_limit: int | None = Field(default=64, ge=1)
     """Maximum number of utterances in an evaluation during training. null: all."""
     eval_batch_size: int = Field(default=16, ge=1)
-    """Utterances in an evaluation batch."""
+    """Utterances per evaluation batch."""
     decode_limit: int = Field(default=200, ge=1)
     """Maximum number of utterances decoded for WER and CER in the final evaluation."""
     decode_samples: int = Field(default=4, ge=0)
-    """Utterances decoded in an evaluation during training."""
+    """Number of utterances decoded in an evaluation during training."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Maximum number of tokens in a decoded text."""
+    """Maximum number of generated tokens per utterance."""
     retrieval_limit: int = Field(default=32, ge=0)
-    """Utterances in the final retrieval test, which matches audio to text in groups of 16. 0: off."""
+    """Number of utterances in the final retrieval test, which matches audio to text in groups of 16. 0: off."""
     checkpoint_every: int | None = Field(default=500, ge=1)
-    """Steps between checkpoints. null: at the end only."""
+    """Steps between checkpoints. null: only at the end."""
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
-    """Experiment trackers that receive the metrics, besides `metrics.jsonl`."""
+    """Experiment trackers that receive the metrics in addition to `metrics.jsonl`."""
     wandb_project: str | None = None
     """wandb project. null: `nanochat-omni-audio` for a nanochat LM, else `earshard`."""
     min_loss_drop: float | None = None
@@ -195,44 +195,42 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}: the rate falls from lr to min_lr")
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}: the rate decays from lr to min_lr")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"warmup={self.warmup} is neither whole steps nor a fraction below 1")
+            raise ValueError(f"warmup={self.warmup} is neither a whole number of steps nor a fraction below 1")
         if self.patience is not None and not self.eval_every:
-            raise ValueError("patience counts evaluations on the way: set eval_every to a number of steps")
+            raise ValueError("patience counts evaluations during training: set eval_every to a number of steps")
         layers = {1 if isinstance(entry, str) else len(entry) for entry in [*self.caches, *self.val.caches]}
         if len(layers) > 1:
             found = " and ".join(map(str, sorted(layers)))
-            raise ValueError(f"caches names {found} layers: name as many of each corpus")
+            raise ValueError(f"caches has entries of {found} layers: list the same number of layers for each corpus")
         if self.normalise_layers and self.layers == 1:
-            raise ValueError("normalise_layers=true needs layers to mix: write caches: [[…-L4-…, …-L6-…]]")
+            raise ValueError("normalise_layers=true needs several layers: set caches=[[…-L4-…, …-L6-…]]")
         if self.distill.weight and (self.lm.train or self.lm.lora):
-            raise ValueError(
-                "distill reads the transcript by a frozen LM: set distill.weight=0, or drop lm.train and lora"
-            )
+            raise ValueError("distill needs a frozen LM: set distill.weight=0, or remove lm.train and lm.lora")
         if self.name == "latest":
-            raise ValueError("name=latest is the link to the newest run: choose another name")
+            raise ValueError("name=latest is reserved for the link to the newest run: choose another name")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         return self
 
     @property
     def layers(self) -> int:
-        """How many caches stand side by side in each corpus."""
+        """Number of layers, each in a cache of its own, of each corpus."""
         return 1 if isinstance(self.caches[0], str) else len(self.caches[0])
 
     @property
     def warmup_steps(self) -> int:
-        """``warmup`` in steps."""
+        """Length of the warmup in steps."""
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
     @property
     def order_seed(self) -> int:
-        """The seed of the order of the data."""
+        """Seed of the data order."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """``key: mine, not theirs`` for each key that differs and changes the numbers of a run."""
+        """Return ``key: mine, not theirs`` for each key that differs and affects the losses of a run."""
         mine, theirs = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
         return [
             f"{key}: {mine.get(key)}, not {theirs.get(key)}"

@@ -1,1 +1,1 @@
-"""The caches of a run: rows to train on, held-out rows, batches."""
+"""Data of a run: its caches, the rows to train on, the held-out rows, and batches."""

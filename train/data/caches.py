@@ -1,8 +1,9 @@
-"""Which caches a run reads, which utterances it trains on, and which it is judged on.
+"""The caches that a run reads, the utterances it trains on, and the utterances it is evaluated on.
 
-In: the ``caches``, ``extract`` and ``val`` keys of a run. Out: opened caches, the joined rows to train on, and the
-:class:`Utterances` held out. A joined row counts through the caches end to end, in the order of the config.
-Who is held out is a pure function of the cache and the ``val`` keys: hashes of speakers, no random state.
+Reads the keys ``caches``, ``extract`` and ``val`` of a run; returns opened caches, the joined rows to train on, and the
+held-out :class:`Utterances`. A joined row is an index into the concatenation of all caches, in the order of the config.
+The held-out set is a pure function of the cache and the ``val`` keys: it is chosen by hashes of speakers, without
+random state.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
     import torch
 
 Rows = npt.NDArray[np.int64]
-VAL = "val"  # the split name that an extraction gives to what it holds out
+VAL = "val"  # the split name that an extraction gives to held-out rows
 
 
 class MissingCache(UserError):
-    """No complete cache stands where a pattern points; an extraction makes it."""
+    """No complete cache matches a pattern; an extraction can create it."""
 
 
 @dataclass(frozen=True)
 class Utterances:
-    """Chosen rows of caches joined end to end."""
+    """Selected rows of concatenated caches."""
 
     caches: Sequence[Cache]
     rows: Rows
@@ -51,19 +52,22 @@ class Utterances:
 
     @property
     def specs(self) -> list[FeatureSpec]:
-        """What the features are, one spec a layer."""
+        """The feature specs, one per layer."""
         caches = [self.caches[0]] if self.layers is None else self.layers.joined[0].caches
         return [cache.spec for cache in caches]
 
     def columns(self, *names: str) -> dict[str, list[Any]]:
-        """Manifest columns of the chosen rows, in the order of ``rows``."""
+        """Return manifest columns of the selected rows, in the order of ``rows``."""
         chunks = {name: [c for cache in self.caches for c in cache.manifest[name].chunks] for name in names}
         return {name: pa.chunked_array(chunks[name]).take(self.rows).to_pylist() for name in names}
 
     def features(self, index: int) -> npt.NDArray[Any]:
-        """[frames, channels] of the ``index``-th chosen utterance, float16 or float32 as the reader gives it.
+        """Return the features of the ``index``-th selected utterance: [frames, channels], float16 or float32.
 
-        Of several layers [frames, layers · channels].
+        With several layers, [frames, layers · channels].
+
+        Raises:
+            IndexError: ``index`` is out of range.
         """
         row = int(self.rows[index])
         if self.layers is not None:
@@ -75,7 +79,7 @@ class Utterances:
         raise IndexError(index)
 
     def subset(self, count: int | None) -> Utterances:
-        """At most ``count`` of them: those whose keys' hashes are lowest, so a part of every speaker and shard."""
+        """Return at most ``count`` utterances, those with the lowest hashes of keys: a sample of all speakers."""
         if count is None or len(self) <= count:
             return self
         keys = self.columns("key")["key"]
@@ -85,15 +89,15 @@ class Utterances:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a run trains on and what it is judged on."""
+    """The data that a run trains on and is evaluated on."""
 
-    caches: list[Cache]  # of several layers the first of each corpus
+    caches: list[Cache]  # with several layers, the first of each corpus
     train_rows: Rows  # joined rows over ``caches``
     held_out: Utterances
     layers: LayeredCaches | None = None  # the corpora of ``caches`` with all their layers
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
+        """Return the ids that must be unchanged when a run resumes."""
         return {
             "feature id": self.caches[0].feature_id,
             "manifest ids": [cache.manifest_id for cache in self.caches],
@@ -102,11 +106,11 @@ class TrainData:
 
 
 def open_data(config: TrainConfig) -> TrainData:
-    """Open the caches of a run and divide their rows.
+    """Open the caches of a run and split their rows into training and held-out rows.
 
     Raises:
-        UserError: a cache is absent or ambiguous, caches differ in feature spec, or nothing is left to train on or,
-            where the run evaluates, to be judged on.
+        UserError: a cache is missing or ambiguous, caches differ in feature spec, no utterance is left to train on, or
+            the run evaluates and no utterance is held out.
     """
     caches, layers = open_corpora(config.caches, config.extract)
     held = [held_out_mask(cache, config.val) for cache in caches]
@@ -114,14 +118,14 @@ def open_data(config: TrainConfig) -> TrainData:
     train_rows = np.flatnonzero(~np.concatenate(held) & known)
     if not len(train_rows):
         raise UserError(
-            f"no utterance is left to train on in {_names(caches)}: all are held out; lower val.fraction or name "
-            "another cache in caches"
+            f"no utterances are left to train on in {_names(caches)}, because all are held out: lower val.fraction or "
+            "add a cache to caches"
         )
     if config.filter is not None:
         train_rows = np.intersect1d(train_rows, select_rows(caches, config.filter), assume_unique=True)
         if not len(train_rows):
             raise UserError(
-                f"no utterance of {_names(caches)} that is not held out passes '{config.filter}': widen filter"
+                f"no training utterance of {_names(caches)} matches the filter '{config.filter}': relax filter"
             )
     if config.val.caches:
         held_out = open_utterances(config.val.caches, config.extract)
@@ -130,18 +134,22 @@ def open_data(config: TrainConfig) -> TrainData:
         held_out = Utterances(caches, np.flatnonzero(np.concatenate(held) & known), layers)
     if not len(held_out) and config.eval_every != 0:
         raise UserError(
-            f"no utterance is held out in {_names(caches)}: set val.fraction=0.1, name a cache in val.caches, or train "
-            "without evaluation by eval_every=0"
+            f"no utterances are held out in {_names(caches)}: set val.fraction=0.1, name a cache in val.caches, or set "
+            "eval_every=0 to train without evaluation"
         )
     return TrainData(caches, train_rows, held_out.subset(config.val.limit), layers)
 
 
 def require_same_features(found: Cache, wanted: Cache) -> None:
-    """UserError with the fields that differ, unless both caches are of one feature spec."""
+    """Check that both caches have the same feature spec.
+
+    Raises:
+        UserError: they differ; the message lists the fields.
+    """
     if found.feature_id != wanted.feature_id:
         fields = "; ".join(found.spec.differences(wanted.spec))
         raise UserError(
-            f"'{found.path}' holds other features than '{wanted.path}' ({fields}): "
+            f"'{found.path}' has different features from '{wanted.path}' ({fields}): "
             "extract it with the same encoder, layer, window, dtype and codec"
         )
 
@@ -149,10 +157,10 @@ def require_same_features(found: Cache, wanted: Cache) -> None:
 def open_corpora(
     entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()
 ) -> tuple[list[Cache], LayeredCaches | None]:
-    """The first cache of each corpus, and all their layers where an entry names several.
+    """Open the first cache of each corpus and, if the entries list several, the caches of all layers.
 
     Raises:
-        UserError: a cache is absent or named twice, or caches differ in what they must share.
+        UserError: a cache is missing or listed twice, or caches differ in what they must share.
     """
     corpora: list[list[Cache]] = []
     for index, entry in enumerate(entries):
@@ -160,7 +168,7 @@ def open_corpora(
         for pattern in _patterns(entry):
             cache = _open_cache(pattern, _extract_hint(len(entries), extract, index))
             if any(same_folder(cache.path, other.path) for caches in corpora for other in caches):
-                raise UserError(f"caches names '{cache.path}' twice: its utterances would count double; name it once")
+                raise UserError(f"caches lists '{cache.path}' twice, so its utterances would count twice: list it once")
             corpora[-1].append(cache)
     firsts = [caches[0] for caches in corpora]
     for cache in firsts[1:]:
@@ -169,14 +177,18 @@ def open_corpora(
 
 
 def open_utterances(entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()) -> Utterances:
-    """All utterances of whole corpora, as :func:`open_corpora` opens them."""
+    """Return all utterances of whole corpora, opened by :func:`open_corpora`."""
     caches, layers = open_corpora(entries, extract)
     rows = np.arange(sum(map(len, caches))) if layers is None else np.flatnonzero(layers.in_all_layers)
     return Utterances(caches, rows, layers)
 
 
 def require_same_layers(evaluated: Utterances, caches: Sequence[Cache], layers: LayeredCaches | None) -> None:
-    """UserError unless ``judged`` holds the features, layer by layer, of the corpora of ``caches``."""
+    """Check that ``evaluated`` has the features of ``caches`` and ``layers``, layer by layer.
+
+    Raises:
+        UserError: the features of a layer differ.
+    """
     ours = [caches[0]] if layers is None else layers.joined[0].caches
     theirs = [evaluated.caches[0]] if evaluated.layers is None else evaluated.layers.joined[0].caches
     for found, wanted in zip(theirs, ours, strict=True):
@@ -191,15 +203,15 @@ def _open_cache(pattern: str, hint: str) -> Cache:
 
 
 def find_cache(pattern: str) -> str | None:
-    """The one complete cache that ``pattern`` (a folder, a glob pattern or a URL) means; None when there is none.
+    """Return the one complete cache that ``pattern`` (a folder, a glob pattern or a URL) matches, or None.
 
     Raises:
-        UserError: several match, or the pattern is a URL's.
+        UserError: several caches match, or a URL contains a pattern.
     """
     if "://" in pattern:
         if "*" in pattern:
             raise UserError(
-                f"'{pattern}' is a pattern on a server, which cannot be listed: name the cache's own folder"
+                f"'{pattern}' is a glob pattern in a URL, and servers cannot be listed: give the URL of one cache"
             )
         return pattern
     pattern = os.path.expanduser(pattern)
@@ -207,12 +219,12 @@ def find_cache(pattern: str) -> str | None:
         return pattern
     found = sorted(path for path in glob.glob(pattern) if _is_complete(path))
     if len(found) > 1:
-        raise UserError(f"'{pattern}' matches {len(found)} caches ({', '.join(found)}): name one, or delete the stale")
+        raise UserError(f"'{pattern}' matches {len(found)} caches ({', '.join(found)}): name one, or delete the others")
     return found[0] if found else None
 
 
 def pad(arrays: Sequence[npt.NDArray[Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arrays [T_i, C] as one tensor [B, T, C] with zeros behind, and the mask bool [B, T] of what is theirs."""
+    """Pad arrays [T_i, C] with zeros to one tensor [B, T, C]; return it and its mask, bool [B, T], True at frames."""
     import torch
 
     features = np.zeros((len(arrays), max(map(len, arrays)), arrays[0].shape[1]), dtype=arrays[0].dtype)
@@ -224,22 +236,22 @@ def pad(arrays: Sequence[npt.NDArray[Any]]) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def missing_extractions(config: TrainConfig) -> list[str]:
-    """The extraction configs to run because a cache they make is absent; empty when all caches stand.
+    """Return the extraction configs to run to create missing caches; empty if no cache is missing.
 
-    ``extract`` pairs with ``caches`` where both are equally long; otherwise any absent cache needs all of ``extract``.
+    ``extract`` pairs with ``caches`` if both have the same length; otherwise a missing cache needs all of ``extract``.
 
     Raises:
-        UserError: a cache is absent and ``extract`` names nothing that makes it.
+        UserError: a cache is missing and ``extract`` is empty.
     """
     paired = len(config.extract) == len(config.caches)
     files: list[str] = []
     for index, entry in enumerate([*config.caches, *config.val.caches]):
-        absent = [pattern for pattern in _patterns(entry) if find_cache(pattern) is None]
-        if not absent:
+        missing = [pattern for pattern in _patterns(entry) if find_cache(pattern) is None]
+        if not missing:
             continue
         if not config.extract:
             raise MissingCache(
-                f"there is no complete cache at '{absent[0]}': {_extract_hint(len(config.caches), (), index)}"
+                f"there is no complete cache at '{missing[0]}': {_extract_hint(len(config.caches), (), index)}"
             )
         if entry in config.caches and paired:
             files.append(config.extract[config.caches.index(entry)])
@@ -249,11 +261,11 @@ def missing_extractions(config: TrainConfig) -> list[str]:
 
 
 def held_out_mask(cache: Cache, val: ValConfig) -> npt.NDArray[np.bool_]:
-    """bool [utterances]: rows of ``cache`` that are never trained on.
+    """Return the mask, bool [utterances], of the rows of ``cache`` that are never trained on.
 
-    Rows of the split ``val``, and, unless ``val.caches`` says what to judge on, rows of further speakers in the order
-    of a seeded hash until ``val.fraction`` of the cache is held out. Where fewer than two speakers are known the key
-    stands for the speaker.
+    These are the rows of the split ``val`` and, unless ``val.caches`` is set, rows of other speakers in the order of a
+    seeded hash until ``val.fraction`` of the cache is held out. If fewer than two speakers are known, each key counts
+    as a speaker.
     """
     table = cache.manifest
     mask = np.array([split == VAL for split in table["split"].to_pylist()], dtype=bool)
@@ -269,12 +281,12 @@ def held_out_mask(cache: Cache, val: ValConfig) -> npt.NDArray[np.bool_]:
     for row, speaker in enumerate(speakers):
         if not mask[row]:
             groups.setdefault(speaker, []).append(row)
-    # a speaker of whom rows are held out already comes first
+    # speakers with rows that are already held out come first
     for speaker in sorted(groups, key=lambda name: (name not in seen, _hash(val.seed, name))):
         rows = groups[speaker]
         if mask.sum() + len(rows) <= wanted:
             mask[rows] = True
-    if not mask.any():  # every speaker has more rows than wanted: hold out the one with the fewest
+    if not mask.any():  # every speaker has more rows than wanted: hold out the one with the fewest rows
         mask[min(groups.values(), key=len)] = True
     return mask
 
@@ -288,6 +300,7 @@ def _hash(seed: int, text: str) -> bytes:
 
 
 def same_folder(one: str | Path, other: str | Path) -> bool:
+    """Return whether both paths resolve to the same folder."""
     return os.path.realpath(one) == os.path.realpath(other)
 
 
@@ -296,12 +309,12 @@ def _names(caches: Sequence[Cache]) -> str:
 
 
 def _patterns(entry: str | Sequence[str]) -> list[str]:
-    """The caches of one corpus: one, or one a layer."""
+    """Return the patterns of one corpus: one, or one per layer."""
     return [entry] if isinstance(entry, str) else list(entry)
 
 
 def _extract_hint(entries: int, extract: Sequence[str], index: int) -> str:
     if not extract:
-        return "make it with `make extract CONFIG=configs/extract/….yaml`, or correct the path in caches"
+        return "run `make extract CONFIG=configs/extract/….yaml`, or correct the path in caches"
     files = [extract[index]] if len(extract) == entries else extract
-    return " and ".join(f"`make extract CONFIG={file}`" for file in files) + " makes it"
+    return "run " + " and ".join(f"`make extract CONFIG={file}`" for file in files)

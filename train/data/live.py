@@ -1,4 +1,4 @@
-"""live."""
+"""Features of audio without a cache: encode it as an extraction would, with the settings of a run's caches."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ Features = npt.NDArray[Any]
 
 
 def feature_specs(cache_info: dict[str, Any]) -> list[FeatureSpec]:
-    """The features that a run hears, one spec a layer; ``about`` is its ``caches.json``."""
+    """Return the specs of the features that a run reads, one per layer; ``cache_info`` is its ``caches.json``."""
     return [FeatureSpec.parse(each, "caches.json") for each in cache_info.get("layers", [])] or [cache_info["spec"]]
 
 
 def require_one_encoder(specs: Sequence[FeatureSpec]) -> None:
-    """UserError unless ``specs`` are of layers of one encoder, which one pass of it gives."""
+    """Check that ``specs`` are layers of one encoder, so that one pass computes them all.
+
+    Raises:
+        UserError: they differ in more than layer and codec.
+    """
     for other in specs:
         same = other.model_copy(update={"layer": specs[0].layer, "codec": specs[0].codec})
         if same != specs[0]:
             raise UserError(
-                f"the run hears several encoders ({'; '.join(same.differences(specs[0]))}) and one pass of one encoder "
-                "is all there is for audio: extract features of it and use python -m train evaluate --cache"
+                f"the run reads features of several encoders ({'; '.join(same.differences(specs[0]))}), and audio can "
+                "be encoded with only one: extract features of the audio and run python -m train evaluate --cache"
             )
 
 
 def encode_features(audio: npt.NDArray[np.float32], encoder: Encoder, specs: Sequence[FeatureSpec]) -> Features:
-    """float32 [samples] at 16 kHz to the frames that extraction would have stored and read back, by one encoder pass.
+    """Encode ``audio``, float32 [samples] at 16 kHz, in one pass to the frames that a cache would return.
 
-    [frames, channels] of one spec, [frames, layers · channels] of several.
+    Returns:
+        [frames, channels] for one spec, [frames, layers · channels] for several, in the dtype of the codec.
     """
     spec = specs[0]
     frames = encode_recording(audio, encoder, [each.layer for each in specs], overlap=spec.overlap, trim=spec.trim)

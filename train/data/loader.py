@@ -1,7 +1,7 @@
-"""This rank's batches of a run: a ``FeatureStream`` over its caches, with the channels of all its layers, and noise.
+"""The batches of this rank: a ``FeatureStream`` over the caches of a run with the channels of all layers.
 
-In: settings and opened data. Out: what a training loop iterates and a checkpoint remembers. :func:`augment` masks
-frames and adds Gaussian noise.
+:func:`open_stream` returns the stream that a training loop iterates and whose state a checkpoint stores.
+:func:`augment` masks frames and adds Gaussian noise.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from train.data.layers import LayeredCaches
 from train.distributed.device import choose_device
 from train.distributed.group import ProcessGroup
 
-PREFETCH = 2  # batches whose further layers are read while the loop works
+PREFETCH = 2  # batches whose other layers are read while the training loop runs
 
 
 class LayeredStream:
-    """A ``FeatureStream`` over the first caches whose batches carry all layers; iterate it once.
+    """A ``FeatureStream`` over the first caches whose batches contain all layers; iterate it once.
 
-    A thread reads the further layers ahead. The state is that of the last batch taken.
+    A thread reads the other layers ahead of time. The state is that of the last batch yielded.
     """
 
     def __init__(self, stream: FeatureStream, layers: LayeredCaches) -> None:
@@ -60,7 +60,7 @@ class LayeredStream:
                 self._state = batch.state
                 yield batch
         finally:
-            executor.shutdown(wait=True, cancel_futures=True)  # first: a generator cannot end while it runs
+            executor.shutdown(wait=True, cancel_futures=True)  # first: a running generator cannot be closed
             batches.close()  # type: ignore[attr-defined]
 
 
@@ -68,7 +68,7 @@ Stream = FeatureStream | LayeredStream
 
 
 def open_stream(config: TrainConfig, data: TrainData, group: ProcessGroup) -> Stream:
-    """This rank's batches of a run, with all layers of it."""
+    """Return the stream of this rank's batches, with all layers of the run."""
     stream = FeatureStream(
         data.caches,
         config.batch.sampler_config(),
@@ -82,23 +82,24 @@ def open_stream(config: TrainConfig, data: TrainData, group: ProcessGroup) -> St
 
 
 def augment(batch: Batch, seed: int, frame_mask_prob: float, noise_std: float) -> Batch:
-    """``batch`` with each frame set to zero with probability ``mask_frames``, after adding ``noise``.
+    """Return ``batch`` with Gaussian noise added, and then each frame set to zero with probability ``frame_mask_prob``.
 
-    ``noise`` is the standard deviation in units of each channel's own over the utterance: a few channels of a speech
-    encoder are a hundred times as large as the others. ``batch`` itself does not change. The noise of an utterance
-    depends only on the seed, the number of the global batch and its row, so it is the same under any world size.
+    ``noise_std`` is the standard deviation of the noise relative to that of each channel over the utterance: a few
+    channels of a speech encoder are a hundred times larger than the others. ``batch`` itself does not change. The noise
+    of an utterance depends only on the seed, the index of the global batch and the row, so it is the same for any world
+    size.
     """
     if not (frame_mask_prob or noise_std):
         return batch
     batch = replace(batch, features=batch.features.clone())
     for features, frames, row in zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True):
         generator = torch.Generator().manual_seed(_seed(seed, batch.index, row))
-        own = features[:frames]
+        valid = features[:frames]
         if noise_std and frames > 1:
-            drawn = torch.randn(own.shape, generator=generator)
-            own += (noise_std * own.float().std(0, unbiased=False) * drawn).to(own.dtype)
+            noise = torch.randn(valid.shape, generator=generator)
+            valid += (noise_std * valid.float().std(0, unbiased=False) * noise).to(valid.dtype)
         if frame_mask_prob:
-            own[torch.rand(frames, generator=generator) < frame_mask_prob] = 0
+            valid[torch.rand(frames, generator=generator) < frame_mask_prob] = 0
     return batch
 
 

@@ -1,9 +1,10 @@
-"""Projectors: encoder frames in, soft tokens (rows of a language model's input) out.
+"""Projectors: map encoder frames to soft tokens, vectors in a language model's input.
 
-In: features [B, T, C] in the run's dtype and their mask [B, T]. Out: soft tokens [B, S, D] in the same dtype and their
-mask [B, S]. Weights are float32 masters, cast to the input's dtype in ``forward``. ``base.py`` says what a projector is
-and how one of yours comes in; ``mixer.py`` puts several layers in front of one. An export carries the files of its
-projector as they are, so these import torch and each other alone, relatively; ``standalone.py`` loads them there.
+A projector takes features [B, T, C] in the run's dtype and their mask [B, T], and returns soft tokens [B, S, D] in the
+same dtype and their mask [B, S]. Weights are float32 and cast to the input's dtype in ``forward``. ``base.py`` defines
+the interface and shows how to write a projector of your own; ``mixer.py`` mixes several layers in front of a projector.
+An export contains copies of the files of its projector, so these import only torch and, relatively, each other;
+``standalone.py`` loads them there.
 
 Letters: B utterances, T frames, C encoder channels, k frames stacked, S soft tokens, H hidden width, D the LM's width.
 """
@@ -29,7 +30,7 @@ from train.projectors.transformer import TransformerProjector
 
 __all__ = ["REGISTRY", "LayerMixer", "MixedProjector", "Projector", "build_projector"]
 
-# each takes its own configuration model, C, D and the RMS of the LM's embeddings
+# arguments of each: its configuration model, C, D and the RMS of the LM's embeddings
 REGISTRY: dict[str, Callable[..., Projector]] = {
     "mlp": MlpProjector,
     "residual": ResidualProjector,
@@ -46,15 +47,18 @@ REGISTRY: dict[str, Callable[..., Projector]] = {
 def build_projector(
     config: ProjectorConfig, channels: int, width: int, embedding_rms: float, *, seed: int = 0
 ) -> Projector:
-    """The projector of ``config`` from ``channels`` to ``width``; an output norm's gain starts at ``embedding_rms``.
+    """Build the projector of ``config`` from ``channels`` to ``width``.
 
-    Start values come from a generator of their own: the same seed gives the same bytes, whatever ran before.
+    The gain of an output norm starts at ``embedding_rms``. Initial weights are drawn from a separate generator: the
+    same seed always produces the same bytes.
 
     Raises:
-        UserError: the sizes cannot be, or a projector of the user's cannot be found or made.
+        UserError: a size is invalid, or a user's class cannot be imported or constructed.
     """
     if channels < 1 or width < 1:
-        raise UserError(f"a projector from {channels} channels to width {width} cannot be: both must be at least 1")
+        raise UserError(
+            f"a projector from {channels} channels to width {width} is not possible: both must be at least 1"
+        )
     generator = torch.Generator().manual_seed(seed)
     if isinstance(config, CustomConfig):
         projector = _build_custom(config, channels, width, embedding_rms, seed)
@@ -71,21 +75,23 @@ def build_projector(
 
 
 def _build_custom(config: CustomConfig, channels: int, width: int, embedding_rms: float, seed: int) -> Projector:
-    """The user's class at ``module:Class``, constructed under ``seed``; the global generator is left as it was."""
+    """Construct the user's class at ``module:Class`` under ``seed``; the global generator does not change."""
     module, name = config.kind.split(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that it hides nothing; console scripts do not have it
+        sys.path.append(os.getcwd())  # last, so that it shadows nothing; console scripts do not have it
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"projector.kind={config.kind}: '{module}' cannot be imported ({error})") from None
     if not (isinstance(found, type) and issubclass(found, Projector)):
-        raise UserError(f"projector.kind={config.kind} is no class derived from train.projectors.Projector")
-    make = under_autocast(found)
+        raise UserError(f"projector.kind={config.kind} is not a subclass of train.Projector")
+    projector_class = under_autocast(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            made: Projector = make(channels, width, embedding_rms, **config.settings)
-            return made
+            projector: Projector = projector_class(channels, width, embedding_rms, **config.settings)
+            return projector
         except TypeError as error:
-            raise UserError(f"projector.kind={config.kind} cannot be made with projector.settings: {error}") from None
+            raise UserError(
+                f"projector.kind={config.kind} cannot be constructed with projector.settings: {error}"
+            ) from None

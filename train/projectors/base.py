@@ -1,17 +1,18 @@
-"""What projectors are made of, and what a projector of yours derives from.
+"""The base class of projectors and the layers they share.
 
 Letters: B utterances, T frames, C encoder channels, k frames stacked, S soft tokens, H hidden width, D the LM's width.
 
-A projector of yours, ``projector.kind=my_module:MyProjector`` with ``projector.settings.hidden=512``:
+To use a projector of your own, set ``projector.kind=my_module:MyProjector``, and its keyword arguments as in
+``projector.settings.hidden=512``:
 
-    class MyProjector(Projector):
+    class MyProjector(train.Projector):
         def __init__(self, channels: int, width: int, embedding_rms: float, *, hidden: int = 256) -> None: ...
         def soft_frames(self, frames: int) -> int: ...
         def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...  # see ``Projector``
 
-``channels`` is C, ``width`` is D, ``embedding_rms`` the RMS of the LM's embeddings (where an output norm should start).
-Its constructor runs under the run's seed, its ``forward`` under autocast to the run's dtype. ``my_module`` is looked up
-on Python's path and in the working folder.
+``channels`` is C, ``width`` is D, and ``embedding_rms`` is the RMS of the LM's embeddings, at which the gain of an
+output norm should start. The constructor runs under the run's seed, ``forward`` under autocast to the run's dtype.
+``my_module`` is imported from Python's path or the working directory.
 """
 
 from __future__ import annotations
@@ -23,48 +24,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import Init, Norm
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with float32 masters cast to the input's dtype. It draws no numbers: its owner initialises."""
+    """``nn.Linear`` with float32 weights that are cast to the input's dtype. The owner initializes them."""
 
     def reset_parameters(self) -> None:
-        """Nothing: a draw here would come from the global generator and change with the order of construction."""
+        """Do nothing: numbers drawn from the global generator would depend on the order of construction."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in ``x``'s dtype."""
+        """Map [..., in] to [..., out] in the dtype of ``x``."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Conv1d(nn.Conv1d):
-    """``nn.Conv1d`` over the time axis of [B, T, C], masters and start as in ``Linear``."""
+    """``nn.Conv1d`` over the time axis of [B, T, C], with weights as in ``Linear``."""
 
     def reset_parameters(self) -> None:
-        """Nothing: its owner initialises."""
+        """Do nothing: the owner initializes the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, in] -> [B, T', out] in ``x``'s dtype."""
+        """Map [B, T, in] to [B, T', out] in the dtype of ``x``."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = self._conv_forward(x.transpose(1, 2), self.weight.to(x.dtype), bias)
         return y.transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
-    """y = gain · x / RMS(x) over the last axis (Zhang & Sennrich 2019), with a float32 gain of one start value."""
+    """y = gain · x / RMS(x) over the last axis (Zhang & Sennrich 2019), with a float32 gain of ``initial_gain``."""
 
     def __init__(self, width: int, initial_gain: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((width,), initial_gain))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> the same shape and dtype; an all-zero vector stays zero."""
+        """Normalize ``x`` [..., width], keeping shape and dtype; an all-zero vector stays zero."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm (Ba et al. 2016) with a float32 gain of one start value and a bias that starts at zero."""
+    """LayerNorm (Ba et al. 2016) with a float32 gain of ``initial_gain`` and a bias that starts at zero."""
 
     def __init__(self, width: int, initial_gain: float = 1.0, eps: float = 1e-5) -> None:
         super().__init__()
@@ -73,17 +74,23 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> the same shape and dtype."""
+        """Normalize ``x`` [..., width], keeping shape and dtype."""
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) with biases; queries of [.., N, H], keys and values of [.., M, K]."""
+    """Multi-head attention (Vaswani et al. 2017) with biases; queries [B, N, H], keys and values from [B, M, K].
+
+    ``hidden`` is H; ``context`` is K, by default H.
+
+    Raises:
+        ValueError: ``hidden`` is not divisible by ``heads``.
+    """
 
     def __init__(self, hidden: int, heads: int, context: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         if hidden % heads:
-            raise ValueError(f"an attention of width {hidden} does not divide into {heads} heads: set projector.heads")
+            raise ValueError(f"attention width {hidden} is not divisible by {heads} heads: change projector.heads")
         self.heads, self.dropout = heads, dropout
         self.q = Linear(hidden, hidden)
         self.k = Linear(context or hidden, hidden)
@@ -91,20 +98,20 @@ class Attention(nn.Module):
         self.out = Linear(hidden, hidden)
 
     def forward(self, x_BNH: Tensor, context_BMK: Tensor, mask_BM: Tensor | None = None) -> Tensor:
-        """[B, N, H] attends to [B, M, K], to what ``mask_BM`` (bool) admits -> [B, N, H]."""
+        """Attend from [B, N, H] to the positions of [B, M, K] where ``mask_BM`` (bool) is True -> [B, N, H]."""
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for y in (self.q(x_BNH), self.k(context_BMK), self.v(context_BMK))
         )
-        seen = None if mask_BM is None else mask_BM[:, None, None, :]
+        attn_mask = None if mask_BM is None else mask_BM[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 
 
 def make_norm(kind: Norm, width: int, initial_gain: float = 1.0) -> nn.Module:
-    """The norm named ``kind``; ``start`` is its gain at the first step."""
+    """Return the norm named ``kind``, with the gain ``initial_gain``."""
     if kind == "none":
         return nn.Identity()
     return RMSNorm(width, initial_gain) if kind == "rms" else LayerNorm(width, initial_gain)
@@ -112,8 +119,11 @@ def make_norm(kind: Norm, width: int, initial_gain: float = 1.0) -> nn.Module:
 
 @torch.no_grad()
 def init_linear_layers(module: nn.Module, scheme: Init, generator: torch.Generator) -> None:
-    """Draw every matrix and bias below ``module`` anew: ``torch`` U(±1/sqrt(fan_in)), ``normal`` N(0, 0.02), ``xavier``
-    U(±sqrt(6/(fan_in + fan_out))); the last two with zero biases. Norms, queries and the like stay."""
+    """Draw all matrices and biases of linear and convolutional layers in ``module`` again from ``generator``.
+
+    ``torch``: U(±1/sqrt(fan_in)), weights and biases. ``normal``: N(0, 0.02). ``xavier``: U(±sqrt(6/(fan_in +
+    fan_out))), Glorot & Bengio 2010. The last two set biases to zero. Other parameters, such as norms, do not change.
+    """
     for layer in module.modules():
         if not isinstance(layer, Linear | Conv1d):
             continue
@@ -131,10 +141,10 @@ def init_linear_layers(module: nn.Module, scheme: Init, generator: torch.Generat
 
 
 class Projector(nn.Module):
-    """Encoder frames in, soft tokens (rows of a language model's input) out. Weights are float32 masters.
+    """Base class of projectors: maps encoder frames to soft tokens, vectors in a language model's input.
 
-    A subclass maps frames to soft tokens in ``forward``, counts them in ``soft_frames``, and may draw its start values
-    in ``init_weights``. ``formula`` is its parameter count in the letters above, then what options change, in brackets.
+    A subclass implements ``forward`` and ``soft_frames`` and may set its initial weights in ``init_weights``. Weights
+    are float32. ``formula`` is the parameter count in the letters above, followed in brackets by what options change.
     """
 
     formula: str = ""
@@ -145,59 +155,64 @@ class Projector(nn.Module):
         self._metrics: dict[str, Tensor] = {}
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Set every weight matrix from ``generator``: the same seed gives the same projector."""
+        """Set all weights from ``generator``, so that the same seed produces the same projector."""
 
     def soft_frames(self, frames: int) -> int:
-        """The number of soft tokens of an utterance of ``frames`` frames."""
+        """Return the number of soft tokens of an utterance of ``frames`` frames."""
         raise NotImplementedError
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, T, C], mask [B, T] bool (True = a frame) -> soft [B, S, D] in the same dtype, soft_mask [B, S].
+        """Map frames to soft tokens.
 
-        Valid soft tokens come first in each row, ``soft_frames`` of them. What stands in padding frames, and the rest
-        of the batch, never reaches a valid one.
+        Args:
+            features: [B, T, C], float32 or the run's dtype.
+            mask: bool [B, T], True at frames and False at padding.
+
+        Returns:
+            soft [B, S, D] in the dtype of ``features``, and soft_mask, bool [B, S]. The valid soft tokens of a row,
+            ``soft_frames`` of them, come first. They must not depend on padding frames or on other rows of the batch.
         """
         raise NotImplementedError
 
     def summary(self) -> dict[str, Any]:
-        """What of its weights a run's ``summary.json`` should tell, as JSON; empty for most projectors."""
+        """Return facts about the weights for ``summary.json``, as JSON values; empty for most projectors."""
         return {}
 
     def take_losses(self) -> dict[str, Tensor]:
-        """Losses of the projector's own, by name: scalars, already weighted, to be added to the run's loss.
+        """Return the projector's own losses by name: weighted scalars that are added to the run's loss.
 
-        Those of the last forward pass in training, handed out once; empty for most projectors. ``metrics.jsonl`` tells
-        them beside its other figures, so the name is none of theirs.
+        They are those of the last forward pass in training and are returned once; empty for most projectors. They are
+        logged in ``metrics.jsonl``, so a name must not be that of another metric.
         """
         losses, self._losses = self._losses, {}
         return losses
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """What ``metrics.jsonl`` tells beside these losses, by name: scalars without gradient, handed out alike."""
-        figures, self._metrics = self._metrics, {}
-        return figures
+        """Return further metrics for ``metrics.jsonl`` by name: scalars without gradient, returned once."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
 
 
-def under_autocast(kind: type[Projector]) -> Callable[..., Projector]:
-    """``kind`` with its ``forward`` under autocast to the input's dtype, so that layers of plain torch run in any."""
+def under_autocast(projector_class: type[Projector]) -> Callable[..., Projector]:
+    """Return a subclass whose ``forward`` runs under autocast to the input's dtype, so that plain torch layers work."""
 
     def forward(self: Projector, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         mixed = features.dtype != torch.float32
         dtype = features.dtype if mixed else torch.bfloat16
         with torch.autocast(features.device.type, dtype=dtype, enabled=mixed):
-            soft, soft_mask = kind.forward(self, features, mask)
+            soft, soft_mask = projector_class.forward(self, features, mask)
         return soft.to(features.dtype), soft_mask
 
-    return type(kind.__name__, (kind,), {"forward": forward})
+    return type(projector_class.__name__, (projector_class,), {"forward": forward})
 
 
 class FrameStackProjector(Projector):
-    """A projector that concatenates ``stack`` frames and then keeps their number: S = ceil(T / stack)."""
+    """A projector that concatenates every ``stack`` frames to one soft token: S = ceil(T / stack)."""
 
     stack: int
 
     def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
-        """[B, S, k·C], [B, S] -> [B, S, D]."""
+        """Map stacked frames [B, S, k·C] and their mask [B, S] to soft tokens [B, S, D]."""
         raise NotImplementedError
 
     def soft_frames(self, frames: int) -> int:
@@ -209,9 +224,9 @@ class FrameStackProjector(Projector):
 
 
 def stack_frames(features: Tensor, mask: Tensor, stack: int) -> tuple[Tensor, Tensor]:
-    """[B, T, C], [B, T] -> [B, S, stack·C], [B, S]; frames that are padding, or that fill the tail, are zero.
+    """Concatenate every ``stack`` frames: [B, T, C], [B, T] -> [B, S, stack·C], [B, S].
 
-    A stacked frame is valid when any of its frames is.
+    Padding frames, and those that complete the last stack, are zero. A stack is valid if any of its frames is.
     """
     if stack == 1:
         return features, mask

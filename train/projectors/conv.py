@@ -1,4 +1,5 @@
-"""Projectors that convolve over time: ``conv``, and the downsampler that the dense mixture of experts shares with it.
+"""``conv``: projectors that convolve over time, and the downsampler shared with the dense mixture of experts.
+
 Letters as in ``base.py``.
 """
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from .base import Conv1d, Linear, Projector, init_linear_layers, make_norm, stack_frames
 
-if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import ConvConfig
 
 
 class Downsampler(nn.Module):
-    """log2(k) × [Conv1d of width 3, stride 2, padding 1 -> GELU], the last from C to D channels, those before C to C.
+    """log2(k) × [Conv1d of width 3, stride 2, padding 1 -> GELU]: the last maps C to D channels, the others C to C.
 
-    MOSA (arXiv 2508.18998) has two: k = 4. ceil(T / k) frames come out.
+    MOSA (arXiv 2508.18998) has two, k = 4. The output has ceil(T / k) frames.
     """
 
     def __init__(self, channels: int, width: int, stack: int) -> None:
@@ -29,16 +30,16 @@ class Downsampler(nn.Module):
         self.convs = nn.ModuleList(Conv1d(channels, out, 3, stride=2, padding=1) for out in outs)
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, C], [B, T] -> [B, S, D], [B, S]. Padding reads as zero before each convolution."""
+        """Map [B, T, C], [B, T] to [B, S, D], [B, S]. Padding is set to zero before each convolution."""
         x = features
         for conv in self.convs:
             x = F.gelu(conv(x.masked_fill(~mask[..., None], 0)))
-            mask = mask[:, ::2]  # output i stands on frames 2i - 1, 2i, 2i + 1
+            mask = mask[:, ::2]  # output i depends on frames 2i - 1, 2i, 2i + 1
         return x, mask
 
 
 class StridedConv(nn.Module):
-    """Conv1d C -> C whose width and stride are both k -> ReLU; computed as what it is, a matrix on stacked frames."""
+    """Conv1d C -> C of width and stride k -> ReLU, computed as a matrix product on stacked frames."""
 
     def __init__(self, channels: int, stack: int) -> None:
         super().__init__()
@@ -46,17 +47,18 @@ class StridedConv(nn.Module):
         self.fc = Linear(stack * channels, channels)
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, C], [B, T] -> [B, S, C], [B, S]."""
+        """Map [B, T, C], [B, T] to [B, S, C], [B, S]."""
         x, mask = stack_frames(features, mask, self.stack)
         return F.relu(self.fc(x)), mask
 
 
 class ConvProjector(Projector):
-    """A convolution over time, then fc1 [H] -> ReLU -> fc2 [D] -> [norm], S = ceil(T / k). PyTorch's default start.
+    """A convolution over time, then fc1 [H] -> ReLU -> fc2 [D] -> [norm]; S = ceil(T / k).
 
     ``slam``: SLAM-LLM's ``cov1d-linear`` (X-LANCE/SLAM-LLM, ``models/projector.py``, EncoderProjectorCov1d): Conv1d
-    C -> C with width = stride = k = 5, ReLU, H = 2048. The tail is padded with zeros where SLAM-LLM drops it.
+    C -> C with width = stride = k = 5, ReLU, H = 2048. The last frames are padded with zeros; SLAM-LLM drops them.
     ``mosa``: MOSA's downsampler (C -> C -> D, k = 4) and one of its adapters, H = 4096 (arXiv 2508.18998).
+    Weights start at PyTorch's defaults.
     """
 
     formula = "(k·C + 1)·C + (C + 1)·H + (H + 1)·D [norm: rms + D, layer + 2·D]"

@@ -1,8 +1,7 @@
-"""A layer mixer in front of a projector: which layers of the encoder a task wants, learned.
+"""A layer mixer in front of a projector: a learned weighted sum of encoder layers.
 
-In: features [B, T, L·C], the channels of L layers side by side (``train/data/layers.py``), and their mask. Out: the
-layers' weighted sum [B, T, C], softmax weights learned, as in SUPERB (Yang et al. 2021, arXiv 2105.01051; s3prl's
-``Featurizer``).
+The input is [B, T, L·C], the concatenated channels of L layers (``train/data/layers.py``); the output is their weighted
+sum [B, T, C] with learned softmax weights, as in SUPERB (Yang et al. 2021, arXiv 2105.01051; s3prl's ``Featurizer``).
 """
 
 from __future__ import annotations
@@ -18,27 +17,34 @@ from .base import Projector
 
 
 class LayerMixer(nn.Module):
-    """L × [B, T, C] -> sum over l of softmax(w)_l · x_l [B, T, C]. L parameters, w = 0 at the start: the plain mean.
+    """L × [B, T, C] -> sum over l of softmax(w)_l · x_l [B, T, C]. The L parameters w start at 0, which is the mean.
 
-    With ``normalise`` each x_l is first brought to mean 0 and variance 1 over C (s3prl's ``normalize``): layers of one
-    encoder can differ in scale by a factor of ten, and the weights would have to make up for it.
+    With ``normalize``, each x_l is first scaled to mean 0 and variance 1 over C (s3prl's ``normalize``): layers of one
+    encoder can differ in scale by a factor of ten, for which the weights would have to compensate.
+
+    Raises:
+        ValueError: ``layers`` is less than 1.
     """
 
     def __init__(self, layers: int, normalize: bool = False) -> None:
         super().__init__()
         if layers < 1:
-            raise ValueError(f"a layer mixer needs at least one layer and was given {layers}")
+            raise ValueError(f"expected at least one layer to mix, got {layers}")
         self.normalize = normalize
         self.logits = nn.Parameter(torch.zeros(layers))
 
     def weights(self) -> Tensor:
-        """float32 [L], sums to 1: what a report shows."""
+        """Return the weights of the layers, float32 [L], which sum to 1."""
         return self.logits.softmax(0)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """L tensors [B, T, C] of one shape and float dtype -> [B, T, C] in that dtype."""
+        """Mix L tensors [B, T, C] of the same shape and float dtype to one [B, T, C] in that dtype.
+
+        Raises:
+            ValueError: the number of tensors is not L.
+        """
         if len(features) != len(self.logits):
-            raise ValueError(f"a mixer of {len(self.logits)} layers was given {len(features)}")
+            raise ValueError(f"expected {len(self.logits)} layers to mix, got {len(features)}")
         if self.normalize:
             features = [F.layer_norm(x, x.shape[-1:]) for x in features]
         weights = self.weights().to(features[0].dtype)
@@ -49,14 +55,14 @@ class LayerMixer(nn.Module):
 
 
 class MixedProjector(Projector):
-    """A ``LayerMixer`` and the projector behind it, as one."""
+    """A ``LayerMixer`` followed by a projector."""
 
     def __init__(self, mixer: LayerMixer, projector: Projector) -> None:
         super().__init__()
         self.mixer, self.projector = mixer, projector
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """The projector's own start; the mixer's is the mean, whatever the seed."""
+        """Initialize the projector; the mixer always starts at the mean."""
         self.projector.init_weights(generator)
 
     def soft_frames(self, frames: int) -> int:
@@ -69,11 +75,11 @@ class MixedProjector(Projector):
         return self.projector.take_metrics()
 
     def summary(self) -> dict[str, Any]:
-        """The learned weights of the layers, and what the projector tells."""
+        """Return the learned weights of the layers and the projector's summary."""
         return {"layer_weights": self.mixer.weights().tolist(), **self.projector.summary()}
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, T, L·C], mask [B, T] bool -> soft [B, S, D], soft_mask [B, S] bool."""
+        """Map features [B, T, L·C], mask [B, T] bool to soft [B, S, D], soft_mask [B, S] bool."""
         layers = features.chunk(len(self.mixer.logits), -1)
         soft, soft_mask = self.projector(self.mixer(layers), mask)
         return soft, soft_mask

@@ -1,5 +1,5 @@
-"""Projectors of matrices alone: ``mlp`` (W1), ``residual`` (tiny-audio), ``linear`` (SLAM-LLM), ``swiglu`` (Ultravox)
-and ``pool`` (Qwen2-Audio, Audio Flamingo 3). Letters as in ``base.py``.
+"""Projectors that are MLPs: ``mlp`` (W1), ``residual`` (tiny-audio), ``linear`` (SLAM-LLM), ``swiglu`` (Ultravox) and
+``pool`` (Qwen2-Audio, Audio Flamingo 3). Letters as in ``base.py``.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from .base import FrameStackProjector, Linear, RMSNorm, init_linear_layers, make_norm, stack_frames
 
-if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import LinearConfig, MlpConfig, PoolConfig, ResidualConfig, SwigluConfig
 
 
 class MlpProjector(FrameStackProjector):
-    """[k·C] -> [input norm] -> fc1 [H] -> GELU -> fc2 [D] -> [norm]. At its defaults, W1's projector exactly.
+    """[k·C] -> [input norm] -> fc1 [H] -> GELU -> fc2 [D] -> [norm]. The defaults are exactly W1's projector.
 
-    W1: no bias, fc1 ~ U(±sqrt(3/(k·C))), fc2 = 0, so that the first step sees the LM with silent soft tokens.
-    Behind an output norm a zero fc2 would jump to full size at step 1 and its gradient would be divided by almost
-    nothing, so there fc2 ~ N(0, 0.02), GPT-2's start. Biases start at zero.
+    W1: no bias, fc1 ~ U(±sqrt(3/(k·C))), fc2 = 0, so that soft tokens are zero in the first step. Before an output
+    norm, a zero fc2 would jump to full scale at step 1 and its gradient would be divided by almost zero, so there
+    fc2 ~ N(0, 0.02), as in GPT-2. Biases start at zero.
 
-    With ``stack=4`` it is the projector of Voxtral (arXiv 2507.13264; transformers' ``modeling_voxtral.py``) too.
+    With ``stack=4`` it is also the projector of Voxtral (arXiv 2507.13264; transformers' ``modeling_voxtral.py``).
     """
 
     formula = "k·C·H + H·D [H = D unless set; bias: + H + D; input norm: + 2·k·C; norm: rms + D, layer + 2·D]"
@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Map [..., D] to [..., D]."""
         y: Tensor = self.norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
         return y
 
@@ -73,8 +73,8 @@ class ResidualBlock(nn.Module):
 class ResidualProjector(FrameStackProjector):
     """[k·C] -> fc [D] -> RMSNorm -> N × ResidualBlock: the projector of tiny-audio.
 
-    Start: weights N(0, 0.02), each block's fc2 N(0, 0.002), biases 0, norm gains 1. With ``norm`` the last block's
-    norm is of that kind and its gain starts at the RMS of the LM's embeddings.
+    Initial weights: N(0, 0.02), fc2 of each block N(0, 0.002), biases 0, norm gains 1. With ``norm``, the norm of the
+    last block is of that kind and its gain starts at the RMS of the LM's embeddings.
     """
 
     formula = "(k·C + 1)·D + D + N·(2·D·H + H + 2·D) [H = 4·D unless set; norm: layer + D]"
@@ -105,9 +105,9 @@ class ResidualProjector(FrameStackProjector):
 
 class LinearProjector(FrameStackProjector):
     """[k·C] -> fc1 [H] -> ReLU -> fc2 [D] -> [norm]: SLAM-LLM's ``linear`` (arXiv 2402.08846; X-LANCE/SLAM-LLM,
-    ``models/projector.py``, EncoderProjectorConcat), k = 5, H = 2048, biases, PyTorch's default start.
+    ``models/projector.py``, EncoderProjectorConcat), k = 5, H = 2048, biases, PyTorch's default initial weights.
 
-    SLAM-LLM drops the T mod k frames of the tail; here they are padded with zeros and heard.
+    SLAM-LLM drops the last T mod k frames; here they are padded with zeros and used.
     """
 
     formula = "(k·C + 1)·H + (H + 1)·D [norm: rms + D, layer + 2·D]"
@@ -128,11 +128,12 @@ class LinearProjector(FrameStackProjector):
 
 
 class SwigluProjector(FrameStackProjector):
-    """[k·C] -> RMSNorm -> fc1 [H] -> a · silu(b) [H/2] -> [RMSNorm] -> fc2 [D] -> [norm], a and b the halves of fc1's
-    output: Ultravox's projector (fixie-ai/ultravox, ``ultravox_model.py``), k = 8, H = 4096, no biases, norm gains 0.4.
+    """[k·C] -> RMSNorm -> fc1 [H] -> a · silu(b) [H/2] -> [RMSNorm] -> fc2 [D] -> [norm]; a and b are the halves of
+    fc1's output. Ultravox's projector (fixie-ai/ultravox, ``ultravox_model.py``): k = 8, H = 4096, no biases, norm
+    gains 0.4.
 
-    ``mid_norm`` is Ultravox from 0.5 on; up to 0.4.1 the second norm came last (here ``mid_norm=false norm=rms``, whose
-    gain starts at the RMS of the LM's embeddings instead). Matrices start as PyTorch's default.
+    ``mid_norm`` is Ultravox from 0.5 on. Up to 0.4.1 the second norm came last; here that is ``mid_norm=false
+    norm=rms``, whose gain starts at the RMS of the LM's embeddings instead. Matrices start at PyTorch's defaults.
     """
 
     formula = "k·C + k·C·H + H/2 + H/2·D [mid_norm=false: - H/2; norm: rms + D, layer + 2·D]"
@@ -157,10 +158,10 @@ class SwigluProjector(FrameStackProjector):
 
 
 class PoolProjector(FrameStackProjector):
-    """mean of p frames -> concat k means -> fc [D], or fc1 [H] -> GELU -> fc2 [D] with ``hidden`` -> [norm].
+    """Mean of p frames -> concatenate k means -> fc2 [D] (with ``hidden``: fc1 [H] -> GELU -> fc2 [D]) -> [norm].
 
-    Qwen2-Audio (arXiv 2407.10759) is p = 2 and one layer; Audio Flamingo 3 (arXiv 2507.08128) p = 2 and two layers with
-    H = D. Both have biases and start at N(0, 0.02), 0. A mean runs over the valid frames among its p;
+    Qwen2-Audio (arXiv 2407.10759) has p = 2 and one layer; Audio Flamingo 3 (arXiv 2507.08128) has p = 2 and two layers
+    with H = D. Both have biases; weights start at N(0, 0.02), biases at 0. A mean is over the valid frames among its p;
     S = ceil(T / (p·k)).
     """
 

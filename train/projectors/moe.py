@@ -1,4 +1,5 @@
-"""Mixtures of experts: every expert weighted by a softmax (MOSA), or the best two beside a shared one (tiny-audio).
+"""Mixtures of experts: all experts weighted by a softmax (MOSA), or the best two and a shared one (tiny-audio).
+
 Letters as in ``base.py``; E experts, N valid soft tokens of a batch.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .base import FrameStackProjector, Linear, Projector, RMSNorm, init_linear_layers, make_norm
 from .conv import Downsampler
 
-if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import MoeConfig
 
 _TOP_K = 2
@@ -31,7 +32,7 @@ class Expert(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., D]."""
+        """Map [..., in] to [..., D]."""
         y: Tensor = self.fc2(self.activation(self.fc1(x)))
         return y
 
@@ -39,9 +40,9 @@ class Expert(nn.Module):
 class DenseMoeProjector(Projector):
     """Downsampler [D] -> sum over e of softmax(router)_e · expert_e -> [norm]: MOSA-Base (arXiv 2508.18998).
 
-    Router D -> 512 -> ReLU -> E, experts D -> H -> ReLU -> D with H = 4096, E = 4, k = 4; the cross-entropy is the only
-    loss, ``take_metrics`` gives each expert's mean weight. PyTorch's default start, but the router's last layer
-    N(0, 0.02) with bias 0: all experts near 1/E at first.
+    Router D -> 512 -> ReLU -> E, experts D -> H -> ReLU -> D with H = 4096, E = 4, k = 4. There is no loss besides the
+    cross-entropy; ``take_metrics`` returns the mean weight of each expert. Weights start at PyTorch's defaults, except
+    the last layer of the router, N(0, 0.02) with bias 0, so that all experts start near 1/E.
     """
 
     formula = (
@@ -78,14 +79,16 @@ class DenseMoeProjector(Projector):
 
 
 class TopKMoeProjector(FrameStackProjector):
-    """[k·C] -> RMSNorm -> shared expert + the best two of E, weighted to sum to 1 -> [norm]: tiny-audio's ``moe``
-    (alexkroman/tiny-audio, ``projectors.py``; shared experts: DeepSeekMoE, arXiv 2401.06066).
+    """[k·C] -> RMSNorm -> shared expert + the best two of E, with weights that sum to 1 -> [norm].
 
-    Router k·C -> E without bias; experts k·C -> H -> GELU -> D, H = D, E = 4, k = 4. Start: router N(0, 0.02), fc1
-    Glorot-uniform, fc2 N(0, 0.01), biases 0. In training the router's logits get a relative noise of ``jitter``, and
-    ``take_losses`` gives ``balance`` (E · mean of (mean probability of e - 1/E)², over valid soft tokens) and
-    ``router_z`` (mean of logsumexp², ST-MoE, arXiv 2202.08906), times their weights; ``take_metrics`` gives each
-    expert's share of the choices.
+    tiny-audio's ``moe`` (alexkroman/tiny-audio, ``projectors.py``; shared experts: DeepSeekMoE, arXiv 2401.06066).
+    Router k·C -> E without bias; experts k·C -> H -> GELU -> D, H = D, E = 4, k = 4. Initial weights: router
+    N(0, 0.02), fc1 Glorot uniform, fc2 N(0, 0.01), biases 0.
+
+    In training, the router's logits are multiplied by U(1 ± ``router_jitter_noise``). ``take_losses`` returns
+    ``balance``, E · mean over experts of (mean probability over valid soft tokens - 1/E)², and ``router_z``, mean of
+    logsumexp(logits)² (ST-MoE, arXiv 2202.08906), multiplied by ``router_aux_loss_coef`` and ``router_z_loss_coef``.
+    ``take_metrics`` returns the share of each expert in the choices.
     """
 
     formula = "k·C + k·C·E + (E + 1)·((k·C + 1)·H + (H + 1)·D) [H = D unless set; norm: rms + D, layer + 2·D]"
@@ -110,7 +113,7 @@ class TopKMoeProjector(FrameStackProjector):
             expert.fc2.weight.normal_(0, 0.01, generator=generator)
 
     def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
-        x_NK = self.input_norm(x_BSK[mask_BS])  # padding is not routed: it would count in the losses
+        x_NK = self.input_norm(x_BSK[mask_BS])  # padding is not routed, because it would count in the losses
         logits_NE = self.router(x_NK).float()
         if self.training and self.jitter_noise:
             logits_NE = logits_NE * torch.empty_like(logits_NE).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
@@ -118,7 +121,7 @@ class TopKMoeProjector(FrameStackProjector):
         best, chosen = probabilities_NE.topk(_TOP_K, -1)
         weights = torch.zeros_like(probabilities_NE).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
         total = self.shared(x_NK)
-        for i, expert in enumerate(self.experts):  # one that no token chose still runs, so that it has a gradient of 0
+        for i, expert in enumerate(self.experts):  # also experts without tokens, so that their gradient is 0, not None
             rows = (chosen == i).any(-1).nonzero()[:, 0]
             total = total.index_add(0, rows, (weights[rows, i, None] * expert(x_NK[rows])).to(total.dtype))
         if self.training:
@@ -133,11 +136,11 @@ class TopKMoeProjector(FrameStackProjector):
 
 
 def _expert_use(shares: Tensor) -> dict[str, Tensor]:
-    """``expert_use_e``: expert e's share [E] of the routing, over valid soft tokens; evenly used, each has 1/E."""
+    """Return ``shares`` [E] of the routing over valid soft tokens as metrics ``expert_use_e``; 1/E each if balanced."""
     return {f"expert_use_{e}": share for e, share in enumerate(shares.unbind())}
 
 
 def make_moe(config: MoeConfig, channels: int, width: int, embedding_rms: float) -> Projector:
-    """The mixture that ``routing`` names; see ``DenseMoeProjector`` and ``TopKMoeProjector``."""
-    make = DenseMoeProjector if config.routing == "dense" else TopKMoeProjector
-    return make(config, channels, width, embedding_rms)
+    """Build the mixture of experts that ``routing`` names: ``DenseMoeProjector`` or ``TopKMoeProjector``."""
+    projector_class = DenseMoeProjector if config.routing == "dense" else TopKMoeProjector
+    return projector_class(config, channels, width, embedding_rms)

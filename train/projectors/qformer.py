@@ -1,6 +1,6 @@
-"""``qformer``: learned queries read the frames of one window after another.
+"""``qformer``: learned queries attend to the frames of each window.
 
-Letters as in ``base.py``; W frames a window, Q queries, N windows.
+Letters as in ``base.py``; W frames per window, Q queries, N windows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from .base import Attention, LayerNorm, Linear, Projector, init_linear_layers, make_norm, stack_frames
 
-if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import QformerConfig
 
-_EPS = 1e-12  # BERT's
+_EPS = 1e-12  # as in BERT
 
 
 class QformerLayer(nn.Module):
-    """Self-attention among the queries, cross-attention to the frames, MLP; each + residual, then LayerNorm (BERT)."""
+    """Self-attention of the queries, cross-attention to the frames, MLP; each + residual, then LayerNorm (BERT)."""
 
     def __init__(self, hidden: int, heads: int, context: int, intermediate: int, dropout: float) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class QformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
-        """Queries [B·N, Q, H], frames [B·N, W, C], mask [B·N, W] -> queries."""
+        """Map queries [B·N, Q, H], frames [B·N, W, k·C] and mask [B·N, W] to queries [B·N, Q, H]."""
         x = self.own_norm(x + self.dropout(self.own(x, x)))
         x = self.cross_norm(x + self.dropout(self.cross(x, frames, mask)))
         y: Tensor = self.norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
@@ -45,10 +45,10 @@ class QformerProjector(Projector):
     """Windows of W frames; Q queries -> LayerNorm -> L × QformerLayer -> fc [D] -> [norm]. S = ceil(T / (k·W)) · Q.
 
     Granite Speech (arXiv 2505.08699; transformers' ``modeling_granite_speech.py``): W = 15, Q = 3, L = 2, queries
-    N(0, 1), H = the encoder's width, dropout 0.1; a BLIP-2 Q-Former (arXiv 2301.12597), cross-attention in every layer.
-    SALMONN (arXiv 2310.13289): W = 17 (0.33 s), Q = 1, queries N(0, 0.02). Matrices N(0, 0.02), biases 0.
+    N(0, 1), H = the encoder's width, dropout 0.1; a BLIP-2 Q-Former (arXiv 2301.12597) with cross-attention in every
+    layer. SALMONN (arXiv 2310.13289): W = 17 (0.33 s), Q = 1, queries N(0, 0.02). Matrices N(0, 0.02), biases 0.
 
-    Granite lets queries attend to the zeros that fill the last window; here they see frames alone.
+    In Granite, queries attend to the zeros that pad the last window; here they attend only to frames.
     """
 
     formula = (
@@ -86,10 +86,10 @@ class QformerProjector(Projector):
         tail = -frames % self.window
         x = F.pad(x, (0, 0, 0, tail)).reshape(-1, self.window, channels)
         mask = F.pad(mask, (0, tail)).reshape(-1, self.window)
-        heard = mask.any(-1)
-        seen = mask | ~heard[:, None]  # a softmax over nothing is not a number: a window of padding reads itself
+        valid = mask.any(-1)
+        attended = mask | ~valid[:, None]  # a softmax over no positions is NaN: a window of padding attends to itself
         q = self.dropout(self.query_norm(self.queries)).to(x.dtype).expand(len(x), -1, -1)
         for layer in self.layers:
-            q = layer(q, x, seen)
+            q = layer(q, x, attended)
         soft = self.norm(self.fc(q)).reshape(batch, -1, self.fc.out_features)
-        return soft, heard.repeat_interleave(len(self.queries)).reshape(batch, -1)
+        return soft, valid.repeat_interleave(len(self.queries)).reshape(batch, -1)

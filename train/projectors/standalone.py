@@ -1,7 +1,7 @@
-"""A trained projector, rebuilt with PyTorch and safetensors alone. An export carries this file as ``projector``.
+"""Loads an exported projector with only PyTorch and safetensors. An export contains a copy of this file.
 
-In: an export's folder. Out: its projector: features float32 [B, T, C] and their mask [B, T] (True = a frame) -> soft
-tokens [B, S, D] and their mask [B, S].
+The projector maps features float32 [B, T, C] and their mask [B, T] (True at frames) to soft tokens [B, S, D] and their
+mask [B, S].
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .mixer import LayerMixer, MixedProjector
 
 
 def load(folder: str | Path) -> Projector:
-    """The projector in ``folder``, in evaluation mode, on the CPU; its weights are float32."""
-    about = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    module, name = about["source"].split(":")
-    kind = getattr(import_module(f".{module}", __package__), name)
-    sizes = about["channels"], about["width"], about["embedding_rms"]
+    """Load the projector of the export ``folder`` on the CPU, in evaluation mode, with float32 weights."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    module, name = config["source"].split(":")
+    projector_class = getattr(import_module(f".{module}", __package__), name)
+    sizes = config["channels"], config["width"], config["embedding_rms"]
     if module == "own":
-        projector = under_autocast(kind)(*sizes, **about["projector"]["settings"])
+        projector = under_autocast(projector_class)(*sizes, **config["projector"]["settings"])
     else:
-        projector = kind(SimpleNamespace(**about["projector"]), *sizes)
-    if about["layers"] > 1:
-        projector = MixedProjector(LayerMixer(about["layers"], about["normalise_layers"]), projector)
+        projector = projector_class(SimpleNamespace(**config["projector"]), *sizes)
+    if config["layers"] > 1:
+        projector = MixedProjector(LayerMixer(config["layers"], config["normalise_layers"]), projector)
     projector.load_state_dict(load_file(Path(folder) / "projector.safetensors"))
     return projector.eval()

@@ -1,4 +1,4 @@
-"""``transformer``: stacked frames that read each other before they become soft tokens. Letters as in ``base.py``."""
+"""``transformer``: transformer layers over stacked frames. Letters as in ``base.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .base import Attention, FrameStackProjector, LayerNorm, Linear, init_linear_layers, make_norm
 
-if TYPE_CHECKING:  # an export carries this file, which then stands without earshard
+if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import TransformerConfig
 
 
@@ -28,7 +28,7 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[B, S, H], [B, S] -> [B, S, H]."""
+        """Map [B, S, H] with mask [B, S] to [B, S, H]."""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention(normed, normed, mask))
         y: Tensor = x + self.dropout(self.fc2(F.gelu(self.fc1(self.mlp_norm(x)))))
@@ -39,8 +39,8 @@ class TransformerProjector(FrameStackProjector):
     """[k·C] -> fc1 [H] -> + positions -> L × TransformerLayer -> LayerNorm -> fc2 [D] -> [norm].
 
     The adapter of NeMo's SALM (arXiv 2310.09424; NVIDIA/NeMo, ``speechlm2/conf/salm.yaml``: L = 2, H = 1024, 8 heads,
-    then a linear layer), with pre-norm transformer layers where NeMo has Conformer layers, and sinusoidal positions
-    (Vaswani et al. 2017) where it has relative ones. PyTorch's default start.
+    then a linear layer), with pre-norm transformer layers instead of Conformer layers and sinusoidal positions (Vaswani
+    et al. 2017) instead of relative ones. Weights start at PyTorch's defaults.
     """
 
     formula = "(k·C + 1)·H + L·(12·H² + 13·H) + 2·H + (H + 1)·D [norm: rms + D, layer + 2·D]"
@@ -69,7 +69,7 @@ class TransformerProjector(FrameStackProjector):
 
 
 def sinusoidal_positions(count: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoidal positions float32 [count, width], ``width`` even: sines in even columns, cosines in odd ones."""
+    """Return sinusoidal positions, float32 [count, width], ``width`` even: sines in even columns, cosines in odd."""
     frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
     angle = torch.outer(torch.arange(count, device=device), frequency)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)

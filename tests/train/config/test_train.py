@@ -55,7 +55,7 @@ def test_warmup_is_a_fraction_below_one_and_steps_from_one_on(warmup, steps):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"warmup": 2.5}, "neither whole steps nor a fraction"),
+        ({"warmup": 2.5}, "neither a whole number of steps nor a fraction"),
         ({"min_lr": 1.0}, "is above lr"),
         ({"patience": 2}, "set eval_every"),
         ({"name": "latest"}, "choose another name"),

@@ -60,7 +60,7 @@ def test_an_unfinished_cache_is_absent(marked):
 
 
 def test_an_absent_cache_names_the_extraction_that_makes_it(marked, tmp_path):
-    with pytest.raises(MissingCache, match=r"make extract CONFIG=b\.yaml` makes it") as error:
+    with pytest.raises(MissingCache, match=r"run `make extract CONFIG=b\.yaml`") as error:
         open_data(config(marked, tmp_path / "gone", extract=["a.yaml", "b.yaml"]))
     assert "a.yaml" not in str(error.value)
     with pytest.raises(MissingCache, match="make extract"):
@@ -93,7 +93,7 @@ def test_a_filter_narrows_what_is_trained_on_and_not_what_is_judged(marked, plai
     assert data.train_rows.tolist() == [
         row for row in whole.train_rows if frames[row] > 20 and speakers[row] != "speaker-1"
     ]
-    with pytest.raises(UserError, match="passes 'frames > 9999': widen filter"):
+    with pytest.raises(UserError, match="matches the filter 'frames > 9999': relax filter"):
         open_data(config(marked, filter="frames > 9999"))
 
 

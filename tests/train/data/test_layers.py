@@ -140,16 +140,16 @@ def test_layers_that_do_not_belong_together_are_refused(folder, tmp_path):
     make_cache(tmp_path / "o2", 4, layer=2, prefix="other")
     make_cache(tmp_path / "o4", 4, layer=4, prefix="other")
     two, four = opened(folder, "L2", "L4")
-    with pytest.raises(UserError, match=r"6 channels .* a mix is of layers of one width"):
+    with pytest.raises(UserError, match=r"6 channels .* mixed layers must have the same number"):
         LayeredCaches([[two, *opened(tmp_path, "wide")]])
     with pytest.raises(UserError, match="in the same order"):
         LayeredCaches([[two, four], opened(tmp_path, "o4", "o2")])
 
 
 def test_a_config_names_as_many_layers_of_each_corpus_and_the_extraction_that_makes_them(tmp_path):
-    with pytest.raises(ValueError, match="names 1 and 2 layers"):
+    with pytest.raises(ValueError, match="entries of 1 and 2 layers"):
         TrainConfig.model_validate({"caches": [["a", "b"], "c"]})
-    with pytest.raises(ValueError, match="needs layers to mix"):
+    with pytest.raises(ValueError, match="needs several layers"):
         TrainConfig.model_validate({"caches": "a", "normalise_layers": True})
     here = make_cache(tmp_path / "here", 4)
     entries = [[str(here), str(tmp_path / "gone")], [str(tmp_path / "x"), str(tmp_path / "y")]]

@@ -70,9 +70,9 @@ def test_plain_layers_of_the_users_run_in_the_runs_dtype_over_float32_masters(ow
     ("kind", "settings", "told"),
     [
         ("no_such_module:Mine", {}, "cannot be imported"),
-        ("own_projectors:Absent", {}, "is no class derived from"),
-        ("own_projectors:Other", {}, "is no class derived from"),
-        ("own_projectors:Mine", {"size": 3}, "cannot be made with projector.settings"),
+        ("own_projectors:Absent", {}, "is not a subclass of"),
+        ("own_projectors:Other", {}, "is not a subclass of"),
+        ("own_projectors:Mine", {"size": 3}, "cannot be constructed with projector.settings"),
     ],
 )
 def test_a_projector_of_the_users_that_cannot_be_is_one_sentence(own_module, kind, settings, told):
@@ -91,19 +91,19 @@ def test_a_mixer_starts_at_the_mean_of_its_layers_and_learns_which_to_hear(norma
         mixer.logits.copy_(torch.tensor([0.0, 50.0, 0.0]))
     torch.testing.assert_close(mixer(layers), seen[1])
     assert mixer([x.bfloat16() for x in layers]).dtype == torch.bfloat16
-    optimiser = torch.optim.Adam(mixer.parameters(), lr=0.5)
+    optimizer = torch.optim.Adam(mixer.parameters(), lr=0.5)
     with torch.no_grad():
         mixer.logits.zero_()
     for _ in range(60):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (mixer(layers) - seen[0]).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert mixer.weights().argmax() == 0
     assert mixer.weights()[0] > 0.9
 
 
 def test_a_mixer_refuses_another_number_of_layers():
-    with pytest.raises(ValueError, match="2 layers was given 1"):
+    with pytest.raises(ValueError, match="expected 2 layers to mix, got 1"):
         LayerMixer(2)([torch.randn(1, 2, 6)])
     with pytest.raises(ValueError, match="at least one layer"):
         LayerMixer(0)

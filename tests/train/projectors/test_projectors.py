@@ -24,6 +24,12 @@ from train.projectors.mlp import MlpProjector, ResidualProjector
 IDS = [f"{i}-{c.kind}-{c.norm}" for i, c in enumerate(CONFIGS)]
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """Random inputs do not depend on which tests ran before in the same process."""
+    torch.manual_seed(0)
+
+
 def test_w1_mlp_has_its_exact_start_and_parameter_count():
     projector = build_projector(MlpConfig(), 512, 384, 1.0)
     assert isinstance(projector, MlpProjector)
@@ -151,7 +157,7 @@ def test_shapes_and_masks_are_right_for_odd_lengths(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_soft_tokens_do_not_depend_on_padding_or_on_what_stands_in_it(config):
+def test_soft_tokens_do_not_depend_on_padding_or_its_values(config):
     projector = shake(build(config)).eval()
     features, lengths = torch.randn(2, 7, 6), [7, 4]
     soft, soft_mask = projector(features, mask_of(lengths, 7))
@@ -164,9 +170,10 @@ def test_soft_tokens_do_not_depend_on_padding_or_on_what_stands_in_it(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_gradient_reaches_every_parameter_and_every_valid_frame_alone(config):
-    projector = shake(build(config))
-    features = torch.randn(2, 17, 6, requires_grad=True)
+def test_gradients_reach_every_parameter_and_exactly_the_valid_frames(config):
+    # 24 channels: with 6, a convolution can have a soft token at which every ReLU, and so every gradient, is zero
+    projector = shake(build(config, channels=24))
+    features = torch.randn(2, 17, 24, requires_grad=True)
     soft, soft_mask = projector(features, mask_of([17, 14], 17))
     (soft[soft_mask] * torch.randn(8)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
@@ -191,7 +198,7 @@ def test_an_output_norm_starts_soft_tokens_at_the_embedding_rms(kind, norm):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_the_same_seed_gives_the_same_start_whatever_ran_before(config):
+def test_the_same_seed_always_gives_the_same_initial_weights(config):
     first = build(config, seed=3).state_dict()
     torch.randn(5)
     again, other = build(config, seed=3).state_dict(), build(config, seed=4).state_dict()
@@ -200,7 +207,7 @@ def test_the_same_seed_gives_the_same_start_whatever_ran_before(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_building_leaves_the_global_generator_alone(config):
+def test_building_does_not_change_the_global_generator(config):
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
@@ -242,7 +249,7 @@ def test_dropout_acts_in_training_only(config):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "message"),
     [
         (["projector.kind=residual", "projector.stak=4"], "did you mean 'projector.stack'?"),
         (["projector.kind=linear", "projector.bias=true"], "to drop the keys of another kind, set projector={kind: …}"),
@@ -255,7 +262,7 @@ def test_dropout_acts_in_training_only(config):
         (["projector.kind=moe", "projector.stack=5"], "stack=5 must be a power of 2"),
         (["projector.kind=moe", "projector.router_aux_loss_coef=0.1"], "set routing=top2"),
         (["projector.kind=swiglu", "projector.hidden=5"], "multiple of 2"),
-        (["projector.kind=transformer", "projector.heads=7"], "does not divide into heads=7"),
+        (["projector.kind=transformer", "projector.heads=7"], "is not divisible by heads=7"),
         (["projector.kind=my_module:Mine", "projector.stack=2"], "allowed here: kind, settings; to drop"),
         (["projector.kind=my module:Mine"], "string should match"),
         (["projector.stack=0"], "key 'projector.stack' in the argument 'projector.stack=0' is 0: "),
@@ -263,13 +270,13 @@ def test_dropout_acts_in_training_only(config):
         (["projector={kind: null}"], "key 'projector.kind' in the argument 'projector={kind: null}' is 'None'"),
     ],
 )
-def test_a_bad_projector_key_names_the_allowed_ones(words, told):
+def test_a_bad_projector_key_names_the_allowed_ones(overrides, message):
     with pytest.raises(UserError) as error:
-        load_config(Holder, None, words)
-    assert told in str(error.value)
+        load_config(Holder, None, overrides)
+    assert message in str(error.value)
 
 
-def test_a_projector_without_channels_is_refused():
+def test_a_projector_without_channels_is_rejected():
     with pytest.raises(UserError, match="0 channels"):
         build_projector(MlpConfig(), 0, 8, 1.0)
 
@@ -279,7 +286,7 @@ def test_attention_heads_must_divide_the_width():
         build(QformerConfig(heads=5))
 
 
-def test_a_top2_mixture_hands_out_its_losses_once_and_only_those_of_training():
+def test_a_top2_mixture_returns_its_losses_once_and_only_in_training():
     projector = build(
         MoeConfig(routing="top2", router_jitter_noise=0.0, router_aux_loss_coef=0.5, router_z_loss_coef=2.0)
     )
@@ -298,7 +305,7 @@ def test_a_top2_mixture_hands_out_its_losses_once_and_only_those_of_training():
     assert projector.take_losses() == {}
 
 
-def test_an_expert_that_no_token_chose_has_a_gradient_of_zero_and_not_none():
+def test_an_expert_without_tokens_has_a_gradient_of_zero_not_none():
     projector = build(MoeConfig(routing="top2", stack=2, experts=8))
     projector(torch.randn(1, 2, 6), mask_of([2], 2))[0].sum().backward()
     grads = [expert.fc2.weight.grad for expert in projector.experts]
