@@ -1,1 +1,1 @@
-"""Projector, prompt and language model together."""
+"""The model of a run: projector, prompt and language model."""

@@ -1,7 +1,7 @@
 """The model of a run: features -> projector -> soft tokens -> prompt -> frozen language model -> loss or text.
 
-In: features [B, T, C] of the encoder, their mask, and texts. Out: a :class:`BatchLoss` (the loss of a batch is
-``out.nll.sum() / out.tokens.sum()``), or decoded texts. Only the projector has gradients, unless the LM trains.
+Takes features [B, T, C] of the encoder, their mask, and texts; returns a :class:`BatchLoss` (the loss of a batch is
+``out.nll.sum() / out.tokens.sum()``) or decoded texts. Only the projector has gradients, unless the LM is trained.
 """
 
 from __future__ import annotations
@@ -19,48 +19,61 @@ from train.projectors import Projector
 
 @dataclass(frozen=True, slots=True)
 class BatchLoss:
-    """The loss of one batch as tensors: one value for each utterance, summed over its targets."""
+    """The losses of one batch: one value per utterance, summed over its targets."""
 
-    nll: Tensor  # [B] float32, negative log-likelihood in nats; carries the gradient
-    tokens: Tensor  # [B] int64 on the CPU, targets: the text's tokens and eos
+    nll: Tensor  # [B] float32, negative log-likelihood in nats, with gradient
+    tokens: Tensor  # [B] int64 on the CPU, number of targets: the tokens of the text and eos
     soft_rms: Tensor  # scalar float32, RMS of the valid soft tokens; detached
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)  # [B] by the names of metrics.jsonl; carry the gradient
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)  # [B] by their names in metrics.jsonl, with gradient
 
 
 def batch_loss(request: LmRequest, nll: Tensor, auxiliary: dict[str, Tensor] | None = None) -> BatchLoss:
-    """``nll`` [B] of the rows of ``request``, beside what is known of them."""
+    """Return the loss of ``request``, whose rows have the negative log-likelihoods ``nll`` [B]."""
     tokens = torch.tensor([len(ids) for ids in request.targets])
     soft_rms = request.soft.detach()[request.soft_mask].float().square().mean().sqrt()
     return BatchLoss(nll, tokens, soft_rms, auxiliary or {})
 
 
 class AudioLM(nn.Module):
-    """A projector, a language model and a prompt; ``nll`` for training and evaluation, ``generate`` for decoding."""
+    """A projector, a language model and a prompt. Use ``nll`` to train and evaluate, ``generate`` to decode."""
 
     def __init__(self, projector: Projector, lm: LanguageModel, prompt: Prompt) -> None:
         super().__init__()
         self.projector, self.lm, self.prompt = projector, lm, prompt
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, T, C] of any float dtype, mask [B, T] bool -> soft [B, S, D] in the LM's dtype, soft_mask."""
-        features = features.to(self.lm.device).to(self.lm.dtype)  # in this order: the device casts faster than a CPU
+        """Map features [B, T, C] of any float dtype and mask [B, T] bool to soft tokens.
+
+        Returns:
+            soft [B, S, D] in the LM's dtype and soft_mask [B, S] bool, on the LM's device.
+        """
+        features = features.to(self.lm.device).to(self.lm.dtype)  # in this order: the device casts faster than the CPU
         soft, soft_mask = self.projector(features, mask.to(self.lm.device))
         return soft.to(self.lm.dtype), soft_mask
 
     def request(self, features: Tensor, mask: Tensor, texts: Sequence[str] | None = None) -> LmRequest:
-        """The rows that the LM reads: soft tokens of the audio inside the prompt, and ``texts`` [B] as targets."""
+        """Return the input of the LM: the soft tokens of the audio inside the prompt, with ``texts`` [B] as targets."""
         soft, soft_mask = self.soft_tokens(features, mask)
         rows = len(soft)
         targets = [[]] * rows if texts is None else [self.prompt.target_ids(text) for text in texts]
         return LmRequest(soft, soft_mask, [self.prompt.prefix] * rows, [self.prompt.suffix] * rows, targets)
 
     def nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> BatchLoss:
-        """The loss of ``texts`` [B] given the audio. Padding frames and the other rows of the batch change nothing."""
+        """Return the loss of ``texts`` [B] given the audio. Padding and other rows of the batch do not affect a row."""
         return ModelList([self]).nll(features, mask, texts)[0]
 
     @torch.no_grad()
     def candidate_nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> Tensor:
-        """Nats of each of ``texts`` given the one utterance of features [1, T, C]: float32 [len(texts)]."""
+        """Return the negative log-likelihood of each of ``texts`` given one utterance.
+
+        Args:
+            features: [1, T, C].
+            mask: bool [1, T].
+            texts: the candidates.
+
+        Returns:
+            nats, float32 [len(texts)].
+        """
         soft, soft_mask = self.soft_tokens(features, mask)
         targets = [self.prompt.target_ids(text) for text in texts]
         return self.lm.candidate_nll(soft[soft_mask], self.prompt.prefix, self.prompt.suffix, targets)
@@ -73,7 +86,10 @@ class AudioLM(nn.Module):
         max_new_tokens: int = 64,
         on_token: Callable[[list[str]], None] | None = None,
     ) -> list[str]:
-        """The LM's greedy answer to each utterance, without eos. ``told`` gets the texts so far after every token."""
+        """Decode each utterance greedily; the texts do not include eos.
+
+        ``on_token`` is called with the texts so far after every token.
+        """
         if on_token is None:
             return ModelList([self]).generate(features, mask, max_new_tokens)[0]
         request, decode, eos = self.request(features, mask), self.lm.tokenizer.decode, self.lm.tokenizer.eos
@@ -89,10 +105,10 @@ class AudioLM(nn.Module):
 
 
 class ModelList:
-    """Models that share one language model, which reads the rows of all of them in the passes of ``passes``."""
+    """Models that share one language model; ``passes`` runs the requests of all of them through it."""
 
     def __init__(self, models: Sequence[AudioLM], passes: SeparatePasses | None = None) -> None:
-        """``passes``: by default a pass for each model."""
+        """By default each model gets a separate pass of the language model."""
         self.models, self.passes = models, passes or SeparatePasses(models[0].lm)
 
     def nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> list[BatchLoss]:

@@ -1,4 +1,4 @@
-"""A model from the settings of a run, or from its folder."""
+"""Builds a model from the configuration of a run or loads it from the run folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 def build_model(
     config: TrainConfig, channels: int, device: torch.device, dtype: torch.dtype, lm: LanguageModel | None = None
 ) -> AudioLM:
-    """The model of ``config`` for features of ``channels`` (of each layer), at its start values, on ``device``.
+    """Build the model of ``config`` with its initial weights on ``device``.
 
-    ``lm``: the frozen language model of ``config.lm`` where one is in memory already.
+    Args:
+        config: the configuration of the run.
+        channels: channels of the features, per layer.
+        device: device of the model.
+        dtype: dtype of activations and frozen weights.
+        lm: the language model of ``config.lm``, if it is already loaded.
     """
     import torch
 
@@ -41,10 +46,10 @@ def build_model(
 
 
 def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> AudioLM:
-    """The trained model of a run, in evaluation mode.
+    """Load the trained model of the folder ``run``, in evaluation mode.
 
     Raises:
-        UserError: the run was not finished, or its weights do not fit the model that its config describes.
+        UserError: the run is not finished, or its weights do not match the model of its config.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -53,7 +58,7 @@ def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torc
 
     weights = run / "projector.safetensors"
     if not weights.is_file():
-        raise UserError(f"'{run}' holds no trained projector yet: finish it with python -m train fit --resume {run}")
+        raise UserError(f"'{run}' has no trained projector yet: finish it with python -m train fit --resume {run}")
     model = build_model(config, read_cache_info(run)["spec"].channels, device, dtype)
     try:
         restore_parameters(model, load_file(weights), str(weights))

@@ -1,16 +1,16 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to resume exactly where it stopped.
 
-In: the model, its optimizer and the loop's state. Out: ``checkpoints/step-000500.safetensors``, whole or absent: the
-trained tensors and Adam's moments, everything else as JSON in the file's metadata. No pickle. No generator's state
-either: what a step draws is a function of its number (``train/trainer/step.py``). The newest two are kept; a damaged
-one is told and passed over.
+The model, its optimizer and the state of the training loop are written atomically to
+``checkpoints/step-000500.safetensors``: trained tensors and Adam's moments as tensors, everything else as JSON in the
+metadata of the file. There is no pickle, and no state of random generators: the numbers drawn in a step are a function
+of its index (``train/trainer/step.py``). The newest two checkpoints are kept; a corrupt one is skipped with a warning.
 
-| tensor                        | what                                            |
-|-------------------------------|-------------------------------------------------|
-| ``projector.…`` ``lm.…``      | trained parameters, float32 (``lm`` if trained) |
+| tensor                         | contents                                        |
+|--------------------------------|-------------------------------------------------|
+| ``projector.…`` ``lm.…``       | trained parameters, float32 (``lm`` if trained) |
 | ``optimizer.<name>.exp_avg`` … | AdamW's state of that parameter                 |
-| ``ema.<name>``                | its moving average (with ``ema_decay``)         |
-| ``best.<name>``               | its best values so far (with ``patience``)      |
+| ``ema.<name>``                 | its moving average (with ``ema_decay``)         |
+| ``best.<name>``                | its best values so far (with ``patience``)      |
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUFFIX = ".safetensors"
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that have gradients, by name: ``projector.…`` and, where the LM is trained, ``lm.…``."""
+    """Return the parameters that require gradients by name: ``projector.…`` and, if the LM is trained, ``lm.…``."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -49,10 +49,21 @@ def save_checkpoint(
     state: Mapping[str, Any],
     extra_tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` into ``folder`` (see the module) and delete all but the newest two.
+    """Write the checkpoint of ``step`` to ``folder`` and delete all but the newest two.
 
-    ``state`` is what JSON can hold, ``further`` tensors beside those of model and optimizer. Raises UserError when the
-    disk is full or the folder cannot be written.
+    Args:
+        folder: the folder of checkpoints.
+        step: number of optimizer steps done.
+        model: its trained parameters are saved.
+        optimizer: an AdamW over these parameters.
+        state: the state of the training loop, as JSON values.
+        extra_tensors: tensors to save in addition to those of model and optimizer.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        UserError: the disk is full or the folder is not writable.
     """
     parameters = trained_parameters(model)
     tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -70,10 +81,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The newest checkpoint that can be read: its path, its tensors on the CPU, its state.
+    """Load the newest readable checkpoint: its path, its tensors on the CPU, and its state.
 
     Raises:
-        UserError: there is none, or it was written by a newer earshard.
+        UserError: there is none, or it has another format version.
     """
     for path in checkpoints(folder):
         try:
@@ -81,17 +92,21 @@ def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, An
                 state = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            print(f"warning: passing over the damaged checkpoint '{path}' ({error})", file=sys.stderr)
+            print(f"warning: skipping the corrupt checkpoint '{path}' ({error})", file=sys.stderr)
             continue
         if state.get("format") != FORMAT:
-            raise UserError(f"'{path}' is a checkpoint of format {state.get('format')}, not {FORMAT}: update earshard")
+            raise UserError(f"'{path}' has checkpoint format {state.get('format')}, expected {FORMAT}: update earshard")
         return path, tensors, state
-    raise UserError(f"'{folder}' holds no checkpoint to go on from: train again under another name=…")
+    raise UserError(f"'{folder}' has no checkpoint to resume from: train again under another name=…")
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Put parameters and AdamW's state back; UserError when a tensor does not fit."""
-    restore_parameters(model, tensors, where)
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Restore parameters and AdamW's state from ``tensors``; error messages name ``source``.
+
+    Raises:
+        UserError: a parameter is missing or has another shape.
+    """
+    restore_parameters(model, tensors, source)
     states: dict[int, dict[str, Tensor]] = {}
     names = {id(parameter): name for name, parameter in trained_parameters(model).items()}
     index = 0
@@ -105,29 +120,37 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy ``tensors`` into the trained parameters of the same names; UserError when one is missing or misshapen."""
+def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` to the trained parameters of the same names; error messages name ``source``.
+
+    Raises:
+        UserError: a parameter is missing or has another shape.
+    """
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():
             saved = tensors.get(name)
             if saved is None or saved.shape != parameter.shape:
-                found = "is missing" if saved is None else f"has the shape {list(saved.shape)}"
+                found = "is missing" if saved is None else f"has shape {list(saved.shape)}"
                 raise UserError(
-                    f"'{name}' {found} in '{where}', where the config describes {list(parameter.shape)}: the run's "
-                    "config.yaml was changed after training; restore it or train again"
+                    f"'{name}' {found} in '{source}', expected shape {list(parameter.shape)}: the run's config.yaml "
+                    "was changed after training; restore it or train again"
                 )
             parameter.copy_(saved)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of ``folder``, newest first."""
+    """Return the checkpoint files of ``folder``, newest first."""
     return sorted(folder.glob(f"step-*{SUFFIX}"), key=lambda path: int(path.stem.split("-")[1]), reverse=True)
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], action: str = "saving trained tensors"
 ) -> None:
-    """A safetensors file under ``path``, durably and at once; UserError when it cannot be stored."""
+    """Write a safetensors file to ``path`` atomically and durably.
+
+    Raises:
+        UserError: the file cannot be written; the message starts with ``action``.
+    """
     partial = temporary_path(path, str(os.getpid()))
     with translate_os_errors(action, path):
         try:
@@ -141,7 +164,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))  # the library has no other way to say what the system said
+        number = re.search(r"os error (\d+)", str(error))  # the library reports errno only in its message
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -77,7 +77,7 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
 def test_tensors_of_another_shape_are_refused_by_name(tmp_path):
     model, optimizer = make()
     path, tensors, _ = load_checkpoint(save_checkpoint(tmp_path, 1, model, optimizer, {}).parent)
-    with pytest.raises(UserError, match=r"'projector\.weight' has the shape \[2, 3\]"):
+    with pytest.raises(UserError, match=r"'projector\.weight' has shape \[2, 3\]"):
         restore_parameters(make(5)[0], tensors, str(path))
     del tensors["projector.bias"]
     with pytest.raises(UserError, match=r"'projector\.bias' is missing"):

@@ -56,7 +56,7 @@ def test_your_own_string_is_split_at_the_mark(tokenizer):
 
 @pytest.mark.parametrize("template", ["no mark", "<|audio|> and <|audio|>", "Plain"])
 def test_a_template_without_exactly_one_mark_is_refused(template, tokenizer):
-    with pytest.raises(UserError, match="must hold it once"):
+    with pytest.raises(UserError, match="must contain it once"):
         Prompt(PromptConfig(template=template), tokenizer)
 
 
