@@ -216,7 +216,7 @@ class TrainConfig(Config):
 
     @property
     def layers(self) -> int:
-        """Number of layers, each in a cache of its own, of each corpus."""
+        """Number of layers of each corpus; each layer has a separate cache."""
         return 1 if isinstance(self.caches[0], str) else len(self.caches[0])
 
     @property

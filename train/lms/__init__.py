@@ -1,1 +1,1 @@
-"""Language models that read soft tokens."""
+"""Language models that take soft tokens as input."""

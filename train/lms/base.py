@@ -1,7 +1,8 @@
-"""Language models that read soft tokens: what a run asks of one, and how a reference becomes one.
+"""The interface of language models that take soft tokens as input.
 
-In: soft tokens [B, S, D] of a projector, prompt and target token ids. Out: nats of the targets, or generated ids.
-``hf.py`` wraps any Hugging Face causal LM that takes ``inputs_embeds``; ``nanochat.py`` holds nanochat's GPT.
+A language model takes the soft tokens [B, S, D] of a projector with prompt and target token ids, and returns the
+negative log-likelihood of the targets in nats, or generated ids. ``train/lms/hf/`` wraps Hugging Face causal LMs that
+take ``inputs_embeds``; ``train/lms/nanochat/`` implements nanochat's GPT; ``load.py`` loads either from a reference.
 
 Letters: B rows, S soft tokens, T positions, D the LM's width, N target tokens of the batch, V vocabulary.
 """
@@ -19,97 +20,119 @@ from torch.utils.checkpoint import checkpoint as recompute  # this package has a
 
 from train.lms.packing import Ids, PackedInputs, pack_inputs
 
-MAX_LOGITS = 2**25  # float32 numbers held at once: 128 MiB, and as much again for their gradient
+MAX_LOGITS = 2**25  # float32 values in memory at a time: 128 MiB, and as much again for their gradient
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. With ``special``, special tokens written in the text count as such (prompts alone)."""
+    """Converts text to token ids and back."""
 
     eos: int
     bos: int | None
 
-    def encode(self, text: str, special: bool = False) -> list[int]: ...
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Return the ids of ``text``; with ``special`` (for prompts), special tokens in the text are recognized."""
+        ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ``ids``."""
+        ...
 
     def chat(self, user: str) -> str:
-        """One user turn and the opening of the answer, as this model's chat template writes them."""
+        """Return the user turn ``user`` and the start of the answer in the model's chat template."""
         ...
 
 
 class LanguageModel(nn.Module):
-    """Base of the language models. Frozen (``eval()``, no gradients) unless ``trainable``.
+    """Base class of language models. Frozen (``eval()``, no gradients) unless ``trainable``.
 
-    A subclass computes ``hidden``, ``logits`` and ``embed``; this class splices, selects the target positions and sums
-    the nats. There is no ``no_grad`` around a frozen model: the projector's gradient flows through it.
+    A subclass implements ``hidden``, ``logits`` and ``embed``; this class packs inputs, selects target positions and
+    sums their losses. A frozen model does not run under ``no_grad``, because the projector's gradient flows through it.
     """
 
     reference: str  # as the user wrote it
-    identity: str  # what a run records: equal weights, equal identity
+    identity: str  # recorded by a run; equal weights have equal identities
     tokenizer: Tokenizer
     width: int  # D
     vocab_size: int  # V, of the logits
-    embedding_rms: float  # RMS of the rows that tokens become; where an output norm's gain starts
+    embedding_rms: float  # RMS of the token embeddings; initial gain of a projector's output norm
     dtype: torch.dtype  # of the activations
     trainable: bool = False
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> LanguageModel:
-        """As ``nn.Module.train``, but a frozen model stays in ``eval()`` when its owner enters training."""
+        """Set the training mode as ``nn.Module.train`` does; a frozen model stays in ``eval()``."""
         super().train(mode and self.trainable)
         return self
 
     def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
-        """The rows of ``layout`` with ``soft_ND`` [all valid soft tokens, D] in place -> [B, T, D] before the head."""
+        """Return the hidden states before the head, [B, T, D], for ``packed`` with ``soft_ND`` in its soft positions.
+
+        ``soft_ND`` is [valid soft tokens of the batch, D].
+        """
         raise NotImplementedError
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, D] -> [N, V] float32."""
+        """Map hidden states [N, D] to logits [N, V] float32."""
         raise NotImplementedError
 
     def embed(self, ids: Tensor) -> Tensor:
-        """int64 [..., T] -> [..., T, D] in the LM's dtype: what tokens become where soft tokens join them."""
+        """Map ids, int64 [..., T], to input embeddings [..., T, D] in the LM's dtype."""
         raise NotImplementedError
 
     def to_input_embeddings(self, soft: Tensor) -> Tensor:
-        """[..., D] -> [..., D]: soft tokens as they stand beside the rows of ``embed``."""
+        """Map soft tokens [..., D] to what the LM makes of them at its input [..., D], comparable with ``embed``."""
         return soft
 
     def target_nll(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, targets: Ids) -> Tensor:
-        """Summed cross-entropy of each row's targets, in nats, float32 [B]; differentiable in ``soft``.
+        """Return the negative log-likelihood of the targets, summed over each row; differentiable in ``soft``.
 
-        soft [B, S, D], soft_mask [B, S] bool (soft tokens that it excludes are never read). Logits exist at target
-        positions only, and of those at most ``MAX_LOGITS`` numbers at a time.
+        Logits are computed only at target positions, and at most ``MAX_LOGITS`` values at a time.
+
+        Args:
+            soft: [B, S, D].
+            soft_mask: bool [B, S]; other soft tokens are not read.
+            prefix: ids before the soft tokens, per row.
+            suffix: ids after the soft tokens, per row.
+            targets: ids to predict after the suffix, per row.
+
+        Returns:
+            nats, float32 [B].
         """
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets)
         nll_N = self._token_nll(self.hidden(packed, soft[soft_mask])[packed.predicts_target], packed.targets)
         return sum_by_row(nll_N, packed)
 
     def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
-        """What each of several targets costs after one audio: nats, float32 [len(candidates)], as ``target_nll``.
+        """Return ``target_nll`` of each of ``candidates`` after the same soft tokens [S, D] and prompt.
 
-        soft_SD [S, D]. A subclass may let audio and prompt pass once for all of them.
+        A subclass may compute soft tokens and prompt once for all candidates.
+
+        Returns:
+            nats, float32 [len(candidates)].
         """
         rows = len(candidates)
         soft, mask = soft_SD.expand(rows, -1, -1), soft_SD.new_ones(rows, len(soft_SD), dtype=torch.bool)
         return self.target_nll(soft, mask, [prefix] * rows, [suffix] * rows, candidates)
 
     def _token_nll(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """[N, D], [N] -> [N] nats. Pieces whose logits would be too many are computed again in the backward pass."""
+        """Map [N, D], [N] to the loss of each token in nats [N].
 
-        def nats(hidden: Tensor, targets: Tensor) -> Tensor:
+        If the logits exceed ``MAX_LOGITS``, they are computed in pieces and recomputed in the backward pass.
+        """
+
+        def nll(hidden: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(hidden), targets, reduction="none")
 
         rows = max(1, MAX_LOGITS // self.vocab_size)
         if len(targets_N) <= rows:
-            return nats(hidden_ND, targets_N)
+            return nll(hidden_ND, targets_N)
         starts = range(0, len(targets_N), rows)
         pieces = [(hidden_ND[i : i + rows], targets_N[i : i + rows]) for i in starts]
-        return torch.cat([recompute(nats, hidden, targets, use_reentrant=False) for hidden, targets in pieces])
+        return torch.cat([recompute(nll, hidden, targets, use_reentrant=False) for hidden, targets in pieces])
 
     @torch.no_grad()
     def generate(
@@ -121,9 +144,10 @@ class LanguageModel(nn.Module):
         max_new_tokens: int,
         on_token: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
-        """Greedy continuation of each row until eos (not returned) or ``max_new_tokens``; a step reads whole rows.
+        """Generate greedily until eos (not returned) or ``max_new_tokens``; return the ids of each row.
 
-        ``step`` is told each row's next token as it comes, eos for rows that have ended.
+        This implementation computes whole rows in each step. ``on_token`` is called with the next token of each row,
+        eos for rows that have ended.
         """
         flat, lengths = soft[soft_mask], soft_mask.sum(1)
         rows, done = [list(ids) for ids in suffix], [False] * len(suffix)
@@ -147,9 +171,9 @@ class LanguageModel(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LmRequest:
-    """Rows for a language model: [prefix | soft tokens | suffix | targets], one row for each utterance.
+    """Input of a language model: rows [prefix | soft tokens | suffix | targets], one per utterance.
 
-    soft [B, S, D], soft_mask [B, S] bool. Generation ignores ``targets``.
+    ``soft`` is [B, S, D], ``soft_mask`` bool [B, S]. Generation ignores ``targets``.
     """
 
     soft: Tensor
@@ -160,22 +184,22 @@ class LmRequest:
 
 
 class SeparatePasses:
-    """Answers each :class:`LmRequest` with a pass of ``lm`` of its own."""
+    """Runs each :class:`LmRequest` in a separate pass of ``lm``."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
 
     def nll(self, requests: Sequence[LmRequest]) -> list[Tensor]:
-        """Negative log-likelihood of each row's targets in nats, float32 [B] for each request; see ``target_nll``."""
+        """Return ``LanguageModel.target_nll`` of each request: nats, float32 [B]."""
         return [self.lm.target_nll(r.soft, r.soft_mask, r.prefix, r.suffix, r.targets) for r in requests]
 
     def generate(self, requests: Sequence[LmRequest], max_new_tokens: int) -> list[list[list[int]]]:
-        """Greedy continuations: the ids of each row, for each request; see ``LanguageModel.generate``."""
+        """Return ``LanguageModel.generate`` of each request: the generated ids of each row."""
         return [self.lm.generate(r.soft, r.soft_mask, r.prefix, r.suffix, max_new_tokens) for r in requests]
 
 
 def sum_by_row(values_N: Tensor, packed: PackedInputs) -> Tensor:
-    """A number for each target position of ``layout`` [N] -> their sum in each row [B]."""
+    """Sum values of the target positions of ``packed`` [N] over each row -> [B]."""
     counts = packed.predicts_target.sum(1)
     slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
     return values_N.new_zeros(slots.shape).masked_scatter(slots, values_N).sum(1)

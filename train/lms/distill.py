@@ -1,13 +1,13 @@
-"""How far the model that hears is from the same model that reads: distillation within one frozen language model.
+"""Distillation within one frozen language model: the teacher reads the transcript, the student the soft tokens.
 
-In: soft tokens, prompts, and targets, which are transcripts. Out: nats of the targets and the divergence of the two
-predictions of each target. Source: Ultravox (fixie-ai/ultravox, ``ultravox_model.py``: ``KL_Divergence`` with
-``kl_temperature`` 2): KL(teacher || student) at the target positions, both softmaxes at the temperature, without a
-factor of its square. There the answer is the LM's own; here the target is the transcript.
+The losses are the negative log-likelihood of the targets, which are transcripts, and KL(teacher || student) at the
+target positions, with both softmaxes at a temperature and without a factor of its square. Source: Ultravox
+(fixie-ai/ultravox, ``ultravox_model.py``: ``KL_Divergence`` with ``kl_temperature`` 2). In Ultravox the targets are
+answers of the LM; here they are transcripts.
 
 ```
-student  [before | soft tokens | after | targets]
-teacher  [before | transcript  | after | targets]      no gradient
+student  [prefix | soft tokens | suffix | targets]
+teacher  [prefix | transcript  | suffix | targets]      no gradient
 ```
 """
 
@@ -22,7 +22,7 @@ import train.lms.base
 from train.lms.base import LanguageModel, sum_by_row
 from train.lms.packing import Ids, pack_inputs
 
-TABLES = 4  # tables of [targets, V] that a piece holds: logits and log-probabilities of both
+TABLES = 4  # tensors [targets, V] in memory for a piece: logits and log-probabilities of both
 
 
 def distillation_losses(
@@ -35,40 +35,51 @@ def distillation_losses(
     *,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """(nats [B], divergence [B] in nats), float32, each summed over a row's targets; differentiable in ``soft``.
+    """Return the cross-entropy and the divergence from the teacher, differentiable in ``soft``.
 
-    ``targets`` are a transcript's ids and one that ends it. soft [B, S, D], soft_mask [B, S] bool. Logits exist at
-    target positions only, of at most ``train.lms.base.MAX_LOGITS`` numbers at a time over all tables of a piece.
+    Logits are computed only at target positions, with at most ``train.lms.base.MAX_LOGITS`` values in memory at a time.
+
+    Args:
+        lm: the language model, as student and teacher.
+        soft: [B, S, D].
+        soft_mask: bool [B, S].
+        prefix: ids before the soft tokens, per row.
+        suffix: ids after the soft tokens, per row.
+        targets: ids of the transcript and one that ends it, per row.
+        temperature: of both softmaxes.
+
+    Returns:
+        (cross-entropy, KL divergence) in nats, float32 [B] each, summed over the targets of a row.
     """
     packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets)
     student_ND = lm.hidden(packed, soft[soft_mask])[packed.predicts_target]
     with torch.no_grad():
         teacher_ND = _teacher_hidden(lm, prefix, suffix, targets, soft)
 
-    def costs(heard: Tensor, read: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        student = lm.logits(heard)
+    def losses(student_ND: Tensor, teacher_ND: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = lm.logits(student_ND)
         with torch.no_grad():
-            teacher = F.log_softmax(lm.logits(read) / temperature, -1)
-        own = F.log_softmax(student / temperature, -1)
-        divergence = F.kl_div(own, teacher, reduction="none", log_target=True).sum(-1)
-        return F.cross_entropy(student, ids, reduction="none"), divergence
+            teacher = F.log_softmax(lm.logits(teacher_ND) / temperature, -1)
+        student = F.log_softmax(logits / temperature, -1)
+        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        return F.cross_entropy(logits, ids, reduction="none"), divergence
 
     rows = max(1, train.lms.base.MAX_LOGITS // (TABLES * lm.vocab_size))
     split = [torch.split(each, rows) for each in (student_ND, teacher_ND, packed.targets)]
     pieces = list(zip(*split, strict=True))
     if len(pieces) == 1:
-        found = [costs(*pieces[0])]
+        results = [losses(*pieces[0])]
     else:
-        found = [recompute(costs, *piece, use_reentrant=False) for piece in pieces]
-    nll, divergence = (torch.cat(parts) for parts in zip(*found, strict=True))
+        results = [recompute(losses, *piece, use_reentrant=False) for piece in pieces]
+    nll, divergence = (torch.cat(parts) for parts in zip(*results, strict=True))
     return sum_by_row(nll, packed), sum_by_row(divergence, packed)
 
 
 def _teacher_hidden(lm: LanguageModel, prefix: Ids, suffix: Ids, targets: Ids, soft: Tensor) -> Tensor:
-    """Hidden states of the model that reads the transcripts, at the targets [N, D]."""
-    nothing = [lm.tokenizer.bos or lm.tokenizer.eos]  # an empty transcript in a prompt without words
+    """Return the hidden states of the model that reads the transcripts, at the targets [N, D]."""
+    placeholder = [lm.tokenizer.bos or lm.tokenizer.eos]  # for an empty transcript in an empty prompt
     texts = [
-        [*b, *ids[:-1]] if b or a or len(ids) > 1 else nothing
+        [*b, *ids[:-1]] if b or a or len(ids) > 1 else placeholder
         for b, a, ids in zip(prefix, suffix, targets, strict=True)
     ]
     packed = pack_inputs(torch.zeros(len(texts), dtype=torch.int64, device=soft.device), texts, suffix, targets)

@@ -1,4 +1,4 @@
-"""load."""
+"""Loads a language model from a model reference."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ def load_lm(
     seed: int = 0,
     options: LmConfig | None = None,
 ) -> LanguageModel:
-    """The language model of ``reference``: ``nanochat:d<depth>`` (random, from ``seed``), ``nanochat:FOLDER`` or what
-    ``weights`` resolves, with the other settings of ``options`` (its ``model`` and ``train`` are not read).
+    """Load the language model of ``reference``.
 
-    ``dtype`` is that of the activations; a model that trains keeps float32 masters.
+    Args:
+        reference: ``nanochat:d<depth>`` (random weights from ``seed``), ``nanochat:FOLDER``, or a model reference that
+            ``pipeline.weights.resolve`` resolves.
+        device: device of the weights.
+        dtype: dtype of activations and frozen weights; trained weights are float32.
+        train: train all weights; otherwise they are frozen.
+        seed: seed of random weights and of LoRA adapters.
+        options: the other settings; its ``model`` and ``train`` are not read.
 
     Raises:
-        UserError: the reference cannot be resolved, or the model lacks what a run needs (see ``hf.py``).
+        UserError: the reference cannot be resolved, the model cannot be loaded, or ``options`` do not apply to it.
     """
     options = options or LmConfig()
     if reference.startswith("nanochat:"):
@@ -33,8 +39,8 @@ def load_lm(
         return load_nanochat(reference, device=device, dtype=dtype, train=train, seed=seed, options=options)
     if options.audio_value_embedding != "id0":
         raise UserError(
-            f"lm.audio_value_embedding={options.audio_value_embedding}: '{reference}' has no value embeddings, only "
-            "nanochat models have them"
+            f"lm.audio_value_embedding={options.audio_value_embedding} is only for nanochat models, and '{reference}' "
+            "is not one: remove it"
         )
     from pipeline.weights.resolve import resolve_weights
     from train.lms.hf.model import hash_weights, load_hf

@@ -1,7 +1,8 @@
-"""Where each token and each soft token of a batch stands: [before | soft | after | targets], one row per utterance.
+"""Packing of the language model's inputs: rows [prefix | soft tokens | suffix | targets], one per utterance.
 
-In: how many soft tokens each row has, and its token ids. Out: a ``Layout`` of masks, with rows packed without gaps and
-padded on one side. Built with a handful of tensor operations, however many rows there are.
+:func:`pack_inputs` takes the number of soft tokens and the token ids of each row, and returns :class:`PackedInputs`:
+ids and masks of rows without gaps, padded on one side. The number of tensor operations does not depend on the number of
+rows.
 
 Letters: B rows, T positions, N target tokens of the whole batch.
 """
@@ -21,30 +22,30 @@ Ids = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """One batch. Row-major order of the True positions of a mask is the order of the values that belong there."""
+    """The positions of one batch. Values for the True positions of a mask are in row-major order."""
 
-    ids: Tensor  # [B, T] int64; 0 where a soft token or padding stands
+    ids: Tensor  # [B, T] int64; 0 at soft tokens and padding
     is_text: Tensor  # [B, T] bool
     is_soft: Tensor  # [B, T] bool
-    predicts_target: Tensor  # [B, T] bool: the position's output predicts a target
-    targets: Tensor  # [N] int64, in the order of ``predicts``
-    last_positions: Tensor  # [B] int64: the column of each row's last input
+    predicts_target: Tensor  # [B, T] bool: the output at this position predicts a target
+    targets: Tensor  # [N] int64, in the order of ``predicts_target``
+    last_positions: Tensor  # [B] int64: column of each row's last input
 
     @property
     def valid(self) -> Tensor:
-        """[B, T] bool: text or soft token, no padding."""
+        """bool [B, T]: text or soft token, not padding."""
         return self.is_text | self.is_soft
 
 
 def pack_inputs(
     soft_lengths: Tensor, prefix: Ids, suffix: Ids, targets: Ids | None = None, pad: Literal["left", "right"] = "right"
 ) -> PackedInputs:
-    """Place ``soft_lengths`` [B] int64 soft tokens between ``before`` and ``after``; ``targets`` follow.
+    """Lay out ``soft_lengths`` [B] int64 soft tokens between ``prefix`` and ``suffix``, followed by ``targets``.
 
-    The last target is predicted and never an input. Without ``targets`` the row ends with ``after``.
+    The last target is predicted but is not an input. Without ``targets``, a row ends with ``suffix``.
 
     Raises:
-        ValueError: a row has targets and nothing that could predict the first of them.
+        ValueError: a row has neither soft tokens nor a prompt.
     """
     device, batch = soft_lengths.device, len(prefix)
     wanted = targets if targets is not None else [[] for _ in range(batch)]
@@ -55,7 +56,7 @@ def pack_inputs(
     prompt_lengths = n_prefix + soft_lengths + n_suffix
     lengths = prompt_lengths + (n_targets - 1).clamp(min=0)
     if int(prompt_lengths.min()) < 1:
-        raise ValueError("a row without soft tokens and without a prompt has nothing to predict its first token from")
+        raise ValueError("a row without soft tokens and prompt has nothing to predict its first token from")
     width = int(lengths.max())
     start = width - lengths if pad == "left" else torch.zeros_like(lengths)
     position = torch.arange(width, device=device) - start[:, None]  # [B, T], 0 at the first input of a row

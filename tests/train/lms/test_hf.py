@@ -283,7 +283,7 @@ def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path, mo
 
 
 def test_a_folder_without_a_model_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="cannot be read as a causal language model"):
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
         load(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_a_tokenizer_without_eos_is_refused(folder, tmp_path):
     other = tmp_path / "no-eos"
     shutil.copytree(folder, other)
     save_tiny_tokenizer(other, eos=None)
-    with pytest.raises(UserError, match="no end-of-text token"):
+    with pytest.raises(UserError, match="no end-of-sequence token"):
         load(other)
 
 

@@ -178,7 +178,7 @@ def test_adapters_go_with_checkpointed_layers(tiny):
 
 def test_targets_that_fit_no_layer_are_one_sentence(tiny):
     pytest.importorskip("peft")
-    with pytest.raises(UserError, match="fits no linear layer"):
+    with pytest.raises(UserError, match="matches no linear layer"):
         load(tiny, lora=LoraConfig(target_modules=["c_attn"]))
 
 

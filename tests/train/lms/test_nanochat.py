@@ -314,7 +314,7 @@ def test_value_embeddings_on_audio_positions_can_be_those_of_bos_or_none(lm):
 def test_the_value_on_audio_positions_is_a_setting_of_nanochat_alone(tmp_path):
     lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32, options=LmConfig(audio_value_embedding="bos"))
     assert (lm.gpt.audio_value_embedding, lm.gpt.bos) == ("bos", 256)
-    with pytest.raises(UserError, match="only nanochat models have them"):
+    with pytest.raises(UserError, match="only for nanochat models"):
         load_lm(f"path:{tmp_path}", device="cpu", dtype=torch.float32, options=LmConfig(audio_value_embedding="bos"))
 
 

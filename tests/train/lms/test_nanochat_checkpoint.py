@@ -154,7 +154,7 @@ def test_a_checkpoint_of_bytes_needs_no_tokenizer_and_any_other_does(tmp_path):
 
 def test_a_tokenizer_of_another_training_is_refused(tmp_path):
     save(tmp_path, vocab_size=263)
-    with pytest.raises(UserError, match="knows 262 tokens, its model 263"):
+    with pytest.raises(UserError, match="has 262 tokens, its model 263"):
         load(tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_keys_and_shapes_that_no_generation_has_are_refused(tmp_path, change):
     else:
         del state["_orig_mod.backout_lambda"]
     torch.save(state, tmp_path / "model_000500.pt")
-    with pytest.raises(UserError, match=r"is of no nanochat that is known here: 1 tensors differ"):
+    with pytest.raises(UserError, match=r"is not of a supported version of nanochat: 1 tensors differ"):
         load(tmp_path)
 
 
@@ -192,10 +192,10 @@ class Evil:
 def test_a_model_file_that_holds_code_is_refused_and_the_code_does_not_run(tmp_path, capsys):
     save(tmp_path)
     torch.save({"transformer.wte.weight": Evil()}, tmp_path / "model_000500.pt")
-    with pytest.raises(UserError, match="no file of tensors alone"):
+    with pytest.raises(UserError, match="not a file of tensors only"):
         load(tmp_path)
     (tmp_path / "model_000500.pt").write_bytes(b"\x80damaged")
-    with pytest.raises(UserError, match="no file of tensors alone"):
+    with pytest.raises(UserError, match="not a file of tensors only"):
         load(tmp_path)
     assert "ran" not in capsys.readouterr().out
 
@@ -237,12 +237,12 @@ def test_an_encoding_comes_back_as_it_was(tmp_path):
     [
         ({"n_embd": "32"}, "n_embd"),
         ({"mtp": 3}, "mtp"),
-        ({"n_head": 5}, "no model that could be"),
-        ({"n_layer": 0}, "no model that could be"),
-        ({"n_layer": 10**9}, "no model that could be"),
-        ({"sequence_len": 10**12}, "no model that could be"),
-        ({"window_pattern": "XL"}, "no model that could be"),
-        (None, "is missing"),
+        ({"n_head": 5}, "invalid model_config"),
+        ({"n_layer": 0}, "invalid model_config"),
+        ({"n_layer": 10**9}, "invalid model_config"),
+        ({"sequence_len": 10**12}, "invalid model_config"),
+        ({"window_pattern": "XL"}, "invalid model_config"),
+        (None, "does not exist"),
     ],
 )
 def test_a_meta_file_that_is_missing_or_unknown_is_refused(tmp_path, change, told):
@@ -260,12 +260,12 @@ def test_a_meta_file_that_is_missing_or_unknown_is_refused(tmp_path, change, tol
 def test_a_meta_file_that_is_no_json_is_refused(tmp_path):
     save(tmp_path)
     (tmp_path / "meta_000500.json").write_text("[1")
-    with pytest.raises(UserError, match="no meta file of nanochat"):
+    with pytest.raises(UserError, match="not a meta file of nanochat"):
         load(tmp_path)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no nanochat checkpoint"):
+    with pytest.raises(UserError, match="has no nanochat checkpoint"):
         load(tmp_path)
 
 

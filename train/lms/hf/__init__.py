@@ -1,1 +1,1 @@
-"""Language models of the Hugging Face libraries."""
+"""Hugging Face language models."""

@@ -1,7 +1,7 @@
-"""What can be done to a Hugging Face model before it is used: fewer bits, low-rank adapters, gradient checkpointing.
+"""Changes to a Hugging Face model before it is used: quantization, low-rank adapters, gradient checkpointing.
 
-In: a model or a setting. Out: the same model, changed in place. peft and bitsandbytes are imported where they are asked
-for, and one sentence says so where they are not installed.
+Models are changed in place. peft and bitsandbytes are optional and imported only when needed; without them, a
+``UserError`` names the package to install.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ from train.config.model import LoraConfig
 
 
 def quantization_config(bits: int, dtype: torch.dtype) -> Any:
-    """transformers' setting for matrices of 8 bits (LLM.int8, arXiv 2208.07339) or 4 (NF4, arXiv 2305.14314).
+    """Return transformers' configuration for matrices of 8 bits (LLM.int8, arXiv 2208.07339) or 4 (NF4, 2305.14314).
 
-    The matrices are read into ``bits`` as the model is loaded; activations stay in ``dtype``.
+    Matrices are quantized while the model is loaded; activations stay in ``dtype``.
+
+    Raises:
+        UserError: bitsandbytes or accelerate is not installed.
     """
     try:
-        import accelerate  # noqa: F401 - by which transformers loads them
+        import accelerate  # noqa: F401 - transformers needs it to load quantized models
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise missing_package(f"lm.bits={bits}", "bitsandbytes", "bits") from None
     import transformers
 
     settings: Any = transformers.BitsAndBytesConfig
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning a layer and step
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns per layer and step
     if bits == 8:
         return settings(load_in_8bit=True)
     return settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def disable_bf16_packing(model: Any) -> None:
-    """Turn off bitsandbytes' packing of 4-bit matrices for AVX-512, which a model in ``eval()`` on a CPU would get.
+    """Turn off bitsandbytes' packing of 4-bit matrices for AVX-512, which applies to a model in ``eval()`` on a CPU.
 
-    Its kernel has no derivative, and autograd then drops the gradient of the projector with no more than a warning.
+    Its kernel has no derivative; autograd would drop the gradient of the projector with only a warning.
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -47,18 +50,18 @@ def disable_bf16_packing(model: Any) -> None:
 
 
 def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
-    """Put float32 adapters beside the linear layers of ``model``; they alone get gradients and at first add nothing.
+    """Add float32 LoRA adapters to linear layers of ``model``. Only they get gradients; initially they output zero.
 
-    Their start values come from ``seed``; the global generator is left as it was.
+    Initial weights are drawn from ``seed``; the global generator does not change.
 
     Raises:
-        UserError: peft is not installed, or no layer has a name that ``targets`` tells.
+        UserError: peft is not installed, or no layer matches ``config.target_modules``.
     """
     try:
         import peft
     except ImportError:
         raise missing_package("lm.lora", "peft", "lora") from None
-    scale: Any = config.alpha  # peft declares an int and takes any number
+    scale: Any = config.alpha  # peft declares an int and accepts any number
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=scale, target_modules=config.target_modules or "all-linear", lora_dropout=0.0
     )
@@ -69,7 +72,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"lm.lora.target_modules={config.target_modules} fits no linear layer of this model: {reason}"
+                f"lm.lora.target_modules={config.target_modules} matches no linear layer of this model: {reason}"
             ) from None
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -77,9 +80,10 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
-    """Keep only the input of each decoder layer for the backward pass, which computes the rest again.
+    """Keep only the input of each decoder layer for the backward pass and recompute the rest there.
 
-    Unlike transformers' own switch it works on a frozen model in ``eval()``, whose projector needs the gradient.
+    Unlike the option of transformers, this works on a frozen model in ``eval()``, through which the gradient of the
+    projector flows.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,8 +1,8 @@
-"""Any Hugging Face causal LM that takes ``inputs_embeds``, from a local folder.
+"""Hugging Face causal LMs that take ``inputs_embeds``, loaded from a local folder.
 
-In: a transformers folder (config, safetensors, tokenizer). Out: a ``LanguageModel``. Nothing here asks a hub.
-Rows are padded on the right for nats: under causal attention what follows a row cannot reach it, so no mask is needed
-and positions are natural. Generation pads on the left, with a mask and position ids, and keeps a KV cache.
+The folder holds config, safetensors and tokenizer in the format of transformers; this module does not access a hub.
+Rows are padded on the right for losses: causal attention never reads what follows a row, so no mask and no position ids
+are needed. Generation pads on the left, with a mask and position ids, and uses a KV cache.
 """
 
 from __future__ import annotations
@@ -25,29 +25,40 @@ from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradien
 from train.lms.hf.scales import Scales, find_scales
 from train.lms.packing import Ids, PackedInputs, pack_inputs
 
-_EMBEDDING_ROWS = 8192  # rows embedded at a time when their RMS is taken: a 150k vocabulary must not blow memory
+_EMBEDDING_ROWS = 8192  # rows embedded at a time to compute their RMS: bounds memory for a vocabulary of 150,000
 
 
 class HfTokenizer:
-    """A transformers tokenizer behind the four things a run asks for."""
+    """A transformers tokenizer with the interface of ``train.lms.base.Tokenizer``.
+
+    Raises:
+        UserError: the tokenizer has no end-of-sequence token.
+    """
 
     def __init__(self, tokenizer: Any, reference: str) -> None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of '{reference}' has no end-of-text token, so its answers would never end")
+            raise UserError(
+                f"the tokenizer of '{reference}' has no end-of-sequence token, so decoding would never stop: choose "
+                "another lm.model"
+            )
         self._tokenizer, self._reference = tokenizer, reference
         self.eos: int = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids without added special tokens; those written in ``text`` count only with ``special``."""
+        """Return ids without added special tokens; those in ``text`` are recognized only with ``special``."""
         return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ``ids``; special tokens leave no trace."""
+        """Return the text of ``ids`` without special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def chat(self, user: str) -> str:
-        """The user turn ``user`` in the model's chat template, up to where the answer begins."""
+        """Return the user turn ``user`` in the model's chat template, up to the start of the answer.
+
+        Raises:
+            UserError: the model has no chat template.
+        """
         if not self._tokenizer.chat_template:
             raise UserError(f"'{self._reference}' has no chat template: set prompt.template to plain or slam")
         turn = [{"role": "user", "content": user}]
@@ -55,10 +66,13 @@ class HfTokenizer:
 
 
 class HfLanguageModel(LanguageModel):
-    """A causal LM and its tokenizer; build it with ``load_hf``.
+    """A causal LM and its tokenizer; load it with ``load_hf``.
 
-    Tokens pass through the model's own embedding module and what its family multiplies them by (``scales.py``); soft
-    tokens are put beside them as they are.
+    Tokens pass through the model's embedding module and are multiplied by the factor of the model family
+    (``scales.py``); soft tokens enter unchanged.
+
+    Raises:
+        UserError: the model computes its logits in a way that ``scales.py`` does not cover.
     """
 
     def __init__(self, model: Any, tokenizer: HfTokenizer, reference: str, identity: str, dtype: torch.dtype) -> None:
@@ -90,7 +104,10 @@ class HfLanguageModel(LanguageModel):
 
     @torch.no_grad()
     def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
-        """Audio and prompt pass once; their keys and values are repeated under the candidates. No gradient."""
+        """As ``LanguageModel.candidate_nll``, without gradient.
+
+        Soft tokens and prompt are computed once; their keys and values are repeated for the candidates.
+        """
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         packed = pack_inputs(torch.tensor([len(soft_SD)], device=self.device), [prefix], [suffix])
@@ -99,7 +116,7 @@ class HfLanguageModel(LanguageModel):
         cache = read.past_key_values
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         if not all(type(layer) in plain for layer in getattr(cache, "layers", [None])):
-            return super().candidate_nll(soft_SD, prefix, suffix, candidates)  # a recurrent state, or a family's own
+            return super().candidate_nll(soft_SD, prefix, suffix, candidates)  # a recurrent or family-specific cache
         cache.batch_repeat_interleave(len(candidates))
         targets = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True).to(self.device)
         lengths = torch.tensor([len(ids) for ids in candidates], device=self.device)
@@ -109,7 +126,7 @@ class HfLanguageModel(LanguageModel):
                 rest = self.model.base_model(
                     inputs_embeds=self._embed_ids(targets[:, :-1]), past_key_values=cache, use_cache=True
                 )
-            states = torch.cat([states, rest.last_hidden_state], 1)  # padding stands behind, where nothing looks back
+            states = torch.cat([states, rest.last_hidden_state], 1)  # right padding, which no target attends to
         target_mask = torch.arange(targets.shape[1], device=self.device) < lengths[:, None]
         nll_N = self._token_nll(states[target_mask], targets[target_mask])
         return nll_N.new_zeros(target_mask.shape).masked_scatter(target_mask, nll_N).sum(1)
@@ -124,7 +141,7 @@ class HfLanguageModel(LanguageModel):
         max_new_tokens: int,
         on_token: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
-        """Greedy, batched, with a KV cache; eos ends a row and is not returned."""
+        """As ``LanguageModel.generate``, with a KV cache."""
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left")
         inputs, mask, cache = self._embed_inputs(packed, soft[soft_mask]), packed.valid.long(), None
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -139,7 +156,7 @@ class HfLanguageModel(LanguageModel):
                     past_key_values=cache,
                     use_cache=True,
                 )
-            # [B, D]: a product of [B, 1, D], cut from longer rows, would copy the output matrix B times on a CPU
+            # [B, D]: a product with [B, 1, D], sliced from longer rows, would copy the output matrix B times on a CPU
             chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, self.tokenizer.eos)
             steps.append(chosen)
             on_token(chosen.tolist())
@@ -154,11 +171,11 @@ class HfLanguageModel(LanguageModel):
         return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
 
     def compile_forward(self) -> None:
-        """From here on ``hidden`` runs through torch.compile, once for all shapes; generation stays as it is."""
+        """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
         self._compiled = torch.compile(self.model.base_model.__call__, dynamic=True)
 
     def _embed_ids(self, ids: Tensor) -> Tensor:
-        """Ids of any shape -> what stands for them in ``inputs_embeds`` [..., D]."""
+        """Map ids of any shape to their rows of ``inputs_embeds`` [..., D]."""
         rows: Tensor = self.model.get_input_embeddings()(ids)
         return rows if self._scales.embedding == 1 else rows * self._scales.embedding
 
@@ -167,7 +184,7 @@ class HfLanguageModel(LanguageModel):
         return x_BTD.masked_scatter(packed.is_soft[..., None], soft_ND.to(x_BTD.dtype))
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Float32 masters that train in a smaller dtype run under autocast; a frozen model simply is of that dtype."""
+        """Return autocast for float32 weights that train in a smaller dtype; frozen weights already have that dtype."""
         mixed = self.trainable and self.model.get_input_embeddings().weight.dtype != self.dtype
         return torch.autocast(self.device.type, dtype=self.dtype if mixed else torch.bfloat16, enabled=mixed)
 
@@ -180,21 +197,22 @@ class HfLanguageModel(LanguageModel):
         return math.sqrt(total / (rows * self.width))
 
     def _find_scales(self) -> Scales:
-        """Refuse a family that does more around its layers than ``scales.py`` knows of."""
+        """Return the factors of the model family, or raise UserError if ``scales.py`` does not find them."""
         with self._autocast():
             scales = find_scales(self.model)
         if scales is None:
             raise UserError(
-                f"'{self.reference}' ({type(self.model).__name__}) does not make its logits from its embeddings, "
-                "layers and output matrix alone, which earshard cannot read yet: choose another lm.model"
+                f"'{self.reference}' ({type(self.model).__name__}) does not compute its logits from embeddings, layers "
+                "and output matrix alone, and earshard does not support that yet: choose another lm.model"
             )
         return scales
 
 
 def _attend_in_float32(model: Any) -> None:
-    """On a CPU, PyTorch's fused attention is slower in bfloat16 than in float32: 2 to 3 × for rows of 50 to 150 tokens.
+    """Run the attention of a bfloat16 model in float32, which is faster and more accurate on a CPU.
 
-    Measured with SmolLM2 and batch 8, forward and backward: a quarter less time than all in bfloat16, and exacter.
+    There, PyTorch's fused attention takes 2 to 3 × as long in bfloat16 for rows of 50 to 150 tokens. With SmolLM2 and
+    batch size 8, forward and backward pass together take a quarter less time than with attention in bfloat16.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -208,7 +226,7 @@ def _attend_in_float32(model: Any) -> None:
         out, _ = sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask, **kwargs)
         return out.to(q.dtype), None
 
-    if model.config._attn_implementation != "sdpa":  # the family cannot, or its configuration says otherwise
+    if model.config._attn_implementation != "sdpa":  # not supported by the family, or disabled in its configuration
         return
     AttentionInterface.register("sdpa_float32", forward)
     AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
@@ -217,7 +235,7 @@ def _attend_in_float32(model: Any) -> None:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' bar over the tensors it reads: it is over at once, and every process would draw one."""
+    """Hide transformers' progress bar for loading: it ends at once, and every process would show one."""
     from transformers.utils import logging as library
 
     logging: Any = library  # untyped functions
@@ -231,7 +249,10 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def hash_weights(folder: Path) -> str:
-    """``sha256:…`` over a folder's safetensors: a hub's revision can be a branch that moves, and a folder has none."""
+    """Return ``sha256:…`` over the safetensors files of ``folder``.
+
+    A revision on a hub does not identify weights, because it can be a branch; a folder has none.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
@@ -251,13 +272,21 @@ def load_hf(
     seed: int = 0,
     options: LmConfig | None = None,
 ) -> HfLanguageModel:
-    """The causal LM in the transformers folder ``folder``, frozen unless ``train`` (then with float32 masters).
+    """Load the causal LM in the transformers folder ``folder``.
 
-    ``options`` tells ``compile``, ``bits``, ``lora`` (its start from ``seed``) and ``checkpointing``; see ``adapt.py``.
+    Args:
+        folder: config, safetensors and tokenizer.
+        reference: the name of the model in errors and in the run's records.
+        identity: the identity that a run records; see ``hash_weights``.
+        device: device of the weights.
+        dtype: dtype of activations and frozen weights.
+        train: train all weights, which are then float32; otherwise they are frozen.
+        seed: seed of the initial weights of LoRA adapters.
+        options: ``compile``, ``bits``, ``lora`` and ``gradient_checkpointing`` are read; see ``adapters.py``.
 
     Raises:
-        UserError: the folder holds no causal LM, no end-of-text token, or a head that is not understood; or a library
-            that ``options`` needs is not installed.
+        UserError: the folder holds no causal LM, its tokenizer has no end-of-sequence token, the model computes its
+            logits in an unsupported way, or a package that ``options`` needs is not installed.
     """
     options = options or LmConfig()
     loading: dict[str, Any] = {"dtype": torch.float32 if train else dtype}
@@ -274,11 +303,11 @@ def load_hf(
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"'{reference}' (folder {folder}) cannot be read as a causal language model: {reason}"
+            f"'{reference}' (folder {folder}) cannot be loaded as a causal language model: {reason}"
         ) from None
     if options.bits is None:
         model.to(device)
-    else:  # device_map has put it there, and packed matrices do not move
+    else:  # device_map placed it there, and quantized matrices cannot be moved
         disable_bf16_packing(model)
     model.requires_grad_(train).eval()
     if dtype == torch.bfloat16 and not train and model.device.type == "cpu":

@@ -1,16 +1,17 @@
-"""By what a family multiplies its embeddings and its logits, read from its config and proved on its own logits.
+"""The factors by which a model family scales its embeddings and logits.
 
-In: a Hugging Face causal LM. Out: :class:`Scales`. A run goes past the model's own ``forward`` (it embeds rows itself,
-and makes logits at target positions alone), so what a family does there must be done here:
+A run does not call the model's own ``forward``: it embeds ids itself and computes logits only at target positions. What
+a family does there must be done here:
 
 | | on embeddings | on logits |
 |---|---|---|
 | Gemma | in the embedding module | softcap (Gemma 2 on) |
 | Granite | in the base model, on ``inputs_embeds``, too | / ``logits_scaling`` |
 | Cohere | | × ``logit_scale`` |
-| Falcon-H1 | × ``embedding_multiplier``, of ids alone | × ``lm_head_multiplier`` |
+| Falcon-H1 | × ``embedding_multiplier``, for ids only | × ``lm_head_multiplier`` |
 
-No list of families is kept: of all factors that a config tells, those are taken that reproduce the model's logits.
+There is no list of families: :func:`find_scales` tries the factors in the config of a model and takes those that
+reproduce its logits.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TOLERANCE = 0.02  # of the largest logit: what bfloat16 and other kernels may differ by
+_TOLERANCE = 0.02  # relative to the largest logit: bfloat16 and different kernels may differ by this much
 
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """What stands between ids and rows, and between the output matrix and logits."""
+    """Factors of the input embeddings and of the logits."""
 
-    embedding: float = 1.0  # of a row of the embedding module, before it is given as ``inputs_embeds``
-    logits: float = 1.0  # of the output matrix's product
-    softcap: float | None = None  # c · tanh(logits / c), last
+    embedding: float = 1.0  # of the output of the embedding module, before it is passed as ``inputs_embeds``
+    logits: float = 1.0  # of the product with the output matrix
+    softcap: float | None = None  # c · tanh(logits / c), applied last
 
     def to_logits(self, product_NV: Tensor) -> Tensor:
-        """The output matrix's product [N, V] -> logits [N, V] float32."""
+        """Map the product with the output matrix [N, V] to logits [N, V] float32."""
         logits = product_NV.float()
         if self.logits != 1:
             logits = logits * self.logits
@@ -43,7 +44,7 @@ class Scales:
 
 @torch.no_grad()
 def find_scales(model: Any) -> Scales | None:
-    """The factors with which ``model``'s parts give its own logits of four tokens; None when none does."""
+    """Return the factors that reproduce the logits of ``model`` for four tokens, or None if there are none."""
     config = model.config.get_text_config()
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
     theirs = model(input_ids=ids, use_cache=False).logits[0].float()

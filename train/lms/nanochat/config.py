@@ -1,8 +1,8 @@
 """Sizes of a nanochat GPT, and the constants in which its generations differ.
 
-nanochat's code changed while its checkpoints kept their names. A checkpoint does not say which code wrote it, but its
-keys and shapes do (``train/lms/nanochat/checkpoint.py`` reads them). What older ones lack is neutral in the newest:
-smear and backout of 0, residual factors of 1. Source: the history of github.com/karpathy/nanochat, ``nanochat/gpt.py``.
+nanochat's code changed without a version number in its checkpoints, but their keys and shapes show which code wrote
+them (``train/lms/nanochat/checkpoint.py``). What older generations lack gets values without effect in the newest: smear
+and backout of 0, residual factors of 1. Source: the history of github.com/karpathy/nanochat, ``nanochat/gpt.py``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The constants of one stretch of nanochat's history; the defaults are today's (from 2026-03-14 on)."""
+    """The constants of one generation of nanochat; the defaults are those of the newest (from 2026-03-14 on)."""
 
     name: str = "2026-03-14"
     rotary_base: float = 100_000.0
-    qk_scale: float = 1.2  # of normed queries and keys, each
-    window_divisor: int = 4  # an S layer sees one part in so many of sequence_len
-    window_multiple: int = 128  # rounded up to a multiple of this
+    qk_scale: float = 1.2  # of normed queries and of normed keys
+    window_divisor: int = 4  # the window of an S layer is sequence_len divided by this ...
+    window_multiple: int = 128  # ... and rounded up to a multiple of this
     value_embeddings: bool = True
     gate_channels: int = 12
     gate_scale: float = 3.0
@@ -32,7 +32,7 @@ FIRST = Generation("2025-10-13", 10_000.0, qk_scale=1.0, window_divisor=2, windo
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """nanochat's ``model_config``; the defaults are those of the W1 smoke run (d6, head size 64, bytes)."""
+    """nanochat's ``model_config``; the defaults are those of the W1 smoke run (d6, head size 64, byte tokenizer)."""
 
     sequence_len: int = 2048
     vocab_size: int = 257
@@ -44,7 +44,7 @@ class GPTConfig:
 
     @classmethod
     def from_depth(cls, depth: int, head_size: int = 128, vocab_size: int = 257) -> GPTConfig:
-        """nanochat's one dial: width = depth · 64 rounded up to a multiple of the head size."""
+        """Return nanochat's configuration of a depth: width = depth · 64, rounded up to a multiple of the head size."""
         width = -(-depth * 64 // head_size) * head_size
         heads = width // head_size
         return cls(vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width)
@@ -55,7 +55,7 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     def windows(self, generation: Generation = TODAY) -> list[int]:
-        """How many positions back each layer sees, itself not counted: L = sequence_len, S = a part of it."""
+        """Return how many previous positions each layer attends to: L = sequence_len, S = a part of it."""
         part = generation.window_divisor * generation.window_multiple
         short = (
             self.sequence_len // part
@@ -68,5 +68,5 @@ class GPTConfig:
         return [*windows[:-1], self.sequence_len]
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every other layer, the last one included."""
+        """Return whether ``layer`` has a value embedding: every other layer, including the last."""
         return layer % 2 == (self.n_layer - 1) % 2

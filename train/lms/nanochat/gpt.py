@@ -1,13 +1,13 @@
 """nanochat's GPT, with audio in its residual stream.
 
-In: a ``Layout`` of token ids and the soft tokens of a batch. Out: hidden states, and logits of those asked for.
-Parameter names and shapes are nanochat's own (``transformer.wte.weight``, ``value_embeds.1.weight`` …), so that its
-checkpoints fit. Source: github.com/karpathy/nanochat, ``nanochat/gpt.py``; value embeddings: arXiv 2410.17897.
+The model takes the ``PackedInputs`` and soft tokens of a batch and returns hidden states; ``GPT.head`` maps them to
+logits. Parameter names and shapes are nanochat's (``transformer.wte.weight``, ``value_embeds.1.weight`` …), so its
+checkpoints load. Source: github.com/karpathy/nanochat, ``nanochat/gpt.py``; value embeddings: arXiv 2410.17897.
 
-Soft tokens, as W1: the projected audio is RMS-normed and joins the text **after** the smear; rotary positions run over
-audio and text alike; on audio positions the value embeddings look up id 0 (``audio_value`` chooses BOS or nothing
-instead). The smear runs over the text tokens as one chain, so a prompt before the audio smears into the first token
-after it, and decoding goes on from the last text token, whether or not audio stands between.
+Soft tokens enter as in W1: the projected audio is RMS-normed and joins the text **after** the smear; rotary positions
+count audio and text alike; at audio positions the value embeddings look up id 0 (or BOS or nothing, see
+``audio_value_embedding``). The smear treats the text tokens as one sequence: a prompt before the audio smears into the
+first token after it, and decoding continues from the last text token, whether or not audio is in between.
 
 Letters: B rows, T positions, D width, H heads, G kv heads, d head size, V vocabulary.
 """
@@ -28,48 +28,48 @@ _SMEAR_CHANNELS = 24
 
 
 class GPT(nn.Module):
-    """The transformer: a ``Layout`` and audio rows in, normed hidden states out; ``head`` makes logits of them."""
+    """The transformer: maps ``PackedInputs`` and soft tokens to normed hidden states; ``head`` maps them to logits."""
 
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: GPTConfig, generation: Generation = TODAY, rows: int | None = None) -> None:
-        """``rows`` of the token tables: the vocabulary, padded to a multiple of 64 unless told."""
+        """``rows`` of the token tables default to the size of the vocabulary, padded to a multiple of 64."""
         super().__init__()
         self.config, self.generation = config, generation
         self.audio_value_embedding: AudioValue = "id0"
-        self.bos = 0  # what audio positions look up with ``audio_value`` bos
-        self.gradient_checkpointing = False  # layers are computed again in the backward pass
-        self.missing_parameters: frozenset[str] = (
-            frozenset()
-        )  # parameters that a checkpoint lacked: neutral, never trained
+        self.bos = 0  # id that audio positions look up if ``audio_value_embedding`` is bos
+        self.gradient_checkpointing = False  # recompute layers in the backward pass
+        # parameters that the checkpoint lacks: they have no effect and are not trained
+        self.missing_parameters: frozenset[str] = frozenset()
         width, layers = config.n_embd, config.n_layer
         rows = rows or -(-config.vocab_size // 64) * 64
         self.transformer = Transformer(config, generation, rows)
         self.lm_head = Linear(width, rows)
-        voiced = [i for i in range(layers) if generation.value_embeddings and config.has_value_embedding(i)]
+        with_values = [i for i in range(layers) if generation.value_embeddings and config.has_value_embedding(i)]
         self.value_embeds = nn.ModuleDict(
-            {str(i): Embedding(rows, config.n_kv_head * config.head_size) for i in voiced}
+            {str(i): Embedding(rows, config.n_kv_head * config.head_size) for i in with_values}
         )
         self.resid_lambdas = nn.Parameter(torch.empty(layers))
         self.x0_lambdas = nn.Parameter(torch.empty(layers))
         self.smear_gate = Linear(_SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
-        with torch.device("cpu"):  # the tables are no weights: they are computed where weights are only sized
+        with torch.device("cpu"):  # the tables are not weights: they are computed even if weights are on "meta"
             frequency = generation.rotary_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)
-            angle = torch.outer(torch.arange(10 * config.sequence_len), frequency)  # 10 ×: prompts may outgrow training
+            # 10 ×: prompts may be longer than in training
+            angle = torch.outer(torch.arange(10 * config.sequence_len), frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers, first to last."""
+        """The layers, from first to last."""
         return [block for block in self.transformer.h if isinstance(block, Block)]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """nanochat's start, drawn from a generator of its own: the same seed gives the same bytes."""
+        """Initialize weights as nanochat does, from a separate generator: the same seed produces the same bytes."""
         generator, layers = torch.Generator().manual_seed(seed), self.config.n_layer
         bound = (3 / self.config.n_embd) ** 0.5
         self.transformer.wte.weight.normal_(0, 0.8, generator=generator)
@@ -93,10 +93,19 @@ class GPT(nn.Module):
     def forward(
         self, packed: PackedInputs, audio_features: Tensor, dtype: torch.dtype, cache: KvCache | None = None
     ) -> Tensor:
-        """``audio_features`` [all soft tokens of the batch, D] at ``layout.is_soft`` -> normed hidden [B, T, D].
+        """Return normed hidden states [B, T, D] of ``packed`` with ``audio_features`` at ``packed.is_soft``.
 
-        Rows are padded on the right, which causal attention keeps from the rest, so there is no padding mask. An empty
-        ``cache`` is filled for ``step``.
+        Rows are padded on the right, which causal attention never reads, so there is no padding mask. An empty
+        ``cache`` is filled for ``decode_step``.
+
+        Args:
+            packed: token ids and masks.
+            audio_features: [all soft tokens of the batch, D].
+            dtype: dtype of the activations.
+            cache: an empty cache, or None.
+
+        Raises:
+            UserError: a row is too long for the rotary tables.
         """
         width = packed.ids.shape[1]
         if width > len(self.cos):
@@ -112,28 +121,33 @@ class GPT(nn.Module):
             value_mask = ~packed.is_soft
         hidden = self._trunk(x, ids, value_mask, self.cos[:width], self.sin[:width], cache)
         if cache is not None:
-            last = packed.is_text.sum(1).cumsum(0) - 1  # each row's last text token among all of them
+            last = packed.is_text.sum(1).cumsum(0) - 1  # index of each row's last text token among all text tokens
             none = ~packed.is_text.any(1)
-            padded_ND = torch.cat([plain_ND, x.new_zeros(1, x.shape[-1])])  # a batch may hold no text token at all
+            padded_ND = torch.cat([plain_ND, x.new_zeros(1, x.shape[-1])])  # a batch can lack text tokens
             cache.previous_embedding = padded_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
             cache.lengths, cache.max_length = packed.valid.sum(1), width
         return hidden
 
     def new_cache(self, batch: int, positions: int, dtype: torch.dtype) -> KvCache:
-        """An empty cache for ``batch`` rows of up to ``positions`` positions."""
+        """Return an empty cache for ``batch`` rows of up to ``positions`` positions.
+
+        Raises:
+            UserError: ``positions`` is too large for the rotary tables.
+        """
         if positions > len(self.cos):
             raise self._too_long(positions)
         shape = (batch, self.config.n_kv_head, positions, self.config.head_size)
         device = self.cos.device
 
-        def rooms() -> list[Tensor]:
+        def buffers() -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.config.n_layer)]
 
-        none = torch.zeros(batch, dtype=torch.int64, device=device)
-        return KvCache(rooms(), rooms(), none, 0, torch.zeros(batch, self.config.n_embd, dtype=dtype, device=device))
+        lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        previous = torch.zeros(batch, self.config.n_embd, dtype=dtype, device=device)
+        return KvCache(buffers(), buffers(), lengths, 0, previous)
 
     def decode_step(self, tokens: Tensor, cache: KvCache, dtype: torch.dtype) -> Tensor:
-        """One text token a row, int64 [B], behind what ``cache`` holds -> normed hidden [B, D]; the cache grows."""
+        """Append one text token per row, int64 [B], to ``cache``; return its normed hidden states [B, D]."""
         x = norm(self.transformer.wte(tokens).to(dtype))
         smeared = x + self._gate(x) * cache.previous_embedding
         positions = cache.lengths[:, None]
@@ -145,7 +159,10 @@ class GPT(nn.Module):
     def _trunk(
         self, x: Tensor, ids: Tensor, value_mask: Tensor | None, cos: Tensor, sin: Tensor, cache: KvCache | None
     ) -> Tensor:
-        """x [B, T, D], ids [B, T] for the value embeddings (where ``voiced``, if told) -> normed hidden [B, T, D]."""
+        """Map x [B, T, D] to normed hidden states [B, T, D].
+
+        ``ids`` [B, T] select the value embeddings, which are zero where ``value_mask`` (bool [B, T]) is False.
+        """
         x0 = kept = x
         for i, (block, window) in enumerate(zip(self.blocks, self.config.windows(self.generation), strict=True)):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
@@ -161,14 +178,15 @@ class GPT(nn.Module):
         return norm(x - self.backout_lambda.to(x.dtype) * kept)
 
     def head(self, hidden_ND: Tensor) -> Tensor:
-        """[N, D] -> logits [N, V] float32, softcapped."""
+        """Map hidden states [N, D] to softcapped logits [N, V] float32."""
         z: Tensor = self.lm_head(hidden_ND)[..., : self.config.vocab_size].float()
         return self.generation.softcap * torch.tanh(z / self.generation.softcap)
 
     def _smear(self, packed: PackedInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Normed embeddings of all text tokens, plain and with a gated part of the token before (but a row's first).
+        """Return the normed embeddings of all text tokens, without and with smear.
 
-        Both [all text tokens of the batch, D], in row-major order.
+        The smear adds a gated part of the previous text token of the row. Both are [text tokens of the batch, D], in
+        row-major order.
         """
         text_ids = packed.ids[packed.is_text]
         x = norm(self.transformer.wte(text_ids).to(dtype))
@@ -178,11 +196,11 @@ class GPT(nn.Module):
         return x, x + torch.where(follows[:, None], self._gate(x) * x.roll(1, 0), 0)
 
     def _gate(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., 1]: how much of the token before a token takes on."""
+        """Map embeddings [..., D] to the weight of the previous token in the smear [..., 1]."""
         return self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :_SMEAR_CHANNELS]))
 
     def _too_long(self, width: int) -> UserError:
         return UserError(
-            f"a row of {width} positions is longer than nanochat's {len(self.cos)}: raise projector.stack or drop "
-            "long utterances"
+            f"a row of {width} positions is longer than nanochat's maximum of {len(self.cos)}: raise projector.stack "
+            "or drop long utterances"
         )

@@ -1,6 +1,6 @@
-"""The parts of nanochat's GPT: linear layers, rotary attention in a left window with a KV cache, MLP, block.
+"""The layers of nanochat's GPT: linear layers, rotary attention in a left window with a KV cache, MLP, block.
 
-In: normed hidden states [B, T, D] of rows padded on the right. Out: what each layer adds to them. ``gpt.py`` runs them.
+They take hidden states [B, T, D] of rows padded on the right; ``gpt.py`` puts them together.
 
 Letters: B rows, T positions, D width, H heads, G kv heads, d head size, M positions of a KV cache.
 """
@@ -17,35 +17,35 @@ from train.lms.nanochat.config import Generation, GPTConfig
 
 
 class Linear(nn.Linear):
-    """Without bias, its weight cast to the input's dtype, never initialised here (``GPT.initialise`` does it)."""
+    """A linear layer without bias whose weight is cast to the input's dtype; ``GPT.init_weights`` initializes it."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: the global generator stays untouched."""
+        """Do nothing, so that the global generator does not change."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Map [..., in] to [..., out]."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
-    """An embedding that is never initialised here."""
+    """An embedding that ``GPT.init_weights`` initializes."""
 
     def reset_parameters(self) -> None:
-        """Nothing: the global generator stays untouched."""
+        """Do nothing, so that the global generator does not change."""
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last axis, without parameters."""
+    """Apply RMSNorm without parameters over the last axis."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding by -theta, the head split in halves: y1 = x1·cos + x2·sin, y2 = -x1·sin + x2·cos.
+    """Apply a rotary embedding by -theta to the halves of each head: y1 = x1·cos + x2·sin, y2 = -x1·sin + x2·cos.
 
-    ``cos`` and ``sin`` are [T, d/2], or [B, T, d/2] where rows stand at positions of their own.
+    ``cos`` and ``sin`` are [T, d/2], or [B, T, d/2] if rows are at different positions.
     """
     x1, x2 = x_BTHd.chunk(2, -1)
     cos, sin = cos[..., None, :].to(x_BTHd.dtype), sin[..., None, :].to(x_BTHd.dtype)
@@ -53,9 +53,9 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def windowed_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, window: int) -> Tensor:
-    """Causal attention in which position i sees i - window … i -> [B, H, T, d].
+    """Compute causal attention of position i to positions i - window … i -> [B, H, T, d].
 
-    Queries go in pieces of ``window``, each against the keys it can see: work grows with T · window, not with T².
+    Queries are processed in pieces of ``window``, each with the keys it attends to: O(T · window) time, not O(T²).
     """
     width, gqa = q_BHTd.shape[2], q_BHTd.shape[1] != k_BGTd.shape[1]
     if width <= window + 1:
@@ -65,24 +65,24 @@ def windowed_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, window: i
         low, high = max(0, start - window), min(start + window, width)
         back = position[start:high, None] - position[low:high]
         k, v = k_BGTd[:, :, low:high], v_BGTd[:, :, low:high]
-        seen = (back >= 0) & (back <= window)
-        pieces.append(F.scaled_dot_product_attention(q_BHTd[:, :, start:high], k, v, attn_mask=seen, enable_gqa=gqa))
+        mask = (back >= 0) & (back <= window)
+        pieces.append(F.scaled_dot_product_attention(q_BHTd[:, :, start:high], k, v, attn_mask=mask, enable_gqa=gqa))
     return torch.cat(pieces, 2)
 
 
 @dataclass(slots=True)
 class KvCache:
-    """What decoding remembers of each row; rows have lengths of their own and grow by one position a step."""
+    """The state of decoding. Rows have different lengths and grow by one position per step."""
 
-    keys: list[Tensor]  # each layer [B, G, M, d]
-    values: list[Tensor]
+    keys: list[Tensor]  # per layer [B, G, M, d]
+    values: list[Tensor]  # per layer [B, G, M, d]
     lengths: Tensor  # [B] int64: positions filled
-    max_length: int  # the longest of them; 0 is an empty cache
-    previous_embedding: Tensor  # [B, D]: the last text token's embedding before the smear; 0 where there was none
+    max_length: int  # the longest of them; 0 if the cache is empty
+    previous_embedding: Tensor  # [B, D]: embedding of the last text token before the smear; 0 if there is none
 
 
 class Attention(nn.Module):
-    """Causal attention in a left window, q and k normed after the rotation, v with a gated value embedding."""
+    """Causal attention in a left window, with q and k normed after the rotation and a gated value embedding in v."""
 
     def __init__(self, config: GPTConfig, generation: Generation, layer: int) -> None:
         super().__init__()
@@ -98,9 +98,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int, cache: KvCache | None = None
     ) -> Tensor:
-        """x [B, T, D] (normed), ve [B, T, G·d] or None, ``window`` positions back -> [B, T, D].
+        """Map normed x [B, T, D] with value embeddings ve [B, T, G·d] or None to [B, T, D].
 
-        With an empty ``cache`` (all lengths 0) the keys and values are kept; with a filled one x is one position a row.
+        Positions attend to ``window`` previous ones. An empty ``cache`` (all lengths 0) is filled with keys and values;
+        with a filled one, x is the next position of each row (T = 1).
         """
         batch, width = x.shape[:2]
         q = self.c_q(x).view(batch, width, self.heads, self.head_size)
@@ -123,15 +124,15 @@ class Attention(nn.Module):
         return out
 
     def _attend_to(self, cache: KvCache, q_BH1d: Tensor, k_BG1d: Tensor, v_BG1d: Tensor, window: int) -> Tensor:
-        """One position a row, written behind what the row holds (over the padding of its prompt) -> [B, H, 1, d]."""
+        """Append one position per row to ``cache`` (over the padding of the prompt) and attend -> [B, H, 1, d]."""
         rows, used = torch.arange(len(q_BH1d), device=q_BH1d.device), cache.max_length + 1
         keys, values = cache.keys[self.layer], cache.values[self.layer]
         keys[rows, :, cache.lengths], values[rows, :, cache.lengths] = k_BG1d[:, :, 0], v_BG1d[:, :, 0]
         back = cache.lengths[:, None] - torch.arange(used, device=rows.device)
-        seen = ((back >= 0) & (back <= window))[:, None, None]
+        mask = ((back >= 0) & (back <= window))[:, None, None]
         gqa = self.heads != self.kv_heads
         return F.scaled_dot_product_attention(
-            q_BH1d, keys[:, :, :used], values[:, :, :used], attn_mask=seen, enable_gqa=gqa
+            q_BH1d, keys[:, :, :used], values[:, :, :used], attn_mask=mask, enable_gqa=gqa
         )
 
 
@@ -144,7 +145,7 @@ class Mlp(nn.Module):
         self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Map [B, T, D] to [B, T, D]."""
         y: Tensor = self.c_proj(F.relu(self.c_fc(x)).square())
         return y
 
@@ -160,14 +161,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int, cache: KvCache | None = None
     ) -> Tensor:
-        """As ``Attention.forward``, but x is not normed."""
+        """As ``Attention.forward``, but with x before the norm."""
         x = x + self.attn(norm(x), ve, cos, sin, window, cache)
         y: Tensor = x + self.mlp(norm(x))
         return y
 
 
 class Transformer(nn.Module):
-    """Token embeddings and layers, under nanochat's names."""
+    """Token embeddings and layers, with nanochat's parameter names."""
 
     def __init__(self, config: GPTConfig, generation: Generation, rows: int) -> None:
         super().__init__()

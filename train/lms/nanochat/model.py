@@ -1,7 +1,7 @@
-"""nanochat behind the questions of a run.
+"""nanochat's GPT as a ``LanguageModel``.
 
-In: ``nanochat:d6`` (a depth; random initialisation from a seed) or ``nanochat:FOLDER`` (a checkpoint, see
-``checkpoint.py``). Out: a ``LanguageModel`` over ``gpt.py``.
+The reference is ``nanochat:d6`` (a depth; random weights from a seed) or ``nanochat:FOLDER`` (a checkpoint, see
+``checkpoint.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REFERENCE = re.compile(r"nanochat:d([1-9]\d?)(?:-h(\d+))?")
 
 
 class NanochatLanguageModel(LanguageModel):
-    """``GPT`` and a tokenizer behind what a run asks of a language model."""
+    """A ``GPT`` and its tokenizer; load it with ``load_nanochat``."""
 
     def __init__(
         self, gpt: GPT, tokenizer: Tokenizer, reference: str, identity: str, dtype: torch.dtype, train: bool
@@ -67,7 +67,7 @@ class NanochatLanguageModel(LanguageModel):
         max_new_tokens: int,
         on_token: Callable[[list[int]], None] = lambda tokens: None,
     ) -> list[list[int]]:
-        """Greedy, batched, with a KV cache: audio and prompt once, then one position a step; eos is not returned."""
+        """As ``LanguageModel.generate``, with a KV cache."""
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix)
         batch, width = packed.ids.shape
         cache = self.gpt.new_cache(batch, width + max_new_tokens, self.dtype)
@@ -88,7 +88,7 @@ class NanochatLanguageModel(LanguageModel):
 
 
 def tensors_sha256(gpt: GPT) -> str:
-    """Hex digest over configuration, names and float32 values: equal weights, equal digest."""
+    """Return the hex digest of configuration, names and float32 values: equal weights have equal digests."""
     digest = hashlib.sha256(repr(sorted(asdict(gpt.config).items())).encode())
     for name, tensor in sorted(gpt.state_dict().items()):
         digest.update(name.encode())
@@ -105,15 +105,24 @@ def load_nanochat(
     seed: int,
     options: LmConfig | None = None,
 ) -> NanochatLanguageModel:
-    """``nanochat:d<depth>`` at random initialisation (heads of 64 as in the W1 smoke, or ``nanochat:d6-h128``), or the
-    checkpoint at ``nanochat:FOLDER``. A frozen checkpoint's matrices are held in ``dtype``.
+    """Load ``nanochat:d<depth>`` or ``nanochat:FOLDER``.
+
+    Args:
+        reference: ``nanochat:d<depth>`` has random weights and heads of size 64 as in the W1 smoke run, or of another
+            size as in ``nanochat:d6-h128``; ``nanochat:FOLDER`` is a checkpoint.
+        device: device of the weights.
+        dtype: dtype of the activations, and of the matrices of a frozen checkpoint.
+        train: train the weights, which are then float32; otherwise they are frozen.
+        seed: seed of random weights.
+        options: ``audio_value_embedding`` and ``gradient_checkpointing`` are read.
 
     Raises:
-        UserError: the reference is of neither form, or the checkpoint cannot be read (see ``checkpoint.py``).
+        UserError: the reference is invalid, the checkpoint cannot be read (see ``checkpoint.py``), or ``options`` sets
+            what only Hugging Face models support.
     """
     options = options or LmConfig()
     if options.lora or options.bits or options.compile:
-        raise UserError(f"'{reference}': lm.lora, lm.bits and lm.compile are for Hugging Face models alone")
+        raise UserError(f"'{reference}': lm.lora, lm.bits and lm.compile are only for Hugging Face models")
     match = _REFERENCE.fullmatch(reference)
     place = Path(reference.removeprefix("nanochat:")).expanduser()
     tokenizer: ByteTokenizer | TiktokenTokenizer
@@ -122,8 +131,8 @@ def load_nanochat(
         gpt, tokenizer = load_gpt(path), _tokenizer(path, reference)
         if tokenizer.vocab_size != gpt.config.vocab_size:
             raise UserError(
-                f"the tokenizer of '{reference}' knows {tokenizer.vocab_size} tokens, its model "
-                f"{gpt.config.vocab_size}: put the tokenizer.pkl that it was trained with beside {path.name}"
+                f"the tokenizer of '{reference}' has {tokenizer.vocab_size} tokens, its model "
+                f"{gpt.config.vocab_size}: put the tokenizer.pkl that it was trained with next to {path.name}"
             )
         with path.open("rb") as file:
             identity = f"nanochat-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
@@ -135,8 +144,8 @@ def load_nanochat(
         head_size = int(match[2] or 64) if match else 0
         if not match or head_size % 2 or head_size < 8:
             raise UserError(
-                f"'{reference}' names no nanochat: write nanochat:d<depth>, such as nanochat:d6, nanochat:d6-h128 for "
-                "another (even) head size, or nanochat:FOLDER for a checkpoint"
+                f"'{reference}' is not a nanochat model: write nanochat:d<depth>, such as nanochat:d6, "
+                "nanochat:d6-h128 for another (even) head size, or nanochat:FOLDER for an existing checkpoint"
             )
         gpt, tokenizer = GPT(GPTConfig.from_depth(int(match[1]), head_size)), ByteTokenizer()
         gpt.init_weights(seed)
@@ -147,11 +156,11 @@ def load_nanochat(
 
 
 def _tokenizer(path: Path, reference: str) -> ByteTokenizer | TiktokenTokenizer:
-    """The tokenizer of the model at ``path``: its pickle, or bytes where the vocabulary is that of bytes."""
+    """Load the tokenizer of the model at ``path``: its pickle, or bytes if the vocabulary has that size."""
     found = find_tokenizer(path)
     if found is not None:
         chat = path.resolve().parent.parent.name.startswith("chat")  # chatsft_checkpoints, chatrl_checkpoints
         return TiktokenTokenizer(read_encoding(found), chat, reference)
     if read_config(path).vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
-    raise UserError(f"'{reference}' has no tokenizer.pkl: copy it from nanochat's tokenizer/ to beside {path.name}")
+    raise UserError(f"'{reference}' has no tokenizer.pkl: copy it from nanochat's tokenizer/ next to {path.name}")

@@ -1,8 +1,7 @@
-"""nanochat's tokenizers: bytes, for the W1 smoke run, and the tiktoken ``Encoding`` that its training pickles.
+"""nanochat's tokenizers: bytes, for the W1 smoke run, and the tiktoken ``Encoding`` in ``tokenizer.pkl``.
 
-In: text, or ``tokenizer.pkl``. Out: token ids. Unpickling runs code that the file names, so the file is read by an
-unpickler that knows one name, ``tiktoken.core.Encoding``, and gives it a stand-in; the encoding is then built from the
-plain values.
+Unpickling can run any code. ``tokenizer.pkl`` is therefore read by an unpickler that accepts only one name,
+``tiktoken.core.Encoding``, and replaces it by a class without code; the encoding is then built from plain values.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _CHAT_TOKENS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assi
 
 
 class ByteTokenizer:
-    """256 bytes and BOS (id 256), which also ends a text: nanochat has no other delimiter."""
+    """A tokenizer of 256 bytes and BOS (id 256), which also ends a text: nanochat has no other delimiter."""
 
     bos: int | None = 256
     eos: int = 256
@@ -28,7 +27,7 @@ class ByteTokenizer:
     _mark = "<|bos|>"
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """UTF-8 bytes; with ``special``, a written ``<|bos|>`` becomes id 256."""
+        """Return the UTF-8 bytes of ``text``; with ``special``, ``<|bos|>`` in the text becomes id 256."""
         pieces = text.split(self._mark) if special else [text]
         ids = list(pieces[0].encode())
         for piece in pieces[1:]:
@@ -36,16 +35,20 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the bytes among ``ids``; what is not UTF-8 becomes U+FFFD."""
+        """Return the text of the bytes in ``ids``; invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def chat(self, user: str) -> str:
-        """None: bytes have no chat template."""
+        """Raise UserError: bytes have no chat template."""
         raise UserError("the byte tokenizer of nanochat has no chat template: set prompt.template to plain or slam")
 
 
 class TiktokenTokenizer:
-    """nanochat's BPE. A text ends with ``<|bos|>``, or in a chat model with ``<|assistant_end|>``."""
+    """nanochat's BPE tokenizer. A text ends with ``<|bos|>``, or in a chat model with ``<|assistant_end|>``.
+
+    Raises:
+        UserError: the encoding lacks nanochat's special tokens.
+    """
 
     def __init__(self, encoding: Encoding, chat: bool, reference: str) -> None:
         self._encoding, self._reference = encoding, reference
@@ -59,26 +62,30 @@ class TiktokenTokenizer:
         self.vocab_size: int = encoding.n_vocab
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids; special tokens written in ``text`` count only with ``special``."""
+        """Return the ids of ``text``; special tokens in it are recognized only with ``special``."""
         return list(
             self._encoding.encode(text, allowed_special="all") if special else self._encoding.encode_ordinary(text)
         )
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ``ids``; special tokens and the ids that pad the vocabulary leave no trace."""
+        """Return the text of ``ids`` without special tokens and ids that pad the vocabulary."""
         return self._encoding.decode(
             [i for i in ids if i < self.vocab_size and i not in self._special], errors="replace"
         )
 
     def chat(self, user: str) -> str:
-        """One user turn and the opening of the answer."""
+        """Return the user turn ``user`` and the start of the answer.
+
+        Raises:
+            UserError: the encoding has no chat tokens.
+        """
         if not self._has_chat_tokens:
             raise UserError(f"'{self._reference}' has no chat tokens: set prompt.template to plain or slam")
         return f"<|bos|><|user_start|>{user}<|user_end|><|assistant_start|>"
 
 
 class _PickledState:
-    """Stands for ``tiktoken.core.Encoding`` while a pickle is read: keeps the state, runs nothing."""
+    """Replaces ``tiktoken.core.Encoding`` during unpickling: keeps the state and runs no code."""
 
     state: Any = None
 
@@ -90,44 +97,44 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
             return _PickledState
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def read_encoding(path: Path) -> Encoding:
-    """The tiktoken ``Encoding`` in ``tokenizer.pkl``.
+    """Read the tiktoken ``Encoding`` in ``tokenizer.pkl``.
 
     Raises:
-        UserError: the file holds anything else, or cannot be read.
+        UserError: the file cannot be read or contains anything else.
     """
     import tiktoken
 
     try:
         with path.open("rb") as file:
             read = _Unpickler(file).load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"'{path}' is no pickled tiktoken Encoding ({type(error).__name__}: {error})") from None
+    except Exception as error:  # a corrupt pickle can raise almost any exception
+        raise UserError(f"'{path}' is not a pickled tiktoken Encoding ({type(error).__name__}: {error})") from None
     state = read.state if isinstance(read, _PickledState) else None
     if not (
         isinstance(state, dict)
         and state.keys() == {"name", "pat_str", "mergeable_ranks", "special_tokens"}
         and isinstance(state["name"], str)
         and isinstance(state["pat_str"], str)
-        and _maps(state["mergeable_ranks"], bytes)
-        and _maps(state["special_tokens"], str)
+        and _is_id_map(state["mergeable_ranks"], bytes)
+        and _is_id_map(state["special_tokens"], str)
     ):
-        raise UserError(f"'{path}' is no tiktoken Encoding of nanochat's own training")
+        raise UserError(f"'{path}' is not a tiktoken Encoding that nanochat wrote")
     try:
         return tiktoken.Encoding(**state)
-    except Exception as error:  # of tiktoken's Rust part
-        raise UserError(f"'{path}' holds an Encoding that tiktoken refuses ({error})") from None
+    except Exception as error:  # raised by tiktoken's Rust code
+        raise UserError(f"'{path}' has an Encoding that tiktoken rejects ({error})") from None
 
 
-def _maps(value: Any, key: type) -> bool:
+def _is_id_map(value: Any, key: type) -> bool:
     return isinstance(value, dict) and bool(value) and all(type(k) is key and type(v) is int for k, v in value.items())
 
 
 def find_tokenizer(model: Path) -> Path | None:
-    """``tokenizer.pkl`` beside ``model``, in ``tokenizer/`` beside it, or where nanochat's training keeps it."""
-    folder = model.resolve().parent
-    places = [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
-    return next((place / "tokenizer.pkl" for place in places if (place / "tokenizer.pkl").is_file()), None)
+    """Find ``tokenizer.pkl`` next to ``model``, in ``tokenizer/`` next to it, or where nanochat's training puts it."""
+    parent = model.resolve().parent
+    folders = [parent, parent / "tokenizer", parent.parent.parent / "tokenizer"]
+    return next((folder / "tokenizer.pkl" for folder in folders if (folder / "tokenizer.pkl").is_file()), None)
