@@ -188,7 +188,7 @@ class Projector(nn.Module):
         return losses
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return the projector's other metrics for ``metrics.jsonl`` by name: scalars without gradient, returned once."""
+        """Return other metrics for ``metrics.jsonl`` by name: scalars without gradient, returned once."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
