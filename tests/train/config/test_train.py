@@ -13,7 +13,7 @@ def load(**keys):
     return validate_config(TrainConfig, {"caches": ["a"], **keys}, "the test")
 
 
-def test_an_unknown_key_is_refused_with_the_allowed_ones():
+def test_an_unknown_key_is_rejected_with_the_allowed_ones():
     with pytest.raises(UserError, match=r"unknown key 'val\.fractoin' in the test: did you mean 'val\.fraction'"):
         load(val={"fractoin": 0.1})
 
@@ -30,7 +30,7 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones():
         ("grad_norm", "max_grad_norm"),
     ],
 )
-def test_the_key_that_was_probably_meant_is_suggested(typed, meant):
+def test_a_misspelled_key_suggests_the_correct_one(typed, meant):
     with pytest.raises(UserError, match=rf"unknown key '{typed}' in the test: did you mean '{meant}'\?"):
         load(**{typed: 1})
 
@@ -41,7 +41,7 @@ def test_caches_must_be_named(tmp_path):
         load_config(TrainConfig, tmp_path / "c.yaml")
 
 
-def test_one_cache_may_be_written_without_a_list(tmp_path):
+def test_a_single_cache_needs_no_list(tmp_path):
     (tmp_path / "c.yaml").write_text("caches: some/folder\nlr: 1e-3\n")
     config = load_config(TrainConfig, tmp_path / "c.yaml", ["val.caches=other"])
     assert (config.caches, config.val.caches, config.lr) == (["some/folder"], ["other"], 1e-3)
@@ -65,17 +65,17 @@ def test_warmup_is_a_fraction_below_one_and_steps_from_one_on(warmup, steps):
         ({"seed": -1}, "greater than or equal to 0"),
     ],
 )
-def test_values_that_cannot_be_meant_are_refused(keys, said):
+def test_invalid_values_are_rejected(keys, said):
     with pytest.raises(UserError, match=said):
         load(**keys)
 
 
-def test_a_batch_without_bounds_holds_eight_utterances():
+def test_a_batch_without_limits_has_eight_utterances():
     assert load().batch.sampler_config().batch_size == 8
     assert load(batch={"max_frames": 500}).batch.sampler_config().batch_size is None
 
 
-def test_differences_name_the_keys_that_change_a_runs_numbers_and_no_other():
+def test_differences_list_exactly_the_keys_that_affect_losses():
     one = load(lr=1e-3, projector={"kind": "mlp", "stack": 2})
     assert one.differences(load(lr=1e-3, projector={"kind": "mlp", "stack": 2}, name="b", eval_every=7)) == []
     changed = one.differences(load(lr=2e-3, projector={"kind": "mlp", "stack": 4}))
@@ -116,7 +116,7 @@ NEW = {
 }
 
 
-def test_the_config_of_a_run_written_with_old_names_loads_as_the_present_one(tmp_path):
+def test_a_config_with_old_key_names_loads_under_the_new_names(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"caches": ["a"], **OLD}))
     old = run_config(tmp_path)
     assert old == load(**NEW)
@@ -124,6 +124,6 @@ def test_the_config_of_a_run_written_with_old_names_loads_as_the_present_one(tmp
     assert TrainConfig.model_validate(old.model_dump(mode="json")) == old
 
 
-def test_both_names_of_a_key_are_refused():
+def test_both_names_of_a_key_are_rejected():
     with pytest.raises(UserError, match="'checkpointing' is the old name of 'gradient_checkpointing'"):
         load(lm={"checkpointing": True, "gradient_checkpointing": True})

@@ -18,7 +18,7 @@ def cache(tmp_path_factory):
 
 
 def utterances(cache: Cache, world: int = 1, seed: int = 3, **keys: float) -> dict[tuple[int, int], np.ndarray]:
-    """(batch, row) -> features [T, C] of two epochs after augmentation; the padding behind must stay zero."""
+    """(batch, row) -> features [T, C] of two epochs after augmentation; padding must stay zero."""
     found = {}
     for rank in range(world):
         for batch in FeatureStream([cache], SamplerConfig(batch_size=3), 0, rank=rank, world_size=world, epochs=2):
@@ -45,7 +45,7 @@ def test_a_tenth_of_the_frames_is_zero_and_the_others_are_untouched(cache):
     assert zero / total == pytest.approx(0.1, abs=0.02)
 
 
-def test_noise_is_as_large_as_told_in_units_of_each_channel(cache):
+def test_noise_has_the_given_standard_deviation_relative_to_each_channel(cache):
     for (_, row), features in utterances(cache, noise_std=0.2).items():
         clean = cache.features(row).astype(np.float32)
         ratio = (features - clean).std(0) / clean.std(0)
@@ -53,7 +53,7 @@ def test_noise_is_as_large_as_told_in_units_of_each_channel(cache):
 
 
 @pytest.mark.parametrize("keys", [{"frame_mask_prob": 0.3}, {"noise_std": 0.1}])
-def test_it_is_the_same_under_any_world_size_and_another_in_each_epoch(cache, keys):
+def test_augmentation_is_the_same_for_any_world_size_and_differs_between_epochs(cache, keys):
     one, three = utterances(cache, **keys), utterances(cache, world=3, **keys)
     assert one.keys() == three.keys()
     assert all(np.array_equal(one[place], three[place]) for place in one)
@@ -65,6 +65,6 @@ def test_it_is_the_same_under_any_world_size_and_another_in_each_epoch(cache, ke
     assert not any(np.array_equal(one[place], other[place]) for place in one)
 
 
-def test_an_utterance_of_one_frame_takes_noise_without_becoming_nan(tmp_path):
+def test_noise_on_an_utterance_of_one_frame_is_not_nan(tmp_path):
     short = Cache.open(make_cache(tmp_path / "cache", 3, min_frames=1, max_frames=1))
     assert all(np.isfinite(features).all() for features in utterances(short, noise_std=0.5).values())

@@ -46,7 +46,7 @@ def test_a_pattern_finds_the_one_cache_it_matches(marked, tmp_path):
     assert find_cache(str(marked)) == str(marked)
 
 
-def test_an_ambiguous_pattern_is_refused_with_what_it_matches(marked, tmp_path):
+def test_an_ambiguous_pattern_is_rejected_with_what_it_matches(marked, tmp_path):
     other = make_cache(tmp_path / "speech-3c4d" / "whisper-L2-f16-0001", 5)
     with pytest.raises(UserError, match="matches 2 caches") as error:
         find_cache(f"{tmp_path}/speech-*/*")
@@ -54,12 +54,12 @@ def test_an_ambiguous_pattern_is_refused_with_what_it_matches(marked, tmp_path):
     assert str(other) in str(error.value)
 
 
-def test_an_unfinished_cache_is_absent(marked):
+def test_an_unfinished_cache_counts_as_missing(marked):
     (marked / "CACHE.json").unlink()
     assert find_cache(str(marked)) is None
 
 
-def test_an_absent_cache_names_the_extraction_that_makes_it(marked, tmp_path):
+def test_the_error_for_a_missing_cache_names_its_extraction(marked, tmp_path):
     with pytest.raises(MissingCache, match=r"run `make extract CONFIG=b\.yaml`") as error:
         open_data(config(marked, tmp_path / "gone", extract=["a.yaml", "b.yaml"]))
     assert "a.yaml" not in str(error.value)
@@ -67,7 +67,7 @@ def test_an_absent_cache_names_the_extraction_that_makes_it(marked, tmp_path):
         open_data(config(tmp_path / "gone"))
 
 
-def test_needed_lists_the_extractions_of_absent_caches_alone(marked, tmp_path):
+def test_missing_extractions_lists_only_those_of_missing_caches(marked, tmp_path):
     gone = tmp_path / "gone"
     assert missing_extractions(config(marked, extract=["a.yaml"])) == []
     assert missing_extractions(config(marked, gone, extract=["a.yaml", "b.yaml"])) == ["b.yaml"]
@@ -84,7 +84,7 @@ def test_rows_marked_val_are_held_out_and_the_others_trained_on(marked):
     assert sorted([*data.train_rows, *data.held_out.rows]) == list(range(20))
 
 
-def test_a_filter_narrows_what_is_trained_on_and_not_what_is_judged(marked, plain):
+def test_a_filter_applies_to_training_rows_and_not_to_evaluation(marked, plain):
     whole = open_data(config(marked, plain))
     frames = np.concatenate([cache.frames for cache in whole.caches])
     data = open_data(config(marked, plain, filter="frames > 20 and speaker != 'speaker-1'"))
@@ -130,12 +130,12 @@ def test_a_fraction_holds_out_whole_speakers_on_top_of_marked_rows(plain):
     assert mask.tolist() != held_out_mask(cache, ValConfig(fraction=0.3, seed=1)).tolist()
 
 
-def test_a_small_fraction_holds_out_someone_all_the_same(plain):
+def test_a_small_fraction_holds_out_at_least_one_speaker(plain):
     mask = held_out_mask(Cache.open(plain), ValConfig(fraction=0.02))
     assert 1 <= mask.sum() <= 6
 
 
-def test_a_fraction_never_takes_back_a_marked_row(marked):
+def test_a_fraction_never_trains_on_a_marked_row(marked):
     mask = held_out_mask(Cache.open(marked), ValConfig(fraction=0.5))
     assert mask[[0, 5, 10, 15]].all()
     assert 4 < mask.sum() <= 10
@@ -148,13 +148,13 @@ def test_without_two_speakers_keys_are_held_out(speaker):
     assert mask.sum() == 100
 
 
-def test_nothing_held_out_is_refused_unless_the_run_never_evaluates(plain):
+def test_an_empty_held_out_set_is_rejected_unless_the_run_never_evaluates(plain):
     with pytest.raises(UserError, match=r"val\.fraction=0\.1"):
         open_data(config(plain))
     assert len(open_data(config(plain, eval_every=0)).train_rows) == 40
 
 
-def test_a_cache_may_be_judged_on_itself(plain):
+def test_a_run_can_be_evaluated_on_its_training_cache(plain):
     data = open_data(config(plain, val={"caches": [str(plain)]}))
     assert len(data.train_rows) == len(data.held_out) == 40
 
@@ -168,7 +168,7 @@ def test_caches_join_end_to_end(marked, plain):
     assert np.array_equal(both.features(1), Cache.open(plain).features(1))
 
 
-def test_caches_of_other_features_are_refused_with_the_field(plain, tmp_path):
+def test_caches_of_other_features_are_rejected_with_the_field(plain, tmp_path):
     other = make_cache(tmp_path / "other", 4, layer=3)
     with pytest.raises(UserError, match="layer: 3, not 2"):
         open_corpora([str(plain), str(other)])
@@ -176,7 +176,7 @@ def test_caches_of_other_features_are_refused_with_the_field(plain, tmp_path):
         open_data(config(plain, val={"caches": [str(other)]}))
 
 
-def test_a_cache_named_twice_is_refused(plain):
+def test_a_cache_named_twice_is_rejected(plain):
     with pytest.raises(UserError, match="twice"):
         open_corpora([str(plain), f"{plain}/"])
 
@@ -190,7 +190,7 @@ def test_a_limit_takes_the_same_part_each_time_in_row_order(plain):
     assert set(data.held_out.subset(3).rows) < set(rows)
 
 
-def test_a_run_is_judged_on_what_it_held_out_of_a_cache_it_trained_on_and_on_all_of_another(marked, plain):
+def test_evaluation_uses_held_out_rows_of_a_training_cache_and_all_rows_of_another(marked, plain):
     settings = config(marked)
     mine, other = ({**describe_caches([Cache.open(path)]), "spec": Cache.open(path).spec} for path in (marked, plain))
     assert evaluation_utterances(str(marked), settings, mine).rows.tolist() == [0, 5, 10, 15]

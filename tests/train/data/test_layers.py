@@ -41,7 +41,7 @@ def opened(folder, *names):
     return [Cache.open(folder / name) for name in names]
 
 
-def test_channels_of_all_layers_stand_side_by_side_where_all_hold_the_utterance(folder):
+def test_channels_of_all_layers_are_concatenated_for_utterances_in_all_caches(folder):
     caches = opened(folder, "L2", "L4", "L6")
     layers = LayeredCaches([caches])
     assert (layers.count, layers.channels) == (3, 8)
@@ -87,8 +87,8 @@ def test_a_stream_of_layers_has_the_order_and_the_state_of_the_first_caches(fold
     assert [*taken, *(batch.keys for batch in again)] == [batch.keys for batch in stream()]
 
 
-def test_a_run_on_equal_layers_is_the_run_on_one_and_resumes_and_is_judged(folder, tmp_path):
-    """Weights that sum to one leave a mix of equals as it is, so the whole way must give the plain run's losses."""
+def test_a_run_on_equal_layers_equals_the_run_on_one_and_resumes_and_evaluates(folder, tmp_path):
+    """Weights that sum to one do not change a mix of equal layers, so the losses must be those of the run on one layer."""
     caches = [[str(folder / "L2"), str(folder / "L4")]]
     config = make_config(tmp_path / "mixed", "", "nanochat:d1", **KEYS, caches=caches)
     mixed = fit(config)
@@ -112,7 +112,7 @@ def test_a_run_on_equal_layers_is_the_run_on_one_and_resumes_and_is_judged(folde
         evaluate_run(mixed, run_config(mixed), caches[0][0])
 
 
-def test_a_mix_learns_in_front_of_any_projector_and_leaves_out_what_a_layer_lacks(folder, tmp_path):
+def test_a_mixer_trains_with_any_projector_and_skips_utterances_that_a_layer_lacks(folder, tmp_path):
     caches = [[str(folder / name) for name in ("L2", "L4", "L6")]]
     keys = {"projector": {"kind": "qformer", "window": 4}, "normalise_layers": True, "lr": 0.1, "frame_mask_prob": 0.1}
     config = make_config(tmp_path, "", "nanochat:d1", caches=caches, **keys)
@@ -135,7 +135,7 @@ def test_two_processes_train_on_layers_as_one_does(folder, tmp_path):
     assert losses(tmp_path / "runs" / "run") == pytest.approx(losses(alone), rel=1e-5)
 
 
-def test_layers_that_do_not_belong_together_are_refused(folder, tmp_path):
+def test_incompatible_layers_are_rejected(folder, tmp_path):
     make_cache(tmp_path / "wide", 16, layer=4, channels=6)
     make_cache(tmp_path / "o2", 4, layer=2, prefix="other")
     make_cache(tmp_path / "o4", 4, layer=4, prefix="other")
@@ -146,7 +146,7 @@ def test_layers_that_do_not_belong_together_are_refused(folder, tmp_path):
         LayeredCaches([[two, four], opened(tmp_path, "o4", "o2")])
 
 
-def test_a_config_names_as_many_layers_of_each_corpus_and_the_extraction_that_makes_them(tmp_path):
+def test_a_config_lists_the_same_number_of_layers_for_each_corpus(tmp_path):
     with pytest.raises(ValueError, match="entries of 1 and 2 layers"):
         TrainConfig.model_validate({"caches": [["a", "b"], "c"]})
     with pytest.raises(ValueError, match="needs several layers"):

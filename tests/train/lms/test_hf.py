@@ -53,7 +53,7 @@ def test_rows_are_packed_without_gaps_and_padded_on_one_side(pad):
     assert layout.is_soft.sum(1).tolist() == [3, 1, 4]
 
 
-def test_a_row_that_nothing_could_predict_is_refused():
+def test_a_row_without_soft_tokens_and_prompt_is_rejected():
     with pytest.raises(ValueError, match="nothing to predict"):
         pack_inputs(torch.tensor([0]), [[]], [[]], [[2]])
 
@@ -96,7 +96,7 @@ def test_cached_batched_generation_equals_uncached_argmax_of_single_rows(lm):
     assert any(got)
 
 
-def test_decoding_gives_the_output_matrix_one_row_an_utterance_and_copies_it_for_none(lm):
+def test_decoding_multiplies_one_row_per_utterance_and_does_not_copy_the_output_matrix(lm):
     soft, mask = soft_batch()
     seen: list[torch.Size] = []
     handle = lm.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
@@ -159,7 +159,7 @@ def test_tokens_round_trip_and_special_tokens_count_only_in_prompts(lm):
     assert 2 not in lm.tokenizer.encode("<|im_end|>")
 
 
-def test_a_softcapped_family_is_followed(tmp_path):
+def test_logits_of_a_softcapped_family_are_softcapped(tmp_path):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def scaled(request, tmp_path_factory):
     return load(save_tiny_lm(tmp_path_factory.mktemp("lm") / request.param, model=gemma(request.param)))
 
 
-def test_soft_tokens_that_equal_scaled_embeddings_are_heard_as_those_tokens(scaled):
+def test_soft_tokens_equal_to_scaled_embeddings_act_as_those_tokens(scaled):
     ids = [[30, 31, 32, 33, 34, 35], [40], [50, 51]]
     with torch.no_grad():
         rows = [scaled.model.get_input_embeddings()(torch.tensor(row)) for row in ids]
@@ -211,7 +211,7 @@ def test_soft_tokens_that_equal_scaled_embeddings_are_heard_as_those_tokens(scal
         )
 
 
-def test_an_output_norm_aims_at_the_rms_of_the_scaled_embeddings(scaled):
+def test_an_output_norm_starts_at_the_rms_of_the_scaled_embeddings(scaled):
     table = scaled.model.get_input_embeddings().weight
     assert scaled.embedding_rms == pytest.approx(32**0.5 * table.square().mean().sqrt().item(), rel=1e-4)
 
@@ -259,7 +259,7 @@ def multiplied(kind):
 
 
 @pytest.mark.parametrize("kind", ["Granite", "Cohere", "HyperCLOVAX", "FalconH1"])
-def test_a_family_that_multiplies_logits_or_embeddings_gives_its_own_logits(tmp_path, kind):
+def test_a_family_that_scales_logits_or_embeddings_keeps_its_own_logits(tmp_path, kind):
     lm = load(save_tiny_lm(tmp_path / kind, model=multiplied(kind)))
     ids, none = [[5, 6, 7], [8], [9, 10]], torch.zeros(3, 0, dtype=torch.bool)
     nats = lm.target_nll(torch.zeros(3, 0, 32), none, ids, AFTER, TARGETS)
@@ -276,18 +276,18 @@ def test_a_family_that_multiplies_logits_or_embeddings_gives_its_own_logits(tmp_
     assert_candidates_cost_as_much_as_alone(lm)  # FalconH1 has a recurrent state
 
 
-def test_a_family_with_an_unknown_step_before_its_logits_is_refused(tmp_path, monkeypatch):
+def test_a_family_with_an_unknown_step_before_its_logits_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("train.lms.hf.scales._logit_factors", lambda config: [1.0])
     with pytest.raises(UserError, match=r"GraniteForCausalLM.*choose another"):
         load(save_tiny_lm(tmp_path / "granite", model=multiplied("Granite")))
 
 
-def test_a_folder_without_a_model_is_one_sentence(tmp_path):
+def test_a_folder_without_a_model_is_reported_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
         load(tmp_path)
 
 
-def test_a_tokenizer_without_eos_is_refused(folder, tmp_path):
+def test_a_tokenizer_without_eos_is_rejected(folder, tmp_path):
     import shutil
 
     other = tmp_path / "no-eos"

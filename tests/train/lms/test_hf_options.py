@@ -1,4 +1,4 @@
-"""Gradient checkpointing, logits in pieces, torch.compile, adapters, fewer bits: what they save, that they agree."""
+"""Gradient checkpointing, logits in pieces, torch.compile, adapters and quantization: memory and equality."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """128 wide: matrices of few bits are packed in blocks of 64."""
+    """Width 128: matrices are quantized in blocks of 64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng():
@@ -62,7 +62,7 @@ def run(lm):
 
 
 def shaken(lm):
-    """At its random start nanochat's layers add nothing."""
+    """With nanochat's initial weights, its layers output zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in lm.parameters():
@@ -98,7 +98,7 @@ def test_a_training_model_may_be_checkpointed(tiny):
 
 
 @pytest.mark.parametrize("kind", ["hf", "nanochat"])
-def test_logits_in_pieces_give_the_same_nats_and_gradients_and_are_never_there_at_once(tiny, kind, monkeypatch):
+def test_logits_in_pieces_give_the_same_nats_and_gradients_with_less_memory(tiny, kind, monkeypatch):
     lm = load(tiny if kind == "hf" else "nanochat:d1")
     nats, grad, _ = run(lm)
     sizes, logits = [], lm.logits
@@ -129,7 +129,7 @@ def test_a_compiled_forward_gives_the_same_nats_and_gradients(tiny, monkeypatch)
     assert {name for name, _ in lm.named_parameters()} == {name for name, _ in load(tiny).named_parameters()}
 
 
-def test_adapters_start_at_nothing_and_alone_get_gradients(tiny):
+def test_adapters_start_at_zero_and_only_they_get_gradients(tiny):
     pytest.importorskip("peft")
     torch.manual_seed(0)
     expected = torch.randn(2)
@@ -169,21 +169,21 @@ def test_adapters_of_a_bfloat16_model_are_float32_and_start_from_the_seed(tiny):
     assert one.generate(torch.randn(2, 3, 32).bfloat16(), torch.ones(2, 3, dtype=torch.bool), BEFORE, AFTER, 2)
 
 
-def test_adapters_go_with_checkpointed_layers(tiny):
+def test_adapters_work_with_checkpointed_layers(tiny):
     pytest.importorskip("peft")
     lm = load(tiny, lora=LoraConfig(), gradient_checkpointing=True)
     run(lm)
     assert all(p.grad is not None for p in lm.parameters() if p.requires_grad)
 
 
-def test_targets_that_fit_no_layer_are_one_sentence(tiny):
+def test_target_modules_that_match_no_layer_are_reported_in_one_sentence(tiny):
     pytest.importorskip("peft")
     with pytest.raises(UserError, match="matches no linear layer"):
         load(tiny, lora=LoraConfig(target_modules=["c_attn"]))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_matrices_of_few_bits_are_smaller_and_near_and_pass_gradients(wide, bits):
+def test_quantized_matrices_are_smaller_and_close_and_pass_gradients(wide, bits):
     pytest.importorskip("bitsandbytes")
     lm, full = load(wide, torch.bfloat16, bits=bits), load(wide, torch.bfloat16)
 
@@ -201,7 +201,7 @@ def test_matrices_of_few_bits_are_smaller_and_near_and_pass_gradients(wide, bits
     assert len(lm.generate(soft, torch.ones(2, 3, dtype=torch.bool), BEFORE, AFTER, 3)) == 2
 
 
-def test_adapters_train_beside_matrices_of_four_bits(wide):
+def test_adapters_train_with_matrices_of_four_bits(wide):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
     lm = load(wide, torch.bfloat16, bits=4, lora=LoraConfig(rank=2))
@@ -212,7 +212,7 @@ def test_adapters_train_beside_matrices_of_four_bits(wide):
 
 
 @pytest.mark.parametrize(("option", "library"), [({"lora": LoraConfig()}, "peft"), ({"bits": 4}, "bitsandbytes")])
-def test_a_library_that_is_not_installed_is_named_in_one_sentence(tiny, monkeypatch, option, library):
+def test_the_error_for_a_missing_package_names_it(tiny, monkeypatch, option, library):
     real = builtins.__import__
 
     def absent(name, *args, **keys):
@@ -228,12 +228,12 @@ def test_a_library_that_is_not_installed_is_named_in_one_sentence(tiny, monkeypa
 
 
 @pytest.mark.parametrize("option", [{"lora": LoraConfig()}, {"bits": 8}, {"compile": True}])
-def test_nanochat_refuses_what_is_for_hugging_face_models(option):
+def test_nanochat_rejects_options_of_hugging_face_models(option):
     with pytest.raises(UserError, match="for Hugging Face models"):
         load("nanochat:d1", **option)
 
 
-def test_a_trained_model_has_neither_adapters_nor_few_bits():
+def test_a_trained_model_rejects_adapters_and_quantization():
     assert load_config(LmConfig, None, ["lora.rank=4"]).lora == LoraConfig(rank=4)
     for words in (["train=true", "lora.rank=4"], ["train=true", "bits=8"]):
         with pytest.raises(UserError, match="not both"):

@@ -21,7 +21,7 @@ BEFORE, AFTER, TARGETS = [[], [], []], [[256], [256, 40], [256]], [[104, 105, 25
 def shaken(
     config: GPTConfig, *, train: bool = False, seed: int = 0, generation: Generation = TODAY
 ) -> NanochatLanguageModel:
-    """A nanochat whose zero-initialised parts have moved, so that every path has a voice."""
+    """A nanochat whose zero-initialized parts are not zero, so that every path has an effect."""
     gpt = GPT(config, generation)
     gpt.init_weights(seed)
     generator = torch.Generator().manual_seed(9)
@@ -99,7 +99,7 @@ def test_logits_follow_the_published_equations(lm):
         torch.testing.assert_close(got[i], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_short_window_is_cut_where_the_equations_cut_it():
+def test_the_short_window_has_the_size_of_the_equations():
     lm = shaken(GPTConfig(sequence_len=160, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
     assert lm.gpt.config.windows() == [128, 160]
     soft, mask = soft_batch(lengths=(180,))
@@ -161,7 +161,7 @@ def test_the_same_seed_gives_the_same_model_and_identity():
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_padding_and_company_change_nothing(lm):
+def test_padding_and_other_rows_change_nothing(lm):
     soft, mask = soft_batch()
     together = lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS)
     for i in range(3):
@@ -175,7 +175,7 @@ def test_soft_tokens_are_rms_normed_on_entry(lm):
     torch.testing.assert_close(lm.target_nll(7 * soft, mask, BEFORE, AFTER, TARGETS), nats, rtol=1e-4, atol=1e-4)
 
 
-def test_text_before_the_audio_is_one_smear_chain_with_the_text_after(lm):
+def test_text_before_the_audio_smears_into_the_text_after_it(lm):
     soft, mask = soft_batch(lengths=(3,))
     layout = pack_inputs(mask.sum(1), [[50, 51]], [[52]])
     _, chain = lm.gpt._smear(layout, torch.float32)
@@ -184,7 +184,7 @@ def test_text_before_the_audio_is_one_smear_chain_with_the_text_after(lm):
     assert torch.isfinite(lm.target_nll(soft, mask, [[50, 51]], [[52]], [[256]])).all()
 
 
-def test_frozen_gradients_reach_soft_tokens_alone_and_training_ones_every_parameter(lm):
+def test_gradients_of_a_frozen_model_reach_only_soft_tokens_and_of_a_trained_one_every_parameter(lm):
     soft, mask = soft_batch()
     soft.requires_grad_()
     lm.target_nll(soft, mask, BEFORE, AFTER, TARGETS).sum().backward()
@@ -216,31 +216,31 @@ def test_a_bfloat16_run_keeps_float32_masters():
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
 
 
-def test_a_random_model_costs_the_logarithm_of_its_vocabulary():
+def test_the_loss_of_a_random_model_is_the_logarithm_of_its_vocabulary():
     lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32)
     nats = lm.target_nll(*soft_batch(width=64), BEFORE, AFTER, TARGETS)
     torch.testing.assert_close(nats / torch.tensor([3.0, 2.0, 1.0]), torch.full((3,), 5.549), rtol=0.01, atol=0.05)
 
 
-def test_bytes_round_trip_and_decoding_tolerates_what_is_no_text():
+def test_bytes_round_trip_and_decoding_accepts_invalid_utf8():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode([*tokenizer.encode("né <|bos|>"), 256]) == "né <|bos|>"
     assert tokenizer.encode("<|bos|>a", special=True) == [256, 97]
     assert tokenizer.decode([195, 256, 104, 260]) == "\ufffdh"
 
 
-def test_a_row_beyond_the_rotary_tables_is_refused(lm):
+def test_a_row_beyond_the_rotary_tables_is_rejected(lm):
     with pytest.raises(UserError, match="drop long utterances"):
         lm.target_nll(*soft_batch(lengths=(170,)), [[]], [[256]], [[256]])
 
 
 @pytest.mark.parametrize("reference", ["nanochat:6", "nanochat:d0", "nanochat:d6-h7", "nanochat:/no/folder"])
-def test_a_reference_that_names_no_nanochat_is_refused(reference):
+def test_an_invalid_reference_is_rejected(reference):
     with pytest.raises(UserError, match="nanochat:d<depth>"):
         load_lm(reference, device="cpu", dtype=torch.float32)
 
 
-def test_the_head_size_can_be_named():
+def test_the_head_size_can_be_set():
     assert load_lm("nanochat:d2-h128", device="cpu", dtype=torch.float32).gpt.config.n_head == 1
 
 
@@ -311,14 +311,14 @@ def test_value_embeddings_on_audio_positions_can_be_those_of_bos_or_none(lm):
     assert len({round(float(x.sum()), 4) for x in nats.values()}) == 3
 
 
-def test_the_value_on_audio_positions_is_a_setting_of_nanochat_alone(tmp_path):
+def test_the_value_embedding_of_audio_is_an_option_of_nanochat_only(tmp_path):
     lm = load_lm("nanochat:d1", device="cpu", dtype=torch.float32, options=LmConfig(audio_value_embedding="bos"))
     assert (lm.gpt.audio_value_embedding, lm.gpt.bos) == ("bos", 256)
     with pytest.raises(UserError, match="only for nanochat models"):
         load_lm(f"path:{tmp_path}", device="cpu", dtype=torch.float32, options=LmConfig(audio_value_embedding="bos"))
 
 
-def test_decoding_beyond_the_rotary_tables_is_refused(lm):
+def test_decoding_beyond_the_rotary_tables_is_rejected(lm):
     soft, mask = soft_batch(lengths=(150,))
     with pytest.raises(UserError, match="drop long utterances"):
         lm.generate(soft, mask, [[]], [[256]], 20)

@@ -37,7 +37,7 @@ def encoding() -> tiktoken.Encoding:
 
 
 def save(folder: Path, generation: Generation = TODAY, without: set[str] = frozenset(), step: int = 500, **keys) -> GPT:
-    """A checkpoint of random weights with its tokenizer beside it; returns the model that it should become."""
+    """Write a checkpoint of random weights and its tokenizer; return the model that loading it should return."""
     sizes = {**SIZES, **keys}
     config = GPTConfig(**{"window_pattern": "L", **sizes})
     gpt = GPT(config, generation)
@@ -71,7 +71,7 @@ def nats(lm, width=32):
     [(TODAY, set()), (EARLY_MARCH, LATE), (FIRST, LATE), (FIRST, LATE | LAMBDAS)],
     ids=["today", "2026-03-09", "2026-01-11", "2025-10-13"],
 )
-def test_each_generation_is_told_from_its_keys_and_what_it_lacks_is_neutral(tmp_path, generation, without):
+def test_each_generation_is_detected_by_its_keys_and_what_it_lacks_has_no_effect(tmp_path, generation, without):
     written = save(tmp_path, generation, without, window_pattern="SL")
     lm = load(tmp_path)
     assert lm.gpt.generation == generation
@@ -135,7 +135,7 @@ def test_the_tokenizer_is_found_where_nanochats_training_keeps_it(tmp_path):
     assert lm.tokenizer.encode("<|bos|>a", special=True) == [257, 97]
 
 
-def test_a_chat_checkpoint_ends_its_answers_as_nanochats_chat_does(tmp_path):
+def test_a_chat_checkpoint_stops_at_the_same_token_as_nanochats_chat(tmp_path):
     save(tmp_path / "chatsft_checkpoints" / "d4")
     tokenizer = load(tmp_path / "chatsft_checkpoints" / "d4").tokenizer
     assert tokenizer.eos == 261
@@ -152,13 +152,13 @@ def test_a_checkpoint_of_bytes_needs_no_tokenizer_and_any_other_does(tmp_path):
         load(tmp_path)
 
 
-def test_a_tokenizer_of_another_training_is_refused(tmp_path):
+def test_a_tokenizer_of_another_vocabulary_is_rejected(tmp_path):
     save(tmp_path, vocab_size=263)
     with pytest.raises(UserError, match="has 262 tokens, its model 263"):
         load(tmp_path)
 
 
-def test_a_gate_of_32_is_refused_as_its_softcap_is_unknown(tmp_path):
+def test_a_gate_of_32_is_rejected_as_its_softcap_is_unknown(tmp_path):
     from dataclasses import replace
 
     save(tmp_path, replace(TODAY, gate_channels=32), LATE)
@@ -167,7 +167,7 @@ def test_a_gate_of_32_is_refused_as_its_softcap_is_unknown(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["more", "less", "shape", "some_late"])
-def test_keys_and_shapes_that_no_generation_has_are_refused(tmp_path, change):
+def test_keys_and_shapes_that_no_generation_has_are_rejected(tmp_path, change):
     save(tmp_path)
     state = torch.load(tmp_path / "model_000500.pt", weights_only=True)
     if change == "more":
@@ -189,7 +189,7 @@ class Evil:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's own word on the file that is refused
-def test_a_model_file_that_holds_code_is_refused_and_the_code_does_not_run(tmp_path, capsys):
+def test_a_model_file_with_code_is_rejected_and_the_code_does_not_run(tmp_path, capsys):
     save(tmp_path)
     torch.save({"transformer.wte.weight": Evil()}, tmp_path / "model_000500.pt")
     with pytest.raises(UserError, match="not a file of tensors only"):
@@ -212,7 +212,7 @@ def test_a_model_file_that_holds_code_is_refused_and_the_code_does_not_run(tmp_p
     ],
     ids=["code", "dict", "another class", "damaged", "registered name", "code within"],
 )
-def test_a_tokenizer_file_that_holds_anything_else_is_refused_and_runs_nothing(tmp_path, capsys, payload):
+def test_a_tokenizer_file_with_anything_else_is_rejected_and_runs_no_code(tmp_path, capsys, payload):
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(payload if isinstance(payload, bytes) else pickle.dumps(payload))
     with pytest.raises(UserError, match="Encoding"):
@@ -220,7 +220,7 @@ def test_a_tokenizer_file_that_holds_anything_else_is_refused_and_runs_nothing(t
     assert "ran" not in capsys.readouterr().out
 
 
-def test_an_encoding_comes_back_as_it_was(tmp_path):
+def test_an_encoding_round_trips(tmp_path):
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding()))
     again = read_encoding(tmp_path / "tokenizer.pkl")
     assert again.encode("the <|bos|>", allowed_special="all") == encoding().encode("the <|bos|>", allowed_special="all")
@@ -233,7 +233,7 @@ def test_an_encoding_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"n_embd": "32"}, "n_embd"),
         ({"mtp": 3}, "mtp"),
@@ -245,7 +245,7 @@ def test_an_encoding_comes_back_as_it_was(tmp_path):
         (None, "does not exist"),
     ],
 )
-def test_a_meta_file_that_is_missing_or_unknown_is_refused(tmp_path, change, told):
+def test_a_meta_file_that_is_missing_or_unknown_is_rejected(tmp_path, change, message):
     save(tmp_path)
     meta = tmp_path / "meta_000500.json"
     if change is None:
@@ -253,18 +253,18 @@ def test_a_meta_file_that_is_missing_or_unknown_is_refused(tmp_path, change, tol
     else:
         sizes = {**asdict(GPTConfig()), **SIZES, **change}
         meta.write_text(json.dumps({"model_config": sizes}))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load(tmp_path)
 
 
-def test_a_meta_file_that_is_no_json_is_refused(tmp_path):
+def test_a_meta_file_that_is_not_json_is_rejected(tmp_path):
     save(tmp_path)
     (tmp_path / "meta_000500.json").write_text("[1")
     with pytest.raises(UserError, match="not a meta file of nanochat"):
         load(tmp_path)
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+def test_a_folder_without_a_checkpoint_is_rejected(tmp_path):
     with pytest.raises(UserError, match="has no nanochat checkpoint"):
         load(tmp_path)
 

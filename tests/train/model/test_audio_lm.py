@@ -112,7 +112,7 @@ def test_soft_rms_counts_valid_soft_tokens_only(folder):
     assert not rms.requires_grad
 
 
-def test_float16_features_flow_in_the_lms_dtype(folder):
+def test_float16_features_are_cast_to_the_lms_dtype(folder):
     model = audio_lm(folder, dtype=torch.bfloat16)
     features, mask = audio()
     soft, _ = model.soft_tokens(features.half(), mask)
@@ -123,7 +123,7 @@ def test_float16_features_flow_in_the_lms_dtype(folder):
     assert all(p.grad.dtype == torch.float32 for p in model.projector.parameters())
 
 
-def test_a_few_steps_teach_the_projector_to_be_heard(folder):
+def test_the_loss_falls_in_a_few_steps_of_training_the_projector(folder):
     torch.manual_seed(0)
     model = audio_lm(folder, MlpConfig(stack=2, norm="rms"), "plain")
     features, mask = audio([8, 8])

@@ -30,7 +30,7 @@ def work(model, optimizer, steps: int) -> None:
         optimizer.step()
 
 
-def test_going_on_from_a_checkpoint_equals_never_stopping(tmp_path):
+def test_resuming_from_a_checkpoint_equals_an_uninterrupted_run(tmp_path):
     model, optimizer = make()
     work(model, optimizer, 3)
     save_checkpoint(tmp_path, 3, model, optimizer, {"counters": {"loss": 0.1}})
@@ -51,7 +51,7 @@ def test_frozen_parameters_are_not_saved(tmp_path):
         assert set(file.keys()) == {"projector.weight", "projector.bias"}
 
 
-def test_the_newest_two_are_kept_and_nothing_temporary(tmp_path):
+def test_the_newest_two_checkpoints_are_kept_and_no_temporary_file(tmp_path):
     model, optimizer = make()
     for step in (5, 10, 1000000, 999999):
         save_checkpoint(tmp_path, step, model, optimizer, {})
@@ -60,7 +60,7 @@ def test_the_newest_two_are_kept_and_nothing_temporary(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\xff" * 64])
-def test_a_damaged_checkpoint_is_told_and_passed_over(tmp_path, capsys, damage):
+def test_a_corrupt_checkpoint_is_skipped_with_a_warning(tmp_path, capsys, damage):
     model, optimizer = make()
     save_checkpoint(tmp_path, 1, model, optimizer, {})
     newest = save_checkpoint(tmp_path, 2, model, optimizer, {})
@@ -69,12 +69,12 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(tmp_path, capsys, damage):
     assert str(newest) in capsys.readouterr().err
 
 
-def test_a_folder_without_checkpoints_is_refused(tmp_path):
+def test_a_folder_without_checkpoints_is_rejected(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path)
 
 
-def test_tensors_of_another_shape_are_refused_by_name(tmp_path):
+def test_the_error_for_a_tensor_of_another_shape_names_it(tmp_path):
     model, optimizer = make()
     path, tensors, _ = load_checkpoint(save_checkpoint(tmp_path, 1, model, optimizer, {}).parent)
     with pytest.raises(UserError, match=r"'projector\.weight' has shape \[2, 3\]"):
@@ -84,7 +84,7 @@ def test_tensors_of_another_shape_are_refused_by_name(tmp_path):
         restore_parameters(model, tensors, str(path))
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_a_folder_that_is_not_writable_is_reported_in_one_sentence(tmp_path):
     model, optimizer = make()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="saving a checkpoint failed"):

@@ -44,23 +44,23 @@ def test_chat_puts_the_audio_in_the_user_turn_with_the_models_own_special_tokens
     assert prompt.suffix == [2, *tokenizer.encode("\n"), 1, *tokenizer.encode("assistant\n")]
 
 
-def test_chat_without_an_instruction_is_the_audio_alone(tokenizer):
+def test_chat_without_an_instruction_is_only_the_audio(tokenizer):
     prompt = Prompt(PromptConfig(template="chat", instruction=""), tokenizer)
     assert prompt.text.startswith("<|im_start|>user\n<|audio|><|im_end|>")
 
 
-def test_your_own_string_is_split_at_the_mark(tokenizer):
+def test_a_custom_template_is_split_at_the_placeholder(tokenizer):
     prompt = Prompt(PromptConfig(template="Q: {instruction} <|audio|> A:", instruction="What?"), tokenizer)
     assert words(prompt, tokenizer) == ("Q: What? ", " A:")
 
 
 @pytest.mark.parametrize("template", ["no mark", "<|audio|> and <|audio|>", "Plain"])
-def test_a_template_without_exactly_one_mark_is_refused(template, tokenizer):
+def test_a_template_without_exactly_one_placeholder_is_rejected(template, tokenizer):
     with pytest.raises(UserError, match="must contain it once"):
         Prompt(PromptConfig(template=template), tokenizer)
 
 
-def test_an_instruction_with_the_mark_is_refused(tokenizer):
+def test_an_instruction_with_the_placeholder_is_rejected(tokenizer):
     with pytest.raises(UserError, match="2 times"):
         Prompt(PromptConfig(template="slam", instruction="Write <|audio|>."), tokenizer)
 
@@ -72,7 +72,7 @@ def test_chat_needs_a_chat_template(tmp_path):
             Prompt(PromptConfig(template="chat"), tokenizer)
 
 
-def test_the_last_texts_are_tokenised_once_and_their_ids_cannot_be_spoilt(monkeypatch):
+def test_the_last_texts_are_tokenized_once_and_their_cached_ids_cannot_be_changed(monkeypatch):
     monkeypatch.setattr(train.model.prompt, "MAX_KEPT", 2)
     calls = []
 
@@ -90,7 +90,7 @@ def test_the_last_texts_are_tokenised_once_and_their_ids_cannot_be_spoilt(monkey
     assert calls == ["six", "one", "two", "six"]
 
 
-def test_bytes_know_a_written_bos_in_the_template():
+def test_the_byte_tokenizer_recognizes_bos_in_the_template():
     prompt = Prompt(PromptConfig(template="<|audio|><|bos|>"), ByteTokenizer())
     assert prompt.suffix == [256]
 

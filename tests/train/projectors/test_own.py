@@ -1,4 +1,4 @@
-"""A projector of the user's own, and the mixer of layers in front of any."""
+"""Custom projectors, and the mixer of layers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def own_module(tmp_path, monkeypatch):
     sys.modules.pop("own_projectors", None)
 
 
-def test_a_projector_of_the_users_comes_in_by_its_import_path(own_module):
+def test_a_custom_projector_is_built_from_its_import_path(own_module):
     words = [f"projector.kind={own_module}:Mine", "projector.settings.scale=2.0"]
     config = load_config(Holder, None, words).projector
     torch.manual_seed(3)
@@ -58,7 +58,7 @@ def test_a_projector_of_the_users_comes_in_by_its_import_path(own_module):
     assert (soft.shape, mask.shape, projector.soft_frames(3)) == ((2, 3, 8), (2, 3), 3)
 
 
-def test_plain_layers_of_the_users_run_in_the_runs_dtype_over_float32_masters(own_module):
+def test_plain_layers_of_a_custom_projector_run_in_the_runs_dtype_with_float32_weights(own_module):
     projector = build(load_config(Holder, None, [f"projector.kind={own_module}:Mine"]).projector)
     soft, _ = projector(torch.randn(2, 3, 6, dtype=torch.bfloat16), mask_of([3, 2], 3))
     soft.float().sum().backward()
@@ -67,7 +67,7 @@ def test_plain_layers_of_the_users_run_in_the_runs_dtype_over_float32_masters(ow
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "told"),
+    ("kind", "settings", "message"),
     [
         ("no_such_module:Mine", {}, "cannot be imported"),
         ("own_projectors:Absent", {}, "is not a subclass of"),
@@ -75,14 +75,14 @@ def test_plain_layers_of_the_users_run_in_the_runs_dtype_over_float32_masters(ow
         ("own_projectors:Mine", {"size": 3}, "cannot be constructed with projector.settings"),
     ],
 )
-def test_a_projector_of_the_users_that_cannot_be_is_one_sentence(own_module, kind, settings, told):
+def test_an_invalid_custom_projector_is_reported_in_one_sentence(own_module, kind, settings, message):
     config = Holder.model_validate({"projector": {"kind": kind, "settings": settings}}).projector
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         build(config)
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_a_mixer_starts_at_the_mean_of_its_layers_and_learns_which_to_hear(normalise):
+def test_a_mixer_starts_at_the_mean_of_its_layers_and_learns_their_weights(normalise):
     mixer, layers = LayerMixer(3, normalise), [torch.randn(2, 4, 6) * 10**i for i in range(3)]
     seen = [torch.nn.functional.layer_norm(x, (6,)) for x in layers] if normalise else layers
     torch.testing.assert_close(mixer(layers), sum(seen) / 3)
@@ -102,7 +102,7 @@ def test_a_mixer_starts_at_the_mean_of_its_layers_and_learns_which_to_hear(norma
     assert mixer.weights()[0] > 0.9
 
 
-def test_a_mixer_refuses_another_number_of_layers():
+def test_a_mixer_rejects_another_number_of_layers():
     with pytest.raises(ValueError, match="expected 2 layers to mix, got 1"):
         LayerMixer(2)([torch.randn(1, 2, 6)])
     with pytest.raises(ValueError, match="at least one layer"):
@@ -110,7 +110,7 @@ def test_a_mixer_refuses_another_number_of_layers():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mixer_goes_in_front_of_any_projector(kind):
+def test_a_mixer_works_with_any_projector(kind):
     inner = build(KINDS[kind]())
     mixed, layers, mask = MixedProjector(LayerMixer(2), inner), torch.randn(2, 2, 9, 6), mask_of([9, 5], 9)
     mixed.eval()
@@ -124,13 +124,13 @@ def test_a_mixer_goes_in_front_of_any_projector(kind):
     assert mixed.mixer.logits.grad.abs().sum() > 0
 
 
-def test_a_mixed_projector_hands_on_the_losses_of_the_one_it_holds():
+def test_a_mixed_projector_returns_the_losses_of_its_projector():
     mixed = MixedProjector(LayerMixer(1), build(MoeConfig(routing="top2")))
     mixed(torch.randn(1, 8, 6), mask_of([8], 8))
     assert mixed.take_losses().keys() == {"balance", "router_z"}
 
 
-def test_the_same_seed_starts_a_mixed_projector_as_the_one_it_holds():
+def test_the_same_seed_initializes_a_projector_equally_with_and_without_a_mixer():
     mixed, alone = MixedProjector(LayerMixer(2), build(LinearConfig(hidden=24), seed=1)), build(LinearConfig(hidden=24))
     mixed.init_weights(torch.Generator().manual_seed(0))
     assert torch.equal(mixed.projector.fc1.weight, alone.fc1.weight)

@@ -30,7 +30,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_w1_mlp_has_its_exact_start_and_parameter_count():
+def test_w1_mlp_has_its_exact_initial_weights_and_parameter_count():
     projector = build_projector(MlpConfig(), 512, 384, 1.0)
     assert isinstance(projector, MlpProjector)
     assert {name: tuple(p.shape) for name, p in projector.named_parameters()} == {
@@ -43,13 +43,13 @@ def test_w1_mlp_has_its_exact_start_and_parameter_count():
     assert not projector.fc2.weight.any()
 
 
-def test_fc2_starts_small_and_not_zero_behind_an_output_norm():
+def test_fc2_starts_small_but_not_zero_before_an_output_norm():
     projector = build(MlpConfig(norm="rms", hidden=512))
     assert isinstance(projector, MlpProjector)
     assert projector.fc2.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_residual_starts_as_tiny_audio_does():
+def test_residual_has_the_initial_weights_of_tiny_audio():
     projector = build_projector(ResidualConfig(), 128, 64, 1.0)
     assert isinstance(projector, ResidualProjector)
     assert projector.fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -182,7 +182,7 @@ def test_gradients_reach_every_parameter_and_exactly_the_valid_frames(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_masters_stay_float32_while_bfloat16_flows_through(config):
+def test_weights_stay_float32_with_bfloat16_input(config):
     projector = build(config)
     soft, _ = projector(torch.randn(2, 7, 6).bfloat16(), mask_of([7, 4], 7))
     assert soft.dtype == torch.bfloat16
@@ -220,7 +220,7 @@ def test_building_does_not_change_the_global_generator(config):
     ("init", "std", "bias"),
     [("torch", (3 * 1024) ** -0.5, (3 * 1024) ** -0.5), ("normal", 0.02, 0), ("xavier", (2 / 1536) ** 0.5, 0)],
 )
-def test_an_initialisation_by_name_reaches_the_matrices_of_every_kind(kind, init, std, bias):
+def test_init_applies_to_the_matrices_of_every_kind(kind, init, std, bias):
     keys = {"hidden": 512} if "hidden" in KINDS[kind].model_fields else {}
     with torch.no_grad():
         made = build_projector(KINDS[kind](init=init, **keys), 1024, 512, 1.0)

@@ -1,4 +1,4 @@
-"""Each projector against its source's definition, written again here from PyTorch's or transformers' own modules."""
+"""Each projector compared with its source, reimplemented here with modules of PyTorch or transformers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_dense_mixture_is_mosas():
     torch.testing.assert_close(soft, (outs * weights[..., None, :]).sum(-1))
 
 
-def test_the_sparse_mixture_is_the_best_two_beside_the_shared_one():
+def test_the_sparse_mixture_is_the_best_two_and_the_shared_one():
     projector = build(MoeConfig(routing="top2", hidden=20))
     x, soft = run(projector, 8)
     normed = F.rms_norm(x.view(2, 2, 4 * C), (4 * C,), projector.input_norm.weight, 1e-6)
