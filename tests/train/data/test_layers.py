@@ -88,7 +88,7 @@ def test_a_stream_of_layers_has_the_order_and_the_state_of_the_first_caches(fold
 
 
 def test_a_run_on_equal_layers_equals_the_run_on_one_and_resumes_and_evaluates(folder, tmp_path):
-    """Weights that sum to one do not change a mix of equal layers, so the losses must be those of the run on one layer."""
+    """Weights that sum to one do not change a mix of equal layers, so the losses are those of the run on one layer."""
     caches = [[str(folder / "L2"), str(folder / "L4")]]
     config = make_config(tmp_path / "mixed", "", "nanochat:d1", **KEYS, caches=caches)
     mixed = fit(config)

@@ -122,7 +122,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist") from None
+        raise UserError(f"'{path}' does not exist: correct lm.model") from None
     except Exception as error:  # torch.load raises many types of exceptions
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{path}' is not a file of tensors only ({type(error).__name__}: {reason})") from None
