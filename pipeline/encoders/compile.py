@@ -1,8 +1,8 @@
 """Decide whether to compile a forward pass, and compile it: ``torch.compile`` with CUDA graphs for full batches.
 
 Compiling takes about a minute and saves a fraction of each batch's time, so it only pays off for long jobs on a GPU. On
-a CPU, clips are encoded one by one with packed kernels that a compiler does not improve (docs/decisions.md). The decision
-depends only on the plan, the encoder and the machine, so that a resumed job computes exactly as it started.
+a CPU, clips are encoded one by one with packed kernels that a compiler does not improve (docs/decisions.md). The
+decision depends only on the plan, the encoder and the machine, so a resumed job computes exactly as it started.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_a_run_on_equal_layers_equals_the_run_on_one_and_resumes_and_evaluates(f
     assert losses(fit(config, mixed)) == whole
     judged = evaluate_run(mixed, run_config(mixed), ",".join(caches[0]))
     assert judged["val_loss"] == pytest.approx(two["val_loss"])
-    with pytest.raises(UserError, match="hears 2 layers and --cache names 1"):
+    with pytest.raises(UserError, match="uses 2 layers and --cache names 1"):
         evaluate_run(mixed, run_config(mixed), caches[0][0])
 
 
