@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,12 @@ def make_cache(
     max_frames: int = 40,
     val_every: int = 0,
     prefix: str = "utt",
+    spell: Callable[[str], str] = str,
 ) -> Path:
     """A complete cache at ``folder`` with ``n`` utterances; features are standard normal, float32 before the codec.
 
     ``val_every=5`` marks every fifth utterance as split ``val``. Features of utterance i of a seed are always the same.
+    ``spell`` changes each text.
     """
     rng = np.random.default_rng(seed)
     frames = rng.integers(min_frames, max_frames + 1, n)
@@ -60,7 +63,7 @@ def make_cache(
     rows = []
     for shard in range(shards):
         for row, i in enumerate(range(edges[shard], edges[shard + 1])):
-            text = " ".join(rng.choice(WORDS, size=int(rng.integers(1, 6))))
+            text = spell(" ".join(rng.choice(WORDS, size=int(rng.integers(1, 6)))))
             split = "val" if val_every and i % val_every == 0 else "train"
             rows.append(
                 {

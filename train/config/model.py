@@ -327,3 +327,19 @@ class PromptConfig(Config):
     other text must contain `<|audio|>` once and may contain `{instruction}`."""
     instruction: str = "Transcribe the speech."
     """Text that replaces `{instruction}` in the template."""
+
+
+class TextConfig(Config):
+    """The form of the texts that a run reads: of targets, and of the references of an evaluation.
+
+    The cache keeps its texts. The default changes nothing.
+    """
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
+
+    case: Literal["keep", "lower", "sentence"] = "keep"
+    """lower: lower case. sentence: lower case with the first letter in upper case."""
+    punctuation: Literal["keep", "strip"] = "keep"
+    """strip: remove punctuation, except apostrophes and hyphens inside words."""
+    normalize: Literal["keep", "NFC", "NFKC"] = "keep"
+    """Unicode normalization form."""

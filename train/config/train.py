@@ -15,7 +15,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shards.config.base import Config, flatten
 from shards.stream.sampler import SamplerConfig
-from train.config.model import ContrastiveConfig, DistillConfig, LmConfig, MlpConfig, ProjectorConfig, PromptConfig
+from train.config.model import (
+    ContrastiveConfig,
+    DistillConfig,
+    LmConfig,
+    MlpConfig,
+    ProjectorConfig,
+    PromptConfig,
+    TextConfig,
+)
 
 # Keys that do not affect the losses of a run: a resumed run may change them.
 CHANGEABLE_KEYS = frozenset(
@@ -126,6 +134,7 @@ class TrainConfig(Config):
     """Scale each layer to mean 0 and variance 1 before the layers are mixed."""
     lm: LmConfig = LmConfig()
     prompt: PromptConfig = PromptConfig()
+    text: TextConfig = TextConfig()
 
     distill: DistillConfig = DistillConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()

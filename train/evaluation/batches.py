@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from train.config.model import TextConfig
 from train.data.caches import Utterances, pad
+from train.data.text import AS_STORED, apply_text_rules
 from train.distributed.group import ProcessGroup
 
 Features = npt.NDArray[Any]
@@ -39,9 +41,11 @@ class UtteranceReader:
         max_frames: int | None,
         stop: Callable[[], bool],
         group: ProcessGroup,
+        text: TextConfig = AS_STORED,
     ) -> None:
         columns = utterances.columns("key", "text", "frames")
-        self.keys, self.texts, self.frames = columns["key"], columns["text"], columns["frames"]
+        self.keys, self.frames = columns["key"], columns["frames"]
+        self.texts = [apply_text_rules(each, text) for each in columns["text"]]
         self.index_of_row = {int(row): index for index, row in enumerate(utterances.rows)}
         self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
         self.stop, self.group = stop, group

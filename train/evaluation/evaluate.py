@@ -34,8 +34,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from train.config.model import TextConfig
 from train.config.train import TrainConfig
 from train.data.caches import Utterances
+from train.data.text import AS_STORED
 from train.distributed.group import ProcessGroup
 from train.evaluation.batches import Stopped, UtteranceReader, derangement
 from train.evaluation.bootstrap import Interval, table_intervals
@@ -63,6 +65,7 @@ class EvalConfig:
     max_new_tokens: int = 64  # per decoded utterance
     complete: bool = False  # include silence, text only, retrieval and the embedding space
     retrieval_limit: int = 0  # maximum number of utterances in retrieval; 0: no retrieval
+    text: TextConfig = AS_STORED  # form of the references
 
     @classmethod
     def during_training(cls, config: TrainConfig) -> EvalConfig:
@@ -73,6 +76,7 @@ class EvalConfig:
             max_frames=config.batch.max_frames,
             decode_limit=config.decode_samples,
             max_new_tokens=config.max_new_tokens,
+            text=config.text,
         )
 
     @classmethod
@@ -85,6 +89,7 @@ class EvalConfig:
             max_new_tokens=config.max_new_tokens,
             complete=True,
             retrieval_limit=config.retrieval_limit,
+            text=config.text,
         )
 
 
@@ -184,7 +189,9 @@ def evaluate_models(
     began = time.perf_counter()
     count = len(models.models)
     with _evaluation_mode(models.models):
-        reader = UtteranceReader(utterances, config.batch_size, config.max_frames, stop, group or ProcessGroup())
+        reader = UtteranceReader(
+            utterances, config.batch_size, config.max_frames, stop, group or ProcessGroup(), config.text
+        )
         matched = held_out_losses(models, reader, range(len(reader)))
         other = derangement(reader.texts)
         shuffled = [None] * count if other is None else held_out_losses(models, reader, other)

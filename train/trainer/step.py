@@ -30,6 +30,7 @@ from torch import Tensor
 from shards.stream.batch import Batch
 from train.config.train import TrainConfig
 from train.data.loader import augment
+from train.data.text import with_text_rules
 from train.distributed.group import ProcessGroup
 from train.lms.base import LmRequest, SeparatePasses
 from train.model.audio_lm import AudioLM
@@ -68,6 +69,7 @@ class TrainStep:
         self._began = time.perf_counter() - data_wait
         self.config, self.model, self.optimizer, self.parameters = config, model, optimizer, parameters
         self.step, self.lr, self.group = step, lr, group
+        batches = [with_text_rules(batch, config.text) for batch in batches]
         self.batches = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in batches]
         self.objectives = Objectives(config.distill, config.contrastive)
         mine = [

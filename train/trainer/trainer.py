@@ -25,7 +25,8 @@ from shards.errors import UserError, WorkFailed
 from shards.stream.batch import Batch
 from train import report
 from train.config.train import TrainConfig
-from train.data.caches import open_data
+from train.data.caches import Utterances, open_data
+from train.data.text import emptied_texts
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup, RankLost
 from train.distributed.signals import StopRequest
@@ -228,6 +229,12 @@ class Trainer:
             where += f", the first of {self.group.world_size} processes"
         held_out = len(self.data.held_out)
         self.logger.log(f"{len(self.data.train_rows):,} utterances to train on, {held_out:,} to be judged on")
+        if self.config.text.punctuation != "keep":
+            texts = Utterances(self.data.caches, self.data.train_rows).columns("text")["text"]
+            if emptied := emptied_texts(texts, self.config.text):
+                self.logger.log(
+                    f"note: {emptied:,} texts are empty without their punctuation and teach an empty answer"
+                )
         self.logger.log(
             f"first batch: features [{batch}, {frames}, {channels}] -> soft tokens [{batch}, {soft}, "
             f"{self.model.lm.width}], {tokens} target tokens; {trained:,} trained parameters, {where}"

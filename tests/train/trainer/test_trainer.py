@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -175,6 +176,32 @@ def test_resume_refuses_changed_settings_and_names_them(tmp_path, cache, lm):
     forget_after(run, 1)
     with pytest.raises(UserError, match=r"lr: 0\.01, not 0\.1"):
         fit(config.model_copy(update={"lr": 0.1}), run)
+
+
+def test_text_rules_give_the_losses_of_a_cache_that_was_written_so(tmp_path, cache, lm):
+    capitals = make_cache(tmp_path / "capitals", 24, val_every=6, spell=lambda text: f"“{text.upper()}!”")
+    rules = {"case": "lower", "punctuation": "strip"}
+    plain = fit(make_config(tmp_path, cache, lm, name="plain"))
+    ruled = fit(make_config(tmp_path, capitals, lm, name="ruled", text=rules))
+    assert losses(ruled) == losses(plain)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (plain, ruled)]
+    assert summaries[0]["val_loss"] == summaries[1]["val_loss"]
+    tables = [pq.read_table(run / "utterances.parquet", columns=["reference"]) for run in (plain, ruled)]
+    assert tables[0] == tables[1]
+
+
+def test_a_resumed_run_may_not_change_its_text_rules(tmp_path, cache, lm):
+    config = make_config(tmp_path, cache, lm, steps=2, checkpoint_every=1, eval_every=0)
+    run = fit(config)
+    forget_after(run, 1)
+    with pytest.raises(UserError, match=r"text\.case: keep, not lower"):
+        fit(make_config(tmp_path, cache, lm, steps=2, checkpoint_every=1, eval_every=0, text={"case": "lower"}), run)
+
+
+def test_texts_that_were_punctuation_alone_are_reported(tmp_path, lm, capsys):
+    dots = make_cache(tmp_path / "dots", 12, spell=lambda text: "…" if "e" in text else text)
+    fit(make_config(tmp_path, dots, lm, steps=1, eval_every=0, text={"punctuation": "strip"}))
+    assert "texts are empty without their punctuation" in "".join(capsys.readouterr())
 
 
 def test_resume_refuses_another_cache(tmp_path, cache, lm):
