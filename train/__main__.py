@@ -1,7 +1,7 @@
 """Command line of the training stage: ``python -m train fit|sweep|lr-range|evaluate|transcribe|export`` and more.
 
-In: a config or a run folder. Out: a run folder with a trained projector, its figures, its report. Heavy libraries are
-imported by the command that needs them.
+Each command takes a config or a run folder. ``fit`` writes a run folder with a trained projector, its metrics and a
+report. Each command imports the heavy libraries it needs, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   python -m train fit --config configs/train/demo.yaml name=small projector.stack=8 lr=5e-4
   python -m train fit --resume runs/demo
   torchrun --nproc-per-node 4 -m train fit --config configs/train/demo.yaml
-  python -m train evaluate runs/demo --cache caches/librispeech-…/whisper-base-… --json figures.json
+  python -m train evaluate runs/demo --cache caches/librispeech-…/whisper-base-… --json metrics.json
   python -m train transcribe runs/demo hello.wav
   python -m train sweep --config configs/sweep/projectors.yaml
   python -m train config --print --config configs/train/demo.yaml lr=5e-4
@@ -33,11 +33,11 @@ EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line as argparse sees it."""
+    """Build the argument parser of ``python -m train``."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="python -m train",
-        description="Train a projector from cached speech features into a language model, and judge it.",
+        description="Train and evaluate a projector from cached speech features into a frozen language model.",
         epilog=EXAMPLES,
         formatter_class=raw,
     )
@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
         )
 
     def overrides(to: argparse.ArgumentParser) -> None:
-        to.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
+        to.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="override a config key; the value is parsed as YAML"
+        )
 
     fit = add("fit", "train a projector", "fit --config configs/train/demo.yaml steps=100 lr=1e-3")
     fit.add_argument("--config", metavar="FILE", help="YAML file (see configs/train/)")
@@ -58,58 +60,66 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="RUN",
-        help="go on with a run (default: that of --config, or the newest)",
+        help="resume a run (default: the run of --config, or the newest run)",
     )
     overrides(fit)
 
     sweep = add("sweep", "train several projectors in lockstep", "sweep --config configs/sweep/projectors.yaml")
     sweep.add_argument("--config", metavar="FILE", help="YAML file (see configs/sweep/)")
     sweep.add_argument(
-        "--resume", nargs="?", const="", metavar="SWEEP", help="go on with a sweep (default: that of --config)"
+        "--resume", nargs="?", const="", metavar="SWEEP", help="resume a sweep (default: the sweep of --config)"
     )
-    sweep.add_argument("--engine", choices=("local", "ray"), help="ray: groups over a Ray cluster (default: local)")
+    sweep.add_argument(
+        "--engine", choices=("local", "ray"), help="ray: run the groups on a Ray cluster (default: local)"
+    )
     overrides(sweep)
 
-    rates = add("lr-range", "raise the rate until the loss runs away", "lr-range --config configs/train/demo.yaml")
-    rates.add_argument("--config", metavar="FILE", required=True)
-    rates.add_argument("--low", type=float, default=1e-6, help="first rate (default: 1e-6)")
-    rates.add_argument("--high", type=float, default=1.0, help="last rate (default: 1)")
-    rates.add_argument("--steps", type=int, default=100, help="of the ramp, at most (default: 100)")
-    rates.add_argument("--json", metavar="FILE", help="write losses and suggestion there")
-    overrides(rates)
-
-    evaluate = add("evaluate", "judge a trained run", "evaluate runs/demo --json figures.json")
-    evaluate.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: that of --config, or the newest)")
-    evaluate.add_argument("--config", metavar="FILE", help="take the run that this config made")
-    evaluate.add_argument(
-        "--cache", metavar="CACHE", help="judge on this cache instead of the run's held-out utterances"
+    lr_range = add(
+        "lr-range", "run a learning-rate range test and suggest lr", "lr-range --config configs/train/demo.yaml"
     )
-    evaluate.add_argument("--json", metavar="FILE", help="write the figures there")
+    lr_range.add_argument("--config", metavar="FILE", required=True, help="YAML file (see configs/train/)")
+    lr_range.add_argument("--low", type=float, default=1e-6, help="first learning rate (default: 1e-6)")
+    lr_range.add_argument("--high", type=float, default=1.0, help="last learning rate (default: 1)")
+    lr_range.add_argument("--steps", type=int, default=100, help="maximum number of steps (default: 100)")
+    lr_range.add_argument("--json", metavar="FILE", help="write the losses and the suggestion to FILE")
+    overrides(lr_range)
+
+    evaluate = add("evaluate", "evaluate a trained run", "evaluate runs/demo --json metrics.json")
+    evaluate.add_argument(
+        "run", nargs="?", metavar="RUN", help="run folder (default: the run of --config, or the newest run)"
+    )
+    evaluate.add_argument("--config", metavar="FILE", help="evaluate the run trained with this config")
+    evaluate.add_argument(
+        "--cache", metavar="CACHE", help="evaluate on this cache instead of the run's held-out utterances"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="write the metrics to FILE")
     overrides(evaluate)
 
-    transcribe = add("transcribe", "audio files to text", "transcribe runs/demo hello.wav")
+    transcribe = add("transcribe", "transcribe audio files", "transcribe runs/demo hello.wav")
     transcribe.add_argument("run", metavar="RUN", help="run folder")
-    transcribe.add_argument("audio", nargs="+", metavar="WAV", help="WAV, FLAC, OGG or MP3 files; - is standard input")
-    transcribe.add_argument("--stream", action="store_true", help="write every word as soon as it is there")
-    transcribe.add_argument("--raw", type=int, metavar="HZ", help="standard input is 16-bit mono samples of this rate")
     transcribe.add_argument(
-        "--encoder", metavar="REFERENCE", help="where the run's encoder is now, such as path:/models/x"
+        "audio", nargs="+", metavar="WAV", help="WAV, FLAC, OGG or MP3 files; - reads standard input"
+    )
+    transcribe.add_argument("--stream", action="store_true", help="print each token as soon as it is decoded")
+    transcribe.add_argument(
+        "--raw", type=int, metavar="HZ", help="standard input is raw 16-bit mono PCM at this sampling rate"
+    )
+    transcribe.add_argument(
+        "--encoder", metavar="REFERENCE", help="new location of the run's encoder, such as path:/models/x"
     )
 
-    export = add("export", "a trained projector as a folder to give away", "export runs/demo exported/demo")
+    export = add("export", "export a trained projector as a self-contained folder", "export runs/demo exported/demo")
     export.add_argument("run", metavar="RUN", help="run folder")
-    export.add_argument("folder", metavar="DIR", help="new folder: weights, settings, source, model card")
+    export.add_argument("folder", metavar="DIR", help="new folder for the weights, settings, source and model card")
 
     needs = add(
-        "needs", "list the extraction configs whose caches are absent", "needs --config configs/train/demo.yaml"
+        "needs", "list the extraction configs whose caches are missing", "needs --config configs/train/demo.yaml"
     )
-    needs.add_argument("--config", metavar="FILE", required=True)
+    needs.add_argument("--config", metavar="FILE", required=True, help="YAML file of a run or a sweep")
     overrides(needs)
 
-    report = add("report", "write report.html of a run or a sweep anew", "report runs/demo")
-    report.add_argument(
-        "run", nargs="?", metavar="RUN", help="run folder, or a folder of them (default: the newest run)"
-    )
+    report = add("report", "rewrite report.html of a run or a sweep", "report runs/demo")
+    report.add_argument("run", nargs="?", metavar="RUN", help="folder of a run or a sweep (default: the newest run)")
 
     add_config(commands, "train", "--config configs/train/demo.yaml lr=5e-4")
     add_completion(commands, SCRIPT)
@@ -117,8 +127,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(argv: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
     args = parse_args(parser(), argv)
-    jobs = {
+    handlers = {
         "fit": _fit,
         "sweep": _sweep,
         "lr-range": _lr_range,
@@ -130,7 +141,7 @@ def command(argv: Sequence[str]) -> int:
         "config": _config,
         "completion": _completion,
     }
-    return jobs[args.command](args)
+    return handlers[args.command](args)
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -163,17 +174,17 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _fit_config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
-    """The settings, and the run to go on with."""
+    """Return the settings, and the run to resume or None."""
     from shards.config.base import load_config
     from train.config.train import TrainConfig
 
     overrides = list(args.overrides)
     if args.resume is None:
         if args.config is None and not overrides:
-            raise UserError("name a configuration with --config (see configs/train/), or a run with --resume")
+            raise UserError("no configuration: name one with --config (see configs/train/), or a run with --resume")
         return load_config(TrainConfig, args.config, overrides), None
     run_name = args.resume
-    if "=" in run_name:  # `--resume key=value`: the run is the default one
+    if "=" in run_name:  # `--resume key=value`: argparse took an override for RUN
         run_name, overrides = "", [run_name, *overrides]
     return _config_and_run(run_name or None, args.config, overrides)
 
@@ -218,20 +229,20 @@ def _lr_range(args: argparse.Namespace) -> int:
     from train.runs.folder import write_json
     from train.trainer.lr_range import format_table, lr_range, record, suggest_lr
 
-    rates = lr_range(config, args.low, args.high, args.steps)
-    print(format_table(rates, args.high), flush=True)
-    suggestion = suggest_lr(rates)
+    points = lr_range(config, args.low, args.high, args.steps)
+    print(format_table(points, args.high), flush=True)
+    suggestion = suggest_lr(points)
     print(f"suggested: lr={suggestion.lr:.1e}: {suggestion.reason}")
     if target is not None:
-        write_json(target, record(rates, suggestion))
+        write_json(target, record(points, suggestion))
     return 0
 
 
 def _json_path(value: str | None) -> Path | None:
-    """The file that ``--json`` names, whose folder must stand."""
+    """Return the path given to ``--json``; UserError if its folder does not exist."""
     target = None if value is None else Path(value)
     if target is not None and not target.parent.is_dir():
-        raise UserError(f"--json names '{target}' and there is no folder '{target.parent}': make it first")
+        raise UserError(f"--json {target}: the folder '{target.parent}' does not exist: create it first")
     return target
 
 
@@ -300,7 +311,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def _config_and_run(run_name: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:
-    """The run that ``word`` names, or that ``file`` made, or the newest; with its settings and ``overrides``."""
+    """Return the run named ``run_name``, else that of ``file``, else the newest; and its settings, overridden."""
     from shards.config.base import load_config
     from train.config.train import TrainConfig
     from train.runs import folder as runs
@@ -314,38 +325,39 @@ def _config_and_run(run_name: str | None, file: str | None, overrides: Sequence[
 
 
 def _format_summary(summary: dict[str, Any]) -> str:
-    """The figures of a finished run, for people."""
+    """Format the metrics of a finished run as a table."""
     from train.runs.metrics_log import format_number
 
     def percent(key: str) -> str:
-        return "–" if summary[key] is None else f"{100 * summary[key]:.1f} %"
+        return "–" if summary[key] is None else f"{100 * summary[key]:.1f}%"
 
     low, high = (summary.get("intervals") or {}).get("audio_gain", (None, None))
-    bounds = "" if low is None else f"  [{low:.2f}, {high:.2f}] 95 %"
-    found = summary.get("retrieval")
-    chosen = "–" if found is None else f"{100 * found['by_likelihood']:.0f} % (by chance {100 * found['chance']:.0f} %)"
+    bounds = "" if low is None else f"  [{low:.2f}, {high:.2f}] 95% CI"
+    retrieval, accuracy = summary.get("retrieval"), "–"
+    if retrieval is not None:
+        accuracy = f"{100 * retrieval['by_likelihood']:.0f}% (chance: {100 * retrieval['chance']:.0f}%)"
     lines = [
         (
-            "training loss, first to last",
+            "training loss, first -> last",
             f"{format_number(summary['train_loss_first'])} -> {format_number(summary['train_loss_last'])}",
         ),
-        ("held-out loss, nats a token", format_number(summary["val_loss"])),
-        ("the same, other audio", format_number(summary["val_loss_shuffled"])),
-        ("the same, silence", format_number(summary.get("val_loss_silent"))),
-        ("the same, text alone", format_number(summary.get("val_loss_text_only"))),
+        ("held-out loss, nats per token", format_number(summary["val_loss"])),
+        ("  with shuffled audio", format_number(summary["val_loss_shuffled"])),
+        ("  with silence", format_number(summary.get("val_loss_silent"))),
+        ("  with text only", format_number(summary.get("val_loss_text_only"))),
         ("audio gain", f"{format_number(summary['audio_gain'])}{bounds}"),
         ("WER / CER", f"{percent('wer')} / {percent('cer')}"),
-        ("audio finds its text", chosen),
-        ("silence answered with words", percent("hallucination_rate") if "hallucination_rate" in summary else "–"),
+        ("retrieval accuracy", accuracy),
+        ("hallucination rate on silence", percent("hallucination_rate") if "hallucination_rate" in summary else "–"),
         ("steps, seconds", f"{summary['steps']}, {summary['seconds']:.1f}"),
-        ("frames a second", f"{summary['frames_per_second']:,.0f}"),
-        ("waiting for data, padding", f"{percent('data_wait_fraction')}, {percent('padding_fraction')}"),
+        ("frames per second", f"{summary['frames_per_second']:,.0f}"),
+        ("data wait, padding", f"{percent('data_wait_fraction')}, {percent('padding_fraction')}"),
     ]
     return "\n".join(f"{name:<30} {value}" for name, value in lines)
 
 
 def console() -> None:
-    """Entry point of ``earshard-train``."""
+    """Entry point of the ``earshard-train`` script."""
     sys.exit(run_command(command))
 
 

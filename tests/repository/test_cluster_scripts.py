@@ -175,4 +175,4 @@ def test_two_nodes_of_slurm_train_the_run_of_one_process_and_a_requeued_job_goes
     whole = fit(config.model_copy(update={"name": "alone"}))
     assert losses(tmp_path / "runs" / "run") == pytest.approx(losses(whole), rel=1e-5)
     again = script("slurm-train.sh", [str(file), "name=run"], environment, **slurm)
-    assert "is finished: judge it by" in again.communicate(timeout=SECONDS)[0]  # it went to go on with that run
+    assert "is finished: evaluate it with" in again.communicate(timeout=SECONDS)[0]  # it tried to resume that run

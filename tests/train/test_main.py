@@ -63,7 +63,7 @@ def test_fit_evaluate_and_report_on_one_run(config, cache, tmp_path, capsys):
     assert "choose another name=" in capsys.readouterr().err
     assert run("fit", "--resume", folder) == 2
     assert "is finished" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"'other' is not a run.*under '.*runs' stand run$"):
+    with pytest.raises(UserError, match=r"'other' is not a run.*runs under '.*runs': run$"):
         find_run("other", str(tmp_path / "runs"))
 
 

@@ -1,7 +1,7 @@
-"""Where a run computes and in which arithmetic: ``auto`` becomes a device and a dtype.
+"""Resolves the ``device`` and ``dtype`` keys of a run to a ``torch.device`` and a ``torch.dtype``.
 
-In: the ``device`` and ``dtype`` keys of a run. Out: a ``torch.device`` and a ``torch.dtype``. ``auto`` takes a GPU
-where there is one, and bfloat16 where the hardware multiplies it natively (elsewhere it is slower than float32).
+``device: auto`` selects a GPU if there is one. ``dtype: auto`` selects bfloat16 if the hardware multiplies it natively;
+elsewhere bfloat16 is slower than float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` | ``cpu`` | ``cuda`` | ``cuda:1`` as a device that is there; raises UserError otherwise."""
+    """Resolve ``auto`` | ``cpu`` | ``cuda`` | ``cuda:1`` to a device; UserError if it is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,12 +22,12 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"device={name} cannot be used here ({reason}): set device=auto or device=cpu") from None
+        raise UserError(f"device={name} is not available ({reason}): set device=auto or device=cpu") from None
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` | ``float32`` | ``bfloat16`` as the dtype of activations and frozen weights on ``device``."""
+    """Resolve ``auto`` | ``float32`` | ``bfloat16`` to the dtype of activations and frozen weights on ``device``."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -38,6 +38,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """AMX tiles or AVX-512 BF16: without either, bfloat16 matrices are widened in software."""
+    """Whether the CPU has AMX tiles or AVX-512 BF16; without either, torch emulates bfloat16 products in software."""
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(probe()) for name in probes if (probe := getattr(torch.cpu, name, None)) is not None)

@@ -1,12 +1,12 @@
-"""Several processes that train one run: who is who, what they add up, how they end together.
+"""The group of processes that train one run: ranks, collective operations, and a common exit.
 
-In: a launcher's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``), or none of
-it. Out: a :class:`Group`; without a launcher it is a group of one and every operation returns what it was given, so the
-training loop has one text for both. Importing this loads no torch.
+:func:`open_process_group` reads the environment of a launcher (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+``MASTER_ADDR``, ``MASTER_PORT``). Without a launcher it yields a group of one process, in which every operation returns
+its argument, so that the training loop needs no special case. Importing this module does not import torch.
 
-Gradients are summed on the run's device (NCCL on GPUs, gloo on CPUs). All else is a few numbers or JSON between CPUs
-over a gloo group of its own, which may wait as long as an evaluation or a checkpoint takes: nothing but the end of a
-process (``train/distributed/liveness.py``) ends that wait.
+Gradients are summed on the run's device (NCCL on GPUs, gloo on CPUs). Everything else is a few numbers or JSON,
+exchanged between CPUs over a separate gloo group. Its operations may wait as long as an evaluation or a checkpoint
+takes; only the exit of a process (``train/distributed/liveness.py``) ends the wait.
 
     torchrun --nproc-per-node 4 -m train fit --config configs/train/demo.yaml
 """
@@ -27,73 +27,74 @@ if TYPE_CHECKING:
     import torch
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all processes to come up, and for a sum of gradients
-_CONTROL_TIMEOUT = timedelta(days=30)  # for the slowest rank, whatever it does
-_SHUTDOWN_TIMEOUT = 60.0  # seconds that the others leave rank 0 to save and tell: a launcher ends all when one has left
+_RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all processes to start, and for an all-reduce of gradients
+_CONTROL_TIMEOUT = timedelta(days=30)  # ranks wait for the slowest one, which may be evaluating
+# Seconds that the other ranks wait for rank 0 to save and report: a launcher kills all processes when one exits.
+_SHUTDOWN_TIMEOUT = 60.0
 
 
 class RankLost(WorkFailed):
-    """Another process of the run ended before the run did."""
+    """Another process of the run exited before the run finished."""
 
 
 class ProcessGroup:
-    """The processes of a run; this class is a group of one."""
+    """The processes of a run; this base class is a group of one process."""
 
     rank, world_size = 0, 1
 
     @property
     def is_main_process(self) -> bool:
-        """Rank 0 alone writes and speaks."""
+        """Whether this is rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
     def local_device(self, name: str) -> str:
-        """The ``device`` key of a run as this process's own device."""
+        """Return the device of this process for the ``device`` key of a run."""
         return name
 
     def all_gather(self, tree: Any) -> list[Any]:
-        """The value of each rank, in order of rank; ``tree`` is any value that pickle can hold."""
+        """Return the ``tree`` of each rank, in rank order. ``tree`` must be picklable."""
         return [tree]
 
     def broadcast(self, tree: Any) -> Any:
-        """What rank 0 gave."""
+        """Return the ``tree`` of rank 0."""
         return self.all_gather(tree if self.is_main_process else None)[0]
 
     def broadcast_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Rank 0's tensors, on the CPU where there are other ranks; what those gave is ignored."""
+        """Return the tensors of rank 0, on the CPU if there are other ranks; the arguments of those are ignored."""
         return tensors
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks, in float64; every rank gives as many values and gets the same sums."""
+        """Sum over the ranks in float64; every rank passes the same number of values and gets the same sums."""
         return list(values)
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank gave True."""
+        """Return whether ``flag`` is True on any rank."""
         return self.all_reduce_sum([float(flag)])[0] > 0
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace each ``grad`` by its sum over the ranks; it stays None where no rank has one."""
+        """Replace each ``grad`` by its sum over the ranks; it stays None if no rank has one."""
 
     def raise_if_rank_lost(self) -> None:
-        """Raises RankLost when a rank is known to be gone."""
+        """Raise RankLost if a rank is known to have exited."""
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Leave the block on every rank or on none: what one rank raises in it, all raise after it.
+        """Context manager after which all ranks raise the UserError or WorkFailed that any rank raised inside.
 
-        For UserError and WorkFailed, in blocks without collective operations.
+        The block must not contain collective operations.
         """
         yield
 
     def assert_same(self, values: Mapping[str, Any]) -> None:
-        """UserError, on every rank, unless all ranks give equal facts."""
+        """Raise UserError on every rank unless all ranks pass equal ``values``."""
 
     def abort(self, error: Exception, exit_status: int) -> NoReturn:
-        """End all ranks by ``error``, which every rank has: rank 0 raises it, the others exit with ``status``."""
+        """End all ranks, which all must call this: rank 0 raises ``error``, the others exit with ``exit_status``."""
         raise error
 
 
 class DistributedProcessGroup(ProcessGroup):
-    """One process of a launcher's; built by :func:`join`."""
+    """One of several processes started by a launcher; created by :func:`open_process_group`."""
 
     def __init__(self) -> None:
         import torch
@@ -101,7 +102,7 @@ class DistributedProcessGroup(ProcessGroup):
 
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=_RENDEZVOUS_TIMEOUT)
@@ -109,18 +110,20 @@ class DistributedProcessGroup(ProcessGroup):
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"rank {self.rank} of {self.world_size} did not meet the others at {where} ({reason}): start all "
-                "processes with the same address and port, by torchrun"
+                f"rank {self.rank} of {self.world_size} could not connect to the other ranks at {address} ({reason}): "
+                "start all processes with torchrun and the same address and port"
             ) from None
         self._liveness_monitor: LivenessMonitor | None = None
         self._liveness_monitor = LivenessMonitor(self.rank, self.broadcast, self._rank_lost_message)
         unreachable = [
-            str(rank) for rank, hears in enumerate(self.all_gather(self._liveness_monitor.connected)) if not hears
+            str(rank)
+            for rank, connected in enumerate(self.all_gather(self._liveness_monitor.connected))
+            if not connected
         ]
         if unreachable and self.is_main_process:
             print(
-                f"warning: rank {', '.join(unreachable)} of {self.world_size} cannot reach rank 0: a process that dies "
-                "may be noticed late; open the ports between the machines",
+                f"warning: rank {', '.join(unreachable)} of {self.world_size} cannot connect to rank 0: the loss of a "
+                "process may be detected late; open the ports between the machines",
                 file=sys.stderr,
             )
 
@@ -131,11 +134,11 @@ class DistributedProcessGroup(ProcessGroup):
         if kind not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         if index and self.world_size > 1:
-            raise UserError(f"device={name} names one GPU for {self.world_size} processes: set device=auto")
+            raise UserError(f"device={name} assigns one GPU to {self.world_size} processes: set device=auto")
         count = torch.cuda.device_count()
         if self.local_rank >= count:
             raise UserError(
-                f"process {self.local_rank} of this machine finds {count} GPUs: start one process a GPU by "
+                f"local rank {self.local_rank} has no GPU, this machine has {count}: start one process per GPU with "
                 f"--nproc-per-node {count}, or set device=cpu"
             )
         torch.cuda.set_device(self.local_rank)
@@ -175,7 +178,7 @@ class DistributedProcessGroup(ProcessGroup):
         return sums.tolist()
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """One all-reduce of one flat buffer: the gradients, and one number a parameter that says who has one."""
+        """All-reduce one flat buffer: the gradients, then one flag per parameter for whether a gradient exists."""
         import torch
         import torch.distributed as dist
 
@@ -204,18 +207,18 @@ class DistributedProcessGroup(ProcessGroup):
         failures = [(rank, *found) for rank, found in enumerate(self.all_gather(local_failure)) if found is not None]
         if failures:
             rank, kind, text = failures[0]
-            whose = "" if rank == 0 else f"rank {rank}: "
+            prefix = "" if rank == 0 else f"rank {rank}: "
             failure, status = (UserError, 2) if kind == "user" else (WorkFailed, 1)
-            self.abort(failure(f"{whose}{text}"), status)
+            self.abort(failure(f"{prefix}{text}"), status)
 
     def assert_same(self, values: Mapping[str, Any]) -> None:
         first, *others = self.all_gather(dict(values))
-        for rank, theirs in enumerate(others, 1):
-            for name in sorted(first.keys() | theirs.keys()):
-                if first.get(name) != theirs.get(name):
+        for rank, other in enumerate(others, 1):
+            for name in sorted(first.keys() | other.keys()):
+                if first.get(name) != other.get(name):
                     error = UserError(
-                        f"rank {rank} has another {name} than rank 0 ({theirs.get(name)}, not {first.get(name)}): "
-                        "start every process with the same command, caches and hardware"
+                        f"rank {rank} differs from rank 0 in {name} (expected {first.get(name)}, "
+                        f"got {other.get(name)}): start every process with the same command, caches and hardware"
                     )
                     self.abort(error, 2)
 
@@ -227,7 +230,7 @@ class DistributedProcessGroup(ProcessGroup):
         raise SystemExit(exit_status)
 
     def shut_down(self) -> None:
-        """After a run that ended well."""
+        """Close the group after a run that finished normally."""
         import torch.distributed as dist
 
         if self._liveness_monitor is not None:
@@ -236,37 +239,39 @@ class DistributedProcessGroup(ProcessGroup):
 
     @contextmanager
     def _rank_loss_detected(self) -> Iterator[None]:
-        """A collective that breaks becomes the loss of the rank that broke it."""
+        """Turn the failure of a collective operation into RankLost for the rank that caused it."""
         try:
             yield
         except RuntimeError as error:
             lost = None if self._liveness_monitor is None else self._liveness_monitor.wait_for_loss(2.0)
             if lost is None:
                 reason = " ".join(str(error).split())[:200]
-                raise RankLost(f"rank {self.rank} of {self.world_size} lost the others ({reason})") from None
+                raise RankLost(
+                    f"rank {self.rank} of {self.world_size} lost connection to the other ranks ({reason})"
+                ) from None
             self._raise_rank_lost(lost)
 
     def _raise_rank_lost(self, rank: int) -> NoReturn:
         if self._liveness_monitor is not None:
             self._liveness_monitor.leave_exit_to_main_thread()
-        # Nobody waits here: rank 0 may stand in a collective that only the end of this process breaks.
-        sentence = self._rank_lost_message(rank)
-        if sentence:
-            raise RankLost(sentence)
+        # Exit without waiting: rank 0 may be blocked in a collective that only the exit of this process breaks.
+        message = self._rank_lost_message(rank)
+        if message:
+            raise RankLost(message)
         raise SystemExit(1)
 
     def _rank_lost_message(self, lost: int) -> str:
-        """One process speaks: rank 0, or, when it is the one that is gone, one of each machine that is left."""
-        speaks = self.is_main_process or (lost == 0 and (self.rank == 1 or self.local_rank == 0))
-        return f"rank {lost} of {self.world_size} ended before the run did" if speaks else ""
+        """Return the error message; "" if another process reports it: rank 0, else one process per machine."""
+        reports = self.is_main_process or (lost == 0 and (self.rank == 1 or self.local_rank == 0))
+        return f"rank {lost} of {self.world_size} exited before the run finished" if reports else ""
 
 
 @contextmanager
 def open_process_group() -> Iterator[ProcessGroup]:
-    """The group of this process: a launcher's, or of one.
+    """Context manager that yields the group of this process: that of its launcher, or a group of one.
 
     Raises:
-        UserError: the launcher's processes did not meet.
+        UserError: the processes of the launcher could not connect to each other.
     """
     if not all(name in os.environ for name in _LAUNCHER_VARIABLES):
         yield ProcessGroup()

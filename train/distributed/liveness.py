@@ -1,11 +1,11 @@
-"""Who of a run's processes is still there: one TCP connection from every rank to rank 0, which ends when its rank ends.
+"""Detects ranks that exit early: every rank keeps a TCP connection to rank 0, which closes when the process ends.
 
-In: a rank and a way to tell every rank where rank 0 listens. Out: :attr:`LivenessMonitor.lost`, the rank that ended
-without saying goodbye. The kernel closes the sockets of a killed process at once, on whatever machine, and keepalive
-probes find a machine that lost power; a collective of NCCL would notice neither for minutes. A main thread that
-waits in such a collective cannot act on it, so the process ends itself ``GRACE`` seconds after a loss.
+:attr:`LivenessMonitor.lost` is the rank that exited without a goodbye. The kernel closes a killed process's sockets
+at once, and keepalive probes detect a machine that lost power; an NCCL collective would notice neither for minutes.
+A main thread blocked in such a collective cannot react, so the monitor ends the process ``EXIT_TIMEOUT`` seconds after
+a loss.
 
-Messages are four bytes, big-endian: the rank that was lost, or ``GOODBYE``.
+A message is a four-byte big-endian integer: the lost rank, or ``GOODBYE``.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-EXIT_TIMEOUT = 8.0  # seconds between the loss of a rank and the end of a process that does not end by itself
+EXIT_TIMEOUT = 8.0  # seconds after a loss until a process that has not exited is ended
 GOODBYE = 2**32 - 1
-_HELLO = struct.Struct(">16sI")  # the run's token, the rank
+_HELLO = struct.Struct(">16sI")  # token of the run, rank
 _MESSAGE = struct.Struct(">I")
-_CONNECT_TIMEOUT = 5.0  # seconds for one attempt to connect
+_CONNECT_TIMEOUT = 5.0  # seconds per connection attempt
 
 
 class LivenessMonitor:
-    """The connections of one process; a daemon thread watches them.
+    """Watches the connections of one process in a daemon thread.
 
     Attributes:
-        lost: the first rank known to have ended without a goodbye, or None.
+        lost: the first rank known to have exited without a goodbye, or None.
     """
 
     def __init__(self, rank: int, broadcast: Callable[[Any], Any], message_for: Callable[[int], str]) -> None:
-        """``broadcast`` gives rank 0's JSON value to all; ``tells(lost)`` is this process's last sentence, or ""."""
+        """Connect to rank 0, or listen on rank 0.
+
+        Args:
+            broadcast: returns the JSON value of rank 0 on every rank.
+            message_for: returns the error message to print when the given rank was lost, or "" to print nothing.
+        """
         self.rank = rank
         self.lost: int | None = None
         self._message_for, self._exit_handled = message_for, False
@@ -49,75 +54,75 @@ class LivenessMonitor:
             self._start(lambda: self._watch_peers(server, key))
         else:
             port, token, addresses = broadcast(None)
-            line = _connect(addresses, port, _HELLO.pack(bytes.fromhex(token), rank))
-            if line is not None:
-                self._peers[0] = line
-                self._start(lambda: self._watch_rank_0(line))
+            connection = _connect(addresses, port, _HELLO.pack(bytes.fromhex(token), rank))
+            if connection is not None:
+                self._peers[0] = connection
+                self._start(lambda: self._watch_rank_0(connection))
 
     @property
     def connected(self) -> bool:
-        """Whether this process hears of a loss; rank 0 always does."""
+        """Whether this process is notified of a loss; always True on rank 0."""
         return self.rank == 0 or bool(self._peers)
 
     def wait_for_loss(self, seconds: float) -> int | None:
-        """The lost rank, waiting up to ``seconds`` for one."""
+        """Return the lost rank, or None if no rank is lost within ``seconds``."""
         self._rank_was_lost.wait(seconds)
         return self.lost
 
     def leave_exit_to_main_thread(self) -> None:
-        """The main thread ends the process in its own time: saving may take longer than ``GRACE``."""
+        """Let the main thread end the process: saving may take longer than ``EXIT_TIMEOUT``."""
         self._exit_handled = True
 
     def wait_for_rank_0(self, seconds: float) -> None:
-        """Return when rank 0 has ended, or after ``seconds``; a loss does not end this process any more."""
+        """Wait up to ``seconds`` for rank 0 to exit; from now on a loss does not end this process."""
         self._exit_handled = True
         self._rank_0_ended.wait(seconds if self._peers else 0)
 
     def close(self) -> None:
-        """Say goodbye: from now on the end of this process is no loss."""
+        """Send a goodbye, so that the exit of this process does not count as a loss."""
         self._exit_handled = True
         with self._lock:
             peers = list(self._peers.values())
-        for line in peers:
+        for connection in peers:
             with suppress(OSError):
-                line.sendall(_MESSAGE.pack(GOODBYE))
-                line.shutdown(socket.SHUT_WR)
+                connection.sendall(_MESSAGE.pack(GOODBYE))
+                connection.shutdown(socket.SHUT_WR)
 
-    def _start(self, work: Callable[[], None]) -> None:
-        threading.Thread(target=work, name="earshard-lifeline", daemon=True).start()
+    def _start(self, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name="earshard-liveness", daemon=True).start()
 
     def _watch_peers(self, server: socket.socket, token: bytes) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
-                    line = key.fileobj
-                    assert isinstance(line, socket.socket)
-                    if line is server:
-                        new = _accept(server, token)
-                        if new is not None:
-                            peer, line = new
+                    connection = key.fileobj
+                    assert isinstance(connection, socket.socket)
+                    if connection is server:
+                        accepted = _accept(server, token)
+                        if accepted is not None:
+                            peer, connection = accepted
                             with self._lock:
-                                self._peers[peer] = line
-                            selector.register(line, selectors.EVENT_READ, peer)
+                                self._peers[peer] = connection
+                            selector.register(connection, selectors.EVENT_READ, peer)
                             if self.lost is not None:
                                 self._send_lost_rank(self.lost)
                     else:
-                        if _receive_message(line) != GOODBYE:
+                        if _receive_message(connection) != GOODBYE:
                             self._handle_lost_rank(key.data)
-                        selector.unregister(line)
-                        line.close()
+                        selector.unregister(connection)
+                        connection.close()
 
     def _watch_rank_0(self, connection: socket.socket) -> None:
-        leaves = False
+        said_goodbye = False
         while (message := _receive_message(connection)) is not None:
             if message == GOODBYE:
-                leaves = True
+                said_goodbye = True
             else:
                 self._handle_lost_rank(message)
         connection.close()
         self._rank_0_ended.set()
-        if not leaves:
+        if not said_goodbye:
             self._handle_lost_rank(0)
 
     def _handle_lost_rank(self, rank: int) -> None:
@@ -133,17 +138,17 @@ class LivenessMonitor:
 
     def _send_lost_rank(self, rank: int) -> None:
         with self._lock:
-            others = [line for peer, line in self._peers.items() if peer != rank]
-        for line in others:
+            others = [connection for peer, connection in self._peers.items() if peer != rank]
+        for connection in others:
             with suppress(OSError):
-                line.sendall(_MESSAGE.pack(rank))
+                connection.sendall(_MESSAGE.pack(rank))
 
     def _exit_process(self) -> None:
-        """The main thread had its time: it waits for a rank that is not there."""
+        """End the process if the main thread has not handled the loss; it may be blocked in a collective."""
         if self._exit_handled:
             return
-        if self.lost is not None and (sentence := self._message_for(self.lost)):
-            print(f"failed: {sentence}", file=sys.stderr, flush=True)
+        if self.lost is not None and (message := self._message_for(self.lost)):
+            print(f"failed: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -155,15 +160,15 @@ def _listen() -> socket.socket:
 
 
 def _addresses() -> list[str]:
-    """Names of this machine, the likeliest first: the launcher's master need not be the machine of rank 0."""
+    """Return names of this machine, likeliest first; the launcher's master may be another machine than rank 0's."""
     master = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    towards = ""
+    local_address = ""
     with suppress(OSError):
-        family, _, _, _, place = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, destination = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)  # sends nothing: it asks the kernel which of our addresses leads there
-            towards = probe.getsockname()[0]
-    return list(dict.fromkeys(name for name in (towards, master[0], socket.gethostname()) if name))
+            probe.connect(destination)  # sends nothing; the kernel selects the local address of the route
+            local_address = probe.getsockname()[0]
+    return list(dict.fromkeys(name for name in (local_address, master[0], socket.gethostname()) if name))
 
 
 def _connect(addresses: list[str], port: int, hello: bytes) -> socket.socket | None:
@@ -172,7 +177,7 @@ def _connect(addresses: list[str], port: int, hello: bytes) -> socket.socket | N
             connection = socket.create_connection((address, port), timeout=_CONNECT_TIMEOUT)
             with suppress(OSError):
                 connection.sendall(hello)
-                if connection.recv(1) == b"K":  # else another service answered
+                if connection.recv(1) == b"K":  # otherwise another service answered
                     _enable_keepalive(connection)
                     return connection
             connection.close()
@@ -183,17 +188,17 @@ def _accept(server: socket.socket, token: bytes) -> tuple[int, socket.socket] | 
     connection, _ = server.accept()
     with suppress(OSError):
         connection.settimeout(_CONNECT_TIMEOUT)
-        said = connection.recv(_HELLO.size, socket.MSG_WAITALL)
-        if len(said) == _HELLO.size and secrets.compare_digest(_HELLO.unpack(said)[0], token):
+        hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+        if len(hello) == _HELLO.size and secrets.compare_digest(_HELLO.unpack(hello)[0], token):
             connection.sendall(b"K")
             _enable_keepalive(connection)
-            return _HELLO.unpack(said)[1], connection
+            return _HELLO.unpack(hello)[1], connection
     connection.close()
     return None
 
 
 def _enable_keepalive(connection: socket.socket) -> None:
-    """Blocking from now on; a peer that answers no probe for 25 s is gone."""
+    """Make the socket blocking; a peer that answers no probe for 25 s counts as lost."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
@@ -202,7 +207,7 @@ def _enable_keepalive(connection: socket.socket) -> None:
 
 
 def _receive_message(connection: socket.socket) -> int | None:
-    """The next message; None when the other end is gone."""
+    """Return the next message, or None if the peer closed the connection."""
     with suppress(OSError):
         data = connection.recv(_MESSAGE.size, socket.MSG_WAITALL)
         if len(data) == _MESSAGE.size:

@@ -1,6 +1,6 @@
-"""Signals: the first SIGINT or SIGTERM asks a run to save and stop, the second one stops it at once.
+"""Signal handling: the first SIGINT or SIGTERM requests a graceful stop, the second one interrupts immediately.
 
-In: signals. Out: :attr:`StopRequest.asked`, which the loop reads between steps and between batches of an evaluation.
+The training loop checks :attr:`StopRequest.requested` between steps and between the batches of an evaluation.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any
 
 
 class StopRequest:
-    """Takes over both signals while it is entered; outside the main thread, where Python forbids that, it does nothing.
+    """Context manager that handles SIGINT and SIGTERM; it does nothing outside the main thread, as Python requires.
 
     Attributes:
-        asked: whether a signal came.
+        requested: whether a signal arrived.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {
+            self._previous_handlers = {
                 number: signal.signal(number, self._handle_signal) for number in (signal.SIGINT, signal.SIGTERM)
             }
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:

@@ -1,1 +1,1 @@
-"""The folder of a run: settings, metrics, trackers."""
+"""Run folders: settings, metrics logs, experiment trackers."""

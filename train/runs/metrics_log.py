@@ -1,7 +1,7 @@
-"""The log of a run: ``metrics.jsonl``, ``evaluations.jsonl``, the progress bar.
+"""The log of a run: ``metrics.jsonl``, ``evaluations.jsonl`` and the progress bar.
 
-In: the metrics of a step or an evaluation. Out: one JSON line each, flushed at once, and a bar with loss, audio gain at
-the last evaluation, frames a second and time left. A resumed run first drops the lines past its checkpoint.
+Every step and every evaluation is one JSON line, written immediately. The bar shows the loss, the audio gain of the
+last evaluation, frames per second and the remaining time. A resumed run first drops the lines past its checkpoint.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from train.runs.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
-LOG_LINES = 10  # lines with the loss that a whole run prints
+LOG_LINES = 10  # number of lines with the loss printed over a whole run
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """The numbers of one step, over all ranks."""
+    """The metrics of one step, over all ranks."""
 
-    step: int  # steps done, this one included
-    loss: float  # nats a target token
+    step: int  # number of completed steps, including this one
+    loss: float  # nats per target token
     lr: float
     grad_norm: float  # before clipping
-    projector_rms_ratio: float  # RMS of the soft tokens, the mean over the step's batches, over RMS of LM embeddings
-    seconds: float  # of rank 0, waiting for data included
-    data_wait: float  # seconds, on the rank that waited longest
+    projector_rms_ratio: float  # RMS of the soft tokens (mean over batches) / RMS of the LM's embeddings
+    seconds: float  # on rank 0, including the wait for data
+    data_wait: float  # seconds, on the slowest rank
     frames: int  # valid frames
-    padded_frames: int  # with padding
+    padded_frames: int  # including padding
     tokens: int  # target tokens
     utterances: int
-    # what was minimised beside the cross-entropy: means of the run's auxiliary objectives, losses of the projector
+    # losses minimized besides the cross-entropy: means of the auxiliary objectives, losses of the projector
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
-    projector_metrics: dict[str, float] = field(default_factory=dict)  # such as the use of experts
+    projector_metrics: dict[str, float] = field(default_factory=dict)  # such as the usage of experts
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are finite; if not, no weight was changed."""
+        """Whether the loss and the gradient are finite; otherwise no weight was changed."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def record(self) -> dict[str, Any]:
-        """One line of ``metrics.jsonl``."""
+        """Return the record for ``metrics.jsonl``."""
         return {
             "step": self.step,
             "loss": self.loss,
@@ -68,12 +68,15 @@ class StepMetrics:
 
 
 class MetricsLogger:
-    """Writes a run's metrics; a context manager that closes the bar and the files."""
+    """Writes the metrics of a run; a context manager that closes the bar and the files."""
 
     def __init__(self, run: Path, steps: int, step: int = 0, evaluated: int = 0, quiet: bool = False) -> None:
-        """``step``, ``evaluated``: where a resumed run stands; lines after these steps are dropped from the files.
+        """Open the files of ``run``.
 
-        With ``quiet`` only the files are written.
+        Args:
+            steps: total number of steps.
+            step, evaluated: steps of the checkpoint and of its last evaluation; later lines are dropped from the files.
+            quiet: write the files only, without a bar and printed lines.
         """
         self._audio_gain: float | None = None
         with translate_os_errors("writing metrics", run):
@@ -82,12 +85,12 @@ class MetricsLogger:
                 if name == EVALUATIONS and kept:
                     self._audio_gain = kept[-1]["audio_gain"]
                 atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
-            # unbuffered: what a full disk refused must not be tried again when the file is closed
+            # unbuffered: bytes that a full disk rejected must not be written again on close
             self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
             self._evaluations = open(run / EVALUATIONS, "ab", buffering=0)  # noqa: SIM115
         self._steps = steps
         self._trackers: Trackers | None = None
-        # no bar in a log file: the lines of `log_step` say the same
+        # disable=None hides the bar if stderr is no terminal: `log_step` prints the same
         self._bar = tqdm(
             total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=quiet or None
         )
@@ -95,7 +98,7 @@ class MetricsLogger:
         self._quiet = quiet
 
     def attach_trackers(self, trackers: Trackers) -> None:
-        """Send the metrics there, too, from here on."""
+        """Also send all further metrics to ``trackers``."""
         self._trackers = trackers
 
     def __enter__(self) -> MetricsLogger:
@@ -105,7 +108,7 @@ class MetricsLogger:
         self.close()
 
     def close(self) -> None:
-        """Close the bar, the files and what is attached."""
+        """Close the bar, the files and the attached trackers."""
         if self._trackers is not None:
             self._trackers.close()
         self._bar.close()
@@ -113,7 +116,7 @@ class MetricsLogger:
         self._evaluations.close()
 
     def log_step(self, metrics: StepMetrics, frames_per_second: float) -> None:
-        """A training step goes to ``metrics.jsonl``, the bar and, for some steps, standard output."""
+        """Log a training step to ``metrics.jsonl``, the bar and, at some steps, standard output."""
         record = metrics.record()
         self._append(self._metrics, record)
         if self._trackers is not None:
@@ -131,7 +134,7 @@ class MetricsLogger:
             )
 
     def log_evaluation(self, step: int, record: dict[str, Any]) -> None:
-        """An evaluation with its samples goes to ``evaluations.jsonl``; its audio gain stays on the bar."""
+        """Log an evaluation with its samples to ``evaluations.jsonl``, and show its audio gain on the bar."""
         self._append(self._evaluations, {"step": step, **record})
         if self._trackers is not None:
             self._trackers.log("held_out", record, step)
@@ -142,7 +145,7 @@ class MetricsLogger:
         )
 
     def log(self, line: str) -> None:
-        """A line on standard output that does not tear the bar."""
+        """Print a line to standard output without breaking the bar."""
         if not self._quiet:
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
@@ -153,7 +156,7 @@ class MetricsLogger:
 
 
 class NullLogger(MetricsLogger):
-    """The logger of the ranks that do not write."""
+    """The logger of ranks other than 0: writes nothing."""
 
     def __init__(self) -> None:
         pass
@@ -172,18 +175,18 @@ class NullLogger(MetricsLogger):
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """``value`` for people; a dash where there is none."""
+    """Format ``value`` with ``digits`` decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def format_losses(auxiliary_losses: Mapping[str, float]) -> str:
-    """What follows a loss in a line for people: the auxiliary losses, if any."""
+    """Format the auxiliary losses as a suffix to the loss; "" if there are none."""
     listed = ", ".join(f"{name} {value:.3g}" for name, value in auxiliary_losses.items())
     return f" ({listed})" if listed else ""
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of ``path``; none when it is absent. A last line that a crash cut short is left out."""
+    """Read the JSON lines of ``path``; [] if it does not exist. A line truncated by a crash is skipped."""
     if not path.is_file():
         return []
     lines = []

@@ -1,9 +1,10 @@
-"""Where else the figures of a run go, beside ``metrics.jsonl``: Weights & Biases, TensorBoard.
+"""Experiment trackers: send metrics to Weights & Biases and TensorBoard in addition to ``metrics.jsonl``.
 
-In: ``trackers: [wandb, tensorboard]`` and the figures of steps and evaluations. Out: a wandb run whose id is kept in
-``wandb-id`` of the run's folder, so that a resumed run goes on in it; event files in ``tensorboard/`` of the folder.
-Both libraries are imported where they are asked for. wandb works offline under ``WANDB_MODE=offline`` (``wandb sync
-RUN/wandb/offline-run-…`` later). The first failure of one that had started is told, and ends that one alone.
+``trackers: [wandb, tensorboard]`` enables them. The id of the wandb run is stored in ``wandb-id`` in the run folder, so
+that a resumed run continues the same wandb run; TensorBoard event files are written to ``tensorboard/`` in the run
+folder. Each library is imported only if enabled. wandb works offline with ``WANDB_MODE=offline`` (upload later with
+``wandb sync RUN/wandb/offline-run-…``). A tracker that fails during training is reported once and disabled; the run and
+the other trackers continue.
 
     python -m train fit --config configs/train/demo.yaml 'trackers=[tensorboard]'
     tensorboard --logdir runs
@@ -26,12 +27,12 @@ from shards.errors import UserError, missing_package
 from shards.files import atomic_write, translate_os_errors
 from train.config.train import TrainConfig
 
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # what each imports, and how pip calls it
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # tracker -> module to import
 WANDB_ID = "wandb-id"
 
 
 class Tracker(Protocol):
-    """One place that figures go to; any method may raise anything."""
+    """A destination for metrics; any method may raise any exception."""
 
     name: str
 
@@ -41,50 +42,50 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All of a run's; what fails is told once and left out from then on."""
+    """The trackers of a run; one that fails is reported once and dropped."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
 
     def log(self, group: str, metrics: Mapping[str, Any], step: int) -> None:
-        """The numbers among ``figures`` as ``group/name``."""
+        """Log the numeric values of ``metrics`` under ``group/name``."""
         numbers = {
             f"{group}/{name}": float(value)
             for name, value in flatten(dict(metrics)).items()
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
         }
-        self._each(lambda outlet: outlet.log(numbers, step))
+        self._each(lambda tracker: tracker.log(numbers, step))
 
     def close(self) -> None:
-        """End all of them."""
-        self._each(lambda outlet: outlet.close())
+        """Close all trackers."""
+        self._each(lambda tracker: tracker.close())
 
-    def _each(self, work: Callable[[Tracker], None]) -> None:
+    def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                work(tracker)
-            except Exception as error:  # a foreign library, a network: neither may end a training
+                action(tracker)
+            except Exception as error:  # neither a third-party library nor the network may end a run
                 self._trackers.remove(tracker)
                 reason = " ".join(str(error).split())[:200]
                 tqdm.write(
-                    f"note: {tracker.name} failed ({type(error).__name__}: {reason}) and gets no more figures of this "
-                    "session; metrics.jsonl has them all",
+                    f"note: {tracker.name} failed ({type(error).__name__}: {reason}) and is disabled for this session; "
+                    "metrics.jsonl has all metrics",
                     file=sys.stderr,
                 )
 
 
 def require_trackers(config: TrainConfig) -> None:
-    """UserError when a library that ``config.trackers`` needs is not installed."""
+    """Raise UserError if a library that ``config.trackers`` needs is not installed."""
     for name in config.trackers:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise missing_package(f"trackers=[{name}]", name, "trackers")
 
 
 def open_trackers(config: TrainConfig, run: Path, step: int) -> Trackers:
-    """Those of ``config.trackers`` for the run at ``run``, which stands at ``step``.
+    """Open the trackers of ``config.trackers`` for the run at ``run``, which is at ``step``.
 
     Raises:
-        UserError: one is not installed or does not start.
+        UserError: a tracker is not installed or fails to start.
     """
     require_trackers(config)
     makers: dict[str, Callable[[], Tracker]] = {
@@ -97,43 +98,43 @@ def open_trackers(config: TrainConfig, run: Path, step: int) -> Trackers:
             trackers.append(makers[name]())
         except UserError:
             raise
-        except Exception as error:  # whatever a foreign library raises at its start
+        except Exception as error:  # a third-party library may raise anything
             reason = " ".join(str(error).split())[:200]
-            fix = "log in by `wandb login`, set WANDB_MODE=offline, or" if name == "wandb" else "mend it, or"
+            fix = "log in with `wandb login`, set WANDB_MODE=offline, or" if name == "wandb" else "fix the cause, or"
             raise UserError(
-                f"{name} does not start ({type(error).__name__}: {reason}): {fix} go on by python -m train fit "
-                f"--resume {run} 'trackers=[]'"
+                f"{name} failed to start ({type(error).__name__}: {reason}): {fix} resume without trackers: "
+                f"python -m train fit --resume {run} 'trackers=[]'"
             ) from None
     return Trackers(trackers)
 
 
 class Wandb:
-    """A run of wandb; it goes on in the one that ``wandb-id`` names."""
+    """A wandb run; continues the run whose id is stored in ``wandb-id``."""
 
     name = "wandb"
 
     def __init__(self, config: TrainConfig, run: Path) -> None:
         import wandb
 
-        kept = run / WANDB_ID
-        if not kept.is_file():
-            with translate_os_errors("keeping the id of the wandb run", kept):
-                atomic_write(kept, secrets.token_hex(4).encode(), str(os.getpid()))
+        id_file = run / WANDB_ID
+        if not id_file.is_file():
+            with translate_os_errors("storing the id of the wandb run", id_file):
+                atomic_write(id_file, secrets.token_hex(4).encode(), str(os.getpid()))
         settings: Any = wandb.Settings(console="off", silent=True)
         self._run: Any = wandb.init(
             project=wandb_project(config),
             name=run.name,
-            id=kept.read_text().strip(),
+            id=id_file.read_text().strip(),
             resume="allow",
             dir=str(run),
             config=flatten(config.model_dump(mode="json")),
-            reinit="create_new",  # experiments of a sweep are side by side
+            reinit="create_new",  # a sweep has several wandb runs in one process
             settings=settings,
         )
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        # The step is a figure, not wandb's own counter: that refuses the steps which a resumed run makes again.
+        # The step is a metric: wandb's own step counter rejects the steps that a resumed run repeats.
         self._run.log({**metrics, "step": step})
 
     def close(self) -> None:
@@ -141,7 +142,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files; steps past a resumed run's checkpoint are marked as void."""
+    """TensorBoard event files; the events past the checkpoint of a resumed run are purged."""
 
     name = "tensorboard"
 
@@ -160,7 +161,7 @@ class TensorBoard:
 
 
 def wandb_project(config: TrainConfig) -> str:
-    """``wandb_project``, or for a nanochat model ``nanochat-omni-audio``, or ``earshard``."""
+    """Return ``wandb_project`` if set, else ``nanochat-omni-audio`` for a nanochat model, else ``earshard``."""
     if config.wandb_project is not None:
         return config.wandb_project
     return "nanochat-omni-audio" if config.lm.model.startswith("nanochat:") else "earshard"

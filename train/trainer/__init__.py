@@ -1,1 +1,1 @@
-"""The training loop: a step, its losses, its state."""
+"""The training loop: steps, losses, early stopping and checkpointed state."""

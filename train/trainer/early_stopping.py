@@ -1,7 +1,4 @@
-"""Early stopping: when the held-out loss has not fallen for a while, a run ends with the best weights so far.
-
-In: the held-out loss of each evaluation during training. Out: whether to stop, and the best weights.
-"""
+"""Early stopping: ends a run when the held-out loss stops improving, and keeps the best weights."""
 
 from __future__ import annotations
 
@@ -14,11 +11,16 @@ BEST_PREFIX = "best."
 
 
 class EarlyStopping:
-    """Counts the evaluations since the best one; with ``patience`` None it keeps nothing and never stops a run.
+    """Tracks the best evaluation and counts the evaluations since.
+
+    Args:
+        patience: number of evaluations without improvement after which to stop; None disables early stopping, and no
+            weights are kept.
 
     Attributes:
-        loss, step: of the best evaluation; None before the first.
-        stale: evaluations since then.
+        best_loss, best_step: held-out loss and step of the best evaluation; None before the first.
+        best_weights: copies of the parameters at ``best_step``, by name.
+        evaluations_since_best: number of evaluations since ``best_step``.
     """
 
     def __init__(self, patience: int | None) -> None:
@@ -30,11 +32,11 @@ class EarlyStopping:
 
     @property
     def should_stop(self) -> bool:
-        """Whether to stop training."""
+        """Whether ``patience`` is exhausted."""
         return self.patience is not None and self.evaluations_since_best >= self.patience
 
     def update(self, loss: float, step: int, named_parameters: Mapping[str, nn.Parameter]) -> None:
-        """Add an evaluation that was made with the weights ``named``."""
+        """Record the held-out loss of ``named_parameters`` at ``step``."""
         if self.patience is None:
             return
         if self.best_loss is None or loss < self.best_loss:
@@ -44,17 +46,17 @@ class EarlyStopping:
             self.evaluations_since_best += 1
 
     def state(self) -> dict[str, Any]:
-        """The part of a checkpoint that is JSON."""
+        """Return the JSON part of the checkpoint."""
         return {"loss": self.best_loss, "step": self.best_step, "stale": self.evaluations_since_best}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The part of a checkpoint that is tensors."""
+        """Return the tensors of the checkpoint."""
         return {f"{BEST_PREFIX}{name}": tensor for name, tensor in self.best_weights.items()}
 
     def load(
         self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], named_parameters: Mapping[str, nn.Parameter]
     ) -> None:
-        """Restore what :meth:`state` and :meth:`tensors` returned."""
+        """Restore the values returned by :meth:`state` and :meth:`tensors`."""
         self.best_loss, self.best_step, self.evaluations_since_best = state["loss"], state["step"], state["stale"]
         if self.best_loss is not None:
             self.best_weights = {

@@ -1,17 +1,17 @@
 """The loss of a training step: cross-entropy, with optional distillation and contrastive terms.
 
-In: a batch's rows and their negative log-likelihood. Out: a ``BatchLoss``, and the scalar that is differentiated:
+The loss of a step is
 
-    ((1 - d) · nll + d · divergence) / target tokens + c · contrast / utterances
+    ((1 - d) · nll + d · divergence) / target tokens + c · contrastive / utterances
 
-with d = ``distill.weight`` (1: the divergence alone, as Ultravox) and c = ``contrastive.weight``, sums over all batches
-and ranks of the step. ``metrics.jsonl`` holds ``loss`` (always the cross-entropy), ``distill`` (nats a target token)
-and ``contrastive`` (nats an utterance).
+with d = ``distill.weight`` (1 uses the divergence alone, as Ultravox does) and c = ``contrastive.weight``. Every sum is
+over all batches and ranks of the step. ``metrics.jsonl`` holds ``loss`` (always the cross-entropy), ``distill`` (nats
+per target token) and ``contrastive`` (nats per utterance).
 
-The contrastive term is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) from audio to text: the mean of an
-utterance's soft tokens, as they stand in the LM's input, must be nearer by cosine to the mean of its own text's
-embeddings than to those of the other texts of the global batch. The negatives are texts, not soft tokens, so each rank
-needs only the others' texts, and the term is the same under any number of ranks. Equal texts count once.
+The contrastive term is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) from audio to text. The query is the mean
+of an utterance's soft tokens as the LM receives them, the keys are the mean token embeddings of the texts of the global
+batch, and the similarity is the cosine. Because the negatives are texts rather than soft tokens, ranks exchange only
+texts, and the loss does not depend on the number of ranks. Duplicate texts count once.
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ DISTILL, CONTRASTIVE = "distill", "contrastive"
 
 
 class Objectives:
-    """The terms that a run's settings ask for."""
+    """The loss terms enabled by the settings of a run."""
 
     def __init__(self, distill: DistillConfig | None = None, contrastive: ContrastiveConfig | None = None) -> None:
         self.distill, self.contrastive = distill or DistillConfig(), contrastive or ContrastiveConfig()
 
     @property
     def names(self) -> list[str]:
-        """Of the terms beside the cross-entropy."""
+        """Names of the enabled terms other than the cross-entropy."""
         weights = {DISTILL: self.distill.weight, CONTRASTIVE: self.contrastive.weight}
         return [name for name, weight in weights.items() if weight]
 
     def batch_loss(
         self, model: AudioLM, request: LmRequest, nll: Tensor | None, texts: Sequence[str], negatives: Sequence[str]
     ) -> BatchLoss:
-        """All terms of a batch.
+        """Compute all terms of a batch.
 
         Args:
-            nll: [B] of ``request``; None with distillation, which computes it in the pass that it needs anyway.
-            texts: [B], those of the batch.
+            nll: [B], the negative log-likelihood of each row of ``request`` in nats; None with distillation, which
+                computes it in its own forward pass.
+            texts: [B], the texts of the batch.
             negatives: the texts of the global batch.
         """
         auxiliary: dict[str, Tensor] = {}
@@ -65,7 +66,7 @@ class Objectives:
         return batch_loss(request, nll, auxiliary)
 
     def step_loss(self, out: BatchLoss, tokens: float, utterances: float) -> Tensor:
-        """The part of a batch in the loss of a step of ``tokens`` target tokens and ``utterances``."""
+        """Return the contribution of a batch to the loss of a step with ``tokens`` target tokens and ``utterances``."""
         d, c = self.distill.weight, self.contrastive.weight
         loss = out.nll.sum() / tokens
         if d:
@@ -75,7 +76,7 @@ class Objectives:
         return loss
 
     def means(self, sums: Sequence[float], tokens: float, utterances: float) -> dict[str, float]:
-        """``sums`` over the step in the order of ``names``, as means for ``metrics.jsonl``."""
+        """Turn ``sums`` over the step, in the order of ``names``, into the means logged in ``metrics.jsonl``."""
         per = {DISTILL: tokens, CONTRASTIVE: utterances}
         return {name: total / per[name] for name, total in zip(self.names, sums, strict=True)}
 
@@ -88,17 +89,27 @@ def contrastive_loss(
     negatives: Sequence[str],
     temperature: float,
 ) -> Tensor:
-    """InfoNCE of each utterance [B] in nats, its own text among ``negatives``; gradient to the soft tokens alone."""
-    others = list(dict.fromkeys([*negatives, *texts]))
+    """InfoNCE of each utterance [B] in nats, with ``negatives`` as the other keys.
+
+    Only the soft tokens receive a gradient.
+
+    Args:
+        soft: [B, S, D] soft tokens.
+        soft_mask: [B, S] bool, True at valid soft tokens.
+        texts: [B], the text of each utterance.
+        negatives: further texts; those equal to one of ``texts`` count once.
+        temperature: divisor of the cosine similarities.
+    """
+    candidates = list(dict.fromkeys([*negatives, *texts]))
     with torch.no_grad():
-        pooled_VD = F.normalize(torch.stack([_mean_text_embedding(model, text) for text in others]), dim=-1)
+        pooled_VD = F.normalize(torch.stack([_mean_text_embedding(model, text) for text in candidates]), dim=-1)
     embedded = model.lm.to_input_embeddings(soft).float().masked_fill(~soft_mask[..., None], 0)
     pooled_BD = F.normalize(embedded.sum(1) / soft_mask.sum(1, keepdim=True), dim=-1)
-    own = torch.tensor([others.index(text) for text in texts], device=soft.device)
-    return F.cross_entropy(pooled_BD @ pooled_VD.T / temperature, own, reduction="none")
+    targets = torch.tensor([candidates.index(text) for text in texts], device=soft.device)
+    return F.cross_entropy(pooled_BD @ pooled_VD.T / temperature, targets, reduction="none")
 
 
 def _mean_text_embedding(model: AudioLM, text: str) -> Tensor:
-    """Mean of the embeddings of a text's tokens [D] float32; of its end where it is empty."""
+    """Mean embedding [D] float32 of a text's tokens without the end token; of the end token for an empty text."""
     ids = model.prompt.target_ids(text)
     return model.lm.embed(torch.tensor(ids[:-1] or ids, device=model.lm.device)).float().mean(0)

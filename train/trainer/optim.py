@@ -1,8 +1,8 @@
-"""Around the optimizer: the learning rate of each step, and averages of the weights.
+"""Learning-rate schedule and exponential moving average (EMA) of the trained weights.
 
-The rate is a pure function of the settings and the step's number. The exponential moving average of the trained weights
-is smoother than the last step's weights; it is evaluated and kept instead of them. Source: Polyak & Juditsky 1992; the
-decay of the first steps grows as (1 + t) / (10 + t), so that the initial values are soon forgotten.
+The learning rate is a pure function of the settings and the step number. With ``ema_decay`` set, a run evaluates and
+keeps the averages instead of the weights of the last step. Source: Polyak & Juditsky 1992. The decay of the first steps
+is limited to (1 + t) / (10 + t), so that the averages soon forget the initial values.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ EMA_PREFIX = "ema."
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step ``step`` (0 is the first): linear warm-up, then a fall to ``min_lr`` or constant.
+    """Learning rate of ``step`` (0 is the first): linear warm-up, then decay to ``min_lr`` or a constant rate.
 
-    ``cosine`` is half a cosine (Loshchilov & Hutter 2017, without restarts), ``linear`` a straight line.
+    ``cosine`` follows half a cosine (Loshchilov & Hutter 2017, without restarts), ``linear`` a straight line.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -35,7 +35,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Ema:
-    """Averages of ``named``, in their dtype and on their device; with ``decay`` 0 there are none."""
+    """Averages of ``named_parameters``, in their dtype and on their device; ``decay`` 0 disables them."""
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.named_parameters, self.decay = named_parameters, decay
@@ -43,25 +43,25 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the weights after ``step`` steps."""
+        """Update the averages with the weights after ``step`` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.averages.items():
             average.lerp_(self.named_parameters[name], 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The part of a checkpoint."""
+        """Return the tensors of the checkpoint."""
         return {f"{EMA_PREFIX}{name}": average for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what :meth:`tensors` returned."""
+        """Restore the tensors returned by :meth:`tensors`."""
         for name, average in self.averages.items():
             average.copy_(tensors[f"{EMA_PREFIX}{name}"])
 
 
 @contextmanager
 def swapped_parameters(named_parameters: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Inside the block, the parameters of the names of ``tensors`` have those values."""
+    """Context manager in which the parameters named in ``tensors`` hold the values of ``tensors``."""
 
     def swap() -> None:
         for name in tensors:

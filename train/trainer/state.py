@@ -1,7 +1,6 @@
-"""The state of a run at a step, saved and restored: model, optimizer, position in the data, counters.
+"""The state of a run at a step: model, optimizer, position in the data, counters.
 
-In: a config, opened caches, a built model. Out: checkpoints that rank 0 writes and every rank resumes from, under any
-number of processes.
+Rank 0 writes the checkpoints and reads them for all ranks. A run may resume with a different number of processes.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ from train.trainer.optim import Ema, swapped_parameters
 
 @dataclass
 class Counters:
-    """Sums over the steps of a run and all its sessions: frames and utterances of all ranks, times of rank 0."""
+    """Totals over all steps and sessions of a run: frames and utterances of all ranks, times of rank 0."""
 
     seconds: float = 0.0  # wall time of training and evaluation
-    step_seconds: float = 0.0  # of which in training steps
-    wait_seconds: float = 0.0  # of which waiting for data, on the rank that waited longest
-    frames: int = 0  # valid frames seen
-    padded_frames: int = 0  # frames of the batches, padding included
+    step_seconds: float = 0.0  # the part spent in training steps
+    wait_seconds: float = 0.0  # the part spent waiting for data, on the slowest rank
+    frames: int = 0  # valid frames, without padding
+    padded_frames: int = 0  # frames including padding
     utterances: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
-    evaluated: int = 0  # step of the last evaluation
+    evaluated: int = 0  # the step of the last evaluation
 
     def add(self, step: StepMetrics) -> None:
-        """Count one step."""
+        """Add the metrics of one step."""
         self.seconds, self.step_seconds = self.seconds + step.seconds, self.step_seconds + step.seconds
         self.wait_seconds += step.data_wait
         self.frames, self.padded_frames = self.frames + step.frames, self.padded_frames + step.padded_frames
@@ -52,11 +51,11 @@ class Counters:
 
     @property
     def frames_per_second(self) -> float:
-        """Valid frames a second of training."""
+        """Valid frames per second of training."""
         return self.frames / max(self.step_seconds, 1e-9)
 
     def summary(self) -> dict[str, Any]:
-        """Totals, fractions and rates by the names of ``summary.json``."""
+        """Return totals, fractions and rates under their keys in ``summary.json``."""
         return {
             "seconds": round(self.seconds, 3),
             "data_wait_fraction": self.wait_seconds / max(self.step_seconds, 1e-9),
@@ -72,10 +71,10 @@ class RunState:
     """A run between two steps.
 
     Attributes:
-        step: steps done.
-        named, parameters: what is trained.
-        stream: this rank's batches; ``iter`` it once.
-        position: the stream's state after the last whole step.
+        step: number of completed steps.
+        named_parameters, parameters: the trained parameters.
+        stream: the batches of this rank; call ``iter`` on it only once.
+        stream_state: state of the stream after the last completed step.
     """
 
     def __init__(
@@ -88,13 +87,13 @@ class RunState:
         group: ProcessGroup,
         stream: Stream | None = None,
     ) -> None:
-        """``stream``: that of another run of equal data, batches and order, which both are fed from."""
+        """``stream``: the stream of another run with the same data, batches and order, to be shared with it."""
         self.data, self.model, self.dtype, self.run, self.group = data, model, dtype, run, group
         self.step = 0
         self.counters = Counters()
         self.named_parameters = trained_parameters(model)
         self.parameters = list(self.named_parameters.values())
-        groups = [  # norms' gains and biases are not decayed
+        groups = [  # no weight decay on biases and norm gains
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
@@ -105,27 +104,27 @@ class RunState:
         self.stream_state = self.stream.state_dict()
 
     def batches(self) -> Generator[Batch, None, None]:
-        """This rank's batches from where the run stands; close it to end the threads that read ahead."""
+        """Yield the batches of this rank from the current position; close it to stop the prefetch threads."""
         yield from self.stream
 
     def count_step(self, metrics: StepMetrics) -> None:
-        """Count a step."""
+        """Advance by one step."""
         self.step += 1
         self.ema.update(self.step)
         self.counters.add(metrics)
-        # Kept for `save`: a step that breaks off has taken batches from the stream already.
+        # Kept for `save`: a step that fails midway has already taken batches from the stream.
         self.stream_state = self.stream.state_dict()
 
     def current_weights(self) -> AbstractContextManager[None]:
-        """Inside it, the model has the weights that are evaluated during training: the averages, or the last."""
+        """Context manager in which the model has the weights evaluated during training: the EMA or the last."""
         return swapped_parameters(self.named_parameters, self.ema.averages)
 
     def final_weights(self) -> AbstractContextManager[None]:
-        """Inside it, the model has the weights that a finished run keeps: the best, the averages, or the last."""
+        """Context manager in which the model has the weights a finished run keeps: the best, the EMA or the last."""
         return swapped_parameters(self.named_parameters, self.early_stopping.best_weights or self.ema.averages)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on: the features and the language model."""
+        """Return what must not change when a run resumes: the features, the language model and the dtype."""
         return {
             **self.data.identity(),
             "language model": self.model.lm.identity,
@@ -133,7 +132,7 @@ class RunState:
         }
 
     def save(self) -> None:
-        """Rank 0 writes the checkpoint of the last whole step."""
+        """Write the checkpoint of the last completed step (rank 0 only)."""
         if self.group.is_main_process:
             state = {
                 "stream": self.stream_state,
@@ -145,34 +144,34 @@ class RunState:
             save_checkpoint(self.run / "checkpoints", self.step, self.model, self.optimizer, state, extra_tensors)
 
     def broadcast_initial_weights(self) -> None:
-        """Take rank 0's start values: another kind of CPU may draw others in the last bit."""
+        """Copy the initial weights of rank 0 to all ranks: different CPUs may round initial values differently."""
         for name, tensor in self.group.broadcast_tensors(self.named_parameters).items():
             self.named_parameters[name].data.copy_(tensor)
         self.ema = Ema(self.named_parameters, self.ema.decay)
 
     def restore(self) -> None:
-        """Go back to the newest checkpoint of the run folder, which rank 0 reads for all.
+        """Restore the newest checkpoint of the run folder, which rank 0 reads for all ranks.
 
         Raises:
-            UserError: there is none, or it belongs to other features, weights or settings of the stream.
+            UserError: there is no checkpoint, or it was made with different features, weights or stream settings.
         """
         group = self.group
         tensors: Any = {}
-        state, where = None, ""
+        state, checkpoint = None, ""
         with group.raise_on_all_ranks():
             if group.is_main_process:
                 path, tensors, state = load_checkpoint(self.run / "checkpoints")
-                where = str(path)
-        state, where = group.broadcast([state, where])
+                checkpoint = str(path)
+        state, checkpoint = group.broadcast([state, checkpoint])
         tensors = group.broadcast_tensors(tensors)
         with group.raise_on_all_ranks():
             for name, value in self.identity().items():
                 if state["identity"].get(name) != value:
                     raise UserError(
-                        f"'{self.run}' was trained with another {name} ({state['identity'].get(name)}, now {value}): "
-                        "give back what it was trained on, or train a new run"
+                        f"'{self.run}' was trained with a different {name} (expected {state['identity'].get(name)}, "
+                        f"got {value}): restore what it was trained on, or train a new run"
                     )
-            restore(self.model, self.optimizer, tensors, where)
+            restore(self.model, self.optimizer, tensors, checkpoint)
             self.ema.load(tensors)
             self.early_stopping.load(state["patience"], tensors, self.named_parameters)
             self.stream.load_state_dict(state["stream"])

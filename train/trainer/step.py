@@ -1,15 +1,17 @@
-"""One optimizer step: this rank's batches in, the same new weights on every rank out.
+"""One optimizer step over the batches of all ranks, after which every rank has the same weights.
 
 ```
 batches -> soft tokens -> frozen LM -> nll of the target tokens -> gradient of
-(nll of the step, over batches and ranks / target tokens of the step) -> sum over ranks -> clip -> AdamW
+(nll of all batches and ranks / target tokens of the step) -> sum over ranks -> clip -> AdamW
 ```
 
-Every target token of a step has the same weight, whichever batch and rank it is in; this is not the mean of the ranks'
-means. Losses of the projector itself (a router's) and the auxiliary objectives of a run (``train/trainer/losses.py``)
-are added to what is differentiated, not to the loss that is logged; each is logged under its own name.
+Every target token of a step has the same weight, in whichever batch and on whichever rank; the loss is not the mean of
+the ranks' means. Projector losses (such as those of a router) and the auxiliary objectives of a run
+(``train/trainer/losses.py``) contribute to the gradient but not to the logged ``loss``; each is logged under its own
+name.
 
-A step has three parts, so that several experiments can share the passes of one language model (``train/sweeps/``):
+A step has three parts, so that several experiments can share the forward passes of one language model
+(``train/sweeps/``):
 
 ```
 experiment A: forward ─┐                                    ┌─> backward -> update
@@ -39,17 +41,17 @@ from train.trainer.losses import CONTRASTIVE, DISTILL, Objectives
 
 
 def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
-    """The next ``count`` batches, and the seconds that it took to get them."""
+    """Return the next ``count`` batches and the seconds spent waiting for them."""
     began = time.perf_counter()
     return [next(batches) for _ in range(count)], time.perf_counter() - began
 
 
 class TrainStep:
-    """One step of one experiment: for each batch :meth:`forward` and :meth:`backward`, at the end :meth:`update`.
+    """One step of one experiment: call :meth:`forward` and :meth:`backward` for each batch, then :meth:`update`.
 
     Attributes:
-        batches: this rank's part of each global batch, augmented. A part may be empty and takes part all the same.
-        tokens: target tokens of the step, over all ranks.
+        batches: this rank's part of each global batch, augmented. A part may be empty; its rank still participates.
+        tokens: number of target tokens of the step, over all ranks.
     """
 
     def __init__(
@@ -65,49 +67,49 @@ class TrainStep:
         group: ProcessGroup,
         data_wait: float = 0.0,
     ) -> None:
-        """``step``: steps done before this one. ``data_wait``: seconds spent to get ``batches``."""
+        """``step``: number of completed steps. ``data_wait``: seconds spent waiting for ``batches``."""
         self._began = time.perf_counter() - data_wait
         self.config, self.model, self.optimizer, self.parameters = config, model, optimizer, parameters
         self.step, self.lr, self.group = step, lr, group
         batches = [with_text_rules(batch, config.text) for batch in batches]
         self.batches = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in batches]
         self.objectives = Objectives(config.distill, config.contrastive)
-        mine = [
+        counts = [
             sum(len(model.prompt.target_ids(text)) for batch in batches for text in batch.texts),
             sum(int(batch.lengths.sum()) for batch in batches),
             sum(len(batch.lengths) * batch.features.shape[1] for batch in batches),
             sum(len(batch.texts) for batch in batches),
         ]
         waits = [data_wait if rank == group.rank else 0.0 for rank in range(group.world_size)]
-        totals = group.all_reduce_sum([*mine, *waits])
+        totals = group.all_reduce_sum([*counts, *waits])
         self.tokens, self._frames, self._padded_frames, self._utterances = map(int, totals[:4])
-        self._data_wait = max(totals[4:])  # of the rank that waited longest
+        self._data_wait = max(totals[4:])  # of the slowest rank
         contrastive = CONTRASTIVE in self.objectives.names
         self._negatives = _gather_texts(batches, group) if contrastive else [batch.texts for batch in batches]
         self._request: LmRequest | None = None
         self._nll = 0.0
-        self._soft = [0] * len(batches)  # soft tokens of each batch
-        self._squares = [0.0] * len(batches)  # their mean square, times their number
+        self._soft = [0] * len(batches)  # number of soft tokens of each batch
+        self._squares = [0.0] * len(batches)  # their mean square, multiplied by their number
         self._auxiliary = dict.fromkeys(self.objectives.names, 0.0)
         self._projector_losses: dict[str, float] = {}
         self._projector_metrics: dict[str, float] = {}
-        for each in optimizer.param_groups:
-            each["lr"] = lr
+        for group_options in optimizer.param_groups:
+            group_options["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
 
     def forward(self, index: int) -> LmRequest | None:
-        """Soft tokens of batch ``index``, as rows whose nll :meth:`backward` needs; None where it needs none."""
+        """Compute the soft tokens of batch ``index``; return the rows whose nll :meth:`backward` needs, or None."""
         if index == 0:
             _seed(self.config.seed, self.step, self.group.rank)
         batch = self.batches[index]
         self._request = None
-        if not batch.texts:  # a global batch of fewer utterances than ranks
+        if not batch.texts:  # the global batch has fewer utterances than ranks
             return None
         self._request = self.model.request(batch.features, batch.mask(), batch.texts)
         return None if DISTILL in self.objectives.names else self._request
 
     def backward(self, index: int, nll: Tensor | None) -> None:
-        """Add the gradient of batch ``index``; ``nll`` [B] of what :meth:`forward` returned."""
+        """Add the gradient of batch ``index``; ``nll`` [B] in nats belongs to the rows returned by :meth:`forward`."""
         batch, request = self.batches[index], self._request
         if request is None:
             return
@@ -123,7 +125,7 @@ class TrainStep:
         self._request = None
 
     def update(self) -> StepMetrics:
-        """Sum the gradient over the ranks and update the parameters; not where loss or gradient is not finite."""
+        """Sum the gradient over the ranks and update the parameters, unless the loss or the gradient is not finite."""
         group, count = self.group, len(self.batches)
         group.all_reduce_gradients(self.parameters)
         nll, *sums = group.all_reduce_sum([self._nll, *self._soft, *self._squares, *self._auxiliary.values()])
@@ -154,23 +156,23 @@ class TrainStep:
         )
 
     def _add_projector_losses(self, loss: Tensor, share: float) -> Tensor:
-        """``loss`` and what the projector adds to that of its last batch, which has ``share`` of the step's tokens."""
-        for name, own in self.model.projector.take_losses().items():
-            loss = loss + own * share
-            self._projector_losses[name] = self._projector_losses.get(name, 0.0) + float(own.detach()) * share
-        for name, value in self.model.projector.take_metrics().items():
-            self._projector_metrics[name] = self._projector_metrics.get(name, 0.0) + float(value) * share
+        """Add the projector's own losses for its last batch, which holds ``share`` of the step's target tokens."""
+        for name, value in self.model.projector.take_losses().items():
+            loss = loss + value * share
+            self._projector_losses[name] = self._projector_losses.get(name, 0.0) + float(value.detach()) * share
+        for name, metric in self.model.projector.take_metrics().items():
+            self._projector_metrics[name] = self._projector_metrics.get(name, 0.0) + float(metric) * share
         return loss
 
 
 def optimizer_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> list[StepMetrics]:
-    """The step of each experiment, all with equally many batches; ``passes`` computes the nll of all their rows."""
+    """Run one step of each experiment, all with the same number of batches; ``passes`` computes the nll of all rows."""
     alone = len(steps) == 1
     random_states: list[list[Tensor]] = [[] for _ in steps]
     for index in range(len(steps[0].batches)):
         requests = []
         for step, state in zip(steps, random_states, strict=True):
-            if state:  # an experiment draws the random numbers that it would draw alone
+            if state:  # each experiment draws the random numbers it would draw in a run of its own
                 _set_random_state(state)
             requests.append(step.forward(index))
             state[:] = [] if alone else _random_state()
@@ -181,22 +183,22 @@ def optimizer_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> list[S
 
 
 def sum_by_name(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Sums over the ranks; one whose part of the batch was empty has no names."""
+    """Sum over the ranks by name; a rank whose part of the batch was empty has no entries."""
     names = dict.fromkeys(name for share in per_rank for name in share)
     return {name: sum(share.get(name, 0.0) for share in per_rank) for name in names}
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
-    """Make what torch draws in a step (dropout) a function of the run's seed, the step and the rank alone.
+    """Seed torch (dropout) with a function of the run's seed, the step and the rank.
 
-    A resumed run then draws what it would have drawn, without a generator's state in its checkpoint.
+    A resumed run thus draws the same random numbers without generator states in its checkpoint.
     """
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _random_state() -> list[Tensor]:
-    """The state of torch's generators: of the CPU, and of every GPU."""
+    """Return the states of torch's generators: CPU, then every GPU."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
@@ -207,6 +209,6 @@ def _set_random_state(state: Sequence[Tensor]) -> None:
 
 
 def _gather_texts(batches: Sequence[Batch], group: ProcessGroup) -> list[list[str]]:
-    """The texts of each global batch, on every rank in the same order."""
+    """Return the texts of each global batch, in the same order on every rank."""
     shares = group.all_gather([batch.texts for batch in batches])
     return [[text for share in shares for text in share[i]] for i in range(len(batches))]

@@ -1,8 +1,9 @@
-"""The training loop: batches in, a trained projector and its run folder out.
+"""The training loop: trains a projector and writes its run folder.
 
-Any number of processes train one run: each takes its part of every global batch (``train/trainer/step.py``), rank 0
-writes. The metrics of every step go to ``metrics.jsonl``. On SIGINT or SIGTERM the step is finished, a checkpoint
-saved, and :class:`Interrupted` raised; when a process dies, the others end within seconds and rank 0 saves.
+Any number of processes train one run. Each takes its part of every global batch (``train/trainer/step.py``); rank 0
+writes all files. The metrics of every step go to ``metrics.jsonl``. On SIGINT or SIGTERM the loop finishes the step,
+saves a checkpoint and raises :class:`Interrupted`. When a process dies, the others exit within seconds, and rank 0
+saves a checkpoint first.
 
     python -m train fit --config configs/train/demo.yaml
     torchrun --nproc-per-node 2 -m train fit --config configs/train/demo.yaml
@@ -42,23 +43,23 @@ from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
 from train.trainer.step import TrainStep, next_batches, optimizer_step
 
-# What may differ between the processes of a run: each machine has its own paths and devices.
+# Keys that may differ between the processes of a run: paths and devices are local to a machine.
 PER_PROCESS_KEYS = ("caches", "extract", "val.caches", "runs", "name", "device")
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and is saved; the message says how to resume."""
+    """A signal interrupted the run after it was saved; the message says how to resume."""
 
 
 def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | None = None) -> Path:
-    """Train as ``config`` says, or resume the run at ``resume``; returns the run folder.
+    """Train a run with the settings ``config``, or resume the run at ``resume``; return the run folder.
 
-    Every process of ``group`` calls this. Errors that all have are raised by rank 0; the others leave by SystemExit.
+    Every process of ``group`` calls this. Rank 0 raises the errors that all ranks share; the others raise SystemExit.
 
     Raises:
-        UserError: bad settings or data, or a resumed run whose settings or caches changed.
-        WorkFailed: the loss became NaN or infinite, or fell by less than ``min_loss_drop``; another process ended.
-        Interrupted: SIGINT or SIGTERM came; the run is saved.
+        UserError: the settings or the data are invalid, or the settings or caches of a resumed run changed.
+        WorkFailed: the loss became NaN or infinite, or fell by less than ``min_loss_drop``, or another process exited.
+        Interrupted: the process received SIGINT or SIGTERM; the run is saved.
     """
     group = group or ProcessGroup()
     run = resume
@@ -88,15 +89,15 @@ def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | N
 
 
 class Trainer:
-    """One run between its steps. :meth:`train` drives it; a sweep (``train/sweeps/``) drives several side by side.
+    """Drives one run. :meth:`train` is the whole loop; a sweep (``train/sweeps/``) drives several runs in lockstep.
 
-    Inside ``with trainer:``, until it is :attr:`done`: :meth:`evaluate_if_due`, :meth:`train_step` with the next
-    batches, :meth:`save_if_due`. Then :meth:`final_evaluation`, and :meth:`finish` with its result. A sweep takes the
-    parts of a step, :meth:`begin_step` and :meth:`end_step`, and :func:`evaluate_together`.
+    Inside ``with trainer:``, repeat :meth:`evaluate_if_due`, :meth:`train_step` with the next batches and
+    :meth:`save_if_due` until :attr:`done`. Then pass the result of :meth:`final_evaluation` to :meth:`finish`. A sweep
+    calls the parts of a step, :meth:`begin_step` and :meth:`end_step`, and :func:`evaluate_together` instead.
 
     Args:
-        stop: the signal handler; with several runs, one for all of them.
-        quiet: write the files of the run and print nothing.
+        stop: the signal handler, shared by all runs of the process.
+        quiet: write the files of the run but print nothing.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class Trainer:
         self.metrics: StepMetrics | None = None  # of the last step
 
     def __enter__(self) -> Trainer:
-        """Open the run's files, drop their lines past the checkpoint, and save the initial values of a new run."""
-        self.model.eval()  # a frozen LM never drops out
+        """Open the log files, drop their lines past the checkpoint, and save the initial weights of a new run."""
+        self.model.eval()  # no dropout in a frozen LM
         self.model.projector.train()
         if self.config.lm.train:
             self.model.lm.train()
@@ -141,7 +142,7 @@ class Trainer:
     # the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run to the last step, evaluate, and write what a finished run leaves."""
+        """Train to the last step, evaluate, and write the results."""
         with self, self.stop:
             batches = self.state.batches()
             try:
@@ -158,35 +159,39 @@ class Trainer:
             except Stopped:
                 self.state.save()
                 self.group.abort(
-                    Interrupted(f"stopped at {self._progress_text()}, saved; go on with: {self._resume_command()}"), 130
+                    Interrupted(
+                        f"Interrupted at {self._progress_text()}; the run is saved. "
+                        f"Resume with: {self._resume_command()}"
+                    ),
+                    130,
                 )
             except RankLost as lost:
                 self.state.save()
-                where = (
-                    f"{self._progress_text()} is saved" if self.group.is_main_process else "the last checkpoint stands"
+                saved = (
+                    f"{self._progress_text()} is saved" if self.group.is_main_process else "the last checkpoint is kept"
                 )
                 raise RankLost(
-                    f"{lost}; {where}, go on with any number of processes by: {self._resume_command()}"
+                    f"{lost}; {saved}; resume with any number of processes: {self._resume_command()}"
                 ) from None
             finally:
-                batches.close()  # ends the threads that read ahead
+                batches.close()  # stops the prefetch threads
             self.finish(final)
 
     @property
     def done(self) -> bool:
-        """Whether there is no further step: all are done, or the run stops early."""
+        """Whether all steps are completed or early stopping ended the run."""
         return self.state.step >= self.config.steps or self.state.early_stopping.should_stop
 
     def train_step(self, batches: Sequence[Batch], data_wait: float) -> None:
-        """One step with ``batches``, which took ``data_wait`` seconds to get; they stay unchanged.
+        """Run one step on ``batches``, which took ``data_wait`` seconds to load; ``batches`` are not modified.
 
         Raises:
-            WorkFailed: loss or gradient is not finite; no weight was changed.
+            WorkFailed: the loss or the gradient is not finite; no weight was changed.
         """
         self.end_step(*optimizer_step([self.begin_step(batches, data_wait)], self.passes))
 
     def begin_step(self, batches: Sequence[Batch], data_wait: float) -> TrainStep:
-        """The next step, to be computed by :func:`~train.trainer.step.optimizer_step`."""
+        """Build the next step, to be run by :func:`~train.trainer.step.optimizer_step`."""
         step = TrainStep(
             self.config,
             self.model,
@@ -203,12 +208,12 @@ class Trainer:
         return step
 
     def end_step(self, metrics: StepMetrics) -> None:
-        """Count and log a step; errors as :meth:`train_step`."""
+        """Record and log a step; raises the errors of :meth:`train_step`."""
         if not metrics.finite:
             what = "gradient" if math.isfinite(metrics.loss) else "loss"
             failure = WorkFailed(
                 f"the {what} of step {metrics.step} is not finite: lower lr or set dtype=float32; the last "
-                f"checkpoint stands in '{self.run / 'checkpoints'}'"
+                f"checkpoint is in '{self.run / 'checkpoints'}'"
             )
             self.group.abort(failure, 1)
         self.metrics = metrics
@@ -216,7 +221,7 @@ class Trainer:
         self.logger.log_step(metrics, self.state.counters.frames_per_second)
 
     def save_if_due(self) -> None:
-        """A checkpoint every ``checkpoint_every`` steps; the caller saves that of the last step."""
+        """Save a checkpoint every ``checkpoint_every`` steps, except after the last step, which the caller saves."""
         if self._is_due(self.config.checkpoint_every) and self.state.step < self.config.steps:
             self.state.save()
 
@@ -224,11 +229,11 @@ class Trainer:
         batch, frames, channels = features.shape
         soft = self.model.projector.soft_frames(frames)
         trained = sum(parameter.numel() for parameter in self.state.parameters)
-        where = f"{self.state.dtype} on {self.device}"
+        placement = f"{self.state.dtype} on {self.device}"
         if self.group.world_size > 1:
-            where += f", the first of {self.group.world_size} processes"
+            placement += f", rank 0 of {self.group.world_size}"
         held_out = len(self.data.held_out)
-        self.logger.log(f"{len(self.data.train_rows):,} utterances to train on, {held_out:,} to be judged on")
+        self.logger.log(f"{len(self.data.train_rows):,} training utterances, {held_out:,} held-out utterances")
         if self.config.text.punctuation != "keep":
             texts = Utterances(self.data.caches, self.data.train_rows).columns("text")["text"]
             if emptied := emptied_texts(texts, self.config.text):
@@ -237,39 +242,39 @@ class Trainer:
                 )
         self.logger.log(
             f"first batch: features [{batch}, {frames}, {channels}] -> soft tokens [{batch}, {soft}, "
-            f"{self.model.lm.width}], {tokens} target tokens; {trained:,} trained parameters, {where}"
+            f"{self.model.lm.width}], {tokens} target tokens; {trained:,} trained parameters, {placement}"
         )
 
     # evaluation and the end ---------------------------------------------------------------------------------------
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether to evaluate now: every ``eval_every`` steps, once."""
+        """Whether an evaluation is due: once every ``eval_every`` steps."""
         return self._is_due(self.config.eval_every) and self.state.counters.evaluated < self.state.step
 
     @property
     def needs_last_evaluation(self) -> bool:
-        """Whether the last weights may be the best of a run that stops early, and are not evaluated yet."""
+        """Whether early stopping is on and the last weights, possibly the best, are not evaluated yet."""
         return self.config.patience is not None and self.state.counters.evaluated < self.state.step
 
     def eval_config(self, final: bool) -> EvalConfig:
-        """The settings of an evaluation of this run."""
+        """Return the evaluation settings of this run, during training or ``final``."""
         return EvalConfig.final(self.config) if final else EvalConfig.during_training(self.config)
 
     def evaluate_if_due(self) -> None:
-        """An evaluation on a part of the held-out utterances, where one is due.
+        """Evaluate on a part of the held-out utterances if an evaluation is due.
 
         Raises:
-            Stopped: a signal came.
+            Stopped: a signal arrived.
         """
         if self.evaluation_due:
             evaluate_together([self], self.passes)
 
     def final_evaluation(self) -> Evaluation | None:
-        """The evaluation of the weights that are kept, on all held-out utterances; None where the run wants none.
+        """Evaluate the final weights on all held-out utterances; return None if ``eval_every`` is 0.
 
         Raises:
-            Stopped: a signal came.
+            Stopped: a signal arrived.
         """
         if self.config.eval_every == 0:
             return None
@@ -278,7 +283,7 @@ class Trainer:
         return evaluate_together([self], self.passes, final=True)[0]
 
     def count_evaluation(self, result: Evaluation, seconds: float, final: bool) -> None:
-        """Count an evaluation that took ``seconds``; during training also log it, and update early stopping."""
+        """Record an evaluation that took ``seconds``; if not ``final``, also log it and update early stopping."""
         self.state.counters.seconds += seconds
         self.state.counters.evaluated = self.state.step
         if not final:
@@ -286,10 +291,10 @@ class Trainer:
             self.logger.log_evaluation(self.state.step, result.record())
 
     def finish(self, final: Evaluation | None) -> None:
-        """Write what a finished run leaves.
+        """Write the final evaluation, the weights, ``summary.json`` and the report.
 
         Raises:
-            WorkFailed: all is written, and the loss fell by less than ``min_loss_drop``.
+            WorkFailed: the loss fell by less than ``min_loss_drop``; all files are written nevertheless.
         """
         if self.group.is_main_process:
             if final is not None:
@@ -303,7 +308,9 @@ class Trainer:
             report.write_report(self.run)
         first, last, drop = self.state.counters.first_loss, self.state.counters.last_loss, self.config.min_loss_drop
         if drop is not None and first is not None and last is not None and first - last < drop:
-            failure = WorkFailed(f"the training loss went from {first:.4f} to {last:.4f}: it fell by less than {drop}")
+            failure = WorkFailed(
+                f"the training loss went from {first:.4f} to {last:.4f}: it fell by less than min_loss_drop={drop}"
+            )
             self.group.abort(failure, 1)
 
     def _summary(self, final: Evaluation | None) -> dict[str, Any]:
@@ -320,18 +327,18 @@ class Trainer:
             **{name.replace(" ", "_"): value for name, value in self.state.identity().items()},
         }
 
-    # small things -------------------------------------------------------------------------------------------------
+    # helpers -------------------------------------------------------------------------------------------------
 
     def _is_due(self, every: int | None) -> bool:
         return bool(every) and self.state.step > 0 and self.state.step % (every or 1) == 0
 
     def stop_requested(self) -> bool:
-        """Whether a signal came. Raises RankLost when a rank is gone."""
+        """Whether a signal arrived; raises RankLost if a rank has exited."""
         self.group.raise_if_rank_lost()
         return self.stop.requested
 
     def _check_stop(self) -> None:
-        """A signal reaches the ranks at different steps: all stop as soon as one was asked to."""
+        """Stop on all ranks as soon as one received a signal; signals may reach ranks at different steps."""
         if self.group.any(self.stop_requested()):
             raise Stopped
 
@@ -343,10 +350,14 @@ class Trainer:
 
 
 def evaluate_together(trainers: Sequence[Trainer], passes: SeparatePasses, final: bool = False) -> list[Evaluation]:
-    """An evaluation of each run, during training or ``final``; all have one ``eval_config`` and held-out utterances.
+    """Evaluate several runs that share the evaluation settings and the held-out utterances.
+
+    Args:
+        passes: computes the LM passes of all runs.
+        final: whether this is the evaluation of the final weights rather than one during training.
 
     Raises:
-        Stopped: a signal came.
+        Stopped: a signal arrived.
     """
     first, began = trainers[0], time.perf_counter()
     with ExitStack() as weights:
@@ -370,11 +381,11 @@ def evaluate_together(trainers: Sequence[Trainer], passes: SeparatePasses, final
 
 
 def require_resumable(config: TrainConfig, run: Path) -> None:
-    """UserError when ``run`` is finished, or when ``config`` would give it other numbers than its own settings."""
+    """Raise UserError if ``run`` is finished, or if ``config`` changes a setting that affects its results."""
     if (run / "summary.json").is_file():
-        raise UserError(f"'{run}' is finished: judge it by python -m train evaluate {run}, or train a new run")
+        raise UserError(f"'{run}' is finished: evaluate it with `python -m train evaluate {run}`, or train a new run")
     changed = runs.run_config(run).differences(config)
     if changed:
         raise UserError(
-            f"'{run}' cannot go on with other settings ({'; '.join(changed)}): leave them alone, or train a new run"
+            f"'{run}' cannot resume with changed settings ({'; '.join(changed)}): restore them, or train a new run"
         )

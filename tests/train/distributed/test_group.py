@@ -79,7 +79,7 @@ def test_two_processes_under_torchrun_give_the_run_of_one(tmp_path, cache, alone
         assert two[name] == one[name], name
     norms = [[line["grad_norm"] for line in read_jsonl(each / "metrics.jsonl")] for each in (alone, run)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
-    assert out.count("first batch:") == out.count("report: ") == 1  # rank 0 alone speaks
+    assert out.count("first batch:") == out.count("report: ") == 1  # only rank 0 prints
     assert err == ""
 
 
@@ -87,8 +87,8 @@ LONG = {**KEYS, "lr": 1e-3, "steps": 150, "eval_every": 0, "checkpoint_every": 1
 
 
 def sentence_of(err: str) -> str:
-    """The only line by which the run itself told its end; the launcher tells more."""
-    (sentence,) = [line for line in err.splitlines() if line.startswith(("failed: ", "error: ", "stopped "))]
+    """The single line in which the run itself reports its end; the launcher prints more."""
+    (sentence,) = [line for line in err.splitlines() if line.startswith(("failed: ", "error: ", "Interrupted "))]
     return sentence
 
 
@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_the_run_with_a_sentence_and_one_process_finishes_it_
     run = tmp_path / "runs" / "run"
     assert process.returncode != 0
     sentence = sentence_of(err)
-    assert "rank 1 of 2 ended before the run did" in sentence
+    assert "rank 1 of 2 exited before the run finished" in sentence
     assert f"step {saved(run)} of 150 is saved" in sentence
     assert f"python -m train fit --resume {run}" in sentence
     assert 15 <= saved(run) < 150
@@ -128,12 +128,12 @@ def test_four_processes_of_which_two_are_often_idle_give_the_run_of_one(tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_judge_a_run_together_and_find_the_figures_of_one(tmp_path, cache, alone):
+def test_two_processes_evaluate_a_run_together_and_get_the_metrics_of_one(tmp_path, cache, alone):
     shutil.copytree(alone, tmp_path / "run")
     one = evaluate_run(tmp_path / "run", run_config(tmp_path / "run"))
     out, err = finish(torchrun(2, tmp_path / "run", "--json", tmp_path / "two.json", job="evaluate"))
     two = json.loads((tmp_path / "two.json").read_text())
-    assert json.loads(out) == two  # rank 0 alone speaks
+    assert json.loads(out) == two  # only rank 0 prints
     assert two.keys() == one.keys()
     for name in ("val_loss", "val_loss_shuffled", "wer", "projector_rms_ratio", "n_val", "n_decoded"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
@@ -141,7 +141,7 @@ def test_two_processes_judge_a_run_together_and_find_the_figures_of_one(tmp_path
 
 
 @pytest.mark.slow
-def test_what_cannot_be_judged_is_told_once_by_all_processes(tmp_path):
+def test_an_evaluation_error_is_reported_once_for_all_processes(tmp_path):
     process = torchrun(2, tmp_path / "absent", job="evaluate")
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
@@ -158,7 +158,8 @@ def test_a_signal_to_the_launcher_saves_and_ends_every_rank(tmp_path, cache, num
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     run = tmp_path / "runs" / "run"
-    assert sentence_of(err).startswith(f"stopped at step {saved(run)} of 150, saved; go on with: python -m train fit")
+    interrupted = f"Interrupted at step {saved(run)} of 150; the run is saved. Resume with: python -m train fit"
+    assert sentence_of(err).startswith(interrupted)
     assert len(losses(run)) == saved(run)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
@@ -194,7 +195,7 @@ def test_two_machines_train_one_run_and_the_loss_of_one_ends_it(tmp_path, cache)
     os.kill(rank_1, signal.SIGKILL)
     _, err = machines[0].communicate(timeout=60)
     machines[1].communicate(timeout=60)
-    assert "rank 1 of 2 ended before the run did" in sentence_of(err)
+    assert "rank 1 of 2 exited before the run finished" in sentence_of(err)
     for machine in on_two_machines(lambda launcher: torchrun(1, "--resume", "--config", file, launcher=launcher)):
         finish(machine)
     whole = fit(config.model_copy(update={"name": "whole"}))
@@ -210,7 +211,7 @@ def on_two_machines(start: Callable[[Sequence[object]], subprocess.Popen[str]]) 
 
 
 def ranks_without_launcher(code: str) -> list[subprocess.Popen[str]]:
-    """Two processes that run ``code`` inside ``with join() as group``, as `srun` would start them."""
+    """Two processes that run ``code`` inside ``with open_process_group() as group``, as `srun` would start them."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     lines = [
@@ -218,14 +219,18 @@ def ranks_without_launcher(code: str) -> list[subprocess.Popen[str]]:
         "from train.distributed.group import *",
         "from shards.errors import *",
     ]
-    lines += ["def main(words):", "    with join() as group:", *(f"        {line}" for line in code.splitlines())]
+    lines += [
+        "def main(words):",
+        "    with open_process_group() as group:",
+        *(f"        {line}" for line in code.splitlines()),
+    ]
     text = "\n".join([*lines, "sys.exit(run_command(main, []))"])
     place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [popen([sys.executable, "-c", text], RANK=rank, LOCAL_RANK=rank, **place) for rank in range(2)]
 
 
 @pytest.mark.slow
-def test_what_one_rank_finds_wrong_rank_0_tells_and_all_leave(tmp_path):
+def test_rank_0_reports_the_error_of_another_rank_and_all_exit(tmp_path):
     code = """with group.raise_on_all_ranks():
     if group.rank == 1:
         raise UserError("no cache here")"""
@@ -234,10 +239,10 @@ def test_what_one_rank_finds_wrong_rank_0_tells_and_all_leave(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_that_differ_in_a_fact_are_refused():
+def test_ranks_with_different_settings_are_refused():
     code = 'group.assert_same({"dtype": ["float32", "bfloat16"][group.rank]})'
     ends = [(process.communicate(timeout=SECONDS)[1], process.returncode) for process in ranks_without_launcher(code)]
-    assert "rank 1 has another dtype than rank 0 (bfloat16, not float32)" in ends[0][0]
+    assert "rank 1 differs from rank 0 in dtype (expected float32, got bfloat16)" in ends[0][0]
     assert ends[1] == ("", 2)
 
 
@@ -251,13 +256,12 @@ threading.Event().wait()"""
     _, err = processes[1 - killed].communicate(timeout=SECONDS)
     processes[killed].communicate(timeout=SECONDS)
     assert processes[1 - killed].returncode == 1
-    assert err == f"failed: rank {killed} of 2 ended before the run did\n"
+    assert err == f"failed: rank {killed} of 2 exited before the run finished\n"
 
 
 def test_without_a_launcher_a_run_is_a_group_of_one_that_loads_no_torch():
-    code = (
-        "import sys; from train.distributed.group import join\n"
-        "with join() as g: print(g.world_size, 'torch' in sys.modules)"
-    )
+    code = """import sys
+from train.distributed.group import open_process_group
+with open_process_group() as group: print(group.world_size, 'torch' in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1 False\n"

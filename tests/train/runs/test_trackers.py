@@ -1,4 +1,4 @@
-"""Figures beside metrics.jsonl: wandb offline and TensorBoard, as the libraries themselves write and read them."""
+"""Trackers: wandb offline and TensorBoard, checked with the files that the libraries write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = {"checkpoint_every": 4, "eval_every": 4, "decode_samples": 0}
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("outlets") / "cache", 12, val_every=4)
+    return make_cache(tmp_path_factory.mktemp("trackers") / "cache", 12, val_every=4)
 
 
 def test_tensorboard_has_every_step_once_also_after_a_resume(tmp_path, cache):
@@ -40,7 +40,7 @@ def test_tensorboard_has_every_step_once_also_after_a_resume(tmp_path, cache):
     assert gains == pytest.approx({line["step"]: line["audio_gain"] for line in held_out}, rel=1e-5)
 
 
-def test_wandb_works_offline_and_a_resumed_run_goes_on_under_its_id(tmp_path, cache, monkeypatch, capsys):
+def test_wandb_works_offline_and_a_resumed_run_keeps_its_id(tmp_path, cache, monkeypatch, capsys):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = make_config(tmp_path, cache, "nanochat:d1", **KEYS, trackers=["wandb"])
@@ -58,15 +58,15 @@ def test_wandb_works_offline_and_a_resumed_run_goes_on_under_its_id(tmp_path, ca
     assert "note:" not in capsys.readouterr().err
 
 
-def test_an_outlet_that_fails_in_a_run_is_told_and_the_run_and_the_others_go_on(tmp_path, cache, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_reported_and_the_run_and_the_others_continue(tmp_path, cache, monkeypatch, capsys):
     class Fake:
         def __init__(self, name, breaks):
             self.name, self.breaks, self.steps = name, breaks, []
 
-        def log(self, figures, step):
+        def log(self, metrics, step):
             if step == self.breaks:
                 raise ConnectionError("the network\nis gone")
-            self.steps.append((step, sorted(figures)))
+            self.steps.append((step, sorted(metrics)))
 
         def close(self):
             self.steps.append("closed")
@@ -82,11 +82,11 @@ def test_an_outlet_that_fails_in_a_run_is_told_and_the_run_and_the_others_go_on(
     assert {"train/loss", "train/lr", "train/grad_norm"} <= set(good.steps[0][1])
     assert "train/step" not in good.steps[0][1]
     assert good.steps[-1] == "closed"
-    told = capsys.readouterr().err
-    assert told.count("note: wandb failed (ConnectionError: the network is gone)") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("note: wandb failed (ConnectionError: the network is gone)") == 1
 
 
-def test_a_library_that_is_not_installed_is_told_before_a_folder_is_made(tmp_path, cache, monkeypatch):
+def test_a_missing_library_is_reported_before_a_folder_is_created(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     for name in ("wandb", "tensorboard"):
         config = make_config(tmp_path, cache, "nanochat:d1", trackers=[name])
@@ -98,7 +98,7 @@ def test_a_library_that_is_not_installed_is_told_before_a_folder_is_made(tmp_pat
     require_trackers(make_config(tmp_path, cache, "nanochat:d1"))
 
 
-def test_an_outlet_that_does_not_start_says_how_to_go_on(tmp_path, cache, monkeypatch):
+def test_a_tracker_that_fails_to_start_says_how_to_resume(tmp_path, cache, monkeypatch):
     def fails(*_):
         raise RuntimeError("no API key")
 

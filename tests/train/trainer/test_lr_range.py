@@ -23,7 +23,7 @@ def curve(loss):
     return [LrPoint(10**x, loss(x), loss(x)) for x in (-6 + 7 * i / 99 for i in range(100))]
 
 
-def test_the_ramp_is_exponential_and_ends_where_the_loss_runs_away(tmp_path, cache):
+def test_the_ramp_is_exponential_and_ends_where_the_loss_diverges(tmp_path, cache):
     lm = {"model": "nanochat:d1", "train": True}
     rates = lr_range(make_config(tmp_path, cache, "", lm=lm), 1e-6, 1e3, 20)
     ratios = [two.lr / one.lr for one, two in pairwise(rates)]
@@ -37,7 +37,7 @@ def test_the_ramp_is_exponential_and_ends_where_the_loss_runs_away(tmp_path, cac
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_ramp_that_runs_away_is_cut(tmp_path, cache, monkeypatch):
+def test_a_ramp_that_diverges_ends_early(tmp_path, cache, monkeypatch):
     from train.trainer import lr_range as module
 
     monkeypatch.setattr(module, "DIVERGENCE_RATIO", 1.0)  # any rise is too much
@@ -57,11 +57,11 @@ def test_the_steepest_fall_is_suggested_and_never_what_is_near_the_lowest_point(
 
 def test_a_loss_that_never_falls_is_one_sentence():
     for rates in (curve(lambda x: 5 + x), curve(lambda x: 5.0)[:4]):
-        with pytest.raises(UserError, match=r"never falls|ran away after 4 steps"):
+        with pytest.raises(UserError, match=r"never falls|diverged after 4 steps"):
             suggest_lr(rates)
 
 
-def test_the_command_prints_table_and_suggestion_and_writes_what_it_is_told(tmp_path, cache, capsys, monkeypatch):
+def test_the_command_prints_table_and_suggestion_and_writes_json(tmp_path, cache, capsys, monkeypatch):
     config = write_config(
         tmp_path / "c.yaml", make_config(tmp_path, cache, "", lm={"model": "nanochat:d1", "train": True})
     )

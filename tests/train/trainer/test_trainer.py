@@ -69,7 +69,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, cache, lm, keys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on_exactly(tmp_path, cache, number):
+def test_an_interrupted_run_saves_says_how_to_resume_and_resumes_exactly(tmp_path, cache, number):
     keys = {"lm": {"model": "nanochat:d1", "train": True}, "steps": 150, "eval_every": 0, "checkpoint_every": None}
     config = make_config(tmp_path, cache, "", **keys)
     command = [sys.executable, "-m", "train", "fit"]
@@ -93,7 +93,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on_exactly(tmp_path
     assert "Traceback" not in err
     done = len(losses(run))
     assert 1 <= done < 150
-    assert f"stopped at step {done} of 150" in err
+    assert f"Interrupted at step {done} of 150" in err
     fit(config, run)
     never_stopped = fit(config.model_copy(update={"name": "whole"}))
     assert losses(run) == losses(never_stopped)
@@ -146,9 +146,9 @@ def test_a_run_leaves_what_is_promised(tmp_path, cache, lm, capsys):
     assert (run.parent / "latest").resolve() == run.resolve()
     for name in ("config.yaml", "caches.json", "report.html", "projector.safetensors"):
         assert (run / name).is_file(), name
-    said = capsys.readouterr().out
-    assert f" utterances to train on, {summary['n_val']} to be judged on\nfirst batch: features [4, " in said
-    assert "step      8/8  loss" in said
+    printed = capsys.readouterr().out
+    assert f" training utterances, {summary['n_val']} held-out utterances\nfirst batch: features [4, " in printed
+    assert "step      8/8  loss" in printed
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "lr", "grad_norm", "projector_rms_ratio", "seconds", "data_wait", "padding"} <= line.keys()
 
@@ -209,7 +209,7 @@ def test_resume_refuses_another_cache(tmp_path, cache, lm):
     run = fit(config)
     forget_after(run, 1)
     other = make_cache(tmp_path / "other", 24, seed=5)
-    with pytest.raises(UserError, match="another manifest ids"):
+    with pytest.raises(UserError, match="different manifest ids"):
         fit(config.model_copy(update={"caches": [str(other)]}), run)
 
 
@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cache, lm):
 
 
 def test_a_loss_that_falls_too_little_fails_the_run_after_everything_is_written(tmp_path, cache, lm):
-    with pytest.raises(WorkFailed, match=r"fell by less than 50\.0"):
+    with pytest.raises(WorkFailed, match=r"fell by less than min_loss_drop=50\.0"):
         fit(make_config(tmp_path, cache, lm, steps=2, min_loss_drop=50, eval_every=0))
     assert (tmp_path / "runs" / "run" / "summary.json").is_file()
 
