@@ -1,1 +1,1 @@
-"""Many experiments on one cache, in lockstep: each batch read once, one frozen language model, paired comparisons."""
+"""Sweeps: experiments trained in lockstep, sharing batches and one frozen language model, with paired comparisons."""

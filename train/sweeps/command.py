@@ -1,4 +1,4 @@
-"""The command ``python -m train sweep``: words of the command line in, a sweep and its table out."""
+"""The command ``python -m train sweep``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from shards.errors import UserError
 from train.sweeps.config import SweepConfig, load_sweep
 
 
-def sweep(file: str | None, resume: str | None, words: Sequence[str], engine: str | None = None) -> int:
-    """Run or go on with a sweep, print its table; the exit status.
+def sweep(file: str | None, resume: str | None, overrides: Sequence[str], engine: str | None = None) -> int:
+    """Run or resume a sweep, print its table, and return the exit status.
 
-    ``resume`` None starts a new one, "" goes on with that of ``file``, else with the folder that it names. ``engine``
-    stands for the key of that name.
+    Args:
+        file: YAML file of the sweep.
+        resume: None starts a new sweep, "" resumes the sweep of ``file``, any other value is the folder to resume.
+        overrides: ``key=value`` arguments.
+        engine: replaces the key ``engine`` if not None.
+
+    Raises:
+        UserError: see :func:`~train.sweeps.sweep.run_sweep`.
+        WorkFailed: no experiment finished.
     """
-    config = _load_sweep_config(file, resume, words)
+    config = _load_sweep_config(file, resume, overrides)
     if engine is not None:
         config = validate_config(SweepConfig, {**config.model_dump(mode="json"), "engine": engine}, "--engine")
 
@@ -33,24 +40,26 @@ def sweep(file: str | None, resume: str | None, words: Sequence[str], engine: st
         print(stop, file=sys.stderr)
         return 130
     print(format_table(read_json(folder / SWEEP_STATE)))
-    print(f"figures: {folder / SWEEP_STATE}\nreport: {folder / REPORT}", flush=True)
+    print(f"metrics: {folder / SWEEP_STATE}\nreport: {folder / REPORT}", flush=True)
     return 0
 
 
-def _load_sweep_config(file: str | None, resume: str | None, words: Sequence[str]) -> SweepConfig:
-    words = list(words)
-    if resume is not None and "=" in resume:  # `--resume key=value`: the sweep is that of --config
-        words, resume = [resume, *words], ""
+def _load_sweep_config(file: str | None, resume: str | None, overrides: Sequence[str]) -> SweepConfig:
+    overrides = list(overrides)
+    if resume is not None and "=" in resume:  # `--resume key=value`: argparse took an override for SWEEP
+        overrides, resume = [resume, *overrides], ""
     if file is not None:
-        config = load_sweep(file, words)
+        config = load_sweep(file, overrides)
         if resume:
-            place = Path(resume)
-            config = config.model_copy(update={"runs": str(place.parent), "name": place.name})
+            folder = Path(resume)
+            config = config.model_copy(update={"runs": str(folder.parent), "name": folder.name})
         return config
     if not resume:
-        raise UserError("name a sweep with --config (see configs/sweep/), or the folder of one with --resume")
-    if words:
-        raise UserError(f"'{words[0]}': a sweep goes on with its own settings; start another by --config and name=…")
+        raise UserError("no sweep: name a file with --config (see configs/sweep/), or a sweep folder with --resume")
+    if overrides:
+        raise UserError(
+            f"'{overrides[0]}' cannot override a resumed sweep: start a new sweep with --config and another name=…"
+        )
     from train.sweeps.sweep import read_sweep_config
 
     return read_sweep_config(Path(resume))

@@ -1,15 +1,15 @@
-"""The settings of a sweep: a YAML file and ``key=value`` arguments in, a :class:`SweepConfig` and its experiments out.
+"""The settings of a sweep: a YAML file and ``key=value`` arguments define a :class:`SweepConfig` and its experiments.
 
-    base: configs/train/demo.yaml      # or the keys themselves; on the command line base.steps=100
-    change: {steps: 300}               # dotted keys that all experiments change
-    experiments:                       # each a mapping of the keys that differ from the base
+    base: configs/train/demo.yaml      # or a mapping of keys; on the command line base.steps=100
+    change: {steps: 300}               # dotted keys changed in all experiments
+    experiments:                       # for each, the keys that differ from the base
       - projector: {kind: mlp, stack: 5}
       - projector: {kind: linear}
-    grid:                              # dotted key -> values; every combination, of each of the experiments
+    grid:                              # dotted key -> values; every combination of every experiment
       lr: [1e-3, 2e-3]
 
-A value that is a mapping replaces the whole key; a dotted key sets what it names alone. The first experiment is the
-baseline that the others are compared with. Nothing here imports torch.
+A value that is a mapping replaces the whole key; a dotted key sets only the key it names. The first experiment is the
+baseline of all comparisons. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from shards.errors import UserError
 from train.config.train import TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-PER_RUN_KEYS = ("runs", "name")  # keys of a run that a sweep sets
+PER_RUN_KEYS = ("runs", "name")  # keys of a run that the sweep sets itself
 
 
 class Range(Config):
-    """Numbers from `low` to `high`: integers if both are."""
+    """Numbers from `low` to `high`; integers if both are integers."""
 
     low: int | float
     """Smallest value."""
     high: int | float
     """Largest value."""
     log: bool = False
-    """Draw uniformly in the logarithm."""
+    """Draw uniformly on a logarithmic scale."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Range:
         if self.low >= self.high or (self.log and self.low <= 0):
-            raise ValueError(f"low={self.low} must be below high={self.high}, and above 0 with log=true")
+            raise ValueError(f"expected low < high, and low > 0 with log=true, got low={self.low}, high={self.high}")
         return self
 
 
 class Choices(Config):
-    """One of `choices`, of any type: a mapping replaces the whole key."""
+    """One of `choices`, which may have any type; a mapping replaces the whole key."""
 
     choices: list[Any] = Field(min_length=1)
     """The values."""
@@ -68,12 +68,12 @@ class SearchConfig(Config):
     space: dict[str, Range | Choices] = Field(min_length=1)
     """Dotted key -> `{low: …, high: …, log: true}` or `{choices: […]}`."""
     max_concurrent_trials: int = Field(default=4, ge=1)
-    """Trials that run in lockstep. The sampler learns only from those before."""
+    """Number of trials that run in lockstep. The sampler learns only from earlier trials."""
     sampler: Literal["tpe", "random"] = "tpe"
-    """How trials are drawn: by the Tree-structured Parzen Estimator, or at random."""
+    """How trials are drawn. tpe: Tree-structured Parzen Estimator. random: at random."""
     pruner: Literal["none", "median", "halving"] = "none"
-    """Which trials end early, at an evaluation during training. median: those below the median of the others. halving:
-    all but the best quarter at each rung."""
+    """Which trials are stopped early, at an evaluation during training. median: those worse than the median of the
+    others. halving: all but the best quarter at each rung."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sampler."""
 
@@ -83,18 +83,18 @@ def _flat(value: Any) -> Any:
 
 
 def _current_names(changes: dict[str, Any]) -> dict[str, Any]:
-    """``changes`` by the present names of the dotted keys of a run; ValueError where one key has two."""
-    found: dict[str, Any] = {}
+    """Return ``changes`` under the current names of the keys; ValueError if a key is set under two names."""
+    renamed: dict[str, Any] = {}
     for key, value in changes.items():
         name, value = rename_key(TrainConfig, key, value)
-        if name in found:
-            raise ValueError(f"'{name}' is set by its old and its new name: remove one")
-        found[name] = value
-    return found
+        if name in renamed:
+            raise ValueError(f"'{name}' is set under its old and its new name: remove one")
+        renamed[name] = value
+    return renamed
 
 
 def _check_names(changes: dict[str, Any]) -> dict[str, Any]:
-    """``changes`` as typed, because experiments are named by it."""
+    """Validate the names of ``changes`` but return it as typed, because experiments are named after it."""
     _current_names(changes)
     return changes
 
@@ -105,7 +105,7 @@ Grid = Annotated[
 
 
 class SweepConfig(Config):
-    """Every key of ``python -m train sweep``; see ``configs/sweep/`` for files."""
+    """The keys of ``python -m train sweep``; see ``configs/sweep/`` for examples."""
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
         "list": "experiments",
@@ -114,24 +114,24 @@ class SweepConfig(Config):
     }
 
     base: Annotated[dict[str, Any], KeysOf(TrainConfig)]
-    """Training config that all experiments start from: its keys, or the file that holds them."""
+    """Training config that all experiments start from: a mapping of keys, or the path of a YAML file."""
     change: Annotated[dict[str, Any], KeysOf(TrainConfig), AfterValidator(_current_names)] = Field(default={})
-    """Dotted key -> value: what all experiments change in the base."""
+    """Dotted key -> value. Changes to the base in all experiments."""
     experiments: list[Annotated[dict[str, Any], AfterValidator(_check_names)]] = Field(default=[])
-    """The experiments: for each the keys in which it differs from the base."""
+    """The experiments. Each entry lists the keys that differ from the base."""
     grid: Grid = Field(default={})
-    """Dotted key -> values. Every combination is run, of each of `experiments`."""
+    """Dotted key -> values. Every combination is run for each entry of `experiments`."""
     name: Name
     """Name of the sweep's folder. Default: the name of the YAML file."""
     runs: str = "runs"
     """Folder in which the sweep's folder is created."""
     name_template: str | None = None
-    """Template of the experiments' names, such as `{projector.kind}-{lr}`. null: what differs between them."""
+    """Template of the experiments' names, such as `{projector.kind}-{lr}`. null: the values that differ."""
     engine: Literal["local", "ray"] = "local"
-    """local: this process. ray: groups of experiments on a Ray cluster."""
+    """local: run in this process. ray: run the groups of experiments on a Ray cluster."""
     lockstep: Literal["batched", "separate", "none"] = "batched"
-    """batched: one pass of the language model for all experiments of a group. separate: one pass for each, bit-equal to
-    runs of their own on a CPU in float32. none: one experiment after another."""
+    """batched: the experiments of a group share passes of the language model. separate: each experiment has its own
+    passes; on a CPU in float32 its results are bit-identical to a single run. none: one experiment after another."""
     max_group_size: int | None = Field(default=None, ge=1)
     """Maximum number of experiments in lockstep. null: all that share data, order and language model."""
     search: SearchConfig | None = None
@@ -141,28 +141,28 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        own = [key for key in PER_RUN_KEYS if key in self.base or key in self.change]
-        if own:
-            raise ValueError(f"base or change sets {', '.join(own)}: a sweep names its runs by its own keys, remove it")
+        reserved = [key for key in PER_RUN_KEYS if key in self.base or key in self.change]
+        if reserved:
+            raise ValueError(f"base or change sets {', '.join(reserved)}, which a sweep sets itself: remove it")
         if self.search is not None and (self.experiments or self.grid or self.name_template or self.engine != "local"):
             raise ValueError(
-                "search draws its experiments itself, on this machine: remove experiments, grid, name_template, engine"
+                "search generates its own experiments in this process: remove experiments, grid, name_template, engine"
             )
         if self.search is not None and {**self.base, **self.change}.get("eval_every") == 0:
-            raise ValueError("search goes by the held-out loss: remove eval_every=0")
+            raise ValueError("search minimizes the held-out loss: remove eval_every=0")
         return self
 
     @property
     def folder(self) -> Path:
-        """Where the sweep stands."""
+        """The folder of the sweep."""
         return Path(self.runs) / self.name
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read ``path`` and the file that its ``base`` names, apply ``a.b=value`` in order, validate.
+    """Read ``path`` and the file named by its ``base``, apply the ``a.b=value`` overrides in order, and validate.
 
     Raises:
-        UserError: a file is missing or not a mapping, a key is unknown, a value of the wrong type.
+        UserError: a file is missing or not a mapping, a key is unknown, or a value has the wrong type.
     """
     tree = read_yaml(path, SweepConfig)
     files = {"": path} | _read_base(tree)
@@ -177,49 +177,50 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def experiments(config: SweepConfig) -> list[TrainConfig]:
-    """The experiments of a list and a grid, named, in their order: the first is the baseline.
+    """Return the named experiments of ``experiments`` and ``grid``, in order; the first is the baseline.
 
     Raises:
-        UserError: one has a key that no run has, or a bad value; two have the same name, or one's name is no name.
+        UserError: a key is unknown, a value or a name is invalid, or two experiments have the same name.
     """
     cells = [dict(zip(config.grid, cell, strict=True)) for cell in product(*config.grid.values())]
     listed = list(enumerate(config.experiments or [{}]))
     changes = [{**entry, **cell} for _, entry in listed for cell in cells]
-    places = [
+    change_origins = [
         {key: f"experiments.{n}.{key}" for key in entry} | {key: f"grid.{key}" for key in cell}
         for n, entry in listed
         for cell in cells
     ]
     varied = [key for key in dict.fromkeys(key for change in changes for key in change) if key != "name"]
     found = []
-    for number, (change, where) in enumerate(zip(changes, places, strict=True), 1):
-        run = experiment_config(config, change, str(change.get("name") or f"number-{number}"), where)
+    for number, (change, origin_keys) in enumerate(zip(changes, change_origins, strict=True), 1):
+        run = experiment_config(config, change, str(change.get("name") or f"number-{number}"), origin_keys)
         name = str(change.get("name") or _name(config, run, change, varied))
         found.append(validate_config(TrainConfig, run.model_dump() | {"name": name}, f"experiment '{name}'"))
-    twice = [name for name, count in Counter(run.name for run in found).items() if count > 1]
-    if twice:
+    duplicates = [name for name, count in Counter(run.name for run in found).items() if count > 1]
+    if duplicates:
         raise UserError(
-            f"{len(found)} experiments of '{config.name}' are called {', '.join(map(str, twice))} more than once: set "
-            f"name_template to what differs, such as name_template='{{{'}-{'.join(varied or ['lr'])}}}'"
+            f"experiments of '{config.name}' have the same name ({', '.join(map(str, duplicates))}): set "
+            f"name_template to the keys that differ, such as name_template='{{{'}-{'.join(varied or ['lr'])}}}'"
         )
     return found
 
 
 def needed_runs(config: SweepConfig) -> Sequence[TrainConfig]:
-    """Runs whose caches are those of the sweep."""
+    """Return runs that together need all caches of the sweep."""
     return [experiment_config(config, {}, "base")] if config.search is not None else experiments(config)
 
 
 def experiment_config(
-    config: SweepConfig, change: dict[str, Any], name: str, places: Mapping[str, str] | None = None
+    config: SweepConfig, change: dict[str, Any], name: str, origin_keys: Mapping[str, str] | None = None
 ) -> TrainConfig:
-    """The base with the keys of ``change`` as the settings of the experiment ``name``.
+    """Return the settings of the experiment ``name``: the base with ``change`` applied.
 
-    ``places``: the key of the sweep that each is from, for errors; ``search.space`` by default.
+    ``origin_keys`` maps each changed key to the sweep key that set it, for error messages; the default is
+    ``search.space``.
     """
     tree = copy.deepcopy(config.base)
-    present = dict(rename_key(TrainConfig, key, value) for key, value in change.items())
-    for key, value in {**config.change, **present}.items():
+    renamed = dict(rename_key(TrainConfig, key, value) for key, value in change.items())
+    for key, value in {**config.change, **renamed}.items():
         if key != "name":
             set_key(tree, key, copy.deepcopy(value), f"{config.name}: {key}")
     tree |= {"runs": str(config.folder), "name": name}
@@ -230,15 +231,15 @@ def experiment_config(
             return f"experiment '{name}' of '{config.name}'"
         for typed in change:
             if within(key, rename_key(TrainConfig, typed)[0]):
-                return origins.find((places or {}).get(typed, f"search.space.{typed}"))
-        above = "change" if any(within(key, changed) for changed in config.change) else "base"
-        return origins.find(f"{above}.{key}")
+                return origins.find((origin_keys or {}).get(typed, f"search.space.{typed}"))
+        section = "change" if any(within(key, changed) for changed in config.change) else "base"
+        return origins.find(f"{section}.{key}")
 
     return validate_config(TrainConfig, tree, find)
 
 
 def _read_base(tree: dict[str, Any]) -> dict[str, str]:
-    """Put the keys of the file that ``base`` names in its place; that file by where its keys stand now."""
+    """Replace the file name in ``base`` by the keys of that file; return the prefix of these keys -> the file."""
     file = tree.get("base")
     if not isinstance(file, str):
         return {}
@@ -248,20 +249,20 @@ def _read_base(tree: dict[str, Any]) -> dict[str, str]:
 
 def _name(config: SweepConfig, run: TrainConfig, change: dict[str, Any], varied: Sequence[str]) -> str:
     if config.name_template is None:
-        return "-".join(word for key in varied if key in change for word in _name_parts(key, change[key])) or "base"
+        return "-".join(part for key in varied if key in change for part in _name_parts(key, change[key])) or "base"
     flat = flatten(run.model_dump(mode="json"))
 
     def fill(match: re.Match[str]) -> str:
         key = rename_key(TrainConfig, match[1])[0]
         if key not in flat:
-            raise UserError(f"name_template of '{config.name}' asks for '{match[1]}', which is no key of a run")
+            raise UserError(f"name_template of '{config.name}' uses '{match[1]}', which is not a config key of a run")
         return _plain(flat[key])
 
     return re.sub(r"\{([\w.]+)\}", fill, config.name_template)
 
 
 def _name_parts(key: str, value: Any) -> Iterator[str]:
-    """What tells ``value`` from other values of ``key``: ``mlp``, ``stack5``, ``lr0.001``."""
+    """Yield the parts of a name that identify ``value`` of ``key``: ``mlp``, ``stack5``, ``lr0.001``."""
     last = key.rsplit(".", 1)[-1]
     if isinstance(value, dict):
         for name, part in flatten(value).items():

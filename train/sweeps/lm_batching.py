@@ -1,15 +1,15 @@
-"""Passes of a frozen language model over the rows of many experiments.
+"""Batches the passes of a frozen language model over the rows of several experiments.
 
-In: the requests of experiments, each a batch of soft tokens with prompts and targets. Out: for each request the nll of
-its rows, differentiable in its soft tokens, or decoded ids. The result of a row depends on that row alone, so the rows
-of all requests are sorted by length and cut into new batches: rows of one length share a pass, whichever experiment,
-prompt and stack they come from, and there is hardly any padding. Rows without soft tokens are the same for all
-experiments and are computed once.
+A request is a batch of soft tokens with prompts and targets. :class:`LmBatcher` returns, for each request, the nll of
+its rows, differentiable with respect to the soft tokens, or the decoded ids. The result of a row depends only on that
+row, so the rows of all requests are sorted by length and split into new batches: rows of similar length share a pass
+with hardly any padding, whichever experiment they come from. Rows without soft tokens are the same for all experiments
+and are computed once.
 
-The gradient of a pass is computed at once, with weight one for every row; each experiment scales its own rows when its
-loss goes backward. So the activations of one pass are freed before the next begins.
+The gradient of a pass is computed immediately, with weight one for every row; each experiment scales its rows in its
+own backward pass. The activations of one pass are therefore freed before the next pass begins.
 
-On a CPU the passes run side by side, each on one thread: no thread waits for others at every operation.
+On a CPU the passes run in parallel, each on one thread, which avoids synchronizing threads at every operation.
 """
 
 from __future__ import annotations
@@ -26,24 +26,22 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.threads import ThreadPool
 from train.lms.base import LanguageModel, LmRequest, SeparatePasses
 
-# positions of a pass, padding included: enough for full speed; a layer's activations are kept for each until its end
+# positions per pass, padding included: enough for full speed, while activations are kept for each position
 MAX_CPU_POSITIONS, MAX_GPU_POSITIONS = 512, 8192
-MAX_CPU_ROWS, MAX_GPU_ROWS = (
-    64,
-    512,
-)  # rows decoded together: the cache of keys and values is copied at each token on a CPU
+# rows decoded together: on a CPU the key-value cache is copied at each token
+MAX_CPU_ROWS, MAX_GPU_ROWS = 64, 512
 
 
 @dataclass
 class _Row:
-    """A row of a request, and what the language model says of it."""
+    """A row of a request and its results."""
 
-    soft: Tensor  # [its soft tokens, D]
+    soft: Tensor  # [S, D], without padding
     prefix: Sequence[int]
     suffix: Sequence[int]
     target: Sequence[int]
     nll: Any = None  # scalar
-    grad: Any = None  # of nll, as soft
+    grad: Any = None  # gradient of nll with respect to soft, [S, D]
     ids: Any = None
 
     @property
@@ -52,10 +50,10 @@ class _Row:
 
 
 class LmBatcher(SeparatePasses):
-    """Answers all requests of a call together.
+    """Computes all requests of a call together.
 
     Attributes:
-        seconds: spent in the language model, by purpose: training, judging, decoding.
+        seconds: seconds spent in the language model, by purpose: training, judging (evaluation), decoding.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -69,7 +67,7 @@ class LmBatcher(SeparatePasses):
         rows = _rows(requests)
         self._run_batches(lambda batch: self._nll(batch, gradient), self._cut(_unique_rows(rows)))
         self.seconds["training" if gradient else "judging"] += time.perf_counter() - began
-        return [_gather_nll(*each, gradient) for each in zip(requests, rows, strict=True)]
+        return [_gather_nll(request, own, gradient) for request, own in zip(requests, rows, strict=True)]
 
     def generate(self, requests: Sequence[LmRequest], max_new_tokens: int) -> list[list[list[int]]]:
         began = time.perf_counter()
@@ -82,15 +80,15 @@ class LmBatcher(SeparatePasses):
         return [[row.ids for row in own] for own in rows]
 
     def _cut(self, rows: list[_Row]) -> list[list[_Row]]:
-        """Batches of ``rows``, which are sorted: about equal work in each, and a multiple of the threads in number."""
-        most = MAX_CPU_POSITIONS if self._cpu else MAX_GPU_POSITIONS
+        """Split the sorted ``rows`` into batches of about equal work; their number is a multiple of the threads."""
+        max_positions = MAX_CPU_POSITIONS if self._cpu else MAX_GPU_POSITIONS
         total = sum(row.length for row in rows)
-        count = -(-max(-(-total // most), 1) // self._threads.num_threads) * self._threads.num_threads
+        count = -(-max(-(-total // max_positions), 1) // self._threads.num_threads) * self._threads.num_threads
         batches: list[list[_Row]] = [[]]
         done = 0
         for row in rows:
-            full = done >= total * len(batches) / count  # the batches so far have their share
-            if batches[-1] and (full or row.length * (len(batches[-1]) + 1) > 2 * most):
+            full = done >= total * len(batches) / count  # the batches so far have their share of the work
+            if batches[-1] and (full or row.length * (len(batches[-1]) + 1) > 2 * max_positions):
                 batches.append([])
             batches[-1].append(row)
             done += row.length
@@ -114,16 +112,17 @@ class LmBatcher(SeparatePasses):
         for row, own in zip(batch, ids, strict=True):
             row.ids = own
 
-    def _run_batches(self, work: Callable[[list[_Row]], None], batches: list[list[_Row]]) -> None:
-        """``work`` on every batch, as many at a time as there are threads."""
+    def _run_batches(self, function: Callable[[list[_Row]], None], batches: list[list[_Row]]) -> None:
+        """Call ``function`` on every batch, one batch per thread at a time."""
         longest_first = sorted(batches, key=lambda batch: -len(batch) * batch[-1].length)
-        self._threads.run(work, [(batch,) for batch in longest_first])
+        self._threads.run(function, [(batch,) for batch in longest_first])
 
 
 class _PrecomputedGradient(torch.autograd.Function):
-    """nll [B] whose gradient in soft [B, S, D] is known: row b gets grad [B, S, D] times what flows to its nll.
+    """nll [B] with a precomputed gradient ``grad`` [B, S, D] with respect to soft [B, S, D].
 
-    Rows do not reach each other, so the gradient of each row's nll is all there is.
+    The backward pass multiplies row b of ``grad`` by the incoming gradient of its nll. This is exact because rows do
+    not interact.
     """
 
     @staticmethod
@@ -132,13 +131,13 @@ class _PrecomputedGradient(torch.autograd.Function):
         return nll.clone()
 
     @staticmethod
-    def backward(ctx: Any, *flowing: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * flowing[0][:, None, None]).to(grad.dtype), None, None
+        return (grad * grad_outputs[0][:, None, None]).to(grad.dtype), None, None
 
 
 def _rows(requests: Sequence[LmRequest]) -> list[list[_Row]]:
-    """The rows of each request; equal rows without soft tokens are one object."""
+    """Return the rows of each request; equal rows without soft tokens are one object."""
     found: list[list[_Row]] = []
     without_audio: dict[Any, _Row] = {}
     for request in requests:
@@ -152,12 +151,12 @@ def _rows(requests: Sequence[LmRequest]) -> list[list[_Row]]:
 
 
 def _unique_rows(rows: Sequence[Sequence[_Row]]) -> list[_Row]:
-    """All rows, each object once, from short to long."""
+    """Return each distinct row object once, sorted by length."""
     return sorted({id(row): row for own in rows for row in own}.values(), key=lambda row: row.length)
 
 
 def _request(batch: list[_Row]) -> LmRequest:
-    """Rows as one request: soft [B, S, D], zero where a row has ended, and its mask [B, S]."""
+    """Combine rows into one request: soft [B, S, D], zero-padded, and its mask [B, S]."""
     soft = pad_sequence([row.soft for row in batch], batch_first=True)
     lengths = torch.tensor([len(row.soft) for row in batch], device=soft.device)
     mask = torch.arange(soft.shape[1], device=soft.device) < lengths[:, None]
@@ -167,11 +166,11 @@ def _request(batch: list[_Row]) -> LmRequest:
 
 
 def _gather_nll(request: LmRequest, rows: Sequence[_Row], gradient: bool) -> Tensor:
-    """The rows' nll together [B], differentiable in the soft tokens of ``request``."""
+    """Stack the nll of the rows [B], differentiable with respect to the soft tokens of ``request``."""
     nll = torch.stack([row.nll for row in rows])
     if not gradient:
         return nll
     grad = torch.zeros_like(request.soft)
     grad[request.soft_mask] = torch.cat([row.grad for row in rows])
-    answered: Tensor = _PrecomputedGradient.apply(request.soft, nll, grad)  # type: ignore[no-untyped-call]
-    return answered
+    differentiable: Tensor = _PrecomputedGradient.apply(request.soft, nll, grad)  # type: ignore[no-untyped-call]
+    return differentiable

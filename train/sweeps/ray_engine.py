@@ -1,10 +1,10 @@
-"""Groups of a sweep as tasks of a Ray cluster.
+"""Runs the groups of a sweep as tasks on a Ray cluster.
 
-In: groups of experiments, and a cluster: the one at ``RAY_ADDRESS``, else one of this machine alone that lives as long
-as the command. Out: their run folders. A task is a whole group in lockstep in one process, on one GPU where the cluster
-has any; ``max_group_size`` cuts groups smaller, so that there are as many as nodes. Caches and runs must stand on
-storage that all nodes see under the same paths. A task that is lost with its node is tried again, from its checkpoints.
-What groups tell comes through an actor, the mailbox, which the driver empties once a second.
+The cluster is the one at ``RAY_ADDRESS``, else a local one that lives as long as the command. A task trains a whole
+group in lockstep in one process, on one GPU if the cluster has GPUs. Set ``max_group_size`` to split groups, so that
+there is one for each node. Caches and runs must be on storage that all nodes mount under the same paths. A task that is
+lost with its node is retried from its checkpoints. Log lines pass through an actor, the mailbox, which the driver
+empties once per second.
 
     python -m train sweep --config configs/sweep/projectors.yaml --engine ray max_group_size=2
 """
@@ -20,15 +20,15 @@ from train.config.train import TrainConfig
 from train.sweeps.group import LockstepMode
 
 MAX_RETRIES = 3
-POLL_INTERVAL = 1.0  # seconds between two looks at what the groups tell
+POLL_INTERVAL = 1.0  # seconds between polls of the mailbox
 
 
 def run_groups(parts: Sequence[list[TrainConfig]], mode: LockstepMode) -> None:
-    """Run every group as a task; returns when all are done.
+    """Run every group as a task; return when all have finished.
 
     Raises:
-        UserError: ray is not installed, no cluster answers, or a group is refused.
-        WorkFailed: a task was lost more often than MAX_RETRIES.
+        UserError: ray is not installed, no cluster answers, or a group raised UserError.
+        WorkFailed: a task was lost more than ``MAX_RETRIES`` times.
     """
     with connect("engine=ray") as ray:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) and parts[0][0].device != "cpu" else 0
@@ -37,8 +37,8 @@ def run_groups(parts: Sequence[list[TrainConfig]], mode: LockstepMode) -> None:
         mailbox = ray.remote(num_cpus=0, max_restarts=-1)(Mailbox).remote()
         names = {}
         for number, part in enumerate(settings, 1):
-            place = f"group {number} of {len(parts)}"
-            names[task.remote(part, mode, mailbox, place)] = ", ".join(each["name"] for each in part)
+            prefix = f"group {number} of {len(parts)}"
+            names[task.remote(part, mode, mailbox, prefix)] = ", ".join(each["name"] for each in part)
         waiting = list(names)
         while waiting:
             done, waiting = ray.wait(waiting, timeout=POLL_INTERVAL)
@@ -48,23 +48,23 @@ def run_groups(parts: Sequence[list[TrainConfig]], mode: LockstepMode) -> None:
 
 
 class Mailbox:
-    """Lines of all groups, on their way to the driver. Lost with its node, it begins anew, empty."""
+    """An actor that buffers the log lines of all groups for the driver; it restarts empty if its node is lost."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
 
     def put(self, line: str) -> None:
-        """Keep ``line`` for the driver."""
+        """Add a line."""
         self._lines.append(line)
 
     def take(self) -> list[str]:
-        """What has come since the last call."""
+        """Return and remove all lines."""
         lines, self._lines = self._lines, []
         return lines
 
 
 def _print_lines(ray: Any, mailbox: Any) -> None:
-    """Print what is in the mailbox; while it is lost, nothing: ``metrics.jsonl`` of the experiments has it all."""
+    """Print the lines in the mailbox; nothing while it is lost, since ``metrics.jsonl`` has all metrics."""
     try:
         lines = ray.get(mailbox.take.remote())
     except ray.exceptions.RayError:
@@ -74,21 +74,21 @@ def _print_lines(ray: Any, mailbox: Any) -> None:
 
 
 def _check_result(ray: Any, call: Any, names: str) -> None:
-    """Say that a group is done, or raise why it is not."""
+    """Print that a group has finished, or raise its error."""
     try:
-        refusal = ray.get(call)
+        user_error = ray.get(call)
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())[-300:]
-        raise WorkFailed(f"the group {names} was lost ({reason}): go on with --resume") from None
-    if refusal is not None:
-        raise UserError(refusal)
-    print(f"done: {names}", flush=True)
+        raise WorkFailed(f"the group {names} was lost ({reason}): resume with --resume") from None
+    if user_error is not None:
+        raise UserError(user_error)
+    print(f"finished: {names}", flush=True)
 
 
-def _run_group(settings: list[dict[str, Any]], mode: LockstepMode, mailbox: Any, place: str) -> str | None:
-    """On a node: one group; why it was refused, if it was. A second attempt leaves finished experiments alone.
+def _run_group(settings: list[dict[str, Any]], mode: LockstepMode, mailbox: Any, prefix: str) -> str | None:
+    """Train one group on a node; return the message of a UserError, or None. A retry skips finished experiments.
 
-    Its lines go to ``mailbox``, each with its ``place`` before it, and nothing waits for them but the end.
+    Log lines go to ``mailbox``, each after ``prefix``; only the end of the task waits for their delivery.
     """
     import ray
 
@@ -96,20 +96,19 @@ def _run_group(settings: list[dict[str, Any]], mode: LockstepMode, mailbox: Any,
 
     sent: list[Any] = []
 
-    def tell(line: str) -> None:
-        sent.append(mailbox.put.remote(f"{place}  {line}"))
+    def send(line: str) -> None:
+        sent.append(mailbox.put.remote(f"{prefix}  {line}"))
 
     configs = unfinished([TrainConfig.model_validate(tree) for tree in settings])
-    tell(f"begins: {', '.join(str(config.name) for config in configs)}")
+    send(f"started: {', '.join(str(config.name) for config in configs)}")
     try:
         if configs:
             from train.distributed.signals import StopRequest
 
-            LockstepTrainer(configs, LmCache(), mode, StopRequest(), tell).run()
+            LockstepTrainer(configs, LmCache(), mode, StopRequest(), send).run()
     except UserError as error:
         return str(error)
     finally:
-        ray.wait(
-            sent, num_returns=len(sent), timeout=10 * POLL_INTERVAL
-        )  # the driver looks once more when this has ended
+        # the driver polls once more after the task has ended
+        ray.wait(sent, num_returns=len(sent), timeout=10 * POLL_INTERVAL)
     return None

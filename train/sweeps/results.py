@@ -1,8 +1,8 @@
-"""What a sweep shows: every experiment beside the baseline, utterance by utterance.
+"""The results of a sweep: ``sweep.json`` and a printed table that compare every experiment with the baseline.
 
-In: the run folders of a sweep. Out: ``sweep.json`` and a table for people. All experiments were judged on the same
-utterances, so differences are paired: what is drawn again for the interval is utterances, the same ones of both
-(``train/evaluation/bootstrap.py``). An interval that does not hold 0 is a difference that the held-out set can show.
+All experiments are evaluated on the same utterances, so the differences are paired: the bootstrap resamples utterances,
+the same ones for both experiments (``train/evaluation/bootstrap.py``). A difference is significant on the held-out set
+if its interval excludes 0.
 """
 
 from __future__ import annotations
@@ -39,9 +39,14 @@ SUMMARY_KEYS = (
 def sweep_state(
     config: SweepConfig, configs: Sequence[TrainConfig], seconds: float, lm_seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """The content of ``sweep.json``; ``seconds`` that this session took, and those of shared passes of the LM."""
-    where = {str(each.name): number for number, part in enumerate(group_experiments(configs, None)) for each in part}
-    listed = [_experiment(config.folder / str(each.name), where[str(each.name)], each) for each in configs]
+    """Return the content of ``sweep.json``.
+
+    Args:
+        seconds: wall time of this session.
+        lm_seconds: seconds in shared passes of the LM, by purpose.
+    """
+    group_of = {str(each.name): number for number, part in enumerate(group_experiments(configs, None)) for each in part}
+    listed = [_experiment(config.folder / str(each.name), group_of[str(each.name)], each) for each in configs]
     baseline = _read_table(config.folder, listed[0]["name"]) if listed else None
     for each in listed[1:]:
         table = _read_table(config.folder, each["name"])
@@ -67,13 +72,15 @@ def sweep_state(
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """``sweep.json`` at once."""
+    """Write ``sweep.json`` atomically."""
     runs.write_json(folder / SWEEP_STATE, state)
 
 
 def format_table(state: dict[str, Any]) -> str:
-    """The experiments sorted by held-out loss, as columns."""
-    rows = [("experiment", "held-out loss", "minus baseline [95 %]", "audio gain", "WER", "minus baseline [95 %]", "")]
+    """Format the experiments as a table, sorted by held-out loss."""
+    rows = [
+        ("experiment", "held-out loss", "minus baseline [95% CI]", "audio gain", "WER", "minus baseline [95% CI]", "")
+    ]
     evaluated = [each for each in state["experiments"] if each.get("val_loss") is not None]
     others = [each for each in state["experiments"] if each.get("val_loss") is None]
     for each in sorted(evaluated, key=lambda one: float(one["val_loss"])) + others:
@@ -84,7 +91,7 @@ def format_table(state: dict[str, Any]) -> str:
                 format_number(each.get("val_loss")),
                 "baseline" if first else _format_interval(each.get("difference"), 1, 4),
                 format_number(each.get("audio_gain"), 3),
-                "–" if each.get("wer") is None else f"{100 * each['wer']:.1f} %",
+                "–" if each.get("wer") is None else f"{100 * each['wer']:.1f}%",
                 "baseline" if first else _format_interval(each.get("wer_difference"), 100, 1),
                 each["state"] if each["state"] != "finished" else "",
             )
@@ -95,7 +102,7 @@ def format_table(state: dict[str, Any]) -> str:
 
 
 def _experiment(run: Path, group: int, config: TrainConfig) -> dict[str, Any]:
-    """State and figures of one run folder."""
+    """Return the state and the metrics of one run folder."""
     tree: dict[str, Any] = {"name": run.name, "state": "waiting", "group": group, "steps": config.steps, "step": 0}
     lines = read_jsonl(run / METRICS)
     if lines:
@@ -113,13 +120,13 @@ def _read_table(folder: Path, name: str) -> pa.Table | None:
     return read_utterances(folder / name) if (folder / name / UTTERANCES).is_file() else None
 
 
-def _difference(mine: pa.Table, baseline: pa.Table, **of: Any) -> list[float] | None:
-    """Mean, low and high of an experiment minus the baseline; None where they have no such counts in common."""
+def _difference(table: pa.Table, baseline: pa.Table, **columns: Any) -> list[float] | None:
+    """Return mean, low and high of an experiment minus the baseline; None if the tables share no such counts."""
     try:
-        found: Interval = paired_difference(mine, baseline, **of)
+        interval: Interval = paired_difference(table, baseline, **columns)
     except UserError:
         return None
-    return [found.mean, found.low, found.high]
+    return [interval.mean, interval.low, interval.high]
 
 
 def _format_interval(interval: list[float] | None, scale: float, digits: int) -> str:

@@ -1,8 +1,9 @@
-"""A search by Optuna: trials drawn a few at a time, run in lockstep, judged by their held-out loss.
+"""Hyperparameter search with Optuna for the lowest held-out loss, in rounds of trials trained in lockstep.
 
-In: the ``search`` key of a sweep. Out: an experiment a trial, ``trial-000`` and so on, and ``search.json``: what was
-drawn. The sampler learns from the trials of the rounds before; a pruner may end a trial at an evaluation on the way.
-A search that was killed goes on: its finished trials are told to a new study, the others run again or go on.
+The ``search`` key of a sweep configures it. Each trial is an experiment (``trial-000`` and so on); ``search.json``
+holds the drawn parameters. The sampler learns from the trials of previous rounds; a pruner may stop a trial at an
+evaluation during training. A search that was killed can resume: finished trials are reported to a new study, and the
+others run again or resume.
 """
 
 from __future__ import annotations
@@ -27,44 +28,44 @@ TRIALS = "search.json"
 
 
 def search(config: SweepConfig, configs: list[TrainConfig]) -> None:
-    """Run the trials of ``config``; each is added to ``configs`` when it is drawn.
+    """Run the trials of ``config``; append each trial to ``configs`` when it is drawn.
 
     Raises:
-        UserError: optuna is not installed, or a trial's settings are bad.
-        Interrupted: a signal came; all is saved.
+        UserError: optuna is not installed, or the settings of a trial are invalid.
+        Interrupted: a signal arrived; all trials are saved.
     """
-    wanted = config.search
-    if wanted is None:
-        raise ValueError("this sweep has no search")
-    study = _study(wanted)
+    settings = config.search
+    if settings is None:
+        raise ValueError("the sweep has no search key")
+    study = _study(settings)
     path = config.folder / TRIALS
     drawn: list[dict[str, Any]] = runs.read_json(path)["trials"] if path.is_file() else []
-    models = LmCache()
+    lm_cache = LmCache()
     with StopRequest() as stop:
-        for start in range(0, wanted.trials, wanted.max_concurrent_trials):
+        for start in range(0, settings.trials, settings.max_concurrent_trials):
             trials: dict[str, optuna.Trial] = {}
-            fresh = []
-            for number in range(start, min(start + wanted.max_concurrent_trials, wanted.trials)):
-                if number < len(drawn):  # by an earlier session
+            round_configs = []
+            for number in range(start, min(start + settings.max_concurrent_trials, settings.trials)):
+                if number < len(drawn):  # drawn in an earlier session
                     study.enqueue_trial(drawn[number])
                 trial = study.ask()
-                values = _draw(trial, wanted)
+                values = _draw(trial, settings)
                 name = f"trial-{number:03d}"
-                fresh.append(experiment_config(config, values, name))
+                round_configs.append(experiment_config(config, values, name))
                 trials[name] = trial
                 if number == len(drawn):
                     drawn.append(trial.params)
             runs.write_json(path, {"trials": drawn})
-            configs.extend(fresh)
+            configs.extend(round_configs)
             for name, trial in trials.items():
                 for line in read_jsonl(config.folder / name / EVALUATIONS):
                     trial.report(line["val_loss"], line["step"])
-            _run(fresh, trials, config, models, stop)
+            _run(round_configs, trials, config, lm_cache, stop)
             for name, trial in trials.items():
                 _report_result(study, trial, config.folder / name)
 
 
-def _study(wanted: SearchConfig) -> optuna.Study:
+def _study(settings: SearchConfig) -> optuna.Study:
     try:
         import optuna
     except ImportError:
@@ -76,14 +77,16 @@ def _study(wanted: SearchConfig) -> optuna.Study:
         "median": optuna.pruners.MedianPruner,
         "halving": optuna.pruners.SuccessiveHalvingPruner,
     }
-    return optuna.create_study(sampler=samplers[wanted.sampler](seed=wanted.seed), pruner=pruners[wanted.pruner]())
+    return optuna.create_study(
+        sampler=samplers[settings.sampler](seed=settings.seed), pruner=pruners[settings.pruner]()
+    )
 
 
-def _draw(trial: optuna.Trial, wanted: SearchConfig) -> dict[str, Any]:
-    """A value for each dotted key of the space."""
+def _draw(trial: optuna.Trial, settings: SearchConfig) -> dict[str, Any]:
+    """Draw a value for each dotted key of the space."""
     values: dict[str, Any] = {}
-    for key, space in wanted.space.items():
-        if isinstance(space, Choices):  # Optuna knows choices of plain kinds alone: it draws their places
+    for key, space in settings.space.items():
+        if isinstance(space, Choices):  # Optuna supports only scalar choices: draw the index instead
             values[key] = space.choices[trial.suggest_categorical(key, range(len(space.choices)))]
         elif isinstance(space.low, int) and isinstance(space.high, int):
             values[key] = trial.suggest_int(key, space.low, space.high, log=space.log)
@@ -93,28 +96,29 @@ def _draw(trial: optuna.Trial, wanted: SearchConfig) -> dict[str, Any]:
 
 
 def _run(
-    fresh: list[TrainConfig],
+    round_configs: list[TrainConfig],
     trials: Mapping[str, optuna.Trial],
     config: SweepConfig,
-    models: LmCache,
+    lm_cache: LmCache,
     stop: StopRequest,
 ) -> None:
-    """One round, what of it is not finished."""
+    """Run the unfinished trials of one round."""
 
-    def evaluated(name: str, step: int, loss: float) -> str | None:
+    def report(name: str, step: int, loss: float) -> str | None:
         trials[name].report(loss, step)
-        return f"{loss:.4f} at step {step} is among the worse" if trials[name].should_prune() else None
+        reason = f"held-out loss {loss:.4f} at step {step} is worse than that of other trials"
+        return reason if trials[name].should_prune() else None
 
-    for part in group_experiments(unfinished(fresh), 1 if config.lockstep == "none" else None):
+    for part in group_experiments(unfinished(round_configs), 1 if config.lockstep == "none" else None):
         log(f"trials: {', '.join(str(each.name) for each in part)}")
         try:
-            LockstepTrainer(part, models, config.lockstep, stop, log, evaluated).run()
+            LockstepTrainer(part, lm_cache, config.lockstep, stop, log, report).run()
         except Interrupted as stopped:
-            raise Interrupted(f"{stopped}, saved; {resume_hint(config.folder)}") from None
+            raise Interrupted(f"{stopped}; {resume_hint(config.folder)}") from None
 
 
 def _report_result(study: optuna.Study, trial: optuna.Trial, run: Path) -> None:
-    """What came of a trial: its held-out loss, or that it was pruned or failed."""
+    """Report the result of a trial to the study: its held-out loss, or that it was pruned or failed."""
     from optuna.trial import TrialState
 
     if (run / DROPPED).is_file():

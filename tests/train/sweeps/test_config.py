@@ -45,8 +45,8 @@ def test_names_are_filled_from_keys_and_defaults():
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"grid": {"lr": [1e-3, 2e-3]}, "name_template": "x"}, r"called x more than once: set name_template"),
-        ({"grid": {"lr": [1e-3]}, "name_template": "{speed}"}, r"asks for 'speed'"),
+        ({"grid": {"lr": [1e-3, 2e-3]}, "name_template": "x"}, r"have the same name \(x\): set name_template"),
+        ({"grid": {"lr": [1e-3]}, "name_template": "{speed}"}, r"uses 'speed'"),
         ({"grid": {"speed": [1, 2]}}, r"unknown key 'speed'"),
         ({"grid": {"lr": [-1]}}, r"key 'lr' in experiment 'number-1' of 's' is -1"),
         ({"grid": {"steps.more": [1]}}, r"sets a key below 'steps'"),
@@ -84,7 +84,7 @@ def test_the_later_of_base_change_list_and_grid_wins_whatever_name_it_uses():
     keys = {"base": {**BASE, "clip": 1}, "change": {"max_grad_norm": 2}, "experiments": [{"clip": 3}]}
     assert experiments(sweep(**keys))[0].max_grad_norm == 3
     assert experiments(sweep(**keys, grid={"max_grad_norm": [4]}, name_template="x"))[0].max_grad_norm == 4
-    with pytest.raises(ValueError, match="'max_grad_norm' is set by its old and its new name"):
+    with pytest.raises(ValueError, match="'max_grad_norm' is set under its old and its new name"):
         sweep(grid={"clip": [1], "max_grad_norm": [1]})
 
 
@@ -166,7 +166,7 @@ def fails(capsys, *words: str) -> str:
     return said
 
 
-def test_what_the_command_line_gets_wrong_is_said_in_one_sentence(tmp_path, capsys, monkeypatch):
+def test_command_line_errors_are_one_sentence(tmp_path, capsys, monkeypatch):
     file = tmp_path / "s.yaml"
     tree = {"base": BASE, "runs": str(tmp_path), "name": "there", "grid": {"lr": [1, 2]}}
     file.write_text(yaml.safe_dump(tree))
@@ -179,9 +179,9 @@ def test_what_the_command_line_gets_wrong_is_said_in_one_sentence(tmp_path, caps
         capsys, "--config", str(file), "search={trials: 1, space: {lr: {choices: [1]}}}"
     )
     (tmp_path / "there").mkdir()
-    assert "exists already: choose another name=…" in fails(capsys, "--config", str(file))
+    assert "already exists: choose another name=…" in fails(capsys, "--config", str(file))
     (tmp_path / "there" / "sweep.yaml").write_text(yaml.safe_dump(tree))
-    assert "cannot go on with other settings (grid)" in fails(
+    assert "cannot resume with changed settings (grid)" in fails(
         capsys, "--config", str(file), "--resume", "grid.lr=[1,3]"
     )
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -91,7 +91,7 @@ def test_with_several_batches_in_a_step_every_experiment_draws_the_dropout_of_it
 
 
 @pytest.mark.parametrize("mode", ["separate", "batched"])
-def test_a_routers_losses_and_the_use_of_its_experts_are_told_as_by_a_run_alone(tmp_path, cache, lm, mode, capsys):
+def test_router_losses_and_expert_use_are_logged_as_by_a_run_alone(tmp_path, cache, lm, mode, capsys):
     top2 = {"name": "top2", "projector": {"kind": "moe", "routing": "top2"}, "prompt": {"template": "slam"}}
     dense = {"name": "dense", "projector": {"kind": "moe", "hidden": 8}}
     base = {"steps": 3, "eval_every": 0}
@@ -130,17 +130,17 @@ def test_an_experiment_that_diverges_leaves_and_the_others_keep_their_bytes(tmp_
             assert losses(with_it / each["name"]) == pytest.approx(losses(without / each["name"]), rel=1e-4)
 
 
-def test_a_sweep_in_which_nothing_comes_to_its_end_fails(tmp_path, cache, lm):
+def test_a_sweep_without_a_finished_experiment_fails(tmp_path, cache, lm):
     bad = {"lr": 3e37, "warmup": 0, "projector": {"kind": "mlp"}}
-    with pytest.raises(WorkFailed, match=r"no experiment of .* came to its end"):
+    with pytest.raises(WorkFailed, match=r"no experiment of .* finished"):
         run_sweep(make_sweep(tmp_path, cache, lm, experiments=[{"name": "bad", **bad}]))
 
 
 def test_every_experiment_is_a_run_that_the_other_commands_take(whole, capsys):
     _, folder, _ = whole
     run = folder / "dropout"
-    figures = evaluate_run(run, run_config(run))
-    assert figures["val_loss"] == read_json(run / "summary.json")["val_loss"]
+    metrics = evaluate_run(run, run_config(run))
+    assert metrics["val_loss"] == read_json(run / "summary.json")["val_loss"]
     assert command(["report", str(run)]) == 0
     assert (run / "report.html").is_file()
 
@@ -152,7 +152,7 @@ def test_the_table_is_sorted_by_held_out_loss_with_paired_differences_to_the_fir
     state = read_json(folder / "sweep.json")
     lines = format_table(state).splitlines()
     losses_shown = [float(line.split()[1]) for line in lines[1:-1]]
-    assert lines[-1].split()[:2] == ["distilled", "–"]  # was not judged
+    assert lines[-1].split()[:2] == ["distilled", "–"]  # was not evaluated
     assert losses_shown == sorted(losses_shown)
     for each in state["experiments"]:
         if each["name"] in ("mlp", "distilled"):
@@ -175,7 +175,7 @@ def forget(folder: Path, name: str, step: int) -> None:
         (run / each).unlink(missing_ok=True)
 
 
-def test_a_sweep_goes_on_from_the_checkpoints_of_each_whatever_their_steps(tmp_path, whole):
+def test_a_sweep_resumes_each_experiment_from_its_own_checkpoint(tmp_path, whole):
     config, undisturbed, _ = whole
     folder = tmp_path / "runs" / "sweep"
     shutil.copytree(undisturbed, folder)
@@ -199,7 +199,7 @@ def write_sweep(path: Path, config: SweepConfig) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, cache, lm):
+def test_a_killed_sweep_resumes_to_the_results_of_an_uninterrupted_one(tmp_path, cache, lm):
     base = {"steps": 60, "eval_every": 0, "checkpoint_every": 5}
     shortened = [{**LIST[0]}, {**LIST[1]}]
     config = make_sweep(tmp_path, cache, lm, base, experiments=shortened, name="killed")
@@ -231,7 +231,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, cache, lm
         assert (folder / name / kept).read_bytes() == (undisturbed / name / kept).read_bytes()
 
 
-def test_a_signal_saves_all_and_says_how_to_go_on(tmp_path, cache, lm, monkeypatch):
+def test_a_signal_saves_all_and_says_how_to_resume(tmp_path, cache, lm, monkeypatch):
     from train.sweeps import group as lockstep
 
     config = make_sweep(tmp_path, cache, lm, {"eval_every": 0}, experiments=LIST[:2])
@@ -245,7 +245,7 @@ def test_a_signal_saves_all_and_says_how_to_go_on(tmp_path, cache, lm, monkeypat
 
     real = lockstep.next_batches
     monkeypatch.setattr(lockstep, "next_batches", next_and_stop)
-    with pytest.raises(Interrupted, match=r"stopped at step 3, saved; go on with: python -m train sweep --resume"):
+    with pytest.raises(Interrupted, match=r"Interrupted at step 3; .* Resume with: python -m train sweep --resume"):
         run_sweep(config)
     for name in ("mlp", "dropout"):
         assert (config.folder / name / "checkpoints" / "step-000003.safetensors").is_file()

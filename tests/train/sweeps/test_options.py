@@ -30,7 +30,7 @@ def lm(tmp_path_factory):
     return f"path:{save_tiny_lm(tmp_path_factory.mktemp('options') / 'lm')}"
 
 
-def test_groups_on_a_ray_cluster_leave_what_one_process_leaves_and_tell_of_it(tmp_path, cache, lm, monkeypatch, capsys):
+def test_groups_on_a_ray_cluster_write_and_print_what_one_process_does(tmp_path, cache, lm, monkeypatch, capsys):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     here = run_sweep(make_sweep(tmp_path, cache, lm, experiments=LIST, name="here"))
@@ -38,17 +38,17 @@ def test_groups_on_a_ray_cluster_leave_what_one_process_leaves_and_tell_of_it(tm
     there = run_sweep(make_sweep(tmp_path, cache, lm, experiments=LIST, name="there", engine="ray", max_group_size=2))
     lines = capsys.readouterr().out.splitlines()
     for number, names in ((1, ("one", "two")), (2, ("three",))):
-        told = [
+        printed = [
             line.removeprefix(f"group {number} of 2  ") for line in lines if line.startswith(f"group {number} of 2")
         ]
-        assert told[0] == f"begins: {', '.join(names)}"
-        steps = [line for line in told if re.match(r"step +\d+/8 ", line)]
+        assert printed[0] == f"started: {', '.join(names)}"
+        steps = [line for line in printed if re.match(r"step +\d+/8 ", line)]
         assert [int(re.findall(r"\d+", line)[0]) for line in steps] == list(range(1, 9))
         last = [f"{name} {losses(there / name)[-1]:.4f}" for name in names]
         assert steps[-1] == "  ".join(["step      8/8", *last])
-        assert any(line.startswith("step      4  ") and "audio gain" in line for line in told)
-        assert told[-len(names) :] == [f"{name} finished after 8 steps" for name in names]
-        assert f"done: {', '.join(names)}" in lines
+        assert any(line.startswith("step      4  ") and "audio gain" in line for line in printed)
+        assert printed[-len(names) :] == [f"{name} finished after 8 steps" for name in names]
+        assert f"finished: {', '.join(names)}" in lines
     for each in LIST:
         same_run(here / each["name"], there / each["name"])
     assert {each["state"] for each in read_json(there / "sweep.json")["experiments"]} == {"finished"}
@@ -70,7 +70,7 @@ def values(folder: Path) -> dict[str, float | None]:
     return {each["name"]: each.get("val_loss") for each in read_json(folder / "sweep.json")["experiments"]}
 
 
-def test_a_search_draws_judges_and_prunes_trials_and_goes_on_after_a_loss(tmp_path, cache, lm):
+def test_a_search_draws_evaluates_and_prunes_trials_and_resumes_after_a_loss(tmp_path, cache, lm):
     pytest.importorskip("optuna")
     config = make_sweep(tmp_path, cache, lm, {"eval_every": 2}, experiments=[], search=SEARCH)
     folder = run_sweep(config)

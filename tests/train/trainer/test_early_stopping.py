@@ -42,8 +42,8 @@ def test_a_run_that_gets_worse_ends_early_with_its_best_weights_and_so_does_its_
     summary = json.loads((run / "summary.json").read_text())
     steps, best = summary["steps"], summary["best_step"]
     assert steps == len(losses(run)) == best + 4 < 200
-    judged = {line["step"]: line["val_loss"] for line in read_jsonl(run / "evaluations.jsonl")}
-    assert judged[steps] == summary["val_loss"] == judged[best] == min(judged.values())
+    val_loss = {line["step"]: line["val_loss"] for line in read_jsonl(run / "evaluations.jsonl")}
+    assert val_loss[steps] == summary["val_loss"] == val_loss[best] == min(val_loss.values())
 
     resumed = tmp_path / "runs" / "resumed"
     shutil.copytree(run, resumed)

@@ -14,7 +14,7 @@ from train.trainer.optim import Ema, swapped_parameters
 from train.trainer.trainer import fit
 
 
-def test_the_average_forgets_its_start_and_then_decays_as_told():
+def test_the_average_forgets_its_start_and_then_decays_as_configured():
     parameter = nn.Parameter(torch.zeros(2))
     ema = Ema({"p": parameter}, 0.9)
     expected = 0.0
@@ -27,7 +27,7 @@ def test_the_average_forgets_its_start_and_then_decays_as_told():
     assert expected == pytest.approx(199 - 0.9 / 0.1, rel=1e-3)
 
 
-def test_stand_ins_leave_after_the_block_even_when_it_fails():
+def test_swapped_parameters_are_restored_even_after_an_error():
     parameter, other = nn.Parameter(torch.zeros(2)), {"p": torch.ones(2)}
     seen = []
     with suppress(KeyError), swapped_parameters({"p": parameter}, other):
@@ -37,7 +37,7 @@ def test_stand_ins_leave_after_the_block_even_when_it_fails():
     assert (parameter.tolist(), other["p"].tolist()) == ([0, 0], [1, 1])
 
 
-def test_a_run_keeps_and_judges_the_averages_and_trains_on_with_the_weights(tmp_path):
+def test_a_run_keeps_and_evaluates_the_averages_and_trains_on_with_the_weights(tmp_path):
     cache, lm = make_cache(tmp_path / "cache", 12, val_every=4), f"path:{save_tiny_lm(tmp_path / 'lm')}"
     runs = {
         decay: fit(make_config(tmp_path, cache, lm, name=f"run-{decay}", ema_decay=decay, decode_limit=1))

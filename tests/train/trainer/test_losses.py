@@ -1,4 +1,4 @@
-"""Distillation from the LM that reads, and the contrastive term: against plain computations, in pieces, over ranks."""
+"""Distillation from the LM that reads the transcript, and the contrastive loss, against direct computations."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_soft_tokens_that_are_the_transcript_are_no_divergence(lm):
 
 
 @pytest.mark.parametrize("kind", ["hf", "nanochat"])
-def test_in_pieces_no_more_logits_exist_than_told_and_the_numbers_stay(lm, kind, monkeypatch):
+def test_in_pieces_no_more_logits_exist_than_the_limit_and_the_results_stay(lm, kind, monkeypatch):
     lm = lm if kind == "hf" else load_lm("nanochat:d1", device="cpu", dtype=torch.float32)
     soft, mask = soft_batch(lm.width)
     soft.requires_grad_()
@@ -128,24 +128,24 @@ class Half(ProcessGroup):
         return [tree, [self.texts] if isinstance(tree, list) else ({}, {})]  # batches' texts, or a projector's own
 
 
-def test_the_texts_of_other_ranks_are_told_apart_too_and_each_term_has_its_own_mean(model):
+def test_the_texts_of_other_ranks_are_negatives_too_and_each_term_has_its_own_mean(model):
     batch = make_batch([8, 6, 4], ["six", "a", "one"], 0)
     weights = {"distill": DistillConfig(weight=0.25), "contrastive": ContrastiveConfig(weight=2.0)}
     parameters = list(model.projector.parameters())
-    told = one_step(model, parameters, [batch], Half(["far"]), **weights)
+    metrics = one_step(model, parameters, [batch], Half(["far"]), **weights)
     grads = [p.grad.clone() for p in parameters]
     rows = model.request(batch.features, batch.mask(), batch.texts)
     around = rows.prefix, rows.suffix, rows.targets
     nats, divergence = distillation_losses(model.lm, rows.soft, rows.soft_mask, *around, temperature=2.0)
     apart = contrastive_loss(model, rows.soft, rows.soft_mask, batch.texts, ["far"], 0.07)
-    assert told.tokens == sum(len(model.prompt.target_ids(text)) for text in batch.texts)
-    assert told.loss == pytest.approx(float(nats.detach().sum()) / told.tokens, rel=1e-5)
+    assert metrics.tokens == sum(len(model.prompt.target_ids(text)) for text in batch.texts)
+    assert metrics.loss == pytest.approx(float(nats.detach().sum()) / metrics.tokens, rel=1e-5)
     expected = {
-        "distill": float(divergence.detach().sum()) / told.tokens,
+        "distill": float(divergence.detach().sum()) / metrics.tokens,
         "contrastive": float(apart.detach().sum()) / 3,
     }
-    assert told.auxiliary_losses == pytest.approx(expected, rel=1e-4)
-    loss = (0.75 * nats.sum() + 0.25 * divergence.sum()) / told.tokens + 2 * apart.sum() / 3
+    assert metrics.auxiliary_losses == pytest.approx(expected, rel=1e-4)
+    loss = (0.75 * nats.sum() + 0.25 * divergence.sum()) / metrics.tokens + 2 * apart.sum() / 3
     for mine, wanted in zip(grads, torch.autograd.grad(loss, parameters), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-6)
 
@@ -155,32 +155,32 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("objectives") / "cache", 12, val_every=4)
 
 
-def further(run):
+def auxiliary_losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["distill"], line["contrastive"]) for line in lines]
 
 
-def test_a_run_tells_its_further_losses_and_they_fall(tmp_path, cache, folder):
+def test_a_run_logs_its_auxiliary_losses_and_they_fall(tmp_path, cache, folder):
     keys = {"lm": {"model": f"path:{folder}"}, "eval_every": 0, "steps": 20, "lr": 3e-2, **BOTH}
     run = fit(make_config(tmp_path, cache, "", **keys))
-    told = further(run)
-    assert len(told) == 20
-    assert sum(line[0] for line in told[-5:]) < sum(line[0] for line in told[:5])
-    assert sum(line[1] for line in told[-5:]) < sum(line[1] for line in told[:5])
+    metrics = auxiliary_losses(run)
+    assert len(metrics) == 20
+    assert sum(line[0] for line in metrics[-5:]) < sum(line[0] for line in metrics[:5])
+    assert sum(line[1] for line in metrics[-5:]) < sum(line[1] for line in metrics[:5])
     plain = fit(make_config(tmp_path / "plain", cache, "", **{**keys, "distill": {}, "contrastive": {}, "steps": 2}))
     assert "distill" not in (plain / "metrics.jsonl").read_text()
     assert losses(plain)[0] == pytest.approx(losses(run)[0], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_two_processes_tell_the_further_losses_of_one(tmp_path, cache, folder):
+def test_two_processes_log_the_auxiliary_losses_of_one(tmp_path, cache, folder):
     keys = {"lm": {"model": f"path:{folder}"}, "eval_every": 0, "batch": {"size": 2}, **BOTH}
     alone = fit(make_config(tmp_path / "alone", cache, "", **keys))
     config = make_config(tmp_path, cache, "", **keys)
     finish(torchrun(2, "--config", write_config(tmp_path / "c.yaml", config)))
     run = tmp_path / "runs" / "run"
     assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
-    assert sum(further(run), ()) == pytest.approx(sum(further(alone), ()), rel=1e-4)
+    assert sum(auxiliary_losses(run), ()) == pytest.approx(sum(auxiliary_losses(alone), ()), rel=1e-4)
 
 
 @pytest.mark.parametrize("lm", [{"model": "nanochat:d1", "train": True}, {"lora": {"rank": 2}}])

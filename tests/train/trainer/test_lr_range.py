@@ -74,9 +74,9 @@ def test_the_command_prints_table_and_suggestion_and_writes_json(tmp_path, cache
     assert tree["suggestion"]["reason"] in out
     assert tree["rates"][0]["lr"] == 1e-4
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "rates.json"])
-    for more, told in [(["--low", "1", "--high", "1"], "0 < --low < --high"), (["--steps", "3"], "--steps >= 10")]:
+    for more, message in [(["--low", "1", "--high", "1"], "0 < --low < --high"), (["--steps", "3"], "--steps >= 10")]:
         assert run_command(command, [*words, *more]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_command(command, words) == 2
     assert "without torchrun" in capsys.readouterr().err

@@ -34,23 +34,23 @@ def router_gradient(batches, **keys):
 
 def test_a_projectors_own_losses_weigh_as_much_as_their_batch_does():
     batches = [make_batch([8, 4], ["six", "a"], 0), make_batch([6], ["seven"], 1)]
-    _, without, told = router_gradient(batches, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
-    projector, grad, told_too = router_gradient(batches, router_aux_loss_coef=3.0, router_z_loss_coef=0.5)
-    assert told.loss == told_too.loss
-    assert told.auxiliary_losses == {"balance": 0.0, "router_z": 0.0}
+    _, without, metrics = router_gradient(batches, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    projector, grad, weighted_metrics = router_gradient(batches, router_aux_loss_coef=3.0, router_z_loss_coef=0.5)
+    assert metrics.loss == weighted_metrics.loss
+    assert metrics.auxiliary_losses == {"balance": 0.0, "router_z": 0.0}
     assert (grad - without).abs().max() > 1e-4
     projector.router.weight.grad = None
-    expected = dict.fromkeys(told_too.auxiliary_losses, 0.0)
+    expected = dict.fromkeys(weighted_metrics.auxiliary_losses, 0.0)
     for batch, tokens in zip(batches, (6, 6), strict=True):
         projector(batch.features, batch.mask())
         own = projector.take_losses()
         (sum(own.values()) * tokens / 12).backward()
         expected = {name: total + float(own[name].detach()) * tokens / 12 for name, total in expected.items()}
-    assert told_too.auxiliary_losses == pytest.approx(expected, rel=1e-5)
+    assert weighted_metrics.auxiliary_losses == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(grad - without, projector.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_what_a_projector_tells_is_summed_over_ranks_and_one_without_a_batch_tells_nothing():
+def test_projector_metrics_are_summed_over_ranks_and_a_rank_without_a_batch_adds_nothing():
     assert sum_by_name([{"a": 1.0, "b": 2.0}, {}, {"b": 0.5}]) == {"a": 1.0, "b": 2.5}
 
 
@@ -59,7 +59,7 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("step") / "cache", 12, val_every=4)
 
 
-def test_a_run_tells_its_routers_losses_and_the_use_of_experts_beside_its_loss(tmp_path, cache, capsys):
+def test_a_run_logs_router_losses_and_expert_use_beside_its_loss(tmp_path, cache, capsys):
     routed = {"kind": "moe", "routing": "top2", "router_aux_loss_coef": 1.0}
     lines = read_jsonl(fit(make_config(tmp_path, cache, "nanochat:d1", projector=routed, steps=3)) / "metrics.jsonl")
     assert len(lines) == 3
