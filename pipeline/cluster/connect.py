@@ -1,4 +1,4 @@
-"""A connection to Ray: to the cluster of an address, or to one of this machine that ends with the command."""
+"""Connect to Ray: to the cluster at an address, or to a temporary cluster on this machine."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from shards.errors import UserError, missing_package
 
-OBJECT_STORE = 80 << 20  # bytes, of a local cluster: only small results travel, and Ray requires 75 MB
+OBJECT_STORE = 80 << 20  # bytes, for a local cluster: results are small, and Ray requires at least 75 MB
 
 
 @contextmanager
 def connect(option: str, address: str | None = None) -> Iterator[Any]:
-    """The module ``ray``, connected; disconnected when the block ends.
+    """Yield the connected ``ray`` module; disconnect when the block ends.
 
     Args:
-        option: the setting that asks for Ray, for the error when it is not installed.
-        address: of the cluster; None is ``RAY_ADDRESS``, else a new cluster of this machine alone.
+        option: setting that requires Ray; named in the error when Ray is not installed.
+        address: address of the cluster; None uses ``RAY_ADDRESS``, else starts a new cluster on this machine.
 
     Raises:
         UserError: Ray is not installed, or no cluster answers at the address.
@@ -35,7 +35,7 @@ def connect(option: str, address: str | None = None) -> Iterator[Any]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"no Ray cluster at '{address}' ({reason}): start one, or leave the address out (RAY_ADDRESS too)"
+            f"no Ray cluster at '{address}' ({reason}): start one, or omit the address and unset RAY_ADDRESS"
         ) from None
     try:
         yield ray

@@ -1,14 +1,14 @@
-"""A Ray cluster as engine: actors that are workers of one extraction like any others, and a driver that listens.
+"""Run an extraction on a Ray cluster: each actor is a worker, and a driver starts actors and tracks their commits.
 
     python -m pipeline extract --engine ray --config configs/extract/librispeech.yaml
 
-In: a configuration, and a cluster: the one at ``--ray-address`` or ``RAY_ADDRESS``, else one of this machine alone that
-lives as long as the command. Out: the same caches as any engine makes. One actor a GPU, or one for every
-``--actor-cpus`` cores where there is none; as many as fit, more when a node joins. The first actor prepares the job,
-the others join it as the processes of one machine do (``pipeline/extract/child.py``); claims decide who makes which
-shard. The driver holds no encoder: it starts actors, counts what their commit records say, and merges the caches at the
-end. A lost worker or node costs the shard that it was making. The driver may be killed and started again: what is
-committed stands in the cache alone.
+The cluster is the one at ``--ray-address`` or ``RAY_ADDRESS``, else a new one on this machine that ends with the
+command. The caches are the same as with the local engine. There is one actor per GPU, or one per ``--actor-cpus`` cores
+on a cluster without GPUs: as many as fit, and more when a node joins. The first actor prepares the job; the others join
+it as the processes of one machine do (``pipeline/extract/child.py``). Claims decide which worker extracts which shard.
+The driver loads no encoder: it starts actors, reads the commit records, and merges the caches at the end. Losing a
+worker or a node loses only the shard it was extracting. The driver can be killed and restarted, because all state is in
+the cache.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from shards.commit.claims import new_owner
 from shards.config.base import validate_config
 from shards.errors import UserError, WorkFailed
 
-CLUSTER_POLL_INTERVAL = 1.0  # seconds between two looks at what the cluster has
-DEFAULT_ACTOR_CPUS = 4  # cores of an actor that computes on the CPU
-MAX_LOST_ACTORS = 3  # actors that one worker may lose in a row without having committed a shard
+CLUSTER_POLL_INTERVAL = 1.0  # seconds between two checks of the cluster's resources
+DEFAULT_ACTOR_CPUS = 4  # cores of an actor that encodes on the CPU
+MAX_LOST_ACTORS = 3  # actors that one worker may lose in a row without committing a shard
 
 
 def run_ray(
@@ -49,21 +49,28 @@ def run_ray(
     cpus_per_actor: int | None = None,
     verify: bool = False,
     retry_failed: bool = False,
-    on_start: Callable[[JobSummary], None] = lambda facts: None,
+    on_start: Callable[[JobSummary], None] = lambda summary: None,
 ) -> tuple[JobSummary, ExtractionStats]:
     """Extract on a Ray cluster until every shard is committed and the caches are finished.
 
-    The tally's ``encode`` seconds are an average actor's.
+    The ``encode`` seconds of the returned statistics are an average over the actors.
 
     Args:
-        address: of the cluster; None is ``RAY_ADDRESS``, else a cluster of this machine alone.
-        cpus: that an actor reserves; None is 1 beside a GPU, else ``DEFAULT_ACTOR_CPUS``.
-        verify, retry_failed: see :func:`pipeline.extract.job.schedule`.
-        begin: called with what will be done, once that is known.
+        config: what to extract; ``processes`` is ignored.
+        address: address of the cluster; None uses ``RAY_ADDRESS``, else starts a new cluster on this machine.
+        cpus_per_actor: CPU cores that each actor reserves; None is 1 with a GPU, else ``DEFAULT_ACTOR_CPUS``.
+        verify: see :func:`pipeline.extract.job.schedule`.
+        retry_failed: see :func:`pipeline.extract.job.schedule`.
+        on_start: called with the summary of the job before any shard is extracted; not called when the caches are
+            complete.
+
+    Returns:
+        The summary of the job and the statistics of this run.
 
     Raises:
-        UserError: ray is not installed, no cluster answers or none of its nodes fits; what ``prepare`` raises.
-        WorkFailed: too many failures, or a worker lost several actors in a row.
+        UserError: Ray is not installed, no cluster answers, no node has enough CPUs, or
+            :func:`pipeline.extract.job.prepare_job` raised it.
+        WorkFailed: too many utterances failed, or a worker lost several actors in a row.
     """
     with connect("--engine ray", address) as ray:
         driver = _Driver(ray, config.model_copy(update={"processes": None}), cpus_per_actor)
@@ -78,16 +85,16 @@ def run_ray(
 
 
 class ExtractionActor:
-    """What an actor holds: the job, with its encoder."""
+    """One worker of the extraction, with its own encoder; runs in a Ray actor."""
 
     def __init__(self, config: dict[str, Any], folder: str) -> None:
-        if os.path.isdir(folder):  # relative paths are relative to the driver's folder, where this node has it
+        if os.path.isdir(folder):  # relative paths refer to the driver's folder, if this node has it
             os.chdir(folder)
         self._config = validate_config(ExtractConfig, config, "the configuration")
         self._job: Job | None = None
 
     def prepare(self, verify: bool, retry_failed: bool) -> tuple[JobSummary, dict[str, Any]]:
-        """Load the encoder, list the source, fix the plan; what there is to do, and what others need to join."""
+        """Prepare and schedule the job; return its summary and the JSON values that other actors need to join."""
         job = self._job = prepare_job(self._config)
         schedule(job, verify=verify, retry_failed=retry_failed)
         summary = summarize(job)
@@ -96,7 +103,7 @@ class ExtractionActor:
         return summary, {**job_to_json(job), "void": job.invalidated, "about": provenance(job)}
 
     def work(self, job_json: dict[str, Any], worker: Worker) -> Iterator[int]:
-        """Make shards until all are committed, by whomever; gives the number of each that was committed here."""
+        """Extract shards until all workers together have committed all; yield each shard committed here."""
         job, stats, commits = self._job or job_from_json(job_json), ExtractionStats(), _CommitQueue()
         count_committed_failures(job, stats)
         with ThreadPoolExecutor(1) as executor:
@@ -108,19 +115,19 @@ class ExtractionActor:
 
 
 class _CommitQueue(ProgressListener, SimpleQueue["int | None"]):
-    """Numbers of shards that this actor committed."""
+    """Queue of the shards that this actor committed."""
 
     def on_shard_committed(self, shard: int) -> None:
         self.put(shard)
 
 
 class _ActorLostError(Exception):
-    """An actor or its node died, or cannot be reached; the message says how."""
+    """An actor or its node died or cannot be reached; the message is Ray's reason."""
 
 
 @dataclass
 class _Actor:
-    """One actor: its handle, which worker it is, and the generator of what it commits."""
+    """One actor: its Ray handle, its worker index, and the generator of the shards it commits."""
 
     handle: Any
     index: int
@@ -129,21 +136,24 @@ class _Actor:
 
 @dataclass
 class _Driver:
-    """Keeps a cluster busy. ``ray`` is the module, connected; ``cpus`` what an actor reserves."""
+    """Starts actors, replaces lost ones and counts their commits.
+
+    ``ray`` is the connected module; ``cpus_per_actor`` is as in :func:`run_ray`.
+    """
 
     ray: Any
     config: ExtractConfig
     cpus_per_actor: int | None
     stats: ExtractionStats = field(default_factory=ExtractionStats)
     job_json: dict[str, Any] = field(default_factory=dict)
-    uncommitted: set[int] = field(default_factory=set)  # shards whose commit was not counted yet
+    uncommitted: set[int] = field(default_factory=set)  # shards whose commit has not been counted yet
     actors: list[_Actor] = field(default_factory=list)
     consecutive_losses: Counter[int] = field(default_factory=Counter)  # by worker, since it last committed a shard
-    prepared_actor: Any = None  # the actor that prepared the job, until it is given work
-    all_committed: bool = False  # an actor found that everything is committed
+    prepared_actor: Any = None  # the actor that prepared the job, until it starts work
+    all_committed: bool = False  # an actor found that every shard is committed
 
     def prepare(self, verify: bool, retry_failed: bool) -> JobSummary:
-        """What one actor finds; another takes over when it is lost."""
+        """Prepare the job in one actor, or in another if that one is lost; return its summary."""
         while True:
             self.prepared_actor = self._start_actor(*self._available_resources()[:2])
             try:
@@ -154,7 +164,7 @@ class _Driver:
                 self._handle_lost_actor(self.prepared_actor, 0, error)
 
     def run(self, summary: JobSummary) -> None:
-        """Have every shard made, then merge the caches."""
+        """Extract every shard, then merge the caches."""
         started, last_check, shard_sizes = time.perf_counter(), 0.0, dict(enumerate(summary.shard_sizes))
         self.uncommitted = set(summary.todo)
         for failure in self.job_json["failed"]:
@@ -164,7 +174,7 @@ class _Driver:
         assert plan is not None
 
         def count(shard: int) -> None:
-            """Take the figures of a shard from its commit record, which it may take a moment to see."""
+            """Count a shard from its commit record, which may not be visible here yet."""
             record = store.commit_record(shard, spec.feature_id, plan.id) if shard in self.uncommitted else None
             if record is None:
                 return
@@ -189,7 +199,7 @@ class _Driver:
                 for ready in self.ray.wait(list(calls), timeout=CLUSTER_POLL_INTERVAL)[0]:
                     if (committed := self._next_commit(calls[ready])) is not None:
                         count(committed)
-            while self.uncommitted:  # what a lost actor did not live to tell of, and what this machine does not see yet
+            while self.uncommitted:  # commits that a lost actor did not report, or that are not visible here yet
                 for shard in sorted(self.uncommitted):
                     count(shard)
                 time.sleep(POLL_INTERVAL if self.uncommitted else 0)
@@ -199,13 +209,13 @@ class _Driver:
             finish_caches(targets, plan, self.job_json["about"], time.perf_counter() - started)
 
     def close(self) -> None:
-        """End the actors: what they have in flight is not committed."""
+        """Kill the actors; the shards they are extracting are not committed."""
         for handle in (self.prepared_actor, *(actor.handle for actor in self.actors)):
             if handle is not None:
                 self.ray.kill(handle)
 
     def _available_resources(self) -> tuple[bool, int, int]:
-        """Whether an actor takes a GPU, its cores, and how many such actors the nodes that live can hold."""
+        """Return whether an actor uses a GPU, its CPU cores, and how many actors fit on the live nodes."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         gpu = self.config.encoder.device != "cpu" and any(node.get("GPU") for node in nodes)
         largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
@@ -219,7 +229,7 @@ class _Driver:
         room = sum(int(min(node.get("GPU", 0) if gpu else largest, node.get("CPU", 0) // cpus)) for node in nodes)
         if room == 0:
             raise UserError(
-                f"no node of the Ray cluster has {cpus} CPUs for an encoder: start nodes, or set --actor-cpus"
+                f"no node of the Ray cluster has {cpus} CPUs for an encoder: add nodes or lower --actor-cpus"
             )
         return gpu, cpus, room
 
@@ -228,7 +238,7 @@ class _Driver:
         return remote.remote(self.config.model_dump(mode="json"), os.getcwd())
 
     def _start_missing_actors(self) -> None:
-        """Start actors where the cluster has room for more, one a shard at most."""
+        """Start as many actors as the cluster has room for, at most one per uncommitted shard."""
         gpu, cpus, room = self._available_resources()
         workers = min(room, len(self.uncommitted)) or 1
         for index in set(range(workers)) - {actor.index for actor in self.actors}:
@@ -237,7 +247,7 @@ class _Driver:
             self.actors.append(_Actor(handle, index, commits))
 
     def _next_commit(self, actor: _Actor) -> int | None:
-        """The next shard that ``actor`` committed; None when it has come to its end, one way or another."""
+        """Return the next shard that ``actor`` committed; None when it has finished or was lost."""
         try:
             shard: int = self._ray_get(next(actor.commits))
             self.consecutive_losses[actor.index] = 0
@@ -250,7 +260,11 @@ class _Driver:
         return None
 
     def _ray_get(self, call: Any) -> Any:
-        """The result of a call; a user's error is raised as it was there, the loss of the actor as _ActorLostError."""
+        """Return the result of a call; re-raise the actor's UserError or WorkFailed.
+
+        Raises:
+            _ActorLostError: the actor was lost.
+        """
         try:
             return self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:
@@ -259,12 +273,12 @@ class _Driver:
             raise _ActorLostError(" ".join(str(error).split())[:300]) from None
 
     def _handle_lost_actor(self, handle: Any, index: int, reason: _ActorLostError) -> None:
-        self.ray.kill(handle)  # if it only cannot be reached
+        self.ray.kill(handle)  # it may be alive but unreachable
         self.consecutive_losses[index] += 1
         if self.consecutive_losses[index] >= MAX_LOST_ACTORS:
             raise WorkFailed(
-                f"worker {index} was lost {MAX_LOST_ACTORS} times without having committed a shard (the last time: "
-                f"{reason}): look into Ray's logs for memory and crashes; committed shards are kept"
+                f"worker {index} was lost {MAX_LOST_ACTORS} times without committing a shard (last reason: {reason}): "
+                "check Ray's logs for crashes and out-of-memory errors; committed shards are kept"
             )
         print("note: a worker was lost; another one takes over", file=sys.stderr)
 

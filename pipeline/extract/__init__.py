@@ -1,1 +1,1 @@
-"""An extraction: plan, shards, progress, the end of the job."""
+"""Extraction jobs: plan, shards, worker processes, progress, summary."""

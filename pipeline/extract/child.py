@@ -1,11 +1,11 @@
-"""One of several processes of an extraction; started by ``pipeline/extract/local.py`` or a Ray cluster, not by hand.
+"""A worker process of an extraction, started by ``pipeline/extract/local.py``; its functions also serve Ray actors.
 
-In, on standard input: one line of JSON, the job; then nothing, and its end means that the starting process is gone.
-Out: committed shards; on standard output a :class:`ShardReport` for every utterance and every commit, as a line of
-JSON.
+Reads the job as one line of JSON from standard input, which then stays open; end of file means that the parent process
+is gone. Commits shards, and writes a :class:`ShardReport` for every utterance and every commit to standard output, as
+one line of JSON each.
 
-What is told travels as plain values: :func:`tell` puts a job into them, :func:`join` makes it a job again, :func:`work`
-makes its shards. A :class:`ReportCounter` in the starting process counts what is reported.
+:func:`job_to_json` serializes a job, :func:`job_from_json` restores it, and :func:`run_worker` extracts its shards. A
+:class:`ReportCounter` in the parent process counts the reports.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from pipeline.extract.job import Job, Target
     from pipeline.extract.resources import Worker
 
-EXIT_TIMEOUT = 8.0  # seconds to abandon the shard in
+EXIT_TIMEOUT = 8.0  # seconds allowed for abandoning the shard in progress
 
 
 class ShardReport(NamedTuple):
-    """What a process did for a shard."""
+    """Progress of one process on one shard, since its previous report."""
 
     shard: int
     utterances: int = 0
@@ -42,12 +42,12 @@ class ShardReport(NamedTuple):
 
 
 def command(argv: object) -> int:
-    """Make shards until all are committed."""
+    """Extract shards until all are committed."""
     from pipeline.extract.loop import count_committed_failures
 
-    reports, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no report
+    reports, sys.stdout = sys.stdout, sys.stderr  # libraries may print, and standard output is for reports
     line = sys.stdin.readline()
-    if not line:  # the starting process is gone already
+    if not line:  # the parent process is already gone
         return 0
     threading.Thread(target=_exit_when_closed, args=(sys.stdin,), name="lifeline", daemon=True).start()
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -58,7 +58,7 @@ def command(argv: object) -> int:
 
 
 def job_to_json(job: Job) -> dict[str, Any]:
-    """A scheduled job as JSON values: what :func:`join` needs."""
+    """Return a scheduled job as JSON values, for :func:`job_from_json`."""
     return {
         "config": job.config.model_dump(mode="json"),
         "device": job.config.encoder.device,
@@ -72,7 +72,10 @@ def job_to_json(job: Job) -> dict[str, Any]:
 
 
 def targets_from_json(job_json: dict[str, Any]) -> list[Target]:
-    """The caches of a job that :func:`tell` told of; needs no encoder. Records that are ``void`` count no more."""
+    """Return the caches of a job from :func:`job_to_json`; needs no encoder.
+
+    Invalidates the commit records under the key ``void``, if there are any.
+    """
     from pipeline.extract.job import Target
     from shards.commit.store import open_store
     from shards.format.spec import FeatureSpec
@@ -83,16 +86,18 @@ def targets_from_json(job_json: dict[str, Any]) -> list[Target]:
         for layer, location, spec in job_json["targets"]
     ]
     for target, records in zip(targets, job_json.get("void", ()), strict=False):
-        if records and not target.store.is_complete(target.spec.feature_id, job_json["plan_id"]):  # all were made again
+        if records and not target.store.is_complete(
+            target.spec.feature_id, job_json["plan_id"]
+        ):  # all were re-extracted
             target.store.reopen(records)
     return targets
 
 
 def job_from_json(job_json: dict[str, Any]) -> Job:
-    """The job of the process that told of it: its plan stands, the source is not listed again, no record is read.
+    """Restore a job from :func:`job_to_json`, without listing the source or reading commit records again.
 
     Raises:
-        UserError: the encoder here is not the one that the caches are made with.
+        UserError: the encoder of this process computes other features than the caches hold.
     """
     from pipeline.config import ExtractConfig
     from pipeline.encoders.load import compile_encoder
@@ -108,7 +113,7 @@ def job_from_json(job_json: dict[str, Any]) -> Job:
         different = target.spec.differences(feature_spec(config, encoder, target.layer))
         if different:
             raise UserError(
-                f"the encoder on {encoder.device} makes other features than '{target.store.location}' holds "
+                f"the encoder on {encoder.device} computes other features than '{target.store.location}' holds "
                 f"({'; '.join(different)}): set encoder.dtype and encoder.device"
             )
     plan = targets[0].store.plan()
@@ -121,11 +126,17 @@ def job_from_json(job_json: dict[str, Any]) -> Job:
 
 
 def run_worker(job: Job, stats: ExtractionStats, listener: ProgressListener, worker: Worker | None = None) -> None:
-    """Make shards until all are committed; whoever told of the job merges. ``tally`` knows of earlier failures.
+    """Extract shards until all are committed; the process that started the job merges the caches.
+
+    Args:
+        job: a scheduled job.
+        stats: already includes the failures of earlier runs.
+        listener: receives the progress.
+        worker: decides which shards are tried first.
 
     Raises:
-        WorkFailed: too many failures.
-        UserError: the disk is full, or the like.
+        WorkFailed: too many utterances failed.
+        UserError: the disk is full or read-only.
     """
     from pipeline.extract.loop import make_shards
     from pipeline.extract.shard import open_decoders
@@ -135,11 +146,11 @@ def run_worker(job: Job, stats: ExtractionStats, listener: ProgressListener, wor
 
 
 class _ReportWriter(ProgressListener):
-    """A line for each utterance and each commit."""
+    """Writes one line for each utterance and each commit."""
 
     def __init__(self, file: IO[str], stats: ExtractionStats) -> None:
         self._file, self._stats, self._lock = file, stats, threading.Lock()
-        self._num_reported = len(stats.failures)  # of earlier runs, and those that were reported
+        self._num_reported = len(stats.failures)  # failures of earlier runs, and those reported so far
 
     def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
         failures = self._stats.failures[self._num_reported :]
@@ -155,7 +166,7 @@ class _ReportWriter(ProgressListener):
 
 
 class ReportCounter:
-    """Counts what another process reports; what it did for shards that it did not live to commit counts no more."""
+    """Counts the reports of another process, and takes back those of shards that it did not commit."""
 
     def __init__(self, stats: ExtractionStats, progress_bar: ProgressBar) -> None:
         self._stats, self._progress_bar = stats, progress_bar
@@ -170,7 +181,7 @@ class ReportCounter:
             self._uncommitted[report.shard].append(report)
 
     def discard_uncommitted(self) -> None:
-        """The process has ended, or was lost."""
+        """Subtract the reports of uncommitted shards; call it when the process has ended."""
         for reports in self._uncommitted.values():
             for report in reports:
                 self._count(report, -1)

@@ -1,8 +1,8 @@
-"""The extraction job: everything that is decided before the first frame, and what is left to do after the last.
+"""The extraction job: everything that is decided before the first frame is computed.
 
-In: an :class:`pipeline.config.ExtractConfig`. Out: a :class:`Job`, that is source, encoder, plan, and the caches (one a
-layer) to fill. :func:`prepare` makes it; :func:`schedule` reads the commit records once, for all who ask later what is
-left to do, and marks shards to make again. :func:`provenance` is what ``CACHE.json`` says about all of it.
+:func:`prepare_job` turns an :class:`pipeline.config.ExtractConfig` into a :class:`Job`: source, encoder, plan, and the
+caches to fill, one per layer. :func:`schedule` reads the commit records once and decides which shards are left to
+extract or must be extracted again. :func:`provenance` is what ``CACHE.json`` records about the job.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from shards.format.records import RecordError
 from shards.format.spec import FeatureSpec
 from shards.remote.client import is_url
 
-MAX_PUT_MB = 4000  # MB; S3 takes 5 GiB in one put, and shards vary a little
-MAX_SCRATCH_SHARDS = 3  # shards on the scratch disk of a process: one written, one being put, one waiting
+MAX_PUT_MB = 4000  # MB; S3 accepts 5 GiB in one put, and shard sizes vary slightly
+MAX_SCRATCH_SHARDS = 3  # shards on a process's scratch disk: one being written, one being uploaded, one waiting
 
 
 @dataclass(frozen=True)
 class Target:
-    """One cache to fill: a layer, where it stands or will stand, and its spec."""
+    """One cache to fill: its layer, its location and its spec."""
 
     layer: int
     store: Store
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def layout(self) -> Layout:
-        """The local folder that its shards are written into."""
+        """The local folder into which shards are written."""
         return self.store.layout
 
 
@@ -54,10 +54,11 @@ class Job:
     """Everything that is decided before the first frame.
 
     Attributes:
-        todo: shards that some target lacks or that are made again; from :func:`schedule`, as what follows.
-        void: for each target, commit records that no longer count, by shard: these shards are made again.
-        failed: failures in the records that count.
-        attempts: failed attempts before this run, by key.
+        todo: shards to extract, because a target lacks them or they were invalidated. :func:`schedule` sets this and
+            the following attributes.
+        invalidated: for each target, the commit records of shards to extract again, by shard.
+        earlier_failures: failures in the valid commit records.
+        failed_attempts: failed attempts before this run, by utterance key.
     """
 
     config: ExtractConfig
@@ -74,12 +75,12 @@ class Job:
     failed_attempts: dict[str, int] = field(default_factory=dict)
 
     def missing_targets(self, shard: int) -> list[Target]:
-        """The targets that have no trusted record of ``shard`` now."""
+        """Return the targets that have no valid commit record of ``shard`` at this moment."""
         return [t for t in self.targets if t.store.commit_record(shard, t.spec.feature_id, self.plan.id) is None]
 
     @property
     def decode_workers(self) -> int:
-        """Threads that decode for this process's encoder."""
+        """Threads that decode audio for this process's encoder."""
         import torch
 
         return num_decode_workers(
@@ -94,7 +95,7 @@ class Job:
 
     @contextmanager
     def hold_leases(self) -> Iterator[None]:
-        """Within it this process may take shards of all targets."""
+        """Within this context the process may claim shards of all targets."""
         with ExitStack() as stack:
             for target in self.targets:
                 stack.enter_context(target.store.hold_leases(self.owner, self.config.lease_seconds))
@@ -102,22 +103,23 @@ class Job:
 
 
 def prepare_job(config: ExtractConfig) -> Job:
-    """Resolve weights, list the source, fix the plan.
+    """Resolve the weights, load the encoder, list the source and fix the plan.
 
     Raises:
-        UserError: weights, source or folder are not as they must be.
+        UserError: a setting is invalid, or the weights, the source or a cache folder cannot be used with it.
     """
     if is_url(config.root) and config.shard_mb > MAX_PUT_MB:
         raise UserError(
-            f"shard_mb={config.shard_mb:g} is more than a bucket takes in one piece: set it to {MAX_PUT_MB} or less"
+            f"shard_mb={config.shard_mb:g} exceeds the largest object that can be uploaded at once: set it to "
+            f"{MAX_PUT_MB} or less"
         )
     weights, encoder = load_configured_encoder(config, first_device(config))
     if config.trim == "none" and encoder.window != "full30":
         raise UserError(
-            f"trim=none keeps padded windows, and with window={encoder.window} there are none: use trim=valid"
+            f"trim=none stores padded windows, but window={encoder.window} does not pad to a fixed size: use trim=valid"
         )
     if config.overlap * encoder.sampling_rate >= encoder.window_samples:
-        raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window")
+        raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window: set a smaller overlap")
     layers = resolve_layers(config.encoder.layers, encoder.n_layers)
     limits = [n for n in (config.limit, config.source.limit) if n is not None]
     source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
@@ -137,7 +139,7 @@ def prepare_job(config: ExtractConfig) -> Job:
 
 
 def load_configured_encoder(config: ExtractConfig, device: str) -> tuple[Weights, Encoder]:
-    """The encoder of ``config`` on ``device``, and the weights that it was loaded from; raises UserError."""
+    """Load the encoder of ``config`` on ``device``; return its weights and the encoder. Raises UserError."""
     weights = resolve_weights(config.encoder.model, role="encoder")
     encoder = load_encoder(
         weights,
@@ -151,19 +153,23 @@ def load_configured_encoder(config: ExtractConfig, device: str) -> tuple[Weights
 
 
 def resolve_layers(layers: list[int] | None, n_layers: int) -> list[int]:
-    """Configured layers as 0 … n, sorted, each once; none means the last. UserError for one that the encoder lacks."""
+    """Return the configured layers as unique, sorted numbers from 0 to ``n_layers``; None selects the last layer.
+
+    Raises:
+        UserError: the list is empty, or the encoder lacks a layer.
+    """
     chosen = set()
     for layer in layers if layers is not None else [n_layers]:
         if not -n_layers - 1 <= layer <= n_layers:
-            raise UserError(f"encoder.layers names layer {layer} and this encoder has layers 0 to {n_layers}")
+            raise UserError(f"encoder.layers contains {layer}, but this encoder has layers 0 to {n_layers}")
         chosen.add(layer if layer >= 0 else n_layers + 1 + layer)
     if not chosen:
-        raise UserError("encoder.layers is empty: name at least one layer, or leave the key out for the last")
+        raise UserError("encoder.layers is empty: name at least one layer, or omit the key for the last layer")
     return sorted(chosen)
 
 
 def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> FeatureSpec:
-    """The identity of the features that this configuration makes at ``layer``."""
+    """Return the spec, i.e. the identity, of the features that this configuration produces at ``layer``."""
     return FeatureSpec(
         family=encoder.family,
         tensors=encoder.tensors,
@@ -189,7 +195,7 @@ def _load_or_make_plan(
     targets: list[Target],
     fingerprint: str,
 ) -> Plan:
-    """The plan of every target: an existing one counts, a new one is written to all."""
+    """Return the plan that all targets share: an existing one if there is one, else a new one. Write it to all."""
     for target in targets:
         _check_same_spec(target)
     padded = encoder.window_samples // encoder.hop if config.trim == "none" else None
@@ -209,15 +215,15 @@ def _load_or_make_plan(
     for target, plan in zip(targets, plans, strict=True):
         if plan.id != plans[0].id:
             raise UserError(
-                f"'{target.store.location}' has another plan than '{targets[0].store.location}': "
-                "extract these layers separately"
+                f"'{target.store.location}' and '{targets[0].store.location}' have different plans: extract these "
+                "layers separately"
             )
         planned = plan.table.select(_PLAN_COLUMNS).to_pylist()
         found = corpus_fingerprint((Utterance(**row) for row in planned), source.version)
         if found != fingerprint:
             raise UserError(
-                f"the plan in '{target.store.location}' is of another corpus ({found[:8]}, not {fingerprint[:8]}): "
-                "move the folder away"
+                f"the plan in '{target.store.location}' belongs to another corpus (expected {fingerprint[:8]}, got "
+                f"{found[:8]}): move the folder away"
             )
     return plans[0]
 
@@ -230,21 +236,21 @@ def _check_same_spec(target: Target) -> None:
         info = target.store.info()
     except RecordError as error:
         raise UserError(
-            f"'{target.store.location}/CACHE.json' is damaged ({error}): delete that file and extract again, shards "
-            "are kept"
+            f"'{target.store.location}/CACHE.json' is corrupt ({error}): delete that file and rerun the extraction; "
+            "shards are kept"
         ) from None
     if info is None:
         return
     found = FeatureSpec.parse(info.get("spec"), f"'{target.store.location}/CACHE.json'")
     if found.feature_id != target.spec.feature_id:
         raise UserError(
-            f"'{target.store.location}' holds features of another spec ({'; '.join(found.differences(target.spec))}): "
-            "choose another root or move the folder away"
+            f"'{target.store.location}' holds features with another spec "
+            f"({'; '.join(found.differences(target.spec))}): choose another root or move the folder away"
         )
 
 
 def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
-    """Bytes that the tars of ``shards`` will take in all targets."""
+    """Estimate the bytes that the tars of ``shards`` will take in all targets together."""
     padded = job.encoder.window_samples // job.encoder.hop if job.config.trim == "none" else None
     wanted = set(shards)
     total = 0
@@ -256,13 +262,19 @@ def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
 
 
 def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> None:
-    """Find what is left to do, in one scan of the commit records; of caches that are complete none is read.
+    """Find the shards that are left to extract, in one scan of the commit records; complete caches are not scanned.
 
-    Made again are ``shards``, damaged ones (``verify``) and those with failures (``retry_failed``). A cache that loses
-    a shard is no longer complete, so its ``CACHE.json`` goes first. Failed utterances keep count of their attempts.
+    A cache with an invalidated shard is no longer complete, so its ``CACHE.json`` is removed first. Failed utterances
+    keep their number of attempts.
+
+    Args:
+        job: its ``todo``, ``invalidated``, ``earlier_failures`` and ``failed_attempts`` are set.
+        verify: re-hash the committed shards and extract corrupt ones again.
+        retry_failed: extract shards with failed utterances again.
+        shards: shards to extract again in any case.
 
     Raises:
-        UserError: the disk is too small for what is left.
+        UserError: the disk is too small for the remaining shards.
     """
     redo = set(shards)
     if job.is_complete() and not (redo or verify or retry_failed):
@@ -290,19 +302,20 @@ def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shar
 
 
 def _check_disk_space(job: Job) -> None:
-    folder, stays = job.targets[0].layout.path, job.targets[0].store.keeps_shards
-    need = estimate_bytes(job, job.todo if stays else job.todo[:MAX_SCRATCH_SHARDS])  # shards are about equal in size
+    folder, keeps_shards = job.targets[0].layout.path, job.targets[0].store.keeps_shards
+    # shards are about equal in size
+    need = estimate_bytes(job, job.todo if keeps_shards else job.todo[:MAX_SCRATCH_SHARDS])
     free = shutil.disk_usage(folder).free
     if need > free:
-        fix = "choose another root, set limit" if stays else "set scratch, lower shard_mb"
+        fix = "choose another root, set limit" if keeps_shards else "set scratch, lower shard_mb"
         raise UserError(
-            f"the features need about {need / 1e9:.1f} GB and '{folder}' has {free / 1e9:.1f} GB free: "
-            f"{fix}, or use codec=int8 for half the size"
+            f"the features need about {need / 1e9:.1f} GB, but '{folder}' has {free / 1e9:.1f} GB free: {fix}, or use "
+            "codec=int8 for half the size"
         )
 
 
 def provenance(job: Job) -> dict[str, Any]:
-    """Where the features are from and what makes them; part of no identity."""
+    """Return where the features come from and what computes them; not part of any id."""
     import torch
     import transformers
 

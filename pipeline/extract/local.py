@@ -1,9 +1,9 @@
-"""More processes of this machine on one extraction: one a GPU, each with an encoder of its own.
+"""Run an extraction on this machine with several processes: one per GPU, each with its own encoder.
 
-In: a job whose configuration asks for n processes. Out: n - 1 further ones (``python -m pipeline.extract.child``),
-which take shards by claims like any process that shares the folder, and whose progress, failures and notes come back
-through a pipe. This process is the first of the n: it goes on when another dies, and makes that one's shard again. When
-this one dies, the others see their pipe closed and end.
+For a job with n processes, this process is the first and starts n - 1 child processes
+(``python -m pipeline.extract.child``). They claim shards like any process that shares the folder, and report progress
+and failures through a pipe. When a child dies, the others continue and extract its shard again. When this process dies,
+the pipes close and the children exit.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pipeline.profile import StageTimes
 if TYPE_CHECKING:
     from pipeline.extract.job import Job
 
-CHILD_EXIT_TIMEOUT = 10.0  # seconds that a process may take to abandon its shard
+CHILD_EXIT_TIMEOUT = 10.0  # seconds that a child may take to abandon its shard
 
 
 class WorkerProcesses:
-    """The processes beside this one; a context manager that ends them."""
+    """The child processes of this one; a context manager that ends them."""
 
     def __init__(self, job: Job, stats: ExtractionStats, progress_bar: ProgressBar) -> None:
         self._job, self._stats, self._progress_bar = job, stats, progress_bar
@@ -57,7 +57,7 @@ class WorkerProcesses:
                 process.terminate()
         for device, process, thread in self._running:
             assert process.stdin is not None
-            process.stdin.close()  # ends it, should the signal have come too early
+            process.stdin.close()  # ends it if the signal arrived before its handler was set
             try:
                 expected = process.wait(CHILD_EXIT_TIMEOUT) == 128 + signal.SIGTERM
             except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ class WorkerProcesses:
         self._running.clear()
 
     def check(self) -> None:
-        """Note processes that ended badly; raises WorkFailed when all of them together have too many failures."""
+        """Report children that exited with an error; raise WorkFailed if too many utterances failed in total."""
         for entry in [entry for entry in self._running if entry[1].poll() not in (None, 0)]:
             device, process, thread = entry
             thread.join()
@@ -85,11 +85,11 @@ class WorkerProcesses:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,  # Ctrl-C is this process's business
+            start_new_session=True,  # only this process handles Ctrl-C
         )
         assert process.stdin is not None
         process.stdin.write(json.dumps({**job_to_json(self._job), "device": device}) + "\n")
-        process.stdin.flush()  # and stays open: its end is the sign that this process is gone
+        process.stdin.flush()  # stays open: end of file tells the child that this process is gone
         thread = threading.Thread(target=self._listen, args=(process,), name=f"worker on {device}", daemon=True)
         thread.start()
         self._running.append((device, process, thread))
@@ -101,7 +101,7 @@ class WorkerProcesses:
             for line in process.stdout:
                 try:
                     report = ShardReport(*json.loads(line))
-                except ValueError:  # a line cut short by the process's death
+                except ValueError:  # the process died while writing this line
                     continue
                 counter.add(report)
         counter.discard_uncommitted()
@@ -109,19 +109,21 @@ class WorkerProcesses:
     @staticmethod
     def _report_exit(device: str, code: int) -> None:
         if code:
-            how = f"by signal {-code}" if code < 0 else f"with status {code}"
-            print(f"note: the process on {device} ended {how}: its shard is made again", file=sys.stderr)
+            how = f"on signal {-code}" if code < 0 else f"with status {code}"
+            print(f"note: the process on {device} exited {how}; its shard is extracted again", file=sys.stderr)
 
 
 def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) -> ExtractionStats:
-    """Extract with this process's encoder, and those it starts, until every shard is committed; then finish.
+    """Extract in this process and its children until every shard is committed, then finalize the caches.
 
-    ``worker`` decides which shards it tries first. ``trace`` keeps every block of work in ``Tally.stages`` for a
-    profile.
+    Args:
+        job: a scheduled job.
+        worker: decides which shards this process tries first.
+        trace: keep every timed block in ``ExtractionStats.stage_times``, for ``--profile``.
 
     Raises:
-        WorkFailed: too many failures.
-        UserError: the disk is full, read-only, or the like; what is committed stays.
+        WorkFailed: too many utterances failed.
+        UserError: the disk is full or read-only; committed shards are kept.
     """
     started = time.perf_counter()
     stats = ExtractionStats(stage_times=StageTimes(trace=trace))

@@ -1,9 +1,9 @@
-"""Who makes which shard: one process, or several of them on one cache.
+"""The worker loop: claim a shard, encode it, commit it, until every shard of the job is committed.
 
-In: a :class:`pipeline.extract.job.Job`. Out: every shard committed and the caches finished. Processes that share the
-folder divide the work by claims (``shards/commit/claims.py``): each takes the next shard that nobody holds, waits for
-the others at the end, and whoever finds everything committed finishes the cache, which is idempotent. :func:`run_local`
-starts the processes of this machine itself (``processes``: one a GPU) and shows them as one run.
+Processes that share a cache divide the work by claims (``shards/commit/claims.py``): each takes the next shard that no
+other process holds and waits for the others at the end. Any process that finds all shards committed may finalize the
+cache, which is idempotent. :func:`pipeline.extract.local.run_local` starts the processes of one machine
+(``processes``).
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from pipeline.profile import StageTimes
 from pipeline.threads import BackgroundThread
 from shards.format.layout import Plan
 
-POLL_INTERVAL = 0.5  # seconds between two looks at what another process does
+POLL_INTERVAL = 0.5  # seconds between two checks on other processes
 
 
 def finish_caches(targets: Sequence[Target], plan: Plan, provenance: dict[str, Any], seconds: float) -> None:
-    """Merge each cache, all of whose shards are committed, unless another process does: then wait until it is complete.
+    """Finalize each cache; if another process is already doing so, wait until that cache is complete.
 
-    Any process may do it, any number of times, within ``at_work`` of the stores.
+    Any process may call this any number of times, within ``hold_leases`` of the stores.
 
     Args:
-        about: provenance, see :func:`pipeline.extract.job.provenance`.
-        seconds: how long the run took.
+        targets: caches whose shards are all committed.
+        plan: their common plan.
+        provenance: see :func:`pipeline.extract.job.provenance`.
+        seconds: duration of the run.
     """
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     provenance = {**provenance, "last_run_seconds": round(seconds, 1), "finished": finished}
@@ -58,9 +60,17 @@ def make_shards(
     worker: Worker | None = None,
     before_each_shard: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make every shard that nobody else makes, until all are committed; ``look`` is called between two of them.
+    """Extract every shard that no other process holds, until all shards are committed.
 
-    A shard is committed while the next one is encoded: its fsync and the reading back cost the encoder nothing.
+    A shard is committed while the next one is encoded, so the encoder does not wait for fsync and reading back.
+
+    Args:
+        job: a scheduled job, within :meth:`pipeline.extract.job.Job.hold_leases`.
+        stats: counts utterances and failures.
+        decoders: see :func:`pipeline.extract.shard.open_decoders`.
+        listener: receives the progress.
+        worker: decides which shards are tried first.
+        before_each_shard: called before each shard; an exception that it raises stops the loop.
     """
     todo = set(job.todo)
     for shard in range(job.plan.num_shards):
@@ -90,7 +100,7 @@ def make_shards(
                 if len(acquired) < len(targets):
                     held_by_others.append(shard)
             commit_thread.finish()
-            # what was made here and is missing was taken over by another process while this one stood still
+            # a shard encoded here that is still missing was taken over by another process while this one was suspended
             taken_over = [shard for shard in encoded_here if shard not in held_by_others and job.missing_targets(shard)]
             pending = held_by_others + taken_over
             if pending:
@@ -99,7 +109,10 @@ def make_shards(
 
 
 class CommitThread:
-    """Commits shards in a thread, in order, one of them waiting at most; tells of it, gives their claims back."""
+    """Commits shards in order in a background thread, reports each one and releases its claims.
+
+    At most one shard waits while another is committed.
+    """
 
     def __init__(self, stage_times: StageTimes, listener: ProgressListener) -> None:
         self._stage_times, self._listener = stage_times, listener
@@ -113,17 +126,17 @@ class CommitThread:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.__exit__(kind, error, trace)
-        for made in list(self._uncommitted):  # dropped by an exception
-            self._release(made)
+        for written_shard in list(self._uncommitted):  # dropped by an exception
+            self._release(written_shard)
 
     def put(self, written_shard: WrittenShard) -> None:
-        """Commit ``made`` soon; raises what an earlier commit raised."""
+        """Queue ``written_shard`` for commit. Raises the exception of an earlier commit."""
         self._uncommitted.append(written_shard)
         with self._stage_times.timed_wait("commit"):
             self._thread.put(written_shard)
 
     def finish(self) -> None:
-        """Wait until everything is committed; raises what a commit raised."""
+        """Wait until everything is committed. Raises the exception of a commit."""
         if not self._uncommitted:
             return
         with self._stage_times.timed_wait("commit"):
@@ -142,14 +155,14 @@ class CommitThread:
 
 
 def cleanup(job: Job) -> None:
-    """Remove what killed processes left in the caches of a finished job."""
+    """Remove the files that killed processes left in the caches of a finished job."""
     with job.hold_leases():
         for target in job.targets:
             target.store.cleanup()
 
 
 def acquire_shard(job: Job, shard: int, targets: list[Target]) -> list[Target]:
-    """Those of ``targets`` whose claim this process got; a shard that was committed meanwhile is given back."""
+    """Claim ``shard`` in ``targets``; return the targets that were claimed here and still lack the shard."""
     acquired = [target for target in targets if target.store.acquire(shard)]
     already_committed = [t for t in acquired if t not in job.missing_targets(shard)]
     release_shard(shard, already_committed)
@@ -157,13 +170,13 @@ def acquire_shard(job: Job, shard: int, targets: list[Target]) -> list[Target]:
 
 
 def release_shard(shard: int, targets: Sequence[Target]) -> None:
-    """Give the claims of ``shard`` back."""
+    """Release the claims on ``shard``."""
     for target in targets:
         target.store.release(shard)
 
 
 def count_committed_failures(job: Job, stats: ExtractionStats) -> None:
-    """Failures of earlier runs count towards ``max_failures``."""
+    """Add the failures of earlier runs to ``stats``; they count toward ``max_failures``. Raises WorkFailed."""
     for failure in job.earlier_failures:
         stats.add_failure(failure["key"], failure["stage"], failure["error"])
     check_failures(stats, job.config.max_failures, len(job.plan.table))

@@ -1,8 +1,8 @@
 """The plan: which utterance goes to which shard, fixed before the first frame is computed.
 
-In: a source. Out: a table of ``UTTERANCE_SCHEMA`` and the source's fingerprint. Utterances are shuffled once, here, so
-that a shard read in order is already mixed; a source that is slow to read out of order (an archive, a stream) keeps its
-own order and shards hold neighbours.
+The plan is a table with ``UTTERANCE_SCHEMA``. Utterances are shuffled once, here, so that a shard read in order is
+already mixed. Sources that are slow to read out of order (archives, streams) keep their own order, and their shards
+hold consecutive utterances.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from shards.errors import UserError
 from shards.format.layout import UTTERANCE_SCHEMA
 from shards.format.spec import canonical_json
 
-MEMBER_OVERHEAD = 2600  # bytes: three tar headers, paddings, the npy header and a typical JSON
+MEMBER_OVERHEAD = 2600  # bytes: three tar headers, padding, the npy header and a typical JSON file
 
 
 def list_utterances(source: Source) -> list[Utterance]:
-    """Every utterance of ``source``, in its own order; UserError when there is none or a key stands twice."""
+    """Return every utterance of ``source`` in its order. Raises UserError if there is none."""
     utterances = list(tqdm(source.utterances(), desc=f"listing {source.name}", unit=" utt", delay=1.0))
     if not utterances:
         problems = f" ({'; '.join(source.problems)})" if source.problems else ""
-        raise UserError(f"source '{source.name}' holds no utterance{problems}: check source.path, splits and durations")
+        raise UserError(
+            f"source '{source.name}' has no utterances{problems}: check source.path, source.splits and the durations"
+        )
     return utterances
 
 
 def corpus_fingerprint(utterances: Iterable[Utterance], version: str) -> str:
-    """64 hex digits: sha256 over key, id, samples, text, speaker and split of every utterance, in key order.
+    """Return the sha256 (64 hex digits) over key, id, samples, text, speaker and split of all utterances, in key order.
 
-    The folder that the audio stands in does not count, so a copied corpus has the same fingerprint. ``version`` is the
-    source's: a synthesiser of another version makes another corpus.
+    The location of the audio is not included, so a copied corpus has the same fingerprint. ``version`` is that of the
+    source: another version of a synthesizer produces another corpus.
     """
     digest = hashlib.sha256(version.encode() + b"\n")
     for u in sorted(utterances, key=lambda u: u.key):
@@ -46,13 +48,13 @@ def corpus_fingerprint(utterances: Iterable[Utterance], version: str) -> str:
 
 
 def count_frames(samples: int, hop: int, padded_frames: int | None) -> int:
-    """Frames that an utterance will have: ceil(samples / hop), or the padded window when nothing is trimmed."""
+    """Return the frames of an utterance: ceil(samples / hop), but at least ``padded_frames`` if that is given."""
     frames = -(-samples // hop)
     return max(frames, padded_frames) if padded_frames else frames
 
 
 def count_windows(table: pa.Table, encoder: Encoder, overlap: float) -> int:
-    """Windows that the planned utterances make, by their planned lengths; ``overlap`` in seconds."""
+    """Return the number of encoder windows of the planned utterances; ``overlap`` is in seconds."""
     step = encoder.window_samples - round(overlap * encoder.sampling_rate)
     more = np.maximum(0, table["samples"].to_numpy() - encoder.window_samples)
     return int(len(table) + (-(-more // step)).sum())
@@ -68,12 +70,16 @@ def make_plan(
     padded_frames: int | None,
     shard_mb: float,
 ) -> pa.Table:
-    """Assign utterances to shards of about ``shard_mb`` MB each.
+    """Assign utterances to shards of about ``shard_mb`` MB each; return a table with ``UTTERANCE_SCHEMA``.
 
     Args:
+        utterances: all utterances of the source.
         shuffle: False keeps the source's order.
-        frame_bytes: channels × bytes a stored value.
-        padded: frames of an untrimmed window, None when frames are trimmed to the audio.
+        seed: seed of the shuffle.
+        frame_bytes: channels × bytes per stored value.
+        hop: samples per frame.
+        padded_frames: frames of an untrimmed window; None when frames are trimmed to the audio.
+        shard_mb: target size of a shard in megabytes (10⁶ bytes).
     """
     order = list(utterances)
     if shuffle:
@@ -85,7 +91,7 @@ def make_plan(
     columns: dict[str, list[object]] = {name: [] for name in UTTERANCE_SCHEMA.names}
     shard, row, filled = 0, 0, 0
     for index, (utterance, size) in enumerate(zip(order, sizes, strict=True)):
-        # the next shard begins where its even share of the bytes begins, or where the utterances left only just suffice
+        # start the next shard at its even share of the bytes, or when each remaining shard needs a remaining utterance
         due = filled + size / 2 >= (shard + 1) * total / shards or len(order) - index <= shards - shard - 1
         if row and shard < shards - 1 and due:
             shard, row = shard + 1, 0

@@ -1,6 +1,6 @@
-"""What a person sees while an extraction runs: utterances, audio-hours per hour, the bottleneck stage, time left.
+"""Progress display of an extraction: utterances, audio-hours per hour, the bottleneck stage, time left.
 
-On a terminal a bar that moves; elsewhere (SLURM, a pipe) the same line twice a minute.
+A progress bar on a terminal; elsewhere (SLURM, a pipe) the same line twice a minute.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from tqdm import tqdm
 
 
 class ProgressListener:
-    """Who is told how far the work is; this one tells nobody. Any thread may call."""
+    """Callbacks for the progress of an extraction; the base class ignores them. They are called from any thread."""
 
     def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
-        """More utterances of ``shard`` are encoded, or failed; fewer, when those of a lost worker count no more."""
+        """More utterances of ``shard`` were encoded or failed; negative when those of a lost worker are taken back."""
 
     def on_shard_committed(self, shard: int) -> None:
-        """``shard`` was made and committed, here or by a process that this one started."""
+        """``shard`` was encoded and committed, here or by a process that this one started."""
 
     def on_shard_skipped(self, shard: int) -> None:
-        """``shard`` was committed before, or by another process."""
+        """``shard`` was committed earlier or by another process."""
 
     def on_waiting(self, shards: int) -> None:
-        """Only so many shards are left, all of them in the hands of other processes."""
+        """The remaining ``shards`` shards are all held by other processes."""
 
 
 class ProgressBar(ProgressListener):
-    """A tqdm bar over the planned utterances; shards that stand already count as done.
+    """A tqdm bar over the planned utterances; shards that are already committed count as done.
 
     Args:
-        sizes: planned utterances of each shard.
-        busiest: tells the bottleneck, such as ``encode 93%``.
+        shard_sizes: number of planned utterances of each shard.
+        bottleneck: returns the busiest stage, e.g. ``encode 93%``.
     """
 
     def __init__(self, shard_sizes: Mapping[int, int], bottleneck: Callable[[], str]) -> None:
         self._shard_sizes, self._bottleneck, self._total = shard_sizes, bottleneck, sum(shard_sizes.values())
-        self._seconds, self._start_time, self._kept = 0.0, time.perf_counter(), 0
-        self._shown: Counter[int] = Counter()  # utterances of a shard that the bar shows already
+        self._seconds, self._start_time = 0.0, time.perf_counter()
+        self._shown: Counter[int] = Counter()  # utterances per shard that the bar already includes
         self._done: set[int] = set()
         self._lock = threading.Lock()
 
@@ -68,13 +68,11 @@ class ProgressBar(ProgressListener):
     def on_shard_committed(self, shard: int) -> None:
         self.on_shard_skipped(shard)
 
-    def on_shard_skipped(
-        self, shard: int
-    ) -> None:  # utterances that were made elsewhere count as done, not towards the rate
-        with self._lock:
+    def on_shard_skipped(self, shard: int) -> None:
+        with self._lock:  # utterances encoded elsewhere count as done, but not towards the rate
             if shard not in self._done:
                 self._done.add(shard)
                 self._bar.update(self._shard_sizes[shard] - self._shown[shard])
 
     def on_waiting(self, shards: int) -> None:
-        self._bar.set_postfix_str(f"waiting for {shards} shards of other processes")
+        self._bar.set_postfix_str(f"waiting for other processes to finish {shards} shards")

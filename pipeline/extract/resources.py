@@ -1,8 +1,8 @@
-"""Which worker of how many this process is: from the command line, a SLURM array or a Kubernetes indexed Job.
+"""Worker index, decoding threads and devices of a process.
 
-In: ``--worker-index`` and ``--num-workers``, or the environment of the launcher. Out: a :class:`Worker` and the order
-in which it takes shards. The order is a preference: claims decide who makes what, so that a worker that is lost, late
-or numbered twice costs time and never a shard.
+The worker index comes from ``--worker-index`` and ``--num-workers``, a SLURM array or a Kubernetes indexed Job. It
+determines only the order in which a worker tries shards. Claims decide which worker extracts a shard, so a lost, late
+or duplicate worker costs time, never a shard.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Worker ``index`` of ``count``."""
+    """Worker ``index`` (from 0) of ``count``."""
 
     index: int = 0
     count: int = 1
 
     def shard_order(self, shards: int) -> list[int]:
-        """All of ``range(shards)`` in this worker's order: its own i, i + n, i + 2n …, then what others may have left.
+        """Return all of ``range(shards)`` in this worker's order: its own i, i + n, i + 2n …, then those of the others.
 
-        It helps the worker after it first, and there from the end, where that one is not.
+        It helps the next worker first, starting at the end of that worker's list to avoid contention.
         """
         own = list(range(self.index, shards, self.count))
         for step in range(1, self.count):
@@ -36,37 +36,37 @@ class Worker:
 
 
 def find_worker(index: int | None, count: int | None, environ: Mapping[str, str]) -> Worker:
-    """The worker that the options name; what they leave open is read from a launcher's variables.
+    """Return the worker given by the options; missing values are read from the launcher's environment variables.
 
-    A SLURM array tells index and count (any array range: indices count from its first). A Kubernetes indexed Job tells
-    the index (``JOB_COMPLETION_INDEX``) and the count is ``--num-workers``. Without any of it: worker 0 of 1.
+    A SLURM array provides index and count; its range may start at any index. A Kubernetes indexed Job provides the
+    index (``JOB_COMPLETION_INDEX``), and the count is ``--num-workers``. The default is worker 0 of 1.
 
     Raises:
-        UserError: an index without a count, a count without an index, or numbers that do not fit each other.
+        UserError: an index without a count, a count without an index, or an index that is not below the count.
     """
     if index is not None and count is None and "SLURM_ARRAY_TASK_COUNT" not in environ:
-        raise UserError(f"--worker-index {index} does not say of how many: add --num-workers")
+        raise UserError(f"--worker-index {index} needs the number of workers: add --num-workers")
     worker_index = _launcher_index(environ) if index is None else index
     if count is None and "SLURM_ARRAY_TASK_ID" in environ:
         count = _int_variable(environ, "SLURM_ARRAY_TASK_COUNT")
     if count is None:
         return Worker()
     if count < 1:
-        raise UserError(f"--num-workers is {count}: at least one worker must work")
+        raise UserError(f"--num-workers is {count}: expected at least 1")
     if worker_index is None:
         raise UserError(
-            f"--num-workers {count} does not say which of them this is: add --worker-index (0 to {count - 1}), or "
-            "start it from a SLURM array or a Kubernetes indexed Job"
+            f"--num-workers {count} needs the index of this worker: add --worker-index (0 to {count - 1}), or start "
+            "the command from a SLURM array or a Kubernetes indexed Job"
         )
     if index is None:
-        return Worker(worker_index % count, count)  # an array with gaps (1,5,9) has indices beyond its count
+        return Worker(worker_index % count, count)  # an array with gaps (1,5,9) has indices above its count
     if not 0 <= index < count:
-        raise UserError(f"--worker-index is {index} and --num-workers {count}: indices go from 0 to {count - 1}")
+        raise UserError(f"--worker-index is {index}: expected 0 to {count - 1} with --num-workers {count}")
     return Worker(index, count)
 
 
 def _launcher_index(environ: Mapping[str, str]) -> int | None:
-    """The index from 0 that a launcher gave this process."""
+    """Return the 0-based index that the launcher assigned to this process, or None."""
     if "SLURM_ARRAY_TASK_ID" in environ:
         first = _int_variable(environ, "SLURM_ARRAY_TASK_MIN") if "SLURM_ARRAY_TASK_MIN" in environ else 0
         step = _int_variable(environ, "SLURM_ARRAY_TASK_STEP") if "SLURM_ARRAY_TASK_STEP" in environ else 1
@@ -79,15 +79,18 @@ def _launcher_index(environ: Mapping[str, str]) -> int | None:
 def _int_variable(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "")
     if not text.isascii() or not text.isdigit():
-        raise UserError(f"the variable {name} is '{text}', not a number: give --worker-index and --num-workers")
+        raise UserError(
+            f"environment variable {name}: expected a non-negative integer, got '{text}': set --worker-index and "
+            "--num-workers"
+        )
     return int(text)
 
 
 def num_decode_workers(configured: int | None, *, device: str, cpus: int, gpus: int) -> int:
-    """How many threads decode: ``wanted``, or by the encoder's device.
+    """Return the number of decoding threads: ``configured``, or a default for the encoder's device.
 
-    An encoder on the CPU needs few and wants the cores itself; a GPU leaves its share of them but for what reads,
-    prepares batches and stores.
+    An encoder on a CPU needs few decoding threads and uses the cores itself. With a GPU, decoding gets that GPU's share
+    of the cores, minus two for reading, batching and storing.
     """
     if configured is not None:
         return configured
@@ -95,12 +98,12 @@ def num_decode_workers(configured: int | None, *, device: str, cpus: int, gpus: 
 
 
 def process_devices(device: str, processes: int | None, gpus: int) -> list[str]:
-    """The encoder's device in each process of this machine.
+    """Return the encoder's device for each process on this machine.
 
     Args:
         device: ``encoder.device`` as configured: auto, cpu, cuda, cuda:1 …
-        processes: as configured; None is one for each GPU that ``device`` allows, else one.
-        gpus: how many torch sees.
+        processes: as configured; None is one per GPU that ``device`` allows, or one without a GPU.
+        gpus: number of GPUs that torch detects.
 
     Raises:
         UserError: more processes on GPUs than there are GPUs.
@@ -111,15 +114,15 @@ def process_devices(device: str, processes: int | None, gpus: int) -> list[str]:
         return [device]
     if on_gpus:
         if n > gpus:
-            raise UserError(f"processes={n} and there are {gpus} GPUs: one process a GPU is most, set it to {gpus}")
+            raise UserError(f"processes={n}, but this machine has {gpus} GPUs: set processes to at most {gpus}")
         return [f"cuda:{i}" for i in range(n)]
     if device.startswith("cuda:"):
-        raise UserError(f"processes={n} on encoder.device={device}: set encoder.device=cuda for one process a GPU")
+        raise UserError(f"processes={n} with encoder.device={device}: set encoder.device=cuda for one process per GPU")
     return [device] * n
 
 
 def first_device(config: ExtractConfig) -> str:
-    """The device of this process, the first; a CPU's cores are divided among the processes first."""
+    """Return the device of this process, the first one. On a CPU, also limit torch to this process's share of cores."""
     import torch
 
     names = process_devices(config.encoder.device, config.processes, torch.cuda.device_count())

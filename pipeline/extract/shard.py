@@ -1,16 +1,16 @@
-"""Extract features: audio in, committed shards out.
+"""Extract one shard: decode, encode, write, commit.
 
     python -m pipeline extract --config configs/extract/speech.yaml source.limit=100
 
 ```
 decoders (threads) -> main thread encodes -> one thread joins windows, stores (codec, tar, hash)
-    -> commit (sync, read back, rename), which the engine lets run beside the next shard's encoding
+    -> commit (sync, read back, rename) in another thread, while the next shard is encoded
 ```
 
-In: a :class:`pipeline.extract.job.Job`. Out: for each cache a folder of committed shards. :func:`encode_shard` makes
-one shard for every layer that lacks it in one encoder pass, and :meth:`Made.commit` makes it visible. Each stage hands
-on through a short queue, so that all others hide behind the slowest and memory does not grow with the corpus. Who calls
-for which shard is the engine's business (``pipeline/extract/loop.py``).
+:func:`encode_shard` writes one shard for every layer that lacks it, in one encoder pass, and
+:meth:`WrittenShard.commit` makes it visible. The stages are connected by short queues: they overlap, so the slowest
+stage sets the speed, and memory does not grow with the corpus. ``pipeline/extract/loop.py`` decides which shards to
+extract.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ UtterancesCallback = Callable[[int, float], None]  # utterances, audio seconds
 
 @dataclass
 class PendingUtterance:
-    """An utterance whose windows are on their way through the encoder, or the failure that ended it."""
+    """An utterance whose windows are being encoded, or its failure."""
 
-    row: dict[str, Any]  # of the plan
-    audio_sha256: str  # sha256 of the audio file
+    row: dict[str, Any]  # row of the plan
+    audio_sha256: str  # of the audio file
     num_samples: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)
-    window_outputs: list[Mapping[int, Float32Array]] = field(default_factory=list)  # a window's output by layer
+    window_outputs: list[Mapping[int, Float32Array]] = field(default_factory=list)  # per window, its output by layer
     failure: UtteranceFailure | None = None
 
     def is_done(self) -> bool:
@@ -57,7 +57,7 @@ class PendingUtterance:
 
 
 class WrittenShard:
-    """A shard whose tars are written and not committed: :meth:`commit` or :meth:`abort` it."""
+    """A shard whose tars are written but not committed; call :meth:`commit` or :meth:`abort`."""
 
     def __init__(
         self, shard: int, targets: Sequence[Target], writers: Sequence[ShardWriter], stage_times: StageTimes
@@ -67,14 +67,14 @@ class WrittenShard:
         self._writers, self._stage_times = writers, stage_times
 
     def commit(self) -> None:
-        """Sync, read back, compare, rename, publish; any thread may call. Raises as :meth:`ShardWriter.commit`."""
+        """Sync, read back, compare, rename and publish. Thread-safe; raises what :meth:`ShardWriter.commit` raises."""
         for target, writer in zip(self.targets, self._writers, strict=True):
             with self._stage_times.timed("commit"), translate_os_errors("committing a shard", target.layout.path):
                 writer.commit(self.timings)
                 target.store.publish(self.shard)
 
     def abort(self) -> None:
-        """Remove what is not committed; harmless after a commit."""
+        """Remove uncommitted files; does nothing after a commit."""
         for writer in self._writers:
             writer.abort()
 
@@ -87,13 +87,20 @@ def encode_shard(
     decoders: AudioDecoders,
     on_utterances: UtterancesCallback | None = None,
 ) -> WrittenShard:
-    """Write the tars of ``shard`` for ``targets`` (whose claims the caller holds) in one encoder pass.
+    """Write the tars of ``shard`` for ``targets`` in one encoder pass.
 
-    ``step`` is told of progress. Batches never cross a shard's edge, so that a shard's bytes do not depend on which
-    shards were made before it.
+    Batches never cross a shard boundary, so the bytes of a shard do not depend on the shards extracted before it.
+
+    Args:
+        job: a scheduled job.
+        shard: number of the shard.
+        targets: caches that lack the shard; the caller holds their claims.
+        stats: counts utterances and failures.
+        decoders: see :func:`open_decoders`.
+        on_utterances: called for each utterance with 1 and its duration in seconds.
 
     Raises:
-        WorkFailed: more failures than ``max_failures`` allows; nothing of this shard is left.
+        WorkFailed: more utterances failed than ``max_failures`` allows; the files of this shard are removed.
     """
     started, encode_before, num_samples = time.perf_counter(), stats.stage_times.busy_seconds["encode"], 0
     with ExitStack() as stack:
@@ -104,15 +111,15 @@ def encode_shard(
                 writer = ShardWriter(target.layout, shard, target.spec, job.plan.id, job.owner)
                 writers.append(stack.enter_context(writer))
 
-        def store_utterance(heard: PendingUtterance) -> None:
-            failure = heard.failure or _append_features(job, targets, writers, heard, stats.stage_times)
+        def store_utterance(utterance: PendingUtterance) -> None:
+            failure = utterance.failure or _append_features(job, targets, writers, utterance, stats.stage_times)
             if failure is not None:
-                attempt = job.failed_attempts.get(heard.row["key"], 0) + 1
+                attempt = job.failed_attempts.get(utterance.row["key"], 0) + 1
                 for writer in writers:
-                    writer.add_failure(heard.row["key"], failure.stage, failure.reason, attempt)
-                stats.add_failure(heard.row["key"], failure.stage, failure.reason)
+                    writer.add_failure(utterance.row["key"], failure.stage, failure.reason, attempt)
+                stats.add_failure(utterance.row["key"], failure.stage, failure.reason)
                 check_failures(stats, job.config.max_failures, len(job.plan.table))
-            seconds = heard.num_samples / job.encoder.sampling_rate
+            seconds = utterance.num_samples / job.encoder.sampling_rate
             stats.add(1, seconds)
             if on_utterances:
                 on_utterances(1, seconds)
@@ -124,7 +131,7 @@ def encode_shard(
                 store_thread.put(utterance)
         with stats.stage_times.timed_wait("store"):
             store_thread.finish()
-        stack.pop_all()  # from here on the writers are the caller's
+        stack.pop_all()  # the caller now owns the writers
     written_shard = WrittenShard(shard, targets, writers, stats.stage_times)
     written_shard.timings = {
         "seconds": round(time.perf_counter() - started, 3),
@@ -141,7 +148,7 @@ def _append_features(
     utterance: PendingUtterance,
     stage_times: StageTimes,
 ) -> UtteranceFailure | None:
-    """Append an utterance to every target's tar, or to none."""
+    """Append an utterance to the tar of every target, or to none of them; return the failure, if any."""
     try:
         with stage_times.timed("codec"):
             features = join_windows(
@@ -163,7 +170,7 @@ def _append_features(
 def _encode_utterances(
     job: Job, shard: int, layers: Sequence[int], stage_times: StageTimes, decoders: AudioDecoders
 ) -> Iterator[PendingUtterance]:
-    """The utterances of a shard, encoded or failed, in row order."""
+    """Yield the utterances of a shard, encoded or failed, in row order."""
     encoder = job.encoder
     queue, windows = deque[PendingUtterance](), deque[tuple[PendingUtterance, Float32Array]]()
 
@@ -172,8 +179,8 @@ def _encode_utterances(
             clips = [windows.popleft() for _ in range(count)]
             with stage_times.timed("encode"):
                 outputs = encode_in_batches(encoder, [clip for _, clip in clips], layers, job.config.trim)
-            for (heard, _), output in zip(clips, outputs, strict=True):
-                heard.window_outputs.append(output)
+            for (clip_utterance, _), output in zip(clips, outputs, strict=True):
+                clip_utterance.window_outputs.append(output)
 
     def ready() -> Iterator[PendingUtterance]:
         while queue and queue[0].is_done():
@@ -187,12 +194,12 @@ def _encode_utterances(
             utterance.num_samples, utterance.spans = len(audio), window_spans(len(audio), encoder, job.config.overlap)
             windows.extend((utterance, audio[start:stop]) for start, stop in utterance.spans)
         queue.append(utterance)
-        encode(len(windows) // encoder.batch_size * encoder.batch_size)  # whole batches
+        encode(len(windows) // encoder.batch_size * encoder.batch_size)  # only full batches
         yield from ready()
     encode(len(windows))
     yield from ready()
 
 
 def open_decoders(job: Job, stage_times: StageTimes) -> AudioDecoders:
-    """The decoding threads of ``job``; enough recordings wait to fill a batch."""
+    """Start the decoding threads of ``job``; they read far enough ahead to fill a batch."""
     return AudioDecoders(job.source, job.decode_workers, 2 * job.decode_workers + job.encoder.batch_size, stage_times)

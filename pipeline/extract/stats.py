@@ -1,7 +1,4 @@
-"""What an extraction has done so far, and when failures are too many.
-
-In: utterances that were encoded or failed, by any thread. Out: counts for the summary and the commit records.
-"""
+"""Counts of an extraction, and the limit on failures."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from shards.errors import WorkFailed
 
 @dataclass
 class ExtractionStats:
-    """Counts of a run; failures are shared by all its shards. Any thread may :meth:`add` and :meth:`fail`."""
+    """Counts over all shards of a run. :meth:`add` and :meth:`add_failure` are thread-safe."""
 
     utterances: int = 0
     audio_seconds: float = 0.0
@@ -24,30 +21,32 @@ class ExtractionStats:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, utterances: int, audio_seconds: float) -> None:
-        """More utterances are encoded, or failed."""
+        """Add utterances that were encoded or failed."""
         with self._lock:
             self.utterances += utterances
             self.audio_seconds += audio_seconds
 
     def add_failure(self, key: str, stage: str, reason: str) -> None:
-        """An utterance failed."""
+        """Add a failed utterance."""
         with self._lock:
             self.failures.append((key, stage, reason))
 
 
 def check_failures(stats: ExtractionStats, max_failures: float, num_utterances: int) -> None:
-    """Stop a run that is going wrong.
+    """Check that no more utterances failed than ``max_failures`` allows.
 
     Args:
-        max_failures: below 1 a fraction of the ``planned`` utterances, else a count.
+        stats: counts so far.
+        max_failures: values below 1 are a fraction of ``num_utterances``, other values a count.
+        num_utterances: number of planned utterances.
 
     Raises:
-        WorkFailed: there are more.
+        WorkFailed: more utterances failed.
     """
     allowed = math.ceil(max_failures * num_utterances) if max_failures < 1 else int(max_failures)
     if len(stats.failures) > allowed:
         first = "; ".join(f"{key}: {reason}" for key, _, reason in stats.failures[:5])
         raise WorkFailed(
             f"{len(stats.failures)} of {num_utterances} utterances failed, more than max_failures={max_failures:g} "
-            f"allows ({first}): mend the audio or raise max_failures, then run the same command again"
+            f"allows ({first}): fix the audio or raise max_failures, then rerun the same command"
         )

@@ -1,7 +1,6 @@
-"""What is to be told about a job, in plain values that travel between machines.
+"""Summary of a job in plain values, which can be sent between machines.
 
-In: a scheduled :class:`pipeline.extract.job.Job`. Out: :class:`JobSummary`, from which a driver that holds no encoder
-knows how much is left to do and what to print.
+A driver without an encoder learns from a :class:`JobSummary` how much is left to do and what to print.
 """
 
 from __future__ import annotations
@@ -14,15 +13,21 @@ from pipeline.extract.job import Job, estimate_bytes
 
 @dataclass(frozen=True)
 class JobSummary:
-    """A job as a driver or a person sees it.
+    """Summary of a scheduled job.
 
     Attributes:
-        caches: the folder or URL of each target.
-        sizes: planned utterances of each shard.
-        todo: shards that are not committed, or must be made again.
-        size: bytes that the tars of ``todo`` will take, about.
-        complete: nothing is left to do, the caches are merged.
-        problems: what was odd in the source, one sentence each.
+        source: name of the source.
+        encoder: name of the encoder.
+        layers: layer of each target.
+        device: device of the encoder.
+        dtype: compute dtype of the encoder.
+        decode_workers: decoding threads per encoder.
+        caches: folder or URL of each target.
+        shard_sizes: number of planned utterances of each shard.
+        todo: shards that are not committed or must be extracted again.
+        estimated_bytes: approximate size of the tars of ``todo``.
+        is_complete: nothing is left to do; the caches are final.
+        problems: problems found in the source, one sentence each.
     """
 
     source: str
@@ -43,16 +48,16 @@ class JobSummary:
         return sum(self.shard_sizes)
 
     def headline(self) -> str:
-        """What will be done, before it is."""
+        """Return one line that describes the work, printed before it starts."""
         return (
             f"{self.utterances} utterances of {self.source} -> {self.encoder} "
             f"layer {', '.join(map(str, self.layers))} on {self.device} in {self.dtype}; "
-            f"{len(self.todo)} of {len(self.shard_sizes)} shards to make, about {self.estimated_bytes / 1e6:.0f} MB"
+            f"{len(self.todo)} of {len(self.shard_sizes)} shards to extract, about {self.estimated_bytes / 1e6:.0f} MB"
         )
 
 
 def summarize(job: Job) -> JobSummary:
-    """What there is to tell about a scheduled ``job``."""
+    """Return the summary of a scheduled ``job``."""
     counts = Counter(job.plan.table["shard"].to_pylist())
     return JobSummary(
         source=job.source.name,

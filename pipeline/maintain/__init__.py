@@ -1,1 +1,1 @@
-"""Existing caches against the encoder and the audio: ``check``, ``repair``."""
+"""Maintenance of existing caches: ``check`` compares with the encoder, ``repair`` re-extracts corrupt shards."""

@@ -1,9 +1,9 @@
-"""Are the stored features what the encoder gives? Encode some utterances again and compare.
+"""Check stored features against the encoder: re-encode a sample of utterances and compare.
 
     python -m pipeline check CACHE --n 32
 
-In: a cache, its source audio, its encoder. Out: for each of n random utterances the relative RMS error and the cosine
-of stored against fresh features; an utterance above the tolerance of the spec's dtype and codec fails the check.
+For each of n random utterances, reports the relative RMS error and the cosine similarity of the stored and the new
+features. An utterance whose error exceeds the tolerance of the spec's dtype and codec fails the check.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from shards.errors import UserError
 from shards.format.codec import relative_rms
 from shards.read.cache import Cache
 
-# Relative RMS error that the arithmetic may differ by between two machines, and that the codec adds (measured on real
-# whisper-base features: bench/codecs.py).
+# Relative RMS error allowed for arithmetic differences between two machines, and for the codec (measured on real
+# whisper-base features with bench/codecs.py).
 DTYPE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.035, "float16": 5e-3}
 CODEC_TOLERANCE = {"f16": 1e-3, "bf16": 4e-3, "int8": 0.02, "fp8": 0.05}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One utterance; ``problem`` is empty when it lies within tolerance."""
+    """Result for one utterance; ``problem`` is empty when the error is within the tolerance."""
 
     key: str
     frames: int
@@ -43,17 +43,24 @@ class Comparison:
 
 
 def tolerance(cache: Cache) -> float:
-    """Largest relative RMS error that passes."""
+    """Return the largest relative RMS error that passes."""
     return DTYPE_TOLERANCE[cache.spec.dtype] + CODEC_TOLERANCE[cache.spec.codec]
 
 
 def check(
     cache: Cache, n: int, *, seed: int = 0, source: str | None = None, encoder: str | None = None
 ) -> Iterator[Comparison]:
-    """Compare ``n`` utterances drawn by ``seed``; ``source`` and ``encoder`` stand in for what the cache recorded.
+    """Compare ``n`` random utterances; yield one result per utterance, in cache order.
+
+    Args:
+        cache: the cache to check.
+        n: number of utterances; all if the cache has fewer.
+        seed: seed that selects the utterances.
+        source: location of the audio, instead of the recorded one.
+        encoder: reference to the encoder, instead of the recorded one.
 
     Raises:
-        UserError: the recorded source or encoder cannot be had, or the encoder is another one.
+        UserError: the source or the encoder is not available, or the encoder computes other features.
     """
     provenance = cache.info["provenance"]
     config = recorded_config(cache.info, cache.path, source)
@@ -84,7 +91,11 @@ def check(
 
 
 def recorded_config(info: dict[str, Any], path: Path, source: str | None = None) -> ExtractConfig:
-    """The configuration that made the cache at ``path``, with another place of the audio if given."""
+    """Return the configuration that the cache at ``path`` was extracted with; ``source`` replaces the audio location.
+
+    Raises:
+        UserError: the cache does not record its configuration.
+    """
     try:
         tree = dict(info["provenance"]["config"])
     except (KeyError, TypeError):
@@ -96,7 +107,7 @@ def recorded_config(info: dict[str, Any], path: Path, source: str | None = None)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine of the two arrays as one vector each, in float64."""
+    """Return the cosine similarity of two arrays, each flattened to one vector, in float64."""
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / norm if norm else 1.0

@@ -1,9 +1,9 @@
-"""Redo exactly the shards that do not verify.
+"""Re-extract exactly the shards that fail verification.
 
     python -m pipeline repair CACHE
 
-In: a cache folder. Out: the same folder, sound. Every byte is read again (``shards/inspect/verify.py``); shards with a
-problem are extracted again from the recorded source with the recorded settings, everything merged is written anew.
+Reads every byte of the cache (``shards/inspect/verify.py``), extracts shards with a problem again from the recorded
+source with the recorded settings, and rewrites all merged files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from shards.inspect.verify import verify
 
 
 def repair(path: Path, *, source: str | None = None, progress: ProgressCallback | None = None) -> list[Problem]:
-    """Mend the cache at ``path``; returns the problems that were found and mended, [] when it was sound.
+    """Repair the cache at ``path``; return the problems that were found and fixed, [] if it was valid.
+
+    Args:
+        path: folder of the cache.
+        source: location of the audio, instead of the recorded one.
+        progress: called while the cache is verified.
 
     Raises:
-        UserError: the cache does not say how it was made, or its source or encoder cannot be had.
-        WorkFailed: it is still not sound afterwards.
+        UserError: the cache does not record how it was extracted, or its source or encoder is not available.
+        WorkFailed: the cache still has problems afterwards.
     """
     problems = verify(path, deep=True, progress=progress)
     if not problems:
@@ -36,7 +41,7 @@ def repair(path: Path, *, source: str | None = None, progress: ProgressCallback 
         info = unseal(layout.cache)
     except (FileNotFoundError, RecordError) as error:
         raise UserError(
-            f"'{layout.cache}' cannot be read ({error}), so the cache does not say how it was made: delete that file "
+            f"'{layout.cache}' cannot be read ({error}), so the settings of the cache are unknown: delete that file "
             "and run `python -m pipeline extract --verify --config …` with its configuration"
         ) from None
     layer = info["spec"]["layer"]
@@ -44,13 +49,13 @@ def repair(path: Path, *, source: str | None = None, progress: ProgressCallback 
     config = config.model_copy(update={"encoder": config.encoder.model_copy(update={"layers": [layer]})})
     with translate_os_errors("repairing the cache", path):
         if any(problem.file == layout.plan.name for problem in problems):
-            layout.plan.unlink(missing_ok=True)  # made again below; the same corpus and settings give the same plan
+            layout.plan.unlink(missing_ok=True)  # rewritten below; the same corpus and settings give the same plan
     job = prepare_job(config)
     (target,) = job.targets
     if target.layout.path.resolve() != path.resolve() or job.plan.id != info["plan_id"]:
         raise UserError(
-            f"the recorded source and encoder now make '{target.layout.path}', not '{path}': bring back the audio and "
-            "weights that it was made from, or extract it anew"
+            f"the recorded source and encoder now produce '{target.layout.path}', not '{path}': restore the original "
+            "audio and weights, or run the extraction again"
         )
     schedule(job, shards={problem.shard for problem in problems if problem.shard is not None})
     layout.cache.unlink(missing_ok=True)

@@ -100,5 +100,5 @@ def test_every_command_of_the_cookbook_works(kitchen, number):
         output = done.stdout
     if TASKS[number].startswith("5."):
         assert "is not sound" in done.stderr
-        assert "mended: " in output
+        assert "fixed: " in output
         assert ": sound (every byte of every shard)" in output

@@ -85,7 +85,7 @@ def s3_server(*buckets: str) -> Iterator[S3]:
             "s3", endpoint_url=served.url, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
         )
         for bucket in buckets:
-            client.create_bucket(BucketStore=bucket)
+            client.create_bucket(Bucket=bucket)
         served.puts.clear()
         yield served
     finally:

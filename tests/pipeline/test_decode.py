@@ -23,7 +23,7 @@ from shards.errors import UserError
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> SourceConfig:
-    """Six clips; one file is no audio, one is not there."""
+    """Six clips; one file is not audio, one is missing."""
     folder = tmp_path_factory.mktemp("clips")
     write_corpus(folder, 6)
     (folder / "clip 02.flac").write_bytes(b"no audio at all")
@@ -35,7 +35,7 @@ ROWS = [{"audio": f"clip {i:02d}.flac"} for i in range(6)]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_give_samples_and_failures_in_the_order_of_the_rows(config, threads):
+def test_threads_yield_samples_and_failures_in_the_order_of_the_rows(config, threads):
     with AudioDecoders(open_source(config), threads, 2, StageTimes()) as decoders:
         found = list(decoders.read(ROWS))
     folder = Path(str(config.path)).parent
@@ -61,18 +61,18 @@ class Counting:
             yield uri, b""
 
 
-def test_one_thread_reads_no_further_ahead_than_is_allowed_and_an_early_end_drops_the_rest():
+def test_one_thread_reads_at_most_prefetch_recordings_ahead_and_an_early_end_drops_the_rest():
     source: Any = Counting()
     with AudioDecoders(source, 2, 3, StageTimes()) as decoders:
         found = decoders.read([{"audio": str(i)} for i in range(1000)])
         assert [next(found)[0]["audio"] for _ in range(2)] == ["0", "1"]
         found.close()
-    assert 2 <= source.count <= 5  # the two that were given, and three ahead
+    assert 2 <= source.count <= 5  # the two that were yielded, and three ahead
     assert len(source.threads) == 1
     assert threading.current_thread().name not in source.threads
 
 
-def test_what_goes_wrong_in_the_source_itself_reaches_the_caller():
+def test_an_error_of_the_source_itself_reaches_the_caller():
     class Broken:
         def read(self, uris: list[str]) -> Iterator[tuple[str, bytes]]:
             raise OSError("the archive is gone")
@@ -83,14 +83,14 @@ def test_what_goes_wrong_in_the_source_itself_reaches_the_caller():
         list(decoders.read(ROWS))
 
 
-def test_the_key_decode_in_of_earlier_versions_which_caches_record_is_ignored(config):
+def test_the_key_decode_in_of_earlier_versions_is_ignored(config):
     tree = {"source": config.model_dump(), "workers": 3}
     assert validate_config(ExtractConfig, {**tree, "decode_in": "process"}, "CACHE.json") == ExtractConfig(**tree)
     with pytest.raises(UserError, match="unknown key 'decode_im'"):
         validate_config(ExtractConfig, {**tree, "decode_im": "process"}, "CACHE.json")
 
 
-def test_a_gpu_leaves_its_share_of_the_cores_to_decoding():
+def test_decoding_gets_a_share_of_the_cores_per_gpu():
     assert num_decode_workers(None, device="cpu", cpus=64, gpus=0) == 2
     assert num_decode_workers(None, device="cuda:1", cpus=64, gpus=8) == 6
     assert num_decode_workers(None, device="cuda", cpus=128, gpus=1) == 16

@@ -1,4 +1,4 @@
-"""The Ray engine: its actor alone in this process, and real clusters of two nodes of which one is killed."""
+"""The Ray engine: its actor in this process, and real clusters of two nodes of which one is killed."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def world(corpus, whisper) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, whisper) -> tuple[Path, Path]:
-    """Clips that two nodes need some seconds for, and the tiny Whisper."""
+    """Clips that keep two nodes busy for some seconds, and the tiny Whisper."""
     folder = tmp_path_factory.mktemp("large")
     write_corpus(folder, CLIPS, seconds=0.1)
     return folder, whisper
 
 
-def made_alone(root: Path, world: tuple[Path, Path]) -> Path:
-    """The cache of one local process."""
+def extract_locally(root: Path, world: tuple[Path, Path]) -> Path:
+    """Extract with one local process; return the root."""
     assert run(words(root, *world)) == 0
     return root
 
@@ -57,25 +57,25 @@ def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]
     return load_config(ExtractConfig, None, [*words(root, *world)[1:], *more]).model_dump(mode="json")
 
 
-def test_actors_make_each_shard_once_and_tell_plain_values(tmp_path, world):
+def test_actors_extract_each_shard_once_and_exchange_plain_values(tmp_path, world):
     root = tmp_path / "actors"
     first, second = (ExtractionActor(settings(root, world), str(tmp_path)) for _ in range(2))
-    facts, told = first.prepare(False, False)
-    assert (facts.utterances, len(facts.shard_sizes), facts.todo) == (
+    summary, job_json = first.prepare(False, False)
+    assert (summary.utterances, len(summary.shard_sizes), summary.todo) == (
         24,
-        len(facts.todo),
-        list(range(len(facts.shard_sizes))),
+        len(summary.todo),
+        list(range(len(summary.shard_sizes))),
     )
-    told = json.loads(json.dumps(told))
+    job_json = json.loads(json.dumps(job_json))
     with ThreadPoolExecutor(2) as threads:
-        calls = [threads.submit(list, each.work(told, Worker(i, 2))) for i, each in enumerate((first, second))]
-    assert sorted(shard for call in calls for shard in call.result()) == facts.todo
-    assert run(words(root, *world)) == 0  # as the driver does: nothing is left but the merge
-    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
+        calls = [threads.submit(list, each.work(job_json, Worker(i, 2))) for i, each in enumerate((first, second))]
+    assert sorted(shard for call in calls for shard in call.result()) == summary.todo
+    assert run(words(root, *world)) == 0  # like the driver: only the merge is left
+    assert snapshot(root) == snapshot(extract_locally(tmp_path / "alone", world))
 
 
-def test_an_actor_that_joins_late_makes_again_what_was_marked_and_not_made_yet(tmp_path, world):
-    root = made_alone(tmp_path / "root", world)
+def test_an_actor_that_joins_late_re_extracts_only_the_remaining_invalidated_shards(tmp_path, world):
+    root = extract_locally(tmp_path / "root", world)
     before = snapshot(root)
     layout = Layout(only_cache(root))
     for shard in (0, 2):
@@ -83,26 +83,26 @@ def test_an_actor_that_joins_late_makes_again_what_was_marked_and_not_made_yet(t
         data[700] ^= 1
         layout.tar(shard).write_bytes(data)
     first, late = (ExtractionActor(settings(root, world), str(tmp_path)) for _ in range(2))
-    facts, told = first.prepare(verify=True, retry_failed=False)
-    assert facts.todo == [0, 2]
+    summary, job_json = first.prepare(verify=True, retry_failed=False)
+    assert summary.todo == [0, 2]
     assert first._job is not None
     first._job.todo = [0]
-    assert list(first.work(told, Worker())) == [0]
-    assert list(late.work(told, Worker())) == [2]
+    assert list(first.work(job_json, Worker())) == [0]
+    assert list(late.work(job_json, Worker())) == [2]
     assert run(words(root, *world)) == 0
     assert snapshot(root) == before
 
 
-def test_an_actor_whose_encoder_makes_other_features_refuses_to_join(tmp_path, world):
+def test_an_actor_whose_encoder_computes_other_features_refuses_to_join(tmp_path, world):
     first, other = (ExtractionActor(settings(tmp_path, world), str(tmp_path)) for _ in range(2))
-    _, told = first.prepare(False, False)
-    ((layer, location, spec),) = told["targets"]
-    told["targets"] = [(layer, location, {**spec, "dtype": "bfloat16"})]
+    _, job_json = first.prepare(False, False)
+    ((layer, location, spec),) = job_json["targets"]
+    job_json["targets"] = [(layer, location, {**spec, "dtype": "bfloat16"})]
     with pytest.raises(UserError, match=r"other features than .*dtype: bfloat16, not float32"):
-        list(other.work(told, Worker()))
+        list(other.work(job_json, Worker()))
 
 
-def test_without_ray_the_engine_says_what_to_install(tmp_path, world, monkeypatch, capsys):
+def test_without_ray_the_error_names_the_package_to_install(tmp_path, world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run_command(command, [*words(tmp_path, *world), "--engine", "ray"]) == 2
     assert capsys.readouterr().err == (
@@ -110,15 +110,15 @@ def test_without_ray_the_engine_says_what_to_install(tmp_path, world, monkeypatc
         "run `python -m pip install 'earshard[ray]'`\n"
     )
     assert run_command(command, [*words(tmp_path, *world), "--engine", "ray", "--num-workers", "2"]) == 2
-    assert "--num-workers is of --engine local" in capsys.readouterr().err
+    assert "--num-workers applies only to --engine local" in capsys.readouterr().err
 
 
 @contextmanager
 def two_nodes() -> Iterator[tuple[Any, Any]]:
-    """A Ray cluster of two raylets of one CPU each; gives the cluster and its second node."""
+    """A Ray cluster of two raylets with one CPU each; yields the cluster and its second node."""
     utilities = pytest.importorskip("ray.cluster_utils")
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets want a short path
-    Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray writes the address, and makes no folder for it
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths are limited in length
+    Path("/tmp/ray").mkdir(exist_ok=True)  # Ray writes the address here but does not create the folder
     node = {"num_cpus": 1, "object_store_memory": 80 << 20}
     cluster = utilities.Cluster(
         initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": folder}
@@ -145,8 +145,8 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
         time.sleep(0.005)
 
 
-def makers(root: Path) -> set[int]:
-    """Process ids that hold claims of shards."""
+def claimants(root: Path) -> set[int]:
+    """Return the ids of the processes that hold claims on shards."""
     found = set()
     for claim in root.rglob("shards/*.claim"):
         try:
@@ -164,31 +164,31 @@ def parent(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_node_killed_in_the_middle_costs_its_shard_and_nothing_else(tmp_path, large):
+def test_a_killed_node_loses_only_its_shard(tmp_path, large):
     root, log = tmp_path / "cluster", tmp_path / "log"
     with two_nodes() as (cluster, doomed):
         raylet = doomed.all_processes["raylet"][0].process.pid
         process = driver(words(root, *large), log, RAY_ADDRESS=cluster.address)
 
         def in_the_middle() -> bool:
-            return any(root.rglob("shards/*.json")) and any(parent(pid) == raylet for pid in makers(root))
+            return any(root.rglob("shards/*.json")) and any(parent(pid) == raylet for pid in claimants(root))
 
         wait_for(in_the_middle, process, log)
-        victims = [pid for pid in makers(root) if parent(pid) == raylet]
+        victims = [pid for pid in claimants(root) if parent(pid) == raylet]
         os.kill(raylet, signal.SIGKILL)
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         assert process.wait(SECONDS) == 0, log.read_text()
-    said = log.read_text()
-    assert "a worker was lost" in said
-    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", large))
+    output = log.read_text()
+    assert "a worker was lost" in output
+    assert snapshot(root) == snapshot(extract_locally(tmp_path / "alone", large))
     assert is_clean(Layout(only_cache(root)))
-    (line,) = [line for line in said.splitlines() if line.startswith("extracted ")]
+    (line,) = [line for line in output.splitlines() if line.startswith("extracted ")]
     assert line.split()[1] == str(CLIPS)
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_started_again_on_the_same_cluster(tmp_path, large):
+def test_a_killed_driver_can_be_restarted_on_the_same_cluster(tmp_path, large):
     root, log = tmp_path / "cluster", tmp_path / "log"
     with two_nodes() as (cluster, _):
         argv = [*words(root, *large), "--ray-address", cluster.address]
@@ -199,15 +199,15 @@ def test_a_killed_driver_is_started_again_on_the_same_cluster(tmp_path, large):
         assert driver(argv, log).wait(SECONDS) == 0, log.read_text()
         assert driver(argv, log).wait(SECONDS) == 0
     assert "nothing to do, complete:" in log.read_text()
-    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", large))
+    assert snapshot(root) == snapshot(extract_locally(tmp_path / "alone", large))
 
 
 @pytest.mark.slow
-def test_without_an_address_a_cluster_of_this_machine_does_it_and_max_failures_hold(tmp_path, world):
+def test_without_an_address_a_local_cluster_is_started_and_max_failures_holds(tmp_path, world):
     pytest.importorskip("ray")
     root, log = tmp_path / "local", tmp_path / "log"
     assert driver(words(root, *world), log).wait(SECONDS) == 0, log.read_text()
-    assert snapshot(root) == snapshot(made_alone(tmp_path / "alone", world))
+    assert snapshot(root) == snapshot(extract_locally(tmp_path / "alone", world))
     assert driver([*words(root, *world), "encoder.model=path:/nowhere"], log).wait(SECONDS) == 2
     assert log.read_text().splitlines()[-1].startswith("error: ")
     poisoned = tmp_path / "poisoned"

@@ -1,4 +1,4 @@
-"""Extraction into a bucket, by processes that share nothing else, on a real S3 server on the loopback interface."""
+"""Extraction into a bucket by processes that share nothing else, on a real S3 server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def world(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, world) -> Path:
-    """The same cache, made by one process in a folder."""
+    """The same cache, extracted by one process into a folder."""
     root = tmp_path_factory.mktemp("local")
     assert run(words(root, *world)) == 0
     return root
@@ -47,20 +47,20 @@ def server():
 @pytest.fixture
 def s3(server, monkeypatch, tmp_path):
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION", "ENDPOINT_URL"):
-        monkeypatch.setenv(f"AWS_{name}", "")  # so that it is undone
+        monkeypatch.setenv(f"AWS_{name}", "")  # so that monkeypatch restores it
     monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
     server.account()
     server.puts.clear()
     return server
 
 
-def far_words(root: str, scratch: Path, world: tuple[Path, Path], *more: str) -> list[str]:
+def remote_words(root: str, scratch: Path, world: tuple[Path, Path], *more: str) -> list[str]:
     scratch.mkdir(exist_ok=True)
     return [*words(Path("unused"), *world), f"root={root}", f"scratch={scratch}", *more]
 
 
 def download(server: S3, prefix: str, folder: Path) -> Path:
-    """Everything below a prefix of the bucket, as files."""
+    """Download everything below a prefix of the bucket."""
     import boto3
 
     bucket = boto3.resource("s3", endpoint_url=server.url).Bucket("bucket")
@@ -72,7 +72,7 @@ def download(server: S3, prefix: str, folder: Path) -> Path:
 
 
 def located(server: S3, prefix: str) -> str:
-    """The URL of the one cache below a prefix."""
+    """Return the URL of the only cache below a prefix."""
     (cache,) = {key.rpartition("/plan.parquet")[0] for key, _ in server.puts if key.endswith("/plan.parquet")}
     assert cache.startswith(f"bucket/{prefix}/")
     return f"s3://{cache}"
@@ -87,13 +87,13 @@ def wait_for(condition, processes=(), seconds: float = 120) -> None:
     raise TimeoutError
 
 
-def test_four_workers_and_a_killed_one_make_the_cache_of_one_process(s3, world, local, tmp_path):
-    argv = [far_words("s3://bucket/four", tmp_path / f"scratch {i}", world, "decode_workers=1") for i in range(4)]
+def test_four_workers_of_which_one_is_killed_write_the_same_cache_as_one_process(s3, world, local, tmp_path):
+    argv = [remote_words("s3://bucket/four", tmp_path / f"scratch {i}", world, "decode_workers=1") for i in range(4)]
     begin = partial(use, s3.url)
     first = start(argv[0], before=begin, log=tmp_path / "0.log")
     wait_for(lambda: len(s3.commits()) == 2, [first])
     made = Counter(s3.commits())
-    # A tar that no record follows: the process is in the middle of a shard.
+    # a tar without its record: the process is in the middle of a shard
     wait_for(lambda: [key[-4:] for key, _ in s3.puts].count(".tar") > len(s3.commits()) or first.exitcode is not None)
     os.kill(first.pid, signal.SIGKILL)
     others = [start(words, before=begin, log=tmp_path / f"{i}.log") for i, words in enumerate(argv[1:], 1)]
@@ -108,14 +108,14 @@ def test_four_workers_and_a_killed_one_make_the_cache_of_one_process(s3, world, 
     assert len(commits) == len(list(only_cache(local).glob("shards/*.tar"))) > len(made)
     assert verify(located(s3, "four"), deep=True) == []
     left = list(tmp_path.glob("scratch ?/*"))
-    assert len(left) <= 4  # a process that is ended without its exit handlers leaves its scratch folder …
+    assert len(left) <= 4  # a process killed without running its exit handlers leaves its scratch folder …
     assert run(argv[0], before=begin) == 0  # … to the next one
     assert not list((tmp_path / "scratch 0").glob("*/shards/*.tar"))
 
 
 @pytest.mark.parametrize("moment", ["claim", "tar", "parquet", "record", "manifest", "CACHE"])
 def test_an_extraction_that_was_killed_at_any_put_is_finished_by_the_next(s3, world, local, tmp_path, moment):
-    argv = far_words(f"s3://bucket/{moment}", tmp_path / "scratch", world)
+    argv = remote_words(f"s3://bucket/{moment}", tmp_path / "scratch", world)
     at = {
         "claim": lambda key, body: key.endswith("000001.json") and b'"claim"' in body,
         "tar": lambda key, body: key.endswith("000001.tar"),
@@ -133,7 +133,7 @@ def test_an_extraction_that_was_killed_at_any_put_is_finished_by_the_next(s3, wo
 
 
 def test_a_bucket_whose_last_worker_was_lost_is_completed_without_its_encoder(s3, world, local, tmp_path):
-    process = start(far_words("s3://bucket/merged", tmp_path / "scratch", world), before=partial(use, s3.url))
+    process = start(remote_words("s3://bucket/merged", tmp_path / "scratch", world), before=partial(use, s3.url))
     wait_for(lambda: any(key.endswith("failures.parquet") for key, _ in s3.puts), [process])
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -142,10 +142,10 @@ def test_a_bucket_whose_last_worker_was_lost_is_completed_without_its_encoder(s3
     assert snapshot(download(s3, "merged", tmp_path / "copy")) == snapshot(local)
 
 
-def test_a_far_cache_is_described_verified_and_made_again_where_it_is_damaged(s3, world, local, tmp_path, capsys):
+def test_a_corrupt_remote_cache_is_described_verified_and_re_extracted(s3, world, local, tmp_path, capsys):
     import boto3
 
-    argv = far_words("s3://bucket/damaged", tmp_path / "scratch", world)
+    argv = remote_words("s3://bucket/damaged", tmp_path / "scratch", world)
     begin = partial(use, s3.url)
     assert run(argv, before=begin) == 0
     url = located(s3, "damaged")
@@ -154,9 +154,9 @@ def test_a_far_cache_is_described_verified_and_made_again_where_it_is_damaged(s3
     assert main(["verify", url, "--deep"]) is None
     client = boto3.client("s3", endpoint_url=s3.url)
     key = f"{url.removeprefix('s3://bucket/')}/shards/000001.tar"
-    data = bytearray(client.get_object(BucketStore="bucket", Key=key)["Body"].read())
+    data = bytearray(client.get_object(Bucket="bucket", Key=key)["Body"].read())
     data[3000] ^= 1
-    client.put_object(BucketStore="bucket", Key=key, Body=bytes(data))
+    client.put_object(Bucket="bucket", Key=key, Body=bytes(data))
     assert verify(url) == []
     with pytest.raises(WorkFailed, match="is not sound: 2 problems"):
         main(["verify", url, "--deep"])
@@ -169,13 +169,13 @@ def test_a_far_cache_is_described_verified_and_made_again_where_it_is_damaged(s3
     assert "nothing to do, complete:" in (tmp_path / "again").read_text()
 
 
-def test_failures_are_told_counted_and_tried_again_in_a_bucket(s3, world, tmp_path):
+def test_failures_are_reported_counted_and_retried_in_a_bucket(s3, world, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     write_corpus(corpus, 6)
     whole = (corpus / "clip 03.flac").read_bytes()
     (corpus / "clip 03.flac").write_bytes(whole[:200] + bytes(len(whole) - 200))  # same length in the header
-    argv, begin = far_words("s3://bucket/failed", tmp_path / "scratch", (corpus, world[1])), partial(use, s3.url)
+    argv, begin = remote_words("s3://bucket/failed", tmp_path / "scratch", (corpus, world[1])), partial(use, s3.url)
     log = tmp_path / "log"
     assert run([*argv, "max_failures=0"], before=begin, log=log) == 1
     assert "more than max_failures=0 allows" in log.read_text()
@@ -198,10 +198,10 @@ def test_failures_are_told_counted_and_tried_again_in_a_bucket(s3, world, tmp_pa
     assert snapshot(download(s3, "failed", tmp_path / "again")) == snapshot(tmp_path / "near")
 
 
-def test_writes_whose_answers_were_lost_count_and_are_not_made_twice(s3, world, local, tmp_path):
+def test_writes_whose_responses_are_lost_count_and_are_not_repeated(s3, world, local, tmp_path):
     s3.loses = 3
     try:
-        argv = far_words("s3://bucket/lost", tmp_path / "scratch", world)
+        argv = remote_words("s3://bucket/lost", tmp_path / "scratch", world)
         assert run(argv, before=partial(use, s3.url), log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     finally:
         s3.loses = 0
@@ -211,14 +211,14 @@ def test_writes_whose_answers_were_lost_count_and_are_not_made_twice(s3, world, 
 
 def test_several_layers_go_into_several_folders_of_a_bucket(s3, world, tmp_path):
     more = ["encoder.layers=[0,1]", "codec=int8"]
-    assert run(far_words("s3://bucket/layers", tmp_path / "scratch", world, *more), before=partial(use, s3.url)) == 0
+    assert run(remote_words("s3://bucket/layers", tmp_path / "scratch", world, *more), before=partial(use, s3.url)) == 0
     assert run(words(tmp_path / "near", *world, *more)) == 0
     assert snapshot(download(s3, "layers", tmp_path / "copy")) == snapshot(tmp_path / "near")
 
 
-def test_a_bucket_that_is_not_there_is_refused_in_a_sentence(s3, world, tmp_path):
+def test_a_missing_bucket_is_refused_with_one_sentence(s3, world, tmp_path):
     log = tmp_path / "log"
-    argv = far_words("s3://nobody/caches", tmp_path / "scratch", world)
+    argv = remote_words("s3://nobody/caches", tmp_path / "scratch", world)
     assert run(argv, before=partial(use, s3.url), log=log) == 2
     assert "error: there is no bucket 'nobody': make it" in log.read_text()
     with pytest.raises(UserError, match=r"there is no cache at 's3://bucket/nothing'"):

@@ -1,4 +1,4 @@
-"""Disk full, quota, file-size limit, read-only, permission lost: one sentence, exit 2, and the next run goes on."""
+"""Disk full, quota, file-size limit, read-only, no permission: one sentence, exit status 2, and a run that resumes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def committed_tars(root: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def assert_one_sentence(log: Path, *expected: str) -> None:
-    """The command ended in one line that names the trouble, without a traceback."""
-    told = log.read_text()
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    """The command ended with one line that names the problem, without a traceback."""
+    output = log.read_text()
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert any(text in line for text in expected), line
-    assert "Traceback" not in told
+    assert "Traceback" not in output
     log.unlink()
 
 
@@ -51,9 +51,7 @@ def assert_clean(root: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [40, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_disk_that_is_full_again_and_again_and_grows_gives_the_same_cache(
-    step, tmp_path, undisturbed, corpus, whisper
-):
+def test_a_disk_that_fills_up_repeatedly_and_grows_yields_the_same_cache(step, tmp_path, undisturbed, corpus, whisper):
     root, log = tmp_path / "disk", tmp_path / "log"
     with small_disk(root, size := 100) as disk:
         stops = 0
@@ -75,7 +73,7 @@ FULL, QUOTA, DEVICE = "the disk is full", "the disk quota is used up", "the devi
 
 
 @pytest.mark.parametrize(
-    ("error", "sentence", "room"),
+    ("error", "sentence", "free_bytes"),
     [
         (errno.ENOSPC, FULL, 5_000),
         (errno.EDQUOT, QUOTA, 100_000),
@@ -84,22 +82,22 @@ FULL, QUOTA, DEVICE = "the disk is full", "the disk quota is used up", "the devi
         pytest.param(errno.EDQUOT, QUOTA, 5_000, marks=pytest.mark.slow),
     ],
 )
-def test_a_write_that_fails_stops_the_run_with_a_sentence_and_the_next_goes_on(
-    error, sentence, room, tmp_path, undisturbed, corpus, whisper
+def test_a_failed_write_stops_the_run_with_one_sentence_and_the_next_resumes(
+    error, sentence, free_bytes, tmp_path, undisturbed, corpus, whisper
 ):
     root, log = tmp_path / "root", tmp_path / "log"
-    assert run(words(root, corpus, whisper), log=log, before=partial(fail_writes, error, room)) == 2
+    assert run(words(root, corpus, whisper), log=log, before=partial(fail_writes, error, free_bytes)) == 2
     assert_one_sentence(log, sentence)
     assert_clean(root)
     kept = committed_tars(root)
-    assert bool(kept) == (room == 100_000)
+    assert bool(kept) == (free_bytes == 100_000)
     assert run(words(root, corpus, whisper)) == 0
     now = committed_tars(root)
     assert {name: now[name] for name in kept} == kept
     assert snapshot(root) == snapshot(undisturbed)
 
 
-def test_a_file_size_limit_is_told_with_the_setting_that_mends_it(tmp_path, undisturbed, corpus, whisper):
+def test_a_file_size_limit_is_reported_with_the_setting_that_fixes_it(tmp_path, undisturbed, corpus, whisper):
     root, log = tmp_path / "root", tmp_path / "log"
     assert run(words(root, corpus, whisper), log=log, before=partial(limit_file_size, 12_000)) == 2
     assert_one_sentence(log, "larger than allowed here; use a smaller shard_mb")
@@ -108,7 +106,7 @@ def test_a_file_size_limit_is_told_with_the_setting_that_mends_it(tmp_path, undi
     assert snapshot(root) == snapshot(undisturbed)
 
 
-def test_lost_permission_is_told_and_the_next_run_goes_on(tmp_path, undisturbed, corpus, whisper):
+def test_lost_permission_is_reported_and_the_next_run_resumes(tmp_path, undisturbed, corpus, whisper):
     root, log = tmp_path / "root", tmp_path / "log"
     assert run(words(root, corpus, whisper), before=partial(fail_writes, errno.ENOSPC, 100_000)) == 2
     kept = committed_tars(root)
@@ -128,7 +126,7 @@ def fit(config: Path, *more: str) -> int:
     return run_command(command, ["fit", "--config", str(config), *more])
 
 
-def test_a_read_only_cache_is_complete_when_it_is_and_can_be_trained_on(tmp_path, undisturbed, corpus, whisper, capsys):
+def test_a_complete_read_only_cache_is_recognized_and_can_be_trained_on(tmp_path, undisturbed, corpus, whisper, capsys):
     root, log = tmp_path / "disk", tmp_path / "log"
     with small_disk(root, 2000) as disk:
         assert run(words(root, corpus, whisper)) == 0
@@ -143,11 +141,11 @@ def test_a_read_only_cache_is_complete_when_it_is_and_can_be_trained_on(tmp_path
         assert fit(there) == 0
         capsys.readouterr()
         assert fit(there, f"runs={root}/runs") == 2
-        told = capsys.readouterr().err.splitlines()
-        assert [line for line in told if "the file system is read-only" in line] == [told[-1]]
+        output = capsys.readouterr().err.splitlines()
+        assert [line for line in output if "the file system is read-only" in line] == [output[-1]]
 
 
-def test_a_read_only_cache_that_is_not_complete_says_so(tmp_path, corpus, whisper):
+def test_an_incomplete_read_only_cache_is_reported(tmp_path, corpus, whisper):
     root, log = tmp_path / "disk", tmp_path / "log"
     with small_disk(root, 2000) as disk:
         assert run(words(root, corpus, whisper), before=partial(fail_writes, errno.ENOSPC, 100_000)) == 2
@@ -156,7 +154,7 @@ def test_a_read_only_cache_that_is_not_complete_says_so(tmp_path, corpus, whispe
         assert_one_sentence(log, "the file system is read-only; remount it writable or choose another root")
 
 
-def test_metrics_that_find_no_room_end_in_one_sentence_also_when_the_files_are_closed(tmp_path):
+def test_metrics_on_a_full_disk_end_with_one_sentence_even_when_the_files_are_closed(tmp_path):
     def fill(folder: Path) -> None:
         with MetricsLogger(folder, 1000) as logger:
             for number in range(1, 1001):
@@ -166,7 +164,7 @@ def test_metrics_that_find_no_room_end_in_one_sentence_also_when_the_files_are_c
         fill(tmp_path / "run")
 
 
-def test_a_trainer_whose_disk_fills_up_says_so_and_resumes_when_there_is_room(tmp_path, undisturbed, capsys):
+def test_a_trainer_whose_disk_fills_up_reports_it_and_resumes_when_there_is_space(tmp_path, undisturbed, capsys):
     keys = {"lm": {"model": "nanochat:d1", "train": True}, "steps": 5, "checkpoint_every": 1, "eval_every": 0}
     free = make_config(tmp_path, only_cache(undisturbed), "", **keys)
     assert fit(write_config(tmp_path / "free.yaml", free)) == 0
@@ -175,8 +173,8 @@ def test_a_trainer_whose_disk_fills_up_says_so_and_resumes_when_there_is_room(tm
     with small_disk(tmp_path / "disk", 2 * checkpoint // 1024 + 100) as disk:
         capsys.readouterr()
         assert fit(tight) == 2
-        told = capsys.readouterr().err
-        (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+        output = capsys.readouterr().err
+        (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
         assert "saving a checkpoint failed" in line
         assert "the disk is full; free space" in line
         folder = tmp_path / "disk/runs/run"

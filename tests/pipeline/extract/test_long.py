@@ -27,7 +27,7 @@ HOP, WINDOW, OVERLAP = 320, 480_000, 2 * 16_000
     ids=["around the window", "10 min"],
 )
 def long(tmp_path_factory, request):
-    """A cache of recordings of so many seconds, their samples, and the encoder."""
+    """A cache of recordings of the given lengths, their samples, and the encoder."""
     folder, root = tmp_path_factory.mktemp("long"), tmp_path_factory.mktemp("root")
     whisper = write_tiny_whisper(tmp_path_factory.mktemp("model") / "whisper")
     audio = {}
@@ -54,7 +54,7 @@ def test_every_recording_has_a_frame_for_every_20_ms_of_it(long):
         assert rows[name]["samples"] == len(samples)
 
 
-def test_each_frame_is_that_of_the_window_in_which_it_lies_farther_from_an_edge(long):
+def test_each_frame_is_from_the_window_in_which_it_is_farther_from_an_edge(long):
     cache, audio, encoder = long
     for index in range(len(cache)):
         samples, features = audio[cache.row(index)["audio"]], cache.features(index)
@@ -85,10 +85,10 @@ def test_batches_are_filled_across_recordings_and_across_the_windows_of_long_one
     config = SimpleNamespace(overlap=2.0, trim="valid")
     job = SimpleNamespace(encoder=encoder, config=config, plan=SimpleNamespace(shard_rows=lambda shard: rows))
     decoders = SimpleNamespace(read=lambda rows: zip(rows, [""] * len(rows), clips, strict=True))
-    heard = list(_encode_utterances(job, 0, [2], StageTimes(), decoders))
-    assert [each.row for each in heard] == rows
-    assert [sum(len(part[2]) for part in each.window_outputs) for each in heard] == [
-        sum(-(-(stop - start) // HOP) for start, stop in each.spans) for each in heard
+    utterances = list(_encode_utterances(job, 0, [2], StageTimes(), decoders))
+    assert [each.row for each in utterances] == rows
+    assert [sum(len(part[2]) for part in each.window_outputs) for each in utterances] == [
+        sum(-(-(stop - start) // HOP) for start, stop in each.spans) for each in utterances
     ]
-    windows_made = sum(len(split_into_windows(n, WINDOW, OVERLAP)) for n in samples)
-    assert sizes == [4] * (windows_made // 4) + [windows_made % 4] * (windows_made % 4 > 0)
+    num_windows = sum(len(split_into_windows(n, WINDOW, OVERLAP)) for n in samples)
+    assert sizes == [4] * (num_windows // 4) + [num_windows % 4] * (num_windows % 4 > 0)

@@ -23,18 +23,18 @@ def plan(utterances: list[Utterance], shard_mb: float = 0.5, shuffle: bool = Tru
 
 
 @given(st.lists(st.integers(0, 16000 * 40), min_size=1, max_size=200), st.floats(0.01, 20))
-def test_every_utterance_stands_in_exactly_one_row_and_shards_are_numbered_without_gaps(lengths, shard_mb):
+def test_every_utterance_is_in_exactly_one_row_and_shards_are_numbered_without_gaps(lengths, shard_mb):
     rows = plan(corpus(lengths), shard_mb)
     assert sorted(row["key"] for row in rows) == sorted(u.key for u in corpus(lengths))
-    places = [(row["shard"], row["row"]) for row in rows]
-    assert places == sorted(places)
-    for shard in range(max(s for s, _ in places) + 1):
-        inside = [r for s, r in places if s == shard]
+    positions = [(row["shard"], row["row"]) for row in rows]
+    assert positions == sorted(positions)
+    for shard in range(max(s for s, _ in positions) + 1):
+        inside = [r for s, r in positions if s == shard]
         assert inside == list(range(len(inside)))
         assert inside
 
 
-def test_shards_are_about_as_large_as_asked_for():
+def test_shards_have_about_the_requested_size():
     rows = plan(corpus([16000 * 8] * 400), shard_mb=10)
     sizes: dict[int, int] = {}
     for row in rows:
@@ -57,7 +57,7 @@ def test_the_seed_decides_the_shuffle():
     assert plan(utterances, seed=1) != plan(utterances, seed=2)
 
 
-def test_the_fingerprint_sees_a_changed_text_and_no_changed_folder():
+def test_the_fingerprint_depends_on_the_text_and_not_on_the_folder():
     utterances = corpus([16000] * 5)
     moved = [Utterance(u.key, u.id, "elsewhere/" + u.audio, u.text, u.speaker, u.split, u.samples) for u in utterances]
     edited = [*utterances[:-1], Utterance("k0004", "id4", "a/4.flac", "other text", "s1", "", 16000)]

@@ -1,4 +1,4 @@
-"""Several processes of one machine on one extraction: the same bytes, one run, and no orphans."""
+"""Several processes of one machine in one extraction: the same bytes, one run, no orphans."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory, corpus, whisper) -> Path:
 
 
 def children(pid: int) -> set[int]:
-    """Processes that ``pid`` started and that run."""
+    """Return the running child processes of ``pid``."""
     found: set[int] = set()
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         found |= {int(child) for child in file.read_text().split()}
@@ -53,16 +53,16 @@ def wait_for(condition, seconds: float = 60.0):
 
 
 def claimants(root: Path) -> set[int]:
-    """The processes that hold a shard below ``root``."""
+    """Return the processes that hold a shard below ``root``."""
     found = set()
     for claim in root.rglob("*.claim"):
-        with suppress(FileNotFoundError, ValueError):  # given back, or half written
+        with suppress(FileNotFoundError, ValueError):  # released, or half written
             found.add(json.loads(claim.read_text())["pid"])
     return found
 
 
 def start_two(root: Path, corpus: Path, whisper: Path, log: Path) -> tuple[Any, int]:
-    """An extraction of two processes, the first of which is stopped until the second holds a shard, and the second."""
+    """Start an extraction with two processes; the first is stopped once the second holds a shard. Return both."""
     process = start(words(root, corpus, whisper, "processes=2", "lease_seconds=60"), log=log)
     wait_for(lambda: claimants(root))
     os.kill(process.pid, signal.SIGSTOP)
@@ -71,7 +71,7 @@ def start_two(root: Path, corpus: Path, whisper: Path, log: Path) -> tuple[Any, 
     return process, other
 
 
-def test_two_processes_make_the_same_cache_as_one_and_are_one_run(tmp_path, undisturbed, corpus, whisper):
+def test_two_processes_write_the_same_cache_as_one_and_report_as_one_run(tmp_path, undisturbed, corpus, whisper):
     root, log = tmp_path / "two", tmp_path / "log"
     process, _ = start_two(root, corpus, whisper, log)
     os.kill(process.pid, signal.SIGCONT)
@@ -79,10 +79,10 @@ def test_two_processes_make_the_same_cache_as_one_and_are_one_run(tmp_path, undi
     assert process.exitcode == 0
     assert snapshot(root) == snapshot(undisturbed)
     assert "extracted 24 utterances" in log.read_text()
-    assert "ended" not in log.read_text()
+    assert "exited" not in log.read_text()
 
 
-def test_a_killed_process_costs_its_shard_only_and_is_told(tmp_path, undisturbed, corpus, whisper):
+def test_a_killed_process_loses_only_its_shard_and_is_reported(tmp_path, undisturbed, corpus, whisper):
     root, log = tmp_path / "one dies", tmp_path / "log"
     process, other = start_two(root, corpus, whisper, log)
     os.kill(other, signal.SIGKILL)
@@ -90,12 +90,12 @@ def test_a_killed_process_costs_its_shard_only_and_is_told(tmp_path, undisturbed
     process.join()
     assert process.exitcode == 0
     assert snapshot(root) == snapshot(undisturbed)
-    assert "note: the process on cpu ended by signal 9: its shard is made again" in log.read_text()
+    assert "note: the process on cpu exited on signal 9; its shard is extracted again" in log.read_text()
     assert list(stray_files(Layout(only_cache(root)))) == []
 
 
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
-def test_no_process_outlives_an_extraction_that_is_ended(tmp_path, undisturbed, corpus, whisper, how):
+def test_no_process_outlives_an_extraction_that_is_terminated(tmp_path, undisturbed, corpus, whisper, how):
     root = tmp_path / "ended"
     process = start(words(root, corpus, whisper, "processes=2"))
     started = wait_for(lambda: children(process.pid))
@@ -108,25 +108,25 @@ def test_no_process_outlives_an_extraction_that_is_ended(tmp_path, undisturbed, 
     assert snapshot(root) == snapshot(undisturbed)
 
 
-def test_what_a_lost_process_did_not_live_to_commit_counts_no_more():
-    tally = ExtractionStats()
+def test_reports_on_uncommitted_shards_of_a_lost_process_are_taken_back():
+    stats = ExtractionStats()
     with ProgressBar({0: 3, 1: 3}, str) as progress:
-        listener = ReportCounter(tally, progress)
+        listener = ReportCounter(stats, progress)
         listener.add(ShardReport(0, 3, 30.0, [("a", "read", "gone")]))
         listener.add(ShardReport(1, 2, 20.0, [("b", "read", "gone")]))
         listener.add(ShardReport(0, committed=True))
         listener.discard_uncommitted()
-    assert (tally.utterances, tally.audio_seconds, tally.failures) == (3, 30.0, [("a", "read", "gone")])
+    assert (stats.utterances, stats.audio_seconds, stats.failures) == (3, 30.0, [("a", "read", "gone")])
 
 
-def test_the_devices_of_a_machine_are_one_process_each():
+def test_each_device_of_a_machine_gets_one_process():
     assert process_devices("auto", None, 0) == ["auto"]
     assert process_devices("auto", None, 1) == ["auto"]
     assert process_devices("auto", None, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     assert process_devices("cuda", 2, 4) == ["cuda:0", "cuda:1"]
     assert process_devices("cuda:1", None, 4) == ["cuda:1"]
     assert process_devices("cpu", 3, 4) == ["cpu"] * 3
-    with pytest.raises(UserError, match="there are 2 GPUs"):
+    with pytest.raises(UserError, match="this machine has 2 GPUs"):
         process_devices("auto", 3, 2)
     with pytest.raises(UserError, match=r"encoder\.device=cuda for"):
         process_devices("cuda:0", 2, 2)

@@ -26,7 +26,7 @@ from shards.read.cache import Cache
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, corpus, whisper) -> tuple[Path, int]:
-    """A cache made in one go, and how many file operations that took."""
+    """A cache extracted without interruption, and the number of file operations that this took."""
     root = tmp_path_factory.mktemp("undisturbed")
     assert run(words(root, corpus, whisper), count=root / "operations") == 0
     operations = int((root / "operations").read_text())
@@ -46,7 +46,7 @@ def test_a_cache_holds_every_utterance_with_its_frames_and_text(undisturbed):
     assert read_plan(Layout(cache.path)).num_shards > 3
 
 
-def test_a_finished_extraction_is_not_done_again(undisturbed, corpus, whisper):
+def test_a_finished_extraction_is_not_repeated(undisturbed, corpus, whisper):
     root = undisturbed[0]
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert run(words(root, corpus, whisper)) == 0
@@ -54,7 +54,7 @@ def test_a_finished_extraction_is_not_done_again(undisturbed, corpus, whisper):
 
 
 def log_records(file: Path) -> None:
-    """From now on every opening of a commit record by this process is a line of ``file``."""
+    """From now on, log each commit record that this process opens as a line of ``file``."""
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def hook(event: str, args: tuple[object, ...]) -> None:
@@ -70,7 +70,7 @@ def test_commit_records_are_read_once_at_the_beginning_and_once_by_the_merge(tmp
     layout = Layout(only_cache(root))
     argv, shards = words(root, corpus, whisper), read_plan(layout).num_shards
     assert run(argv, before=partial(log_records, log)) == 0
-    assert log.read_text() == ""  # it is complete
+    assert log.read_text() == ""  # the cache is complete
     layout.cache.unlink()
     assert run(argv, before=partial(log_records, log)) == 0
     assert Counter(log.read_text().split()) == {f"{shard:06d}": 2 for shard in range(shards)}
@@ -79,15 +79,13 @@ def test_commit_records_are_read_once_at_the_beginning_and_once_by_the_merge(tmp
     layout.record(1).unlink()
     assert run(argv, before=partial(log_records, log)) == 0
     opened = Counter(log.read_text().split())
-    assert (
-        opened.pop("000001") > 2
-    )  # it is looked for when its turn comes, when it is claimed, and when it is committed
+    assert opened.pop("000001") > 2  # read when its turn comes, when it is claimed, and when it is committed
     assert opened == {f"{shard:06d}": 2 for shard in range(shards) if shard != 1}
     assert_same(root, undisturbed[0])
 
 
 def kill_until_done(root: Path, argv: list[str], rng: random.Random, operations: int, kills: int) -> int:
-    """Run with up to ``kills`` SIGKILLs at random operations, then once undisturbed; how many kills struck."""
+    """Run with up to ``kills`` SIGKILLs at random operations, then once undisturbed; return how many kills struck."""
     struck = 0
     for _ in range(kills):
         code = run(argv, Kill(rng.randrange(1, max(2, operations)), rng.choice(["before", "inside", "after"])))
@@ -133,7 +131,7 @@ def test_sigterm_ends_within_ten_seconds_and_leaves_no_temporary_file(tmp_path, 
     os.kill(process.pid, signal.SIGTERM)
     process.join(10)
     assert process.exitcode == 128 + signal.SIGTERM
-    assert "run the same command to go on" in log.read_text()
+    assert "Interrupted. Committed shards are kept; rerun the same command to resume." in log.read_text()
     assert list(stray_files(Layout(only_cache(root)))) == []
     assert not list(root.rglob("*.claim*"))
     assert run(words(root, corpus, whisper)) == 0
@@ -141,7 +139,7 @@ def test_sigterm_ends_within_ten_seconds_and_leaves_no_temporary_file(tmp_path, 
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_share_a_cache_make_each_shard_once(tmp_path, undisturbed, corpus, whisper, processes):
+def test_processes_that_share_a_cache_extract_each_shard_once(tmp_path, undisturbed, corpus, whisper, processes):
     root = tmp_path / "shared"
     logs = [tmp_path / f"log{i}" for i in range(processes)]
     running = [start(words(root, corpus, whisper), log=log) for log in logs]
@@ -153,7 +151,7 @@ def test_processes_that_share_a_cache_make_each_shard_once(tmp_path, undisturbed
     assert made == 24
 
 
-def test_an_owner_killed_while_it_holds_a_claim_is_taken_over(tmp_path, undisturbed, corpus, whisper):
+def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, undisturbed, corpus, whisper):
     root = tmp_path / "orphaned"
     process = start(words(root, corpus, whisper))
     wait_for(lambda: list(root.rglob("*.claim")))
@@ -163,7 +161,7 @@ def test_an_owner_killed_while_it_holds_a_claim_is_taken_over(tmp_path, undistur
     assert_same(root, undisturbed[0])
 
 
-def test_a_claim_of_another_machine_is_taken_over_after_its_lease_whatever_its_clock_says(
+def test_a_claim_of_another_machine_is_taken_over_after_its_lease_regardless_of_its_clock(
     tmp_path, undisturbed, corpus, whisper
 ):
     root = tmp_path / "foreign"
@@ -179,7 +177,7 @@ def test_a_claim_of_another_machine_is_taken_over_after_its_lease_whatever_its_c
     assert_same(root, undisturbed[0])
 
 
-def test_layers_come_from_one_pass_and_a_layer_added_later_touches_none(tmp_path, corpus, whisper):
+def test_layers_come_from_one_pass_and_a_layer_added_later_changes_no_other(tmp_path, corpus, whisper):
     root = tmp_path / "layers"
     assert run(words(root, corpus, whisper, "encoder.layers=[0,2]")) == 0
     first = snapshot(root)
@@ -240,7 +238,7 @@ def test_broken_audio_becomes_failure_rows_and_the_rest_is_kept(tmp_path, whispe
     assert len(list(root.glob("*/*"))) == 2
 
 
-def test_retrying_makes_only_the_failed_utterances_shards_again_and_counts_attempts(tmp_path, whisper):
+def test_retry_failed_re_extracts_only_the_affected_shards_and_counts_attempts(tmp_path, whisper):
     folder = tmp_path / "flaky"
     folder.mkdir()
     write_corpus(folder, 8)
@@ -264,7 +262,7 @@ def test_retrying_makes_only_the_failed_utterances_shards_again_and_counts_attem
     assert len({name.split(".")[0] for name in changed}) == 1
 
 
-def test_a_damaged_shard_is_found_and_made_again_with_verify(tmp_path, undisturbed, corpus, whisper):
+def test_a_corrupt_shard_is_found_and_re_extracted_with_verify(tmp_path, undisturbed, corpus, whisper):
     root = tmp_path / "damaged"
     shutil.copytree(undisturbed[0], root)
     layout = Layout(only_cache(root))

@@ -1,4 +1,4 @@
-"""Workers of a job array on one cache, and the end of their work."""
+"""Workers of a job array on one cache, and how it is finalized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_worker_takes_every_shard_once_its_own_first(shards, count):
         assert sorted(turn) == list(range(shards))
 
 
-def test_a_helper_comes_from_the_other_end():
+def test_a_worker_helps_others_from_the_end_of_their_list():
     assert Worker(1, 3).shard_order(9) == [1, 4, 7, 8, 5, 2, 6, 3, 0]
 
 
@@ -42,7 +42,7 @@ SLURM = {"SLURM_ARRAY_TASK_ID": "30", "SLURM_ARRAY_TASK_COUNT": "4"}
         (None, None, {"JOB_COMPLETION_INDEX": "3"}, Worker(0, 1)),
     ],
 )
-def test_a_worker_is_told_by_options_a_slurm_array_or_an_indexed_job(index, count, environ, wanted):
+def test_the_worker_comes_from_options_a_slurm_array_or_an_indexed_job(index, count, environ, wanted):
     assert find_worker(index, count, environ) == wanted
 
 
@@ -51,13 +51,18 @@ def test_a_worker_is_told_by_options_a_slurm_array_or_an_indexed_job(index, coun
     [
         (1, None, {}, "add --num-workers"),
         (None, 4, {}, "add --worker-index"),
-        (4, 4, {}, "indices go from 0 to 3"),
-        (-1, 4, {}, "indices go from 0 to 3"),
-        (None, 0, {}, "at least one worker"),
-        (None, None, {**SLURM, "SLURM_ARRAY_TASK_ID": "x"}, "SLURM_ARRAY_TASK_ID is 'x'"),
+        (4, 4, {}, "expected 0 to 3"),
+        (-1, 4, {}, "expected 0 to 3"),
+        (None, 0, {}, "expected at least 1"),
+        (
+            None,
+            None,
+            {**SLURM, "SLURM_ARRAY_TASK_ID": "x"},
+            "SLURM_ARRAY_TASK_ID: expected a non-negative integer",
+        ),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused_in_a_sentence(index, count, environ, sentence):
+def test_inconsistent_worker_numbers_are_refused_with_one_sentence(index, count, environ, sentence):
     with pytest.raises(UserError, match=sentence):
         find_worker(index, count, environ)
 
@@ -70,13 +75,13 @@ def world(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, world) -> Path:
-    """The cache of one process; the tests below may finish it again."""
+    """The cache of one process; the tests below may finalize it again."""
     root = tmp_path_factory.mktemp("alone")
     assert run(words(root, *world)) == 0
     return root
 
 
-def test_three_workers_of_which_one_never_comes_leave_the_cache_of_one(tmp_path, world, alone):
+def test_three_workers_of_which_one_never_starts_write_the_same_cache_as_one(tmp_path, world, alone):
     root = tmp_path / "array"
     workers = [start([*words(root, *world), "--worker-index", str(i), "--num-workers", "3"]) for i in range(2)]
     for worker in workers:
@@ -85,13 +90,13 @@ def test_three_workers_of_which_one_never_comes_leave_the_cache_of_one(tmp_path,
     assert snapshot(root) == snapshot(alone)
 
 
-def test_an_extraction_completes_what_is_committed_without_a_recording_read(tmp_path, world, alone):
+def test_committed_shards_are_completed_without_reading_a_recording(tmp_path, world, alone):
     folder, whisper = world
     silent, root = tmp_path / "silent", tmp_path / "again"
     shutil.copytree(folder, silent)
     for clip in silent.glob("*.flac"):
         data = clip.read_bytes()
-        clip.write_bytes(data[:64] + bytes(len(data) - 64))  # the length in the header stands, the rest is no audio
+        clip.write_bytes(data[:64] + bytes(len(data) - 64))  # the header keeps its length, the rest is not audio
     shutil.copytree(alone, root)
     layout = Layout(only_cache(root))
     for name in ("CACHE.json", "manifest.parquet", "failures.parquet"):

@@ -1,4 +1,4 @@
-"""Do the stored features come from the encoder that the cache names, and from the audio that it names?"""
+"""Checks that stored features come from the encoder and the audio that the cache records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shards.read.cache import Cache
 
 @pytest.fixture(scope="module")
 def whispers(tmp_path_factory) -> list[Path]:
-    """Two Whispers of one shape with other weights."""
+    """Two Whispers of the same shape with different weights."""
     folder = tmp_path_factory.mktemp("models")
     return [write_tiny_whisper(folder / f"whisper {seed}", seed=seed) for seed in (0, 1)]
 
@@ -46,19 +46,19 @@ def cache(tmp_path_factory, corpus, whispers) -> Path:
 
 
 def rewrite(cache: Path, change) -> None:
-    """Put ``change(key, features)`` in place of the stored features, with honest records, so that verify is content."""
+    """Replace the stored features by ``change(key, features)``, with matching records, so that verify passes."""
     old, layout = Cache.open(cache), Layout(cache)
     features = {old.row(i)["key"]: (old.features(i).astype(np.float32), old.row(i)) for i in range(len(old))}
     plan = read_plan(layout)
     for shard in range(plan.num_shards):
         with ShardWriter(layout, shard, old.spec, plan.id, "rewriter") as writer:
             for row in plan.shard_rows(shard):
-                stored, about = features[row["key"]]
+                stored, old_row = features[row["key"]]
                 writer.add(
                     row,
                     change(row["key"], stored),
-                    samples=about["samples"],
-                    audio_sha256=about["audio_sha256"],
+                    samples=old_row["samples"],
+                    audio_sha256=old_row["audio_sha256"],
                 )
             writer.commit({"seconds": 0.0})
     finalize(layout, old.spec, plan, "rewriter", old.info["provenance"])
@@ -75,15 +75,17 @@ def test_features_of_every_codec_pass_within_its_tolerance(codec, tmp_path, corp
     assert 0 < worst <= tolerance(made)
     assert min(row.cosine for row in found) > 0.998
     stored = made.manifest["error"].to_numpy()
-    assert worst == pytest.approx(stored.max(), rel=0.05)  # the codec alone: the same machine encodes the same
+    assert worst == pytest.approx(
+        stored.max(), rel=0.05
+    )  # only the codec differs: the same machine computes the same features
 
 
-def test_a_sound_cache_passes_with_exit_status_0(cache, capsys):
+def test_a_valid_cache_passes_with_exit_status_0(cache, capsys):
     assert main(["check", str(cache), "--n", "3"]) == 0
     assert "3 utterances compared, 0 above the tolerance" in capsys.readouterr().out
 
 
-def test_features_of_another_encoder_fail_though_every_record_fits(cache, tmp_path, corpus, whispers, capsys):
+def test_features_of_another_encoder_fail_although_every_record_matches(cache, tmp_path, corpus, whispers, capsys):
     other = Cache.open(extract(tmp_path / "other", corpus, whispers[1]))
     foreign = {other.row(i)["key"]: other.features(i).astype(np.float32) for i in range(len(other))}
     forged = Path(shutil.copytree(cache, tmp_path / "forged" / cache.parent.name / cache.name))
@@ -102,9 +104,9 @@ def test_one_utterance_with_noisy_values_fails_and_is_named(cache, tmp_path, cap
 
     rewrite(noisy, change)
     assert main(["check", str(noisy)]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in told if "relative error above" in line] == [victim]
-    assert told[-1].startswith("6 utterances compared, 1 above")
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in output if "relative error above" in line] == [victim]
+    assert output[-1].startswith("6 utterances compared, 1 above")
 
 
 def test_an_encoder_with_other_weights_is_refused_before_anything_is_compared(cache, whispers, capsys):
@@ -114,7 +116,7 @@ def test_an_encoder_with_other_weights_is_refused_before_anything_is_compared(ca
 
 @pytest.fixture
 def moved(corpus, tmp_path) -> Path:
-    """The corpus elsewhere, one recording replaced by another and one gone."""
+    """A copy of the corpus with one recording replaced and one removed."""
     folder = Path(shutil.copytree(corpus, tmp_path / "moved"))
     (folder / "clip 01.flac").unlink()
     shutil.copy(folder / "clip 02.flac", folder / "clip 03.flac")
@@ -123,10 +125,10 @@ def moved(corpus, tmp_path) -> Path:
 
 def test_missing_or_changed_audio_fails_the_check(cache, moved, capsys):
     assert main(["check", str(cache), "--source", f"{moved}/clips.csv"]) == 1
-    told = capsys.readouterr().out
-    assert "no audio: the file does not exist" in told
-    assert " frames now" in told
-    assert "6 utterances compared, 2 above" in told
+    output = capsys.readouterr().out
+    assert "no audio: the file does not exist" in output
+    assert " frames now" in output
+    assert "6 utterances compared, 2 above" in output
 
 
 def shards_verify(*argv: object) -> int:
@@ -137,14 +139,14 @@ def test_verify_with_source_compares_the_files_where_the_cache_says_or_where_tol
     assert shards_verify(cache, "--source") == 0
     assert "every audio file" in capsys.readouterr().out
     assert shards_verify(cache, "--source", moved) == 1
-    told = capsys.readouterr().out
-    lines = {line.split("  ")[1]: line for line in told.splitlines() if line.startswith("0")}
+    output = capsys.readouterr().out
+    lines = {line.split("  ")[1]: line for line in output.splitlines() if line.startswith("0")}
     assert set(lines) == {"clip 01.flac", "clip 03.flac"}
     assert "is missing below" in lines["clip 01.flac"]
     assert "is not the audio that the features were made from" in lines["clip 03.flac"]
 
 
-def test_verify_with_source_says_where_to_go_for_audio_that_is_no_file(tmp_path, whispers, capsys):
+def test_verify_with_source_names_the_command_for_audio_that_is_not_in_files(tmp_path, whispers, capsys):
     root = tmp_path / "tones"
     assert run(["extract", f"root={root}", "source.kind=tones", "limit=5", f"encoder.model=path:{whispers[0]}"]) == 0
     made = only_cache(root)

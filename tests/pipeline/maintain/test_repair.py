@@ -1,4 +1,4 @@
-"""Repair makes exactly the failed shards again and leaves the cache as it was written."""
+"""Repair re-extracts exactly the corrupt shards and restores the cache as it was written."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def assert_whole(layout: Layout, whole: Path) -> None:
     assert list(stray_files(layout)) == []
 
 
-def test_exactly_the_shards_that_do_not_verify_are_made_again(broken, whole):
+def test_exactly_the_shards_that_fail_verification_are_re_extracted(broken, whole):
     flip(broken.tar(1), 700)
     broken.tar(3).write_bytes(broken.tar(3).read_bytes()[:-512])
     broken.record(4).unlink()
@@ -64,7 +64,7 @@ def test_exactly_the_shards_that_do_not_verify_are_made_again(broken, whole):
         lambda layout: layout.failures.write_bytes(b""),
     ],
 )
-def test_what_was_merged_is_merged_again_and_no_shard_touched(broken, whole, damage):
+def test_merged_files_are_rewritten_and_no_shard_is_touched(broken, whole, damage):
     before = written(broken)
     damage(broken)
     assert repair(broken.path)
@@ -73,7 +73,7 @@ def test_what_was_merged_is_merged_again_and_no_shard_touched(broken, whole, dam
 
 
 @pytest.mark.parametrize("damage", [lambda plan: flip(plan, 60), lambda plan: plan.unlink()])
-def test_a_damaged_plan_is_made_again_and_no_shard_touched(broken, whole, damage):
+def test_a_corrupt_plan_is_rewritten_and_no_shard_is_touched(broken, whole, damage):
     before = written(broken)
     damage(broken.plan)
     assert repair(broken.path)
@@ -81,27 +81,27 @@ def test_a_damaged_plan_is_made_again_and_no_shard_touched(broken, whole, damage
     assert written(broken) == before
 
 
-def test_a_sound_cache_is_left_alone(broken, whole, capsys):
+def test_a_valid_cache_is_left_alone(broken, whole, capsys):
     from pipeline.__main__ import main
 
     before = written(broken), broken.cache.stat().st_mtime_ns
     assert main(["repair", str(broken.path)]) == 0
-    assert "nothing to mend" in capsys.readouterr().out
+    assert "nothing to fix" in capsys.readouterr().out
     assert (written(broken), broken.cache.stat().st_mtime_ns) == before
 
 
-def test_a_repair_that_cannot_have_the_same_audio_says_so_and_takes_nothing_away(broken, corpus, tmp_path):
+def test_a_repair_without_the_original_audio_is_refused_and_removes_nothing(broken, corpus, tmp_path):
     flip(broken.tar(1), 700)
     other = tmp_path / "other audio"
     other.mkdir()
     write_corpus(other, 24, seconds=0.3)
     before = snapshot(broken.path)
-    with pytest.raises(UserError, match="bring back the audio"):
+    with pytest.raises(UserError, match="restore the original audio"):
         repair(broken.path, source=f"{other}/clips.csv")
     assert snapshot(broken.path) == before
 
 
-def test_a_cache_that_no_longer_says_how_it_was_made_cannot_be_repaired(broken):
+def test_a_cache_without_its_settings_cannot_be_repaired(broken):
     broken.cache.write_bytes(b"{}")
     with pytest.raises(UserError, match=r"python -m pipeline extract --verify"):
         repair(broken.path)

@@ -77,7 +77,7 @@ def s3(near):
         client = boto3.client(
             "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
         )
-        client.create_bucket(BucketStore="bucket")
+        client.create_bucket(Bucket="bucket")
         for path in near.rglob("*.*"):
             client.upload_file(str(path), "bucket", f"some/cache/{path.relative_to(near)}")
         yield url

@@ -246,7 +246,7 @@ def test_a_store_without_known_conditions_is_refused_in_a_sentence(scheme):
 
 def test_shards_larger_than_a_bucket_takes_at_once_are_refused_before_any_work():
     source = {"kind": "manifest", "path": "clips.csv"}
-    with pytest.raises(UserError, match="shard_mb=8000 is more than a bucket takes in one piece"):
+    with pytest.raises(UserError, match="shard_mb=8000 exceeds the largest object that can be uploaded at once"):
         prepare_job(ExtractConfig(root="s3://bucket/caches", shard_mb=8000, source=source))
 
 
