@@ -1,13 +1,13 @@
-"""What a codec does to training: the same short run on the same features stored in each codec.
+"""Effect of the codec on training: the same short run on the same features, stored in each codec.
 
     python bench/codec_training.py --out /tmp/codecs
     python bench/codec_training.py source.path=/data/LibriSpeech limit=400 \\
         --extract configs/extract/librispeech.yaml --out /tmp/codecs --steps 600 --seeds 0 1 2
 
-One encoder pass; its float32 features go into a cache of each codec, all of one plan, so every run sees the same
-batches. Then each cache is trained on with the same configuration, once a seed. Prints the held-out loss and the audio
-gain of each, the change against f16, and how far the seeds of one codec lie apart: a change below that is none.
-Caches that stand under --out are not made again.
+One encoder pass writes its float32 features into one cache per codec, all with the same plan, so every run sees the
+same batches. The same configuration is then trained on each cache, once per seed. Prints the held-out loss and the
+audio gain of each codec, the change relative to f16, and the spread over seeds: a change below the spread is not
+significant. Caches and runs that already exist under --out are reused.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def main() -> int:
 
 def command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="caches and runs go there")
+    parser.add_argument("--out", type=Path, required=True, help="folder for caches and runs")
     parser.add_argument("--extract", default="configs/extract/speech.yaml")
     parser.add_argument("--train", default="configs/train/demo.yaml")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--codecs", nargs="+", default=list(STORED_DTYPE), choices=list(STORED_DTYPE))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the extraction")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the extraction")
     args = parser.parse_args(argv)
 
     caches = extract(args.out, args.extract, args.overrides, args.codecs)
-    figures = {
+    summaries = {
         codec: [train(args.train, cache, args.out, codec, seed, args.steps) for seed in args.seeds]
         for codec, cache in caches.items()
     }
     print(f"{args.steps} steps of {args.train}, seeds {', '.join(map(str, args.seeds))}")
     print(f"{'codec':<6} {'val_loss':>9} {'change':>8} {'seeds ±':>8} {'audio_gain':>11} {'change':>8} {'seeds ±':>8}")
-    base = {name: mean(run[name] for run in next(iter(figures.values()))) for name in ("val_loss", "audio_gain")}
-    for codec, runs in figures.items():
+    base = {name: mean(run[name] for run in next(iter(summaries.values()))) for name in ("val_loss", "audio_gain")}
+    for codec, runs in summaries.items():
         cells = []
         for name in ("val_loss", "audio_gain"):
             found = [run[name] for run in runs]
@@ -68,13 +68,13 @@ def command(argv: Sequence[str]) -> int:
 
 
 def extract(out: Path, config: str, overrides: list[str], codecs: list[str]) -> dict[str, Path]:
-    """A complete cache of each codec below ``out``, all of one plan (one shard) and one encoder pass."""
+    """Return a complete cache per codec under ``out``, all from one plan (one shard) and one encoder pass."""
     jobs = {}
     for codec in codecs:
         words = [*overrides, f"root={out}/caches", f"codec={codec}", "shard_mb=1e6"]
         jobs[codec] = prepare_job(load_config(ExtractConfig, config, words))
     caches = {codec: job.targets[0].layout.path for codec, job in jobs.items()}
-    todo = [job for job in jobs.values() if not job.complete()]
+    todo = [job for job in jobs.values() if not job.is_complete()]
     if todo:
         fill(todo)
     return caches
@@ -106,14 +106,14 @@ def fill(jobs: list[Job]) -> None:
 
 
 def train(config: str, cache: Path, out: Path, codec: str, seed: int, steps: int) -> dict[str, float]:
-    """``summary.json`` of one run; made unless it stands."""
+    """Return ``summary.json`` of one run; train it unless it exists."""
     run = out / "runs" / f"{codec}-{steps}-{seed}"
     if not (run / "summary.json").is_file():
         words = [f"caches=[{cache}]", "extract=[]", f"runs={run.parent}", f"name={run.name}", f"seed={seed}"]
         words += [f"steps={steps}", "eval_every=null", "checkpoint_every=100000"]
         subprocess.run([sys.executable, "-m", "train", "fit", "--config", config, *words], check=True)
-    figures: dict[str, float] = json.loads((run / "summary.json").read_text())
-    return figures
+    summary: dict[str, float] = json.loads((run / "summary.json").read_text())
+    return summary
 
 
 def mean(values) -> float:

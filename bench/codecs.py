@@ -1,11 +1,11 @@
-"""Codecs on real features: bits a value, error, cosine, speed, size against FLAC, and what encoding costs extraction.
+"""Codecs on real features: bits per value, error, cosine, speed, size relative to FLAC, and cost during extraction.
 
     python bench/codecs.py /data/LibriSpeech --n 40
     python bench/codecs.py some/wavs --n 8 --encoder wheel:whisper-tiny.en
 
-Takes n recordings (FLAC or WAV) spread over a folder, encodes each with the encoder, and stores its last layer's
-float32 features in every codec with the code that extraction uses. Speeds are MB/s of the same features as float16, one
-thread, the best of three passes over all of them; ``encode`` includes measuring the error, as extraction does.
+Encodes n recordings (FLAC or WAV), spread over a folder, and stores the float32 features of the last layer in every
+codec with the code that extraction uses. Speeds are in MB/s of the same features as float16, with one thread, the best
+of three passes over all of them; ``encode`` includes measuring the error, as extraction does.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pipeline.weights.resolve import resolve_weights
 from shards.format import codec as codecs
 from shards.format.codec import STORED_DTYPE, relative_rms
 
-LIMIT = 0.05  # of the time that extraction takes without a codec
+LIMIT = 0.05  # fraction of the extraction time without a codec
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="searched for .flac and .wav")
+    parser.add_argument("folder", type=Path, help="folder that is searched for .flac and .wav files")
     parser.add_argument("--n", type=int, default=40)
     parser.add_argument("--encoder", default="wheel:whisper-base")
     parser.add_argument("--dtype", default="auto")
@@ -39,7 +39,7 @@ def main() -> None:
 
     paths = sorted(path for path in args.folder.rglob("*") if path.suffix in (".flac", ".wav"))
     if not paths:
-        parser.error(f"no .flac or .wav below {args.folder}")
+        parser.error(f"no .flac or .wav files under {args.folder}")
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, args.n).astype(int))]
     encoder = load_encoder(resolve_weights(args.encoder, role="encoder"), device="auto", dtype=args.dtype, batch_size=8)
     layer = encoder.n_layers
@@ -81,12 +81,12 @@ def main() -> None:
             f"{cosine:>9.6f} {2 * values / encode_seconds / 1e6:>12,.0f} {2 * values / decode_seconds / 1e6:>12,.0f} "
             f"{size / flac:>7.2f} {share:>14.2%}"
         )
-    verdict = f"above it: {', '.join(slow)}" if slow else "none is above it"
-    print(f"encoding must not slow extraction by more than {LIMIT:.0%}: {verdict}")
+    verdict = f"exceeded by {', '.join(slow)}" if slow else "no codec exceeds it"
+    print(f"limit on the slowdown of extraction by encoding: {LIMIT:.0%}; {verdict}")
 
 
 def best(work: Callable[[], object]) -> tuple[float, object]:
-    """Seconds of the fastest of three calls, and what the last returned."""
+    """Return the seconds of the fastest of three calls, and the result of the last."""
     seconds = []
     for _ in range(3):
         started = time.perf_counter()

@@ -1,17 +1,17 @@
-"""The encoder beside what people use today: milliseconds a clip, audio-seconds a second, error against float32.
+"""The encoder compared with common alternatives: ms per clip, audio-seconds per second, error relative to float32.
 
     python bench/encoder.py                                                     # 64 spoken sentences, whisper-base
     python bench/encoder.py --clips 8 --rounds 2                                # a small run
     python bench/encoder.py --config configs/extract/librispeech.yaml --set source.path=/data/LibriSpeech
 
-All encode the same clips, each padded to 30 s, and take turns; a figure is the best round. Peers: transformers in a
-plain loop (float32 and bfloat16, batch 1, sdpa), and faster-whisper's engine CTranslate2 (float32 and int8) where
-``ctranslate2`` is installed (requirements-bench.lock). Everyone gets the same number of threads and samples to start
-from, log-mel included.
+All encode the same clips, each padded to 30 s, in turn; the best round is reported. Peers: transformers in a plain loop
+(float32 and bfloat16, batch 1, sdpa), and CTranslate2, the engine of faster-whisper (float32 and int8), if
+``ctranslate2`` is installed (requirements-bench.lock). All use the same number of threads and start from samples, so
+log-mel is included.
 
-``bound`` is the time that the arithmetic alone would take: the linear layers at the rate at which this machine
-multiplies bfloat16 matrices of their shapes, attention and convolutions at theirs, measured here, on as many threads.
-Of the last layer it counts what the frames that are kept need.
+``bound`` is the time of the arithmetic alone: linear layers at the rate at which this machine multiplies bfloat16
+matrices of their shapes, attention and convolutions at their own rates, all measured here with the same number of
+threads. The last layer counts only the work for the frames that are kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Encode = Callable[[np.ndarray], np.ndarray]  # float32 [samples] -> float32 [fra
 
 
 def load_clips(config: ExtractConfig, n: int) -> list[np.ndarray]:
-    """The first ``n`` clips of at most 30 s."""
+    """Return the first ``n`` clips of at most 30 s."""
     source = open_source(config.source)
     clips: list[np.ndarray] = []
     for utterance in source.utterances():
@@ -74,7 +74,7 @@ def transformers_loop(folder: Path, dtype: torch.dtype) -> Encode:
 
 
 def ctranslate2_encoders(weights: Weights, threads: int, folder: Path) -> Iterator[tuple[str, Encode]]:
-    """CTranslate2's encoder at float32 and int8, where it is installed and ``weights`` came in its model format."""
+    """Yield CTranslate2's encoder in float32 and int8, if it is installed and ``weights`` come in its format."""
     try:
         import ctranslate2
     except ImportError:
@@ -104,7 +104,7 @@ def ctranslate2_encoders(weights: Weights, threads: int, folder: Path) -> Iterat
 
 
 def bound(weights: Weights, threads: int, kept: int, rounds: int = 5) -> float:
-    """Seconds of bare arithmetic a clip with ``kept`` frames, ``threads`` clips at a time, each product at its best."""
+    """Return the seconds of pure arithmetic per clip of ``kept`` frames, with ``threads`` clips at a time."""
     config = json.loads((weights.folder / "config.json").read_text())
     width, inner, heads = config["d_model"], config["encoder_ffn_dim"], config["encoder_attention_heads"]
     frames, mels, pool = config["max_source_positions"], config["num_mel_bins"], ThreadPool(threads)
@@ -138,13 +138,13 @@ def bound(weights: Weights, threads: int, kept: int, rounds: int = 5) -> float:
 
 
 def compare(found: list[np.ndarray], exact: list[np.ndarray]) -> tuple[float, float]:
-    """Relative RMS error and cosine over all frames that touch audio, in float64."""
+    """Return the relative RMS error and the cosine similarity over all frames that contain audio, in float64."""
     a, b = (np.concatenate([x.ravel() for x in part]).astype(np.float64) for part in (found, exact))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b)), float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def print_machine(threads: int) -> None:
-    """Processor, its flags that matter here, and versions."""
+    """Print the processor, its relevant flags, and package versions."""
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} threads, load {os.getloadavg()[0]:.1f}; "
           f"flags {' '.join(flag for flag in FLAGS if flag in flags) or 'unknown'}")  # fmt: skip
@@ -154,7 +154,7 @@ def print_machine(threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/extract/speech.yaml", metavar="FILE")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings of the extraction")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override settings of the extraction")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

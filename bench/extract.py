@@ -1,15 +1,16 @@
-"""Extraction end to end beside what people use today: audio-seconds a second, likeness, encoder share, memory.
+"""Extraction end to end compared with common alternatives: audio-seconds per second, error, encoder share, memory.
 
     .venv/bench/bin/python bench/extract.py                                   # 64 spoken sentences, whisper-base
     .venv/bench/bin/python bench/extract.py --corpus /data/LibriSpeech        # the first 64 utterances of at most 30 s
     .venv/bench/bin/python bench/extract.py --clips 4 --rounds 1 --more 0     # a small run
 
-``earshard`` is ``python -m pipeline extract`` in a process of its own, bfloat16 and 30 s windows: reading, decoding,
+``earshard`` is ``python -m pipeline extract`` in a separate process, in bfloat16 with 30 s windows: reading, decoding,
 encoding, storing, hashing, fsync and the manifest; ``whole command`` adds the start of Python and loading the weights.
-The peers get decoded clips and store nothing: transformers in a plain loop (float32, batch 1, sdpa) and CTranslate2,
-faster-whisper's engine (float32 and int8), where it is installed (requirements-bench.lock). All take turns on the same
-clips and threads; a figure is the best round. ``rel.err`` and ``cosine`` are against transformers' float32; ours are of
-the features that were stored, read back. ``--more N`` extracts N utterances as well: the memory must not grow.
+The peers receive decoded clips and store nothing: transformers in a plain loop (float32, batch 1, sdpa) and
+CTranslate2, the engine of faster-whisper (float32 and int8), if it is installed (requirements-bench.lock). All run in
+turn on the same clips with the same number of threads; the best round is reported. ``rel.err`` and ``cosine`` are
+relative to transformers in float32; earshard's are of the stored features, read back. ``--more N`` extracts N
+utterances as well, to show that memory does not grow.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from shards.read.cache import Cache
 
 @dataclass
 class Extraction:
-    """One run of the command; seconds, and the most GB of its process that were resident."""
+    """One run of the command: seconds, and the peak resident memory of its process in GB."""
 
     cache: Cache
     command: float
@@ -64,17 +65,17 @@ def extract(corpus: str | None, clips: int, encoder: str, threads: int, folder: 
     peak = watch(process)
     seconds = time.perf_counter() - since
     if process.returncode:
-        raise SystemExit(f"the extraction ended with status {process.returncode}")
+        raise SystemExit(f"the extraction exited with status {process.returncode}")
     (info,) = folder.glob("*/*/CACHE.json")
-    told = json.loads(profile.read_text())
-    return Extraction(Cache.open(info.parent), seconds, told["wall"], told["shares"], peak)
+    times = json.loads(profile.read_text())
+    return Extraction(Cache.open(info.parent), seconds, times["wall"], times["shares"], peak)
 
 
 def watch(process: subprocess.Popen[bytes]) -> float:
-    """GB: the high-water mark of ``process``, until it ends. ``ru_maxrss`` would count ours from before its exec."""
+    """Wait for ``process``; return its peak memory in GB. ``ru_maxrss`` would include ours from before its exec."""
     peak = 0.0
     while process.poll() is None:
-        with suppress(OSError, IndexError):  # it has just ended
+        with suppress(OSError, IndexError):  # the process has just exited
             text = Path(f"/proc/{process.pid}/status").read_text()
             peak = int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
         time.sleep(0.05)
@@ -82,7 +83,7 @@ def watch(process: subprocess.Popen[bytes]) -> float:
 
 
 def clips_of(cache: Cache) -> list[np.ndarray]:
-    """The audio of every row, decoded, in the manifest's order."""
+    """Return the decoded audio of every row, in manifest order."""
     source = open_source(recorded_config(cache.info, cache.path).source)
     read = source.read(cache.manifest["audio"].to_pylist())
     return [decode(data) for _, data in read if isinstance(data, bytes)]
@@ -94,7 +95,9 @@ def main() -> None:
     parser.add_argument("--encoder", default="wheel:whisper-base", metavar="REFERENCE")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--more", type=int, default=192, help="utterances of a further run for its memory; 0: none")
+    parser.add_argument(
+        "--more", type=int, default=192, help="utterances of a second run that measures memory; 0: none"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,9 +1,10 @@
-"""Features read back by the webdataset library against transformers' own encoder.
+"""Stored features, read back with the webdataset library, compared with the encoder of transformers.
 
     python bench/fidelity.py CACHE --n 20
 
 Reads the first n utterances of a full30 cache (audio of at most 30 s) through ``webdataset``, encodes the same audio
-with transformers' feature extractor and float32 encoder, and prints the relative RMS error and cosine of each and all.
+with transformers' feature extractor and float32 encoder, and prints the relative RMS error and the cosine similarity of
+each utterance and of all together.
 """
 
 from __future__ import annotations

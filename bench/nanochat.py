@@ -1,9 +1,9 @@
-"""Whether a nanochat checkpoint gives here the logits that nanochat's own code gives: float32, random weights.
+"""Check that a nanochat checkpoint yields the same logits here as in nanochat's own code: float32, random weights.
 
-In: a checkout of github.com/karpathy/nanochat. Its GPT is made as its training makes it, every weight that starts at
-zero is drawn (nothing behind a zero could differ), saved as its checkpoints are, and read back by ``nanochat:FOLDER``.
-Out: the largest difference of any logit, of all positions of rows longer than the short window, and of a cached
-decoding; exit status 1 above 1e-4. Nothing of nanochat is kept here.
+Reads a checkout of github.com/karpathy/nanochat. Its GPT is initialized as in training, except that weights that start
+at zero are drawn at random (a zero would hide differences behind it), saved as its checkpoints are, and loaded with
+``nanochat:FOLDER``. Prints the largest difference of any logit, over all positions of rows longer than the short
+attention window and over decoding with a cache. The exit status is 1 above 1e-4. No code of nanochat is stored here.
 
     git clone https://github.com/karpathy/nanochat ../nanochat
     python bench/nanochat.py ../nanochat            # half a minute
@@ -31,11 +31,11 @@ from train.lms.packing import pack_inputs
 
 BOUND = 1e-4
 ROWS, LENGTH = 3, 160  # the short window is 128
-CUT = 40  # of each row; the rest is decoded one token at a time
+CUT = 40  # tokens of each row computed at once; the rest is decoded one token at a time
 
 
 def their_model(checkout: Path, depth: int) -> Any:
-    """nanochat's GPT of ``depth`` with every parameter drawn, in float32 on the CPU."""
+    """Return nanochat's GPT of ``depth`` with random parameters, in float32 on the CPU."""
     os.environ["NANOCHAT_DTYPE"] = "float32"
     sys.path.insert(0, str(checkout))
     from nanochat.gpt import GPT, GPTConfig
@@ -57,14 +57,14 @@ def their_model(checkout: Path, depth: int) -> Any:
 
 
 def save(gpt: Any, folder: Path) -> None:
-    """As nanochat's ``checkpoint_manager`` saves it."""
+    """Save ``gpt`` as nanochat's ``checkpoint_manager`` does."""
     torch.save(gpt.state_dict(), folder / "model_000000.pt")
     (folder / "meta_000000.json").write_text(json.dumps({"model_config": asdict(gpt.config)}))
 
 
 @torch.no_grad()
 def our_logits(lm: LanguageModel, ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T, V], all positions at once."""
+    """Return the logits of all positions at once: [B, T] -> [B, T, V]."""
     rows = ids.tolist()
     layout = pack_inputs(torch.zeros(len(rows), dtype=torch.int64), rows, [[] for _ in rows])
     return lm.logits(lm.hidden(layout, torch.zeros(0, lm.width)))
@@ -72,7 +72,10 @@ def our_logits(lm: LanguageModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def our_cached_logits(lm: Any, ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T - CUT + 1, V]: the first ``CUT`` positions at once, then one after another from the cache."""
+    """Return logits decoded with a cache: [B, T] -> [B, T - CUT + 1, V].
+
+    The first ``CUT`` positions are computed at once, the others one by one.
+    """
     cache = lm.gpt.cache(len(ids), ids.shape[1], torch.float32)
     layout = pack_inputs(torch.zeros(len(ids), dtype=torch.int64), ids[:, :CUT].tolist(), [[] for _ in ids])
     hidden = [lm.gpt(layout, torch.zeros(0, lm.width), torch.float32, cache)[:, -1]]
@@ -86,7 +89,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=6)
     args = parser.parse_args()
     if not (args.checkout / "nanochat" / "gpt.py").is_file():
-        print(f"error: '{args.checkout}' holds no nanochat/gpt.py: name a checkout of nanochat", file=sys.stderr)
+        print(f"error: '{args.checkout}' has no nanochat/gpt.py: expected a checkout of nanochat", file=sys.stderr)
         return 2
     gpt = their_model(args.checkout, args.depth)
     ids = torch.randint(ByteTokenizer.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -102,7 +105,7 @@ def main() -> int:
     ).stdout.strip()
     print(f"nanochat {commit or '(no git)'}, d{args.depth}, {ROWS} rows of {LENGTH} tokens, float32")
     print(f"logits from {float(theirs.min()):.2f} to {float(theirs.max()):.2f}, spread {float(theirs.std()):.3f}")
-    print(f"largest difference: {whole:.1e} all positions at once, {cached:.1e} decoded from a cache (bound {BOUND:g})")
+    print(f"largest difference: {whole:.1e} for all positions at once, {cached:.1e} with a cache (bound {BOUND:g})")
     return int(max(whole, cached) > BOUND)
 
 

@@ -1,16 +1,16 @@
-"""Seconds a training step with cached features, against the same step with the encoder in the loop.
+"""Seconds per training step with cached features, compared with the same step with the encoder in the loop.
 
     python bench/online.py                          # whisper-base + SmolLM2-135M, 16 steps of 8; minutes
     python bench/online.py --window tight --steps 8
 
-Both sides take the same batches in the same order from the same start: projector, frozen language model, AdamW. The
-cached side reads what an extraction stored; the other decodes the audio, computes log-mel and runs the frozen encoder,
-as trainers without a cache do, and hands its frames over in the cache's own float16.
+Both variants train on the same batches in the same order from the same initial state: projector, frozen language model,
+AdamW. The cached variant reads features that an extraction stored. The other decodes the audio, computes log-mel and
+runs the frozen encoder, as trainers without a cache do, and casts the frames to float16, the dtype of the cache.
 
-So both train on the same features, and the losses must agree. On a CPU every clip passes the encoder alone, on one
-thread: features and losses are equal bit for bit, and nothing less passes. On a GPU the other clips of a batch change
-the order of sums in the encoder: there the features may differ by the rounding of its dtype, and the losses by what
-AdamW makes of that (its first steps are nearly signs of gradients, so the smallest of them part the two runs).
+Both therefore train on the same features, and the losses must agree. On a CPU, the encoder processes each clip alone on
+one thread, so features and losses must be bit-identical. On a GPU, the other clips of a batch change the order of
+summation in the encoder: features may differ by rounding in the encoder's dtype, and AdamW amplifies these differences
+in the losses (its first steps depend almost only on the signs of the gradients).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-# Relative: RMS of the features, and a step's loss; for bfloat16 on a GPU, whose rounding is 2^-9 an operation.
-FEATURES, LOSS = 0.02, 0.05
+# Relative limits on a GPU, for the RMS error of the features and the loss of a step; bfloat16 rounds by 2^-9 per
+# operation.
+MAX_FEATURE_ERROR, MAX_LOSS_ERROR = 0.02, 0.05
 
 
 def main() -> None:
@@ -101,7 +102,7 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())  # waits for the device, too
+            losses.append(loss.item())  # also waits for the device
             seconds.append(time.perf_counter() - begin)
             apart = max(apart, relative_rms(features.numpy(), batch.features.numpy()))
         return losses, seconds[1:] or seconds, apart  # the first step warms up
@@ -115,16 +116,18 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
           f"{config.lm.model} ({str(dtype).removeprefix('torch.')}) on {device}, batches of {arguments.batch}, "
           f"{arguments.steps} steps, {hours * 3600:.0f} s of audio; torch {torch.__version__}, "
           f"transformers {transformers.__version__}, Python {platform.python_version()}")  # fmt: skip
-    print(f"encoder in the loop   {slow:8.3f} s a step (median)")
-    print(f"cached features       {fast:8.3f} s a step (median)")
+    print(f"encoder in the loop   {slow:8.3f} s per step (median)")
+    print(f"cached features       {fast:8.3f} s per step (median)")
     print(f"ratio                 {slow / fast:8.2f}")
-    print(f"extraction            {extraction:8.1f} s once, for {len(cache)} utterances, start of the process included")
-    print(f"features              {apart:8.5f} relative RMS apart, of the batch that differs most")
+    print(f"extraction            {extraction:8.1f} s once, for {len(cache)} utterances, process start included")
+    print(f"features              {apart:8.5f} relative RMS error of the worst batch")
     print(f"losses                first {a[0]:.4f} and {b[0]:.4f}, last {a[-1]:.4f} and {b[-1]:.4f}, "
           f"largest difference {gap:.3%}")  # fmt: skip
-    features, loss = (0.0, 0.0) if device.type == "cpu" else (FEATURES, LOSS)
+    features, loss = (0.0, 0.0) if device.type == "cpu" else (MAX_FEATURE_ERROR, MAX_LOSS_ERROR)
     if apart > features or gap > loss:
-        raise SystemExit(f"failed: features may differ by {features:.1%} and losses by {loss:.1%} on {device.type}")
+        raise SystemExit(
+            f"failed: on {device.type}, features may differ by at most {features:.1%} and losses by at most {loss:.1%}"
+        )
 
 
 if __name__ == "__main__":

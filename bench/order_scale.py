@@ -4,9 +4,9 @@
     python bench/order_scale.py --rows 100000 --shards 200        # a small run
 
 Writes a cache folder without payload (CACHE.json and manifest.parquet, as the extraction would), then measures in a
-fresh process each time: opening the cache, the stream over it, the rows, keys and texts of the batch. The import of
-torch is told apart. The strings of a batch cost what the manifest's row groups cost: see ``--group``. A quarter of the
-rows is measured too: the slope between the two says what 100 million rows would take.
+new process each time: opening the cache, the stream over it, the rows, keys and texts of the batch. The import of torch
+is reported separately. The cost of a batch's strings depends on the size of the manifest's row groups: see ``--group``.
+A quarter of the rows is measured as well; the slope between the two sizes extrapolates to 100 million rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-REPEATS = 3  # processes, of which the one of median time is told
+REPEATS = 3  # processes; the one with the median time is reported
 
 
 def write(folder: Path, rows: int, shards: int, group: int) -> None:
@@ -88,13 +88,13 @@ def write(folder: Path, rows: int, shards: int, group: int) -> None:
 
 
 def peak_mb() -> float:
-    """Most resident memory of this process so far, MiB (``ru_maxrss`` would count the parent's before exec)."""
+    """Return the peak resident memory of this process in MiB; ``ru_maxrss`` would include the parent's before exec."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
 
 
 def measure(folder: Path, part: float, shuffle: str) -> dict[str, float]:
-    import torch  # noqa: F401  (its import is no part of the figure)
+    import torch  # noqa: F401  (the import must not be timed)
 
     from shards.read.cache import Cache
     from shards.stream.iterable_dataset import FeatureStream
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--shards", type=int, default=20_000)
-    parser.add_argument("--group", type=int, default=16_384, help="rows in a row group of the manifest")
+    parser.add_argument("--group", type=int, default=16_384, help="rows per row group of the manifest")
     parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "PART", "SHUFFLE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -135,7 +135,7 @@ def main() -> None:
         print(json.dumps(measure(Path(folder), float(part), shuffle)))
         return
     whole, part = (table(arguments.rows // n, max(arguments.shards // n, 1), arguments.group) for n in (1, 4))
-    print("100 million rows, by the slope between the two:")
+    print("extrapolated to 100 million rows:")
     for label, large in whole.items():
         small, grown = part[label], arguments.rows - arguments.rows // 4
         seconds, megabytes = (
@@ -146,15 +146,15 @@ def main() -> None:
 
 
 def table(rows: int, shards: int, group: int) -> dict[str, dict[str, float]]:
-    """Write a cache of ``rows``, print and return what each beginning takes."""
+    """Write a cache of ``rows`` rows; print and return the cost of each start."""
     measured = {}
     with tempfile.TemporaryDirectory() as name:
         begin = time.perf_counter()
         write(Path(name), rows, shards, group)
         size = (Path(name) / "manifest.parquet").stat().st_size
-        print(f"{rows:,} rows, {shards:,} shards: a manifest of {size / 1e6:.0f} MB, "
+        print(f"{rows:,} rows, {shards:,} shards: manifest of {size / 1e6:.0f} MB, "
               f"written in {time.perf_counter() - begin:.0f} s")  # fmt: skip
-        print(f"{'':34}{'open s':>9}{'order s':>9}{'strings s':>11}{'total s':>9}{'peak MB':>9}{'of it torch':>13}")
+        print(f"{'':34}{'open s':>9}{'order s':>9}{'strings s':>11}{'total s':>9}{'peak MB':>9}{'torch alone':>13}")
         for shuffle, part in (("window", 0.0), ("window", 0.8), ("global", 0.0)):
             command = [sys.executable, __file__, "--measure", name, str(part), shuffle]
             runs = [json.loads(subprocess.check_output(command, text=True)) for _ in range(REPEATS)]

@@ -1,8 +1,8 @@
-"""What the readers are measured on, and how earshard reads it.
+"""Data for the reader benchmarks, the interface of a measured library, and earshard's implementation of it.
 
-In: a size. Out: :func:`write_cache`; :class:`Peer`, what ``bench/read.py`` and ``bench/resume.py`` ask of a library,
-with earshard's own below it; the others are in ``bench/peers.py``. Payload is counted as the float16 bytes of valid
-frames, whatever a library makes of them.
+:func:`write_cache` writes the data. :class:`Peer` is what ``bench/read.py`` and ``bench/resume.py`` require of a
+library; earshard's subclasses are here, the others in ``bench/peers.py``. Payload is counted as the float16 bytes of
+valid frames, regardless of the dtype that a library returns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHANNELS, BATCH, SHARD_MB = 512, 16, 64
 
 
 def write_cache(folder: Path, megabytes: int) -> Path:
-    """A cache of random features of 100 to 800 frames, by the real writer; LibriSpeech-like lengths."""
+    """Write a cache of random features of 100 to 800 frames with the real writer; lengths are as in LibriSpeech."""
     import pyarrow as pa
 
     from shards.commit.claims import new_owner
@@ -73,11 +73,11 @@ def batched(arrays: Iterator[Any]) -> Iterator[tuple[torch.Tensor, int]]:
 
 
 class Peer:
-    """A library: ``prepare`` stores the rows, ``tensors`` gives each, ``batches`` (padded tensor, payload bytes)."""
+    """A library: ``prepare`` stores the rows, ``tensors`` yields each, ``batches`` yields (padded, payload bytes)."""
 
     label = ""
     package = ""  # the distribution that must be installed
-    exact: str = "yes"  # does a resume give the batches that the uninterrupted run gives?
+    exact: str = "yes"  # whether a resumed run yields the batches of the uninterrupted run
 
     def __init__(self, cache: Path, folder: Path) -> None:
         self.cache, self.folder = cache, folder
@@ -90,7 +90,7 @@ class Peer:
             return None
 
     def prepare(self) -> None:
-        """Store the rows of the cache as the library wants them."""
+        """Store the rows of the cache in the library's format."""
 
     def tensors(self) -> Iterator[Any]:
         raise NotImplementedError
@@ -99,7 +99,7 @@ class Peer:
         return batched(self.tensors())
 
     def resumed(self, batch: int) -> Iterator[Any]:
-        """An iterator whose first item is batch ``batch`` of the epoch."""
+        """Return an iterator whose first item is batch ``batch`` of the epoch."""
         raise NotImplementedError
 
     def opened(self) -> Any:
@@ -134,11 +134,11 @@ class Earshard(Peer):
         from shards.stream.iterable_dataset import FeatureStream
         from shards.stream.sampler import SamplerConfig
 
-        rules = SamplerConfig(batch_size=BATCH, window_shards=self.window)
-        return FeatureStream([self.opened()], rules, 1, epochs=epochs, threads=self.threads, prefetch=self.prefetch)
+        config = SamplerConfig(batch_size=BATCH, window_shards=self.window)
+        return FeatureStream([self.opened()], config, 1, epochs=epochs, threads=self.threads, prefetch=self.prefetch)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """As many batches as an epoch has, of a stream that goes on."""
+        """Yield one epoch's number of batches from a stream that continues across calls."""
         if self._running is None:
             stream = self.stream(None)
             self._epoch = sum(1 for _ in stream.batch_sampler.iter_batches(stream._sampler_state, 1))
@@ -152,7 +152,7 @@ class Earshard(Peer):
         return iter(stream)
 
     def remember(self, batches: list[int]) -> None:
-        """The states at these batches, as a checkpoint would hold them: found without reading."""
+        """Compute the states at these batches, as a checkpoint would store them, without reading features."""
         stream = self.stream()
         steps = list(stream.batch_sampler.iter_batches(stream._sampler_state, 1))
         self.states = {batch: stream._state(steps[batch][1]) for batch in batches}
@@ -163,7 +163,7 @@ class OneThread(Earshard):
 
 
 class FirstEpoch(Earshard):
-    """Opened anew each time: manifest, mappings and every row's checksum are part of the time."""
+    """Opens the cache each time: manifest, mappings and the checksum of every row are part of the time."""
 
     label = "earshard, first epoch"
 
@@ -176,7 +176,7 @@ class FirstEpoch(Earshard):
 
 
 class FirstEpochUnchecked(FirstEpoch):
-    """As ``Cache.open(path, verify=False)``: what the checksums cost is the difference."""
+    """Uses ``Cache.open(path, verify=False)``; the difference is the cost of the checksums."""
 
     label = "earshard, first, unchecked"
 

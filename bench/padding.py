@@ -1,13 +1,13 @@
-"""Padding fraction at batch 8, 16 and 32 on LibriSpeech's lengths, and how well the batches are mixed.
+"""Padding fraction at batch sizes 8, 16 and 32 on LibriSpeech's lengths, and how well the batches are mixed.
 
-    python bench/padding.py                            # lengths like train-clean-100's, 28,539 utterances
-    python bench/padding.py --corpus ../LibriSpeech/train-clean-100   # the lengths of a tree of .flac files, resampled
+    python bench/padding.py                            # lengths as in train-clean-100, 28,539 utterances
+    python bench/padding.py --corpus ../LibriSpeech/train-clean-100   # lengths of the .flac files of a folder
 
-Lengths without a corpus: 2 to 17 s with most near 15 s, the shape of train-clean-100 (mean 12.7 s). Mixing, of two
-epochs at batch 16: *same again* is the part of pairs that share a batch in one epoch and share one again in the next
-(random batches: 15 / rows); *length carried* is the correlation of the mean length of one batch with the next one's
-(0: no curriculum by length); *reach* is the mean distance in stored order between two utterances of a batch, over that
-of two random ones (1: as far as it can be).
+Without a corpus, lengths are 2 to 17 s, most of them near 15 s, as in train-clean-100 (mean 12.7 s). Mixing is measured
+over two epochs at batch size 16: *same again* is the fraction of pairs that share a batch in both epochs (random
+batches: 15 / rows); *length carried* is the correlation between the mean lengths of consecutive batches (0: no
+curriculum by length); *reach* is the mean distance in stored order between two utterances of a batch, relative to that
+of two random utterances (1 is the maximum).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 
 from shards.stream.sampler import BatchSampler, SamplerConfig, SamplerState
 
-ROWS, SHARD_ROWS = 28_539, 345  # of train-clean-100; 345 clips of whisper-base are 224 MB
+ROWS, SHARD_ROWS = 28_539, 345  # utterances of train-clean-100; 345 clips of whisper-base are 224 MB
 
 
 def lengths(corpus: str | None) -> np.ndarray:
-    """int32 [rows], frames of 20 ms."""
+    """Return the lengths in frames of 20 ms: int32 [rows]."""
     rng = np.random.default_rng(0)
     if corpus is None:
         return np.ceil((2 + 15 * rng.beta(2.5, 0.9, ROWS)) * 50).astype(np.int32)
@@ -32,7 +32,7 @@ def lengths(corpus: str | None) -> np.ndarray:
 
     files = sorted(Path(corpus).rglob("*.flac"))
     if not files:
-        raise SystemExit(f"error: no .flac below '{corpus}'")
+        raise SystemExit(f"error: no .flac files under '{corpus}'")
     frames = np.array([np.ceil(soundfile.info(path).frames / 320) for path in files], dtype=np.int32)
     return frames if len(frames) > 5000 else rng.choice(frames, ROWS)
 
@@ -67,7 +67,7 @@ def mixing(frames: np.ndarray, epochs: list[list[np.ndarray]]) -> tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", help="a folder of .flac files whose lengths are taken")
+    parser.add_argument("--corpus", help="folder of .flac files whose lengths are used")
     frames = lengths(parser.parse_args().corpus)
     rows = len(frames)
     bounds = np.append(np.arange(0, rows, SHARD_ROWS), rows)
@@ -78,20 +78,20 @@ def main() -> None:
     def show(label: str, of: Any) -> None:
         fractions = [padding(frames, of(size, 0)) for size in (8, 16, 32)]
         again, carried, reach = mixing(frames, [of(16, 0), of(16, 1)])
-        told = "".join(f"{part:10.2%}" for part in fractions)
-        print(f"{label:22}{told}{again:14.3%}{carried:17.3f}{reach:8.2f}", flush=True)
+        cells = "".join(f"{part:10.2%}" for part in fractions)
+        print(f"{label:22}{cells}{again:14.3%}{carried:17.3f}{reach:8.2f}", flush=True)
 
     show("random batches", lambda size, epoch: at_random(rows, size, epoch))
     for window in (1, 2, 4, 8, 0):
         shuffle = "window" if window else "global"
 
         def ours(size: int, epoch: int, window: int = window, shuffle: Any = shuffle) -> list[np.ndarray]:
-            rules = SamplerConfig(batch_size=size, window_shards=window or 1, shuffle=shuffle)
-            order = BatchSampler(frames, bounds, rules, seed=1)
-            return [batch for batch, _, _ in order.iter_batches(SamplerState(epoch), epoch + 1)]
+            config = SamplerConfig(batch_size=size, window_shards=window or 1, shuffle=shuffle)
+            sampler = BatchSampler(frames, bounds, config, seed=1)
+            return [batch for batch, _, _ in sampler.iter_batches(SamplerState(epoch), epoch + 1)]
 
         show(f"window_shards {window}" if window else "shuffle global", ours)
-    print("aim: under 2 % at window_shards of 4 or more")
+    print("target: below 2 % with window_shards of at least 4")
 
 
 if __name__ == "__main__":

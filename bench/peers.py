@@ -1,7 +1,7 @@
-"""Peers of the reader on the same rows: how each stores them, streams them, pads them, and resumes.
+"""Peers of the reader: how each library stores, streams, pads and resumes the same rows.
 
-In: rows of float16 features [frames, 512] in a cache. Out: one :class:`~ours.Peer` a library, as its documentation has
-it. ``bench/read.py`` and ``bench/resume.py`` time them; a library that is not installed is listed.
+One :class:`~ours.Peer` per library, written as its documentation recommends. Rows are float16 features [frames, 512].
+``bench/read.py`` and ``bench/resume.py`` time them; libraries that are not installed are listed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Webdataset(Peer):
         return iter(self.load(True) if self.workers else self.pipeline(True))
 
     def resumed(self, batch: int) -> Iterator[Any]:
-        return islice(self.batches(), batch, None)  # it has no state: read again and skip
+        return islice(self.batches(), batch, None)  # no saved state: reads from the start and skips
 
 
 def _npy(sample: dict[str, Any]) -> torch.Tensor:
@@ -150,7 +150,7 @@ class LitDataBucketed(LitData):
     label = "LitData, by length"
 
     def batches(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """The batches of our order by LitData's random access: padded as little."""
+        """Yield the batches of earshard's sampler, read by LitData's random access, so with the same padding."""
         stream, data = Earshard(self.cache, self.folder).stream(), self.data()
         for rows, _, _ in stream.batch_sampler.iter_batches(stream._sampler_state, 1):
             part = [data[int(row)]["x"] for row in rows]
@@ -161,9 +161,10 @@ class Mosaic(Peer):
     label, package = "Mosaic streaming", "mosaicml-streaming"
 
     def import_(self) -> Any:
-        import transformers  # noqa: F401  (asks for torchvision, before the next line)
+        import transformers  # noqa: F401  (imports torchvision if it can, so before the stubs below)
 
-        # PyPI's torchvision is a CUDA build that fits no CPU torch; streaming wants it for pictures alone.
+        # torchvision from PyPI is a CUDA build that does not work with a CPU build of torch; streaming needs it only
+        # for images.
         for name in (
             "torchvision",
             "torchvision.datasets",

@@ -1,12 +1,12 @@
-"""Payload MB/s as tensors and as padded batches of 16, ours and the peers', page cache warm, medians.
+"""Payload MB/s as tensors and as padded batches of 16, for earshard and its peers; warm page cache, medians.
 
-    make bench                                             # peers in a venv of their own, then this and resume.py
-    python bench/read.py --megabytes 300 --repeats 1       # a small run; libraries that are absent are listed
+    make bench                                             # the peers in a separate venv; also runs resume.py
+    python bench/read.py --megabytes 300 --repeats 1       # a small run; libraries that are not installed are listed
 
-The last column divides by processor seconds, workers included: it says the same on a busy machine, and what is left
-for the step on any. A tensor counts once a byte of each of its pages has been touched: some libraries hand out views
-that nothing has read. Ceilings: ``cat`` of the tars, and memcpy of the same rows into the same padded buffers.
-``--cold`` measures bucketed reading against sequential reading of the same tars, the pages dropped before.
+The last column divides by CPU seconds, workers included: it does not depend on other load, and shows how much CPU time
+is left for the training step. A tensor counts when one byte of each of its pages has been read, because some libraries
+return views that have not been read. Ceilings: ``cat`` of the tars, and memcpy of the same rows into the same padded
+buffers. ``--cold`` compares bucketed reading with sequential reading of the same tars, after dropping their pages.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ours import BATCH, CHANNELS, Earshard, FirstEpoch, write_cache
 from peers import PEERS, LitDataBucketed
 
 LEGEND = """\
-earshard: two threads; batches grouped by length, shuffled over 8 shards, with keys, texts and a state. It compares each
-row's crc32 the first time that a process reads it: 'first epoch' pays for that, for opening and for mapping; 'earshard'
-is a later epoch. Peers compare no checksum of the payload and give batches of neighbours in stored order, unshuffled
-('LitData, by length': earshard's batches by random access). memcpy: the same rows from memory into as many padded
-buffers, in turn, as earshard uses; one buffer a thread stays in the processor's cache."""
+earshard: two threads; batches grouped by length, shuffled over 8 shards, with keys, texts and a resumable state. It
+checks the crc32 of each row the first time a process reads it: 'first epoch' includes that, opening and mapping;
+'earshard' is a later epoch. Peers check no checksum of the payload and return consecutive rows in stored order,
+unshuffled ('LitData, by length': earshard's batches by random access). memcpy: the same rows from memory into as many
+padded buffers, in turn, as earshard uses; one buffer per thread stays in the processor's cache."""
 
 
 def touched(tensors: Iterator[Any]) -> int:
-    """Payload bytes; one byte of every page is read."""
+    """Read one byte of every page; return the payload bytes."""
     total = 0
     for tensor in tensors:
         array = tensor.numpy()
@@ -51,12 +51,12 @@ def touched(tensors: Iterator[Any]) -> int:
 
 
 def median(work: Callable[[], int], repeats: int) -> tuple[float, float]:
-    """MB/s of ``work``, which returns its payload bytes, by the clock and by processor seconds."""
+    """Return the MB/s of ``work``, which returns its payload bytes, per wall-clock second and per CPU second."""
     rates = []
     for _ in range(repeats + 1):
         begin, used = time.perf_counter(), os.times()
         size = work()
-        spent = sum(os.times()[:4]) - sum(used[:4])  # of this process and of the workers it has waited for
+        spent = sum(os.times()[:4]) - sum(used[:4])  # this process and finished workers
         rates.append((size / 1e6 / (time.perf_counter() - begin), size / 1e6 / max(spent, 0.01)))
     clock, processor = zip(*rates[1:], strict=True)
     return statistics.median(clock), statistics.median(processor)
@@ -64,7 +64,7 @@ def median(work: Callable[[], int], repeats: int) -> tuple[float, float]:
 
 def cat(urls: list[str]) -> int:
     with open(os.devnull, "wb") as sink:
-        # A pipe between: to /dev/null itself, cat may not copy at all.
+        # through a pipe, because cat may not copy at all to /dev/null
         first = subprocess.Popen(["cat", *urls], stdout=subprocess.PIPE)
         subprocess.run(["dd", "of=/dev/null", "bs=1M"], stdin=first.stdout, stderr=sink, check=True)
         first.wait()
@@ -72,7 +72,7 @@ def cat(urls: list[str]) -> int:
 
 
 def memcpy(ours: Earshard, threads: int, buffers: int) -> Callable[[], int]:
-    """Copy rows that are in memory into padded buffers that are taken in turn: the batches of our order."""
+    """Return a function that copies rows in memory into padded buffers, used in turn, in earshard's batches."""
     rows = [np.array(row) for row in ours.rows()]
     stream = ours.stream()
     batches = [batch.tolist() for batch, _, _ in stream.batch_sampler.iter_batches(stream._sampler_state, 1)]
@@ -99,7 +99,7 @@ def memcpy(ours: Earshard, threads: int, buffers: int) -> Callable[[], int]:
 
 
 def drop(urls: list[str]) -> None:
-    """Forget the pages of these files."""
+    """Drop the pages of these files from the page cache."""
     for url in urls:
         fd = os.open(url, os.O_RDONLY)
         os.fsync(fd)
@@ -108,9 +108,9 @@ def drop(urls: list[str]) -> None:
 
 
 def cold(kind: str, ours: FirstEpoch) -> float:
-    """MB/s of one reading whose pages were dropped before; in a process that has mapped nothing yet."""
+    """Return the MB/s of one read after dropping the pages; run it in a process that has mapped no shard."""
     buffer = bytearray(4 << 20)
-    stream, size = ours.stream(), 0  # opened: the manifest is read, no shard is mapped
+    stream, size = ours.stream(), 0  # the manifest is read, but no shard is mapped
     drop(ours.urls())
     begin = time.perf_counter()
     if kind == "bucketed":
@@ -131,16 +131,16 @@ def compare_cold(cache: Path, repeats: int) -> None:
             found.append(float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     one, other = (statistics.median(found) for found in rates.values())
     print(f"cold cache: sequential read {one:,.0f} MB/s, bucketed padded batches {other:,.0f} MB/s: "
-          f"{other / one:.2f} of it (aim ≥ 0.9)")  # fmt: skip
+          f"ratio {other / one:.2f} (target ≥ 0.9)")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="", help="peers whose names contain this")
-    parser.add_argument("--cold", action="store_true", help="also with a cold page cache")
-    parser.add_argument("--folder", default=None, help="where the temporary data goes")
+    parser.add_argument("--only", default="", help="only peers whose names contain this text")
+    parser.add_argument("--cold", action="store_true", help="also measure with a cold page cache")
+    parser.add_argument("--folder", default=None, help="folder for temporary data")
     parser.add_argument("--measure-cold", nargs=2, metavar=("KIND", "CACHE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_cold:
@@ -179,7 +179,7 @@ def main() -> None:
                     peer.prepare()
                 tensors = median(lambda: touched(peer.tensors()), arguments.repeats)  # noqa: B023
                 rates[kind.label] = median(lambda: sum(size for _, size in peer.batches()), arguments.repeats)  # noqa: B023
-            except Exception:  # a peer that fails is told, and the others are measured
+            except Exception:  # report a peer that fails, and measure the others
                 print(f"{kind.label} {kind.version()} failed: {traceback.format_exc(limit=-1).splitlines()[-1]}")
                 continue
             label = f"{kind.label} {kind.version() if kind.package != 'earshard' else ''}"
@@ -193,14 +193,14 @@ def main() -> None:
 
 
 def compare(rates: dict[str, tuple[float, float]], buffers: int) -> None:
-    """Print what the aims speak of, by the clock and by processor seconds."""
+    """Print the ratios that have targets, by wall-clock and by CPU seconds."""
     pairs = [("webdataset", 12.0), ("webdataset, 2 workers", 12.0), ("LitData", 3.0), ("LitData, by length", None)]
     pairs += [(f"memcpy, 2 threads, {buffers} buffers", 0.7), ("memcpy, 1 thread, 1 buffer", None)]
     for label, aim in pairs:
         if label in rates:
-            told = f" (aim ≥ {aim})" if aim else ""
+            target = f" (target ≥ {aim})" if aim else ""
             clock, processor = (rates["earshard"][i] / rates[label][i] for i in range(2))
-            print(f"earshard's padded batches / {label}: {clock:.2f}{told}, by processor seconds {processor:.2f}")
+            print(f"earshard's padded batches / {label}: {clock:.2f}{target}, by CPU seconds {processor:.2f}")
 
 
 if __name__ == "__main__":

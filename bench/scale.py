@@ -1,11 +1,11 @@
-"""What corpora of a thousand to a million hours cost: every step from slopes measured here, in small.
+"""Cost of corpora of a thousand to a million hours, extrapolated from slopes measured at a small scale.
 
     python bench/scale.py                 # about a minute and 1 GB of temporary disk
-    python bench/scale.py --quick         # a try with a tenth of everything
+    python bench/scale.py --quick         # a test with a tenth of every size
 
-Measures CPU seconds and bytes a row, a shard or a gigabyte of each step on this machine, and multiplies. CPU seconds,
-because what runs beside does not count in them; reading and writing a slow disk comes on top.
-Nothing here runs an encoder: GPU hours are an estimate, the encoder's arithmetic over a share of a GPU's data sheet.
+Measures the CPU seconds and bytes of each step per row, shard or gigabyte on this machine, and multiplies. CPU seconds
+do not include other load; the time of a slow disk is not included either. No encoder runs here: GPU hours are estimated
+from the encoder's FLOP count and a fraction of the GPU's peak.
 """
 
 from __future__ import annotations
@@ -40,14 +40,18 @@ from shards.format.spec import FeatureSpec
 from shards.inspect.verify import verify
 
 SECONDS_AN_UTTERANCE = 12.3  # LibriSpeech: 960 h in 281,241 utterances
-H100, SHARE = 989e12, 0.4  # bfloat16 FLOP/s without sparsity by NVIDIA's data sheet; the part of it that is assumed
-WORKER_MEMORY = 64e9  # bytes that a worker is taken to have
+H100, SHARE = 989e12, 0.4  # bfloat16 FLOP/s without sparsity (NVIDIA data sheet); assumed utilization
+WORKER_MEMORY = 64e9  # bytes, assumed per worker
 SHARD = 256e6
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Whisper encoder; ``flop`` of a 30 s window: matrices, attention over 1500 positions, the two convolutions."""
+    """A Whisper encoder.
+
+    ``flop_per_window`` counts the matrix products, attention over 1500 positions and the two convolutions of a 30 s
+    window.
+    """
 
     name: str
     channels: int
@@ -55,7 +59,7 @@ class Model:
     mels: int
 
     @property
-    def flop(self) -> float:
+    def flop_per_window(self) -> float:
         d, n = self.channels, 1500
         return self.layers * (2 * 12 * d * d * n + 4 * n * n * d) + 2 * 3 * d * n * (2 * self.mels + d)
 
@@ -70,7 +74,7 @@ CORPORA = [
 
 
 def utterances(n: int) -> list[Utterance]:
-    """As in LibriSpeech: 34 words each, here of 20,000 random ones by Zipf's law."""
+    """Return utterances as in LibriSpeech: 34 words each, drawn by Zipf's law from 20,000 random words."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 8))) for _ in range(20_000)]
     weights = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
@@ -89,7 +93,7 @@ def plan_of(listed: list[Utterance], shard_mb: float = 256) -> pa.Table:
 
 
 def prepare_plan(listed: list[Utterance]) -> pa.Table:
-    """What every worker does with a listed source: identify it, plan it, compare the plan with it."""
+    """Do what every worker does with a listed source: identify it, plan it, compare the plan with it."""
     corpus_fingerprint(listed, "")
     table = plan_of(listed)
     planned = table.drop_columns(["shard", "row"]).to_pylist()
@@ -98,8 +102,8 @@ def prepare_plan(listed: list[Utterance]) -> pa.Table:
 
 
 def measure_plan(n: int) -> dict[str, float]:
-    """Seconds, bytes in memory and bytes of plan.parquet an utterance, beyond what the source itself takes to list."""
-    prepare_plan(utterances(100))  # imports, which are held once, do not count
+    """Return seconds, bytes of memory and bytes of plan.parquet per utterance, without listing the source."""
+    prepare_plan(utterances(100))  # so that imports do not count
     tracemalloc.start()
     memory = prepare_plan(utterances(n)).nbytes + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -118,7 +122,7 @@ SPEC = FeatureSpec(
 
 
 def write_cache(folder: Path, shards: int, rows: int, frames: int) -> Layout:
-    """Real shards of ``rows`` utterances of ``frames`` frames."""
+    """Write real shards of ``rows`` utterances of ``frames`` frames."""
     layout, owner = Layout(folder), new_owner()
     listed = utterances(shards * rows)
     table = plan_of(listed).to_pydict()
@@ -136,7 +140,7 @@ def write_cache(folder: Path, shards: int, rows: int, frames: int) -> Layout:
 
 
 def measure_shards(folder: Path, few: int, many: int) -> dict[str, float]:
-    """Of shards of 400 utterances: seconds and memory to merge, seconds to look at a record, bytes of the manifest."""
+    """Measure shards of 400 utterances: seconds and memory to merge, seconds per record read, bytes of the manifest."""
     found = []
     for n in (few, many):
         layout = write_cache(folder / f"{n}", n, 400, 1)
@@ -161,14 +165,14 @@ def measure_shards(folder: Path, few: int, many: int) -> dict[str, float]:
 
 
 def merge_alone(folder: Path) -> None:
-    """Merge the shards of a cache in this process and print the most memory that it held, MiB."""
+    """Merge the shards of a cache in this process and print the peak memory in MiB."""
     layout = Layout(folder)
     finalize(layout, SPEC, read_plan(layout), new_owner(), {})
     print(order_scale.peak_mb())
 
 
 def measure_verify(folder: Path, shards: int) -> dict[str, float]:
-    """Seconds a gigabyte of a deep verification: every byte hashed, every member compared."""
+    """Return the seconds per gigabyte of a deep verification: every byte hashed, every member compared."""
     layout = write_cache(folder / "verified", shards, 100, 615)
     size = sum(layout.tar(shard).stat().st_size for shard in range(shards))
     finalize(layout, SPEC, read_plan(layout), new_owner(), {})
@@ -178,7 +182,7 @@ def measure_verify(folder: Path, shards: int) -> dict[str, float]:
 
 
 def measure_order(folder: Path, rows: int) -> dict[str, float]:
-    """Seconds a row of the manifest to the first batch and to a restore at 80 %, bytes of memory a row."""
+    """Return seconds per manifest row to the first batch and to a restore at 80 %, and bytes of memory per row."""
     found = []
     for n in (rows // 4, rows):
         place = folder / f"order{n}"
@@ -192,7 +196,7 @@ def measure_order(folder: Path, rows: int) -> dict[str, float]:
 
 
 def measure_decode(clips: int) -> dict[str, float]:
-    """Core seconds an hour of FLAC at 16 kHz."""
+    """Return the core seconds per hour of FLAC at 16 kHz."""
     file = io.BytesIO()
     noise = np.random.default_rng(0).normal(0, 0.05, int(SECONDS_AN_UTTERANCE * 16_000)).astype(np.float32)
     soundfile.write(file, noise, 16_000, format="FLAC", subtype="PCM_16")
@@ -218,25 +222,25 @@ def size_of(bytes_: float) -> str:
     return f"{bytes_ / unit[0]:,.1f} {unit[1]}"
 
 
-# what a slope is printed as: its name, its key in a measurement, printed units in one of ours
+# label of a slope, its key in a measurement, and the factor to the printed unit
 SLOPES = [
-    ("plan, CPU us an utterance", "plan_s", 1e6),
-    ("plan, bytes of memory an utterance", "memory", 1.0),
-    ("plan.parquet, bytes a row", "plan_bytes", 1.0),
-    ("look at a commit record, CPU ms", "look_s", 1e3),
-    ("merge, CPU ms a shard of 400 rows", "merge_s", 1e3),
-    ("merge, bytes of memory a row", "merge_memory", 1.0),
-    ("manifest.parquet, bytes a row", "manifest_bytes", 1.0),
-    ("to the first batch, CPU s a million rows", "first_s", 1e6),
-    ("restore at 80 %, CPU s a million rows", "restore_s", 1e6),
-    ("trainer, bytes of memory a row", "trainer_memory", 1.0),
-    ("verify --deep, CPU s a GB", "verify_s", 1.0),
-    ("decode FLAC, core s an hour of audio", "decode_s", 1.0),
+    ("plan, CPU us per utterance", "plan_s", 1e6),
+    ("plan, bytes of memory per utterance", "memory", 1.0),
+    ("plan.parquet, bytes per row", "plan_bytes", 1.0),
+    ("read a commit record, CPU ms", "look_s", 1e3),
+    ("merge, CPU ms per shard of 400 rows", "merge_s", 1e3),
+    ("merge, bytes of memory per row", "merge_memory", 1.0),
+    ("manifest.parquet, bytes per row", "manifest_bytes", 1.0),
+    ("to the first batch, CPU s per million rows", "first_s", 1e6),
+    ("restore at 80 %, CPU s per million rows", "restore_s", 1e6),
+    ("trainer, bytes of memory per row", "trainer_memory", 1.0),
+    ("verify --deep, CPU s per GB", "verify_s", 1.0),
+    ("decode FLAC, core s per hour of audio", "decode_s", 1.0),
 ]
 
 
 def table(m: dict[str, float]) -> list[tuple[str, ...]]:
-    """A row a step, a column a corpus."""
+    """Return one row per step and one column per corpus."""
     columns = []
     for name, hours, model in CORPORA:
         rows = hours * 3600 / SECONDS_AN_UTTERANCE
@@ -252,16 +256,16 @@ def table(m: dict[str, float]) -> list[tuple[str, ...]]:
         ])  # fmt: skip
     names = [
         "", "utterances", "features, f16", "features, int8", "shards of 256 MB", "H100 hours (estimate)",
-        "decode FLAC, one core", "plan (each worker)", "memory of it", "plan.parquet", "look over the records",
-        "merge", "memory of it", "manifest.parquet", "trainer: to the first batch", "trainer: restore at 80 %",
-        "trainer: memory a rank", "verify --deep, one process",
+        "decode FLAC, one core", "plan (each worker)", "plan: memory", "plan.parquet", "read the commit records",
+        "merge", "merge: memory", "manifest.parquet", "trainer: to the first batch", "trainer: restore at 80 %",
+        "trainer: memory per rank", "verify --deep, one process",
     ]  # fmt: skip
     return [(name, *(column[i] for column in columns)) for i, name in enumerate(names)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of every size")
+    parser.add_argument("--quick", action="store_true", help="run with a tenth of every size")
     parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)  # a process of the measurement itself
     args = parser.parse_args()
     if args.merge:
@@ -284,10 +288,10 @@ def main() -> None:
         if i == 0:
             print("|---" * len(line) + "|")
     for model in (BASE, LARGE):
-        print(f"{model.name}: {model.flop_per_window / 1e12:.3f} TFLOP a window of 30 s")
-    for what, key in (("holds the plan", "memory"), ("merges the rows", "merge_memory")):
+        print(f"{model.name}: {model.flop_per_window / 1e12:.3f} TFLOP per window of 30 s")
+    for what, key in (("hold the plan", "memory"), ("merge the rows", "merge_memory")):
         most = WORKER_MEMORY / m[key]
-        print(f"wall: {size_of(WORKER_MEMORY)} {what} of {most / 1e6:,.0f} M utterances, "
+        print(f"limit: {size_of(WORKER_MEMORY)} of memory can {what} of {most / 1e6:,.0f} M utterances, "
               f"{most * SECONDS_AN_UTTERANCE / 3600:,.0f} h of {SECONDS_AN_UTTERANCE} s each")  # fmt: skip
 
 

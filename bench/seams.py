@@ -1,18 +1,18 @@
-"""How wrong are stitched features around a seam? By distance from it, for several overlaps and two cross-overs.
+"""Error of stitched features around a seam, by distance from it, for several overlaps and two cross-overs.
 
     python bench/seams.py --seams 8
     python bench/seams.py --seams 8 --audio /data/LibriSpeech/dev-clean --dtype float32
 
-Long audio is made of spoken sentences (the ``speech`` source, or recordings of a folder) end to end. Two tables of
-relative RMS error, over all seams, by distance from the seam:
+Long audio is a concatenation of spoken sentences (the ``speech`` source, or recordings of a folder). Prints two tables
+of relative RMS error over all seams, by distance from the seam:
 
-1. stitched against centred: around each seam the two windows that extraction would use are encoded and joined, and
-   compared with one window centred on the seam. ``cut`` takes every frame from one window, as extraction does, ``fade``
-   weighs both linearly over the overlap. ``floor`` is what two windows differ by that both have at least 10 s of
-   context around the seam: Whisper's features carry their position in the window, which no overlap can mend.
-2. missing context at equal positions: one centred window against the same window with everything after the seam silent
-   (frames before it), or everything before it silent (frames after it). A frame of an overlap of n seconds lies at
-   least n/2 seconds from its window's edge, so read the column of half the overlap.
+1. Stitched against centered: around each seam, the two windows that extraction would use are encoded, joined, and
+   compared with one window centered on the seam. ``cut`` takes each frame from one window, as extraction does; ``fade``
+   weights both linearly over the overlap. ``floor`` is the difference between two windows that both have at least 10 s
+   of context around the seam: Whisper's features depend on their position in the window, which no overlap can correct.
+2. Missing context at equal positions: one centered window against the same window with silence after the seam (for
+   frames before it), or before the seam (for frames after it). With an overlap of n seconds, a frame is at least n/2
+   seconds from the edge of its window, so read the column of half the overlap.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from pipeline.weights.resolve import resolve_weights
 from shards.format.codec import relative_rms
 
 OVERLAPS = (1.0, 2.0, 4.0, 8.0)
-BANDS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # s from the seam
-SPACING = 13.0  # s between seams
-SHIFT = 4.0  # s between the two windows of the floor
+BANDS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds from the seam
+SPACING = 13.0  # seconds between seams
+SHIFT = 4.0  # seconds between the two windows of the floor
 
 
 def main() -> None:
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--seams", type=int, default=8)
     parser.add_argument("--encoder", default="wheel:whisper-base")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--audio", type=Path, help="a folder of .flac and .wav in place of spoken sentences")
+    parser.add_argument("--audio", type=Path, help="folder of .flac and .wav files to use instead of spoken sentences")
     args = parser.parse_args()
 
     encoder = load_encoder(resolve_weights(args.encoder, role="encoder"), device="auto", dtype=args.dtype, batch_size=8)
-    window = encoder.window_samples // encoder.hop  # in frames, as everything below
+    window = encoder.window_samples // encoder.hop  # in frames, like everything below
     rate = encoder.sampling_rate // encoder.hop
     spacing = round(SPACING * rate)
     audio = long_audio(args.audio, (window + 2 * window + spacing * args.seams) * encoder.hop)
@@ -74,7 +74,7 @@ def main() -> None:
             half = round(overlap * rate) // 2
             left, right = seam + half - window, seam - half
             before, after = features(left), features(right)
-            # both windows on one axis from seam - reach; nothing where a window does not reach
+            # both windows on one axis from seam - reach; nan outside a window
             grid = np.full((2, 2 * reach, encoder.channels), np.nan, np.float32)
             for row, (start, values) in zip(grid, ((left, before), (right, after)), strict=True):
                 first, last = max(start, seam - reach), min(start + window, seam + reach)
@@ -118,7 +118,7 @@ def long_audio(folder: Path | None, samples: int) -> np.ndarray:
         parts += [clip, np.zeros(SAMPLING_RATE // 5, np.float32)]
         if sum(map(len, parts)) >= samples:
             return np.concatenate(parts)[:samples]
-    raise SystemExit(f"error: only {sum(map(len, parts)) / SAMPLING_RATE:.0f} s of audio, fewer --seams need less")
+    raise SystemExit(f"error: only {sum(map(len, parts)) / SAMPLING_RATE:.0f} s of audio: use fewer --seams")
 
 
 def clips(folder: Path | None) -> Iterator[np.ndarray]:

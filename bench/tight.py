@@ -1,13 +1,13 @@
-"""What ``window: tight`` gains and costs against ``full30``: speed, likeness of the features, and a trained projector.
+"""Benefit and cost of ``window: tight`` relative to ``full30``: speed, similarity of features, a trained projector.
 
     python bench/tight.py                                                        # 400 sentences, no training: 4 minutes
-    python bench/tight.py --steps 300 --margins 0,2,8                            # and a projector for each: 25 minutes
+    python bench/tight.py --steps 300 --margins 0,2,8                            # one projector each: 25 minutes
     python bench/tight.py --extract configs/extract/librispeech.yaml --set source.path=/data/LibriSpeech limit=500
 
-Makes one cache for full30 and one for each margin (seconds of silence that a tight context keeps), kept in ``--root``
-for the next time. Prints for each the encoder's time on the same ``--clips`` clips (in turn, best of five), the cosine
-and relative RMS error of all stored features against full30's, and with ``--steps`` what ``python -m train fit``
-reports for a projector trained on it with the same seed: held-out loss, audio gain, word error rate.
+Extracts one cache with full30 and one per margin (seconds of silence in a tight window); ``--root`` keeps them for the
+next run. Prints for each the encoder's time on the same ``--clips`` clips (in turn, best of five), and the cosine
+similarity and relative RMS error of all stored features relative to full30. With ``--steps``, also prints what
+``python -m train fit`` reports for a projector trained with the same seed: held-out loss, audio gain, word error rate.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shards.read.cache import Cache
 
 
 def extract(config: str, words: list[str], root: Path, window: list[str]) -> Cache:
-    """The cache of ``config`` below ``root``, made now if it is not there."""
+    """Return the cache of ``config`` under ``root``; extract it if it does not exist."""
     argv = [sys.executable, "-m", "pipeline", "extract", "--config", config, f"root={root}", *words, *window]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
     caches = [path.parent for path in root.glob("*/*/CACHE.json")]
@@ -41,7 +41,7 @@ def extract(config: str, words: list[str], root: Path, window: list[str]) -> Cac
 
 
 def encode_times(caches: dict[str, Cache], clips: int) -> dict[str, float]:
-    """Seconds that each variant's encoder takes for the same clips, the variants in turn, best of five."""
+    """Return the seconds of each variant's encoder on the same clips, in turn, best of five."""
     first = next(iter(caches.values()))
     config = recorded_config(first.info, first.path)
     reference = first.info["provenance"]["encoder"]["reference"]
@@ -59,7 +59,7 @@ def encode_times(caches: dict[str, Cache], clips: int) -> dict[str, float]:
 
 
 def likeness(cache: Cache, reference: Cache) -> tuple[float, float, float]:
-    """Mean and lowest cosine over utterances, and relative RMS error over all, against ``reference``'s features."""
+    """Return the mean and lowest cosine over utterances, and the relative RMS error, relative to ``reference``."""
     at = {key: i for i, key in enumerate(reference.manifest["key"].to_pylist())}
     cosines, gaps, norms = [], 0.0, 0.0
     for i, key in enumerate(cache.manifest["key"].to_pylist()):
@@ -71,7 +71,7 @@ def likeness(cache: Cache, reference: Cache) -> tuple[float, float, float]:
 
 
 def train(config: str, cache: Cache, name: str, steps: int, root: Path) -> dict[str, Any]:
-    """``summary.json`` of a run of ``config`` on ``cache``."""
+    """Train ``config`` on ``cache``; return its ``summary.json``."""
     words = [f"caches=[{cache.path}]", "extract=[]", f"runs={root / 'runs'}", f"name={name}", f"steps={steps}"]
     argv = [
         sys.executable,
@@ -92,11 +92,11 @@ def train(config: str, cache: Cache, name: str, steps: int, root: Path) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extract", default="configs/extract/speech.yaml", metavar="FILE")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings of the extraction")
-    parser.add_argument("--margins", default="0,2,8", help="seconds, with commas (default: 0,2,8)")
-    parser.add_argument("--clips", type=int, default=16, help="clips that the encoder is timed on")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override settings of the extraction")
+    parser.add_argument("--margins", default="0,2,8", help="comma-separated seconds (default: 0,2,8)")
+    parser.add_argument("--clips", type=int, default=16, help="clips for timing the encoder")
     parser.add_argument("--train", default="configs/train/demo.yaml", metavar="FILE")
-    parser.add_argument("--steps", type=int, default=0, help="training steps for each variant; 0 trains nothing")
+    parser.add_argument("--steps", type=int, default=0, help="training steps per variant; 0: no training")
     parser.add_argument("--root", type=Path, default=Path("build/bench-tight"))
     args = parser.parse_args()
 
@@ -119,8 +119,8 @@ def main() -> None:
         if args.steps:
             found = train(args.train, cache, f"{name}-{args.steps}-{os.getpid()}", args.steps, args.root)
             wer = found.get("wer")
-            told = f"{found['val_loss']:>6.3f} {found['audio_gain']:>6.3f} {'-' if wer is None else f'{wer:.3f}':>6}"
-            print(f" {told}", end="")
+            cells = f"{found['val_loss']:>6.3f} {found['audio_gain']:>6.3f} {'-' if wer is None else f'{wer:.3f}':>6}"
+            print(f" {cells}", end="")
         print(flush=True)
 
 

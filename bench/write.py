@@ -1,14 +1,14 @@
-"""Writing shards: MB/s of this project's writer beside webdataset's ShardWriter and the standard library's tarfile.
+"""Writing shards: MB/s of earshard's writer, webdataset's ShardWriter and the standard library's tarfile.
 
     python bench/write.py                       # 400 utterances of float16 [100 … 800, 512], 184 MB: a minute
     python bench/write.py --mb 1000 --fsync
 
-All write the same float16 arrays as ``<key>.npy`` beside a ``<key>.json``, in turn; a figure is the best round. ``add``
-is the time until the last member is written, this project's with a crc32 of every payload and nearly all of the tar's
-sha256 (the peers compute neither); ``whole`` includes closing and, here, reading the tar back and comparing every byte
-by crc32, the rows in parquet and the commit record, which an extraction does beside the next shard's encoding. ``with
-codec`` starts from float32 features. Without ``--fsync`` nobody syncs. The lines below tell what no writer can exceed
-here: one thread that does nothing but hash, or write.
+All write the same float16 arrays as ``<key>.npy`` with a ``<key>.json``, in turn; the best round counts. ``add`` is
+the time until the last member is written; earshard's includes a crc32 of every payload and nearly all of the tar's
+sha256 (the peers compute neither). ``whole`` adds closing the file; earshard's includes reading the tar back, comparing
+every byte by crc32, the rows in parquet and the commit record, which an extraction does while the next shard is
+encoded. ``with codec`` starts from float32 features. Without ``--fsync``, no writer syncs. The last lines are the upper
+bounds on this machine: one thread that only hashes or only writes.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ SPEC = FeatureSpec(
     dtype="bfloat16",
     codec="f16",
 )
-Timed = Callable[[Path], tuple[float, float]]  # folder -> seconds until everything is written, until it is closed
+Timed = Callable[[Path], tuple[float, float]]  # folder -> seconds until all members are written, until it is closed
 
 
 def utterances(mb: float) -> list[tuple[dict[str, Any], np.ndarray]]:
-    """Rows of a plan and their float16 features, ``mb`` MB together."""
+    """Return rows of a plan and their float16 features, ``mb`` MB in total."""
     rng = np.random.default_rng(0)
     made: list[tuple[dict[str, Any], np.ndarray]] = []
     left = mb * 1e6
@@ -130,7 +130,7 @@ def tarfile_writer(rows: list[tuple[dict[str, Any], np.ndarray]]) -> Timed:
 
 
 def floors(folder: Path | None, mb: int = 256) -> dict[str, float]:
-    """MB/s of one thread that does one thing, best of three."""
+    """Return the MB/s of one thread that only hashes or only writes, best of three."""
     block = np.random.default_rng(0).bytes(1 << 20)
 
     def write() -> None:
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=184, help="float16 payload of the shard")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--fsync", action="store_true", help="everyone syncs (default: nobody)")
+    parser.add_argument("--fsync", action="store_true", help="sync every file (default: none)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     args = parser.parse_args()
     if not args.fsync:
