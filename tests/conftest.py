@@ -1,4 +1,4 @@
-"""Settings that every test shares: no network beyond loopback, no deadline on a shared machine, a home of its own."""
+"""Settings and fixtures shared by all tests: offline hubs, no deadlines (the machine may be busy), one OpenMP thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ settings.load_profile("earshard")
 # Set before any hub library is imported, in this process and in those that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose by threads, and a sum split over threads has other last bits
+os.environ["OMP_NUM_THREADS"] = "1"  # threads slow tiny models, and split sums differ in the last bits
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def whisper(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """24 short clips of noise with a manifest, in a folder with a space in its name; tests leave it as it is."""
+    """24 short clips of noise with a manifest, in a folder with a space in its name; tests must not change it."""
     from extraction import write_corpus
 
     folder = tmp_path_factory.mktemp("some audio")
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Print how the golden tests compared: bit by bit, or within a tolerance where arithmetic differs."""
+    """Print how the golden tests compared: bit for bit, or within a tolerance if the arithmetic differs."""
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
     for how in sorted({value for report in reports for key, value in report.user_properties if key == "golden"}):
         terminalreporter.write_line(f"golden: compared {how}")

@@ -4,9 +4,9 @@
 #   sbatch configs/cluster/slurm-extract.sh configs/extract/librispeech.yaml source.path=/data/LibriSpeech root=/shared/caches
 #   sbatch --array=0-63%16 configs/cluster/slurm-extract.sh …        # 64 tasks, 16 of them at a time
 #
-# Task i of n makes shards i, i + n, … and then helps the others; who finds everything committed merges. Tasks may be
-# requeued, cancelled, or never start: send the same line again and only what is absent is made. `root` and the audio
-# must be on storage that all nodes see. The same holds when the last task was lost at the very end.
+# Task i of n extracts shards i, i + n, … and then helps the others; a task that finds all shards committed merges the
+# cache. Tasks may be requeued, canceled, or never start: submit the same command again, and only missing shards are
+# extracted and the cache is merged. `root` and the audio must be on storage that all nodes can access.
 #
 #SBATCH --job-name=earshard-extract
 #SBATCH --array=0-7

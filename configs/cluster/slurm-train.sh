@@ -1,11 +1,11 @@
 #!/bin/bash
-# Train one run on several nodes of SLURM: one torchrun a node, one process a GPU.
+# Train one run on several SLURM nodes: one torchrun per node, one process per GPU.
 #
 #   sbatch configs/cluster/slurm-train.sh configs/train/demo.yaml name=large
 #   sbatch --nodes=4 configs/cluster/slurm-train.sh configs/train/demo.yaml name=large
 #
-# The loss curve is that of one process. A job that was requeued or cancelled goes on from its last checkpoint: the
-# same line, with `name` set, resumes the run when its folder stands.
+# The loss curve is the same as with one process. A requeued or canceled job continues from its last checkpoint: the
+# same command, with `name` set, resumes the run if its folder exists.
 #
 #SBATCH --job-name=earshard-train
 #SBATCH --nodes=2
@@ -22,7 +22,7 @@ config=${1:?"name a training configuration, such as configs/train/demo.yaml"}
 shift
 python=${PYTHON:-.venv/bin/python}
 
-# a run of this name that stands is gone on with
+# resume an existing run of this name
 resume=()
 for word in "$@"; do
     case $word in
@@ -30,7 +30,7 @@ for word in "$@"; do
     esac
 done
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end scontrol by SIGPIPE
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would kill scontrol with SIGPIPE
 port=$((20000 + SLURM_JOB_ID % 20000))
 srun "$python" -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \

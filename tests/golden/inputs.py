@@ -82,7 +82,7 @@ class _Weights:
 
 
 def write_whisper(folder: Path) -> None:
-    """The encoder of a Whisper: width 32, 2 layers, 80 mels, windows of 30 s."""
+    """Write the encoder of a Whisper: width 32, 2 layers, 80 mels, windows of 30 s."""
     weights, width = _Weights(1), 32
     weights.add("model.encoder.conv1.weight", width, 80, 3)
     weights.add("model.encoder.conv1.bias", width)
@@ -114,7 +114,7 @@ def write_whisper(folder: Path) -> None:
 
 
 def write_lm(folder: Path) -> None:
-    """A Llama of width 32 with 2 layers, and a tokenizer of 3 special tokens and 256 bytes."""
+    """Write a Llama of width 32 with 2 layers, and a tokenizer of 3 special tokens and 256 bytes."""
     weights, width, vocabulary = _Weights(2), 32, 259
     weights.add("model.embed_tokens.weight", vocabulary, width)
     for i in range(2):

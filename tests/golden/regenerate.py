@@ -1,4 +1,4 @@
-"""Record what caches and training runs must stay, byte by byte and loss by loss: ``digests.json``.
+"""Record the digests of caches and training runs, byte for byte and loss for loss, in ``digests.json``.
 
     python tests/golden/regenerate.py            (make golden)
 
@@ -7,7 +7,7 @@ Run it only after a change that is meant to change these numbers, and give the r
 commands in separate processes, so moving or rewriting modules does not affect it. A digest is the first 16 hexadecimal
 digits of a sha256.
 
-Arithmetic is pinned to code paths that every x86-64 CPU has (``ARITHMETIC``), and its fingerprint is recorded. Where
+Arithmetic is pinned to code paths that every x86-64 CPU has (``ARITHMETIC``), and its fingerprint is recorded. If
 the fingerprint differs (another torch, another architecture), floating-point results cannot be compared bit by bit.
 Then ``differences`` compares everything that does not depend on arithmetic, and the losses within a tolerance.
 """
@@ -79,7 +79,7 @@ TIMES = {"seconds", "data_wait", "eval_seconds"}  # of metrics.jsonl and evaluat
 MESSAGES = {"silence"}  # of evaluations.jsonl
 
 CODECS = ("f16", "bf16", "int8", "fp8")
-KILLED = "int8"  # also extracted with a kill halfway; its corpus has a recording that cannot be decoded
+KILLED = "int8"  # also extracted with a kill halfway; its corpus includes a recording that cannot be decoded
 STEPS = 20
 RUN = {
     "lm": {"model": "path:lm"},
@@ -116,7 +116,7 @@ EXPERIMENTS = [
 FLOATS = ("loss", "grad_norm")  # of a step: recorded, to be compared within the tolerance
 TOLERANCE = 1e-4  # relative
 
-# Runs a module as `python -m` does. Just before a file is renamed to a path that fits the pattern, the process sends
+# Runs a module as `python -m` does. Just before a file is renamed to a path that matches the pattern, the process sends
 # itself the signal, once.
 STOPPER = """
 import os, re, runpy, sys
@@ -157,7 +157,7 @@ print(digest.hexdigest()[:16])
 """
 
 
-# running --------------------------------------------------------------------------------------------------------------
+# run ------------------------------------------------------------------------------------------------------------------
 
 
 def run(folder: Path, *words: str, expect: int = 0) -> str:
@@ -168,17 +168,17 @@ def run(folder: Path, *words: str, expect: int = 0) -> str:
     )
     if done.returncode != expect:
         output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        raise RuntimeError(f"{' '.join(words)[-500:]}\nended with {done.returncode}, not {expect}:\n{output}")
+        raise RuntimeError(f"{' '.join(words)[-500:]}\nexit status {done.returncode}, expected {expect}:\n{output}")
     return done.stdout
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of torch's version and of small results computed as the runs compute them."""
+    """Return a digest of torch's version and of small results computed as in the runs."""
     return run(folder, "-c", FINGERPRINT).strip()
 
 
 def extraction(codec: str, root: str) -> list[str]:
-    """Arguments of ``python -m`` that extract two layers of the corpus into about three shards each."""
+    """Return arguments of ``python -m`` that extract two layers of the corpus into about three shards each."""
     corpus = "broken" if codec == KILLED else "clips"
     return [
         "pipeline",
@@ -197,12 +197,12 @@ def extraction(codec: str, root: str) -> list[str]:
 
 
 def stopped(folder: Path, pattern: str, number: signal.Signals, *words: str, expect: int) -> None:
-    """Run ``python -m words``, which gets the signal just before it renames a file to a path that fits ``pattern``."""
+    """Run ``python -m words``; it gets the signal just before it renames a file to a path that matches ``pattern``."""
     run(folder, "-c", STOPPER, pattern, str(int(number)), *words, expect=expect)
 
 
 def caches(folder: Path, root: str) -> list[str]:
-    """The caches below ``root``, by their paths from ``folder``."""
+    """Return the caches below ``root``, by their paths relative to ``folder``."""
     return sorted(str(path.parent.relative_to(folder)) for path in (folder / root).glob("*/*/plan.parquet"))
 
 
@@ -242,11 +242,11 @@ def record_runs(folder: Path) -> dict[str, Any]:
     return found
 
 
-# what is recorded -----------------------------------------------------------------------------------------------------
+# record ---------------------------------------------------------------------------------------------------------------
 
 
 def digest(data: bytes | Any) -> str:
-    """16 digits of the sha256 of bytes, or of a tree as JSON with sorted keys."""
+    """Return 16 digits of the sha256 of bytes, or of a tree as JSON with sorted keys."""
     if not isinstance(data, bytes):
         data = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     return hashlib.sha256(data).hexdigest()[:16]
@@ -337,15 +337,15 @@ def leave_out(tree: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
 
 
 def short(value: float) -> float:
-    """``value`` to six digits, enough for the tolerance."""
+    """Round ``value`` to six digits, enough for the tolerance."""
     return float(f"{value:.6g}")
 
 
-# comparing ------------------------------------------------------------------------------------------------------------
+# compare --------------------------------------------------------------------------------------------------------------
 
 
 def differences(golden: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool, pyarrow: bool = True) -> list[str]:
-    """Names of what differs between two records of a cache or a run; empty when they are equal.
+    """Return the names of the differences between two records of a cache or a run; empty if they are equal.
 
     Args:
         exact: the arithmetic is the recorded one, so bytes and losses must be equal.

@@ -1,6 +1,6 @@
-"""A headless Chromium that tests talk to over the DevTools protocol: two pipes and JSON, no library.
+"""Control a headless Chromium over the DevTools protocol, with two pipes and JSON instead of a library.
 
-In: a file and the size and colours of a screen. Out: what its JavaScript answers, what it complained about, pictures.
+Loads a file at a screen size and color scheme; returns JavaScript results, console messages and screenshots.
 Protocol: chromedevtools.github.io/devtools-protocol, with ``--remote-debugging-pipe`` (messages end with a NUL).
 """
 
@@ -23,7 +23,7 @@ FLAGS = (
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium on this machine."""
+    """Return the path of a Chromium on this machine, or None."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
@@ -35,7 +35,7 @@ class Browser:
         theirs_in, mine_out = os.pipe()
         words = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
 
-        # the browser reads from its descriptor 3 and writes to its descriptor 4: copies first, one may be the other
+        # the browser reads from descriptor 3 and writes to descriptor 4; duplicate first, because they may overlap
         def place() -> None:
             read, write = os.dup(theirs_in), os.dup(theirs_out)
             os.dup2(read, 3)
@@ -64,7 +64,7 @@ class Browser:
         self._out.close()
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of one command; events that come before it are kept."""
+        """Send a command and return its result; events that arrive first are kept."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
         session = {"sessionId": self._session} if self._session else {}
@@ -79,7 +79,7 @@ class Browser:
             self.events.append(answer)
 
     def open(self, path: Path, width: int = 1000, height: int = 900, scheme: str = "light") -> None:
-        """Load a file at a screen's size, in ``light`` or ``dark``, and wait until all of it is there."""
+        """Load a file at a screen size, in ``light`` or ``dark``, and wait until it is loaded."""
         self.events.clear()
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                  mobile=width < 500)  # fmt: skip
@@ -89,15 +89,15 @@ class Browser:
             self.events.append(self._next())
 
     def run(self, script: str) -> Any:
-        """What an expression of JavaScript gives, as JSON can hold it; a promise is waited for."""
+        """Return the JSON value of a JavaScript expression; wait for it if it is a promise."""
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
     def complaints(self) -> list[str]:
-        """Errors and warnings of the console, exceptions, and failed loads since ``open``."""
-        self.run("0")  # all events of the load lie before this answer
+        """Return console errors and warnings, exceptions, and failed loads since ``open``."""
+        self.run("0")  # all events of the load arrive before this answer
         wanted = ("Runtime.exceptionThrown", "Network.loadingFailed")
         found = [event for event in self.events if event.get("method") in wanted]
         for event in self.events:
@@ -109,12 +109,12 @@ class Browser:
         return [json.dumps(event["params"])[:500] for event in found]
 
     def requested(self) -> list[str]:
-        """URLs that the page asked for since ``open``."""
+        """Return the URLs that the page requested since ``open``."""
         asked = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
         return [str(event["params"]["request"]["url"])[:200] for event in asked]
 
     def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Save the whole page as PNG."""
         data = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 

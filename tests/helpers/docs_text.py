@@ -16,19 +16,19 @@ OURS = re.compile(r"(?:python -m |torchrun .*-m |earshard-)(pipeline|extract|sha
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
-    """The fenced blocks of ``text``, of one language or of any."""
+    """Return the fenced blocks of ``text``, of one language or of any."""
     found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [body for name, body in found if language is None or name == language]
 
 
 def sections(text: str) -> dict[str, str]:
-    """``{heading: text below it}`` of the second level."""
+    """Return ``{heading: text below it}`` for headings of the second level."""
     _, *parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(package, words) of every command of ours in the blocks of ``text``, as a shell would cut it."""
+    """Return (package, words) of every earshard command in the blocks of ``text``, split as a shell would."""
     found = []
     for block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():

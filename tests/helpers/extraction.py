@@ -1,8 +1,8 @@
-"""Real extractions in processes of their own, which tests start, kill and compare.
+"""Real extractions in separate processes, which tests start, kill and compare.
 
-A fork server imports torch once; every extraction is then a process of its own in a fraction of a second, runs
-``python -m pipeline``'s own entry point, and can be told to SIGKILL itself at its n-th file operation: before it, after
-it, or in the middle of a write.
+A fork server imports torch once, so a new process starts in a fraction of a second. It runs the entry point of
+``python -m pipeline`` and can SIGKILL itself at its n-th file operation: before it, after it, or in the middle of a
+write.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPERATIONS = ("open", "writev", "write", "fsync", "replace", "link", "unlink", "
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL at the ``at``-th file operation, ``when`` = before, after or inside (half of a write is done)."""
+    """SIGKILL at the ``at``-th file operation; ``when`` is before, after or inside (after half of a write)."""
 
     at: int
     when: str
@@ -42,9 +42,9 @@ def start(
     count: Path | None = None,
     before: Callable[[], object] | None = None,
 ) -> Any:
-    """Start ``python -m pipeline <argv>``: its output goes to ``log``, how many operations it made to ``count``.
+    """Start ``python -m pipeline <argv>``; write its output to ``log`` and its number of file operations to ``count``.
 
-    ``before`` (a module's function, or a partial of one) is called in the new process first.
+    ``before`` (a module-level function, or a partial of one) is called first in the new process.
     """
     process = _context.Process(target=_child, args=(argv, kill, log, count, before))
     process.start()
@@ -52,7 +52,7 @@ def start(
 
 
 def run(argv: list[str], *args: Any, **kwargs: Any) -> int:
-    """Run to the end, with the arguments of :func:`start`; a process that was killed gives -9."""
+    """Run to the end, with the arguments of :func:`start`; return the exit code, -9 if the process was killed."""
     process = start(argv, *args, **kwargs)
     process.join()
     code: int = process.exitcode
@@ -100,7 +100,7 @@ def _counted(name: str, real: Any, done: list[int], kill: Kill | None) -> Any:
 
 
 def write_corpus(folder: Path, n: int, seconds: float = 0.2) -> None:
-    """``n`` short clips of noise, and ``clips.csv``, the manifest of kind ``manifest``."""
+    """Write ``n`` short clips of noise, and ``clips.csv`` for a source of kind ``manifest``."""
     rng = np.random.default_rng(7)
     with open(folder / "clips.csv", "w") as manifest:
         manifest.write("audio,text,speaker\n")
@@ -111,7 +111,7 @@ def write_corpus(folder: Path, n: int, seconds: float = 0.2) -> None:
 
 
 def write_world(folder: Path, n: int) -> tuple[Path, Path]:
-    """The corpus of ``n`` clips in ``folder``, and a tiny Whisper below it: what :func:`words` takes after a root."""
+    """Write a corpus of ``n`` clips into ``folder`` and a tiny Whisper below it; return both for :func:`words`."""
     from tiny_whisper import write_tiny_whisper
 
     write_corpus(folder, n)
@@ -119,7 +119,7 @@ def write_world(folder: Path, n: int) -> tuple[Path, Path]:
 
 
 def words(root: Path, corpus: Path, whisper: Path, *more: str) -> list[str]:
-    """The command line that extracts ``corpus`` into small shards below ``root``."""
+    """Return the command line that extracts ``corpus`` into small shards below ``root``."""
     return [
         "extract",
         f"root={root}",
@@ -135,13 +135,13 @@ def words(root: Path, corpus: Path, whisper: Path, *more: str) -> list[str]:
 
 
 def only_cache(root: Path) -> Path:
-    """The one cache below ``root``."""
+    """Return the only cache below ``root``."""
     (cache,) = root.glob("*/*")
     return cache
 
 
 def snapshot(root: Path) -> dict[str, Any]:
-    """Every file below ``root`` by relative path: bytes, or for JSON the tree without what a clock decides."""
+    """Return every file below ``root`` by relative path: its bytes, or for JSON the tree without times."""
     files: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Runs of several processes, started as torchrun starts them."""
+"""Start runs with several processes through torchrun."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 
 
-SECONDS = 300  # on a machine that does much else
+SECONDS = 300  # generous, because the machine may be busy
 
 
 def torchrun(
@@ -26,7 +26,7 @@ def popen(command: Sequence[str], **env: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Standard output and error of a launch that must end well."""
+    """Return standard output and standard error of a launch that must succeed."""
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     return out, err

@@ -1,4 +1,4 @@
-"""A report as a browser would parse it."""
+"""Parse a report as a browser would."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "link", "br", "line", "polyline"}
 
 
 class Page(HTMLParser):
-    """Checks that tags close in order and collects what a browser would fetch or show."""
+    """Checks that tags are closed in order, and collects what a browser would fetch or show."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""As much of Azure Blob Storage on loopback as extracting into a container needs, as obstore asks for it."""
+"""A minimal Azure Blob Storage on loopback: the requests that obstore makes when extracting into a container."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 
 class Azure(ThreadingHTTPServer):
-    """A server and what happened to it.
+    """A server and a record of its requests.
 
     Attributes:
-        blobs: name -> (version, bytes, the user's metadata) in the one container. A version is never given twice.
+        blobs: name -> (version, bytes, the user's metadata) in the only container. Versions are never reused.
         puts: names that were written, in order.
-        loses: of how many writes one is carried out and answered by an error all the same; 0 is none.
+        loses: every n-th write is performed but answered with an error; 0 is none.
     """
 
     daemon_threads = True
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(201, b"", {"ETag": f'"{version}"', "Last-Modified": DATE})
 
     def do_POST(self) -> None:
-        """A batch of deletes, each an HTTP request in a part of the body."""
+        """Handle a batch of deletes; each is an HTTP request in a part of the body."""
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         parts = []
         for number, path in enumerate(re.findall(r"DELETE (\S+) HTTP", body)):
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(202, f"{''.join(parts)}--b--\r\n".encode(), {"Content-Type": "multipart/mixed; boundary=b"})
 
     def blob(self, path: str) -> str | None:
-        """The name of a blob, empty for the container; None for another container, which is refused here."""
+        """Return the name of a blob, empty for the container itself; refuse another container and return None."""
         if path != self.server.path and not path.startswith(f"{self.server.path}/"):
             self.refuse(404, "ContainerNotFound")
             return None
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_azure(container: str) -> Iterator[Azure]:
-    """An empty ``container`` of the account ``account`` until the end of the block."""
+    """Serve an empty ``container`` of the account ``account`` until the end of the block."""
     with Azure(container) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""A cache of a few rows that is made in a bucket."""
+"""Write a cache of a few rows into a bucket."""
 
 from __future__ import annotations
 

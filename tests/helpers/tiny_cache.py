@@ -1,4 +1,4 @@
-"""Real caches of random features, written by the real writer, for tests that need a cache and no audio."""
+"""Caches of random features, written by the real writer, for tests that need a cache but no audio."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def make_cache(
     prefix: str = "utt",
     spell: Callable[[str], str] = str,
 ) -> Path:
-    """A complete cache at ``folder`` with ``n`` utterances; features are standard normal, float32 before the codec.
+    """Write a complete cache of ``n`` utterances to ``folder``; features are standard normal, float32 before the codec.
 
-    ``val_every=5`` marks every fifth utterance as split ``val``. Features of utterance i of a seed are always the same.
+    ``val_every=5`` puts every fifth utterance into split ``val``. The features of utterance i depend only on the seed.
     ``spell`` changes each text.
     """
     rng = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ def make_cache(
 
 
 def without(path, key: str) -> Cache:
-    """The cache at ``path`` with the utterance ``key`` a failure."""
+    """Rewrite the cache at ``path`` with the utterance ``key`` as a failure, and open it."""
     old, layout = Cache.open(path), Layout(path)
     plan, stored = read_plan(layout), {old.row(i)["key"]: i for i in range(len(old))}
     for shard in range(plan.num_shards):
@@ -112,7 +112,7 @@ def without(path, key: str) -> Cache:
 
 
 def original(seed: int, i: int, frames: int, channels: int = 8) -> np.ndarray:
-    """What ``make_cache`` stored for utterance ``i``, before the codec."""
+    """Return the features of utterance ``i`` from ``make_cache``, before the codec."""
     return np.random.default_rng([seed, i]).standard_normal((frames, channels), dtype=np.float32)
 
 

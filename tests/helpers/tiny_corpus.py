@@ -1,4 +1,4 @@
-"""Recordings of a few hundred milliseconds, and a LibriSpeech tree of them, for the tests of sources."""
+"""Recordings of a few hundred milliseconds, and a LibriSpeech tree of them, for tests of sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.audio import encode_wav
 
 
 def flac(samples: int = 1600, seed: int = 0) -> bytes:
-    """Seeded noise at 16 kHz."""
+    """Return seeded noise at 16 kHz as FLAC."""
     file = io.BytesIO()
     noise = np.random.RandomState(seed).uniform(-0.3, 0.3, samples)
     soundfile.write(file, noise, 16_000, format="FLAC", subtype="PCM_16")
@@ -27,7 +27,7 @@ def wav(samples: int = 1600, seed: int = 0, channels: int = 1) -> bytes:
 
 
 def librispeech_files(splits: Sequence[str] = ("dev-clean", "train-clean-100")) -> dict[str, bytes]:
-    """``{path below LibriSpeech: content}``: 2 splits × 3 speakers × 2 chapters × 2 utterances."""
+    """Return ``{path below LibriSpeech: content}``: 2 splits × 3 speakers × 2 chapters × 2 utterances."""
     files: dict[str, bytes] = {"README.TXT": b"a file beside the splits"}
     for number, split in enumerate(splits):
         for speaker in (10 * number + 1, 10 * number + 2, 10 * number + 3):
@@ -52,7 +52,7 @@ def write_tree(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_archive(path: Path, files: dict[str, bytes]) -> Path:
-    """``path`` (.tar.gz) with the files below ``LibriSpeech/``, in the order given."""
+    """Write ``path`` (.tar.gz) with the files below ``LibriSpeech/``, in the given order."""
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(f"LibriSpeech/{name}")

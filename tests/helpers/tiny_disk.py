@@ -1,7 +1,7 @@
-"""Storage that gives out: a small tmpfs where root may mount one, and, anywhere, a process whose writes fail.
+"""Storage that fails: a small tmpfs, if mounting is permitted, and functions that make the writes of a process fail.
 
-In: a folder, or the process itself. Out: :class:`Disk` to fill, grow and make read-only; functions for
-``extraction.start(before=…)`` that bring a file-size limit, a full disk or lost permissions into one process.
+:class:`Disk` can be filled, grown and made read-only. The functions are for ``extraction.start(before=…)``: they give
+one process a file-size limit, a full disk or no permissions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Disk:
 
 @contextmanager
 def small_disk(path: Path, kib: int) -> Iterator[Disk]:
-    """Mount one at ``path`` for the block; skips the test where mounting is not permitted."""
+    """Mount a tmpfs at ``path`` for the block; skip the test if mounting is not permitted."""
     path.mkdir(parents=True)
     words = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(path)]
     try:
@@ -51,7 +51,7 @@ def limit_file_size(size: int) -> None:
 
 
 def fail_writes(error: int, room: int) -> None:
-    """``os.write`` and ``os.writev`` store ``room`` bytes in all, the last of them by a short write, then fail."""
+    """Let ``os.write`` and ``os.writev`` store ``room`` bytes in total, the last ones by a short write, then fail."""
     left = [room]
     write = os.write
 
@@ -69,7 +69,7 @@ def fail_writes(error: int, room: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Root without privileges: permissions hold for it as for anybody else."""
+    """Drop root's privileges, so that file permissions apply to it."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
     nothing = (ctypes.c_uint32 * 6)()
     if ctypes.CDLL(None, use_errno=True).capset(header, nothing):

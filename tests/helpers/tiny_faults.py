@@ -1,6 +1,6 @@
-"""Faults that really happen to files, injected into a small cache one at a time and taken back again.
+"""Realistic file faults, injected into a small cache one at a time and undone.
 
-In: the folder of a cache. Out: :class:`Fault` objects; inside ``with fault():`` the cache is broken, after it whole.
+Inside ``with fault():`` of a :class:`Fault`, the cache is broken; afterwards it is whole again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shards.format.records import seal, unseal
 
 
 def make_small_cache(folder: Path, codec: str = "f16", tensors: str = "weights", seed: int = 0) -> Path:
-    """Three shards of three utterances, the middle one of each shard a failure; shards 0 and 1 of one size."""
+    """Write three shards of three utterances; the middle one of each is a failure. Shards 0 and 1 have one size."""
     layout, spec, owner = Layout(folder), make_spec(4, codec, tensors=tensors), "tiny"
     keys = [f"utt-{seed}-{i}" for i in range(9)]
     rows = [
@@ -60,7 +60,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @dataclass(frozen=True)
 class Fault:
     kind: str  # a row of the table
-    where: str  # told when it is not found
+    where: str  # printed when the fault is not found
     fast: bool  # must the check that leaves the tars unread find it?
     apply: Callable[[], None]
     touched: tuple[Path, ...]
@@ -82,7 +82,7 @@ class Fault:
 
 
 def flips(folder: Path, count: int | None, seed: int) -> Iterator[Fault]:
-    """One bit of one byte, at ``count`` positions of each kind of place (None: at every byte)."""
+    """Yield flips of one bit, at ``count`` positions of each kind (None: at every byte)."""
     rng = random.Random(seed)
     for kind, path, positions in places(folder):
         chosen = positions if count is None or count >= len(positions) else rng.sample(positions, count)
@@ -145,7 +145,7 @@ def truncations(folder: Path, every: int) -> Iterator[Fault]:
 
 
 def exchanges(folder: Path, other: Path, replanned: Path) -> Iterator[Fault]:
-    """Whole files in the wrong place: swapped, of another cache, gone, doubled, longer, holed."""
+    """Yield faults of whole files: swapped, from another cache, missing, duplicated, longer, with a hole."""
     layout = Layout(folder)
     trio = (layout.tar, layout.rows, layout.record)
     for names, fast in (((0,), False), ((1,), True), ((2,), True), ((0, 1), True), ((0, 1, 2), True)):

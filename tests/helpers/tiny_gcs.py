@@ -1,6 +1,6 @@
-"""As much of Google Cloud Storage on loopback as reading a cache and extracting into a bucket need.
+"""A minimal Google Cloud Storage on loopback, for reading a cache and extracting into a bucket.
 
-gcsfs reads by the JSON API, obstore reads and writes by the XML API.
+gcsfs reads through the JSON API; obstore reads and writes through the XML API.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ PAGE = 7  # objects in one answer to a listing
 
 
 class GCS(ThreadingHTTPServer):
-    """A server and what happened to it.
+    """A server and a record of its requests.
 
     Attributes:
-        objects: (bucket, name) -> (generation, bytes). A generation is never given twice.
+        objects: (bucket, name) -> (generation, bytes). Generations are never reused.
         marks: (bucket, name) -> the user's metadata, by the name of its header.
         puts: names that were written, in order.
-        loses: of how many writes one is carried out and answered by an error all the same; 0 is none.
+        loses: every n-th write is performed but answered with an error; 0 is none.
     """
 
     daemon_threads = True
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, data, headers)
 
     def page(self, bucket: str, query: dict[str, str], token: str) -> tuple[list[str], list[str], str | None]:
-        """Names directly below a prefix, folders there, and where the next page begins."""
+        """Return the names directly below a prefix, the folders there, and the start of the next page."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "\0")
         names = sorted(name for held, name in self.server.objects if held == bucket and name.startswith(prefix))
         inside = [name for name in names if delimiter not in name[len(prefix) :]]
@@ -193,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_gcs(*buckets: str) -> Iterator[GCS]:
-    """Empty ``buckets`` until the end of the block."""
+    """Serve empty ``buckets`` until the end of the block."""
     with GCS(*buckets) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()

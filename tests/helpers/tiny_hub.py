@@ -1,4 +1,4 @@
-"""A hub on the loopback interface that speaks as much of Hugging Face's dataset API as reading and publishing need."""
+"""A minimal hub on loopback: the parts of Hugging Face's dataset API that reading and publishing need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = 20  # entries of a tree in one answer
 
 
 class Hub(ThreadingHTTPServer):
-    """One dataset repository. It exists when it has files, or was created.
+    """One dataset repository. It exists if it has files or was created.
 
     Attributes:
         files: path -> content.
@@ -49,7 +49,7 @@ class Hub(ThreadingHTTPServer):
         return path.endswith((".tar", ".parquet"))
 
     def content(self, oid: str) -> bytes:
-        """What was uploaded with this sha256."""
+        """Return the content that was uploaded with this sha256."""
         if oid not in self.large:
             self.large[oid] = self._from_xet(oid)
         return self.large[oid]
@@ -157,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {**entry, "actions": {"upload": {"href": f"{self.server.url}/upload/{entry['oid']}"}}}
 
     def commit(self, lines: list[dict]) -> None:
-        """All of it or nothing, as git does."""
+        """Apply a commit completely or not at all, as git does."""
         hub = self.server
         if hub.fail_at is not None and len(hub.commits) >= hub.fail_at:
             self.answer({"error": "your quota is used up"}, 403)  # a 503 is retried for a minute
@@ -236,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_hub(name: str, files: dict[str, bytes]) -> Iterator[Hub]:
-    """A hub with one dataset repository until the end of the block; without files the repository is yet to be made."""
+    """Serve one dataset repository until the end of the block; without files it does not exist yet."""
     with Hub(name, files) as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -249,6 +249,6 @@ def serve_hub(name: str, files: dict[str, bytes]) -> Iterator[Hub]:
 
 @contextmanager
 def dataset_hub(name: str, files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """Serve one dataset repository; gives the endpoint and the growing list of requests (``GET /path``)."""
+    """Serve one dataset repository; yield the endpoint and the growing list of requests (``GET /path``)."""
     with serve_hub(name, files) as hub:
         yield hub.url, hub.requests

@@ -1,4 +1,4 @@
-"""Object stores in memory, by obstore, that tests can look into and interrupt; readable as ``tiny://``."""
+"""In-memory object stores (obstore) that tests can inspect and interrupt; readable as ``tiny://``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STORES: dict[str, MemoryStore] = {}
 class MemoryObjects(Objects):
     """The objects of the process below ``tiny://bucket/folder``.
 
-    ``before(what, name)`` is called ahead of every reading and writing, so that a test can do something at the worst
-    moment. ``puts`` are the names that were written, in order.
+    ``before(what, name)`` is called before every read and write, so that a test can interfere at the worst moment.
+    ``puts`` are the names that were written, in order.
     """
 
     def __init__(self, url: str) -> None:
@@ -44,7 +44,7 @@ def memory(url: str) -> MemoryStore:
 
 
 def names(url: str) -> set[str]:
-    """Every object below a URL."""
+    """Return the paths of all objects below a URL."""
     return {entry["path"] for entry in obstore.list(memory(url)).collect()}
 
 

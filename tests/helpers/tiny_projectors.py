@@ -19,7 +19,7 @@ from train.config.model import (
 )
 from train.projectors import build_projector
 
-# every built-in kind, each of its settings once
+# every built-in kind, with each of its settings used once
 CONFIGS = [
     MlpConfig(),
     MlpConfig(stack=5, hidden=24, input_norm="layer", norm="rms"),
@@ -55,7 +55,7 @@ def build(config, channels=6, width=8, seed=0):
 
 
 def shake(projector):
-    """Move every weight off its start, so that no output is zero or at rest."""
+    """Move every weight away from its initial value, so that no output is zero or constant."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in projector.parameters():

@@ -11,7 +11,7 @@ from train.config.train import TrainConfig
 
 
 def make_config(folder: Path, cache: Path | str, model: str, **keys: Any) -> TrainConfig:
-    """A run of 8 steps under ``folder``; ``keys`` replace whole top-level keys."""
+    """Return the settings of a run of 8 steps under ``folder``; ``keys`` replace whole top-level keys."""
     tree: dict[str, Any] = {
         "caches": [str(cache)],
         "runs": str(folder / "runs"),
@@ -31,20 +31,20 @@ def make_config(folder: Path, cache: Path | str, model: str, **keys: Any) -> Tra
 
 
 def write_config(path: Path, config: TrainConfig) -> Path:
-    """``config`` as a file for the command line (JSON is YAML)."""
+    """Write ``config`` to a file for the command line (JSON is YAML)."""
     path.write_text(json.dumps(config.model_dump(mode="json")))
     return path
 
 
 def losses(run: Path) -> list[float]:
-    """The training losses of a run, in step order, exactly as they were computed."""
+    """Return the training losses of a run in step order, exactly as computed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Leave ``run`` as if it had been killed after ``step`` was saved: later lines may stand, later checkpoints not."""
+    """Leave ``run`` as if killed after ``step`` was saved: later lines may remain, later checkpoints do not."""
     for path in (run / "checkpoints").iterdir():
         if int(path.stem.split("-")[1]) > step:
             path.unlink()

@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback interface: moto's, made atomic, and telling what was put."""
+"""A real S3 server on loopback: moto with atomic conditional writes and a record of all puts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 @dataclass
 class S3:
-    """A server and what happened to it.
+    """A server and a record of its writes.
 
     Attributes:
-        puts: (key with bucket, body) of every write that it accepted, in order.
-        loses: of how many writes one is carried out and answered by an error all the same; 0 is none.
+        puts: (key with bucket, body) of every accepted write, in order.
+        loses: every n-th write is performed but answered with an error; 0 is none.
     """
 
     url: str
@@ -25,11 +25,11 @@ class S3:
     loses: int = 0
 
     def commits(self) -> list[str]:
-        """Names of commit records as they were put, one for each time."""
+        """Return the names of the commit records that were put, in order and with repetitions."""
         return [key.rpartition("/")[2] for key, body in self.puts if is_record(key, body)]
 
     def account(self) -> None:
-        """Point this process's S3 clients here."""
+        """Point the S3 clients of this process to this server."""
         use(self.url)
 
 
@@ -38,7 +38,7 @@ def is_record(key: str, body: bytes) -> bool:
 
 
 def use(url: str) -> None:
-    """Point a process's S3 clients at a server; also called by the processes that tests start."""
+    """Point the S3 clients of a process to a server; also called in the processes that tests start."""
     os.environ.update(
         AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b", AWS_DEFAULT_REGION="us-east-1", AWS_ENDPOINT_URL=url
     )
@@ -66,7 +66,7 @@ def s3_server(*buckets: str) -> Iterator[S3]:
 
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         environ["wsgi.input"] = BytesIO(body)
-        with lock:  # S3 decides a condition and writes in one step; moto by itself takes two
+        with lock:  # S3 checks the condition and writes in one step; moto alone needs two
             answer = list(moto(environ, start))
             if environ["REQUEST_METHOD"] == "PUT" and begun[0][0].startswith("200"):
                 served.puts.append((environ["PATH_INFO"].lstrip("/"), body))

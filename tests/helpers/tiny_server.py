@@ -1,4 +1,4 @@
-"""A web server on the loopback interface that can be told to misbehave, for tests of what is fetched from afar."""
+"""A web server on loopback that can misbehave on request, for tests of remote reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAULTS = ("cut", "slow", "503", "truncated", "corrupt", "page")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder, or stands before a server; ``faults[name]`` are used up one an answer, ``always`` never."""
+    """Serves a folder or proxies a server; each answer uses up one of ``faults[name]``, but never ``always``."""
 
     daemon_threads = True
 
@@ -29,7 +29,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.always: dict[str, str] = {}
         self.asked: list[tuple[str, str | None]] = []  # (name, Range header)
-        self.waiting = threading.Event()  # set when an answer hangs …
+        self.waiting = threading.Event()  # set while an answer hangs …
         self.go_on = threading.Event()  # … until this is
 
     @property
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _ask(self, method: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body, whole and right."""
+        """Return the correct status, headers and body."""
         folder, wanted = self.server.folder, self.headers.get("Range")
         if isinstance(folder, str):
             request = Request(folder + self.path, headers=dict(self.headers), method=method)
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(folder: Path | str, ranges: bool = True) -> Iterator[Server]:
-    """Serve ``folder``, or stand before the server at that URL, until the end of the block."""
+    """Serve ``folder``, or proxy the server at that URL, until the end of the block."""
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
     with Server(folder, ranges) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

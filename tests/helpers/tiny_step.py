@@ -1,4 +1,4 @@
-"""One optimizer step by itself, and the metrics of a step."""
+"""A single optimizer step, and the metrics of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def step_metrics(number: int) -> StepMetrics:
 
 
 def one_step(model, parameters, batches, group=None, **keys):
-    """The metrics of a step that changes no weight and leaves its gradient."""
+    """Return the metrics of a step that changes no weight and keeps its gradient."""
     config, optimizer = TrainConfig(caches=["a"], clip=1e9, **keys), torch.optim.SGD(parameters, lr=0.0)
     step = TrainStep(config, model, optimizer, parameters, batches, step=0, lr=0.0, group=group or ProcessGroup())
     return optimizer_step([step], SeparatePasses(model.lm))[0]

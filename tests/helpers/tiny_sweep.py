@@ -1,4 +1,4 @@
-"""Sweeps of short runs, and what two equal runs share."""
+"""Sweeps of short runs, and a comparison of two equal runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout":
 TIMED = {"seconds", "data_wait_fraction", "frames_per_second", "eval_seconds"}
 
 
-# Different in all that experiments of a group may differ in: projector, prompt, optimiser, length, averages, noise.
+# They differ in everything that experiments of a group may differ in: projector, prompt, optimizer, length, averages,
+# noise.
 LIST: list[dict[str, Any]] = [
     {"name": "mlp"},
     {"name": "dropout", "projector": DROPOUT, "prompt": {"template": "slam"}, "seed": 3, "lr": 2e-2},
@@ -31,7 +32,7 @@ LIST: list[dict[str, Any]] = [
 
 
 def make_sweep(folder: Path, cache: Path, lm: str, base: dict[str, Any] | None = None, **keys: Any) -> SweepConfig:
-    """A sweep over short runs under ``folder``; ``base`` changes keys of all, ``keys`` those of the sweep."""
+    """Return a sweep over short runs under ``folder``; ``base`` changes keys of the runs, ``keys`` of the sweep."""
     given = {"eval_every": 4, "checkpoint_every": 2, "data_seed": 7, "decode_samples": 1, "retrieval_limit": 0}
     run = make_config(folder, cache, lm, **{**given, **(base or {})}).model_dump(mode="json", exclude={"runs", "name"})
     tree = {"base": run, "runs": str(folder / "runs"), "name": "sweep", "experiments": LIST, "lockstep": "separate"}
@@ -39,7 +40,7 @@ def make_sweep(folder: Path, cache: Path, lm: str, base: dict[str, Any] | None =
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Bit for bit: training losses, evaluations, what is kept, checkpoints, and every figure that is no time."""
+    """Assert that losses, evaluations, saved files, checkpoints and all values except times are equal bit for bit."""
     assert losses(one) == losses(other)
     for name in ("projector.safetensors", *sorted(p.name for p in (one / "checkpoints").iterdir())):
         where = name if name == "projector.safetensors" else f"checkpoints/{name}"
@@ -49,7 +50,7 @@ def same_run(one: Path, other: Path) -> None:
     assert (one / "projector.safetensors").read_bytes() == (other / "projector.safetensors").read_bytes()
     ours, theirs = (read_json(run / "summary.json") for run in (one, other))
     assert {k: v for k, v in ours.items() if k not in TIMED} == {k: v for k, v in theirs.items() if k not in TIMED}
-    if ours["val_loss"] is not None:  # the run was judged
+    if ours["val_loss"] is not None:  # the run was evaluated
         assert read_utterances(one).equals(read_utterances(other))
     lines = [
         [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()] for run in (one, other)

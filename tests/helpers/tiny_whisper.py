@@ -1,4 +1,4 @@
-"""A tiny Whisper with random weights as a transformers folder, for tests that need any encoder: 20 ms a clip.
+"""A tiny Whisper with random weights as a transformers folder, for tests that need any encoder: 20 ms per clip.
 
 ``write_tiny_whisper(folder)`` needs torch and transformers; it is deterministic for a seed.
 """
@@ -14,8 +14,8 @@ def write_tiny_whisper(
 ) -> Path:
     """Write config, safetensors and preprocessor of a Whisper (width 32, 2 + 1 layers, 30 s windows) into ``folder``.
 
-    ``whole``: as ``WhisperForConditionalGeneration`` names its tensors, else as ``WhisperModel`` does. The weights are
-    float16 values in any ``dtype``.
+    With ``whole``, tensor names are those of ``WhisperForConditionalGeneration``, else of ``WhisperModel``. The weights
+    are float16 values in every ``dtype``.
     """
     import torch
     from transformers import WhisperConfig, WhisperForConditionalGeneration
