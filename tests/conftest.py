@@ -1,4 +1,4 @@
-"""Settings and fixtures shared by all tests: offline hubs, no deadlines (the machine may be busy), one OpenMP thread."""
+"""Settings and fixtures of all tests: offline hubs, no deadlines (the machine may be busy), one OpenMP thread."""
 
 from __future__ import annotations
 

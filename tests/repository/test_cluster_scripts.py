@@ -85,7 +85,7 @@ def test_a_slurm_task_takes_its_index_from_the_array_and_leaves_the_whole_cache(
     finish(script("slurm-extract.sh", argv, environment, **slurm))
     assert snapshot(tmp_path / "root") == snapshot(alone)
     bad = script("slurm-extract.sh", argv, environment, **{**slurm, "SLURM_ARRAY_TASK_ID": "?"})
-    assert "SLURM_ARRAY_TASK_ID is '?'" in bad.communicate(timeout=SECONDS)[0]
+    assert "SLURM_ARRAY_TASK_ID: expected a non-negative integer, got '?'" in bad.communicate(timeout=SECONDS)[0]
     assert bad.returncode == 2
 
 
