@@ -75,9 +75,7 @@ def test_features_of_every_codec_pass_within_its_tolerance(codec, tmp_path, corp
     assert 0 < worst <= tolerance(made)
     assert min(row.cosine for row in found) > 0.998
     stored = made.manifest["error"].to_numpy()
-    assert worst == pytest.approx(
-        stored.max(), rel=0.05
-    )  # only the codec differs: the same machine computes the same features
+    assert worst == pytest.approx(stored.max(), rel=0.05)  # on the same machine only the codec adds an error
 
 
 def test_a_valid_cache_passes_with_exit_status_0(cache, capsys):
