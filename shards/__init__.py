@@ -1,6 +1,6 @@
-"""The contract between extraction and training: the cache format, its writer and its readers. Knows no model.
+"""The contract between extraction and training: the cache format, its writer and its readers. Contains no model code.
 
-A cache in your own loop::
+To read a cache in your own training loop::
 
     data = shards.open("caches/…")           # map-style torch dataset: data[i]["features"], data[i]["text"]
     data = shards.as_webdataset("caches/…")  # webdataset pipeline: for sample in data, data.shuffle(…)

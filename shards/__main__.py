@@ -1,16 +1,15 @@
-"""Look at a cache.
+"""Inspect, verify, publish and download caches.
 
-    python -m shards info CACHE              what it holds, how large, how exact, where from
-    python -m shards ls CACHE --limit 20     one line an utterance
-    python -m shards head CACHE --n 3        the first utterances with statistics of their features
-    python -m shards verify CACHE --deep     is it what was written?
-    python -m shards verify CACHE --source   is the audio still what it was made from?
+    python -m shards info CACHE              contents, size, codec error and provenance
+    python -m shards ls CACHE --limit 20     one line per utterance
+    python -m shards head CACHE --n 3        the first utterances with feature statistics
+    python -m shards verify CACHE --deep     compare every byte with the recorded hashes
+    python -m shards verify CACHE --source   also check that the source audio has not changed
     python -m shards push CACHE hf://datasets/OWNER/NAME --licence cc-by-4.0
     python -m shards pull hf://datasets/OWNER/NAME FOLDER
     source <(earshard-shards completion bash)
 
-In: a cache folder or its URL. Out: text, or JSON with ``--json``.
-Exit status 0 done, 1 not sound, 2 no such cache.
+CACHE is a cache folder or its URL. Exit status: 0 success, 1 the cache is not valid, 2 bad input.
 """
 
 from __future__ import annotations
@@ -35,36 +34,44 @@ MAX_LISTED = 40  # problems that `verify` prints without --all
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line as argparse sees it; imports nothing heavy."""
+    """Return the argument parser. Imports nothing heavy."""
     top = argparse.ArgumentParser(
         prog="python -m shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = _command(commands, "info", "counts, size, codec error and provenance of a cache", "--json")
+    info = _command(commands, "info", "show the counts, size, codec error and provenance of a cache", "--json")
     info.add_argument("--json", action="store_true", help="print JSON")
-    ls = _command(commands, "ls", "one line an utterance: key, frames, seconds, speaker, text", "--limit 20")
+    ls = _command(commands, "ls", "list utterances, one per line: key, frames, seconds, speaker, text", "--limit 20")
     ls.add_argument("--limit", type=_count, default=None, metavar="N", help="stop after N utterances")
-    head = _command(commands, "head", "the first utterances with statistics of their features", "--n 3")
-    head.add_argument("--n", type=_count, default=5, metavar="N", help="utterances to show (default 5)")
-    verify = _command(commands, "verify", "compare sizes, records and hashes; exit status 1 when not sound", "--deep")
-    verify.add_argument("--deep", action="store_true", help="also re-hash every tar and check every member in it")
+    head = _command(commands, "head", "show the first utterances with feature statistics", "--n 3")
+    head.add_argument("--n", type=_count, default=5, metavar="N", help="number of utterances (default 5)")
+    verify = _command(
+        commands, "verify", "check sizes, records and hashes; exit with status 1 if the cache is not valid", "--deep"
+    )
+    verify.add_argument("--deep", action="store_true", help="also rehash every tar and check each of its members")
     verify.add_argument(
         "--source",
         nargs="?",
         const=RECORDED_FOLDER,
         metavar="FOLDER",
-        help="also compare the audio files below FOLDER (default: where the cache says they stood)",
+        help="also compare the audio files in FOLDER (default: the folder recorded in the cache)",
     )
-    verify.add_argument("--all", action="store_true", help=f"print every problem, not only the first {MAX_LISTED}")
+    verify.add_argument("--all", action="store_true", help=f"print every problem instead of the first {MAX_LISTED}")
     push = _command(
-        commands, "push", "copy a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME --licence cc-by-4.0"
+        commands, "push", "upload a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME --licence cc-by-4.0"
     )
     push.add_argument("url", metavar="URL", help="hf://datasets/OWNER/NAME[/FOLDER], s3://BUCKET/FOLDER, …")
-    push.add_argument("--licence", metavar="ID", help="for the dataset card of a hub, such as cc-by-4.0")
-    pull = _command(
-        commands, "pull", "copy a far cache into a folder and verify it", "shared/name", "hf://datasets/OWNER/NAME"
+    push.add_argument(
+        "--licence", metavar="ID", help="license named in the dataset card, such as cc-by-4.0 (required by a hub)"
     )
-    pull.add_argument("folder", type=Path, metavar="FOLDER", help="where it shall stand")
+    pull = _command(
+        commands,
+        "pull",
+        "download a remote cache into a folder and verify it",
+        "shared/name",
+        "hf://datasets/OWNER/NAME",
+    )
+    pull.add_argument("folder", type=Path, metavar="FOLDER", help="destination folder")
     add_completion(commands, SCRIPT)
     return top
 
@@ -81,15 +88,15 @@ def main(argv: Sequence[str]) -> int | None:
 def _command(
     commands: Any,
     name: str,
-    about: str,
+    summary: str,
     example: str,
     cache: str = "caches/speech-0a1b2c3d/whisper-base-L6-f16-4e5f6a7b",
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=about,
-        description=about[:1].upper() + about[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # or a long path would be broken in its middle
+        help=summary,
+        description=summary[:1].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the default formatter would wrap long paths
         epilog=f"example:\n  python -m shards {name} {cache} {example}",
     )
     command.add_argument("cache", type=_path_or_url, metavar="CACHE", help="a cache folder or its URL")
@@ -102,7 +109,7 @@ def _path_or_url(text: str) -> str | Path:
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is no count")
+        raise argparse.ArgumentTypeError(f"expected a non-negative integer, got '{text}'")
     return int(text)
 
 
@@ -111,8 +118,8 @@ def _info(args: argparse.Namespace) -> None:
 
     from shards.inspect.info import describe_cache, format_info
 
-    about = describe_cache(args.cache)
-    print(json.dumps(about, indent=2, ensure_ascii=False) if args.json else "\n".join(format_info(about)))
+    info = describe_cache(args.cache)
+    print(json.dumps(info, indent=2, ensure_ascii=False) if args.json else "\n".join(format_info(info)))
 
 
 def _ls(args: argparse.Namespace) -> None:
@@ -156,8 +163,8 @@ def _verify(args: argparse.Namespace) -> None:
     if args.source is not None and all(problem.shard is not None for problem in problems):
         problems += _compare_audio(args.cache, args.source)
     if not problems:
-        depth = "every byte of every shard" if args.deep else "sizes, records and hashes of records; --deep reads all"
-        print(f"{args.cache}: sound ({depth}{'; every audio file' if args.source is not None else ''})")
+        depth = "every byte of every shard" if args.deep else "sizes, records and hashes of records; --deep reads tars"
+        print(f"{args.cache}: valid ({depth}{'; every audio file' if args.source is not None else ''})")
         return
     shown = problems if args.all else problems[:MAX_LISTED]
     table = [("shard", "file", "utterance", "problem")]
@@ -167,8 +174,8 @@ def _verify(args: argparse.Namespace) -> None:
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     if len(shown) < len(problems):
-        print(f"… and {len(problems) - len(shown)} more (--all)")
-    raise WorkFailed(f"'{args.cache}' is not sound: {len(problems)} problem{'s'[: len(problems) != 1]}")
+        print(f"… and {len(problems) - len(shown)} more (show them with --all)")
+    raise WorkFailed(f"'{args.cache}' is not valid: {len(problems)} problem{'s'[: len(problems) != 1]}")
 
 
 def _compare_audio(cache: str | Path, folder: str) -> list[Problem]:
@@ -183,14 +190,14 @@ def _push(args: argparse.Namespace) -> None:
     from shards.share.transfer import push
 
     if is_url(args.cache):
-        raise UserError(f"'{args.cache}' is a URL: pull it into a folder first, then push that")
+        raise UserError(f"'{args.cache}' is a URL: download it with `python -m shards pull`, then push that folder")
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     with _progress_bar("push", "B") as progress:
         push(args.cache, args.url, args.licence, progress, log)
-    print(f"pushed: {args.url} (records, tables and sizes compared from afar)")
+    print(f"pushed: {args.url} (records, tables and sizes verified at the destination)")
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -198,7 +205,7 @@ def _pull(args: argparse.Namespace) -> None:
     from shards.share.transfer import pull
 
     if not is_url(args.cache):
-        raise UserError(f"'{args.cache}' is no URL: name one, such as hf://datasets/OWNER/NAME")
+        raise UserError(f"'{args.cache}' is not a URL: pass one such as hf://datasets/OWNER/NAME")
     with _progress_bar("pull", "B") as progress:
         pull(args.cache, args.folder, progress)
     print(f"pulled: {args.folder} (every byte of every shard verified)")
@@ -206,7 +213,7 @@ def _pull(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, moved by what it yields: (done, total)."""
+    """Show a progress bar on a terminal; yields the callback ``(done, total)`` that updates it."""
     from tqdm import tqdm
 
     with tqdm(desc=name, unit=unit, unit_scale=unit == "B", delay=0.5, disable=None, file=sys.stderr) as bar:
@@ -219,7 +226,7 @@ def _progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _printable(text: str) -> str:
-    """One line without control characters: a text must not steer the terminal."""
+    """Replace control characters, so that text from a cache cannot control the terminal."""
     return "".join(c if c.isprintable() else "�" for c in text)
 
 

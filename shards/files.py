@@ -1,7 +1,7 @@
-"""Writing so that a power loss cannot lie: temporary file, fsync, rename, fsync of the folder.
+"""Crash-safe file writes: temporary file, fsync, rename, fsync of the folder. Also file locks.
 
-In: bytes and a path. Out: the whole file under its name, or nothing under its name. Every temporary file carries its
-writer's owner tag, so that whoever cleans up can tell a live writer's file from a dead one's.
+After a crash, a file is either complete or absent. The name of a temporary file contains the owner tag of its writer,
+so that a cleanup can distinguish the files of live and dead writers.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ TEMPORARY_INFIX = ".tmp-"
 
 
 def temporary_path(path: Path, owner: str) -> Path:
-    """The name that ``owner`` writes under before the rename to ``path``."""
+    """Return the name under which ``owner`` writes before renaming to ``path``."""
     return path.with_name(f"{path.name}{TEMPORARY_INFIX}{owner}")
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """``os.write`` until everything is written."""
+    """Call ``os.write`` until everything is written."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 def atomic_write(path: Path, data: bytes, owner: str) -> None:
-    """Put ``data`` under ``path`` durably: a reader sees the old file or the new one, also after a power loss."""
+    """Write ``data`` to ``path`` durably: a reader sees the old file or the new one, even after a power loss."""
     partial = temporary_path(path, owner)
     try:
         _write_synced(partial, data)
@@ -47,12 +47,12 @@ def atomic_write(path: Path, data: bytes, owner: str) -> None:
 
 
 def write_if_absent(path: Path, data: bytes, owner: str) -> bool:
-    """Like :func:`atomic_write`, but a file that stands is left as it is; False when there was one."""
+    """Like :func:`atomic_write`, but keep an existing file; returns False if there was one."""
     partial = temporary_path(path, owner)
     try:
         _write_synced(partial, data)
         fsync_folder(path.parent)
-        os.link(partial, path)  # unlike a rename, a link cannot replace what another process just wrote
+        os.link(partial, path)  # unlike a rename, a link cannot replace a file that another process just wrote
         return True
     except FileExistsError:
         return False
@@ -71,14 +71,14 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def rename_durably(partial: Path, path: Path) -> None:
-    """Rename a file whose bytes are already synced, and sync the folder that holds the name."""
+    """Rename a file whose bytes are already synced, and sync its folder."""
     fsync_folder(path.parent)
     os.replace(partial, path)
     fsync_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each durable in the one that holds it."""
+    """Create a folder and its parents durably."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -86,7 +86,7 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries durable."""
+    """Sync the entries of a folder to disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -95,15 +95,15 @@ def fsync_folder(folder: Path) -> None:
 
 
 def open_file(path: Path, *, lock: bool = False) -> io.FileIO:
-    """Open a regular file for reading. A pipe would block and a device has no end: both raise OSError.
+    """Open a regular file for reading. Raises OSError for pipes, which would block, and for devices, which have no end.
 
     Args:
-        lock: take a shared lock on the file first. It lasts as long as the descriptor or a mapping made from it.
+        lock: first take a shared lock on the file. It lasts as long as the descriptor or a mapping created from it.
     """
     file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115 - the caller closes it
     try:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         if lock:
             fcntl.flock(file.fileno(), fcntl.LOCK_SH)
     except BaseException:
@@ -120,12 +120,12 @@ def _without_waiting(path: str, flags: int) -> int:
 def file_lock(path: Path, *, wait: bool = True, create: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock on ``path`` inside the ``with`` block. The kernel releases it if the process dies.
 
-    Yields True when the lock is held. The holder may unlink the file. Yields False when another process, thread or
+    Yields True if the lock is held. The holder may unlink the file. Yields False if another process, thread or
     :func:`open_file` with ``lock`` holds it and ``wait`` is false.
 
     Raises:
-        FileNotFoundError: ``create`` is false and there is no such file.
-        OSError: the file cannot be opened, or its file system has no locks.
+        FileNotFoundError: ``create`` is false and the file does not exist.
+        OSError: the file cannot be opened, or its file system does not support locks.
     """
     fd = lock_file(path, wait=wait, create=create)
     try:
@@ -137,7 +137,7 @@ def file_lock(path: Path, *, wait: bool = True, create: bool = True) -> Iterator
 
 
 def lock_file(path: Path, *, wait: bool = True, create: bool = True) -> int | None:
-    """:func:`file_lock` without the block: a descriptor that holds the lock until it is closed; None for False."""
+    """Like :func:`file_lock`, but return a descriptor that holds the lock until it is closed, or None for False."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
         try:
@@ -155,43 +155,44 @@ def lock_file(path: Path, *, wait: bool = True, create: bool = True) -> int | No
 
 
 def file_sha256(path: Path) -> str:
-    """64 hex digits: sha256 of the file's bytes."""
+    """Return the sha256 of a file (64 hex digits)."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, *, missing_hint: str, corrupt_hint: str) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """Read the JSON object in ``path``.
 
     Raises:
-        UserError: there is no file (the sentence ends with ``absent``), or it holds no JSON object (``damaged``).
+        UserError: the file does not exist (the message ends with ``missing_hint``), or it does not contain a JSON object
+            (the message ends with ``corrupt_hint``).
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no '{path}': {missing_hint}") from None
+        raise UserError(f"'{path}' does not exist: {missing_hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): {corrupt_hint}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"'{path}' holds no JSON object: {corrupt_hint}")
+        raise UserError(f"'{path}' does not contain a JSON object: {corrupt_hint}")
     return tree
 
 
 @contextmanager
 def translate_os_errors(action: str, path: Path) -> Iterator[None]:
-    """Turn the storage errors that a user can mend into one sentence."""
+    """Raise the storage errors that a user can fix as a UserError of one sentence."""
     try:
         yield
     except OSError as error:
-        fix = _MENDS.get(error.errno or 0)
+        fix = _REASONS.get(error.errno or 0)
         if fix is None:
             raise
         reason, remedy = fix
         raise UserError(f"{action} failed in '{path}': {reason}; {remedy}") from error
 
 
-_AGAIN = "then run the same command again: what is committed is kept"
-_MENDS = {
+_AGAIN = "then rerun the same command; committed data is kept"
+_REASONS = {
     errno.ENOSPC: ("the disk is full", f"free space, {_AGAIN}"),
     errno.EDQUOT: ("the disk quota is used up", f"free space or raise the quota, {_AGAIN}"),
     errno.EFBIG: ("the file is larger than allowed here", f"use a smaller shard_mb, {_AGAIN}"),
@@ -200,5 +201,5 @@ _MENDS = {
     errno.EPERM: ("operation not permitted", f"make the folder writable or choose another root, {_AGAIN}"),
     errno.EIO: ("the device reports an input/output error", f"check the disk, {_AGAIN}"),
     errno.ESTALE: ("the network file handle went stale", f"remount the share, {_AGAIN}"),
-    errno.ENOTDIR: ("a part of the path is a file", "choose another root"),
+    errno.ENOTDIR: ("a component of the path is a file", "choose another root"),
 }

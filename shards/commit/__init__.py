@@ -1,1 +1,1 @@
-"""How a shard becomes part of a cache: write, claim, commit, finish, in a folder or in a bucket."""
+"""The commit protocol: claim, write, commit and finalize shards in a folder or a bucket."""

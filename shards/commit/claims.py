@@ -1,9 +1,9 @@
-"""Who is making which shard: claims that survive crashes and ignore clocks.
+"""Claims on shards that survive crashes and do not depend on synchronized clocks.
 
-In: the path of a claim file. Out: a :class:`Claim` held by this process, or nothing. The holder touches its file every
-third of the lease; a contender that sees the same file untouched for one lease *by its own monotonic clock* takes it
-over, so clocks that disagree do no harm. A dead holder on the same machine is recognised at once. A claim only saves
-work: two owners of one shard write the same bytes under different temporary names, and the commit is a rename.
+:class:`Claims` creates claim files. The holder touches its file every third of the lease. A contender that sees the
+file untouched for one lease, measured with its own monotonic clock, takes it over. A dead holder on the same machine is
+detected at once. Claims only avoid duplicate work: two owners of one shard write the same bytes under different
+temporary names, and the commit is a rename.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MAX_CLAIM = 4096  # bytes
 
 
 def process_identity() -> dict[str, str | int]:
-    """Which process this is, precisely enough to ask later whether it still runs."""
+    """Return an identity of this process that can later be checked for whether the process still runs."""
     return {"host": _host(), "pid": os.getpid(), "started": _process_start_time(os.getpid()) or ""}
 
 
 def _host() -> str:
-    """Machine, boot and process-id namespace: pids are comparable only where all three agree."""
+    """Return machine, boot and pid namespace. Pids are comparable only if all three are equal."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -41,16 +41,16 @@ def _host() -> str:
 
 
 def _process_start_time(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot (a reused pid has another), None when /proc does not tell."""
+    """Return the start time of a process in clock ticks since boot, which tells reused pids apart; None if unknown."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "ended" if state in "ZX" else fields[18]  # a zombie has ended: its parent has yet to look
+        return "ended" if state in "ZX" else fields[18]  # a zombie has ended, but its parent has not reaped it
     except (OSError, IndexError, ValueError):
         return None
 
 
 def new_owner() -> str:
-    """A tag for this process's files: unique, short, safe in a file name."""
+    """Return a unique owner tag for the files of this process, short and safe in a file name."""
     return f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
@@ -59,12 +59,12 @@ Held = TypeVar("Held")
 
 
 class LeaseHolder(ABC, Generic[Name, Held]):
-    """Claims of one process, wherever they stand: a thread refreshes them, leaving the block releases them."""
+    """Base class for the claims of one process. A thread sends heartbeats; leaving the block releases the claims."""
 
     def __init__(self, owner: str, lease: float = LEASE) -> None:
         self.owner, self.lease = owner, lease
         self._held: dict[Name, Held] = {}
-        self._last_heartbeats: dict[Name, tuple[object, float]] = {}  # of others: sign of life, when first seen
+        self._last_heartbeats: dict[Name, tuple[object, float]] = {}  # of other holders: heartbeat, when first seen
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -85,18 +85,18 @@ class LeaseHolder(ABC, Generic[Name, Held]):
 
     @abstractmethod
     def release(self, name: Name) -> None:
-        """Give a claim back; one that was taken over meanwhile is left to its new owner."""
+        """Release a claim. A claim that was taken over is left to its new owner."""
 
     @abstractmethod
     def _heartbeat_all(self) -> None:
-        """Give a sign of life for every claim that is held."""
+        """Send a heartbeat for every held claim."""
 
     def _heartbeat_loop(self) -> None:
         while not self._stop.wait(self.lease / 3):
             self._heartbeat_all()
 
     def _is_expired(self, name: Name, heartbeat: object) -> bool:
-        """Whether another's claim has shown the same ``sign`` for one lease of our watching."""
+        """Return whether another holder's claim has shown the same ``heartbeat`` for one lease."""
         now, before = time.monotonic(), self._last_heartbeats.get(name)
         if before is None or before[0] != heartbeat:
             self._last_heartbeats[name] = (heartbeat, now)
@@ -105,10 +105,10 @@ class LeaseHolder(ABC, Generic[Name, Held]):
 
 
 class Claims(LeaseHolder[Path, int]):
-    """The claims of one process on files: takes, refreshes in a background thread, releases."""
+    """The claims of one process, stored as files."""
 
     def acquire(self, path: Path) -> bool:
-        """Claim ``path``; False while another live owner holds it."""
+        """Claim ``path``; returns False while another live owner holds it."""
         if self._create(path):
             return True
         stale = self._stale_claim(path)
@@ -134,7 +134,7 @@ class Claims(LeaseHolder[Path, int]):
             return False
         try:
             write_all(fd, json.dumps({"owner": self.owner, **process_identity()}).encode())
-        except BaseException:  # a full disk must not leave a claim that nobody holds
+        except BaseException:  # a full disk must not leave a claim without a holder
             os.close(fd)
             path.unlink(missing_ok=True)
             raise
@@ -146,13 +146,13 @@ class Claims(LeaseHolder[Path, int]):
     def _heartbeat_all(self) -> None:
         with self._lock:
             for fd in self._held.values():
-                with contextlib.suppress(OSError):  # a share that is gone for a moment must not end the refreshing
-                    os.utime(fd)  # by descriptor: if the claim was taken over, the new owner's stays untouched
+                with contextlib.suppress(OSError):  # a temporarily unavailable share must not stop the heartbeats
+                    os.utime(fd)  # by descriptor: does not touch the file of a new owner
 
     def _stale_claim(self, path: Path) -> bytes | None:
-        """The claim's text if its holder died on this machine, or did not touch it for one lease of our watching."""
+        """Return the claim's text if its holder died on this machine, or has not touched it for one lease."""
         try:
-            with open(path, "rb") as file:  # opened first: over NFS only that brings fresh times
+            with open(path, "rb") as file:  # open before stat: NFS refreshes file times only on open
                 state, text = os.fstat(file.fileno()), file.read(MAX_CLAIM)
         except FileNotFoundError:
             return None  # just released: the next call creates it
@@ -161,26 +161,26 @@ class Claims(LeaseHolder[Path, int]):
         return text if self._is_expired(path, (state.st_ino, state.st_mtime_ns)) else None
 
     def _remove_stale(self, path: Path, stale: bytes) -> bool:
-        """Move the dead claim aside; put it back if it turns out to be a fresh one that came in between."""
-        aside = temporary_path(path, self.owner)  # a name that is cleaned up should this process die here
+        """Move the stale claim aside, or put it back if it was replaced by a fresh claim in the meantime."""
+        aside = temporary_path(path, self.owner)  # a name that is cleaned up if this process dies here
         try:
             os.rename(path, aside)
         except FileNotFoundError:
             return True
         try:
-            if aside.read_bytes() == stale:  # the owner tag inside is unique to a process
+            if aside.read_bytes() == stale:  # the owner tag in it is unique to a process
                 return True
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
             return False
-        except FileNotFoundError:  # another owner that holds the shard by now cleaned up
+        except FileNotFoundError:  # the new owner of the shard has removed stray files
             return False
         finally:
             aside.unlink(missing_ok=True)
 
 
 def owner_is_dead(text: bytes) -> bool:
-    """True when the claim names a process of this machine that no longer runs."""
+    """Return whether the claim names a process of this machine that no longer runs."""
     try:
         held = json.loads(text)
         if held["host"] != _host():
@@ -188,7 +188,7 @@ def owner_is_dead(text: bytes) -> bool:
         pid, started = int(held["pid"]), _process_start_time(int(held["pid"]))
         if started is not None and held["started"]:
             return bool(started != held["started"])
-        os.kill(pid, 0)  # where /proc is absent, or hides the processes of others
+        os.kill(pid, 0)  # if /proc is absent or hides the processes of other users
         return False
     except ProcessLookupError:
         return True

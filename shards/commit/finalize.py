@@ -1,4 +1,4 @@
-"""finalize."""
+"""Plans, commit records and finalization: merges the rows of all shards and writes ``CACHE.json``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
 
 def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
-    """Write the plan if there is none; a plan that stands is never replaced. Returns the plan that counts."""
+    """Write the plan if there is none. Never replaces an existing plan. Returns the plan in effect."""
     make_folder(layout.shards)
     if not layout.plan.exists():
         write_if_absent(layout.plan, parquet_bytes(table.cast(UTTERANCE_SCHEMA)), owner)
@@ -27,7 +27,7 @@ def write_plan(layout: Layout, table: pa.Table, owner: str) -> Plan:
 
 
 def commit_record(layout: Layout, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
-    """The commit record of a shard, if its ids are these and its files have the recorded sizes; else None."""
+    """Return the commit record of a shard if its ids match and its files have the recorded sizes; otherwise None."""
     try:
         record = unseal(layout.record(shard))
         if not record_matches(record, shard, feature_id, plan_id):
@@ -41,15 +41,16 @@ def commit_record(layout: Layout, shard: int, feature_id: str, plan_id: str) -> 
 
 
 def record_matches(record: dict[str, Any], shard: int, feature_id: str, plan_id: str) -> bool:
-    """Whether a commit record is of this shard of this plan, and of these features."""
+    """Return whether a commit record belongs to this shard, this plan and these features."""
     wanted = (feature_id, plan_id, shard)
     return (record.get("feature_id"), record.get("plan_id"), record.get("shard")) == wanted
 
 
 def finalize(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Merge the rows of all shards and write ``CACHE.json`` last. Idempotent; any process may do it.
+    """Merge the rows of all shards and write ``CACHE.json`` last. Idempotent; any process may call it.
 
-    ``about`` is provenance (source, encoder, timings): kept in ``CACHE.json``, never part of an identity.
+    Args:
+        provenance: source, encoder and timings. Stored in ``CACHE.json``, never part of an id.
 
     Raises:
         UserError: a shard has no valid commit record.
@@ -59,7 +60,7 @@ def finalize(layout: Layout, spec: FeatureSpec, plan: Plan, owner: str, provenan
     for shard in range(plan.num_shards):
         record = commit_record(layout, shard, spec.feature_id, plan.id)
         if record is None:
-            raise UserError(f"shard {shard:06d} of '{layout.path}' is not committed: run the same extraction again")
+            raise UserError(f"shard {shard:06d} of '{layout.path}' is not committed: rerun the same extraction")
         records.append(record)
         tables.append(_committed_rows(layout, shard, record))
     files, info = merge_shards(spec, plan, records, tables, provenance)
@@ -76,12 +77,12 @@ def merge_shards(
     tables: Sequence[pa.Table],
     provenance: dict[str, Any],
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """What completes a cache: the manifest and the failures by file name, and ``CACHE.json``, to be sealed.
+    """Return the files that complete a cache: manifest and failures by file name, and ``CACHE.json``, to be sealed.
 
     Args:
-        records: of all shards, in order.
+        records: commit records of all shards, in order.
         tables: their rows (MANIFEST_SCHEMA), in the same order.
-        about: provenance.
+        provenance: see :func:`finalize`.
     """
     manifest = pa.concat_tables(tables) if tables else MANIFEST_SCHEMA.empty_table()
     failures = [failure for record in records for failure in record["failures"]]
@@ -116,25 +117,25 @@ def merge_shards(
 
 
 def read_shard_rows(path: Path, record: dict[str, Any]) -> pa.Table:
-    """A shard's rows in the parquet file that its record names; RecordError when it is not that file."""
+    """Read a shard's rows from the parquet file that its record describes; RecordError if the file differs."""
     if file_sha256(path) != record["parquet"]["sha256"]:
         raise RecordError(f"{path.name} does not match its sha256")
     return read_parquet(path, MANIFEST_SCHEMA)
 
 
 def _committed_rows(layout: Layout, shard: int, record: dict[str, Any]) -> pa.Table:
-    """The rows of a committed shard, as hashed: what is merged into the manifest is never looked at again."""
+    """Read the rows of a committed shard. Verifies their hash, because rows in the manifest are not checked again."""
     try:
         return read_shard_rows(layout.rows(shard), record)
     except RecordError as error:
         raise UserError(
-            f"shard {shard:06d} of '{layout.path}' is damaged: {error}; delete '{layout.record(shard)}' and run the "
-            "same extraction again"
+            f"shard {shard:06d} of '{layout.path}' is corrupt: {error}; delete '{layout.record(shard)}' and rerun the "
+            "same extraction"
         ) from None
 
 
 def is_complete(layout: Layout, feature_id: str, plan_id: str | None = None) -> bool:
-    """True when ``CACHE.json`` stands, is whole, and is of this feature id (and plan)."""
+    """Return whether ``CACHE.json`` exists, is valid, and has this feature id (and plan id)."""
     try:
         info = unseal(layout.cache)
         return info["feature_id"] == feature_id and plan_id in (None, info["plan_id"])
@@ -143,21 +144,22 @@ def is_complete(layout: Layout, feature_id: str, plan_id: str | None = None) -> 
 
 
 def stray_files(layout: Layout) -> Iterator[Path]:
-    """What killed processes left: temporary files, and claims moved aside. A complete cache has none."""
+    """Yield the files left by killed processes: temporary files and claims moved aside. A complete cache has none."""
     for folder in (layout.path, layout.shards):
         if folder.is_dir():
             yield from sorted(path for path in folder.iterdir() if TEMPORARY_INFIX in path.name)
 
 
 def remove_stray_files(layout: Layout) -> None:
-    """Remove stray files and claims of shards. Only for the holder of the finishing claim, all shards being committed.
+    """Remove stray files and shard claims. Call it only while holding the finalize claim, with all shards committed.
 
-    The claim of a live process may go too: its shard is committed, so that releasing it finds nothing left to do.
+    This may remove the claim of a live process. That is harmless: its shard is committed, and releasing a missing claim
+    does nothing.
     """
     for path in (*stray_files(layout), *layout.shards.glob("*.claim*")):
         path.unlink(missing_ok=True)
 
 
 def is_clean(layout: Layout) -> bool:
-    """False when something that :func:`sweep` removes, or the finishing claim itself, still stands."""
+    """Return False if the finalize claim, or a file that :func:`remove_stray_files` removes, exists."""
     return not (any(stray_files(layout)) or any(layout.shards.glob("*.claim*")) or layout.finalize_claim.exists())

@@ -1,4 +1,4 @@
-"""The answer of a folder to what an extraction asks of its cache: commits by rename, claims by link."""
+"""The :class:`shards.commit.store.Store` of a folder: commits by rename, claims by exclusive creation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shards.format.spec import FeatureSpec
 
 
 class FolderStore:
-    """A cache in a folder that all its makers share; the protocol of ``docs/format.md``, by rename and link."""
+    """A cache in a folder that all extracting processes share. Implements the protocol of ``docs/format.md``."""
 
     def __init__(self, path: Path) -> None:
         self.location, self.layout, self.keeps_shards = str(path), Layout(path), True
@@ -70,7 +70,7 @@ class FolderStore:
         self._invalidated.pop(shard, None)
 
     def finalize(self, spec: FeatureSpec, plan: Plan, provenance: dict[str, Any]) -> None:
-        with translate_os_errors("finishing the cache", self.layout.path):
+        with translate_os_errors("finalizing the cache", self.layout.path):
             remove_stray_files(self.layout)
             finalize(self.layout, spec, plan, self._claims.owner, provenance)
 

@@ -1,9 +1,9 @@
-"""Where a cache is being made: what an extraction asks of a folder, and of a bucket in the same words.
+"""The interface between extraction and the place where a cache is created: a folder or a bucket.
 
-In: the path of a folder, or a URL (``shards/commit/bucket/store.py``). Out: a :class:`Store`. Shards are always written
-into a local folder (:attr:`Store.layout`) by ``shards/commit/writer.py``; the store says which of them are committed,
-who makes which, and makes what was written count. In a folder, the writer's rename is all of that; to a bucket, files
-are put.
+:func:`open_store` takes the path of a folder or a URL (``shards/commit/bucket/store.py``) and returns a :class:`Store`.
+``shards/commit/writer.py`` always writes shards to a local folder (:attr:`Store.layout`). The store records which
+shards are committed, assigns shards to processes, and publishes what was written. In a folder, the writer's rename
+already publishes a shard; to a bucket, its files are uploaded.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from shards.remote.client import is_url
 
 
 class Store(Protocol):
-    """One cache that is being made.
+    """A cache that is being extracted.
 
     Attributes:
         location: the folder or URL.
-        layout: the local folder that shards are written into before :meth:`publish`.
-        stays: whether they stay there when they are committed.
+        layout: the local folder that shards are written to before :meth:`publish`.
+        keeps_shards: whether shards stay in ``layout`` once they are committed.
     """
 
     location: str
@@ -35,54 +35,54 @@ class Store(Protocol):
     keeps_shards: bool
 
     def info(self) -> dict[str, Any] | None:
-        """``CACHE.json``, None where there is none yet; RecordError when it is damaged."""
+        """Return ``CACHE.json``, or None if there is none yet; RecordError if it is corrupt."""
 
     def plan(self) -> Plan | None:
-        """The plan, None where there is none yet; UserError when it is damaged."""
+        """Return the plan, or None if there is none yet; UserError if it is corrupt."""
 
     def write_plan(self, table: pa.Table) -> Plan:
-        """Make ``table`` the plan unless one stands by now; returns the one that counts."""
+        """Make ``table`` the plan unless one exists already; returns the plan in effect."""
 
     def commit_record(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
-        """The commit record of a shard, if it is of these ids and its files stand; else None."""
+        """Return the commit record of a shard if its ids match and its files exist; otherwise None."""
 
     def is_corrupt(self, shard: int, record: dict[str, Any]) -> bool:
-        """Whether a committed shard's files have another sha256 than its record says; reads them whole."""
+        """Return whether a file of a committed shard does not match the sha256 in its record. Reads whole files."""
 
     def reopen(self, shards: dict[int, dict[str, Any]]) -> None:
-        """Take ``CACHE.json`` away, and let these shards' records, as they stand, count no more."""
+        """Remove ``CACHE.json`` and invalidate the given records of these shards."""
 
     def is_complete(self, feature_id: str, plan_id: str) -> bool:
-        """Whether ``CACHE.json`` stands, whole and of these ids."""
+        """Return whether ``CACHE.json`` exists, is valid and has these ids."""
 
     def hold_leases(self, owner: str, lease: float = LEASE) -> AbstractContextManager[None]:
-        """Within it this process may take shards; at its end it gives back what it holds."""
+        """Context manager in which this process may acquire claims; on exit, it releases those it holds."""
 
     def acquire(self, shard: int | None) -> bool:
-        """Claim a shard, or with None the finishing; False while somebody else has it."""
+        """Claim a shard, or the finalization if ``shard`` is None; returns False while another process holds it."""
 
     def release(self, shard: int | None) -> None:
-        """Give a claim back; harmless when it was taken over or has served its purpose."""
+        """Release a claim. Does nothing if it was taken over or its shard is committed."""
 
     def publish(self, shard: int) -> None:
-        """Make the shard that :attr:`layout` holds count, if it is still this process's to make."""
+        """Publish the shard written to :attr:`layout`, unless its claim was lost."""
 
     def finalize(self, spec: FeatureSpec, plan: Plan, provenance: dict[str, Any]) -> None:
-        """Merge all shards and write ``CACHE.json`` last. Only for the holder of the finishing."""
+        """Merge all shards and write ``CACHE.json`` last. Call it only while holding the finalize claim."""
 
     def cleanup(self) -> None:
-        """Remove what killed processes left in a complete cache, where that is allowed."""
+        """Remove files that killed processes left in a complete cache, if permissions allow it."""
 
 
 def open_store(location: str, scratch: str | None = None) -> Store:
-    """The cache at a path or URL, whether or not there is anything yet.
+    """Open the cache at a path or URL, which need not exist yet.
 
     Args:
-        scratch: for a URL, the folder in which shards are made before they are put; None is the system's for
-            temporary files.
+        scratch: for a URL, the folder in which shards are written before the upload; ``None`` uses the system's folder
+            for temporary files.
 
     Raises:
-        UserError: of a URL, the store cannot be reached or knows no conditional writes.
+        UserError: the object store cannot be reached or does not support conditional writes.
     """
     if is_url(location):
         from shards.commit.bucket.store import BucketStore

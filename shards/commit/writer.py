@@ -1,8 +1,8 @@
-"""Write one shard and commit it.
+"""Writes and commits one shard.
 
-In: utterances with their float32 features, in row order. Out: ``000042.tar``, ``000042.parquet`` and, last,
-``000042.json``. Until the commit everything stands under a temporary name; leaving the ``with`` block without
-:meth:`ShardWriter.commit`, by an exception or not, removes it: abort never equals close.
+Takes utterances with their float32 features in row order; writes ``000042.tar``, ``000042.parquet`` and, last,
+``000042.json``. Before the commit, all data is in a temporary file. Leaving the ``with`` block without
+:meth:`ShardWriter.commit`, with or without an exception, removes it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from shards.format.records import seal, utterance_json
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
 Buffer = bytes | memoryview
-MAX_QUEUED_UPDATES = 8  # updates of a BackgroundHash whose bytes may wait in memory
+MAX_QUEUED_UPDATES = 8  # queued updates of a BackgroundHash, whose bytes stay in memory
 
 
 class CommitError(RuntimeError):
-    """What was read back from the disk is not what was written."""
+    """The bytes read back from the disk differ from those written."""
 
 
 class ShardWriter:
-    """Writes shard ``shard`` of the cache at ``layout``; used by one thread, hashes in another."""
+    """Writes shard ``shard`` of the cache at ``layout``. Not thread-safe; hashes in a background thread."""
 
     def __init__(self, layout: Layout, shard: int, spec: FeatureSpec, plan_id: str, owner: str) -> None:
         self.layout, self.shard, self.spec, self.plan_id, self.owner = layout, shard, spec, plan_id, owner
@@ -64,21 +64,22 @@ class ShardWriter:
         """Append one utterance.
 
         Args:
-            utterance: its row of the plan (``UTTERANCE_SCHEMA``).
+            utterance: its row in the plan (``UTTERANCE_SCHEMA``).
             features: float32 [frames, channels], frames ≥ 1.
             samples: length of the decoded audio at the spec's sampling rate.
-            audio_sha256: of the encoded audio file.
+            audio_sha256: sha256 of the encoded audio file.
 
         Raises:
+            ValueError: ``features`` has another shape.
             CodecError: the features cannot be stored; nothing was written for this utterance.
-            OSError: the disk is full, or the like.
+            OSError: writing failed, for example because the disk is full.
         """
         if features.ndim != 2 or features.shape[1] != self.spec.channels or not len(features):
-            raise ValueError(f"features of shape {features.shape}, wanted [frames ≥ 1, {self.spec.channels}]")
+            raise ValueError(f"features of shape {features.shape}, expected [frames ≥ 1, {self.spec.channels}]")
         self.add_encoded(utterance, encode(self.spec.codec, features), samples=samples, audio_sha256=audio_sha256)
 
     def add_encoded(self, utterance: dict[str, Any], encoded: Encoded, *, samples: int, audio_sha256: str) -> None:
-        """:meth:`add` of features that went through the spec's codec already."""
+        """Like :meth:`add`, for features that are already encoded with the spec's codec."""
         key = utterance["key"]
         payload = npy_parts(encoded.payload)
         row = {
@@ -92,13 +93,13 @@ class ShardWriter:
             "error": encoded.error,
             "audio_sha256": audio_sha256,
         }
-        about = utterance_json(row, self.spec)  # before the first byte: what cannot be described is not half written
+        metadata = utterance_json(row, self.spec)  # before the first write: an error here must not leave half a sample
         row["offset"], row["length"] = self._member(f"{key}.npy", payload)
         if encoded.scale is not None:
             scale = npy_parts(encoded.scale)
             row["crc32"] = crc32(scale, row["crc32"])
             row["scale_offset"], row["scale_length"] = self._member(f"{key}.scale.npy", scale)
-        self._member(f"{key}.json", [about])
+        self._member(f"{key}.json", [metadata])
         self.rows.append(row)
 
     def add_failure(self, key: str, stage: str, error: str, attempt: int = 1) -> None:
@@ -106,11 +107,11 @@ class ShardWriter:
         self.failures.append({"key": key, "stage": stage, "error": error, "attempt": attempt})
 
     def commit(self, timings: dict[str, float]) -> dict[str, Any]:
-        """Sync, read back, compare, rename; the commit record last. Returns the record.
+        """Sync the shard, read it back, compare, and rename it; write the commit record last. Returns the record.
 
         Raises:
-            CommitError: the disk gave back other bytes than were written.
-            WorkFailed: another process took the shard over and has not committed it yet.
+            CommitError: the disk returned other bytes than were written.
+            WorkFailed: another process took over the shard and has not committed it yet.
         """
         write_all(self._fd, end := tar.end_of_archive(self._size))
         self._hash.update([end])
@@ -138,20 +139,18 @@ class ShardWriter:
             rename_durably(self.path, self.layout.tar(self.shard))
             atomic_write(self.layout.rows(self.shard), rows, self.owner)
             atomic_write(self.layout.record(self.shard), seal(record), self.owner)
-        except (
-            FileNotFoundError
-        ):  # a process that stood still for a lease lost its claim, and its files were cleaned up
+        except FileNotFoundError:  # this process was suspended, lost its claim, and its files were removed
             theirs = commit_record(self.layout, self.shard, self.spec.feature_id, self.plan_id)
             if theirs is None:
                 raise WorkFailed(
                     f"shard {self.shard:06d} of '{self.layout.path}' was taken over by another extraction while this "
-                    "one stood still: run the same command again"
+                    "one was suspended: rerun the same command"
                 ) from None
             return theirs
         return record
 
     def abort(self) -> None:
-        """Remove what is not committed. Harmless after a commit."""
+        """Remove uncommitted data. Does nothing after a commit."""
         self._hash.close()
         if self._open:
             self._open = False
@@ -159,7 +158,7 @@ class ShardWriter:
         self.path.unlink(missing_ok=True)
 
     def _member(self, name: str, parts: Sequence[Buffer]) -> tuple[int, int]:
-        """Append a tar member; returns the offset of its data and their length."""
+        """Append a tar member; returns offset and length of its data in bytes."""
         offset, length = self._size + tar.BLOCK_SIZE, sum(map(len, parts))
         around = tar.pack_header(name, length), tar.padding(length)
         whole = [around[0], *parts, around[1]]
@@ -174,9 +173,9 @@ class ShardWriter:
         return offset, length
 
     def _read_back(self) -> None:
-        """Compare what the disk gives back by crc32: each row's arrays, then everything between them.
+        """Compare the bytes on disk with the crc32 of each row's arrays and of everything between them.
 
-        The crc32 of what was written are at hand, and reading is three times as fast as another sha256.
+        The crc32 of the written bytes are known, and checking them is three times as fast as another sha256.
         """
         size = os.fstat(self._fd).st_size
         rest, at, found = 0, 0, dict[str, int]()
@@ -190,14 +189,14 @@ class ShardWriter:
                 rest, at = zlib.crc32(view[at : member.offset], rest), end
             rest = zlib.crc32(view[at:], rest)
         if (size, found, rest) != (self._size, {row["key"]: row["crc32"] for row in self.rows}, self._rest):
-            raise CommitError(f"{self.path.name}: the disk gave back other bytes than were written (crc32)")
+            raise CommitError(f"{self.path.name}: the disk returned other bytes than were written (crc32)")
 
 
 class BackgroundHash:
-    """Like ``hashlib.sha256()``, but another thread hashes, from the first update until :meth:`close`.
+    """Like ``hashlib.sha256()``, but hashes in another thread, from the first update until :meth:`close`.
 
-    Hashing is the slowest part of writing a shard. hashlib releases the interpreter's lock, so the writer packs and
-    writes the next member in the meantime.
+    Hashing is the slowest part of writing a shard. hashlib releases the GIL, so that the writer can pack and write the
+    next member in the meantime.
     """
 
     def __init__(self) -> None:
@@ -215,12 +214,12 @@ class BackgroundHash:
         self._pieces.put(pieces)
 
     def hexdigest(self) -> str:
-        """64 hex digits: sha256 of everything so far."""
+        """Return the sha256 of everything so far (64 hex digits) and end the thread."""
         self.close()
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        """Hash what is queued, then end the thread."""
+        """Hash the queued pieces, then end the thread."""
         if self._thread is not None:
             self._pieces.put(None)
             self._thread.join()
@@ -234,7 +233,7 @@ class BackgroundHash:
 
 
 def npy_parts(array: Array) -> list[Buffer]:
-    """``array`` as a version 1.0 ``.npy`` file: its header, and its bytes where they are."""
+    """Return ``array`` as a version 1.0 ``.npy`` file: the header, and a view of the array's bytes."""
     values = np.ascontiguousarray(array)
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(values))
@@ -242,19 +241,19 @@ def npy_parts(array: Array) -> list[Buffer]:
 
 
 def npy_bytes(array: Array) -> bytes:
-    """``array`` as a version 1.0 ``.npy`` file."""
+    """Return ``array`` as a version 1.0 ``.npy`` file."""
     return b"".join(npy_parts(array))
 
 
 def crc32(parts: Iterable[Buffer], before: int = 0) -> int:
-    """zlib's crc32 over ``parts``, going on from ``before``."""
+    """Return zlib's crc32 over ``parts``, continuing from ``before``."""
     for part in parts:
         before = zlib.crc32(part, before)
     return before
 
 
 def remove_stray_shard_files(layout: Layout, shard: int) -> None:
-    """Remove what dead owners left of a shard. Only for the holder of the shard's claim."""
+    """Remove the temporary files that dead owners left of a shard. Call it only while holding the shard's claim."""
     prefix = f"{shard:06d}."
     for path in list(layout.shards.iterdir()):
         if path.name.startswith(prefix) and TEMPORARY_INFIX in path.name:
@@ -262,7 +261,7 @@ def remove_stray_shard_files(layout: Layout, shard: int) -> None:
 
 
 def remove_shard(layout: Layout, shard: int) -> None:
-    """Take a shard back, its record first and durably, so that no moment shows a record without its tar."""
+    """Remove a shard. Its record is removed first and durably, so that no record is ever seen without its tar."""
     layout.record(shard).unlink(missing_ok=True)
     fsync_folder(layout.shards)
     for path in (layout.rows(shard), layout.tar(shard)):

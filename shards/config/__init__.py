@@ -1,1 +1,1 @@
-"""Typed settings: YAML files with ``key=value`` overrides into pydantic models that refuse unknown keys."""
+"""Typed configuration: YAML files with ``key=value`` overrides, parsed into pydantic models without unknown keys."""

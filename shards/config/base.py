@@ -1,8 +1,8 @@
-"""Typed configuration: a YAML file and ``key=value`` arguments in, one validated pydantic model out.
+"""Typed configuration: merges a YAML file and ``key=value`` arguments into one validated pydantic model.
 
-Extraction, training and sweeps use it (``pipeline/config.py``, ``train/config/train.py`` and ``train/sweeps/config.py``
-hold their models). The value of an argument is YAML, so ``source.splits=[dev-clean,test-clean]`` is a list. PyYAML
-reads ``1e-3`` as a string; the typed model converts it. A renamed key is still accepted by its old name.
+Used by extraction (``pipeline/config.py``), training (``train/config/train.py``) and sweeps
+(``train/sweeps/config.py``). The value of an argument is YAML, so ``source.splits=[dev-clean,test-clean]`` is a list.
+PyYAML reads ``1e-3`` as a string; the typed model converts it. The old name of a renamed key is still accepted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from shards.errors import UserError
 
 
 class Config(BaseModel):
-    """Base of every configuration model: unknown keys are errors, values are frozen once validated.
+    """Base class of every configuration model. Unknown keys are errors; validated values are frozen.
 
-    The string below a field documents its key. ``OLD_NAMES`` maps the old name of a key to its present one; either may
-    be set, the present one is written.
+    The string below a field documents its key. ``OLD_NAMES`` maps the old name of a key to its current name. Either
+    name may be set; the current name is written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -39,11 +39,11 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def load_config(model: type[M], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> M:
-    """Read ``path`` (a YAML mapping; ``None``: empty), apply ``a.b=value`` in order, validate as ``model``.
+    """Read ``path`` (a YAML mapping; ``None`` means empty), apply ``a.b=value`` in order and validate as ``model``.
 
     Raises:
         UserError: the file is missing or not a mapping, an override is not ``key=value``, a key is unknown or set by
-            its old and its new name, or a value is wrong. It names the argument, or the file and line.
+            both its old and its new name, or a value is invalid. The message names the argument, or the file and line.
     """
     tree = read_yaml(path, model) if path is not None else {}
     for word, key, value in parse_overrides(overrides, model):
@@ -53,7 +53,14 @@ def load_config(model: type[M], path: str | os.PathLike[str] | None, overrides: 
 
 
 def validate_config(model: type[M], tree: dict[str, Any], where: str | Callable[[str], str]) -> M:
-    """Validate a mapping; an error names ``where`` it is from, or what ``where`` returns for the wrong key."""
+    """Validate a mapping as ``model``.
+
+    Args:
+        where: the origin of the mapping that errors name, or a function that returns the origin of a dotted key.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is invalid.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -61,10 +68,10 @@ def validate_config(model: type[M], tree: dict[str, Any], where: str | Callable[
 
 
 def parse_overrides(words: Sequence[str], model: type[BaseModel]) -> Iterator[tuple[str, str, Any]]:
-    """Each ``a.b=value`` with the key ``a.b``, by its present name in ``model``, and its value.
+    """Yield each word ``a.b=value`` with its key ``a.b``, under its current name in ``model``, and its value.
 
     Raises:
-        UserError: one is no override, or two set one key by its old and its new name.
+        UserError: a word is not ``key=value``, or two words set the same key by its old and its new name.
     """
     typed: dict[str, str] = {}
     for word in words:
@@ -76,12 +83,14 @@ def parse_overrides(words: Sequence[str], model: type[BaseModel]) -> Iterator[tu
         except ValueError as error:
             raise UserError(f"the value of the argument '{word}' is not valid: {error}") from None
         if typed.setdefault(key, given) != given:
-            raise UserError(f"the arguments set '{typed[key]}' and '{given}', two names of one key: set only '{key}'")
+            raise UserError(
+                f"the arguments set '{typed[key]}' and '{given}', which name the same key: set only '{key}'"
+            )
         yield word, key, value
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``. Lists are kept as values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -92,13 +101,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
-    """Put ``value`` at ``a.b`` of ``tree``; UserError, naming ``where``, when ``a`` holds something else."""
+    """Set ``a.b`` in ``tree`` to ``value``.
+
+    Raises:
+        UserError: ``a`` is not a mapping. The message names ``where``, the origin of the value.
+    """
     *above, last = dotted.split(".")
     for key in above:
         below = tree.setdefault(key, {})
         if below is None:
             below = tree[key] = {}
         if not isinstance(below, dict):
-            raise UserError(f"'{where}' sets a key below '{key}', which holds {below!r} and not a mapping")
+            raise UserError(f"'{where}' sets a key below '{key}': expected a mapping there, got {below!r}")
         tree = below
     tree[last] = value

@@ -1,9 +1,9 @@
-"""What the three command lines share: ``config`` (check and print settings) and ``completion`` (for a shell).
+"""Subcommands shared by the three command lines: ``config`` (check and print settings) and ``completion``.
 
     python -m train config --print --config configs/train/demo.yaml lr=5e-4
     source <(earshard-train completion bash)
 
-In: an argparse parser. Out: subcommands of it, and their output. Nothing heavy is imported before a command runs.
+Adds the subcommands to an argparse parser and runs them. Imports nothing heavy before a command runs.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ FILES, FOLDERS, KEYS = ("FILE", "WAV"), ("CACHE", "RUN", "FOLDER", "DIR"), "key=
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """As ``parse_args``, but ``key=value`` may also stand behind options that follow the first of them."""
+    """Like ``parser.parse_args``, but ``key=value`` words and options may be mixed in any order."""
     args, rest = parser.parse_known_args(argv)
     if not hasattr(args, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
-        return parser.parse_args(argv)  # which tells what it does not know
+        return parser.parse_args(argv)  # reports the unknown arguments and exits
     args.overrides = [*args.overrides, *rest]
     return args
 
 
 def add_config(commands: Any, module: str, example: str) -> None:
-    """Give ``python -m module`` the subcommand ``config``; ``example`` are its usual words."""
-    text = "check a configuration and print what it sets"
+    """Add the subcommand ``config`` to ``python -m module``; ``example`` completes the example in its help."""
+    text = "check a configuration and print the keys that it sets"
     config = commands.add_parser(
         "config",
         help=text,
         description=(
-            "Check a configuration and print the keys that the file and the command line set. The output is YAML that "
-            "may be saved as a configuration."
+            "Check a configuration and print the keys set by the file and the command line. The output is YAML and can "
+            "be saved as a configuration file."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example:\n  python -m {module} config --print {example}",
     )
     config.add_argument("--config", metavar="FILE", help="YAML file")
-    config.add_argument("--print", action="store_true", help="print every key, also those at their defaults")
+    config.add_argument("--print", action="store_true", help="print every key, including those left at their defaults")
     config.add_argument("overrides", nargs="*", metavar=KEYS, help="override a key; the value is YAML")
 
 
 def show_config(model: Any, args: argparse.Namespace) -> int:
-    """What ``config`` does with a :class:`shards.config.base.Config` class."""
+    """Run ``config`` for ``model``, a :class:`shards.config.base.Config` class; returns the exit status."""
     import yaml
 
     from shards.config.base import load_config
@@ -55,19 +55,19 @@ def show_config(model: Any, args: argparse.Namespace) -> int:
 
 
 def add_completion(commands: Any, script: str) -> None:
-    """Give the parser the subcommand ``completion`` for its console script ``script``."""
+    """Add the subcommand ``completion`` for the console script ``script``."""
     completion = commands.add_parser(
         "completion",
-        help="print what makes a shell complete the words of this command",
-        description=f"Print what makes a shell complete commands, options, files and keys of {script}.",
+        help="print a shell completion script",
+        description=f"Print a shell script that completes commands, options, files and keys of {script}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"example:\n  source <({script} completion bash)        # for good: the same line in ~/.bashrc",
+        epilog=f"example:\n  source <({script} completion bash)        # to keep it, add this line to ~/.bashrc",
     )
     completion.add_argument("shell", choices=SHELLS)
 
 
 def print_completion(parser: argparse.ArgumentParser, script: str, shell: str, keys: Sequence[str] = ()) -> int:
-    """Write ``script``'s completion for ``shell``; ``keys`` are offered where a ``key=value`` stands."""
+    """Print the completion script of ``script`` for ``shell``; ``keys`` complete ``key=value`` arguments."""
     import shtab
 
     words = {
@@ -108,7 +108,7 @@ def _zsh_keys(script: str, keys: Sequence[str]) -> str:
 
 
 def _bash_no_space(script: str) -> str:
-    """A key is completed to ``key=``, and its value is typed right behind."""
+    """Suppress the space after a completed ``key=``, so that the value can be typed directly."""
     inner, outer = f"_shtab_{_word(script)}", f"_{_word(script)}"
     return (
         f'\n{outer}() {{\n  {inner} "$@"\n'

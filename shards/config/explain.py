@@ -1,6 +1,6 @@
-"""A validation error of pydantic as one sentence: the key, the file and line or argument that set it, what is meant.
+"""Formats a pydantic validation error as one sentence for a :class:`shards.errors.UserError`.
 
-In: the error, the model, the mapping that was validated. Out: text for a :class:`shards.errors.UserError`.
+The sentence names the key, the file and line or argument that set it, and the key or value that was probably meant.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from pydantic import BaseModel, Tag, ValidationError
 
 from shards.config.fields import CHOICE, content_of, models_in, old_names, submodels
 
-SIMILAR = 0.7  # of difflib's ratio: one wrong letter of four passes
+SIMILAR = 0.7  # threshold for difflib's ratio: accepts one wrong letter in four
 
 
 def explain(model: type[BaseModel], error: ValidationError, tree: Any, find: Callable[[str], str]) -> str:
-    """The first error, an unknown key before what is missing for it, and the count of the others.
+    """Describe the first error and count the others. Unknown keys come before missing ones.
 
-    ``find`` returns where a dotted key was set.
+    Args:
+        tree: the mapping that was validated.
+        find: returns the place where a dotted key was set.
     """
     first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     kind, value, context = first["type"], first["input"], first.get("ctx", {})
@@ -39,7 +41,7 @@ def explain(model: type[BaseModel], error: ValidationError, tree: Any, find: Cal
         sentence += f"; did you mean '{close[0]}'?" if close else ""
     elif kind in ("model_type", "union_tag_not_found"):
         sentence = f"key '{key}' in {place} is {value!r}: expected a mapping of keys"
-    elif not key or (kind == "value_error" and isinstance(value, dict)):  # keys that do not go together
+    elif not key or (kind == "value_error" and isinstance(value, dict)):  # a conflict between keys
         sentence = f"'{key}' in {place}: {message}" if key else f"{place}: {message}"
     else:
         sentence = f"key '{key}' in {place} is {value!r}: {message[:1].lower()}{message[1:]}"
@@ -47,7 +49,7 @@ def explain(model: type[BaseModel], error: ValidationError, tree: Any, find: Cal
 
 
 def _locate(model: type[BaseModel], loc: Sequence[Any], tree: Any, missing: bool) -> tuple[str, list[str]]:
-    """The dotted key of pydantic's ``loc``, which also names members of unions; every name that may stand there."""
+    """Return the dotted key of pydantic's ``loc`` (which also names union members) and every key allowed there."""
     found: list[str] = []
     current: Any = model
     siblings = list(model.model_fields)
@@ -67,7 +69,7 @@ def _locate(model: type[BaseModel], loc: Sequence[Any], tree: Any, missing: bool
 
 
 def _tagged(annotation: Any, tag: Any) -> Any:
-    """The member of a discriminated union that ``tag`` names."""
+    """Return the member of a discriminated union that ``tag`` names."""
     for part in get_args(annotation):
         if any(isinstance(mark, Tag) and mark.tag == tag for mark in getattr(part, "__metadata__", ())):
             return part
@@ -75,7 +77,7 @@ def _tagged(annotation: Any, tag: Any) -> Any:
 
 
 def _suggest_key(model: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
-    """What an unknown key may stand for: the same name elsewhere, a similar one, or any that may stand here."""
+    """Suggest a replacement for an unknown key: the same name elsewhere, a similar name, or the keys allowed here."""
     above, dot, last = key.rpartition(".")
     here = {name: above + dot + name for name in siblings}
     elsewhere: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""The keys of a configuration model: their old names, and what completion and ``docs/config.md`` say of them.
+"""The keys of a configuration model: old names, and the descriptions used by completion and ``docs/config.md``.
 
-In: a pydantic model class. Out: a tree with old names replaced; one :class:`Key` a leaf, in order, and one
-:class:`Group` for each model in which keys stand. The string below a field in the source documents its key.
+Replaces old names in a mapping, and lists the keys of a pydantic model class as one :class:`Key` per leaf, in order, in
+one :class:`KeyGroup` per model. The string below a field in the source documents its key.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class KeysOf:
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf: its dotted name, its values and its default as text, and what it is about (may be empty)."""
+    """One leaf: its dotted name, its values and default as text, and its description (may be empty)."""
 
     name: str
     values: str
@@ -53,7 +53,7 @@ class Key:
 
 @dataclass(frozen=True)
 class KeyGroup:
-    """The keys of one model; ``prefix`` is where they stand (``lm.``), ``model`` tells the rest."""
+    """The keys of one model; ``prefix`` is the dotted prefix of its keys, such as ``lm.``."""
 
     prefix: str
     model: type[BaseModel]
@@ -61,7 +61,7 @@ class KeyGroup:
 
 
 def models_in(annotation: Any, through: tuple[Any, ...] = CHOICE) -> list[type[BaseModel]]:
-    """The models that a value may be; with ``list`` or ``dict`` in ``through`` also those that it may hold."""
+    """Return the models that a value may be. With ``list`` or ``dict`` in ``through``, also those it may contain."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in through:
@@ -70,12 +70,12 @@ def models_in(annotation: Any, through: tuple[Any, ...] = CHOICE) -> list[type[B
 
 
 def content_of(field: FieldInfo) -> Any:
-    """The annotation of a field, or the model some of whose keys it holds."""
+    """Return the annotation of a field, or the model marked with :class:`KeysOf`."""
     return next((mark.model for mark in field.metadata if isinstance(mark, KeysOf)), field.annotation)
 
 
 def submodels(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """``("", model)``, then each model below it (of a choice: every member) with its prefix, such as ``lm.lora.``."""
+    """Yield ``("", model)``, then each nested model (every member of a union) with its prefix, such as ``lm.lora.``."""
     yield prefix, model
     for name, field in model.model_fields.items():
         for below in models_in(field.annotation):
@@ -83,18 +83,22 @@ def submodels(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, t
 
 
 def old_names(model: type[BaseModel]) -> dict[str, str]:
-    """Old name -> name of the keys of ``model`` that were renamed."""
+    """Map the old names of the renamed keys of ``model`` to their current names."""
     found: dict[str, str] = getattr(model, "OLD_NAMES", {})
     return found
 
 
 def rename_keys(model: type[BaseModel], tree: Any) -> Any:
-    """``tree`` with old names of keys replaced; ValueError where one key is set by both names."""
+    """Return ``tree`` with old key names replaced.
+
+    Raises:
+        ValueError: a key is set by both its old and its new name.
+    """
     return _rename([model], tree)
 
 
 def rename_key(model: type[BaseModel], dotted: str, value: Any = None) -> tuple[str, Any]:
-    """The same for one dotted key and its value."""
+    """Like :func:`rename_keys`, for one dotted key and its value."""
     parts = dotted.split(".")
     for part in reversed(parts):
         value = {part: value}
@@ -121,7 +125,7 @@ def _rename(models: Sequence[type[BaseModel]], tree: Any) -> Any:
 
 
 def groups(model: type[BaseModel]) -> Iterator[KeyGroup]:
-    """``model`` itself with the keys that hold values, then each model below it (of a choice: every member)."""
+    """Yield ``model`` itself with the keys that hold values, then each nested model (every member of a union)."""
     for prefix, each in submodels(model):
         keys = []
         for name, field in each.model_fields.items():
@@ -133,7 +137,7 @@ def groups(model: type[BaseModel]) -> Iterator[KeyGroup]:
 
 
 def names(model: type[BaseModel]) -> list[str]:
-    """Every key that ``key=value`` may set, sorted, each once."""
+    """Return every key that ``key=value`` may set, sorted and without duplicates."""
     return sorted({key.name for group in groups(model) for key in group.keys})
 
 

@@ -1,7 +1,4 @@
-"""Reading a YAML file, and finding the line or the ``key=value`` argument that set a key.
-
-In: paths and arguments. Out: a mapping; for a wrong key, a place such as ``configs/train/demo.yaml:17``.
-"""
+"""Reads YAML files, and finds the line or ``key=value`` argument that set a key (``configs/train/demo.yaml:17``)."""
 
 from __future__ import annotations
 
@@ -18,21 +15,21 @@ from shards.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without anchors and aliases: a few lines of them can expand to gigabytes."""
+    """A YAML loader without anchors and aliases: a few lines of them can expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if event.anchor is not None:
-            problem = "anchors and aliases are not supported, write the value out;"
+            problem = "anchors and aliases are not supported, write the value in full;"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document.
+    """Return the value of a YAML document.
 
     Raises:
-        ValueError: one line, why ``text`` is no value.
+        ValueError: ``text`` is not valid YAML. The message is one line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -41,15 +38,16 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(
             f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}" if mark else error
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date such as 2024-13-45
         raise ValueError(" ".join(str(error).split())) from None
 
 
 def read_yaml(path: str | os.PathLike[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, empty for an empty file; keys of ``model`` by their present names.
+    """Return the mapping in a YAML file (empty for an empty file). Keys of ``model`` get their current names.
 
     Raises:
-        UserError: there is no such file, it is not YAML or not a mapping, or sets a key by its old and its new name.
+        UserError: the file does not exist, is not valid YAML, is not a mapping, or sets a key by both its old and its
+            new name.
     """
     text = _read(path)
     try:
@@ -61,18 +59,20 @@ def read_yaml(path: str | os.PathLike[str], model: type[BaseModel] | None = None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"'{path}' holds a {type(tree).__name__}, not a mapping of keys: see configs/ for examples")
+        raise UserError(
+            f"'{path}' is not a valid configuration: expected a mapping, got {type(tree).__name__}; see configs/"
+        )
     return tree
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the keys of a configuration were set; files are read again, so ask only when a key is wrong.
+    """Where the keys of a configuration were set. Lookups reread the files, so use it only to report an error.
 
     Attributes:
-        model: whose keys they are.
-        files: YAML files by the key that their keys stand below, ``{"": "sweep.yaml", "base.": "run.yaml"}``.
-        words: ``key=value`` arguments; later ones override earlier ones and files.
+        model: the configuration model.
+        files: YAML files by the prefix of their keys, ``{"": "sweep.yaml", "base.": "run.yaml"}``.
+        arguments: ``key=value`` arguments. Later ones override earlier ones and files.
     """
 
     model: type[BaseModel]
@@ -80,15 +80,15 @@ class Origins:
     arguments: Sequence[str]
 
     def find(self, key: str) -> str:
-        """``the argument 'lr=fast'``, ``run.yaml:3``, or the file as a whole."""
-        names = {word: self._present(word.partition("=")[0]) for word in reversed(self.arguments)}
+        """Return the place that set ``key``: ``the argument 'lr=fast'``, ``run.yaml:3`` or the whole file."""
+        names = {word: self._current_name(word.partition("=")[0]) for word in reversed(self.arguments)}
         for word, name in names.items():
             if within(key, name):
                 return f"the argument '{word}'"
         for prefix, path in sorted(self.files.items(), reverse=True):
-            lines = {self._present(f"{prefix}{name}"): line for name, line in _lines(path)}
+            lines = {self._current_name(f"{prefix}{name}"): line for name, line in _lines(path)}
             above = key if key.startswith(prefix) else ""
-            while above:  # the nearest mapping around a key that is missing
+            while above:  # for a missing key, the nearest mapping around it
                 if above in lines:
                     return f"{path}:{lines[above]}"
                 above = above.rpartition(".")[0]
@@ -97,17 +97,17 @@ class Origins:
                 return f"the argument '{word}'"
         return f"'{self.files['']}'" if "" in self.files else "the command line"
 
-    def _present(self, key: str) -> str:
+    def _current_name(self, key: str) -> str:
         return rename_key(self.model, key)[0]
 
 
 def within(key: str, above: str) -> bool:
-    """Whether the dotted ``key`` is ``above`` or stands below it."""
+    """Return whether the dotted ``key`` is ``above`` or is nested below it."""
     return key == above or key.startswith(f"{above}.")
 
 
 def _lines(path: str) -> Iterator[tuple[str, int]]:
-    """The line of each dotted key of a YAML file that was read before."""
+    """Yield each dotted key of a YAML file with its line number. The file has been read successfully before."""
 
     def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
         children: list[tuple[str, yaml.Node, yaml.Node]] = []
@@ -128,7 +128,7 @@ def _read(path: str | os.PathLike[str]) -> str:
             return file.read()
     except FileNotFoundError:
         raise UserError(
-            f"there is no configuration file '{path}': name one with --config (examples are in configs/)"
+            f"configuration file '{path}' does not exist: pass one with --config (examples are in configs/)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration file '{path}': {' '.join(str(error).split())}") from None

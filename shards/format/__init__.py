@@ -1,1 +1,1 @@
-"""The bytes on disk: spec, codecs, tar, ``.npy``, sealed records, table schemas, file names (docs/format.md)."""
+"""The on-disk format: spec, codecs, tar, ``.npy``, sealed records, table schemas, file names (``docs/format.md``)."""

@@ -1,16 +1,17 @@
-"""Features to bytes and back: how a frame is stored.
+"""Codecs: encode features for storage and decode them.
 
-In: float32 [frames, channels]. Out: a NumPy array that ``.npy`` can hold (bfloat16 and fp8 have no NumPy type and are
-stored as uint16 and uint8), for scaled codecs float32 scales [channels], and the relative RMS error of the round trip.
+Encodes float32 [frames, channels] as a NumPy array that ``.npy`` can store (bfloat16 and fp8 have no NumPy type and are
+stored as uint16 and uint8), with float32 scales [channels] for scaled codecs, and measures the relative RMS error of
+the round trip.
 
-| codec | bits a value | scale | stored as |
-|-------|--------------|-------|-----------|
+| codec | bits/value | scale | stored as |
+|-------|------------|-------|-----------|
 | f16   | 16 | none                        | float16 |
 | bf16  | 16 | none                        | uint16  |
 | int8  |  8 | absmax / 127 of each channel | int8    |
 | fp8   |  8 | absmax / 448 of each channel | uint8, e4m3 without infinities (OCP 8-bit floating point, 2023) |
 
-Encoder features have outlier channels, so scales are per channel (and utterance), not per frame.
+Encoder features have outlier channels, so scales are per channel (and per utterance), not per frame.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ STORED_DTYPE: dict[str, np.dtype[Any]] = {
 }
 SCALED = frozenset({"int8", "fp8"})
 FP8_MAX = 448.0
-BF16_MAX = float(2.0**127 * (2 - 2.0**-7))  # float32 goes on a little further, and would round up to infinity
+BF16_MAX = float(2.0**127 * (2 - 2.0**-7))  # larger float32 values would round up to infinity
 
 
 class CodecError(ValueError):
-    """These features cannot be stored: the reason becomes a row of ``failures.parquet``."""
+    """The features cannot be stored. The message is recorded in ``failures.parquet``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """payload [frames, channels] of the codec's stored dtype, scale float32 [channels] or None, relative RMS error."""
+    """Payload [frames, channels] in the codec's stored dtype, scale float32 [channels] or None, relative RMS error."""
 
     payload: Array
     scale: Array | None
@@ -50,23 +51,23 @@ class Encoded:
 
 
 def encode(codec: str, features: Array) -> Encoded:
-    """Store float32 ``features`` [frames, channels].
+    """Encode float32 ``features`` [frames, channels].
 
     Raises:
-        CodecError: a value is NaN or infinite, or does not fit the codec (float16 ends at 65504).
+        CodecError: a value is NaN or infinite, or exceeds the range of the codec (65504 for float16).
     """
     features = np.ascontiguousarray(features, dtype=np.float32)
     peak = float(np.maximum(features.max(initial=0.0), -features.min(initial=0.0)))  # NaN stays NaN
     if not np.isfinite(peak):
-        raise CodecError("the features hold NaN or infinite values")
+        raise CodecError("the features contain NaN or infinite values")
     scale: Array | None = None
     if codec == "f16":
         if peak > 65504.0:
-            raise CodecError(f"a feature of {peak:.4g} overflows float16: use codec=bf16")
+            raise CodecError(f"a value of {peak:.4g} overflows float16: use codec=bf16")
         payload = features.astype("<f2")
     elif codec == "bf16":
         if peak > BF16_MAX:
-            raise CodecError(f"a feature of {peak:.4g} overflows bfloat16")
+            raise CodecError(f"a value of {peak:.4g} overflows bfloat16")
         payload = _to_bfloat16(features)
     elif codec == "int8":
         scale = _scales(features, 127.0)
@@ -75,12 +76,16 @@ def encode(codec: str, features: Array) -> Encoded:
         scale = _scales(features, FP8_MAX)
         payload = _fp8_codes()[(features / scale).astype(np.float16).view(np.uint16)]
     else:
-        raise CodecError(f"there is no codec '{codec}'")
+        raise CodecError(f"unknown codec '{codec}'")
     return Encoded(payload, scale, relative_rms(decode(codec, payload, scale), features))
 
 
 def decode(codec: str, payload: Array, scale: Array | None = None, out: Array | None = None) -> Array:
-    """The features of a stored array, float32 [frames, channels], or written into ``out`` (float32 or float16)."""
+    """Decode a stored array to float32 [frames, channels], or into ``out`` (float32 or float16).
+
+    Raises:
+        CodecError: the codec is unknown, or ``scale`` is missing or superfluous.
+    """
     if (codec in SCALED) != (scale is not None):
         raise CodecError(f"codec {codec} is stored {'with' if codec in SCALED else 'without'} a scale")
     if out is None:
@@ -96,12 +101,12 @@ def decode(codec: str, payload: Array, scale: Array | None = None, out: Array | 
     elif codec == "fp8":
         np.multiply(_fp8_values()[payload], cast(Array, scale), out=out, casting="same_kind")
     else:
-        raise CodecError(f"there is no codec '{codec}'")
+        raise CodecError(f"unknown codec '{codec}'")
     return out
 
 
 def relative_rms(measured: Array, reference: Array) -> float:
-    """‖measured − reference‖ / ‖reference‖, to 1e-5 of itself; 0 where both are zero."""
+    """Return ‖measured − reference‖ / ‖reference‖, accurate to a relative 1e-5; 0 if both are zero."""
     for dtype in (np.float32, np.float64):
         gap = norm = 0.0
         for start in range(0, len(reference), BLOCK):
@@ -109,24 +114,24 @@ def relative_rms(measured: Array, reference: Array) -> float:
             rest: Array = measured[start : start + BLOCK].ravel() - wanted
             with np.errstate(over="ignore", invalid="ignore"):
                 gap, norm = gap + float(np.vdot(rest, rest)), norm + float(np.vdot(wanted, wanted))
-        if 1e-12 < norm < 1e30 and (gap > 1e-30 or not gap):  # squares far from both ends of float32
+        if 1e-12 < norm < 1e30 and (gap > 1e-30 or not gap):  # squares well within the range of float32
             break
     return math.sqrt(gap / norm) if norm else math.sqrt(gap)
 
 
-BLOCK = 128  # frames compared at once, so that what is compared stays in the processor's cache
+BLOCK = 128  # frames compared at once, so that they stay in the CPU cache
 
 
 def _scales(features: Array, top: float) -> Array:
-    """float32 [channels]: each channel's absmax over ``top``; 1 for a channel that is all zero."""
+    """Return float32 [channels]: the absmax of each channel divided by ``top``; 1 for an all-zero channel."""
     peaks = np.maximum(features.max(axis=0), -features.min(axis=0))
     scale: Array = (peaks / np.float32(top)).astype(np.float32)
-    scale[scale < np.finfo(np.float32).tiny] = 1.0  # a subnormal scale would divide to infinity
+    scale[scale < np.finfo(np.float32).tiny] = 1.0  # dividing by a subnormal scale would overflow
     return scale
 
 
 def _to_bfloat16(features: Array) -> Array:
-    """Round to nearest even on the upper 16 bits of float32."""
+    """Round float32 to its upper 16 bits, to nearest even."""
     bits = features.view(np.uint32)
     rounded: Array = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")
     return rounded
@@ -134,7 +139,7 @@ def _to_bfloat16(features: Array) -> Array:
 
 @cache
 def _fp8_values() -> Array:
-    """float32 [256]: the value of each e4m3 code (bias 7, no infinities, 0x7F and 0xFF are NaN)."""
+    """Return float32 [256]: the value of each e4m3 code (bias 7, no infinities, 0x7F and 0xFF are NaN)."""
     code = np.arange(256)
     exponent, mantissa = (code >> 3) & 15, code & 7
     normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
@@ -146,14 +151,14 @@ def _fp8_values() -> Array:
 
 @cache
 def _fp8_codes() -> Array:
-    """uint8 [65536]: the nearest e4m3 code (ties to even) of each float16 bit pattern; beyond ±448 saturates."""
+    """Return uint8 [65536]: the nearest e4m3 code (ties to even) of each float16 bit pattern. Saturates at ±448."""
     with np.errstate(invalid="ignore"):
         half = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
     positive = _fp8_values()[:127]
     middle = (positive[1:] + positive[:-1]) / 2
     size = np.nan_to_num(np.abs(half), nan=FP8_MAX, posinf=FP8_MAX)
-    low = np.searchsorted(middle, size, side="left")  # a tie stays below …
+    low = np.searchsorted(middle, size, side="left")  # a tie takes the lower code …
     tie = (low < 126) & (size == middle[np.minimum(low, 125)])
-    code = low + (tie & (low % 2 == 1))  # … unless the code above is the even one
+    code = low + (tie & (low % 2 == 1))  # … unless the upper code is the even one
     codes: Array = (code + np.where(np.signbit(half), 128, 0)).astype(np.uint8)
     return codes

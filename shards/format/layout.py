@@ -1,8 +1,7 @@
-"""The cache folder: plan, commit records, manifest, and the file that says "complete".
+"""The cache folder: paths of the plan, shards, commit records and manifest, and of ``CACHE.json``, written last.
 
-In: utterances with their shards (the plan) and the rows of committed shards. Out: the files of ``docs/format.md``.
-A record is trusted only whole: its JSON is canonical, carries its own sha256, and names the feature id and the plan
-that it was made for.
+The files are documented in ``docs/format.md``. A record is trusted only if its JSON is canonical, its sha256 matches,
+and it names the expected feature id and plan id.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything stands in a cache folder."""
+    """The paths of the files in a cache folder."""
 
     path: Path
 
@@ -81,7 +80,7 @@ class Layout:
 
 
 def shard_number(stem: str) -> int | None:
-    """42 of ``000042``, the stem of a shard's files; None for what is no such name."""
+    """Return 42 for ``000042``, the stem of a shard's files; None for any other name."""
     return int(stem) if stem.isascii() and stem.isdigit() and stem == f"{int(stem):06d}" else None
 
 
@@ -97,29 +96,36 @@ class Plan:
         return (pc.max(self.table["shard"]).as_py() + 1) if len(self.table) else 0
 
     def shard_rows(self, index: int) -> list[dict[str, Any]]:
-        """The planned utterances of one shard, in row order."""
+        """Return the planned utterances of one shard, in row order."""
         rows: list[dict[str, Any]] = self.table.filter(pc.field("shard") == index).to_pylist()
         return rows
 
 
 def read_plan(layout: Layout, name: str | None = None) -> Plan:
-    """The plan of a cache folder; UserError, which calls the cache ``name``, when it is absent or not a plan."""
+    """Read the plan of a cache folder.
+
+    Args:
+        name: name of the cache in messages; ``None`` uses its path.
+
+    Raises:
+        UserError: the plan does not exist or is corrupt.
+    """
     name = name or str(layout.path)
     try:
         return Plan(read_parquet(layout.plan, UTTERANCE_SCHEMA), file_sha256(layout.plan))
     except FileNotFoundError:
-        raise UserError(f"'{name}' is no cache: it has no plan.parquet; make one with `make extract`") from None
+        raise UserError(f"'{name}' is not a cache: it has no plan.parquet; run `make extract`") from None
     except RecordError as error:
-        raise UserError(f"the plan of '{name}' is damaged: {error}; delete the folder and extract again") from None
+        raise UserError(f"the plan of '{name}' is corrupt: {error}; delete the folder and extract again") from None
 
 
 def manifest_id(feature_id: str, plan_id: str, tars: list[str]) -> str:
-    """64 hex digits that stand for the content of a cache: the ids and every tar's sha256, in shard order."""
+    """Return the id of a cache's content (64 hex digits): a hash of the ids and of each tar's sha256, in order."""
     return hashlib.sha256(canonical_json([feature_id, plan_id, tars]).encode()).hexdigest()
 
 
 def transfer_order(layout: Layout) -> Iterator[list[Path]]:
-    """The files of a complete cache in an order that never shows a record without its files; groups go together."""
+    """Yield groups of files of a complete cache, in an order that never exposes a record without its files."""
     yield [layout.plan]
     for shard in range(read_plan(layout).num_shards):
         yield [layout.tar(shard), layout.rows(shard), layout.record(shard)]

@@ -1,7 +1,7 @@
-"""The JSON files of a cache: sealed so that a changed byte shows, and read without believing them.
+"""The JSON files of a cache. A seal, the sha256 of the content inside the file, detects any changed byte.
 
-In: a JSON object, or the path of a file. Out: canonical JSON with its own sha256 inside; the object of a file whose
-seal is whole; :class:`ShardRecord` and :class:`CacheInfo`, the fields that a check relies on, of the right types.
+:func:`seal` writes canonical JSON with its sha256; :func:`unseal` reads a file and verifies it. :class:`ShardRecord`
+and :class:`CacheInfo` validate the fields that checks rely on.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pydantic import BaseModel, ConfigDict, Field
 from shards.files import open_file
 from shards.format.spec import FeatureSpec, canonical_json
 
-RELEASED = b'{"claim":null}\n'  # what stands in a bucket where a claim was given back, or a record revoked
-MAX_JSON = 16 << 20  # a larger record or CACHE.json is no file of ours; small JSON values take 30 times their text
+RELEASED = b'{"claim":null}\n'  # replaces a released claim or a revoked record in a bucket
+MAX_JSON = 16 << 20  # bytes; larger files are rejected, because parsed JSON takes up to 30 times the memory of its text
 
 
 class RecordError(ValueError):
-    """A JSON or parquet file of a cache is not as it was written: one phrase."""
+    """A JSON or parquet file of a cache is corrupt. The message is one phrase."""
 
 
 def seal(tree: dict[str, Any]) -> bytes:
-    """Canonical JSON of ``tree`` with a ``sha256`` of itself, one line."""
+    """Return ``tree`` as one line of canonical JSON that includes its own ``sha256``."""
     digest = hashlib.sha256(canonical_json(tree).encode()).hexdigest()
     return (canonical_json({**tree, "sha256": digest}) + "\n").encode()
 
 
 def unseal(path: Path) -> dict[str, Any]:
-    """Read what :func:`seal` wrote.
+    """Read a file that :func:`seal` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RecordError: it cannot be read, is too large, not JSON, not canonical, or its sha256 does not match.
+        FileNotFoundError: the file does not exist.
+        RecordError: it cannot be read, is too large, not JSON or not canonical, or its sha256 does not match.
     """
     try:
         with io.BufferedReader(open_file(path)) as file:
@@ -49,7 +49,11 @@ def unseal(path: Path) -> dict[str, Any]:
 
 
 def unseal_bytes(data: bytes, name: str) -> dict[str, Any]:
-    """The object that :func:`seal` made ``data`` of; RecordError, which calls it ``name``, when it is not whole."""
+    """Return the object that :func:`seal` encoded as ``data``.
+
+    Raises:
+        RecordError: ``data`` is corrupt. The message calls it ``name``.
+    """
     if len(data) > MAX_JSON:
         raise RecordError(f"{name} is larger than {MAX_JSON >> 20} MiB")
     try:
@@ -57,7 +61,7 @@ def unseal_bytes(data: bytes, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise RecordError(f"{name} is not JSON") from None
     if not isinstance(tree, dict):
-        raise RecordError(f"{name} holds no JSON object")
+        raise RecordError(f"{name} does not contain a JSON object")
     tree.pop("sha256", None)
     try:
         whole = seal(tree) == data
@@ -69,17 +73,17 @@ def unseal_bytes(data: bytes, name: str) -> dict[str, Any]:
 
 
 def is_claim(data: bytes) -> bool:
-    """Whether an object of a bucket is a claim, held or released (``shards/commit/bucket/claims.py``)."""
+    """Return whether an object in a bucket is a claim, held or released (``shards/commit/bucket/claims.py``)."""
     return "claim" in _object(data)
 
 
 def is_released(data: bytes) -> bool:
-    """Whether an object of a bucket holds a claim that nobody holds: it counts as absent."""
+    """Return whether an object in a bucket is a released claim, which counts as absent."""
     return _object(data).get("claim", "") is None
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    """The JSON object that ``data`` is, or an empty one."""
+    """Parse ``data`` as a JSON object; returns ``{}`` if it is not one."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -92,7 +96,7 @@ class _Part(BaseModel):
 
 
 class FileInfo(_Part):
-    """Size and content of a file of the cache."""
+    """Size in bytes and sha256 of a file."""
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
@@ -134,8 +138,8 @@ class CacheInfo(_Part):
 
 
 def utterance_json(row: dict[str, Any], spec: FeatureSpec) -> bytes:
-    """The ``<key>.json`` member: what a plain WebDataset reader sees beside the features."""
-    about = {
+    """Return the ``<key>.json`` member: the metadata that a plain WebDataset reader sees next to the features."""
+    fields = {
         "key": row["key"],
         "id": row["id"],
         "text": row["text"],
@@ -149,4 +153,4 @@ def utterance_json(row: dict[str, Any], spec: FeatureSpec) -> bytes:
         "layer": spec.layer,
         "feature_id": spec.feature_id,
     }
-    return json.dumps(about, ensure_ascii=False).encode()
+    return json.dumps(fields, ensure_ascii=False).encode()

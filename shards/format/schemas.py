@@ -1,7 +1,7 @@
-"""The parquet files of a cache: their columns, their bytes, and reading one that nobody has vouched for.
+"""The parquet files of a cache: schemas, deterministic writing and safe reading of untrusted files.
 
-In: tables, or the path of a file. Out: the same bytes for the same table, or a table of exactly the wanted columns.
-What a file declares is bounded by its size before anything is allocated.
+Writes the same bytes for the same table. Reads a table with exactly the expected columns; sizes declared by a file are
+checked against the size of the file before memory is allocated.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ MANIFEST_SCHEMA = pa.schema(
         ("audio_sha256", pa.string()),
     ]
 )
-ROW_GROUP = 16_384  # rows: a reader fetches the strings of a window of shards without those of the whole manifest
+ROW_GROUP = 16_384  # rows: a reader can load the strings of a few shards without those of the whole manifest
 FAILURE_SCHEMA = pa.schema(
     [("key", pa.string()), ("stage", pa.string()), ("error", pa.string()), ("attempt", pa.int32())]
 )
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """``table`` as parquet: one file for one table on one pyarrow version."""
+    """Return ``table`` as parquet. The bytes are deterministic for a given version of pyarrow."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", store_schema=False, row_group_size=ROW_GROUP)
     data: bytes = sink.getvalue().to_pybytes()
@@ -58,23 +58,25 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
-    """A parquet file that must have exactly ``schema`` and no nulls.
+    """Read a parquet file that must have exactly ``schema`` and no nulls.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RecordError: other columns, nulls, no parquet, or far more rows or text than a file of its size can honestly
-            hold (a few bytes can declare, and a repeated string unpack to, more than any memory).
+        FileNotFoundError: the file does not exist.
+        RecordError: the file has other columns or nulls, is not parquet, or declares far more rows or text than a
+            legitimate file of its size (a few bytes can declare, or decompress to, more than fits in memory).
     """
     size = _size(path)
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             found = file.schema_arrow.remove_metadata()
             if not found.equals(schema):
-                raise RecordError(f"{path.name} has other columns than this format: {_first_difference(found, schema)}")
+                raise RecordError(
+                    f"{path.name} has other columns than the cache format: {_first_difference(found, schema)}"
+                )
             _bound(path, file.metadata, size)
             table = read_batches(path.name, file, size, schema)
             if len(table) != file.metadata.num_rows:
-                raise RecordError(f"{path.name} has {len(table)} rows and declares {file.metadata.num_rows}")
+                raise RecordError(f"{path.name} has {len(table)} rows but declares {file.metadata.num_rows}")
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
@@ -83,27 +85,31 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
         raise RecordError(f"{path.name} is not a readable parquet file ({type(error).__name__})") from None
     for name in schema.names:
         if table[name].null_count:
-            raise RecordError(f"{path.name} has empty values in column '{name}'")
+            raise RecordError(f"{path.name} has null values in column '{name}'")
     return table.replace_schema_metadata(None)
 
 
 def read_batches(
     name: str, file: pq.ParquetFile, size: int, schema: pa.Schema | None = None, **options: Any
 ) -> pa.Table:
-    """The rows of an open parquet file of ``size`` bytes, validated; ``options`` are those of ``iter_batches``.
+    """Read and validate the rows of an open parquet file of ``size`` bytes.
+
+    Args:
+        name: name of the file in messages.
+        options: passed to ``iter_batches``.
 
     Raises:
-        RecordError: they unpack to more than a file of that size can hold; the message calls it ``name``.
-        pyarrow.ArrowException: an offset or a text is invalid.
+        RecordError: the rows decompress to more than a file of that size can contain.
+        pyarrow.ArrowException: an offset or a string is invalid.
     """
     room, batches = TEXT_ROOM + TEXT_GROWTH * size, []
     for batch in file.iter_batches(BATCH, **options):
         room -= batch.nbytes
         if room < 0:
-            raise RecordError(f"{name} unpacks to more than a file of {size} bytes can hold")
+            raise RecordError(f"{name} decompresses to more than a file of {size} bytes can contain")
         batches.append(batch)
     table = pa.Table.from_batches(batches, schema)
-    table.validate(full=True)  # offsets of strings, and UTF-8
+    table.validate(full=True)  # checks string offsets and UTF-8
     return table
 
 
@@ -117,13 +123,13 @@ def _size(path: Path) -> int:
         raise RecordError(f"{path.name} cannot be read: {error.strerror}") from None
 
 
-BATCH = 8192  # rows unpacked at once
-MAX_ROWS_PER_BYTE = 4  # keys are unique, so rows cannot compress away; a row of a plan takes some 30 bytes
-TEXT_GROWTH, TEXT_ROOM = 200, 64 << 20  # bytes in memory for a byte of file, and what any file may take
+BATCH = 8192  # rows decompressed at once
+MAX_ROWS_PER_BYTE = 4  # unique keys limit how well rows compress; a row of a plan takes about 30 bytes
+TEXT_GROWTH, TEXT_ROOM = 200, 64 << 20  # allowed bytes in memory: per byte of the file, and a constant for any file
 
 
 def _bound(path: Path, metadata: Any, size: int) -> None:
-    """Refuse declared sizes before anything is allocated by them."""
+    """Check declared sizes before memory is allocated for them."""
     rows = metadata.num_rows
     unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if not 0 <= rows <= MAX_ROWS_PER_BYTE * size or not 0 <= unpacked <= TEXT_ROOM + TEXT_GROWTH * size:

@@ -1,7 +1,7 @@
-"""What makes two features the same features: the feature spec and its hash, the feature id.
+"""The feature spec, which identifies features, and its hash, the feature id.
 
-In: the settings that change the bytes of a feature. Out: one canonical JSON text and its sha256. Batch size, device,
-worker count, shard size and paths change no feature: they are provenance (``CACHE.json``), never identity.
+Serializes the settings that change the bytes of a feature as canonical JSON and hashes it with sha256. Batch size,
+device, worker count, shard size and paths do not change features: they are provenance (``CACHE.json``), not identity.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ class FeatureSpec(BaseModel):
         schema_version: version of the cache format (``docs/format.md``).
         family: encoder architecture, such as ``whisper``.
         tensors: sha256 over names, shapes and float32 values of the encoder's tensors.
-        frontend: what turns samples into the encoder's input (for Whisper the log-mel settings).
+        frontend: settings that turn samples into encoder input (for Whisper, the log-mel settings).
         layer: 0 … n; n is the encoder's output after its final norm.
-        channels: width of a frame.
-        hop: samples of audio a frame stands for (Whisper: 320, 20 ms at 16 kHz).
+        channels: values per frame.
+        hop: audio samples per frame (Whisper: 320, 20 ms at 16 kHz).
         sampling_rate: Hz.
-        window: ``full30`` pads each window to 30 s, ``tight`` cuts the context to the utterance and ``margin``, rounded
-            up to a multiple of 5 s; ``clip`` is the audio alone, for encoders that take any length.
-        margin: seconds of silence that a tight context keeps after the utterance; 0 with full30.
-        overlap: seconds that neighbouring windows of long audio share.
+        window: ``full30`` pads each window to 30 s; ``tight`` limits the context to the utterance plus ``margin``,
+            rounded up to a multiple of 5 s; ``clip`` encodes the audio without padding, for encoders that accept any
+            length.
+        margin: seconds of silence kept after the utterance by window ``tight``; 0 otherwise.
+        overlap: seconds shared by neighboring windows of long audio.
         trim: ``valid`` keeps ceil(samples / hop) frames, ``none`` keeps the padded window.
-        dtype: arithmetic of the encoder pass.
-        codec: how a frame is stored (``shards/format/codec.py``).
+        dtype: floating-point type of the encoder pass.
+        codec: storage codec (``shards/format/codec.py``).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,7 +72,7 @@ class FeatureSpec(BaseModel):
     @model_validator(mode="after")
     def _margin_is_of_tight(self) -> FeatureSpec:
         if self.margin and self.window != "tight":
-            raise ValueError("a margin belongs to window tight")
+            raise ValueError("margin is only supported with window tight")
         return self
 
     @model_serializer(mode="wrap")
@@ -87,29 +88,33 @@ class FeatureSpec(BaseModel):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
     def canonical(self) -> str:
-        """The spec as JSON with sorted keys and no spaces: the text that is hashed."""
+        """Return the spec as JSON with sorted keys and no spaces, the text that is hashed."""
         return canonical_json(self.model_dump())
 
     def differences(self, other: FeatureSpec) -> list[str]:
-        """``field: mine, theirs`` for every field that differs; empty when the ids are equal."""
+        """Return ``field: mine, not theirs`` for every field that differs; empty if the ids are equal."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields)
         return [f"{name}: {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
     @classmethod
     def parse(cls, tree: Any, where: str) -> FeatureSpec:
-        """Validate a decoded JSON object read from ``where``; raises UserError."""
+        """Validate a decoded JSON object that was read from ``where``.
+
+        Raises:
+            UserError: it has another format version, or is not a feature spec.
+        """
         version = tree.get("schema_version") if isinstance(tree, dict) else None
         if isinstance(version, int) and version != SCHEMA_VERSION:
             fix = "update earshard" if version > SCHEMA_VERSION else "extract again"
-            raise UserError(f"{where} is of cache format {version} and this earshard reads {SCHEMA_VERSION}: {fix}")
+            raise UserError(f"{where} has cache format {version}, this earshard reads {SCHEMA_VERSION}: {fix}")
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
             raise UserError(
-                f"{where} holds no feature spec: {first_validation_error(error)}; run `make verify` on the cache"
+                f"{where} does not contain a valid feature spec: {first_validation_error(error)}; run `make verify`"
             ) from None
 
 
 def canonical_json(tree: Any) -> str:
-    """JSON with sorted keys, no spaces, no NaN: one text for one value."""
+    """Return JSON with sorted keys and without spaces or NaN, so that equal values have equal texts."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

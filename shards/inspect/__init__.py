@@ -1,1 +1,1 @@
-"""What a cache is and whether it is whole: ``info``, ``ls``, ``head``, ``verify``."""
+"""Inspection of caches: ``info`` and ``verify``."""

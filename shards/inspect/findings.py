@@ -1,7 +1,7 @@
-"""The files of a cache, read without believing them, and what was found wrong with them.
+"""Reads the files of an untrusted cache and collects the problems found in them.
 
-In: paths below one cache folder, and what another file says of each. Out: their content where it is whole, a list of
-:class:`Problem`, and how far the reading has come. A file is parsed only after its seal or sha256 is found right.
+Takes paths in one cache folder and the sizes and hashes recorded for them; returns the content of valid files, collects
+a list of :class:`Problem` and reports progress. A file is parsed only after its seal or sha256 has been verified.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is not as written; ``file`` is relative to the cache folder, ``key`` names an utterance."""
+    """One difference from what was written. ``file`` is relative to the cache folder, ``key`` names an utterance."""
 
     shard: int | None
     file: str
@@ -35,11 +35,11 @@ class Problem:
 
 
 class Findings:
-    """The problems of one cache folder, in the order in which they were found.
+    """The problems of one cache folder, in the order they were found.
 
     Args:
-        folder: the cache; problems name their files relative to it.
-        progress: called with (bytes read, bytes to read in all).
+        folder: the cache folder; problems name files relative to it.
+        progress: called with (bytes read, total bytes to read).
     """
 
     def __init__(self, folder: Path, progress: ProgressCallback | None = None) -> None:
@@ -51,7 +51,7 @@ class Findings:
         self.problems.append(Problem(shard, str(file.relative_to(self.folder)), key, what))
 
     def report_error(self, shard: int | None, file: Path, error: Exception) -> None:
-        """An exception of reading ``file`` as a problem of it."""
+        """Report an exception raised while reading ``file``."""
         if isinstance(error, FileNotFoundError):
             what = "is missing"
         elif isinstance(error, OSError):
@@ -61,24 +61,24 @@ class Findings:
         self.report(shard, file, what)
 
     def expect(self, paths: Iterable[Path]) -> None:
-        """Count the bytes of ``paths``, which will be read, for the progress."""
+        """Add the bytes of ``paths``, which will be read, to the progress total."""
         for path in paths:
             try:
                 self.total += path.stat().st_size
-            except OSError:  # told where it is read
+            except OSError:  # reported when the file is read
                 continue
 
     def step(self, size: int) -> None:
-        """``size`` bytes more were read."""
+        """Advance the progress by ``size`` bytes."""
         self.done += size
         if self.progress:
             self.progress(self.done, self.total)
 
     def read_sealed(self, path: Path, shard: int | None) -> dict[str, Any] | None:
-        """The object of a JSON file whose seal is whole; None when there is no file, or it is not whole, which is told.
+        """Read a sealed JSON file; None if it does not exist or is corrupt. Corruption is reported.
 
         Raises:
-            UserError: it is of a newer format.
+            UserError: the file has a newer format.
         """
         try:
             tree = unseal(path)
@@ -90,12 +90,12 @@ class Findings:
         version = tree.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise UserError(
-                f"'{path}' is of cache format {version} and this earshard reads {SCHEMA_VERSION}: update earshard"
+                f"'{path}' has cache format {version}, this earshard reads {SCHEMA_VERSION}: update earshard"
             )
         return tree
 
     def read_table(self, path: Path, wanted: FileInfo, schema: pa.Schema, shard: int | None) -> pa.Table | None:
-        """A parquet file of the right size and sha256, parsed; else None, and told."""
+        """Parse a parquet file of the expected size and sha256; otherwise report the problem and return None."""
         try:
             size = path.stat().st_size
             if size != wanted.bytes:
@@ -109,7 +109,7 @@ class Findings:
         return None
 
     def hash_file(self, path: Path, count: bool = True) -> str:
-        """64 hex digits: sha256 of a file; ``count`` its bytes for the progress. Raises OSError."""
+        """Return the sha256 of a file (64 hex digits). ``count`` adds its bytes to the progress. Raises OSError."""
         digest = hashlib.sha256()
         with open_file(path) as file:
             while chunk := file.read(CHUNK):

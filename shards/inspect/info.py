@@ -1,6 +1,6 @@
-"""What a cache holds, how large and how exact it is, where it is from: the text of ``python -m shards info``.
+"""Contents, size, codec error and provenance of a cache: the output of ``python -m shards info``.
 
-In: a cache folder or its URL, complete or not. Out: a mapping that JSON can hold, and the lines that show it.
+Takes a cache folder or its URL, complete or not; returns a JSON-serializable mapping and the lines that display it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shards.errors import UserError
+from shards.errors import UserError, first_validation_error
 from shards.format.layout import Layout, read_plan
 from shards.format.records import CacheInfo, RecordError, ShardRecord, unseal
 from shards.format.spec import FeatureSpec
@@ -20,16 +20,16 @@ from shards.remote.snapshot import snapshot
 
 
 def describe_cache(cache: str | Path) -> dict[str, Any]:
-    """Identity, counts, sizes and provenance of the cache at a path or URL.
+    """Return identity, counts, sizes and provenance of the cache at a path or URL.
 
     Returns:
-        ``complete``, ``path``, ``counts``; of a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
-        ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (all bytes of the tars over all values),
-        ``codec_error``, ``seconds`` and ``encode_seconds`` (spent extracting all shards, and the encoder's part of it;
-        0 where it was not recorded) and ``provenance``.
+        ``complete``, ``path`` and ``counts``. For a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
+        ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (bits of all tars divided by the number of values),
+        ``codec_error``, ``seconds`` (spent extracting all shards), ``encode_seconds`` (the part spent in the encoder;
+        0 if it was not recorded) and ``provenance``.
 
     Raises:
-        UserError: there is no cache, or CACHE.json is damaged.
+        UserError: there is no cache, or its CACHE.json is corrupt.
     """
     if is_url(cache):
         with snapshot(str(cache), tables=False) as copy:
@@ -44,12 +44,12 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return _incomplete(layout, name)
     except (RecordError, OSError) as error:
-        raise UserError(f"{where} is damaged ({error}): run `python -m shards verify {name}`") from None
+        raise UserError(f"{where} is corrupt ({error}): run `python -m shards verify {name}`") from None
     spec = FeatureSpec.parse(info.get("spec"), where)
     try:
         counts = CacheInfo.model_validate(info).counts
         if not isinstance(info["provenance"], dict):
-            raise TypeError("its provenance")
+            raise TypeError("provenance")
         hours = counts["samples"] / spec.sampling_rate / 3600
         values = counts["frames"] * spec.channels
         return {
@@ -69,8 +69,10 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
             "provenance": info["provenance"],
         }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        what = "what a cache says" if isinstance(error, ValidationError) else error
-        raise UserError(f"{where} lacks or garbles {what}: run `python -m shards verify {name}`") from None
+        what = first_validation_error(error) if isinstance(error, ValidationError) else error
+        raise UserError(
+            f"{where} has missing or invalid fields ({what}): run `python -m shards verify {name}`"
+        ) from None
 
 
 def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
@@ -92,22 +94,24 @@ def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
 
 
 def format_info(about: dict[str, Any]) -> Iterator[str]:
-    """The mapping of :func:`describe_cache` for people."""
+    """Format the mapping returned by :func:`describe_cache` as lines of text."""
     counts = about["counts"]
     yield about["path"]
     if not about["complete"]:
         yield f"  not complete: {counts['committed']} of {counts['shards']} shards committed"
         yield f"  {counts['utterances']} of {counts['planned']} utterances, {counts['failures']} failures"
-        yield "  run the same extraction again to finish it"
+        yield "  rerun the same extraction to finish it"
         return
     spec, error, provenance = about["spec"], about["codec_error"], about["provenance"]
-    parts = [provenance.get(name) for name in ("source", "encoder")]  # free form: a field may be missing or anything
+    parts = [
+        provenance.get(name) for name in ("source", "encoder")
+    ]  # free form: any field may be missing or of any type
     source, encoder = (part if isinstance(part, dict) else {} for part in parts)
     window = f"{spec['window']} with {spec['margin']} s of margin" if "margin" in spec else spec["window"]
     yield f"  features      {spec['family']} layer {spec['layer']}, {spec['channels']} channels, codec {spec['codec']}"
     yield (
         f"  computed      {spec['dtype']}, window {window}, overlap {spec['overlap']} s, trim {spec['trim']}, "
-        f"{spec['sampling_rate'] / spec['hop']:g} frames a second"
+        f"{spec['sampling_rate'] / spec['hop']:g} frames per second"
     )
     yield f"  feature id    {about['feature_id']}"
     yield f"  manifest id   {about['manifest_id']}"
@@ -118,13 +122,13 @@ def format_info(about: dict[str, Any]) -> Iterator[str]:
         f"in {counts['shards']:,} shards"
     )
     yield f"  audio         {about['hours']:.3f} h, {counts['frames']:,} frames"
-    yield f"  bits a value  {about['bits_per_value']:.2f} with tar headers and texts"
+    yield f"  bits/value    {about['bits_per_value']:.2f} including tar headers and texts"
     yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
     yield from format_cost(about)
 
 
 def format_cost(about: dict[str, Any]) -> Iterator[str]:
-    """The size of a complete cache, and the time that it took to make."""
-    yield f"  bytes         {about['counts']['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB per audio hour)"
-    encoder = f", {about['encode_seconds']:,.1f} s of it in the encoder" if about["encode_seconds"] else ""
-    yield f"  spent         {about['seconds']:,.1f} s extracting{encoder}"
+    """Format the size of a complete cache and the time spent extracting it."""
+    yield f"  bytes         {about['counts']['bytes']:,} ({about['bytes_per_audio_hour'] / 1e6:,.1f} MB/h of audio)"
+    encoder = f", of which {about['encode_seconds']:,.1f} s in the encoder" if about["encode_seconds"] else ""
+    yield f"  time          {about['seconds']:,.1f} s of extraction{encoder}"

@@ -1,8 +1,8 @@
-"""What must hold inside one plan, one shard's rows, one tar: the parts of ``shards/inspect/verify.py`` that know the
-bytes.
+"""Checks of one plan, the rows of one shard and one tar: the byte-level part of ``shards/inspect/verify.py``.
 
-In: tables of the right schema and tars, of any content. Out: the first row out of bounds; every member that is not what
-its row says. Nothing that a row declares is used as an offset or a size before it is bounded by the tar's own size.
+Takes tables of the right schema and tars, both with untrusted content; returns the first row that is out of bounds and
+every member that does not match its row. An offset or size declared by a row is used only after it has been bounded by
+the size of the tar.
 """
 
 from __future__ import annotations
@@ -31,42 +31,45 @@ KEY_PATTERN = r"\A[A-Za-z0-9_-]{1,90}\z"
 
 
 def first_bad_utterance(plan: pa.Table) -> str | None:
-    """What is wrong with a plan: keys unique and legal; by shard and row, both counted from 0 without gaps."""
+    """Return what is wrong with a plan, or None. Keys must be unique and legal; shards and rows count from 0."""
     if not len(plan):
         return None
     legal = pc.match_substring_regex(plan["key"], KEY_PATTERN)
     if not pc.all(legal).as_py():
         return f"has the key {plan['key'][pc.index(legal, False).as_py()].as_py()!r:.100}, which no shard can hold"
     if pc.count_distinct(plan["key"]).as_py() != len(plan):
-        return "has a key twice"
+        return "contains a key twice"
     shard, row = plan["shard"].to_numpy().astype(np.int64), plan["row"].to_numpy().astype(np.int64)
     first = np.concatenate([[True], np.diff(shard) != 0])
     starts = np.flatnonzero(first)[np.cumsum(first) - 1]
     if shard[0] != 0 or np.any(~np.isin(np.diff(shard), (0, 1))) or np.any(row != np.arange(len(row)) - starts):
-        return "does not count shards and rows from 0 without gaps"
+        return "does not number shards and rows from 0 without gaps"
     return None
 
 
 def first_bad_row(rows: pa.Table, shard: int, spec: FeatureSpec | None, size: int) -> tuple[str, str] | None:
-    """(key, what) of the first row of a shard that no tar of ``size`` bytes can hold; None when there is none."""
+    """Return (key, problem) of the first row that is invalid in a tar of ``size`` bytes; None if all are valid."""
     column = {name: rows[name].to_numpy().astype(np.int64) for name in _NUMBERS}
     codecs = rows["codec"]
     scaled = pc.is_in(codecs, value_set=pa.array(sorted(SCALED))).to_numpy()
     known = pc.is_in(codecs, value_set=pa.array([spec.codec] if spec else sorted(STORED_DTYPE))).to_numpy()
     width = np.array([STORED_DTYPE[c].itemsize if c in STORED_DTYPE else 1 for c in codecs.to_pylist()], dtype=np.int64)
     error, row = rows["error"].to_numpy(), column["row"]
-    complaints: list[tuple[Any, str]] = [
+    checks: list[tuple[Any, str]] = [
         (column["shard"] == shard, "is a row of another shard"),
         (np.diff(row, prepend=-1) > 0, "is out of order"),
         (known, "has another codec than the cache"),
-        ((column["frames"] >= 1) & (column["samples"] >= 0), "has no frames, or less than no samples"),
+        ((column["frames"] >= 1) & (column["samples"] >= 0), "has no frames, or a negative number of samples"),
         (_inside(column["offset"], column["length"], size), "lies outside its tar"),
         (column["length"] // width >= column["frames"] * (spec.channels if spec else 1), "has more frames than bytes"),
-        (scaled == (column["scale_offset"] >= 0), "has a scale where its codec has none, or none where it has one"),
+        (
+            scaled == (column["scale_offset"] >= 0),
+            "has a scale that its codec does not use, or lacks one that it needs",
+        ),
         (~scaled | _inside(column["scale_offset"], column["scale_length"], size), "has a scale outside its tar"),
-        (np.isfinite(error) & (error >= 0), "has a codec error that is no number"),
+        (np.isfinite(error) & (error >= 0), "has a codec error that is not a non-negative number"),
     ]
-    for good, what in complaints:
+    for good, what in checks:
         if not np.all(good):
             return rows["key"][int(np.argmin(good))].as_py(), what
     return None
@@ -76,12 +79,12 @@ _NUMBERS = ["samples", "shard", "row", "frames", "offset", "length", "scale_offs
 
 
 def _inside(offset: Any, length: Any, size: int) -> Any:
-    # each is bounded before the two are added: a sum of two large int64 would wrap
+    # Bound each value before adding them: the sum of two large int64 values would wrap around.
     return (offset >= tar.BLOCK_SIZE) & (offset <= size) & (length >= 1) & (length <= size) & (offset + length <= size)
 
 
 class TarFile:
-    """A tar on disk, mapped for reading."""
+    """A memory-mapped tar on disk."""
 
     def __init__(self, path: Path) -> None:
         with open_file(path) as file:  # a mapping outlives its file descriptor
@@ -100,7 +103,7 @@ class TarFile:
             self._map.close()
 
     def problems(self, rows: pa.Table | None, spec: FeatureSpec | None) -> Iterator[tuple[str | None, str]]:
-        """(key or None, what) for everything in the tar that is not as its manifest rows say."""
+        """Yield (key or None, problem) for everything in the tar that does not match its manifest rows."""
         members: dict[str, tar.TarMember] = {}
         try:
             members.update((member.name, member) for member in tar.iter_members(self.data))
@@ -118,10 +121,10 @@ class TarFile:
                 if what := self._mismatch(row, spec, members):
                     yield row["key"], what
         if whole and list(members) != expected:
-            yield None, "holds other members, or in another order, than its parquet file says"
+            yield None, "contains other members than its parquet file lists, or in another order"
 
     def _mismatch(self, row: dict[str, Any], spec: FeatureSpec | None, members: dict[str, tar.TarMember]) -> str | None:
-        """How an utterance differs from its row."""
+        """Return how an utterance differs from its row, or None."""
         parts = [(f"{row['key']}.npy", row["offset"], row["length"])]
         if row["scale_offset"] >= 0:
             parts.append((f"{row['key']}.scale.npy", row["scale_offset"], row["scale_length"]))
@@ -130,7 +133,7 @@ class TarFile:
             if offset + length > len(self.data):
                 return "runs past the end of the tar"
             if (found := members.get(name)) and (found.offset, found.length) != (offset, length):
-                return f"stands at byte {found.offset}, not {offset}"
+                return f"starts at byte {found.offset}, not {offset}"
             crc = zlib.crc32(self.data[offset : offset + length], crc)
         if crc != row["crc32"]:
             return "does not match its crc32"
@@ -141,9 +144,9 @@ class TarFile:
         (dtype, shape), *scale = shapes
         channels = spec.channels if spec else shape[-1]
         if dtype != STORED_DTYPE[row["codec"]] or shape != (row["frames"], channels) or channels > MAX_CHANNELS:
-            return f"holds {dtype} {shape}, not {row['frames']} frames of {row['codec']}"
+            return f"contains {dtype} {shape}, not {row['frames']} frames of {row['codec']}"
         if scale and scale != [(np.dtype("<f4"), (channels,))]:
-            return "has a scale of another shape than its channels"
+            return "has a scale whose shape does not match its channels"
         found = members.get(f"{row['key']}.json")
         if found is not None and spec is not None:
             return self._json_mismatch(bytes(self.data[found.offset :][: min(found.length, 1 << 20)]), row, spec)
@@ -159,5 +162,5 @@ class TarFile:
             return "has a JSON member that is not JSON"
         for name, value in json.loads(wanted).items():
             if not isinstance(found, dict) or found.get(name) != value:
-                return f"has a JSON member whose {name} is not that of its row"
-        return None  # more fields than today's are no fault
+                return f"has a JSON member whose {name} differs from its row"
+        return None  # additional fields are allowed

@@ -1,11 +1,11 @@
-"""Is a cache what was written? Compare every file with what the others say about it, and name what does not fit.
+"""Verifies a cache: compares every file with what the other files record about it.
 
     python -m shards verify CACHE --deep
 
-In: a cache folder or its URL, trusted in nothing. Out: a list of problems (``shards/inspect/findings.py``), empty when
-the cache is sound and complete. The fast check reads everything but the tars, of which it compares the sizes; the deep
-one also re-hashes every tar (fetched whole, one at a time, where the cache is far), walks its members and compares each
-with its manifest row.
+Takes an untrusted cache folder or its URL; returns a list of problems (``shards/inspect/findings.py``), empty if the
+cache is valid and complete. The fast check reads everything except the tars, whose sizes it compares. The deep check
+also rehashes every tar (of a remote cache, downloaded whole, one at a time) and compares each of its members with its
+manifest row.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ from shards.remote.snapshot import fetch_tar, snapshot
 
 PLANNED_COLUMNS = [
     name for name in UTTERANCE_SCHEMA.names if name != "samples"
-]  # what a manifest row keeps of its plan row
+]  # columns that a manifest row copies from its plan row
 
 
 def verify(path: str | Path, deep: bool = False, progress: ProgressCallback | None = None) -> list[Problem]:
-    """Everything that is wrong with the cache at a path or URL; an incomplete cache has at least that problem.
+    """Return every problem of the cache at a path or URL. An incomplete cache has at least one.
 
     Args:
-        deep: also re-hash every tar and compare every member with its row.
-        progress: called with (bytes read, bytes to read in all).
+        deep: also rehash every tar and compare every member with its row.
+        progress: called with (bytes read, total bytes to read).
 
     Raises:
-        UserError: there is no such folder, it is no cache, or it is of a newer format.
+        UserError: the folder does not exist, is not a cache, or has a newer format.
     """
     if is_url(path):
         with snapshot(str(path)) as copy:
             return _Audit(Layout(copy), deep, progress, partial(fetch_tar, str(path))).run()
     layout = Layout(Path(path))
     if not layout.path.is_dir():
-        raise UserError(f"there is no folder '{layout.path}': name a cache folder, such as caches/CORPUS/ENCODER")
+        raise UserError(
+            f"cache folder '{layout.path}' does not exist: pass a cache folder, such as caches/CORPUS/ENCODER"
+        )
     if not (layout.cache.exists() or layout.plan.exists() or any(layout.shards.glob("*.json"))):
         raise UserError(
-            f"'{layout.path}' is no cache: it has neither CACHE.json nor plan.parquet; make one with `make extract`"
+            f"'{layout.path}' is not a cache: it has neither CACHE.json nor plan.parquet; run `make extract`"
         )
     return _Audit(layout, deep, progress).run()
 
@@ -88,7 +90,7 @@ class _Audit:
         if manifest is not None:
             found, counts = np.unique(manifest["shard"].to_numpy(), return_counts=True)
             merged = dict(zip(found.tolist(), counts.tolist(), strict=True))
-        at = 0  # where the shard's rows start in the manifest
+        at = 0  # first row of the shard in the manifest
         for shard in shards:
             size = merged.get(shard, 0)
             record = records.get(shard)
@@ -98,11 +100,11 @@ class _Audit:
             else:
                 rows = self._check_shard(shard, record, feature_id, plan_id, plan)
             if rows is not None and manifest is not None and not manifest.slice(at, size).equals(rows):
-                self.findings.report(None, self.layout.manifest, f"does not hold the rows of shard {shard:06d}")
-                manifest = None  # told once
+                self.findings.report(None, self.layout.manifest, f"does not contain the rows of shard {shard:06d}")
+                manifest = None  # report it only once
             at += size
         if manifest is not None and at != len(manifest):
-            self.findings.report(None, self.layout.manifest, "has rows of shards that the plan does not know")
+            self.findings.report(None, self.layout.manifest, "has rows of shards that are not in the plan")
         self._check_unexpected_files(shards)
         if info:
             self._check_summary(info, {shard: records[shard] for shard in shards if shard in records}, shards, plan)
@@ -119,13 +121,13 @@ class _Audit:
             info = CacheInfo.model_validate(tree)
             self.spec = FeatureSpec.parse(info.spec, f"'{path}'")
         except ValidationError as error:
-            self.findings.report(None, path, f"lacks what a cache says: {first_validation_error(error)}")
+            self.findings.report(None, path, f"has missing or invalid fields: {first_validation_error(error)}")
             return None
         except UserError as error:
-            self.findings.report(None, path, f"lacks what a cache says: {error}")
+            self.findings.report(None, path, f"has missing or invalid fields: {error}")
             return None
         if info.schema_version != self.spec.schema_version or self.spec.feature_id != info.feature_id:
-            self.findings.report(None, path, "has a feature id that is not that of its spec")
+            self.findings.report(None, path, "has a feature id that does not match its spec")
         return info
 
     def _records(self) -> dict[int, ShardRecord]:
@@ -140,11 +142,11 @@ class _Audit:
             try:
                 records[shard] = ShardRecord.model_validate(tree)
             except ValidationError as error:
-                self.findings.report(shard, path, f"lacks what a record says: {first_validation_error(error)}")
+                self.findings.report(shard, path, f"has missing or invalid fields: {first_validation_error(error)}")
         return records
 
     def _plan(self, plan_id: str | None) -> pa.Table | None:
-        """The plan, sorted by shard and row as it is written, or None."""
+        """Return the plan, sorted by shard and row as written, or None."""
         path = self.layout.plan
         try:
             found = self.findings.hash_file(path, count=False)
@@ -152,7 +154,7 @@ class _Audit:
             self.findings.report_error(None, path, error)
             return None
         if plan_id is not None and found != plan_id:
-            self.findings.report(None, path, "is not the plan that the cache was made by (its sha256 differs)")
+            self.findings.report(None, path, "is not the plan that the cache was extracted with (its sha256 differs)")
             return None
         try:
             plan = read_parquet(path, UTTERANCE_SCHEMA)
@@ -175,21 +177,21 @@ class _Audit:
         if not path.exists():
             self.findings.report(shard, path, "is missing: the shard is not committed")
         elif not path.is_file():
-            self.findings.report(shard, path, "is no file")
+            self.findings.report(shard, path, "is not a regular file")
 
     def _check_shard(
         self, shard: int, record: ShardRecord, feature_id: str | None, plan_id: str | None, plan: pa.Table | None
     ) -> pa.Table | None:
-        """Check one shard; its rows when they can be trusted."""
+        """Check one shard; returns its rows if they can be trusted."""
         layout, path = self.layout, self.layout.record(shard)
         if record.shard != shard:
             self.findings.report(shard, path, f"is the record of shard {record.shard:06d}")
         if record.feature_id != feature_id:
             self.findings.report(
-                shard, path, f"is of other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})"
+                shard, path, f"belongs to other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})"
             )
         if record.plan_id != plan_id:
-            self.findings.report(shard, path, f"is of another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
+            self.findings.report(shard, path, f"belongs to another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
         rows = self.findings.read_table(layout.rows(shard), record.parquet, MANIFEST_SCHEMA, shard)
         tar = layout.tar(shard)
         try:
@@ -202,13 +204,13 @@ class _Audit:
             self.findings.report(shard, tar, f"has {size} bytes, not {record.tar.bytes}")
         if rows is not None:
             if rows.num_rows != record.rows or (pc.sum(rows["frames"]).as_py() or 0) != record.frames:
-                self.findings.report(shard, path, "counts other rows or frames than its parquet file holds")
+                self.findings.report(shard, path, "disagrees with its parquet file on the number of rows or frames")
             if bad := first_bad_row(rows, shard, self.spec, record.tar.bytes):
                 self.findings.report(shard, layout.rows(shard), bad[1], bad[0])
                 rows = None
             elif plan is not None and not self._matches_plan(shard, record, rows, plan):
                 self.findings.report(
-                    shard, layout.rows(shard), "and the failures of its record do not make up the planned rows"
+                    shard, layout.rows(shard), "and the failures in its record do not add up to the planned rows"
                 )
         if self.deep:
             try:
@@ -224,7 +226,7 @@ class _Audit:
         return rows
 
     def _matches_plan(self, shard: int, record: ShardRecord, rows: pa.Table, plan: pa.Table) -> bool:
-        """Every planned utterance is a row or a failure, and none is both."""
+        """Return whether every planned utterance is either a row or a failure, and none is both."""
         failed = pa.array([failure.key for failure in record.failures], pa.string())
         planned = plan.filter(pc.equal(plan["shard"], shard)).select(PLANNED_COLUMNS)
         lost = pc.is_in(planned["key"], value_set=failed)
@@ -235,27 +237,27 @@ class _Audit:
         if info is None:
             return None
         if path.name not in info.files:
-            self.findings.report(None, self.layout.cache, f"says nothing about {path.name}")
+            self.findings.report(None, self.layout.cache, f"does not list {path.name}")
             return None
         return self.findings.read_table(path, info.files[path.name], schema, None)
 
     def _check_unexpected_files(self, shards: Sequence[int]) -> None:
-        """Tars and records that are not of the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
+        """Report tars and records outside the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
         for path in sorted([*self.layout.shards.glob("*.tar"), *self.layout.shards.glob("*.json")]):
             if shard_number(path.stem) not in shards:
-                self.findings.report(None, path, "is no shard of this cache")
+                self.findings.report(None, path, "is not a shard of this cache")
 
     def _check_summary(
         self, info: CacheInfo, records: dict[int, ShardRecord], shards: Sequence[int], plan: pa.Table | None
     ) -> None:
-        """CACHE.json against the sum of the records."""
+        """Compare CACHE.json with the totals of the records."""
         path = self.layout.cache
         failures = self._table(info, self.layout.failures, FAILURE_SCHEMA)
         if len(records) < len(shards):
             return
         failure_rows = [failure.model_dump() for shard in shards for failure in records[shard].failures]
         if failures is not None and failures.to_pylist() != failure_rows:
-            self.findings.report(None, self.layout.failures, "does not hold the failures of the records")
+            self.findings.report(None, self.layout.failures, "does not contain the failures of the records")
         found = {
             "shards": len(shards),
             "utterances": sum(record.rows for record in records.values()),
@@ -270,4 +272,4 @@ class _Audit:
                 self.findings.report(None, path, f"counts {info.counts.get(name)} {name}, the shards have {value}")
         tars = [records[shard].tar.sha256 for shard in shards]
         if manifest_id(info.feature_id, info.plan_id, tars) != info.manifest_id:
-            self.findings.report(None, path, "has a manifest id that is not that of its shards")
+            self.findings.report(None, path, "has a manifest id that does not match its shards")

@@ -1,1 +1,1 @@
-"""Committed features as memory-mapped, checked rows."""
+"""Reading of committed features from memory-mapped shards."""

@@ -1,15 +1,15 @@
-"""Read committed features: rows found from the manifest, bytes from memory-mapped shards, no copy before yours.
+"""Reads committed features from memory-mapped shards without intermediate copies.
 
-In: a complete cache folder (``CACHE.json`` stands), or its URL (``shards/remote/mirror.py``). Out: :class:`Cache`,
-which gives any utterance's features as a read-only view or copies them once into a buffer of yours.
+:class:`Cache` takes a complete cache folder (one with ``CACHE.json``) or its URL (``shards/remote/mirror.py``). It
+returns the features of any utterance as a read-only view, or copies them once into the caller's buffer.
 
 ```
 CACHE.json -> spec, ids, counts     manifest.parquet -> frames and shards at once, the rest a row group at a time
-shards/000042.tar -> mmap (bounded, least recently used leaves) -> payload view --decode--> out
+shards/000042.tar -> mmap (bounded, least recently used evicted) -> payload view --decode--> out
 ```
 
-Nothing that a file declares is believed before it is bounded by that file's size. The checksum of a row is compared the
-first time that a process reads it. Methods may be called from several threads at once.
+Every number in a file is checked against the size of that file before it is used. The checksum of a row is verified the
+first time a process reads it. Methods are thread-safe.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ SCALE_DTYPE = np.dtype("<f4")
 
 
 class StoredUtterance(NamedTuple):
-    """One utterance as it is stored: views of the shard, read-only, and what the manifest calls it."""
+    """One utterance as stored: read-only views of the shard, and the key and text from the manifest."""
 
     payload: Array  # [frames, channels] of the codec's dtype
-    scale: Array | None  # float32 [channels] where the codec is scaled
+    scale: Array | None  # float32 [channels] if the codec is scaled
     key: str
     text: str
 
 
 class Cache:
-    """One committed cache. Make it with :meth:`open`.
+    """A committed cache. Create it with :meth:`open`.
 
     Attributes:
-        path: the cache folder; of a far cache, the local folder that mirrors it.
-        location: the cache folder, or the URL of a far cache.
-        mirror: what fetches the shards of a far cache; ``None`` of a local one.
-        spec: what the features are; ``feature_id`` is its hash.
-        info: ``CACHE.json``.
-        manifest_id: 64 hex digits that stand for the content of the cache.
-        frames: int32 [rows], frames of each utterance.
-        bounds: int64 [shards that hold rows + 1]: the shard at place s holds the rows ``bounds[s]:bounds[s + 1]``.
+        path: the cache folder; for a remote cache, the local folder that mirrors it.
+        location: the cache folder, or the URL of a remote cache.
+        mirror: fetches the shards of a remote cache; ``None`` for a local cache.
+        spec: the feature spec; ``feature_id`` is its hash.
+        info: content of ``CACHE.json``.
+        manifest_id: 64 hex digits that identify the content of the cache.
+        frames: int32 [rows], number of frames of each utterance.
+        bounds: int64 [non-empty shards + 1]; non-empty shard s holds the rows ``bounds[s]:bounds[s + 1]``.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class Cache:
 
     @classmethod
     def open(cls, path: str | Path | Mirror, verify: bool = True) -> Cache:
-        """The cache at ``path``, a folder or a URL; ``verify=False`` skips the checksum of rows.
+        """Open the cache at ``path``, a folder or a URL. ``verify=False`` skips the checksums of rows.
 
-        A :class:`~shards.remote.mirror.Mirror` in place of a URL sets the local folder and its size.
+        Pass a :class:`~shards.remote.mirror.Mirror` instead of a URL to set the local folder and its size.
 
         Raises:
-            UserError: there is no complete cache, it is of another format, its files do not fit each other, or a far
-                one cannot be reached.
+            UserError: there is no complete cache, it has another format, it is corrupt, or a remote cache cannot be
+                reached.
         """
         if not isinstance(path, Mirror) and is_url(path):
             path = Mirror.open(str(path))
@@ -104,58 +104,58 @@ class Cache:
             written = info["files"][layout.manifest.name]
             declared = (info["feature_id"], int(info["counts"]["utterances"]), int(written["bytes"]))
             if not isinstance(info["manifest_id"], str) or spec.feature_id != declared[0]:
-                raise corrupt_cache(layout.path, f"the feature id in {layout.cache.name} is not that of its spec")
+                raise corrupt_cache(layout.path, f"the feature id in {layout.cache.name} does not match its spec")
             frames, shards = read_frames(layout, declared[1], declared[2], str(written["sha256"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise corrupt_cache(layout.path, f"{layout.cache.name} lacks or garbles {error}") from None
+            raise corrupt_cache(layout.path, f"{layout.cache.name} has missing or invalid fields ({error})") from None
         return cls(layout.path, info, spec, frames, shards, verify, mirror)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cache.open, (self.mirror or self.path, self._verify)  # a worker process maps for itself
+        return Cache.open, (self.mirror or self.path, self._verify)  # a worker process creates its own mappings
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def detach(self) -> None:
-        """Forget mappings, cached strings and locks: for a process that was forked while threads were reading."""
+        """Drop mappings, cached strings and locks. Call it in a process that was forked while threads were reading."""
         self._index = ManifestIndex(
             self.path, self.spec, self.frames, int(self.info["files"]["manifest.parquet"]["bytes"])
         )
-        most = MAX_MAPPED_SHARDS
+        max_mapped = MAX_MAPPED_SHARDS
         if self.mirror is not None:
             self.mirror.detach()
-            # What is mapped cannot make room: at most half of the local folder.
-            most = max(1, min(most, int(self.mirror.budget / 2 / max(self.mirror.shard_bytes, 1))))
-        self._mmap_pool = MmapPool(self.path, self.mirror, most)
+            # Mapped shards cannot be evicted from the local folder, so map at most half of it.
+            max_mapped = max(1, min(max_mapped, int(self.mirror.budget / 2 / max(self.mirror.shard_bytes, 1))))
+        self._mmap_pool = MmapPool(self.path, self.mirror, max_mapped)
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """All rows and columns (``MANIFEST_SCHEMA``), read when first asked for; row i is utterance i."""
+        """All rows and columns (``MANIFEST_SCHEMA``), read on first use. Row i is utterance i."""
         try:
             return read_parquet(Layout(self.path).manifest, MANIFEST_SCHEMA)
         except (OSError, RecordError) as error:
             raise corrupt_cache(self.path, str(error)) from None
 
     def row(self, index: int) -> dict[str, Any]:
-        """The manifest row of utterance ``index``."""
+        """Return the manifest row of utterance ``index``."""
         row: dict[str, Any] = self.manifest.slice(self._place(index), 1).to_pylist()[0]
         return row
 
     def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
-        """``key`` or ``text`` of ``rows``, without reading the strings of the whole manifest."""
+        """Return ``key`` or ``text`` of ``rows`` without reading the strings of the whole manifest."""
         return self._index.strings(column, np.asarray(rows, dtype=np.int64))
 
     def features(self, index: int) -> Array:
-        """Utterance ``index`` [frames, channels]: the stored float16 as a read-only view, other codecs as float32.
+        """Return utterance ``index`` [frames, channels]: codec f16 as a read-only float16 view, others as float32.
 
         Raises:
-            UserError: the shard is missing or short, or the row's checksum is wrong.
+            UserError: the shard is missing or truncated, or the checksum of the row does not match.
         """
         stored = self._stored(index)
         return stored.payload if self.spec.codec == "f16" else decode(self.spec.codec, stored.payload, stored.scale)
 
     def read_into(self, index: int, out: Array) -> None:
-        """Copy, or decode, utterance ``index`` into ``out`` [frames, channels], float16 or float32.
+        """Copy or decode utterance ``index`` into ``out`` [frames, channels], float16 or float32.
 
         Raises:
             ValueError: ``out`` has another shape.
@@ -163,11 +163,11 @@ class Cache:
         """
         stored = self._stored(index)
         if out.shape != stored.payload.shape:
-            raise ValueError(f"out has the shape {out.shape}, utterance {index} has {stored.payload.shape}")
+            raise ValueError(f"out has shape {out.shape}, but utterance {index} has shape {stored.payload.shape}")
         decode(self.spec.codec, stored.payload, stored.scale, out)
 
     def read_stored(self, rows: NDArray[np.int64]) -> list[StoredUtterance]:
-        """The utterances at ``rows`` (int64, 0 … len - 1) as they are stored. What a row costs here, a batch waits for.
+        """Return the utterances at ``rows`` (int64, 0 … len - 1) as stored. Performance-critical: batches wait for it.
 
         Raises:
             UserError: as :meth:`features`.
@@ -178,11 +178,11 @@ class Cache:
         maps = self._mmap_pool.get(shards)
         checked = not self._verify or bool(self._verified[rows].all())
         found = []
-        about = zip(rows.tolist(), shards, self.frames[rows].tolist(), places, strict=True)
-        for row, shard, frames, (group, at) in about:
+        columns = zip(rows.tolist(), shards, self.frames[rows].tolist(), places, strict=True)
+        for row, shard, frames, (group, at) in columns:
             data = maps[shard].data
             if group.end.item(at) > len(data):
-                raise self._corrupt_row(row, f"ends at byte {group.end.item(at)} of a file of {len(data)}")
+                raise self._corrupt_row(row, f"ends at byte {group.end.item(at)} of a file of {len(data)} bytes")
             if not checked and not self._verified[row]:
                 self._verify_checksum(data, row, group, at)
             payload: Array = np.ndarray((frames, channels), dtype, data, group.payload_start.item(at))
@@ -191,11 +191,11 @@ class Cache:
         return found
 
     def shard_of(self, index: int) -> int:
-        """The number of the shard that holds utterance ``index``."""
+        """Return the number of the shard that holds utterance ``index``."""
         return int(self._shards[index])
 
     def will_need(self, rows: NDArray[np.int64]) -> None:
-        """Ask the kernel to read the pages of ``rows`` from the disk while the caller does other things."""
+        """Ask the kernel to read the pages of ``rows`` from disk in the background."""
         shards = self._shards[rows].tolist()
         maps = self._mmap_pool.get(shards)
         for shard, (group, at) in zip(shards, self._index.locate(rows), strict=True):
@@ -204,7 +204,7 @@ class Cache:
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
-            raise IndexError(f"utterance {index} of {len(self)}")
+            raise IndexError(f"utterance {index} is out of range for a cache of {len(self)} utterances")
         return place
 
     def _stored(self, index: int) -> StoredUtterance:
@@ -225,14 +225,14 @@ class Cache:
 
 def _read_info(layout: Layout) -> dict[str, Any]:
     if not layout.path.is_dir():
-        raise UserError(f"there is no cache at '{layout.path}': make one with `make extract`, or correct the path")
+        raise UserError(f"cache '{layout.path}' does not exist: run `make extract`, or correct the path")
     try:
         return unseal(layout.cache)
     except FileNotFoundError:
         if layout.plan.exists():
             raise UserError(
-                f"the cache '{layout.path}' is not complete (no CACHE.json): run the same extraction again to finish it"
+                f"the cache '{layout.path}' is not complete (no CACHE.json): rerun the same extraction to finish it"
             ) from None
-        raise UserError(f"'{layout.path}' is no cache: it has no CACHE.json; make one with `make extract`") from None
+        raise UserError(f"'{layout.path}' is not a cache: it has no CACHE.json; run `make extract`") from None
     except (OSError, RecordError) as error:
         raise corrupt_cache(layout.path, str(error)) from None

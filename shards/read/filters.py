@@ -1,11 +1,11 @@
-"""Rows by what the manifest says of them: a small expression, or any of pyarrow's.
+"""Selects manifest rows with a small expression language, or with any pyarrow expression.
 
-In: caches and a filter. Out: the rows of the joined manifest that pass, for ``FeatureStream(rows=…)``.
+Takes caches and a filter; returns the rows of the joined manifest that match, for ``FeatureStream(rows=…)``.
 
     1 <= duration < 20 and speaker != '' and not (split in ['test', 'val'] or text_length == 0)
 
-Names are the columns of the manifest (``docs/format.md``), ``duration`` in seconds, and ``text_length`` in characters.
-The words are Python's; nothing is evaluated as Python.
+Names are the columns of the manifest (``docs/format.md``), ``duration`` in seconds and ``text_length`` in characters.
+The syntax is Python's, but nothing is evaluated as Python.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def select_rows(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray[np.int64]:
-    """The rows of ``caches`` joined end to end that pass ``filter``, ascending.
+    """Return the rows of the concatenated ``caches`` that match ``filter``, int64 in ascending order.
 
     Raises:
-        UserError: the filter is no such expression, or compares a column with a value of another type.
+        UserError: the filter is not a valid expression, or compares a column with a value of another type.
     """
     expression = parse_filter(filter) if isinstance(filter, str) else filter
     found, start = [], 0
@@ -64,22 +64,22 @@ def select_rows(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray
 
 
 def parse_filter(text: str) -> pc.Expression:
-    """The expression of a filter's text; UserError when it is none."""
+    """Parse the text of a filter; UserError if it is not a valid filter."""
     try:
         expression = _expression(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise _no_filter(text, "it is not an expression") from None
+        raise _invalid_filter(text, "it is not an expression") from None
     except _UnsupportedExpression as error:
-        raise _no_filter(text, str(error)) from None
+        raise _invalid_filter(text, str(error)) from None
     return expression
 
 
 class _UnsupportedExpression(Exception):
-    """A part of the text that a filter does not have: one phrase."""
+    """A part of the text that filters do not support. The message is one phrase."""
 
 
-def _no_filter(text: str, what: str) -> UserError:
-    return UserError(f"'{text}' is no filter: {what}; write it like \"duration < 20 and split != 'test'\"")
+def _invalid_filter(text: str, what: str) -> UserError:
+    return UserError(f"'{text}' is not a valid filter: {what}; example: \"duration < 20 and split != 'test'\"")
 
 
 def _expression(node: ast.expr) -> pc.Expression:
@@ -91,20 +91,20 @@ def _expression(node: ast.expr) -> pc.Expression:
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
         return reduce(operator.and_, map(_comparison, sides, node.ops, sides[1:]))
-    raise _UnsupportedExpression(f"'{ast.unparse(node)}' compares nothing")
+    raise _UnsupportedExpression(f"'{ast.unparse(node)}' is not a comparison")
 
 
 def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
     if not any(isinstance(side, ast.Name) for side in (left, right)):
-        raise _UnsupportedExpression(f"'{ast.unparse(left)}' and '{ast.unparse(right)}' are both no column")
+        raise _UnsupportedExpression(f"neither '{ast.unparse(left)}' nor '{ast.unparse(right)}' is a column")
     if isinstance(op, ast.In | ast.NotIn):
         if not isinstance(right, ast.List | ast.Tuple):
-            raise _UnsupportedExpression(f"'in' wants a list such as ['a', 'b'], not '{ast.unparse(right)}'")
+            raise _UnsupportedExpression(f"'in' expects a list such as ['a', 'b'], got '{ast.unparse(right)}'")
         values = pa.array([_constant(value) for value in right.elts])
         inside = _value(left).isin(values)
         return ~inside if isinstance(op, ast.NotIn) else inside
     if type(op) not in COMPARE:
-        raise _UnsupportedExpression("it compares by '<', '<=', '>', '>=', '==', '!=', 'in' and 'not in' alone")
+        raise _UnsupportedExpression("expected one of '<', '<=', '>', '>=', '==', '!=', 'in' and 'not in'")
     compared: pc.Expression = COMPARE[type(op)](_value(left), _value(right))
     return compared
 
@@ -113,7 +113,7 @@ def _value(node: ast.expr) -> pc.Expression:
     if isinstance(node, ast.Name):
         names = [*MANIFEST_SCHEMA.names, *DERIVED]
         if node.id not in names:
-            raise _UnsupportedExpression(f"there is no column '{node.id}' ({', '.join(names)})")
+            raise _UnsupportedExpression(f"column '{node.id}' does not exist (columns: {', '.join(names)})")
         return pc.field(node.id)
     return pc.scalar(_constant(node))
 
@@ -125,4 +125,4 @@ def _constant(node: ast.expr) -> str | int | float:
             return -number
     if isinstance(node, ast.Constant) and type(node.value) in (str, int, float):
         return node.value  # type: ignore[return-value]
-    raise _UnsupportedExpression(f"'{ast.unparse(node)}' is no column, text or number")
+    raise _UnsupportedExpression(f"'{ast.unparse(node)}' is not a column, a string or a number")

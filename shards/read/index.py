@@ -1,9 +1,9 @@
-"""Which shard, which bytes, which key and text belong to a row: ``manifest.parquet`` without holding all of it.
+"""Locates the shard, bytes, key and text of a row in ``manifest.parquet`` without loading all of it.
 
-In: the manifest of a committed cache. Out: frames and shards of all rows at once (:func:`read_frames`), and the rest a
-row group at a time (:class:`ManifestIndex`), so that a manifest of many million rows opens in a second.
+Reads the frames and shards of all rows at once (:func:`read_frames`) and the other columns one row group at a time
+(:class:`ManifestIndex`), so that a manifest of many million rows opens in a second.
 
-Nothing that the file declares is believed before it is bounded by the file's size.
+Every number in the file is checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from shards.format.records import RecordError
 from shards.format.schemas import MAX_ROWS_PER_BYTE, read_batches
 from shards.format.spec import FeatureSpec
 
-MAX_ROW_GROUP_BYTES = 512 << 20  # of row groups kept in memory: the texts and places of a few million utterances
-HASHED_AT_OPEN = 64 << 20  # a larger manifest is hashed by `verify` alone: opening must stay quick
+MAX_ROW_GROUP_BYTES = 512 << 20  # of row groups kept in memory: texts and offsets of a few million utterances
+HASHED_AT_OPEN = 64 << 20  # larger manifests are hashed only by `verify`, so that opening stays fast
 OFFSET_COLUMNS = ["offset", "length", "scale_offset", "scale_length", "crc32"]
-MAX_OFFSET = 1 << 48  # bytes: beyond any file, far below what an int64 sum overflows at
+MAX_OFFSET = 1 << 48  # bytes: larger than any file, and far below the overflow of an int64 sum
 
 
 def corrupt_cache(path: Path, what: str) -> UserError:
-    """What to raise for a cache whose files do not fit each other."""
-    return UserError(f"the cache '{path}' is not sound: {what}; run `python -m shards verify {path}`")
+    """Return the error to raise for a cache whose files are corrupt or inconsistent."""
+    return UserError(f"the cache '{path}' is corrupt: {what}; run `python -m shards verify {path}`")
 
 
 class StringColumn:
-    """A column of text. One value costs a third of what an arrow scalar of it costs."""
+    """A string column. Reading a value takes a third of the time of an arrow scalar."""
 
     def __init__(self, column: pa.StringArray) -> None:
         _, offsets, data = column.buffers()
@@ -55,10 +55,10 @@ class StringColumn:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """A row group: value i belongs to row ``first + i``. Places are bytes of the row's tar, int64 [rows].
+    """A row group: value i belongs to row ``first + i``. Offsets are bytes in the row's tar, int64 [rows].
 
-    The payload is ``start`` to its member's end; ``scale`` is where the scales begin (unused without); no byte at
-    or beyond ``end`` is the row's. ``members`` are the [begin, end) pairs that the checksum ``crc32`` covers.
+    The payload starts at ``payload_start``, the scale at ``scale_start`` (unused if the codec has no scale). ``end`` is
+    the end of the row's bytes. The checksum ``crc32`` covers the [begin, end) pairs in ``checksum_ranges``.
     """
 
     first: int
@@ -73,12 +73,12 @@ class RowGroup:
 
 
 class ManifestIndex:
-    """Row groups of a manifest, read when a row of them is asked for; the least recently used leaves.
+    """Row groups of a manifest, read on demand. The least recently used are evicted.
 
     Args:
         path: the cache folder.
         frames: int32 [rows].
-        size: bytes of the manifest, which bound what it may unpack to.
+        size: size of the manifest in bytes, which limits what it may decompress to.
     """
 
     def __init__(self, path: Path, spec: FeatureSpec, frames: Array, size: int) -> None:
@@ -89,10 +89,10 @@ class ManifestIndex:
         self._starts: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
 
     def locate(self, rows: NDArray[np.int64]) -> list[tuple[RowGroup, int]]:
-        """The row group of each row, and the row's place in it.
+        """Return the row group of each row, and the row's index in it.
 
         Raises:
-            UserError: the manifest cannot be read, or declares what cannot be.
+            UserError: the manifest cannot be read, or declares invalid values.
         """
         with self._lock:
             if self._file is None:
@@ -105,7 +105,7 @@ class ManifestIndex:
         return [(found[number], at) for number, at in zip(numbers.tolist(), places, strict=True)]
 
     def strings(self, column: Literal["key", "text"], rows: NDArray[np.int64]) -> list[str]:
-        """``key`` or ``text`` of ``rows``."""
+        """Return ``key`` or ``text`` of ``rows``."""
         return [getattr(group, column)[at] for group, at in self.locate(rows)]
 
     def _open(self) -> None:
@@ -127,11 +127,11 @@ class ManifestIndex:
         assert self._file is not None
         with translate_manifest_errors(self._path):
             columns = ["key", "text", *OFFSET_COLUMNS]
-            # One thread: pyarrow's own pool does not survive the fork of a DataLoader worker.
+            # Single-threaded: pyarrow's thread pool does not survive the fork of a DataLoader worker.
             options = {"row_groups": [number], "columns": columns, "use_threads": False}
             table = read_batches("manifest.parquet", self._file, self._size, **options).combine_chunks()
         if any(table[name].null_count for name in table.column_names):
-            raise corrupt_cache(self._path, "manifest.parquet has empty values")
+            raise corrupt_cache(self._path, "manifest.parquet has null values")
         first = int(self._starts[number])
         places = {name: table[name].to_numpy() for name in OFFSET_COLUMNS}
         frames = self._frames[first : first + len(table)].astype(np.int64)
@@ -154,10 +154,15 @@ class ManifestIndex:
 
 
 def read_frames(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Array, Array]:
-    """Frames and shard of every row, int32 [rows]: as many as declared, in order of shards.
+    """Read frames and shard of every row, int32 [rows], ordered by shard.
+
+    Args:
+        rows: expected number of rows.
+        size: expected size of the manifest in bytes.
+        sha256: expected hash, checked for manifests of up to ``HASHED_AT_OPEN`` bytes.
 
     Raises:
-        UserError: the manifest is not the one that ``size`` and ``sha256`` tell of, or cannot be.
+        UserError: the manifest does not match these values, or is invalid.
     """
     path = layout.manifest
     with translate_manifest_errors(layout.path):
@@ -168,14 +173,14 @@ def read_frames(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Arra
             raise corrupt_cache(layout.path, f"{path.name} does not match its sha256")
         with pq.ParquetFile(path, memory_map=True) as file:
             if not file.schema_arrow.remove_metadata().equals(MANIFEST_SCHEMA):
-                raise corrupt_cache(layout.path, f"{path.name} has other columns than this format")
+                raise corrupt_cache(layout.path, f"{path.name} has other columns than the cache format")
             if file.metadata.num_rows != rows or rows > MAX_ROWS_PER_BYTE * size:
                 raise corrupt_cache(
                     layout.path, f"{path.name} has {file.metadata.num_rows} rows in {size} bytes, not {rows}"
                 )
             table = file.read(columns=["frames", "shard"])
     if table["frames"].null_count or table["shard"].null_count:
-        raise corrupt_cache(layout.path, f"{path.name} has empty values")
+        raise corrupt_cache(layout.path, f"{path.name} has null values")
     frames, shards = table["frames"].to_numpy(), table["shard"].to_numpy()
     if len(frames) and (frames.min() < 1 or shards[0] < 0 or np.any(shards[1:] < shards[:-1])):
         raise corrupt_cache(layout.path, f"{path.name} has rows without frames or out of order")
@@ -183,7 +188,7 @@ def read_frames(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Arra
 
 
 def _out_of_bounds(spec: FeatureSpec, frames: NDArray[np.int64], places: dict[str, Any]) -> int | None:
-    """The first row whose places cannot hold its frames; None when all can."""
+    """Return the first row whose byte ranges cannot hold its frames, or None."""
     width = spec.channels * STORED_DTYPE[spec.codec].itemsize
     valid = (places["offset"] >= 0) & (places["offset"] < MAX_OFFSET) & (places["length"] < MAX_OFFSET)
     valid &= frames * width <= places["length"]
@@ -197,7 +202,7 @@ def _out_of_bounds(spec: FeatureSpec, frames: NDArray[np.int64], places: dict[st
 
 @contextmanager
 def translate_manifest_errors(path: Path) -> Iterator[None]:
-    """Failures of reading the manifest of the cache at ``path`` as one sentence."""
+    """Raise errors from reading the manifest of the cache at ``path`` as a UserError of one sentence."""
     try:
         yield
     except RecordError as error:

@@ -1,7 +1,8 @@
-"""A cache as other people's loops want it: a map-style torch dataset, and a webdataset pipeline.
+"""A cache as a map-style torch dataset and as a webdataset pipeline, for use in other training loops.
 
-In: a cache, its folder or its URL. Out: dictionaries of a float32 tensor and what is known of the utterance. Both read
-the cache itself; neither has the global order, the buckets or the state of ``shards/stream/iterable_dataset.py``.
+Takes a cache, its folder or its URL; yields dictionaries of a float32 tensor and the metadata of the utterance. Both
+read the cache directly. Neither has the global order, the length grouping or the resume state of
+``shards/stream/iterable_dataset.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
     pads a list of items.
 
     Raises:
-        UserError: there is no complete cache there.
+        UserError: ``cache`` is not a complete cache.
     """
 
     def __init__(self, cache: str | Path | Cache) -> None:
@@ -51,13 +52,13 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         row = self.cache.row(index)
         features = np.empty((row["frames"], self.cache.spec.channels), dtype=np.float32)
         self.cache.read_into(index, features)
-        about = {name: row[name] for name in SAMPLE_FIELDS}
+        metadata = {name: row[name] for name in SAMPLE_FIELDS}
         duration = row["samples"] / self.cache.spec.sampling_rate
-        return {"features": torch.from_numpy(features), **about, "duration": duration}
+        return {"features": torch.from_numpy(features), **metadata, "duration": duration}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """``features`` [B, T, C] with zeros behind, ``lengths`` int64 [B], and a list of every other field."""
+    """Pad items to ``features`` float32 [B, T, C] (zero-padded), ``lengths`` int64 [B] and lists of the other fields."""
     features = torch.nn.utils.rnn.pad_sequence([sample["features"] for sample in samples], batch_first=True)
     lengths = torch.tensor([len(sample["features"]) for sample in samples])
     others = {name: [sample[name] for sample in samples] for name in samples[0] if name != "features"}
@@ -65,29 +66,30 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def as_webdataset(cache: str | Path | Cache, *, seed: int | None = None) -> Any:
-    """A webdataset pipeline over a cache, its folder or its URL: one sample per utterance, codecs decoded.
+    """Return a webdataset pipeline over a cache, its folder or its URL: one decoded sample per utterance.
 
-    Shards are split by node, then by DataLoader worker; every utterance comes once an epoch. A sample holds
+    Shards are split by node, then by DataLoader worker; every utterance occurs once per epoch. A sample holds
     ``__key__``, ``features`` (float32 tensor [frames, channels]) and the fields of the shard's JSON: ``text``,
     ``speaker``, ``split``, ``duration`` and so on. The result chains like any webdataset pipeline:
     ``.shuffle(1000)``, ``.batched(8, collation_fn=shards.collate)``.
 
     Args:
-        seed: shuffles the order of shards, differently each epoch and equally on every node; ``None`` keeps it.
+        seed: shuffles the order of shards, differently in each epoch and equally on every node; ``None`` keeps the
+            stored order.
 
     Raises:
-        UserError: there is no complete cache there, or (while iterating) a sample is corrupt.
+        UserError: ``cache`` is not a complete cache, or (while iterating) a sample is corrupt.
     """
     import webdataset as wds
 
     class Pipeline(wds.DataPipeline, wds.FluidInterface):  # type: ignore[misc]  # webdataset has no types
-        """As webdataset.WebDataset is one: stages, and methods that add stages."""
+        """A pipeline with the chaining methods of webdataset.WebDataset."""
 
     source = cache if isinstance(cache, Cache) else Cache.open(cache)
     numbers = sorted({source.shard_of(int(first)) for first in source.bounds[:-1]})
     return Pipeline(
         wds.SimpleShardList([str(number) for number in numbers]),
-        # Before the split: nodes that shuffled for themselves would not divide the shards.
+        # Shuffle before the split: if each node shuffled separately, the nodes would not partition the shards.
         *([] if seed is None else [wds.detshuffle(bufsize=len(numbers), initial=len(numbers), seed=seed)]),
         wds.split_by_node,
         wds.split_by_worker,
@@ -99,7 +101,7 @@ def as_webdataset(cache: str | Path | Cache, *, seed: int | None = None) -> Any:
 
 
 class _OpenShards:
-    """Shard numbers to open tars; a far shard is fetched here, in the process that reads it."""
+    """Map shard numbers to open tars. A remote shard is fetched here, in the process that reads it."""
 
     def __init__(self, cache: Cache) -> None:
         self.layout, self.mirror = Layout(cache.path), cache.mirror
@@ -115,7 +117,7 @@ class _OpenShards:
 
 
 class _DecodeSamples:
-    """Samples of bytes to samples of a tensor and its metadata."""
+    """Map samples of bytes to samples of a tensor and its metadata."""
 
     def __init__(self, codec: str) -> None:
         self.codec = codec
@@ -125,11 +127,11 @@ class _DecodeSamples:
             try:
                 scale = _array(sample["scale.npy"]) if "scale.npy" in sample else None
                 features = torch.from_numpy(decode(self.codec, _array(sample["npy"]), scale))
-                about = json.loads(sample["json"])
+                metadata = json.loads(sample["json"])
             except (KeyError, ValueError) as error:
                 name = f"'{sample.get('__key__')}' in '{sample.get('__url__')}'"
-                raise UserError(f"utterance {name} is not sound ({error}): run `python -m shards verify`") from None
-            yield {"__key__": sample["__key__"], "__url__": sample["__url__"], **about, "features": features}
+                raise UserError(f"utterance {name} is corrupt ({error}): run `python -m shards verify`") from None
+            yield {"__key__": sample["__key__"], "__url__": sample["__url__"], **metadata, "features": features}
 
 
 def _array(data: bytes) -> np.ndarray[Any, np.dtype[Any]]:

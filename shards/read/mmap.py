@@ -1,8 +1,8 @@
-"""Shards in memory: as many mapped at once as may be, the least recently used leaves.
+"""A bounded pool of memory-mapped shards that evicts the least recently used.
 
-In: a cache folder, the mirror that fills it where the cache is far, and a shard's number. Out: its bytes. A mapping
-that leaves is not closed: views that are still in use keep it alive, and the last of them frees it and its two file
-descriptors.
+Takes a cache folder, the mirror that fills it if the cache is remote, and a shard number; returns the bytes of the
+shard. An evicted mapping is not closed: views that are still in use keep it alive, and the last of them frees the
+mapping and its two file descriptors.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from shards.format.layout import Layout
 from shards.read.index import corrupt_cache
 from shards.remote.mirror import Mirror
 
-MAX_READ_AHEAD_BYTES = 1 << 20  # bytes the kernel is asked to read at once: some kernels cut off a longer request
+MAX_READ_AHEAD_BYTES = 1 << 20  # bytes per read-ahead request: some kernels truncate longer requests
 
 
 @dataclass(frozen=True, slots=True)
 class MappedShard:
-    """The bytes of a shard, uint8 and read-only, and a descriptor that is open as long as they are."""
+    """The bytes of a shard, read-only uint8, and a descriptor that stays open as long as they exist."""
 
     data: NDArray[np.uint8]
     fd: int
 
     def will_need(self, start: int, end: int) -> None:
-        """Ask the kernel to read these bytes from the disk while the caller does other things."""
+        """Ask the kernel to read these bytes from disk in the background."""
         for place in range(start, min(end, len(self.data)), MAX_READ_AHEAD_BYTES):
-            # Not the mapping's own madvise: it keeps Python's lock while it waits for the disk's queue.
+            # Not mmap.madvise: it holds the GIL while it waits for the disk queue.
             os.posix_fadvise(self.fd, place, min(MAX_READ_AHEAD_BYTES, end - place), os.POSIX_FADV_WILLNEED)
 
 
 class MmapPool:
-    """Maps shards on demand; for several threads at once.
+    """Maps shards on demand. Thread-safe.
 
     Args:
         path: the cache folder.
-        mirror: what fetches its shards; None of a local cache.
-        most: shards mapped at once.
+        mirror: fetches the shards of a remote cache; ``None`` for a local cache.
+        max_mapped: maximum number of shards mapped at once.
     """
 
     def __init__(self, path: Path, mirror: Mirror | None, max_mapped: int) -> None:
@@ -59,10 +59,10 @@ class MmapPool:
         return len(self._maps)
 
     def get(self, shards: Iterable[int]) -> dict[int, MappedShard]:
-        """The mappings of ``shards``, which may be more than are kept.
+        """Return the mappings of ``shards``, which may be more than ``max_mapped``.
 
         Raises:
-            UserError: one cannot be had, or cannot be mapped.
+            UserError: a shard cannot be fetched or mapped.
         """
         wanted = dict.fromkeys(shards)
         found: dict[int, MappedShard] = {}
@@ -72,7 +72,7 @@ class MmapPool:
                     self._maps.move_to_end(shard)
                     found[shard] = self._maps[shard]
         for shard in [shard for shard in wanted if shard not in found]:
-            mapped = self._map(shard)  # without the lock: a far shard takes a while, and others wait for others
+            mapped = self._map(shard)  # without the lock: fetching a remote shard must not block other threads
             with self._lock:
                 found[shard] = self._maps.setdefault(shard, mapped)
                 while len(self._maps) > self._max_mapped:

@@ -1,7 +1,7 @@
-"""Remote files: the one way to fetch them, with retries, resume, bounds and hashes.
+"""Access to remote files with retries, resumption, size limits and hashes.
 
-In: the URL of a folder, of any scheme that fsspec or plain HTTP supports. Out: :class:`Remote`, the files below it by
-their relative names. Nothing is listed, so a plain web server is enough.
+:class:`Remote` takes the URL of a folder, of any scheme that fsspec or plain HTTP supports, and reads the files in it
+by their relative names. It lists nothing, so a plain web server is sufficient.
 
     remote = Remote("https://host/caches/mine")
     info = remote.read("CACHE.json", MAX_JSON + 1, parse_info)
@@ -26,27 +26,27 @@ from shards.files import rename_durably
 T = TypeVar("T")
 TransferAction = Literal["fetched", "written"]
 CHUNK = 8 << 20  # bytes per request to an object store
-BACKOFF = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt; progress starts the row anew
+BACKOFF = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt; progress resets it
 EXTRAS = {  # scheme -> package, extra
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
     **dict.fromkeys(("gs", "gcs"), ("gcsfs", "gs")),
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), ("adlfs", "azure")),
 }
-TIMEOUT = 30.0  # seconds without a byte after which an HTTP transfer is given up
+TIMEOUT = 30.0  # seconds without a byte after which an HTTP transfer fails
 
 
 def is_url(path: str | Path) -> bool:
-    """True for ``scheme://…`` as text."""
+    """Return whether ``path`` is a string of the form ``scheme://…``."""
     return isinstance(path, str) and "://" in path
 
 
 class TransientError(Exception):
-    """A transfer failed and may succeed when repeated: one phrase."""
+    """A transfer failed and may succeed when repeated. The message is one phrase."""
 
 
 @contextmanager
 def _transient_errors() -> Iterator[None]:
-    """Whatever a file system raises, except for absence and refusal, may pass."""
+    """Raise any file system error as a TransientError, except for missing files and denied permission."""
     try:
         yield
     except (FileNotFoundError, PermissionError, TransientError, UserError):
@@ -56,12 +56,12 @@ def _transient_errors() -> Iterator[None]:
 
 
 class Remote:
-    """The files below a URL. Methods may be called from any thread, but not after a fork: make a new one there.
+    """The files below a URL. Methods may be called from any thread, but not after a fork: create a new object there.
 
-    Methods retry what may pass, and raise UserError, one sentence, when retrying is no use.
+    Methods retry transient errors and raise UserError if retrying does not help.
 
     Attributes:
-        url: without a trailing slash.
+        url: the URL of the folder, without a trailing slash.
     """
 
     def __init__(self, url: str) -> None:
@@ -69,29 +69,29 @@ class Remote:
         self._opened: Any = None
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or None if it does not exist."""
+        """Return the size of a file in bytes, or None if it does not exist."""
         return self._unless_absent(name, lambda: self._connection.size(name))
 
     def read(self, name: str, limit: int, parse: Callable[[bytes], T]) -> T:
-        """``parse`` of a small file's first ``limit`` bytes; the file is read again if it raises TransientError."""
+        """Return ``parse`` of a file's first ``limit`` bytes. If ``parse`` raises TransientError, read the file again."""
         return retry(lambda: parse(b"".join(self.stream(name, 0, limit))), f"{self.url}/{name}")
 
     def read_if_exists(self, name: str, limit: int) -> bytes | None:
-        """The first ``limit`` bytes of a small file, or None if it does not exist."""
+        """Return the first ``limit`` bytes of a small file, or None if it does not exist."""
         return self._unless_absent(name, lambda: b"".join(self.stream(name, 0, limit)))
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
-        """Bytes ``start:end`` of a file, or fewer where it is shorter, never more. Without retries."""
+        """Yield bytes ``start:end`` of a file, or fewer if it is shorter, never more. Does not retry."""
         with _transient_errors():
             for chunk in self._connection.stream(name, start, end) if start < end else ():
                 yield chunk[: end - start]
                 start += len(chunk)
 
     def fetch(self, name: str, file: BinaryIO, size: int, sha256: str | None = None) -> None:
-        """Write a file of exactly ``size`` bytes, and of this ``sha256`` if given, into ``file`` from its beginning.
+        """Write a remote file of exactly ``size`` bytes, and of this ``sha256`` if given, to the start of ``file``.
 
-        A broken transfer resumes where it broke; it is given up after several attempts without any progress. A wrong
-        hash starts it anew. Never more than ``size`` bytes are written.
+        An interrupted transfer resumes where it stopped and fails after several attempts without progress. A wrong hash
+        restarts it. Never writes more than ``size`` bytes.
         """
         done, furthest, digest = 0, 0, hashlib.sha256()
 
@@ -106,7 +106,7 @@ class Remote:
                 raise TransientError(f"it ended after {done} of {size} bytes")
             if sha256 not in (None, digest.hexdigest()):
                 done, digest = 0, hashlib.sha256()
-                raise TransientError("its sha256 is not the declared one")
+                raise TransientError("its sha256 does not match the recorded one")
 
         def progressed() -> bool:
             nonlocal furthest
@@ -124,13 +124,13 @@ class Remote:
         sha256: str | None = None,
         space: AbstractContextManager[bool] | None = None,
     ) -> bool:
-        """:meth:`fetch` a file into ``partial``, then rename it durably to ``path``: whole under its name, or absent.
+        """:meth:`fetch` a file into ``partial``, then rename it durably to ``path``: ``path`` is complete or absent.
 
         Args:
-            space: entered before ``partial`` is made in its full size; False in it means that there is no room.
+            space: entered before ``partial`` is created at its full size. Yields False if there is no space.
 
         Returns:
-            False if there is no room; then nothing was fetched.
+            False if there is no space; nothing was fetched then.
         """
         try:
             with space or nullcontext(True) as fits:
@@ -148,7 +148,7 @@ class Remote:
         return True
 
     def upload(self, path: Path, name: str) -> None:
-        """Write a local file under ``name``, over what is there."""
+        """Upload a local file as ``name``, replacing an existing file."""
         retry(lambda: self._connection.put(path, name), f"{self.url}/{name}", action="written")
 
     @property
@@ -174,13 +174,21 @@ def retry(
     progressed: Callable[[], bool] = lambda: False,
     action: TransferAction = "fetched",
 ) -> T:
-    """``attempt()`` until it raises no TransientError, waiting longer each time; UserError when it is no use."""
+    """Call ``attempt()`` until it raises no TransientError, waiting longer each time, and return its result.
+
+    Args:
+        what: the file, for error messages.
+        progressed: returns whether the last attempt made progress, which resets the count of failures.
+
+    Raises:
+        UserError: the file does not exist, access is denied, or too many attempts failed.
+    """
     start, failures = time.monotonic(), 0
     while True:
         try:
             return attempt()
         except FileNotFoundError:
-            raise UserError(f"there is no '{what}': name the folder of a complete cache") from None
+            raise UserError(f"'{what}' does not exist: pass the URL of a complete cache") from None
         except PermissionError as error:
             raise UserError(f"permission denied for '{what}' ({error}): check credentials and access rights") from None
         except TransientError as error:
@@ -191,14 +199,14 @@ def retry(
                 f"'{what}' could not be {action} in {failures} attempts and {time.monotonic() - start:.0f} s "
                 f"({reason}): check the connection and the files there, then rerun the same command"
             )
-        time.sleep(BACKOFF[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # not all ranks at the same moment
+        time.sleep(BACKOFF[max(failures - 1, 0)] * random.uniform(0.5, 1.0))  # so that ranks do not retry in step
 
 
 class _Http:
-    """A plain web server, by Python's own client.
+    """A plain web server, accessed with the HTTP client of the standard library.
 
-    Not by obstore, whose runtime hangs forever in a forked DataLoader worker, and which needs ranges and an ETag to
-    resume; not by fsspec, whose HTTP needs aiohttp and has no limit on silence.
+    obstore is not used because its runtime hangs in a forked DataLoader worker and because it needs ranges and an ETag
+    to resume; fsspec is not used because its HTTP client needs aiohttp and has no read timeout.
     """
 
     def __init__(self, url: str) -> None:
@@ -207,14 +215,14 @@ class _Http:
         class StaysEncrypted(HTTPRedirectHandler):
             def redirect_request(self, request: Any, *answer: Any) -> Any:
                 if request.type == "https" and not answer[-1].startswith("https://"):
-                    raise UserError(f"'{request.full_url}' redirects from https to http: name another URL")
+                    raise UserError(f"'{request.full_url}' redirects from https to http: use another URL")
                 return super().redirect_request(request, *answer)
 
         account, at, _ = urlsplit(url).netloc.rpartition("@")
         if at:
             shown = url.replace(f"{account}@", "")
-            raise UserError(f"the URL of '{shown}' holds a user name or password, which logs would show: leave it out")
-        self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # spaces and letters as typed; what is quoted stays
+            raise UserError(f"the URL of '{shown}' contains a user name or password, which logs would show: remove it")
+        self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # keeps what is already quoted
         self.open = build_opener(StaysEncrypted).open
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
@@ -233,7 +241,7 @@ class _Http:
         with self._answer(name, "HEAD", {}) as answer:
             length = answer.headers.get("Content-Length", "")
             if not length.isdigit():
-                raise TransientError("the server does not tell its length")
+                raise TransientError("the server did not send its length")
             return int(length)
 
     @contextmanager
@@ -256,20 +264,20 @@ class _Http:
 
 
 class _Filesystem:
-    """Any other scheme, by fsspec, which resets itself after a fork."""
+    """Any other scheme, accessed with fsspec, which resets itself after a fork."""
 
     def __init__(self, url: str) -> None:
         import fsspec
 
         self.url, scheme = url, url.split("://")[0]
-        try:  # a filesystem of our own, which remembers no listings
+        try:  # a private instance, which caches no listings
             self.files, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
         except ImportError as error:
             if scheme in EXTRAS:
                 raise missing_package(f"{scheme}://", *EXTRAS[scheme]) from None
-            raise UserError(f"'{scheme}://' needs another package ({error}): install it with pip") from None
+            raise UserError(f"'{scheme}://' requires another package ({error}): install it with pip") from None
         except ValueError as error:
-            raise UserError(f"'{url}' names no cache ({error}): write scheme://bucket/folder") from None
+            raise UserError(f"'{url}' is not a valid cache URL ({error}): write scheme://bucket/folder") from None
         self.path = path.rstrip("/")
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
@@ -291,5 +299,5 @@ class _Filesystem:
             self.files.put_file(str(path), f"{self.path}/{name}")
         except NotImplementedError as error:
             raise UserError(
-                f"'{self.url}' cannot be written ({error or 'read-only'}): name a bucket, such as s3://…"
+                f"'{self.url}' is not writable ({error or 'read-only'}): use a bucket, such as s3://…"
             ) from None

@@ -1,18 +1,18 @@
-"""Remote caches: whole shards fetched ahead of need into a local folder, hashed before anybody sees them.
+"""Local mirrors of remote caches: prefetches whole shards into a local folder and verifies them before use.
 
-In: the URL of a complete cache folder (``shards/remote/client.py``). Out: :class:`Mirror`, a local folder of the same
-layout in which a shard stands from the moment it is whole until its room is needed.
+:class:`Mirror` takes the URL of a complete cache (``shards/remote/client.py``) and fills a local folder of the same
+layout. A shard appears in the folder once it is complete and is removed when its space is needed.
 
 ```
 CACHE.json -> manifest.parquet -> shards/000042.json (the sha256) -> 000042.part --hash, rename--> 000042.tar
 ```
 
-Ranks, workers and runs of one machine share the folder: whoever locks ``.lock`` fetches the shard and the others wait.
-A reader keeps a shared lock on what it has mapped; making room removes the least recently used shards and passes over
-locked ones. All locks are the kernel's: a killed process leaves none.
+Ranks, workers and runs on one machine share the folder. The process that locks ``.lock`` fetches the shard, the others
+wait. A reader holds a shared lock on the shards that it has mapped; freeing space removes the least recently used
+shards and skips locked ones. All locks are kernel locks, so a killed process leaves none.
 
     EARSHARD_CACHE=/scratch/earshard   the folder (default ~/.cache/earshard)
-    EARSHARD_CACHE_GB=200              most gigabytes of shards in it, over all caches (default 50)
+    EARSHARD_CACHE_GB=200              maximum size of its shards in GB, over all caches (default 50)
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from shards.format.records import (
 from shards.remote.client import Remote, TransientError
 
 BUDGET_GB = 50.0
-FETCHERS = 4  # shards that a process fetches at once, ahead of need
-POLL = 0.02  # seconds between looks at fetches whose room is needed
+FETCHERS = 4  # concurrent background fetches per process
+POLL = 0.02  # seconds between checks for space
 
 
 class Mirror:
-    """A remote cache, and the local folder that holds a part of it. Make it with :meth:`open`.
+    """A remote cache and the local folder that holds a part of it. Create it with :meth:`open`.
 
     Attributes:
-        url: of the cache folder, without a trailing slash.
-        folder: the local folder, named by the sha256 of ``CACHE.json``: a cache that was replaced gets another.
-        budget: most bytes of shards under the folder's parent.
-        shard_bytes: mean size of a shard of this cache.
+        url: URL of the cache folder, without a trailing slash.
+        folder: the local folder, named by the sha256 of ``CACHE.json``: a replaced cache gets a new folder.
+        budget: maximum bytes of all shards in the folder's parent.
+        shard_bytes: mean size in bytes of a shard of this cache.
     """
 
     def __init__(self, url: str, folder: Path, budget: int) -> None:
@@ -69,14 +69,14 @@ class Mirror:
 
     @classmethod
     def open(cls, url: str, root: str | Path | None = None, budget: int | None = None) -> Mirror:
-        """Fetch ``CACHE.json`` and the manifest of the cache at ``url``; shards come when they are needed.
+        """Fetch ``CACHE.json`` and the manifest of the cache at ``url``. Shards are fetched on demand.
 
         Args:
-            root: the folder of all mirrors; ``None`` is ``EARSHARD_CACHE``.
-            budget: bytes; ``None`` is ``EARSHARD_CACHE_GB``.
+            root: the folder of all mirrors; ``None`` uses ``EARSHARD_CACHE``.
+            budget: bytes; ``None`` uses ``EARSHARD_CACHE_GB``.
 
         Raises:
-            UserError: there is no such cache, it cannot be reached, or the local folder cannot be written.
+            UserError: the cache does not exist or cannot be reached, or the local folder is not writable.
         """
         root = Path(root or os.environ.get("EARSHARD_CACHE") or "~/.cache/earshard").expanduser()
         remote = Remote(url)
@@ -96,44 +96,52 @@ class Mirror:
         return Mirror, (self.url, self.folder, self.budget)
 
     def detach(self) -> None:
-        """Forget connections, threads and requests: for a process that was forked."""
+        """Drop connections, threads and requests. Call it in a forked process."""
         self._lock = threading.Lock()
         self._remote = Remote(self.url)
         self._requested: deque[int] = deque()
         self._running = 0
 
     def open_shard(self, shard: int) -> io.FileIO:
-        """The tar of a shard, open for reading, fetched if it is not here; it stays while the file or a mapping lives.
+        """Open the tar of a shard for reading, fetching it if necessary.
+
+        The shard stays in the folder as long as the file is open or a mapping of it exists.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: the shard cannot be fetched.
         """
         path = self.layout.tar(shard)
         while True:
             self.fetch(shard)
-            with suppress(FileNotFoundError):  # just made room for another
+            with suppress(FileNotFoundError):  # removed meanwhile to free space
                 return open_file(path, lock=True)  # a mapping duplicates the descriptor, and so holds the lock
 
     def fetch(self, shard: int, needed: bool = True) -> bool:
-        """Have a shard's tar in the folder. Not ``needed``: only if there is room and nobody else fetches it.
+        """Fetch a shard's tar into the folder unless it is there.
+
+        Args:
+            needed: False fetches it only if there is space and no other process is fetching it.
+
+        Returns:
+            Whether the tar is in the folder.
 
         Raises:
-            UserError: it cannot be fetched.
+            UserError: the shard cannot be fetched.
         """
         return self._fetch(self.layout.tar(shard), lambda: self._tar_info(shard), needed, reserve=True)
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Fetch these shards in the background, in this order, after those that were requested before."""
+        """Fetch these shards in the background, in this order, after those requested before."""
         with self._lock:
             self._requested = deque(dict.fromkeys([*self._requested, *shards]))
             more = max(min(FETCHERS, len(self._requested)) - self._running, 0)
             self._running += more
         for _ in range(more):
-            # Daemons: a program that ends does not wait for shards that nobody will read.
+            # Daemon threads, so that a program can exit without waiting for shards that it will not read.
             threading.Thread(target=self._fetch_requested, name="earshard-fetch", daemon=True).start()
 
     def cancel_prefetch(self) -> None:
-        """Begin no further fetch in the background."""
+        """Start no further background fetches."""
         with self._lock:
             self._requested.clear()
 
@@ -144,11 +152,11 @@ class Mirror:
                     self._running -= 1
                     return
                 shard = self._requested.popleft()
-            with suppress(Exception):  # whoever needs the shard tries again, and reports
+            with suppress(Exception):  # the reader that needs the shard retries and reports
                 self.fetch(shard, needed=False)
 
     def _tar_info(self, shard: int) -> FileInfo:
-        """Size and sha256 of a shard's tar, by its commit record."""
+        """Return size and sha256 of a shard's tar from its commit record."""
         path = self.layout.record(shard)
         try:
             record = ShardRecord.model_validate(unseal(path))
@@ -158,12 +166,12 @@ class Mirror:
         return record.tar
 
     def _fetch(self, path: Path, file_info: Callable[[], FileInfo], needed: bool, reserve: bool = False) -> bool:
-        """Fetch one file of ``declared`` size and hash, or wait for whoever does; ``counted`` needs room."""
+        """Fetch one file, or wait for the process that is fetching it. ``reserve`` counts it towards the budget."""
         part, lock = path.with_suffix(".part"), path.with_suffix(".lock")
         with suppress(FileNotFoundError):
             os.utime(path)  # the time of last use
             return True
-        # The lock is a file of its own: whoever waits on the data's would wait for those who read it, too.
+        # A separate lock file: waiting for a lock on the data file would also wait for its readers.
         with translate_os_errors("storing a part of a remote cache", self.folder), file_lock(lock, wait=needed) as held:
             if not held:
                 return False
@@ -171,8 +179,8 @@ class Mirror:
                 if path.exists():
                     return True
                 file, name = file_info(), str(path.relative_to(self.folder))
-                part.unlink(missing_ok=True)  # of a killed process
-                # Made at its full size while the room is reserved: what is under way counts whole.
+                part.unlink(missing_ok=True)  # left by a killed process
+                # Created at its full size while space is reserved, so that a running fetch counts in full.
                 space = self.reserve_space(file.bytes, needed) if reserve else None
                 return self._remote.download(name, path, part, file.bytes, file.sha256, space)
             finally:
@@ -180,10 +188,10 @@ class Mirror:
 
     @contextmanager
     def reserve_space(self, size: int, needed: bool) -> Iterator[bool]:
-        """Remove the least recently used shards until ``size`` more bytes fit; False when they do not and need not.
+        """Remove the least recently used shards until ``size`` more bytes fit. Yields False if there is no space.
 
-        What is needed waits for fetches that are under way: once whole, they can leave again. Only shards that are all
-        mapped by readers let the folder grow over its budget.
+        A needed shard waits for running fetches to complete, because complete shards can be removed. The folder exceeds
+        its budget only if readers have mapped all remaining shards.
         """
         root = self.folder.parent
         while True:
@@ -202,10 +210,10 @@ class Mirror:
 
 
 def fetch_info(remote: Remote) -> tuple[bytes, CacheInfo]:
-    """``CACHE.json`` of a complete remote cache, as it stands there and parsed.
+    """Fetch ``CACHE.json`` of a complete remote cache; returns its bytes and its parsed content.
 
     Raises:
-        UserError: there is no such cache, it is not complete, of another format, or cannot be reached.
+        UserError: the cache does not exist, is not complete, has another format, or cannot be reached.
     """
 
     def parse_info(data: bytes) -> tuple[bytes, CacheInfo]:
@@ -219,17 +227,17 @@ def fetch_info(remote: Remote) -> tuple[bytes, CacheInfo]:
             raise TransientError(str(error)) from None
         except (ValidationError, KeyError):
             raise UserError(
-                f"'{remote.url}' holds a CACHE.json of another format: name a cache that earshard made"
+                f"'{remote.url}' has a CACHE.json of another format: use a cache that earshard extracted"
             ) from None
 
     return remote.read("CACHE.json", MAX_JSON + 1, parse_info)
 
 
 def fetch_record(remote: Remote, shard: int, info: CacheInfo) -> tuple[bytes, ShardRecord]:
-    """The commit record of a shard of the remote cache that ``info`` describes, as it stands there and parsed.
+    """Fetch the commit record of a shard of the remote cache that ``info`` describes; returns its bytes and content.
 
     Raises:
-        UserError: it does not exist, is damaged, of another cache, or cannot be reached.
+        UserError: the record does not exist, is corrupt, belongs to another cache, or cannot be reached.
     """
     name = f"shards/{shard:06d}.json"
 
@@ -237,7 +245,9 @@ def fetch_record(remote: Remote, shard: int, info: CacheInfo) -> tuple[bytes, Sh
         try:
             record = ShardRecord.model_validate(unseal_bytes(data, name))
         except (RecordError, ValidationError) as error:
-            raise TransientError(str(error) if isinstance(error, RecordError) else "it is no commit record") from None
+            raise TransientError(
+                str(error) if isinstance(error, RecordError) else "it is not a commit record"
+            ) from None
         if (record.feature_id, record.plan_id, record.shard) != (info.feature_id, info.plan_id, shard):
             raise TransientError("it belongs to another cache")
         return data, record
@@ -246,19 +256,23 @@ def fetch_record(remote: Remote, shard: int, info: CacheInfo) -> tuple[bytes, Sh
 
 
 def require_space(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:
-    """UserError unless so many shards of each mirror fit into the budget together; names the ``setting`` to lower."""
+    """Check that the given number of shards of each mirror fits into the budget together.
+
+    Raises:
+        UserError: they do not fit. The message names ``setting``, which should be lowered.
+    """
     total = sum(mirror.shard_bytes * count for mirror, count in wanted)
     budget = min((mirror.budget for mirror, _ in wanted), default=0)
     if total > budget:
         raise UserError(
-            f"the {sum(count for _, count in wanted)} shards that are mixed at a time take {total / 1e9:.3g} GB and "
-            f"the local folder may hold {budget / 1e9:.3g} GB: set EARSHARD_CACHE_GB to {1.5 * total / 1e9:.2g} or "
-            f"more, or lower {setting}"
+            f"the {sum(count for _, count in wanted)} shards of a window take {total / 1e9:.3g} GB, but the local "
+            f"folder is limited to {budget / 1e9:.3g} GB: set EARSHARD_CACHE_GB to {1.5 * total / 1e9:.2g} or more, or "
+            f"lower {setting}"
         )
 
 
 def _save(path: Path, data: bytes) -> None:
-    """Put a small file in place whole; several processes and threads may do so at once."""
+    """Write a small file atomically. Safe for concurrent processes and threads."""
     atomic_write(path, data, f"{os.getpid()}-{threading.get_ident()}")
 
 
@@ -269,15 +283,15 @@ def _budget() -> int:
         if not 0 < budget < 1e9:
             raise ValueError
     except ValueError:
-        raise UserError(f"EARSHARD_CACHE_GB is '{text}': set it to a number of gigabytes") from None
+        raise UserError(f"EARSHARD_CACHE_GB is '{text}': expected a positive number of gigabytes") from None
     return int(budget * 1e9)
 
 
 def _mirrored_shards(root: Path) -> list[tuple[int, int, Path]]:
-    """(time of last use in ns, bytes, path) of all shards, whole or under way; the least recently used first."""
+    """Return (time of last use in ns, bytes, path) of all shards, complete or not, least recently used first."""
     found = []
     for path in root.glob("*/shards/*"):
-        # A part that is gone since it was listed has probably become the tar.
+        # A .part file that disappeared since the listing has probably become the tar.
         for name in {".tar": [path], ".part": [path, path.with_suffix(".tar")]}.get(path.suffix, []):
             with suppress(FileNotFoundError):
                 stat = name.stat()
@@ -287,7 +301,7 @@ def _mirrored_shards(root: Path) -> list[tuple[int, int, Path]]:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a shard that nobody has mapped, or a part that nobody fetches."""
+    """Remove a shard that no reader has mapped, or a .part file that no process is fetching."""
     part = path.suffix == ".part"
     guard = path.with_suffix(".lock") if part else path
     with suppress(FileNotFoundError), file_lock(guard, wait=False, create=part) as held:

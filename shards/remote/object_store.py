@@ -1,20 +1,20 @@
 """Connections to object stores: S3, Google Cloud Storage, Azure Blob Storage.
 
-In: the URL of a folder, such as ``s3://bucket/caches``. Out: an obstore store whose paths are relative to that folder,
-and :func:`translate_errors`, which turns obstore's exceptions into the few kinds that a caller acts on. A request is
-sent once: the callers retry, because only they know whether a repeated write is the same write.
+:func:`connect` takes the URL of a folder, such as ``s3://bucket/caches``, and returns an obstore store with paths
+relative to that folder. :func:`translate_errors` maps obstore's exceptions to the few kinds that callers handle.
+Requests are sent once. Callers retry, because only they know whether repeating a write is safe.
 
-A store may be used from any thread, but not after a fork: obstore's own threads do not survive it, and a request hangs.
+A store may be used from any thread, but not after a fork: obstore's threads do not survive a fork and requests hang.
 
-Credentials and endpoints come from the environment, by the variables that fsspec's readers know:
+Credentials and endpoints come from the environment variables that fsspec also reads:
 
 - ``s3://``, ``s3a://``: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``; with
-  boto3, the profiles of ``~/.aws``; else the role of an instance or a container. ``AWS_ENDPOINT_URL`` names another
-  server than Amazon's, ``AWS_CA_BUNDLE`` the certificates to trust.
-- ``gs://``, ``gcs://``: ``GOOGLE_APPLICATION_CREDENTIALS``, the login of ``gcloud``, the role of an instance.
-  ``STORAGE_EMULATOR_HOST`` names another server.
+  boto3, the profiles in ``~/.aws``; otherwise the role of the instance or container. ``AWS_ENDPOINT_URL`` selects a
+  server other than Amazon's, ``AWS_CA_BUNDLE`` the trusted certificates.
+- ``gs://``, ``gcs://``: ``GOOGLE_APPLICATION_CREDENTIALS``, the login of ``gcloud``, or the role of the instance.
+  ``STORAGE_EMULATOR_HOST`` selects another server.
 - ``az://``, ``abfs://``: ``AZURE_STORAGE_ACCOUNT_NAME`` with ``AZURE_STORAGE_ACCOUNT_KEY``,
-  ``AZURE_STORAGE_SAS_TOKEN`` or a role. ``AZURE_STORAGE_ENDPOINT`` names another server, for writing.
+  ``AZURE_STORAGE_SAS_TOKEN`` or a role. ``AZURE_STORAGE_ENDPOINT`` selects another server for writing.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
 
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
 SCHEMES = (*S3, *GCS, *AZURE)
-READ_TIMEOUT = 30  # seconds without a byte of the answer, after which a request fails
-MIN_UPLOAD_RATE = 128 << 10  # bytes a second: 256 MB in half an hour
-METADATA_SERVICE = "//169.254."  # the link-local address at which a cloud gives credentials to its machines
+READ_TIMEOUT = 30  # seconds without a byte of the response after which a request fails
+MIN_UPLOAD_RATE = 128 << 10  # bytes per second: 256 MB in half an hour
+METADATA_SERVICE = "//169.254."  # link-local address of the service that provides credentials to cloud instances
 
 
 def connect(url: str) -> ObjectStore:
-    """The folder at ``url``. Nothing is asked of the server yet.
+    """Return a store for the folder at ``url``. Sends no request.
 
     Raises:
-        UserError: the URL names no folder of an object store, or an environment variable is wrong.
+        UserError: the URL is not a folder in an object store, or an environment variable is invalid.
     """
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
@@ -63,18 +63,20 @@ def connect(url: str) -> ObjectStore:
     options["client_options"] = client
     try:
         if scheme not in SCHEMES:
-            raise ValueError(f"'{scheme}://' is no object store")
+            raise ValueError(f"'{scheme}://' is not an object store")
         if not re.fullmatch(r"[\w.@-]+", bucket, re.ASCII):
-            raise ValueError(f"'{bucket}' is no name of a bucket")
+            raise ValueError(f"'{bucket}' is not a bucket name")
         if scheme in S3:
             options.update(_endpoint(client, "endpoint", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
             options.update(_aws_profile())
             if bundle := os.environ.get("AWS_CA_BUNDLE"):
                 client["root_certificate"] = Path(bundle).read_bytes()
-            return S3Store(bucket, disable_bulk_delete=True, **options)  # not every server knows the bulk request
+            return S3Store(bucket, disable_bulk_delete=True, **options)  # some servers do not support the bulk request
         if scheme in GCS:
             if endpoint := _endpoint(client, "base_url", "STORAGE_EMULATOR_HOST"):
-                options.update(endpoint, bearer_token="none")  # it knows no credentials, and a write sends some
+                options.update(
+                    endpoint, bearer_token="none"
+                )  # the emulator rejects credentials, which writes would send
             return GCSStore(bucket, **options)
         options.update(_endpoint(client, "endpoint", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"))
         container, _, host = bucket.partition("@")
@@ -89,10 +91,10 @@ def connect(url: str) -> ObjectStore:
 
 
 def for_upload(store: ObjectStore, size: int) -> ObjectStore:
-    """The same store, whose server may be silent for as long as it takes to receive ``size`` bytes."""
+    """Return the same store with a read timeout long enough to upload ``size`` bytes."""
     if not isinstance(store, S3Store | GCSStore | AzureStore):  # in memory
         return store
-    wait = f"{READ_TIMEOUT + size // MIN_UPLOAD_RATE}s"  # obstore counts it from the beginning of the request
+    wait = f"{READ_TIMEOUT + size // MIN_UPLOAD_RATE}s"  # obstore starts it with the request
     client: Any = {**(store.client_options or {}), "read_timeout": wait}
     options: dict[str, Any] = {"config": store.config, "credential_provider": store.credential_provider}
     return type(store)(prefix=store.prefix, client_options=client, retry_config=store.retry_config, **options)
@@ -100,18 +102,18 @@ def for_upload(store: ObjectStore, size: int) -> ObjectStore:
 
 @contextmanager
 def translate_errors(url: str) -> Iterator[None]:
-    """Raise what obstore raises within the block as one of four kinds.
+    """Raise the obstore exceptions of the block as one of four kinds.
 
-    ``AlreadyExistsError`` and ``PreconditionError`` of obstore pass unchanged: they answer a conditional write.
+    obstore's ``AlreadyExistsError`` and ``PreconditionError`` pass unchanged: they are results of a conditional write.
 
     Args:
-        url: of the folder, for the messages.
+        url: URL of the folder, for messages.
 
     Raises:
-        FileNotFoundError: there is no such object.
-        PermissionError: there are no credentials, or they do not suffice.
-        UserError: there is no such bucket, or the server refuses the request for good.
-        ConnectionError: anything else; the same request may succeed when it is repeated.
+        FileNotFoundError: the object does not exist.
+        PermissionError: there are no credentials, or they are insufficient.
+        UserError: the bucket does not exist, or the server refuses the request permanently.
+        ConnectionError: anything else; repeating the request may succeed.
     """
     try:
         yield
@@ -126,28 +128,28 @@ def translate_errors(url: str) -> Iterator[None]:
         if isinstance(error, AlreadyExistsError | PreconditionError):
             raise
         if METADATA_SERVICE in text and not (status == 429 or status >= 500):
-            hint = f"; those of ~/.aws need {install_command('s3')}" if scheme in S3 else ""
+            hint = f"; to use those in ~/.aws, run {install_command('s3')}" if scheme in S3 else ""
             raise PermissionError(f"no credentials were found{hint}") from None
         if "Received redirect" in text or "AuthorizationHeaderMalformed" in text:
-            raise UserError(f"'{url}' is in another region ({reason}): set AWS_REGION to it") from None
+            raise UserError(f"'{url}' is in another region ({reason}): set AWS_REGION to that region") from None
         denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403)
         if denied or "<Code>ExpiredToken</Code>" in text:
             raise PermissionError(reason) from None
         if status in (400, 405, 501) and not re.search("<Code>(RequestTimeout|IncompleteBody|BadDigest)</Code>", text):
-            raise UserError(f"'{url}' refused a request ({reason}): correct the URL, or use another store") from None
+            raise UserError(f"'{url}' rejected a request ({reason}): correct the URL, or use another store") from None
         raise ConnectionError(reason) from None
-    except ValueError as error:  # a path with an empty part
+    except ValueError as error:  # a path with an empty component
         raise UserError(f"'{url}' cannot be used ({_reason(error)}): correct the URL") from None
 
 
 def missing_bucket(url: str) -> UserError:
-    """What to raise when there is no bucket, or container of Azure, of the name that ``url`` gives."""
+    """Return the error to raise when the bucket (or Azure container) in ``url`` does not exist."""
     name = url.partition("://")[2].partition("/")[0]
-    return UserError(f"there is no bucket '{name}': make it, or correct the URL '{url}'")
+    return UserError(f"bucket '{name}' does not exist: create it, or correct the URL '{url}'")
 
 
 def _endpoint(client: dict[str, Any], option: str, *names: str) -> dict[str, str]:
-    """``{option: URL}`` of the server that the environment names, or nothing; HTTP is allowed where it is written."""
+    """Return ``{option: URL}`` of the server that the environment selects, or ``{}``. Allows HTTP for an http URL."""
     name = next((name for name in names if os.environ.get(name)), None)
     if name is None:
         return {}
@@ -162,7 +164,7 @@ def _endpoint(client: dict[str, Any], option: str, *names: str) -> dict[str, str
 
 
 def _aws_profile() -> dict[str, Any]:
-    """Credentials and region of ``~/.aws`` (keys, SSO, assumed roles), unless the environment has credentials."""
+    """Return credentials and region from ``~/.aws`` (keys, SSO, assumed roles) unless the environment sets them."""
     try:
         from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
@@ -173,13 +175,13 @@ def _aws_profile() -> dict[str, Any]:
             return {"credential_provider": Boto3CredentialProvider(ttl=timedelta(minutes=10))}
     except BotoCoreError as error:
         raise ValueError(str(error)) from None
-    except ValueError:  # there are none: obstore asks for a role of the machine
+    except ValueError:  # no profile: obstore tries the role of the machine
         pass
     return {}
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, on one line; of a server's error document the code and message."""
+    """Return an error's message on one line; for a server's error document, its code and message."""
     text, _, debug = str(error).partition("Debug source:")
     text = re.sub(r".*Error performing .* in [\d.]+\w+ - ", "", text, flags=re.DOTALL)
     parts = [found[1] for tag in ("Code", "Message") if (found := re.search(f"<{tag}>([^<]*)</{tag}>", text))]

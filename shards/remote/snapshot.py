@@ -1,8 +1,7 @@
-"""A remote cache without its tars, for those who look at it: what ``info`` and ``verify`` read of a URL.
+"""A local copy of a remote cache without the content of its tars: what ``info`` and ``verify`` read from a URL.
 
-In: the URL of a cache, complete or not. Out: a temporary folder of the same layout. Tars stand in it as holes of the
-size that they have at the URL; :func:`fetch_tar` fetches one for as long as it is looked at. Nothing is listed, so a
-plain web server is enough.
+Copies a cache, complete or not, into a temporary folder of the same layout. Tars are sparse files of their remote size;
+:func:`fetch_tar` downloads one temporarily. Nothing is listed, so a plain web server is sufficient.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ READERS = 16  # files fetched at once
 
 @contextmanager
 def snapshot(url: str, tables: bool = True) -> Iterator[Path]:
-    """A local folder that holds what the remote cache holds, until the end of the block; tars as holes.
+    """Copy the remote cache into a temporary folder, removed at the end of the block. Tars are sparse files.
 
     Args:
-        tables: also the tables and tars; False fetches ``CACHE.json`` alone, or plan and records if it does not exist.
+        tables: also fetch tables and the sizes of tars. False fetches ``CACHE.json`` only, or the plan and the records
+            if it does not exist.
 
     Raises:
-        UserError: there is no cache, or it cannot be reached.
+        UserError: there is no cache at ``url``, or it cannot be reached.
     """
     remote = Remote(url)
     with (
@@ -42,7 +42,7 @@ def snapshot(url: str, tables: bool = True) -> Iterator[Path]:
         complete = _fetch(remote, layout, layout.cache)
         if not complete or tables:
             if not _fetch(remote, layout, layout.plan) and not complete:
-                raise UserError(f"there is no cache at '{remote.url}': it has neither CACHE.json nor plan.parquet")
+                raise UserError(f"'{remote.url}' is not a cache: it has neither CACHE.json nor plan.parquet")
             with ThreadPoolExecutor(READERS) as pool:
                 list(pool.map(lambda path: _fetch(remote, layout, path), _files(layout, tables)))
         yield layout.path
@@ -50,7 +50,7 @@ def snapshot(url: str, tables: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def fetch_tar(url: str, path: Path) -> Iterator[Path]:
-    """The whole tar that ``path``, of a :func:`snapshot`, stands for; removed at the end of the block."""
+    """Download the tar that ``path`` in a :func:`snapshot` represents; removed at the end of the block."""
     whole = path.with_suffix(".whole")
     try:
         with open(whole, "wb") as file:
@@ -61,7 +61,7 @@ def fetch_tar(url: str, path: Path) -> Iterator[Path]:
 
 
 def _files(layout: Layout, tables: bool) -> Iterator[Path]:
-    """What else a cache consists of, as far as its plan or CACHE.json tell."""
+    """Yield the other files of a cache, as far as its plan or CACHE.json determine them."""
     try:
         shards = read_plan(layout).num_shards
     except UserError:
@@ -78,7 +78,7 @@ def _files(layout: Layout, tables: bool) -> Iterator[Path]:
 
 
 def _fetch(remote: Remote, layout: Layout, path: Path) -> bool:
-    """Fetch one file, or of a tar its size; False if it does not exist, or is a claim."""
+    """Fetch one file, or only the size of a tar. Returns False if it does not exist or is a claim."""
     name = str(path.relative_to(layout.path))
     size = remote.size(name)
     if size is None:

@@ -1,1 +1,1 @@
-"""Whole caches to and from object stores and hubs: ``push``, ``pull``."""
+"""Transfer of whole caches to and from object stores and hubs: ``push`` and ``pull``."""

@@ -1,7 +1,7 @@
-"""The README of a published cache: a dataset card, as hubs show it.
+"""Generates the dataset card (``README.md``) of a published cache.
 
-In: the description of a complete cache (``shards/inspect/info.py``), its URL and a licence. Out: Markdown with a YAML
-header.
+Takes the description of a complete cache (``shards/inspect/info.py``), its URL and a license; returns Markdown with a
+YAML header.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import yaml
 
 
 def dataset_card(description: dict[str, Any], url: str, license_id: str, folder: str, base_url: str) -> str:
-    """The text of ``README.md``.
+    """Return the text of ``README.md``.
 
     Args:
-        description: of :func:`shards.inspect.info.describe_cache`.
-        url: where the cache will stand, ``hf://datasets/…``.
-        licence: an identifier that the hub knows, such as ``cc-by-4.0``, or ``other``.
-        folder: of the cache in its repository, "" for the root.
-        web: the address that the repository's files are downloaded from.
+        description: the result of :func:`shards.inspect.info.describe_cache`.
+        url: destination of the cache, ``hf://datasets/…``.
+        license_id: a license identifier known to the hub, such as ``cc-by-4.0``, or ``other``.
+        folder: folder of the cache in its repository; "" is the root.
+        base_url: URL from which the files of the repository are downloaded.
     """
     spec = description["spec"]
     source = description["provenance"].get("source")
@@ -35,28 +35,28 @@ def dataset_card(description: dict[str, Any], url: str, license_id: str, folder:
 
 {_what(description)}
 
-## Open it
+## Usage
 
 {_opening(description, url, f"{base_url}/{tars}")}
 
-## What the features are
+## Features
 
 ```json
 {json.dumps(spec, indent=2, ensure_ascii=False)}
 ```
 
-Caches with the same feature id hold comparable features. The format of every file is written down in earshard's
+Caches with the same feature id contain comparable features. The file formats are documented in earshard's
 `docs/format.md`.
 
-## Licence
+## License
 
-`{license_id}`, as stated by who published it. Features and transcripts derive from the corpus, {corpus}: its terms hold
-for them, too.
+`{license_id}`, as stated by the publisher. Features and transcripts are derived from the corpus, {corpus}; its terms
+also apply to them.
 """
 
 
 def _header(title: str, license_id: str, tars: str) -> str:
-    """YAML that a hub reads."""
+    """Return the metadata of the card as YAML."""
     tree = {
         "license": license_id,
         "pretty_name": title,
@@ -69,14 +69,14 @@ def _header(title: str, license_id: str, tars: str) -> str:
 
 def _what(description: dict[str, Any]) -> str:
     spec, counts, error = description["spec"], description["counts"], description["codec_error"]
-    return f"""Encoder features of speech and their transcripts, ready to train an audio projector or any other model.
-Each utterance went through a frozen {spec["family"]} encoder once; what stands here is its layer {spec["layer"]},
-{spec["channels"]} channels, {spec["sampling_rate"] / spec["hop"]:g} frames a second, stored as `{spec["codec"]}`.
-Made with earshard; the audio itself is not part of it.
+    return f"""Speech features and transcripts, ready for training an audio projector or any other model.
+Each utterance was encoded once with a frozen {spec["family"]} encoder. The features are the output of layer
+{spec["layer"]}: {spec["channels"]} channels, {spec["sampling_rate"] / spec["hop"]:g} frames per second, stored as
+`{spec["codec"]}`. Extracted with earshard; the audio itself is not included.
 
 | | |
 |---|---|
-| utterances | {counts["utterances"]:,} of {counts["planned"]:,} planned ({counts["failures"]:,} could not be read) |
+| utterances | {counts["utterances"]:,} of {counts["planned"]:,} planned ({counts["failures"]:,} failed) |
 | audio | {description["hours"]:.2f} hours |
 | frames | {counts["frames"]:,} |
 | shards | {counts["shards"]:,}, {counts["bytes"] / 1e9:.3g} GB |
@@ -94,14 +94,14 @@ data = shards.open("{url}")
 print(len(data), data[0]["features"].shape, data[0]["text"])
 ```
 
-Shards are fetched as they are needed and checked by their sha256. `python -m shards pull {url} FOLDER` copies and
+Shards are downloaded on demand and verified against their sha256. `python -m shards pull {url} FOLDER` downloads and
 verifies all of them.
 
-Without earshard, the shards are plain WebDataset tars (`<key>.npy`, `<key>.json`):
+The shards are plain WebDataset tars (`<key>.npy`, `<key>.json`) and can be read without earshard:
 
 ```python
 import webdataset as wds
 
 data = wds.WebDataset("{every}", shardshuffle=False).decode()
-sample = next(iter(data))  # sample["npy"] holds the features as stored, sample["json"]["text"] the transcript
+sample = next(iter(data))  # sample["npy"]: features as stored; sample["json"]["text"]: transcript
 ```"""

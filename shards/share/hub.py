@@ -1,9 +1,9 @@
-"""A cache as a dataset of a Hugging Face hub: repository, files in commits, dataset card.
+"""Uploads a cache to a dataset repository on a Hugging Face hub, with a dataset card.
 
-In: a complete cache folder and ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``. Out: the dataset, made if it does not
-exist. Records are committed after their files; ``CACHE.json`` and the card are the last commit. Files that stand there
-with the same content are not sent again, so an interrupted push resumes. The token is huggingface_hub's (``hf auth
-login``).
+Takes a complete cache folder and ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``; creates the dataset if it does not
+exist. Records are committed after their files; ``CACHE.json`` and the card are the last commit. Files that are already
+there with the same content are not sent again, so an interrupted push resumes. Uses the token of huggingface_hub
+(``hf auth login``).
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ COMMIT_PATTERNS = (
 
 
 def parse_dataset_url(url: str, license_id: str | None) -> re.Match[str]:
-    """The parts of a dataset's URL; UserError for another URL, or without the licence that its card names."""
+    """Parse a dataset URL.
+
+    Raises:
+        UserError: the URL is not a dataset URL, or ``license_id``, which the dataset card needs, is None.
+    """
     match = DATASET_URL.fullmatch(url)
     if match is None:
-        raise UserError(f"'{url}' names no dataset: write hf://datasets/OWNER/NAME, or …/NAME/FOLDER")
+        raise UserError(f"'{url}' is not a dataset URL: write hf://datasets/OWNER/NAME, or …/NAME/FOLDER")
     if license_id is None:
-        raise UserError("a published dataset names its licence: add --licence, such as cc-by-4.0, or other")
+        raise UserError("a published dataset needs a license: add --licence with an identifier such as cc-by-4.0")
     return match
 
 
 def push_to_hub(layout: Layout, url: str, license_id: str) -> None:
-    """Copy a valid cache into a dataset repository.
+    """Upload a valid cache to a dataset repository.
 
     Raises:
-        UserError: what the hub refuses.
+        UserError: the hub refused the request, or the upload failed.
     """
     match = parse_dataset_url(url, license_id)
     repo, folder, revision = match["repo"], match["folder"] or "", match["revision"]
@@ -45,14 +49,14 @@ def push_to_hub(layout: Layout, url: str, license_id: str) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # Refusals and, by their bases, whatever the HTTP client raises; an upload in a thread fails as RuntimeError.
+    # Rejections and, by their base classes, all errors of the HTTP client. A failed upload thread raises RuntimeError.
     bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
     errors: tuple[type[Exception], ...] = (*bases, HFValidationError, RuntimeError)
-    api, web = HfApi(), f"https://huggingface.co/datasets/{repo}/resolve/{revision or 'main'}"
-    text = dataset_card(describe_cache(layout.path), url, license_id, folder, web)
+    api, base_url = HfApi(), f"https://huggingface.co/datasets/{repo}/resolve/{revision or 'main'}"
+    text = dataset_card(describe_cache(layout.path), url, license_id, folder, base_url)
     try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
-        for patterns in COMMIT_PATTERNS:  # upload_folder resumes, and splits what is too large for one commit
+        for patterns in COMMIT_PATTERNS:  # upload_folder resumes, and splits uploads that are too large for one commit
             api.upload_folder(
                 repo_id=repo,
                 repo_type="dataset",
@@ -68,8 +72,8 @@ def push_to_hub(layout: Layout, url: str, license_id: str) -> None:
     except errors as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the hub did not accept '{url}' ({reason}): check `hf auth login`, rights and connection, then push again"
+            f"the hub rejected '{url}' ({reason}): check `hf auth login`, permissions and connection, then push again"
         ) from None
 
 
-ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
+ProgressCallback = Callable[[int, int], None]  # (bytes done, total bytes)

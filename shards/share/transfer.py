@@ -1,11 +1,11 @@
-"""Publish a cache and fetch one: the whole folder to a hub or a bucket, and back, verified.
+"""Uploads a whole cache to a hub or a bucket, or downloads one, and verifies the result.
 
     python -m shards push caches/… hf://datasets/OWNER/NAME --licence cc-by-4.0
     python -m shards push caches/… s3://bucket/caches/name
     python -m shards pull hf://datasets/OWNER/NAME caches/name
 
-In: a complete cache folder and a URL. Out: the same files at the other end, ``CACHE.json`` last: until then nobody
-takes what stands there for a cache. Both resume where they were interrupted.
+``CACHE.json`` is transferred last; without it, the files at the destination do not count as a complete cache. Both
+commands resume an interrupted transfer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from shards.remote.client import Remote
 from shards.remote.mirror import fetch_info, fetch_record
 from shards.share.hub import ProgressCallback, parse_dataset_url, push_to_hub
 
-TRANSFERS = 4  # shards under way at once
-ABSOLUTE_PATH = re.compile(r"(path:|file://)?(/|~|[A-Za-z]:[\\/])")  # an absolute path of a file system
+TRANSFERS = 4  # concurrent shard transfers
+ABSOLUTE_PATH = re.compile(r"(path:|file://)?(/|~|[A-Za-z]:[\\/])")  # an absolute path in a file system
 
 
 def push(
@@ -39,33 +39,34 @@ def push(
     progress: ProgressCallback | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Copy the cache at ``path`` to ``url``; what stands there already is left, another cache is never replaced.
+    """Copy the cache at ``path`` to ``url``. Skips files that are already there; never replaces another cache.
 
     Args:
-        licence: for a hub, the licence that its dataset card names.
-        tell: takes the line that names paths of this machine, before anything is sent.
+        license_id: license named in the dataset card; required by a hub.
+        progress: called with (bytes done, total bytes).
+        log: called before the transfer with a line that lists the local paths to be published, if there are any.
 
     Raises:
-        UserError: no complete cache, a URL that cannot be written, or another cache stands there.
-        WorkFailed: the cache is not sound, or what arrived is not what was sent.
+        UserError: ``path`` is not a complete cache, ``url`` is not writable, or another cache is there.
+        WorkFailed: the cache is not valid, or the copy differs from it.
     """
     url = url.rstrip("/")
     if url.startswith(("http://", "https://")):
-        raise UserError(f"'{url}' cannot be written: name hf://datasets/OWNER/NAME, or a bucket such as s3://…")
+        raise UserError(f"'{url}' is not writable: use hf://datasets/OWNER/NAME, or a bucket such as s3://…")
     if url.startswith("hf://"):
         parse_dataset_url(url, license_id)
     layout, remote = Layout(path), Remote(url)
     if not layout.cache.exists():
-        raise UserError(f"'{path}' is no complete cache (no CACHE.json): finish its extraction first")
+        raise UserError(f"'{path}' is not a complete cache (no CACHE.json): finish its extraction first")
     _require_valid(verify(path), str(path))
     paths = ", ".join(f"{key} '{text}'" for key, text in local_paths(unseal(layout.cache).get("provenance") or {}))
     if paths:
-        log(f"note: CACHE.json names paths of this machine, which are published with it: {paths}")
+        log(f"note: CACHE.json contains paths of this machine, which will be published: {paths}")
     for file in (layout.plan, layout.cache):
         found = remote.read_if_exists(file.name, file.stat().st_size + 1)
         if found is not None and not is_released(found) and found != file.read_bytes():
-            what = "an extraction is under way" if is_claim(found) else "another cache stands"
-            raise UserError(f"{what} at '{url}': push to an empty place")
+            what = "an extraction is running" if is_claim(found) else "another cache exists"
+            raise UserError(f"{what} at '{url}': push to an empty folder")
     if license_id is not None and url.startswith("hf://"):
         push_to_hub(layout, url, license_id)
     else:
@@ -74,9 +75,9 @@ def push(
 
 
 def local_paths(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(dotted key, text) of every absolute path of this machine in the provenance of ``CACHE.json``.
+    """Return (dotted key, text) of every absolute path of this machine in the provenance of ``CACHE.json``.
 
-    Who publishes a cache publishes them: the file is sealed, and what arrives is compared with it.
+    They are published with the cache: the file is sealed, so they cannot be removed from the copy.
     """
     found = []
     for key, value in flatten(dict(provenance)).items():
@@ -86,12 +87,12 @@ def local_paths(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _push_files(layout: Layout, remote: Remote, progress: ProgressCallback | None) -> None:
-    """To any filesystem that fsspec can write."""
+    """Copy to any file system that fsspec can write."""
     first, *shards, last = transfer_order(layout)
     total = sum(path.stat().st_size for group in (first, *shards, last) for path in group)
 
     def send(group: list[Path]) -> int:
-        """Files of a group, the last of which says that it is whole."""
+        """Upload the files of a group, whose last file marks it as complete; returns its bytes."""
         *_, seal = group
         if remote.read_if_exists(str(seal.relative_to(layout.path)), seal.stat().st_size + 1) != seal.read_bytes():
             for path in group:
@@ -114,17 +115,20 @@ def _track_progress(sizes: Iterable[int], total: int, progress: ProgressCallback
 def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None:
     """Copy the complete cache at ``url`` into the folder ``path`` and verify every byte.
 
+    Args:
+        progress: called with (bytes done, total bytes).
+
     Raises:
-        UserError: no complete cache there, or another one here.
-        WorkFailed: what arrived is not sound; the damaged files are removed, so that another pull fetches them.
+        UserError: there is no complete cache at ``url``, or ``path`` holds another cache.
+        WorkFailed: the copy is not valid. Corrupt files are removed, so that another pull downloads them again.
     """
     remote, layout, owner = Remote(url), Layout(path), new_owner()
     data, info = fetch_info(remote)
     if layout.cache.exists() and layout.cache.read_bytes() != data:
-        raise UserError(f"'{path}' holds another cache: pull into another folder")
+        raise UserError(f"'{path}' contains another cache: pull into another folder")
 
     def fetch(target: Path, size: int, sha256: str | None = None) -> int:
-        """Bytes of a file, which is fetched unless it stands here in its size."""
+        """Fetch a file unless it exists locally with the right size; returns its bytes."""
         if not (target.is_file() and target.stat().st_size == size):
             name = str(target.relative_to(layout.path))
             remote.download(name, target, temporary_path(target, owner), size, sha256)
@@ -141,7 +145,7 @@ def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None
         make_folder(layout.shards)
         size = remote.size(layout.plan.name)
         if size is None:
-            raise UserError(f"there is no '{remote.url}/{layout.plan.name}': what stands there is no whole cache")
+            raise UserError(f"'{remote.url}/{layout.plan.name}' does not exist: the remote cache is incomplete")
         fetch(layout.plan, size)
         for target in (layout.manifest, layout.failures):
             fetch(target, info.files[target.name].bytes, info.files[target.name].sha256)
@@ -161,7 +165,7 @@ def _require_valid(problems: list[Problem], name: str) -> None:
     if problems:
         first = problems[0]
         raise WorkFailed(
-            f"'{name}' is not sound: {first.file} {first.what}"
+            f"'{name}' is not valid: {first.file} {first.what}"
             + (f", and {len(problems) - 1} more problems" if len(problems) > 1 else "")
-            + f" (`python -m shards verify {name}` tells all)"
+            + f" (run `python -m shards verify {name}` to list all problems)"
         )

@@ -1,1 +1,1 @@
-"""Batches for training: which utterances form a batch, in which order, read ahead and padded."""
+"""Batches for training: sampling, prefetching and padding."""

@@ -1,7 +1,6 @@
-"""What a stream gives: one rank's part of a global batch, padded.
+"""The batches that a :class:`shards.stream.iterable_dataset.FeatureStream` yields: one rank's part of a global batch.
 
-In: arrays that ``shards/stream/iterable_dataset.py`` has filled. Out: :class:`Batch`, with the state that a checkpoint
-keeps.
+A batch carries the state of the stream, which checkpoints store.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import torch
 
 @dataclass
 class Batch:
-    """This rank's part of one global batch; it may be empty (B = 0) when the global batch is smaller than the world.
+    """This rank's part of one global batch. It is empty (B = 0) if the global batch has too few rows for this rank.
 
     Attributes:
-        features: [B, T, C] float16 (codec f16) or float32 (other codecs), zero after each utterance's end. T is the
-            longest of the part; of an empty part, the longest of the global batch.
-        lengths: int64 [B], frames.
-        keys, texts: of each utterance.
-        rows: place of each utterance in the joined manifest.
-        epoch: passes over the data that were finished before this batch.
-        index: number of the global batch in the run, from 0.
-        state: the stream's state once this batch is done; JSON can hold it.
+        features: [B, T, C] float16 (codec f16) or float32 (other codecs), padded with zeros. T is the number of frames
+            of the longest utterance in this part, or in the global batch if this part is empty.
+        lengths: int64 [B], number of frames of each utterance.
+        keys, texts: key and text of each utterance.
+        rows: row of each utterance in the joined manifest.
+        epoch: number of epochs completed before this batch.
+        index: index of the global batch in the run, from 0.
+        state: state of the stream after this batch; JSON-serializable.
     """
 
     features: torch.Tensor
@@ -37,14 +36,14 @@ class Batch:
     state: dict[str, Any] = field(repr=False)
 
     def mask(self) -> torch.Tensor:
-        """bool [B, T], true on frames and false on padding."""
+        """Return bool [B, T], true on frames and false on padding."""
         places = torch.arange(self.features.shape[1], device=self.lengths.device)
         return places[None, :] < self.lengths[:, None]
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory; DataLoader calls it under ``pin_memory=True``."""
+        """Copy the batch to page-locked memory. DataLoader calls this with ``pin_memory=True``."""
         return replace(self, features=self.features.pin_memory(), lengths=self.lengths.pin_memory())
 
     def to(self, device: torch.device | str) -> Batch:
-        """With the tensors on ``device``. It waits for the copy: the buffer behind this batch is used again."""
+        """Copy the tensors to ``device``. Waits for the copy, because the buffer of this batch is reused."""
         return replace(self, features=self.features.to(device), lengths=self.lengths.to(device))

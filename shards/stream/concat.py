@@ -1,7 +1,4 @@
-"""Caches of one feature spec joined end to end: rows of the joined manifest, wherever they are stored.
-
-In: opened caches. Out: :class:`ConcatCache`, which gives stored utterances, keys and texts by joined row.
-"""
+"""Concatenates caches of one feature spec. :class:`ConcatCache` reads utterances, keys and texts by joined row."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ T = TypeVar("T")
 
 
 class ConcatCache:
-    """Row r of the chain is row ``r - offsets[c]`` of cache c, the last one with ``offsets[c] <= r``.
+    """Caches joined end to end. Joined row r is row ``r - offsets[c]`` of the last cache c with ``offsets[c] <= r``.
 
     Attributes:
         offsets: int64 [caches + 1].
@@ -27,7 +24,7 @@ class ConcatCache:
         bounds: int64 [shards + 1]: shard s of all caches holds the rows ``bounds[s]:bounds[s + 1]``.
 
     Raises:
-        UserError: no cache, or caches of different feature specs.
+        UserError: ``caches`` is empty, or the caches have different feature specs.
     """
 
     def __init__(self, caches: Sequence[Cache]) -> None:
@@ -41,37 +38,37 @@ class ConcatCache:
         self.bounds: Rows = np.concatenate([np.zeros(1, dtype=np.int64), *bounds])
 
     def locate(self, row: int) -> tuple[Cache, int]:
-        """The cache of a joined row, and its row there."""
+        """Return the cache of a joined row, and its row in that cache."""
         if not 0 <= row < self.offsets[-1]:
-            raise IndexError(f"row {row} of {self.offsets[-1]}")
+            raise IndexError(f"row {row} is out of range for {self.offsets[-1]} rows")
         place = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return self.caches[place], row - int(self.offsets[place])
 
     def read_stored(self, rows: Rows) -> list[StoredUtterance]:
-        """Stored utterances of ``rows``, in their order; see :meth:`shards.read.cache.Cache.fetch`."""
+        """Return the stored utterances of ``rows``, in order; see :meth:`shards.read.cache.Cache.read_stored`."""
         if len(self.caches) == 1:
             return self.caches[0].read_stored(rows)
         return self._gather(rows, Cache.read_stored)
 
     def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
-        """``key`` or ``text`` of ``rows``, in their order."""
+        """Return ``key`` or ``text`` of ``rows``, in order."""
         return self._gather(np.asarray(rows, dtype=np.int64), lambda cache, own: cache.strings(column, own))
 
     def _gather(self, rows: Rows, read: Callable[[Cache, Rows], list[T]]) -> list[T]:
-        """What ``read`` gives for the rows of each cache, in the order of ``rows``."""
+        """Call ``read`` for the rows of each cache; returns the results in the order of ``rows``."""
         found: dict[int, T] = {}
         for cache, places, own in self._split_by_cache(rows):
             found.update(zip(places.tolist(), read(cache, own), strict=True))
         return [found[place] for place in range(len(rows))]
 
     def will_need(self, rows: Rows) -> None:
-        """Ask the kernel for the pages of ``rows``; those of far caches were just fetched, and are in memory."""
+        """Ask the kernel for the pages of ``rows``. Skips remote caches, whose pages were just written to memory."""
         for cache, _, own in self._split_by_cache(rows):
             if cache.mirror is None:
                 cache.will_need(own)
 
     def _split_by_cache(self, rows: Rows) -> Iterator[tuple[Cache, Rows, Rows]]:
-        """Of each cache that holds some of ``rows``: the cache, their places in ``rows``, its own rows."""
+        """Yield each cache that holds some of ``rows``, their positions in ``rows`` and their rows in that cache."""
         if len(self.caches) == 1:
             yield self.caches[0], np.arange(len(rows)), rows
             return
@@ -83,7 +80,7 @@ class ConcatCache:
 
 def _require_one_spec(caches: Sequence[Cache]) -> None:
     if not caches:
-        raise UserError("no cache is named: set caches to one or more cache folders")
+        raise UserError("no caches: set caches to one or more cache folders")
     first = caches[0]
     for other in caches[1:]:
         if other.feature_id != first.feature_id:

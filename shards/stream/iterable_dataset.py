@@ -1,20 +1,21 @@
-"""Caches to padded batches: the torch IterableDataset over order and reader, with a state counted in batches taken.
+"""A torch IterableDataset that yields padded batches of cached features, with an exact resume state.
 
-In: caches of one feature spec, joined end to end, :class:`~shards.stream.sampler.SamplerConfig` and a seed. Out:
-:class:`Batch`, the part of each global batch that belongs to this rank.
+:class:`FeatureStream` takes caches of one feature spec, joined end to end, a
+:class:`~shards.stream.sampler.SamplerConfig` and a seed; it yields :class:`Batch`, the part of each global batch that
+belongs to this rank.
 
 ```
-Order.walk -> global batch -> batch[rank::world] -> threads: mmap rows -> one copy into a padded buffer -> Batch
+iter_batches -> global batch -> batch[rank::world_size] -> threads: mmap rows -> one copy into a padded buffer -> Batch
 ```
 
-Buffers are reused, never under your feet (``shards/stream/prefetch.py``): a loop that drops each batch before long runs
-in a few buffers, one that keeps batches gets new ones.
+Buffers are reused only when nothing refers to them any more (``shards/stream/prefetch.py``). A loop that drops each
+batch runs in a few buffers; a loop that keeps batches gets new ones.
 
-State. ``stream.state_dict()`` counts the batches that the loop took, not those read ahead. Every batch also carries its
-own ``batch.state``: the state once this batch is done. With ``DataLoader(stream, batch_size=None, num_workers=n)`` the
-counting happens in other processes, so save ``batch.state`` (or tell the stream: ``stream.consumed(batch)``).
-torchdata's ``StatefulDataLoader`` works by its own ``state_dict`` and wants as many workers as before; ``batch.state``
-restores under any world size and number of workers.
+State: ``stream.state_dict()`` counts the batches that the loop has taken, not those read ahead. Every batch also
+carries ``batch.state``, the state after that batch. With ``DataLoader(stream, batch_size=None, num_workers=n)`` the
+batches are counted in other processes, so save ``batch.state``, or call ``stream.consumed(batch)``. torchdata's
+``StatefulDataLoader`` uses its own ``state_dict`` and needs the same number of workers as before; ``batch.state`` can
+be restored with any world size and number of workers.
 """
 
 from __future__ import annotations
@@ -38,28 +39,30 @@ from shards.stream.concat import ConcatCache
 from shards.stream.prefetch import BufferPool, prefetch_batches
 from shards.stream.sampler import BatchSampler, Rows, SamplerConfig, SamplerState
 
-STATE_VERSION = 2  # another order of batches is another version
-Step = tuple[Rows, SamplerState, SamplerState]  # of a walk: a batch's rows, its position, the one after it
+STATE_VERSION = 2  # changes with the order of batches
+Step = tuple[Rows, SamplerState, SamplerState]  # rows of a batch, its state, the next state
 
 
 class FeatureStream(IterableDataset[Batch]):
-    """Batches of the joined caches in the order of ``rules`` and ``seed``.
+    """Batches of the joined caches in an order that depends only on ``sampler``, ``seed`` and the caches.
 
-    A stream iterates once at a time, from where it stands: after a ``break``, the next loop goes on. A stream of a
-    finite number of epochs that ran to its end starts anew.
+    Iteration starts at the current state: after a ``break``, the next loop continues. A stream with a finite number of
+    epochs that ran to its end starts from the beginning again. Iterate only once at a time.
 
     Args:
-        caches: joined end to end; one feature spec.
-        seed: 0 … 2**64 - 1; with the rules and the manifests it fixes every batch of every epoch.
-        rows: train on these rows of the joined manifest only; ``None`` is all.
-        rank, world: this process takes ``batch[rank::world]`` of each global batch.
-        epochs: end after so many passes; ``None`` goes on and on.
-        prefetch: batches read ahead of the loop; 0 reads in the loop's own thread.
-        threads: that read ahead.
-        pinned: fill page-locked buffers: for batches that go to a GPU, in the process that uses them.
+        caches: caches of one feature spec, joined end to end.
+        sampler: how rows become batches.
+        seed: 0 … 2**64 - 1. With ``sampler`` and the manifests, it determines every batch of every epoch.
+        rows: the rows of the joined manifest to read; ``None`` means all.
+        rank, world_size: this process takes ``batch[rank::world_size]`` of each global batch.
+        epochs: number of epochs; ``None`` is unlimited.
+        prefetch: number of batches read ahead; 0 reads in the calling thread.
+        threads: number of reader threads.
+        pinned: use page-locked buffers, for batches that this process copies to a GPU.
 
     Raises:
-        UserError: the specs differ, no utterance is left, or one alone is longer than ``max_frames``.
+        UserError: the specs differ, no utterance is left, or an utterance is longer than ``max_frames``.
+        ValueError: ``rank``, ``prefetch`` or ``threads`` is out of range.
     """
 
     def __init__(
@@ -77,9 +80,9 @@ class FeatureStream(IterableDataset[Batch]):
         pinned: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of a world of {world_size}")
+            raise ValueError(f"rank {rank} is out of range for world_size {world_size}")
         if prefetch < 0 or threads < 1:
-            raise ValueError("prefetch is 0 or more and threads 1 or more")
+            raise ValueError(f"expected prefetch >= 0 and threads >= 1, got {prefetch} and {threads}")
         self.concat_cache = ConcatCache(caches)
         self.caches = self.concat_cache.caches
         self.sampler, self.seed = sampler, seed
@@ -104,7 +107,7 @@ class FeatureStream(IterableDataset[Batch]):
             if self.batch_sampler.rows is None
             else hashlib.sha256(self.batch_sampler.rows.tobytes()).hexdigest()[:16]
         )
-        # A state names what it belongs to by 16 hex digits each, so that it stays a few hundred bytes.
+        # 16 hex digits of each id keep the state at a few hundred bytes.
         self._identity: dict[str, Any] = {
             "version": STATE_VERSION,
             "feature_id": self.concat_cache.spec.feature_id[:16],
@@ -114,40 +117,42 @@ class FeatureStream(IterableDataset[Batch]):
             "rules": sampler.model_dump(),
         }
         self._sampler_state, self._ended = SamplerState(), False
-        self._origin: int | None = None  # in a DataLoader worker: the batch that worker 0 began with
+        self._origin: int | None = None  # in a DataLoader worker: index of worker 0's first batch
         self._pool = BufferPool(prefetch + 2, pinned)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loop stands: the next batch to take, and what this belongs to. JSON can hold it."""
+        """Return the position of the loop (the next batch) and the identity of the stream; JSON-serializable."""
         state = self._state(self._sampler_state)
         if self._origin is not None:
-            state["origin"] = self._origin  # StatefulDataLoader hands this back to the same worker of as many
+            state["origin"] = self._origin  # StatefulDataLoader restores it in the same worker
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, made by this stream or an equal one under any world size.
+        """Continue from ``state``, saved by this stream or by an equal one with any world size.
 
         Raises:
-            UserError: it belongs to other manifests, features, rows, rules or seed; names the first that differs.
+            UserError: the state belongs to other manifests, features, rows, sampler settings or another seed. The
+                message names the first difference.
         """
         for name, mine in self._identity.items():
             if name not in state:
-                raise UserError(f"this is no state of a stream: it lacks '{name}'; name the checkpoint of a run")
+                raise UserError(f"not a stream state: '{name}' is missing; load a state saved by a FeatureStream")
             if state[name] != mine:
                 raise UserError(_difference(name, state[name], mine))
         try:
             at = SamplerState(**{name: int(state[name]) for name in ("epoch", "window", "batch", "count")})
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"this is no state of a stream: {error} is missing or no number") from None
+            raise UserError(f"not a stream state: a position is missing or not a number ({error})") from None
         if min(asdict(at).values()) < 0 or at.window >= self.batch_sampler.num_windows:
             raise UserError(
-                f"this is no state of this stream: it points at window {at.window} of {self.batch_sampler.num_windows}"
+                f"not a state of this stream: its window is {at.window} of {self.batch_sampler.num_windows}; load a "
+                "state saved with the same caches and settings"
             )
         self._sampler_state, self._ended = at, False
         self._origin = state.get("origin") if get_worker_info() is not None else None
 
     def consumed(self, batch: Batch) -> None:
-        """Count ``batch``, and all before it, as taken: for loops over a DataLoader with workers."""
+        """Mark ``batch`` and all batches before it as taken. For loops over a DataLoader with workers."""
         self.load_state_dict(batch.state)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -158,7 +163,7 @@ class FeatureStream(IterableDataset[Batch]):
             walk = self._prefetch_shards(walk)
         worker = get_worker_info()
         if worker is not None:
-            # DataLoader takes from its workers in turn: worker w of n reads the batches w, w + n … from the origin on.
+            # DataLoader takes from its workers in turn: worker w of n reads batches w, w + n, … after the origin.
             for cache in self.caches:
                 cache.detach()
             origin = self._origin = self._sampler_state.count if self._origin is None else self._origin
@@ -166,11 +171,11 @@ class FeatureStream(IterableDataset[Batch]):
         for batch, step in prefetch_batches(walk, self._load_batch, self._request_pages, self.prefetch, self.threads):
             self._sampler_state = step[2]
             yield batch
-            del batch  # else its buffer would be held while the next is waited for
+            del batch  # release its buffer before waiting for the next batch
         self._ended = True
 
     def _prefetch_shards(self, walk: Iterator[Step]) -> Iterator[Step]:
-        """The same steps; at each new window, far caches are told which shards come next."""
+        """Yield the same steps. At each new window, request its shards and the next window's from remote caches."""
         seen, mirrors = None, [cache.mirror for cache in self.caches if cache.mirror is not None]
         try:
             for step in walk:
@@ -192,7 +197,7 @@ class FeatureStream(IterableDataset[Batch]):
             mirror.prefetch([*now.get(mirror, []), *later.get(mirror, [])])
 
     def _remote_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
-        """The shards of far caches that a window reads, in order of need."""
+        """Return the shards of remote caches that a window reads, in reading order."""
         found: dict[Mirror, list[int]] = {}
         for cache, index in map(self.concat_cache.locate, self.batch_sampler.one_row_per_shard(epoch, window).tolist()):
             if cache.mirror is not None:
@@ -206,10 +211,10 @@ class FeatureStream(IterableDataset[Batch]):
         self.concat_cache.will_need(self._rank_rows(step[0]))
 
     def _load_batch(self, step: Step) -> Batch:
-        """Fill a buffer with this rank's part of a global batch: one copy a row."""
+        """Fill a buffer with this rank's part of a global batch, with one copy per row."""
         rows, here, after = step
         mine = self._rank_rows(rows)
-        # Every row is bounded by its file, and checked, before memory is taken for the batch.
+        # Every row is checked against its file before memory is allocated for the batch.
         stored = self.concat_cache.read_stored(mine)
         frames = self.concat_cache.frames[mine]
         longest = int((frames if len(mine) else self.concat_cache.frames[rows]).max())
@@ -241,6 +246,6 @@ def _difference(name: str, theirs: Any, mine: Any) -> str:
             (f"rules.{key}", theirs.get(key), value) for key, value in mine.items() if theirs.get(key) != value
         )
     return (
-        f"this state belongs to another stream: {name} is {theirs} there and {mine} here; "
-        "resume with the caches and settings of that run, or start a new one"
+        f"the state belongs to another stream: {name} is {theirs} in the state and {mine} in this stream; "
+        "resume with the caches and settings of that run, or start a new run"
     )

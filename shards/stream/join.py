@@ -1,14 +1,14 @@
-"""Several caches of one corpus side by side: the same utterances as several layers, or several encoders, saw them.
+"""Joins caches of the same corpus: features of the same utterances from several layers or several encoders.
 
-In: caches of the same audio with as many frames an utterance (an extraction with ``encoder.layers: [2, 4, 6]`` makes
-three). Out: :class:`JoinedCaches`: the utterances that all of them hold, and each one's features by cache.
+The caches must have the same number of frames per utterance (an extraction with ``encoder.layers: [2, 4, 6]`` creates
+three such caches). :class:`JoinedCaches` holds the utterances that all of them contain.
 
     joined = join([Cache.open(path) for path in paths])
-    stream = FeatureStream([joined.caches[0]], rules, seed, rows=joined.rows[:, 0])
+    stream = FeatureStream([joined.caches[0]], config, seed, rows=joined.rows[:, 0])
     for batch in stream:
-        layers = joined.layers(batch)  # one tensor [B, T, C] a cache, the first is batch.features
+        layers = joined.layers(batch)  # one tensor [B, T, C] per cache; the first is batch.features
 
-Utterances are matched by key, and must be of the same audio, which the manifests' ``audio_sha256`` tells.
+Utterances are matched by key. Their audio must be identical, which is checked with ``audio_sha256`` of the manifests.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JoinedCaches:
-    """What :func:`join` found: ``rows[i, c]`` is the row of utterance ``i`` in ``caches[c]``, in the first's order.
+    """The result of :func:`join`. ``rows[i, c]`` is the row of utterance ``i`` in ``caches[c]``, in order of the first.
 
-    ``absent`` utterances of the first cache are missing in another (they failed there).
+    ``num_missing`` utterances of the first cache are missing in another cache (because they failed there).
     """
 
     caches: tuple[Cache, ...]
@@ -46,16 +46,16 @@ class JoinedCaches:
         return len(self.rows)
 
     def features(self, index: int) -> list[Array]:
-        """[frames, channels] of utterance ``index`` from each cache, as :meth:`Cache.features` gives it."""
+        """Return utterance ``index`` [frames, channels] from each cache, see :meth:`Cache.features`."""
         return [cache.features(row) for cache, row in zip(self.caches, self.rows[index].tolist(), strict=True)]
 
     def layers(self, batch: Batch) -> list[torch.Tensor]:
-        """The features of a batch over the first cache, from every cache: [B, T, channels] each, zeros behind.
+        """Return the features of a batch of the first cache from every cache: [B, T, channels] each, zero-padded.
 
-        Float16 where the codec is f16, else float32, as in ``batch.features``, which comes first.
+        The tensors are float16 for codec f16, otherwise float32. The first is ``batch.features``.
 
         Raises:
-            KeyError: the batch holds an utterance that is not joined; give the stream ``rows=joined.rows[:, 0]``.
+            KeyError: the batch contains an utterance that is not joined. Pass ``rows=joined.rows[:, 0]`` to the stream.
         """
         import torch
 
@@ -78,13 +78,13 @@ def join(caches: Sequence[Cache]) -> JoinedCaches:
     """Match the utterances of ``caches`` by key.
 
     Raises:
-        UserError: fewer than one cache, one twice, an utterance of other audio or another number of frames, or none in
-            common.
+        UserError: ``caches`` is empty or contains a cache twice, an utterance differs in audio or number of frames, or
+            the caches have no utterance in common.
     """
     if not caches:
-        raise UserError("no cache is named to join: name one or more cache folders")
+        raise UserError("no caches to join: pass one or more cache folders")
     if len({cache.manifest_id for cache in caches}) < len(caches):
-        raise UserError(f"one of {_names(caches)} is named twice, or is a copy of another: name each cache once")
+        raise UserError(f"one of {_names(caches)} occurs twice, or is a copy of another: pass each cache once")
     first = caches[0]
     columns = [{name: cache.manifest[name].to_pylist() for name in ("key", "audio_sha256")} for cache in caches]
     places = [{key: row for row, key in enumerate(column["key"])} for column in columns]
@@ -98,13 +98,13 @@ def join(caches: Sequence[Cache]) -> JoinedCaches:
         for row, theirs in zip(rows[:, 0].tolist(), mine.tolist(), strict=True):
             key, audio = columns[0]["key"][row], columns[0]["audio_sha256"][row]
             if column["audio_sha256"][theirs] != audio:
-                raise UserError(f"'{key}' is other audio in '{other.path}' than in '{first.path}': extract one again")
+                raise UserError(f"'{key}' has other audio in '{other.path}' than in '{first.path}': extract one again")
         differ = first.frames[rows[:, 0]] != other.frames[mine]
         if differ.any():
             row = int(rows[differ.argmax(), 0])
             raise UserError(
                 f"'{columns[0]['key'][row]}' has {first.frames[row]} frames in '{first.path}' and "
-                f"{other.frames[mine[differ.argmax()]]} in '{other.path}': join caches of one frame rate and trim"
+                f"{other.frames[mine[differ.argmax()]]} in '{other.path}': join caches of the same frame rate and trim"
             )
     return JoinedCaches(tuple(caches), rows, len(first) - len(rows))
 

@@ -1,19 +1,19 @@
-"""Which utterances form global batch b of epoch e: a pure function of (seed, epoch, frames, shard bounds, rules).
+"""Batch sampler: the rows of each global batch, as a pure function of (seed, epoch, frames, shard bounds, config).
 
-In: ``frames`` int32 [rows] (frames of each row of the joined manifest), ``bounds`` int64 [shards + 1] (shard s holds
-the rows ``bounds[s]:bounds[s + 1]``), :class:`SamplerConfig`, a seed and, to train on a part, the eligible ``rows``.
-Out: windows of global batches, each an int64 array of row numbers. NumPy alone: no torch, no files.
+Takes ``frames`` int32 [rows] (frames of each row of the joined manifest), ``bounds`` int64 [shards + 1] (shard s holds
+the rows ``bounds[s]:bounds[s + 1]``), a :class:`SamplerConfig`, a seed and, optionally, the eligible ``rows``. Yields
+windows of global batches, each an int64 array of row numbers. Uses only NumPy: no torch, no files.
 
 ```
 shards --permuted--> windows of a few shards --rows sorted by length, with noise--> batches --shuffled-->
 ```
 
-A window depends on (seed, epoch, window) and on no other window, so a restart costs one window wherever it happens.
-Rank r of a world of n takes ``batch[r::n]``: every world size sees the same global batches.
+A window depends on (seed, epoch, window) and on no other window, so a restart recomputes only one window. Rank r of n
+takes ``batch[r::n]``: every world size sees the same global batches.
 
-Stability: the only randomness is the raw 64-bit words of Philox-4x64 with the position as its counter, ranked by a
-stable sort. NumPy guarantees the words of its bit generators (NEP 19) but not the methods of ``Generator``: none is
-used.
+Reproducibility: the only source of randomness is the raw 64-bit words of Philox-4x64, with the position as its counter,
+ranked by a stable sort. NumPy guarantees the output of its bit generators (NEP 19) but not of the methods of
+``Generator``, which are not used.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from shards.errors import UserError
 
 Rows = NDArray[np.int64]
 
-# What a stretch of Philox words is used for: the highest word of the counter, so that no two uses overlap.
+# Purpose of a range of Philox words: the highest word of the counter, so that ranges do not overlap.
 SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS = range(6)
-# Rows are sorted by a length that is up to a 200th longer or shorter than theirs: who stands beside whom then changes
-# with the epoch, in a large window too, and costs at most half a percent of padding (bench/padding.py).
+# Rows are sorted by a length with a relative noise of up to 1/200. Neighbors then change between epochs, even in a
+# large window, at a cost of at most half a percent of padding (bench/padding.py).
 LENGTH_JITTER = 200
 
 
@@ -43,15 +43,18 @@ class SamplerConfig(Config):
     """How rows become global batches.
 
     Attributes:
-        batch_size: most utterances in a global batch (all ranks together).
-        max_frames: most padded frames in a global batch: utterances × frames of the longest.
-        window_shards: shards mixed with each other; more mixes better and pads less, fewer keeps reading local.
-        shuffle: ``none`` nothing is random; ``shard`` the order of shards; ``window`` also the rows and batches inside
-            a window; ``global`` one window spans the epoch. Every mode groups the rows of a window by length.
-        drop_last: leave out, at random in each window and epoch, the rows that would not fill a last batch.
-        weights: how often an epoch takes the rows of each cache, ``None`` once each. Weight 2 takes every row twice,
-            0.25 a quarter of the rows of every shard, another quarter in the next epoch: after E epochs each row of
-            the cache was taken floor(E × weight) or ceil(E × weight) times. Second copies are visits of their own.
+        batch_size: maximum number of utterances in a global batch (all ranks together).
+        max_frames: maximum number of padded frames in a global batch: utterances × frames of the longest.
+        window_shards: number of shards mixed with each other. More shards mix better and need less padding; fewer
+            shards keep reads local.
+        shuffle: ``none`` shuffles nothing; ``shard`` shuffles the order of shards; ``window`` also shuffles the rows
+            and batches in a window; ``global`` is ``window`` with one window per epoch. Every mode groups the rows of a
+            window by length.
+        drop_last: drop rows that do not fill a last batch, chosen at random in each window and epoch.
+        weights: how often an epoch reads the rows of each cache; ``None`` reads each row once. Weight 2 reads every row
+            twice. Weight 0.25 reads a quarter of the rows of every shard, and another quarter in the next epoch: after
+            E epochs each row was read floor(E × weight) or ceil(E × weight) times. Repeated shards are shuffled
+            independently.
     """
 
     batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -64,13 +67,13 @@ class SamplerConfig(Config):
     @model_validator(mode="after")
     def _bounded(self) -> SamplerConfig:
         if self.batch_size is None and self.max_frames is None:
-            raise ValueError("a batch needs a bound: set batch_size, max_frames or both")
+            raise ValueError("the batch size has no limit: set batch_size, max_frames or both")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerState:
-    """The next batch to take: ``batch`` of ``window`` of ``epoch``; ``count`` batches of the run stand before it."""
+    """The next batch: ``batch`` of ``window`` of ``epoch``, after ``count`` batches of the run."""
 
     epoch: int = 0
     window: int = 0
@@ -79,7 +82,7 @@ class SamplerState:
 
 
 class Window:
-    """The global batches of one window: ``len(window)`` of them, ``window[i]`` is int64 [rows], longest row first."""
+    """The global batches of one window. ``window[i]`` is int64 [rows], longest row first."""
 
     def __init__(self, rows: Rows, frames: NDArray[np.int32], starts: Rows, sequence: Rows) -> None:
         self._rows, self._frames, self._starts, self._sequence = rows, frames, starts, sequence
@@ -95,19 +98,20 @@ class Window:
 
 
 class BatchSampler:
-    """The order of a joined manifest under ``rules`` and ``seed``.
+    """The global batches of a joined manifest for a given config and seed.
 
     Args:
         frames: int32 [rows], frames of each row.
         bounds: int64 [shards + 1], ascending, from 0 to the number of rows.
+        config: how rows become batches.
         seed: 0 … 2**64 - 1.
-        rows: eligible rows (any order, no repeats); ``None`` is every row.
-        name: how an error calls a row (the stream gives the utterance's key).
-        caches: int64 [caches + 1], for ``rules.weights``: cache c holds the rows ``caches[c]:caches[c + 1]``.
+        rows: eligible rows (any order, no duplicates); ``None`` means all rows.
+        name: returns the name of a row for error messages (the stream passes the utterance's key).
+        caches: int64 [caches + 1], for ``config.weights``: cache c holds the rows ``caches[c]:caches[c + 1]``.
 
     Raises:
-        UserError: no row is eligible, or one alone is longer than ``max_frames``.
-        ValueError: arguments that do not fit each other.
+        UserError: no row is eligible, or a row is longer than ``max_frames``.
+        ValueError: the arguments are inconsistent.
     """
 
     def __init__(
@@ -125,39 +129,39 @@ class BatchSampler:
         edges: Rows = np.asarray(bounds, dtype=np.int64)
         total = len(self.frames)
         if not 0 <= seed < 2**64:
-            raise UserError(f"seed {seed} is out of range: take one from 0 to 2**64 - 1")
+            raise UserError(f"seed {seed} is out of range: set it to 0 … 2**64 - 1")
         if len(edges) == 0 or edges[0] != 0 or edges[-1] != total or np.any(np.diff(edges) < 0):
             raise ValueError(f"bounds do not divide {total} rows into shards")
         self.rows: Rows | None = None if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
         if self.rows is not None:
             if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= total):
-                raise ValueError(f"rows lie outside the manifest of {total} rows")
+                raise ValueError(f"rows are out of range for a manifest of {total} rows")
             if len(self.rows) != np.size(np.asarray(rows)):
-                raise ValueError("rows holds a row twice")
+                raise ValueError("rows contains duplicates")
             edges = np.searchsorted(self.rows, edges)
         self.num_rows = total if self.rows is None else len(self.rows)
         if not self.num_rows:
-            raise UserError("no utterance is left to read: widen the filter or name another cache")
+            raise UserError("no utterance is left: widen the filter or add another cache")
         eligible = self.frames if self.rows is None else self.frames[self.rows]
         self.max_row_frames = int(eligible.max())
         if config.max_frames is not None and self.max_row_frames > config.max_frames:
             at = int(eligible.argmax())
             row = at if self.rows is None else int(self.rows[at])
             raise UserError(
-                f"{name(row)} is {self.max_row_frames} frames long and a batch may hold {config.max_frames} "
+                f"{name(row)} has {self.max_row_frames} frames, but a batch is limited to {config.max_frames} "
                 f"(max_frames): set max_frames to {self.max_row_frames} or more, or filter utterances by duration"
             )
         self._mean = float(eligible.mean())
         filled = np.flatnonzero(np.diff(edges) > 0)  # shards without an eligible row are never opened
         self._first, self._last = edges[:-1][filled], edges[1:][filled]
-        # A filter thins the shards: a window takes more of them, to hold the rows of `window_shards` whole shards.
+        # A filter thins out the shards, so a window takes more of them, to hold as many rows as `window_shards` shards.
         width = -(-config.window_shards * total // self.num_rows)
         self._weights = np.ones(len(filled))  # of each shard
-        self._visits = np.arange(len(filled))  # an epoch's: the shard
-        self._copies = np.zeros(len(filled), dtype=np.int64)  # and the how manieth time
+        self._visits = np.arange(len(filled))  # shard of each visit of an epoch
+        self._copies = np.zeros(len(filled), dtype=np.int64)  # earlier visits to the same shard in the epoch
         if config.weights is not None:
             self._weigh(edges[:-1][filled], [0, total] if caches is None else caches, config.weights)
-            # Visits that take a part of a shard's rows thin the windows, as a filter does.
+            # Visits that take only a part of a shard's rows thin out the windows, like a filter.
             taken = float((self._weights * (self._last - self._first)).sum()) / len(self._visits)
             width = math.ceil(config.window_shards * (total / len(filled)) / taken)
         self.num_windows = 1 if config.shuffle == "global" else -(-len(self._visits) // width)
@@ -165,7 +169,7 @@ class BatchSampler:
     def _weigh(self, starts: Rows, caches: ArrayLike, weights: tuple[float, ...]) -> None:
         edges = np.asarray(caches, dtype=np.int64)
         if len(weights) != len(edges) - 1:
-            raise UserError(f"weights has {len(weights)} numbers for {len(edges) - 1} caches: give one for each cache")
+            raise UserError(f"weights has {len(weights)} numbers for {len(edges) - 1} caches: set one for each cache")
         edges = edges if self.rows is None else np.searchsorted(self.rows, edges)
         self._weights = np.asarray(weights)[np.searchsorted(edges, starts, side="right") - 1]
         most = np.ceil(self._weights).astype(np.int64)
@@ -173,12 +177,12 @@ class BatchSampler:
         self._copies = np.arange(len(self._visits)) - np.repeat(np.cumsum(most) - most, most)
 
     def one_row_per_shard(self, epoch: int, window: int) -> Rows:
-        """One row of each shard that the window reads, in the order of visits, none twice."""
+        """Return one row of each shard that the window reads, in the order of visits, without duplicates."""
         first = self._first[list(dict.fromkeys(self._visits[self._window_visits(epoch, window)].tolist()))]
         return first if self.rows is None else self.rows[first]
 
     def window(self, epoch: int, window: int) -> Window:
-        """The global batches of one window of one epoch."""
+        """Return the global batches of one window of one epoch."""
         config = self.config
         mixed = config.shuffle in ("window", "global")
         rows = self._rows_of(epoch, window)
@@ -201,18 +205,18 @@ class BatchSampler:
     def iter_batches(
         self, state: SamplerState, epochs: int | None = None
     ) -> Iterator[tuple[Rows, SamplerState, SamplerState]]:
-        """From ``at`` to the end of ``epochs`` (``None``: on and on): a batch's rows, its position, the one after it.
+        """Yield (rows, state, next state) of each batch from ``state`` to the end of ``epochs`` (``None``: endlessly).
 
         Raises:
-            UserError: ``at`` is no position of this order, or ``drop_last`` leaves an epoch without a batch.
+            UserError: ``state`` does not belong to this sampler, or ``drop_last`` leaves an epoch without a batch.
         """
         idle = 0
         while epochs is None or state.epoch < epochs:
             if min(state.epoch, state.window, state.batch, state.count) < 0 or state.window >= self.num_windows:
-                raise UserError(f"{state} is no position of this order: the state was not made by it")
+                raise UserError(f"{state} is not a state of this sampler: resume from a state saved by the same run")
             window = self.window(state.epoch, state.window)
             if state.batch and state.batch >= len(window):
-                raise UserError(f"{state} is no position of this order: its window has {len(window)} batches")
+                raise UserError(f"{state} is not a state of this sampler: its window has {len(window)} batches")
             idle = 0 if len(window) else idle + 1
             if idle == self.num_windows and self.config.drop_last:
                 raise UserError("drop_last leaves no batch in an epoch: lower batch_size or set drop_last=false")
@@ -229,12 +233,12 @@ class BatchSampler:
             state = end
 
     def _rows_of(self, epoch: int, window: int) -> Rows:
-        """Rows of the window's shards, in stored order of the (permuted) shards."""
+        """Return the rows of the window's (permuted) shards, each shard in stored order."""
         places = np.concatenate([self._rows_at(epoch, visit) for visit in self._window_visits(epoch, window).tolist()])
         return places if self.rows is None else self.rows[places]
 
     def _window_visits(self, epoch: int, window: int) -> Rows:
-        """The visits of a window."""
+        """Return the shard visits of a window."""
         count = len(self._visits)
         visits = np.arange(count) if self.config.shuffle == "none" else self._shuffle(epoch, 0, SHARDS, count)
         return visits[window * count // self.num_windows : (window + 1) * count // self.num_windows]
@@ -245,7 +249,8 @@ class BatchSampler:
         weight = float(self._weights[shard])
         if weight == 1.0:
             return rows
-        # Row i of n, in an order drawn once, is taken floor((e + 1) w + i / n) - floor(e w + i / n) times in epoch e.
+        # Row i of n, in a random order fixed for all epochs, is read
+        # floor((e + 1) w + i / n) - floor(e w + i / n) times in epoch e.
         at = np.empty(len(rows))
         at[self._shuffle(0, shard, DRAW, len(rows))] = np.arange(len(rows)) / len(rows)
         times = np.floor((epoch + 1) * weight + at) - np.floor(epoch * weight + at)
@@ -256,15 +261,15 @@ class BatchSampler:
         return np.argsort(random_words(self.seed, epoch, window, purpose, count), kind="stable")
 
     def _by_length(self, frames: NDArray[np.int32]) -> Rows:
-        """Longest first; rows of one length stay in their order."""
+        """Return the order that sorts longest first, stably."""
         shorter = self.max_row_frames - frames
         # NumPy's stable sort of 16-bit integers is a radix sort, several times faster.
         return np.argsort(shorter.astype(np.uint16) if self.max_row_frames < 2**16 else shorter, kind="stable")
 
     def _argsort_by_noisy_length(self, epoch: int, window: int, frames: NDArray[np.int32]) -> Rows:
-        """Longest first, nearly: by noisy lengths, then each rank moved by up to half a batch.
+        """Return an order that is nearly longest first: sorted by noisy length, then each rank is moved a little.
 
-        The first mixes large windows, where many rows are of like length; the second mixes small ones.
+        The noise mixes large windows, in which many rows have similar lengths; the moves mix small windows.
         """
         words = random_words(self.seed, epoch, window, LENGTHS, len(frames))
         noise = ((words >> np.uint64(40)).astype(np.int64) - (1 << 23)) // (LENGTH_JITTER // 2)
@@ -278,7 +283,7 @@ class BatchSampler:
         return grouped
 
     def _max_batch_rows(self, frames: NDArray[np.int32]) -> Rows:
-        """Most rows of a batch that starts at each place, counting every later row as long as the longest of them."""
+        """Return the maximum rows of a batch from each position, counting each row as long as the longest after it."""
         caps = np.full(len(frames), self.config.batch_size or len(frames), dtype=np.int64)
         if self.config.max_frames is not None:
             bound = np.maximum(np.maximum.accumulate(frames[::-1])[::-1], 1)
@@ -287,7 +292,7 @@ class BatchSampler:
 
 
 def random_words(seed: int, epoch: int, window: int, purpose: int, count: int) -> NDArray[np.uint64]:
-    """``count`` raw Philox-4x64 words; distinct (epoch, window, purpose) never share a word."""
+    """Return ``count`` raw Philox-4x64 words. Distinct (epoch, window, purpose) never share a word."""
     counter = np.array([0, window, epoch, purpose], dtype=np.uint64)
     words: NDArray[np.uint64] = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter).random_raw(
         count
@@ -296,7 +301,7 @@ def random_words(seed: int, epoch: int, window: int, purpose: int, count: int) -
 
 
 def _greedy(caps: Rows, count: int, *, whole: bool) -> tuple[int, int]:
-    """(batches, rows they hold) when each batch is filled; ``whole`` leaves out a last batch that is not full."""
+    """Return (batches, rows in them) if each batch is filled. ``whole`` drops a last batch that is not full."""
     at = batches = 0
     while at < count:
         size = caps.item(at)
@@ -307,10 +312,11 @@ def _greedy(caps: Rows, count: int, *, whole: bool) -> tuple[int, int]:
 
 
 def _cut(caps: Rows) -> Rows:
-    """Batch starts [batches + 1] over rows whose caps do not fall: as few batches as greedy filling, no tiny last one.
+    """Return batch starts [batches + 1] for non-decreasing caps: as few batches as greedy filling, evenly sized.
 
-    Each batch takes its cap or an even share of what is left, whichever is less. Once a share fits under its cap, later
-    shares do too (shares do not grow, caps do not fall), so the batches suffice and the last ones are of one size.
+    Each batch takes its cap or an even share of the remaining rows, whichever is smaller. Once a share fits under its
+    cap, later shares do too (shares do not grow, caps do not shrink), so the number of batches suffices and the last
+    batches have equal sizes.
     """
     left = _greedy(caps, len(caps), whole=False)[0]
     starts, at = [0], 0

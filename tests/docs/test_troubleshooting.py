@@ -51,7 +51,7 @@ def test_each_quoted_sentence_is_raised_somewhere(quoted):
 
 def test_a_sentence_that_nobody_raises_is_noticed():
     assert not matches("the moon is … today", ".*")
-    assert not matches("'…' is not sound: … problem…", "UserError")
+    assert not matches("'…' is not valid: … problem…", "UserError")
 
 
 def test_the_page_has_the_sentences_of_each_part():

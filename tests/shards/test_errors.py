@@ -19,7 +19,7 @@ def raising(error: BaseException):
     ("error", "status", "line"),
     [
         (UserError("no such cache"), 2, "error: no such cache\n"),
-        (WorkFailed("not sound"), 1, "failed: not sound\n"),
+        (WorkFailed("not valid"), 1, "failed: not valid\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

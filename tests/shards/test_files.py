@@ -177,7 +177,7 @@ def test_a_file_limit_of_the_system_is_told_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE])
 def test_a_storage_error_becomes_one_sentence_with_its_cure(number):
     with (
-        pytest.raises(UserError, match=r"^committing failed in '/x': .*; .*run the same command again"),
+        pytest.raises(UserError, match=r"^committing failed in '/x': .*; .*rerun the same command"),
         translate_os_errors("committing", Path("/x")),
     ):
         raise OSError(number, "?")

@@ -73,13 +73,16 @@ def test_info_tells_people_the_same(cache, capsys):
     text = capsys.readouterr().out
     assert Cache.open(cache).feature_id in text
     assert "12 of 12 planned, 0 failed, in 2 shards" in text
-    assert "MB per audio hour" in text
+    assert "MB/h of audio" in text
 
 
 def test_info_tells_the_time_of_the_extraction_and_the_encoders_part_where_it_is_recorded(cache, capsys):
     layout = Layout(cache)
     recorded = {**unseal(layout.cache), "seconds": 1000.0}
-    for part, line in (({"encode_seconds": 900.0}, "1,000.0 s extracting, 900.0 s of it in the encoder"), ({}, "g\n")):
+    for part, line in (
+        ({"encode_seconds": 900.0}, "1,000.0 s of extraction, of which 900.0 s in the encoder"),
+        ({}, "g\n"),
+    ):
         recorded.pop("encode_seconds", None)
         layout.cache.write_bytes(seal({**recorded, **part}))
         assert run_command(main, ["info", str(cache)]) == 0
@@ -118,7 +121,7 @@ def test_head_shows_the_statistics_of_the_stored_features(cache, capsys):
 
 def test_verify_of_a_sound_cache_says_so(cache, capsys):
     assert run_command(main, ["verify", str(cache), "--deep"]) == 0
-    assert "sound" in capsys.readouterr().out
+    assert "valid" in capsys.readouterr().out
 
 
 def test_verify_prints_a_table_of_what_is_wrong_and_ends_with_1(cache, capsys):
@@ -128,7 +131,7 @@ def test_verify_prints_a_table_of_what_is_wrong_and_ends_with_1(cache, capsys):
     header, line = told.out.splitlines()
     assert header.split() == ["shard", "file", "utterance", "problem"]
     assert line.split(maxsplit=3) == ["000001", "shards/000001.tar", "-", "has 512 bytes, not 20480"]
-    assert told.err.startswith(f"failed: '{cache}' is not sound: 1 problem")
+    assert told.err.startswith(f"failed: '{cache}' is not valid: 1 problem")
 
 
 def test_verify_prints_many_problems_only_when_asked(tmp_path, capsys):
@@ -186,11 +189,11 @@ def test_push_and_pull_the_wrong_way_round_are_told(words, sentence, capsys):
 def test_info_of_a_damaged_cache_names_the_command_that_tells_more(cache, capsys):
     (cache / "CACHE.json").write_text("{}")
     assert run_command(main, ["info", str(cache)]) == 2
-    assert f"is damaged (CACHE.json does not match its own sha256): run `python -m shards verify {cache}`" in (
+    assert f"is corrupt (CACHE.json does not match its own sha256): run `python -m shards verify {cache}`" in (
         capsys.readouterr().err
     )
 
 
 def test_the_module_runs_as_a_program(cache):
     done = subprocess.run([sys.executable, "-m", "shards", "verify", cache], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split(":")[1].split()[0]) == (0, "sound")
+    assert (done.returncode, done.stdout.split(":")[1].split()[0]) == (0, "valid")

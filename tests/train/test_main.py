@@ -91,7 +91,7 @@ def test_needs_prints_the_extractions_of_absent_caches_one_a_line(config, tmp_pa
     ("words", "said"),
     [
         (["fit"], "--config"),
-        (["fit", "--config", "no.yaml"], "there is no configuration file 'no.yaml'"),
+        (["fit", "--config", "no.yaml"], "configuration file 'no.yaml' does not exist"),
         (["fit", "lr=1e-3"], "key 'caches' is missing in the command line"),
         (["fit", "caches=[http://127.0.0.1:9/x/*]"], "a glob pattern in a URL, and servers cannot be listed"),
         (["fit", "--resume", "no-run"], "'no-run' is not a run"),

@@ -1,1 +1,1 @@
-"""The commit protocol on an object store: conditional writes in place of rename and link."""
+"""The commit protocol on an object store: conditional writes instead of rename and link."""

@@ -1,17 +1,18 @@
-"""Claims of processes that share nothing but a bucket: the claim stands where the commit will stand.
+"""Claims of processes that share only a bucket. A claim is stored under the name of the object that it will become.
 
-In: the names of objects that complete something (``shards/000042.json``, ``CACHE.json``). Out: each is written once by
-whoever holds its claim. A claim is an object of that very name; committing replaces it by the record, on the condition
-that it is still the claim that the holder wrote last. So one object decides, and a holder that stood still while
-another took over can commit no more. Files that belong to the record are put on condition of what stood there before
-the holder made sure of its claim: a late upload cannot fall on those of a successor.
+A claim covers an object that completes something (``shards/000042.json``, ``CACHE.json``), and only the holder of the
+claim writes that object. Committing replaces the claim with the record, on the condition that the object is still the
+claim that the holder wrote last. One object therefore decides, and a holder that was suspended while another process
+took over cannot commit. The files of a record are written on the condition of the version seen before the holder last
+confirmed its claim, so a late upload cannot overwrite the files of a successor.
 
-The holder counts up a beat in its claim every third of a lease. A contender that sees the same beat for one lease of
-its own monotonic clock replaces the claim; a holder that died on the same machine is replaced at once.
+The holder increments a counter in its claim every third of a lease. A contender that sees the same counter for one
+lease, measured with its own monotonic clock, replaces the claim. A holder that died on the same machine is replaced at
+once.
 
-A claim that comes to nothing is released by a marker in its place, on the same condition, for there is no conditional
-delete. A marker is never deleted: a plain delete could fall on the claim, or the record, of whoever came in between.
-It stands where a record will stand, so a complete cache holds none.
+A claim that is not committed is released by replacing it with a marker, on the same condition, because there is no
+conditional delete. A marker is never deleted: a plain delete could remove the claim or the record of another process.
+The record later replaces the marker, so a complete cache contains none.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from shards.format.records import RELEASED, is_claim, is_released
 
 
 class ClaimLost(Exception):
-    """Another process took the claim while this one stood still; what it was for is that one's business now."""
+    """Another process took over the claim while this one was suspended, and is responsible for the object now."""
 
 
 class RemoteClaims(LeaseHolder[str, Version]):
-    """The claims of one process on the objects below one URL: for each name the version of the claim written last."""
+    """The claims of one process on objects below one URL. Stores the last written version of each claim."""
 
     def __init__(self, objects: Objects, owner: str, lease: float = LEASE) -> None:
         super().__init__(owner, lease)
@@ -40,7 +41,7 @@ class RemoteClaims(LeaseHolder[str, Version]):
         self._num_heartbeats = 0
 
     def acquire(self, name: str, is_invalidated: Callable[[bytes], bool]) -> bool:
-        """Claim ``name``; False while a live holder's claim stands there, or what is not ``void``."""
+        """Claim ``name``; returns False if a live process holds it, or if a record that is not invalidated is there."""
         found = self.objects.read(name)
         if found is not None and not self._is_free(name, found, is_invalidated):
             return False
@@ -53,7 +54,7 @@ class RemoteClaims(LeaseHolder[str, Version]):
         return True
 
     def commit(self, name: str, data: bytes) -> None:
-        """Replace the claim by what it was for; ClaimLost when it is no longer ours."""
+        """Replace the claim with ``data``; ClaimLost if this process no longer holds it."""
         with self._lock:
             if self.objects.put(name, data, self._version(name)) is None:
                 del self._held[name]
@@ -61,20 +62,21 @@ class RemoteClaims(LeaseHolder[str, Version]):
             del self._held[name]
 
     def put(self, name: str, data: bytes | Path, claim: str) -> None:
-        """Write an object that belongs to what ``claim`` is for, over what a lost holder left there.
+        """Write an object that is covered by ``claim``, replacing one left by a previous holder.
 
         Raises:
-            ClaimLost: the claim is no longer ours; the successor's object is untouched.
+            ClaimLost: this process no longer holds the claim. The successor's object is unchanged.
         """
         left: Version | None = None
         while self.objects.put(name, data, left) is None:
-            left = self.objects.version(name)  # seen before the claim is made sure of: a successor writes after that
+            left = self.objects.version(name)  # read before the claim is confirmed: a successor writes later
             self._heartbeat(claim)
 
     def release(self, name: str) -> None:
-        """Give a claim back that came to nothing; one that was taken over, or committed, is left as it stands.
+        """Release a claim that was not committed. A claim that was taken over or committed is left unchanged.
 
-        Where the store is away the claim stays, and runs out by itself: what went wrong before is to be told, not this.
+        If the store cannot be reached, the claim stays and expires. The error is suppressed, so that it does not hide
+        an earlier one.
         """
         with self._lock:
             version = self._held.pop(name, None)
@@ -97,7 +99,7 @@ class RemoteClaims(LeaseHolder[str, Version]):
 
     def _heartbeat_all(self) -> None:
         for name in list(self._held):
-            with suppress(ClaimLost, UserError):  # a store that is away for a moment must not end the refreshing
+            with suppress(ClaimLost, UserError):  # a temporarily unavailable store must not stop the heartbeats
                 self._heartbeat(name)
 
     def _claim(self) -> bytes:
@@ -106,7 +108,7 @@ class RemoteClaims(LeaseHolder[str, Version]):
             return json.dumps({"claim": self.owner, "beat": self._num_heartbeats, **process_identity()}).encode()
 
     def _is_free(self, name: str, found: StoredObject, is_invalidated: Callable[[bytes], bool]) -> bool:
-        """Whether what stands there may be replaced: void, released, or claimed by a holder that is dead or silent."""
+        """Return whether the object may be replaced: invalidated, released, or claimed by a dead or expired holder."""
         if not is_claim(found.data):
             return is_invalidated(found.data)
         return is_released(found.data) or owner_is_dead(found.data) or self._is_expired(name, found.version)

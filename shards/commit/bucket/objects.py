@@ -1,8 +1,8 @@
-"""Objects below one URL, each written on a condition: what stands in for exclusive creation and rename.
+"""Conditional writes to the objects below one URL, which replace exclusive creation and rename.
 
-In: the URL of a folder in an object store. Out: :class:`Objects`, by which a process writes an object only where there
-is none, or only over the version that it has seen; the store decides between two who try at once.
-:func:`connect_objects` tries whether the store honors the conditions: one that ignores them would lose shards silently.
+:class:`Objects` takes the URL of a folder in an object store. It creates an object only if there is none, or replaces
+only the version that the process has seen; the store decides between concurrent writes. A store that ignores the
+conditions would lose shards silently, so :func:`shards.commit.bucket.store.connect_objects` tests it first.
 
 obstore sends the conditions: ``If-None-Match: *`` and ``If-Match`` to S3 and Azure, ``x-goog-if-generation-match`` to
 Google. It has no conditional delete, so :class:`Objects` has none either.
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 # Metadata that tells our own write, whose answer was lost, from another's. An identifier, because Azure requires one.
 WRITE_ID_ATTRIBUTE = "earshardput"
 T = TypeVar("T")
-Version = dict[str, str]  # ``e_tag`` and, where the store numbers its objects, ``version``
+Version = dict[str, str]  # ``e_tag`` and, if the store has object versions, ``version``
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object as it stands: its bytes, and a version that changes with them."""
+    """An object in the store: its bytes, and a version that changes with them."""
 
     data: bytes
     version: Version
@@ -45,13 +45,13 @@ class StoredObject:
 class Objects:
     """The objects below one folder of a store; names are relative to it. Methods may be called from any thread.
 
-    All raise UserError when the store cannot be reached, refuses, or has no such bucket.
+    All methods raise UserError if the store cannot be reached, rejects the request, or the bucket does not exist.
 
     Args:
-        store: instead of the one that the URL names.
+        store: the store to use instead of connecting to ``url``.
 
     Attributes:
-        url: of the folder, without a trailing slash.
+        url: URL of the folder, without a trailing slash.
     """
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
@@ -59,7 +59,7 @@ class Objects:
         self._store = store or object_store.connect(self.url)
 
     def read(self, name: str) -> StoredObject | None:
-        """A small object, or None."""
+        """Read a small object; None if it does not exist."""
 
         def get() -> StoredObject:
             answer = obstore.get(self._store, name)
@@ -68,16 +68,16 @@ class Objects:
         return self._request(get, name)
 
     def version(self, name: str) -> Version | None:
-        """The version of an object, or None."""
+        """Return the version of an object; None if it does not exist."""
         return self._request(lambda: _version(obstore.head(self._store, name)), name)
 
     def put(self, name: str, data: bytes | Path, expected: Version | None) -> Version | None:
-        """Write ``data``, or a file's bytes, if the object's version is ``over`` (None: if there is no object).
+        """Write ``data``, or a file's bytes, if the object's version is ``expected`` (None: if it does not exist).
 
-        A write whose answer was lost is repeated, and recognizes itself by a mark.
+        A write whose response was lost is repeated, and recognizes its own object by a write id.
 
         Returns:
-            The new version, or None when something else stands there.
+            The new version, or None if the condition does not hold.
         """
         write_id = uuid.uuid4().hex
         if isinstance(data, bytes):
@@ -87,16 +87,16 @@ class Objects:
         return self._put(object_store.for_upload(self._store, len(body)), name, body, write_id, expected)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every object directly below ``folder``, by name without the folder."""
+        """Return the size in bytes of every object directly below ``folder``, by name without the folder."""
 
-        def listed() -> dict[str, int]:
+        def list_sizes() -> dict[str, int]:
             entries = obstore.list_with_delimiter(self._store, folder or None)["objects"]
             return {entry["path"].rpartition("/")[2]: entry["size"] for entry in entries}
 
-        return self._request(listed, folder) or {}
+        return self._request(list_sizes, folder) or {}
 
     def sha256(self, name: str, limit: int) -> str | None:
-        """64 hex digits of an object's first ``limit`` bytes, or None."""
+        """Return the sha256 of an object's first ``limit`` bytes (64 hex digits), or None if it does not exist."""
 
         def read() -> str:
             digest, left = hashlib.sha256(), limit
@@ -110,19 +110,23 @@ class Objects:
         return self._request(read, name)
 
     def check_conditions(self) -> None:
-        """UserError unless the store refuses a second creation and a replacement of what has changed."""
+        """Check that the store rejects a second creation and the replacement of an outdated version.
+
+        Raises:
+            UserError: the store does not support conditional writes.
+        """
         name = f"trial-{uuid.uuid4().hex}"
         first = self.put(name, b"1", None)
         if first is None:
-            raise UserError(f"'{self.url}' refuses to create an object where there is none: check the store")
+            raise UserError(f"the store of '{self.url}' rejected the creation of a new object: check the store")
         again = self.put(name, b"2", None)
         second = self.put(name, b"3", first) if again is None else None
         stale = self.put(name, b"4", first) if second is not None else None
-        self._request(lambda: obstore.delete(self._store, name), name, "written")  # nobody else knows its name
+        self._request(lambda: obstore.delete(self._store, name), name, "written")  # no other process knows its name
         if again is not None or second is None or stale is not None:
             raise UserError(
-                f"the store of '{self.url}' does not keep to conditional writes (If-None-Match, If-Match), so two "
-                "workers may spoil each other's shards: extract to a local root, then `python -m shards push` the cache"
+                f"the store of '{self.url}' does not support conditional writes (If-None-Match, If-Match), so workers "
+                "could overwrite each other's shards: extract to a local root, then run `python -m shards push`"
             )
 
     def _put(
@@ -137,21 +141,20 @@ class Objects:
                 raise object_store.missing_bucket(self.url) from None
             except (AlreadyExistsError, PreconditionError) as error:
                 try:
-                    standing = obstore.get(store, name, options={"head": True})
+                    existing = obstore.get(store, name, options={"head": True})
                 except FileNotFoundError:
-                    standing = None
-                if (
-                    standing and standing.attributes.get(WRITE_ID_ATTRIBUTE) == write_id
-                ):  # the answer to our own write was lost
-                    return _version(standing.meta)
-                if isinstance(error, AlreadyExistsError) and (expected is not None or standing is None):
-                    raise TransientError("another write to it was under way") from None  # HTTP 409
+                    existing = None
+                # The response to our own write was lost.
+                if existing and existing.attributes.get(WRITE_ID_ATTRIBUTE) == write_id:
+                    return _version(existing.meta)
+                if isinstance(error, AlreadyExistsError) and (expected is not None or existing is None):
+                    raise TransientError("a concurrent write was in progress") from None  # HTTP 409
                 return None
 
         return self._request(put, name, "written")
 
-    def _request(self, call: Callable[[], T], name: str, doing: TransferAction = "fetched") -> T | None:
-        """The call's answer, None when there is no such object; repeated for as long as that may help."""
+    def _request(self, call: Callable[[], T], name: str, action: TransferAction = "fetched") -> T | None:
+        """Return the result of ``call``, or None if the object does not exist. Retries transient errors."""
 
         def attempt() -> T | None:
             try:
@@ -162,7 +165,7 @@ class Objects:
             except ConnectionError as error:
                 raise TransientError(str(error)) from None
 
-        return retry(attempt, f"{self.url}/{name}", action=doing)
+        return retry(attempt, f"{self.url}/{name}", action=action)
 
 
 def _version(meta: Any) -> Version:

@@ -1,7 +1,6 @@
-"""A cache that is being made in an object store, by workers that share nothing else.
+"""The :class:`shards.commit.store.Store` of an object store, for workers that share nothing else.
 
-In: a URL such as ``s3://bucket/caches/corpus/encoder``. Out: :class:`BucketStore`, a
-:class:`shards.commit.store.Store`.
+:class:`BucketStore` takes a URL such as ``s3://bucket/caches/corpus/encoder``.
 
 ```
 scratch folder: ShardWriter -> 000042.tar, .parquet, .json
@@ -9,8 +8,8 @@ bucket: claim under shards/000042.json -> put .tar -> put .parquet -> the claim 
         ... all shards: claim under CACHE.json -> put manifest, failures -> the claim becomes CACHE.json
 ```
 
-The objects are those of ``docs/format.md`` and nothing else; what a killed worker leaves is a claim, which counts as no
-record, and files that the next owner of the shard writes over. Records do not change, so each is read once.
+The bucket contains only the objects of ``docs/format.md``. A killed worker leaves a claim, which does not count as a
+record, and files that the next owner of the shard overwrites. Records do not change, so each is read once.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ from shards.format.spec import FeatureSpec
 from shards.remote import object_store
 
 SCRATCH = "earshard-scratch-"
-READERS = 16  # small objects read at once
-LISTING_MAX_AGE = 5.0  # seconds for which a shard that a listing did not show is taken for absent; taking it asks again
+READERS = 16  # small objects read concurrently
+LISTING_MAX_AGE = 5.0  # seconds for which a shard missing in a listing counts as absent; acquiring it checks again
 
 
 class BucketStore:
-    """A cache below a URL; its layout is a scratch folder of this process, removed at its end."""
+    """A cache below a URL. Its layout is a scratch folder of this process, removed when the process ends."""
 
     def __init__(self, url: str, scratch: Path | None = None) -> None:
         self.location, self.keeps_shards = url.rstrip("/"), False
         self._objects = connect_objects(self.location)
         parent = scratch or Path(tempfile.gettempdir())
-        with translate_os_errors("making a scratch folder", parent):
+        with translate_os_errors("creating a scratch folder", parent):
             self._scratch = _Scratch(parent)
         self.layout = Layout(self._scratch.path)
         make_folder(self.layout.shards)
         self._claims = RemoteClaims(self._objects, new_owner())
         self._records: dict[int, dict[str, Any]] = {}
-        self._invalidated: dict[str, bytes] = {}  # objects as they stood when they were found not to count
+        self._invalidated: dict[str, bytes] = {}  # content of objects that were found to be invalid
         self._listed_at: float | None = None
 
     def info(self) -> dict[str, Any] | None:
@@ -74,7 +73,7 @@ class BucketStore:
         self._objects.put("plan.parquet", parquet_bytes(table.cast(UTTERANCE_SCHEMA)), None)
         plan = self.plan()
         if plan is None:
-            raise UserError(f"the plan of '{self.location}' vanished while it was written: extract again")
+            raise UserError(f"the plan of '{self.location}' disappeared while it was written: rerun the extraction")
         return plan
 
     def commit_record(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
@@ -128,7 +127,7 @@ class BucketStore:
         self._claims.release(self._name(shard))
 
     def publish(self, shard: int) -> None:
-        """Put the shard's files, its record last; what another process took over meanwhile is that one's to make."""
+        """Upload the shard's files, its record last. Does nothing if another process has taken over the shard."""
         layout, name = self.layout, self._name(shard)
         record = layout.record(shard).read_bytes()
         try:
@@ -147,26 +146,24 @@ class BucketStore:
         for shard in range(plan.num_shards):
             record = self.commit_record(shard, spec.feature_id, plan.id)
             if record is None:
-                raise UserError(
-                    f"shard {shard:06d} of '{self.location}' is not committed: run the same extraction again"
-                )
+                raise UserError(f"shard {shard:06d} of '{self.location}' is not committed: rerun the same extraction")
             records.append(record)
         with ThreadPoolExecutor(READERS) as pool:
             tables = list(pool.map(self._read_rows, range(plan.num_shards), records))
         files, info = merge_shards(spec, plan, records, tables, provenance)
-        with suppress(ClaimLost):  # whoever took it over finishes
+        with suppress(ClaimLost):  # the process that took it over finalizes
             for name, data in files.items():
                 self._claims.put(name, data, claim="CACHE.json")
             self._claims.commit("CACHE.json", seal(info))
 
     def cleanup(self) -> None:
-        """Nothing: a complete cache holds the objects of the format alone."""
+        """Do nothing: a complete cache in a bucket has no stray objects."""
 
     def _name(self, shard: int | None) -> str:
         return "CACHE.json" if shard is None else f"shards/{self.layout.record(shard).name}"
 
     def _list(self) -> None:
-        """Read every record that stands with files of its sizes."""
+        """Read all records. Invalidates those whose files do not have the recorded sizes."""
         sizes = self._objects.sizes("shards")
         self._listed_at = time.monotonic()
         shards = [int(name[:-5]) for name in sizes if name.endswith(".json") and name[:-5].isdigit()]
@@ -178,7 +175,7 @@ class BucketStore:
                     self._invalidate(shard, seal(record))
 
     def _read_record(self, shard: int) -> None:
-        """Read a shard's record, if it is committed by now."""
+        """Read a shard's record if the shard is committed."""
         name = self._name(shard)
         found = self._objects.read(name)
         if found is None or is_claim(found.data) or found.data == self._invalidated.get(name):
@@ -203,46 +200,46 @@ class BucketStore:
             return read_shard_rows(path, record)
         except RecordError as error:
             raise UserError(
-                f"shard {shard:06d} of '{self.location}' is damaged: {error}; run the same extraction with --verify"
+                f"shard {shard:06d} of '{self.location}' is corrupt: {error}; rerun the same extraction with --verify"
             ) from None
         finally:
             path.unlink(missing_ok=True)
 
 
 class _Scratch:
-    """A folder of this process; a lock of the kernel tells that it lives, and those of dead processes are removed."""
+    """A temporary folder of this process. A kernel lock marks it as in use; folders of dead processes are removed."""
 
     def __init__(self, parent: Path) -> None:
         make_folder(parent)
-        for left in parent.glob(f"{SCRATCH}*"):
-            _remove_left(left)
+        for folder in parent.glob(f"{SCRATCH}*"):
+            _remove_unused(folder)
         self.path = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
         lock = ExitStack()
         lock.enter_context(file_lock(self.path / "lock"))
-        weakref.finalize(self, _end, self.path, lock)
+        weakref.finalize(self, _remove_scratch, self.path, lock)
 
 
-def _end(folder: Path, lock: ExitStack) -> None:
+def _remove_scratch(folder: Path, lock: ExitStack) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     lock.close()
 
 
-def _remove_left(folder: Path) -> None:
+def _remove_unused(folder: Path) -> None:
     with suppress(OSError), file_lock(folder / "lock", wait=False, create=False) as held:
         if held:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def connect_objects(url: str) -> Objects:
-    """The objects below ``url``, of a store that honors conditions.
+    """Connect to the objects below ``url`` and check that the store supports conditional writes.
 
     Raises:
-        UserError: no such bucket, no access, or a store whose writes cannot be made conditional.
+        UserError: the bucket does not exist, access is denied, or the store does not support conditional writes.
     """
     if (scheme := url.partition("://")[0]) not in object_store.SCHEMES:
         raise UserError(
-            f"'{url}' cannot be extracted to: earshard knows no conditional writes for {scheme}://, and without them "
-            "two workers may spoil each other's shards; extract to a local root, then `python -m shards push` the cache"
+            f"cannot extract to '{url}': earshard does not support conditional writes for {scheme}://, so workers could "
+            "overwrite each other's shards; extract to a local root, then run `python -m shards push`"
         )
     objects = Objects(url)
     objects.check_conditions()

@@ -158,7 +158,7 @@ def test_a_corrupt_remote_cache_is_described_verified_and_re_extracted(s3, world
     data[3000] ^= 1
     client.put_object(Bucket="bucket", Key=key, Body=bytes(data))
     assert verify(url) == []
-    with pytest.raises(WorkFailed, match="is not sound: 2 problems"):
+    with pytest.raises(WorkFailed, match="is not valid: 2 problems"):
         main(["verify", url, "--deep"])
     assert "000001" in capsys.readouterr().out
     s3.puts.clear()
@@ -220,6 +220,6 @@ def test_a_missing_bucket_is_refused_with_one_sentence(s3, world, tmp_path):
     log = tmp_path / "log"
     argv = remote_words("s3://nobody/caches", tmp_path / "scratch", world)
     assert run(argv, before=partial(use, s3.url), log=log) == 2
-    assert "error: there is no bucket 'nobody': make it" in log.read_text()
-    with pytest.raises(UserError, match=r"there is no cache at 's3://bucket/nothing'"):
+    assert "error: bucket 'nobody' does not exist: create it" in log.read_text()
+    with pytest.raises(UserError, match=r"'s3://bucket/nothing' is not a cache"):
         verify("s3://bucket/nothing")

@@ -140,7 +140,7 @@ def test_verify_with_source_compares_the_files_where_the_cache_says_or_where_tol
     output = capsys.readouterr().out
     lines = {line.split("  ")[1]: line for line in output.splitlines() if line.startswith("0")}
     assert set(lines) == {"clip 01.flac", "clip 03.flac"}
-    assert "is missing below" in lines["clip 01.flac"]
+    assert "is missing in" in lines["clip 01.flac"]
     assert "is not the audio that the features were made from" in lines["clip 03.flac"]
 
 

@@ -115,7 +115,7 @@ def test_a_plan_gives_the_utterances_of_a_shard_in_row_order(cache):
 
 
 def test_a_folder_without_a_plan_and_a_damaged_plan_are_told(tmp_path):
-    with pytest.raises(UserError, match=r"is no cache: it has no plan.parquet"):
+    with pytest.raises(UserError, match=r"is not a cache: it has no plan.parquet"):
         read_plan(Layout(tmp_path))
     Layout(tmp_path).plan.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is damaged"):
@@ -188,11 +188,11 @@ def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damage
     data = cache.rows(1).read_bytes()
     cache.rows(1).write_bytes(data[:200] + bytes([data[200] ^ 4]) + data[201:])
     with pytest.raises(
-        UserError, match=r"shard 000001 .* is damaged: 000001\.parquet does not match its sha256; delete "
+        UserError, match=r"shard 000001 .* is corrupt: 000001\.parquet does not match its sha256; delete "
     ):
         finalize(cache, SPEC, plan, "me", {})
     cache.record(1).unlink()
-    with pytest.raises(UserError, match=r"shard 000001 .* is not committed: run the same extraction again"):
+    with pytest.raises(UserError, match=r"shard 000001 .* is not committed: rerun the same extraction"):
         finalize(cache, SPEC, plan, "me", {})
     assert not cache.cache.exists()
 
@@ -231,7 +231,7 @@ def hostile_parquet(kind: str) -> pa.Table:
 def test_a_parquet_of_other_columns_is_refused_in_a_sentence(tmp_path, kind):
     path = tmp_path / "plan.parquet"
     pq.write_table(hostile_parquet(kind), path)
-    with pytest.raises(RecordError, match=r"^plan\.parquet has (other columns|empty values)"):
+    with pytest.raises(RecordError, match=r"^plan\.parquet has (other columns|null values)"):
         read_parquet(path, UTTERANCE_SCHEMA)
 
 

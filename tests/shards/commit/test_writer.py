@@ -169,7 +169,7 @@ def test_an_owner_that_stood_still_while_its_shard_was_taken_over_harms_nothing(
         for writer in (slow, slower):
             writer.add(utterance(row), features(row), samples=960, audio_sha256="0" * 64)
     remove_stray_shard_files(layout, 0)  # the new owner of the claim begins
-    with pytest.raises(WorkFailed, match=r"shard 000000 .* was taken over .* run the same command again"), slow:
+    with pytest.raises(WorkFailed, match=r"shard 000000 .* was taken over .* rerun the same command"), slow:
         slow.commit({"seconds": 9.0})
     assert files(layout.shards) == {}
     record = write(layout, plan_id, "new")

@@ -125,7 +125,7 @@ def test_validated_settings_are_frozen():
             "config.yaml' is not .*: 'clip' is the old name of 'max_grad_norm', and both",
         ),
         ("source: {limit: 1, max: 1}", [], "'max' is the old name of 'limit', and both are set: remove 'max'$"),
-        ("", ["clip=1", "max_grad_norm=1"], "set 'clip' and 'max_grad_norm', two names of one key: set only 'max_grad"),
+        ("", ["clip=1", "max_grad_norm=1"], "set 'clip' and 'max_grad_norm', which name the same key: set only 'max_"),
         ("", ["source={limit: 1, max: 1}"], "the argument 'source=.*: 'max' is the old name of 'limit'"),
         ("caches: [{limit: 0}]\nsource: {pth: x}", [], "^unknown key 'source.pth'"),
         ("", ["lr"], "'lr' is not an override: write it as key=value"),
@@ -134,9 +134,9 @@ def test_validated_settings_are_frozen():
         ("", ["name=2024-13-45"], "the argument 'name=2024-13-45' is not valid: month must be in 1..12"),
         ("name: 2024-13-45", [], "is not a valid configuration: month must be in 1..12"),
         ("name: [" * 3000, [], "is not a valid configuration"),
-        ("", ["name.x.y=1", "name.x.y.z=1"], "sets a key below 'y', which holds 1 and not a mapping"),
+        ("", ["name.x.y=1", "name.x.y.z=1"], "sets a key below 'y': expected a mapping there, got 1"),
         ("a: [", [], "'.*config.yaml' is not a valid configuration: .* at line 1, column 5"),
-        ("- a\n- b", [], "holds a list, not a mapping of keys"),
+        ("- a\n- b", [], "expected a mapping, got list"),
         (b"\xff\xfe\xff", [], "cannot read the configuration file"),
         ("? [a, b]\n: 1", [], "is not a valid configuration"),
         ("1: 2", [], "config.yaml"),
@@ -152,7 +152,7 @@ def test_what_is_wrong_is_told_with_its_key_and_place(file, text, words, told):
 
 
 def test_a_file_that_is_not_there_is_told_with_where_examples_stand(tmp_path):
-    with pytest.raises(UserError, match=r"there is no configuration file .*configs/"):
+    with pytest.raises(UserError, match=r"configuration file .* does not exist: .*configs/"):
         load_config(Settings, tmp_path / "no.yaml")
     with pytest.raises(UserError, match="cannot read the configuration file"):
         load_config(Settings, tmp_path)

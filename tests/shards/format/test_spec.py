@@ -114,7 +114,7 @@ def test_another_format_version_is_refused_with_what_to_do(version, mend):
     ],
 )
 def test_what_is_no_spec_is_refused_in_one_sentence(tree):
-    with pytest.raises(UserError, match=r"^CACHE\.json holds no feature spec: "):
+    with pytest.raises(UserError, match=r"^CACHE\.json does not contain a valid feature spec: "):
         FeatureSpec.parse(tree, "CACHE.json")
 
 

@@ -43,7 +43,7 @@ def test_every_file_that_is_not_what_it_was_is_named_and_no_other(made):
     found = [(problem.shard, problem.key, problem.what) for problem in compare_audio(cache, audio)]
     assert found == [
         (0, "utt-00001", "is not the audio that the features were made from"),
-        (1, "utt-00003", f"is missing below '{audio}'"),
+        (1, "utt-00003", f"is missing in '{audio}'"),
         (1, "utt-00005", "cannot be read: Is a directory"),
     ]
 
@@ -58,9 +58,13 @@ def test_the_recorded_folder_is_where_the_audio_is_looked_for(made, capsys):
 @pytest.mark.parametrize(
     ("source", "folder", "sentence"),
     [
-        ({"kind": "manifest"}, None, "does not record where its audio stood: name the folder after --source"),
-        ({"kind": "manifest"}, "nowhere", r"there is no folder 'nowhere' with the audio of .* after --source"),
-        ({"kind": "parquet", "root": "/data"}, None, r"is not plain files: encode some of it again with .* check "),
+        ({"kind": "manifest"}, None, "does not record its audio folder: pass the folder to --source"),
+        ({"kind": "manifest"}, "nowhere", r"audio folder 'nowhere' of .* does not exist: .* to --source"),
+        (
+            {"kind": "parquet", "root": "/data"},
+            None,
+            r"is not stored as plain files: encode a sample of it again with .* check ",
+        ),
     ],
 )
 def test_audio_that_cannot_be_compared_is_told_with_what_to_do(made, source, folder, sentence):

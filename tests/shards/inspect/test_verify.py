@@ -143,13 +143,13 @@ def test_a_deleted_record_is_told_once_and_no_other_shard_blamed(cache):
 
 def test_a_record_that_is_of_no_planned_shard_is_told(cache):
     shutil.copy(Layout(cache).record(1), Layout(cache).record(7))
-    assert (None, "shards/000007.json", None, "is no shard of this cache") in what(verify(cache))
+    assert (None, "shards/000007.json", None, "is not a shard of this cache") in what(verify(cache))
 
 
 def test_a_tar_that_other_readers_would_take_for_a_shard_is_told_by_whatever_number_it_has(cache):
     for name in ("1.tar", "-00001.tar", "0000001.tar", "000007.tar"):
         shutil.copy(Layout(cache).tar(1), cache / "shards" / name)
-    strangers = [file for _, file, _, told in what(verify(cache)) if told == "is no shard of this cache"]
+    strangers = [file for _, file, _, told in what(verify(cache)) if told == "is not a shard of this cache"]
     assert strangers == ["shards/-00001.tar", "shards/0000001.tar", "shards/000007.tar", "shards/1.tar"]
 
 
@@ -162,7 +162,7 @@ def test_what_an_interrupted_or_running_extraction_leaves_is_no_fault(cache):
 @pytest.mark.parametrize("make", [lambda p: None, Path.touch, Path.mkdir])
 def test_what_is_no_cache_is_bad_input(tmp_path, make):
     make(tmp_path / "x")
-    with pytest.raises(UserError, match=r"there is no folder|is no cache"):
+    with pytest.raises(UserError, match=r"does not exist|is not a cache"):
         verify(tmp_path / "x")
 
 
@@ -326,9 +326,9 @@ def test_a_plan_that_nothing_vouches_for_is_read_with_care(cache):
     ("change", "told"),
     [
         (lambda rows: rows[1].update(key="a.b"), "has the key 'a.b', which no shard can hold"),
-        (lambda rows: rows[1].update(key=rows[4]["key"]), "has a key twice"),
-        (lambda rows: rows[-1].update(shard=5), "does not count shards and rows from 0 without gaps"),
-        (lambda rows: rows[0].update(row=1), "does not count shards and rows from 0 without gaps"),
+        (lambda rows: rows[1].update(key=rows[4]["key"]), "contains a key twice"),
+        (lambda rows: rows[-1].update(shard=5), "does not number shards and rows from 0 without gaps"),
+        (lambda rows: rows[0].update(row=1), "does not number shards and rows from 0 without gaps"),
     ],
 )
 def test_a_plan_that_no_shards_can_follow_is_told_though_its_hash_is_right(cache, change, told):
@@ -353,7 +353,7 @@ def test_a_far_cache_with_a_damaged_plan_is_still_checked_shard_by_shard(cache):
 
 
 def test_a_url_without_a_cache_is_told(cache):
-    with serve(cache) as server, pytest.raises(UserError, match=r"there is no cache at '.*/nothing'"):
+    with serve(cache) as server, pytest.raises(UserError, match=r"'.*/nothing' is not a cache"):
         verify(f"{server.url}/nothing")
 
 

@@ -109,7 +109,7 @@ def test_a_damaged_member_is_told_with_its_utterance(tmp_path):
     data = bytearray(tar.read_bytes())
     data[512:518] = b"NOARRY"
     tar.write_bytes(data)
-    with pytest.raises(UserError, match=r"utterance 'utt-00000' in .*000000.tar' is not sound"):
+    with pytest.raises(UserError, match=r"utterance 'utt-00000' in .*000000.tar' is corrupt"):
         list(shards.as_webdataset(path))
 
 

@@ -55,5 +55,5 @@ def test_a_cache_is_made_in_a_container(azure, loses):
 
 
 def test_a_container_that_is_not_there_is_told(azure):
-    with pytest.raises(UserError, match="there is no bucket 'nobody': make it"):
+    with pytest.raises(UserError, match="bucket 'nobody' does not exist: create it"):
         connect_objects("az://nobody/cache")

@@ -93,12 +93,14 @@ def test_a_file_that_is_not_there_has_no_size_and_no_content(folder):
         remote = Remote(server.url + "/")
         assert (remote.size("file"), remote.size("other")) == (SIZE, None)
         assert (remote.read_if_exists("file", 9), remote.read_if_exists("other", 9)) == (DATA[:9], None)
-        with pytest.raises(UserError, match=r"there is no 'http://127.0.0.1:\d+/other'"):
+        with pytest.raises(UserError, match=r"'http://127.0.0.1:\d+/other' does not exist"):
             remote.read("other", 9, bytes)
 
 
 def test_a_password_in_a_url_is_refused_and_not_shown():
-    with pytest.raises(UserError, match=r"the URL of 'http://127.0.0.1:9/cache' holds a user name or password") as told:
+    with pytest.raises(
+        UserError, match=r"the URL of 'http://127.0.0.1:9/cache' contains a user name or password"
+    ) as told:
         Remote("http://ann:secret@127.0.0.1:9/cache").read_if_exists("CACHE.json", 9)
     assert "secret" not in str(told.value)
 

@@ -114,7 +114,7 @@ def test_a_long_shard_over_a_line_that_keeps_breaking_arrives_as_long_as_it_adva
     ("fault", "reason"),
     [
         ("503", "HTTP 503"),
-        ("corrupt", "its sha256 is not the declared one"),
+        ("corrupt", "its sha256 does not match the recorded one"),
         ("truncated", "it ended after|sha256"),
         ("403", "permission denied"),
     ],
@@ -132,12 +132,12 @@ def test_what_never_arrives_whole_ends_in_one_sentence_and_leaves_no_shard(near,
 
 def test_a_far_cache_that_is_not_there_is_told(near, root, tmp_path):
     with serve(tmp_path) as server:
-        with pytest.raises(UserError, match=r"there is no 'http.*/nothing/CACHE.json': name the folder of a complete"):
+        with pytest.raises(UserError, match=r"'http.*/nothing/CACHE.json' does not exist: pass the URL of a complete"):
             Cache.open(f"{server.url}/nothing/")
         url = server.url
     with pytest.raises(UserError, match="could not be fetched in 5 attempts"):
         Cache.open(url)
-    with pytest.raises(UserError, match=r"'nosuch://x/y' names no cache"):
+    with pytest.raises(UserError, match=r"'nosuch://x/y' is not a valid cache URL"):
         Cache.open("nosuch://x/y")
 
 
@@ -157,7 +157,7 @@ def test_any_filesystem_of_fsspec_will_do(near, root):
     far = Cache.open("memory://bucket/cache")
     assert same(far, near)
     memory.rm("/bucket", recursive=True)
-    with pytest.raises(UserError, match=r"there is no 'memory://bucket/cache/CACHE.json'"):
+    with pytest.raises(UserError, match=r"'memory://bucket/cache/CACHE.json' does not exist"):
         Cache.open("memory://bucket/cache")
 
 
@@ -387,6 +387,6 @@ def test_the_command_line_lists_a_far_cache(near, root, capsys):
         assert main(["head", server.url, "--n", "2"]) is None
         assert capsys.readouterr().out.count("utt-00001") == 2
         assert main(["info", server.url]) is None
-        assert "s extracting" in capsys.readouterr().out
+        assert "s of extraction" in capsys.readouterr().out
         assert main(["verify", server.url, "--deep"]) is None
-        assert "sound (every byte of every shard)" in capsys.readouterr().out
+        assert "valid (every byte of every shard)" in capsys.readouterr().out

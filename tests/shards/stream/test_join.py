@@ -67,8 +67,8 @@ def test_layers_of_one_extraction_join_completely(tmp_path):
 
 def test_what_does_not_belong_together_is_refused(layers, tmp_path):
     for caches, message in [
-        ([], "no cache is named"),
-        ([layers[0], layers[0]], "named twice"),
+        ([], "no caches to join"),
+        ([layers[0], layers[0]], "occurs twice"),
         ([layers[0], Cache.open(make_cache(tmp_path / "a", n=5, prefix="other"))], "no utterance in common"),
         ([layers[0], Cache.open(make_cache(tmp_path / "b", n=20, seed=1))], "frames in"),
     ]:
@@ -87,5 +87,5 @@ def test_a_key_with_other_audio_is_refused(layers, tmp_path):
                 writer.add(row, old.features(next(index)).astype(np.float32), samples=320, audio_sha256="0" * 64)
             writer.commit({"seconds": 0.0})
     finalize(layout, old.spec, plan, "other", {})
-    with pytest.raises(UserError, match="'utt-00000' is other audio"):
+    with pytest.raises(UserError, match="'utt-00000' has other audio"):
         join([layers[0], Cache.open(path)])

@@ -311,5 +311,5 @@ def test_weights_of_one_are_the_order_without_weights():
 
 
 def test_as_many_weights_as_caches_are_wanted():
-    with pytest.raises(UserError, match="weights has 1 numbers for 2 caches: give one for each cache"):
+    with pytest.raises(UserError, match="weights has 1 numbers for 2 caches: set one for each cache"):
         BatchSampler([1, 2], [0, 1, 2], SamplerConfig(batch_size=2, weights=(2.0,)), 0, caches=[0, 1, 2])

@@ -103,7 +103,7 @@ def test_the_later_of_base_change_list_and_grid_wins_whatever_name_it_uses():
             ["change.schedule=cosin"],
             r"in the argument 'change.schedule=cosin' is 'cosin': .*'cosine'",
         ),
-        ("grid: {lr: [1]}", ["change.clip=1", "change.max_grad_norm=2"], "two names of one key"),
+        ("grid: {lr: [1]}", ["change.clip=1", "change.max_grad_norm=2"], "which name the same key"),
         ("grid: {lr: [1]}", ["grd.lr=1"], r"unknown key 'grd' in the argument 'grd.lr=1': did you mean 'grid'"),
     ],
 )

@@ -44,7 +44,7 @@ def test_a_cache_is_read_from_google_cloud_storage(gcs, tmp_path):
             assert np.array_equal(features[:frames].numpy(), local.features(row))
     assert sorted(rows) == list(range(12))
     assert verify(url, deep=True) == []
-    with pytest.raises(UserError, match=r"there is no 'gs://bucket/other/CACHE.json'"):
+    with pytest.raises(UserError, match=r"'gs://bucket/other/CACHE.json' does not exist"):
         Cache.open("gs://bucket/other")
 
 
@@ -124,5 +124,5 @@ def test_what_was_made_in_google_cloud_storage_is_a_sound_cache(gcs):
 
 
 def test_a_bucket_that_is_not_there_is_told(gcs):
-    with pytest.raises(UserError, match="there is no bucket 'nobody': make it"):
+    with pytest.raises(UserError, match="bucket 'nobody' does not exist: create it"):
         connect_objects("gs://nobody/cache")

@@ -201,11 +201,13 @@ def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damage
     plan = store.write_plan(plan_table(2))
     with store.hold_leases("a"):
         make(store, Plan(plan.table.slice(0, 2), plan.id))
-        with pytest.raises(UserError, match=r"shard 000001 of .* is not committed: run the same extraction again"):
+        with pytest.raises(UserError, match=r"shard 000001 of .* is not committed: rerun the same extraction"):
             finish(store, plan)
         make(store, plan)
         change(url, "shards/000000.parquet", lambda data: data.reverse())
-        with pytest.raises(UserError, match=r"shard 000000 of .* is damaged: .* run the same extraction with --verify"):
+        with pytest.raises(
+            UserError, match=r"shard 000000 of .* is corrupt: .* rerun the same extraction with --verify"
+        ):
             store.finalize(SPEC, plan, {})
     assert not store.is_complete(SPEC.feature_id, plan.id)
 
@@ -255,7 +257,7 @@ def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(u
         def put(self, name, data, over):
             return super().put(name, data, self.version(name))
 
-    with pytest.raises(UserError, match="does not keep to conditional writes"):
+    with pytest.raises(UserError, match="does not support conditional writes"):
         Careless(url).check_conditions()
     assert names(url) == set()
     MemoryObjects(url).check_conditions()
