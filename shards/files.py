@@ -164,8 +164,8 @@ def read_json(path: Path, *, missing_hint: str, corrupt_hint: str) -> dict[str, 
     """Read the JSON object in ``path``.
 
     Raises:
-        UserError: the file does not exist (the message ends with ``missing_hint``), or it does not contain a JSON object
-            (the message ends with ``corrupt_hint``).
+        UserError: the file does not exist (the message ends with ``missing_hint``), or it is not a JSON object (the
+            message ends with ``corrupt_hint``).
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -58,7 +58,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pad items to ``features`` float32 [B, T, C] (zero-padded), ``lengths`` int64 [B] and lists of the other fields."""
+    """Pad items to ``features`` float32 [B, T, C] (zero-padded), ``lengths`` int64 [B] and lists of other fields."""
     features = torch.nn.utils.rnn.pad_sequence([sample["features"] for sample in samples], batch_first=True)
     lengths = torch.tensor([len(sample["features"]) for sample in samples])
     others = {name: [sample[name] for sample in samples] for name in samples[0] if name != "features"}

@@ -73,7 +73,7 @@ class Remote:
         return self._unless_absent(name, lambda: self._connection.size(name))
 
     def read(self, name: str, limit: int, parse: Callable[[bytes], T]) -> T:
-        """Return ``parse`` of a file's first ``limit`` bytes. If ``parse`` raises TransientError, read the file again."""
+        """Return ``parse`` of a file's first ``limit`` bytes; read them again if ``parse`` raises TransientError."""
         return retry(lambda: parse(b"".join(self.stream(name, 0, limit))), f"{self.url}/{name}")
 
     def read_if_exists(self, name: str, limit: int) -> bytes | None:

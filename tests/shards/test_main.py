@@ -81,7 +81,7 @@ def test_info_tells_the_time_of_the_extraction_and_the_encoders_part_where_it_is
     recorded = {**unseal(layout.cache), "seconds": 1000.0}
     for part, line in (
         ({"encode_seconds": 900.0}, "1,000.0 s of extraction, of which 900.0 s in the encoder"),
-        ({}, "g\n"),
+        ({}, "n\n"),
     ):
         recorded.pop("encode_seconds", None)
         layout.cache.write_bytes(seal({**recorded, **part}))
@@ -138,7 +138,7 @@ def test_verify_prints_many_problems_only_when_asked(tmp_path, capsys):
     cache = make_cache(tmp_path / "many", n=120, shards=1)
     os.truncate(Layout(cache).tar(0), 512)
     assert run_command(main, ["verify", str(cache), "--deep"]) == 1
-    assert "… and 82 more (--all)" in capsys.readouterr().out
+    assert "… and 82 more (show them with --all)" in capsys.readouterr().out
     assert run_command(main, ["verify", str(cache), "--deep", "--all"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 1 + 122
 
@@ -177,8 +177,8 @@ def test_bad_words_end_with_2(words, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["push", "https://host/cache", "s3://bucket/cache"], "'https://host/cache' is a URL: pull it into a folder"),
-        (["pull", "some/folder", "other/folder"], "'some/folder' is no URL: name one, such as hf://"),
+        (["push", "https://host/cache", "s3://bucket/cache"], "'https://host/cache' is a URL: download it with"),
+        (["pull", "some/folder", "other/folder"], "'some/folder' is not a URL: pass one such as hf://"),
     ],
 )
 def test_push_and_pull_the_wrong_way_round_are_told(words, sentence, capsys):

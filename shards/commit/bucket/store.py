@@ -238,8 +238,8 @@ def connect_objects(url: str) -> Objects:
     """
     if (scheme := url.partition("://")[0]) not in object_store.SCHEMES:
         raise UserError(
-            f"cannot extract to '{url}': earshard does not support conditional writes for {scheme}://, so workers could "
-            "overwrite each other's shards; extract to a local root, then run `python -m shards push`"
+            f"cannot extract to '{url}': earshard does not support conditional writes for {scheme}://, so workers "
+            "could overwrite each other's shards; extract to a local root, then run `python -m shards push`"
         )
     objects = Objects(url)
     objects.check_conditions()

@@ -118,7 +118,7 @@ def test_a_folder_without_a_plan_and_a_damaged_plan_are_told(tmp_path):
     with pytest.raises(UserError, match=r"is not a cache: it has no plan.parquet"):
         read_plan(Layout(tmp_path))
     Layout(tmp_path).plan.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is corrupt"):
         read_plan(Layout(tmp_path))
 
 

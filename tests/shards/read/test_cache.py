@@ -226,7 +226,7 @@ def test_a_cache_file_that_lies_about_its_features_is_refused(path):
     with pytest.raises(UserError, match="feature id"):
         Cache.open(path)
     layout.cache.write_bytes(seal({name: value for name, value in info.items() if name != "manifest_id"}))
-    with pytest.raises(UserError, match="has missing or invalid fields \('manifest_id'\)"):
+    with pytest.raises(UserError, match=r"has missing or invalid fields \('manifest_id'\)"):
         Cache.open(path)
     layout.cache.write_text(json.dumps(info))
     with pytest.raises(UserError, match="sha256"):

@@ -274,7 +274,7 @@ def test_a_mapping_outlives_its_file(near, root):
 def test_what_is_mixed_at_a_time_must_fit(near, root):
     with serve(near) as server:
         far = Cache.open(Mirror.open(server.url, budget=int(1.5 * Layout(near).tar(0).stat().st_size)))
-        with pytest.raises(UserError, match=r"the 2 shards that are mixed.*set EARSHARD_CACHE_GB.*lower window_shards"):
+        with pytest.raises(UserError, match=r"the 2 shards of a window.*set EARSHARD_CACHE_GB.*lower window_shards"):
             next(iter(FeatureStream([far], RULES, 5)))
 
 

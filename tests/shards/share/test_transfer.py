@@ -112,7 +112,7 @@ def test_the_card_says_what_the_features_are_and_how_to_open_them(near, tmp_path
     about = yaml.safe_load(header)
     assert about["license"] == "cc-by-4.0"
     assert about["configs"] == [{"config_name": "default", "data_files": "layer 4/shards/*.tar"}]
-    assert "| utterances | 12 of 12 planned (0 could not be read) |" in text
+    assert "| utterances | 12 of 12 planned (0 failed) |" in text
     assert f'data = shards.open("{URL}/layer 4")' in text
     assert f"{NAME}/resolve/main/layer 4/shards/{{000000..000003}}.tar" in text
     info = json.loads((near / "CACHE.json").read_text())
@@ -246,7 +246,7 @@ def test_what_cannot_be_pushed_or_pulled_is_told_in_a_sentence(near, tmp_path):
         with pytest.raises(UserError, match=r"CACHE.json' could not be fetched .* does not match its own sha256"):
             pull(server.url, tmp_path / "y")
         (served / "CACHE.json").write_bytes(seal({"files": {}}))
-        with pytest.raises(UserError, match=r"holds a CACHE\.json of another format"):
+        with pytest.raises(UserError, match=r"has a CACHE\.json of another format"):
             pull(server.url, tmp_path / "y")
     assert not (tmp_path / "y" / "CACHE.json").exists()
     Layout(whole).tar(1).unlink()

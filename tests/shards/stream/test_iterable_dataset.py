@@ -311,7 +311,7 @@ def test_a_state_of_other_caches_is_refused(caches, tmp_path):
     "change", [{"window": 99}, {"window": -1}, {"count": "many"}, {"epoch": None}, {"batch": [1]}, {"count": -5}]
 )
 def test_a_garbled_state_is_refused_in_one_sentence(caches, change):
-    with pytest.raises(UserError, match="not a (stream state|state of this)"):
+    with pytest.raises(UserError, match=r"^not a "):
         stream(caches).load_state_dict({**stream(caches).state_dict(), **change})
     with pytest.raises(UserError, match="'feature_id' is missing"):
         stream(caches).load_state_dict({"version": 2})

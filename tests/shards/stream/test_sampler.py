@@ -207,7 +207,7 @@ def test_neighbouring_positions_draw_different_words(seed, epoch, window):
 
 
 def test_a_row_longer_than_the_frame_budget_is_named_with_the_setting_before_anything_is_read():
-    with pytest.raises(UserError, match=r"row 2 is 90 frames long .* \(max_frames\): set max_frames to 90"):
+    with pytest.raises(UserError, match=r"row 2 has 90 frames.* \(max_frames\): set max_frames to 90"):
         BatchSampler([10, 20, 90, 30], [0, 4], SamplerConfig(max_frames=80), seed=0)
     BatchSampler([10, 20, 90, 30], [0, 4], SamplerConfig(max_frames=80), seed=0, rows=[0, 1, 3])
 
@@ -228,7 +228,7 @@ def test_bad_arguments_are_told():
 def test_a_position_that_the_order_does_not_have_is_refused():
     order = BatchSampler(durations(64), [0, 64], SamplerConfig(batch_size=8), seed=0)
     for at in [SamplerState(window=1), SamplerState(batch=8), SamplerState(epoch=-1), SamplerState(count=-1)]:
-        with pytest.raises(UserError, match="no position of this order"):
+        with pytest.raises(UserError, match="not a state of this sampler"):
             next(order.iter_batches(at))
 
 

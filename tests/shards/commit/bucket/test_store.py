@@ -87,7 +87,7 @@ def test_a_reader_sees_no_cache_before_it_is_complete(url):
         about = describe_cache(url)
         assert (about["complete"], about["path"]) == (False, url)
         assert (about["counts"]["committed"], about["counts"]["shards"]) == (0, 3)
-        with pytest.raises(UserError, match="there is no"):
+        with pytest.raises(UserError, match="does not exist"):
             Cache.open(url)
         assert store.acquire(None)
         with pytest.raises(UserError, match="is not complete: finish its extraction first"):
@@ -242,7 +242,7 @@ def test_scratch_folders_go_with_their_process_and_those_of_killed_ones_go_at_th
 
 @pytest.mark.parametrize("scheme", ["hf", "sftp", "file"])
 def test_a_store_without_known_conditions_is_refused_in_a_sentence(scheme):
-    with pytest.raises(UserError, match=rf"knows no conditional writes for {scheme}://.* push"):
+    with pytest.raises(UserError, match=rf"does not support conditional writes for {scheme}://.* push"):
         connect_objects(f"{scheme}://bucket/cache")
 
 
