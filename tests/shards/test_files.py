@@ -183,12 +183,12 @@ def test_a_storage_error_becomes_one_sentence_with_its_cure(number):
         raise OSError(number, "?")
 
 
-def test_an_error_that_no_user_can_mend_keeps_its_traceback():
+def test_an_error_that_no_user_can_fix_keeps_its_traceback():
     with pytest.raises(OSError, match="bad descriptor"), translate_os_errors("committing", Path("/x")):
         raise OSError(errno.EBADF, "bad descriptor")
 
 
-def test_a_temporary_name_tells_its_owner_and_stands_in_the_same_folder(tmp_path):
+def test_a_temporary_name_names_its_owner_and_is_in_the_same_folder(tmp_path):
     path = temporary_path(tmp_path / "000001.tar", "12-ab")
     assert (path.parent, path.name) == (tmp_path, f"000001.tar{TEMPORARY_INFIX}12-ab")
 
@@ -235,7 +235,7 @@ def test_a_lock_held_by_another_process_is_refused_at_once_and_free_when_that_pr
             assert held
 
 
-def test_a_lock_file_that_was_unlinked_while_one_waited_for_it_is_made_and_locked_anew(tmp_path, monkeypatch):
+def test_a_lock_file_that_was_unlinked_while_one_waited_for_it_is_made_and_locked_again(tmp_path, monkeypatch):
     path, real, calls = tmp_path / "lock", fcntl.flock, []
 
     def flock(fd, operation):

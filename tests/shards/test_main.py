@@ -89,7 +89,7 @@ def test_info_tells_the_time_of_the_extraction_and_the_encoders_part_where_it_is
         assert line in capsys.readouterr().out
 
 
-def test_info_of_an_unfinished_cache_tells_how_far_it_is(cache, capsys):
+def test_info_of_an_unfinished_cache_shows_its_progress(cache, capsys):
     layout = Layout(cache)
     layout.cache.unlink()
     layout.record(1).unlink()
@@ -181,12 +181,12 @@ def test_bad_words_end_with_2(words, capsys):
         (["pull", "some/folder", "other/folder"], "'some/folder' is not a URL: pass one such as hf://"),
     ],
 )
-def test_push_and_pull_the_wrong_way_round_are_told(words, sentence, capsys):
+def test_push_and_pull_the_wrong_way_round_are_reported(words, sentence, capsys):
     assert run_command(main, words) == 2
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 
-def test_info_of_a_damaged_cache_names_the_command_that_tells_more(cache, capsys):
+def test_info_of_a_corrupt_cache_names_the_command_that_shows_more(cache, capsys):
     (cache / "CACHE.json").write_text("{}")
     assert run_command(main, ["info", str(cache)]) == 2
     assert f"is corrupt (CACHE.json does not match its own sha256): run `python -m shards verify {cache}`" in (

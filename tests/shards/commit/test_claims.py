@@ -144,7 +144,7 @@ def test_a_claim_from_elsewhere_is_taken_over_after_one_lease_without_a_sign_of_
         assert mine.acquire(path)
 
 
-def test_a_sign_of_life_starts_the_lease_anew(path, clock):
+def test_a_heartbeat_starts_the_lease_again(path, clock):
     foreign(path)
     with Claims("me", lease=60) as mine:
         for turn in range(5):
@@ -168,7 +168,7 @@ def test_a_clock_that_is_off_neither_keeps_a_dead_claim_nor_loses_a_live_one(pat
         assert mine.acquire(path)
 
 
-def test_the_owner_gives_signs_of_life_by_itself(path, clock):
+def test_the_owner_sends_heartbeats_automatically(path, clock):
     with Claims("a", lease=0.06) as a, Claims("b", lease=0.06) as b:
         assert a.acquire(path)
         look_foreign(path)

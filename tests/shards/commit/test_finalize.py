@@ -73,7 +73,7 @@ def test_a_seal_breaks_with_any_byte(tmp_path_factory, tree, data):
             unseal(path)
 
 
-def test_a_plan_that_stands_is_never_replaced(tmp_path):
+def test_a_plan_that_exists_is_never_replaced(tmp_path):
     layout = Layout(tmp_path / "a" / "b")
     first = write_plan(layout, plan_table(3), "me")
     again = write_plan(layout, plan_table(5), "you")
@@ -108,13 +108,13 @@ def test_a_plan_whose_shards_folder_is_gone_gets_it_back(tmp_path):
     assert layout.shards.is_dir()
 
 
-def test_a_plan_gives_the_utterances_of_a_shard_in_row_order(cache):
+def test_a_plan_returns_the_utterances_of_a_shard_in_row_order(cache):
     plan = read_plan(cache)
     assert plan.num_shards == 3
     assert [row["key"] for row in plan.shard_rows(1)] == ["utt-0-3", "utt-0-4", "utt-0-5"]
 
 
-def test_a_folder_without_a_plan_and_a_damaged_plan_are_told(tmp_path):
+def test_a_folder_without_a_plan_and_a_corrupt_plan_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"is not a cache: it has no plan.parquet"):
         read_plan(Layout(tmp_path))
     Layout(tmp_path).plan.write_bytes(b"PAR1")
@@ -157,7 +157,7 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_record_is_not_waited_for(cache):
     assert commit_record(cache, 1, SPEC.feature_id, plan.id) is None
 
 
-def test_finishing_twice_gives_the_same_files(cache):
+def test_finishing_twice_returns_the_same_files(cache):
     before = {path: path.read_bytes() for path in (cache.cache, cache.manifest, cache.failures)}
     finalize(cache, SPEC, read_plan(cache), "again", {"source": {"name": "small"}})
     assert {path: path.read_bytes() for path in before} == before
@@ -182,7 +182,7 @@ def test_the_cache_file_counts_what_the_shards_hold(cache):
     assert info["seconds"] == 1.5
 
 
-def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damaged(cache):
+def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_corrupt(cache):
     plan = read_plan(cache)
     cache.cache.unlink()
     data = cache.rows(1).read_bytes()

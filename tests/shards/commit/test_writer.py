@@ -62,7 +62,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("codec", ["f16", "bf16", "int8", "fp8"])
-def test_a_committed_shard_gives_back_every_utterance_through_its_rows(tmp_path, codec):
+def test_a_committed_shard_returns_every_utterance_through_its_rows(tmp_path, codec):
     spec = make_spec(CHANNELS, codec)
     layout, plan_id = planned(tmp_path)
     record = write(layout, plan_id, "me", spec=spec)
@@ -134,7 +134,7 @@ def test_an_exception_leaves_nothing(tmp_path):
         (utterance(0, text="\ud800"), np.zeros((2, CHANNELS), np.float32), ValueError),
     ],
 )
-def test_what_cannot_be_stored_is_refused_before_its_first_byte_and_the_shard_goes_on(tmp_path, about, x, error):
+def test_what_cannot_be_stored_is_refused_before_its_first_byte_and_the_shard_continues(tmp_path, about, x, error):
     layout, plan_id = planned(tmp_path)
     with ShardWriter(layout, 0, SPEC, plan_id, "me") as writer:
         with pytest.raises(error):

@@ -146,12 +146,12 @@ def test_validated_settings_are_frozen():
         ("!!python/object/apply:os.system [id]", [], "is not a valid configuration"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_key_and_place(file, text, words, told):
+def test_what_is_wrong_is_reported_with_its_key_and_place(file, text, words, told):
     with pytest.raises(UserError, match=told):
         load_config(Settings, file(text), words)
 
 
-def test_a_file_that_is_not_there_is_told_with_where_examples_stand(tmp_path):
+def test_a_file_that_is_not_there_is_reported_with_where_examples_are(tmp_path):
     with pytest.raises(UserError, match=r"configuration file .* does not exist: .*configs/"):
         load_config(Settings, tmp_path / "no.yaml")
     with pytest.raises(UserError, match="cannot read the configuration file"):

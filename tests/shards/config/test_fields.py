@@ -41,7 +41,7 @@ class Example(Base):
     many: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
 
 
-def test_a_key_is_told_with_its_values_default_and_docstring():
+def test_a_key_is_reported_with_its_values_default_and_docstring():
     top, *below = groups(Example)
     keys = {key.name: (key.values, key.default, key.about) for key in top.keys}
     assert keys == {
@@ -85,7 +85,7 @@ def test_a_dotted_key_is_renamed_at_every_level_with_its_value():
     assert rename_key(TrainConfig, "no.such.key", 1) == ("no.such.key", 1)
 
 
-def test_every_old_name_stands_for_a_key_and_is_no_key_itself():
+def test_every_old_name_maps_to_a_key_and_is_no_key_itself():
     def check(model: type[BaseModel]) -> int:
         old = old_names(model)
         assert set(old.values()) <= set(model.model_fields)

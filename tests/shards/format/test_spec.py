@@ -53,7 +53,7 @@ def test_canonical_json_has_no_text_for_what_is_no_number(bad):
         ("codec", "int8"),
     ],
 )
-def test_every_field_changes_the_feature_id_and_is_told_as_the_difference(field, value):
+def test_every_field_changes_the_feature_id_and_is_reported_as_the_difference(field, value):
     mine = make_spec()
     other = FeatureSpec.model_validate({**mine.model_dump(), field: value})
     assert other.feature_id != mine.feature_id
@@ -84,14 +84,14 @@ def test_the_feature_id_survives_json_and_another_process():
     assert found.stdout.strip() == spec.feature_id
 
 
-def test_parsing_gives_back_the_spec_that_was_written():
+def test_parsing_returns_the_spec_that_was_written():
     spec = make_spec(codec="fp8")
     assert FeatureSpec.parse(json.loads(spec.canonical()), "here") == spec
 
 
 @pytest.mark.parametrize(("version", "mend"), [(2, "update earshard"), (0, "extract again")])
 def test_another_format_version_is_refused_with_what_to_do(version, mend):
-    with pytest.raises(UserError, match=f"cache format {version} .*{mend}"):
+    with pytest.raises(UserError, match=f"cache format {version}.*{mend}"):
         FeatureSpec.parse({**make_spec().model_dump(), "schema_version": version}, "CACHE.json")
 
 

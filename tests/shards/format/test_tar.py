@@ -155,7 +155,7 @@ def test_a_walk_refuses_extended_headers(fields):
         walk(standard(**fields))
 
 
-def test_a_walk_refuses_a_member_that_stands_twice():
+def test_a_walk_refuses_a_member_that_occurs_twice():
     with pytest.raises(tar.TarError, match="is a duplicate"):
         walk(pack({"a.npy": b"1"})[:1024] + pack({"a.npy": b"2"}))
 

@@ -67,7 +67,7 @@ def test_the_recorded_folder_is_where_the_audio_is_looked_for(made, capsys):
         ),
     ],
 )
-def test_audio_that_cannot_be_compared_is_told_with_what_to_do(made, source, folder, sentence):
+def test_audio_that_cannot_be_compared_is_reported_with_what_to_do(made, source, folder, sentence):
     record_source(made[0], **source)
     with pytest.raises(UserError, match=sentence):
         compare_audio(made[0], Path(folder) if folder else None)

@@ -134,19 +134,19 @@ def test_an_incomplete_cache_is_told_and_its_shards_are_checked(cache):
     assert (0, "shards/000000.tar", None, "has 1024 bytes, not 10240") in what(verify(cache))
 
 
-def test_a_deleted_record_is_told_once_and_no_other_shard_blamed(cache):
+def test_a_deleted_record_is_reported_once_and_no_other_shard_blamed(cache):
     Layout(cache).record(1).unlink()
     assert what(verify(cache, deep=True)) == [
         (1, "shards/000001.json", None, "is missing: the shard is not committed"),
     ]
 
 
-def test_a_record_that_is_of_no_planned_shard_is_told(cache):
+def test_a_record_that_is_of_no_planned_shard_is_reported(cache):
     shutil.copy(Layout(cache).record(1), Layout(cache).record(7))
     assert (None, "shards/000007.json", None, "is not a shard of this cache") in what(verify(cache))
 
 
-def test_a_tar_that_other_readers_would_take_for_a_shard_is_told_by_whatever_number_it_has(cache):
+def test_a_tar_that_other_readers_would_take_for_a_shard_is_reported_by_whatever_number_it_has(cache):
     for name in ("1.tar", "-00001.tar", "0000001.tar", "000007.tar"):
         shutil.copy(Layout(cache).tar(1), cache / "shards" / name)
     strangers = [file for _, file, _, told in what(verify(cache)) if told == "is not a shard of this cache"]
@@ -168,7 +168,7 @@ def test_what_is_no_cache_is_bad_input(tmp_path, make):
 
 def test_a_newer_format_is_bad_input_and_not_a_fault(cache):
     reseal(Layout(cache).cache, lambda tree: tree.update(schema_version=2))
-    with pytest.raises(UserError, match=r"cache format 2 .* update earshard"):
+    with pytest.raises(UserError, match=r"cache format 2.* update earshard"):
         verify(cache)
 
 
@@ -331,7 +331,7 @@ def test_a_plan_that_nothing_vouches_for_is_read_with_care(cache):
         (lambda rows: rows[0].update(row=1), "does not number shards and rows from 0 without gaps"),
     ],
 )
-def test_a_plan_that_no_shards_can_follow_is_told_though_its_hash_is_right(cache, change, told):
+def test_a_plan_that_no_shards_can_follow_is_reported_though_its_hash_is_right(cache, change, told):
     layout = Layout(cache)
     rows = read_parquet(layout.plan, UTTERANCE_SCHEMA).to_pylist()
     change(rows)
@@ -340,7 +340,7 @@ def test_a_plan_that_no_shards_can_follow_is_told_though_its_hash_is_right(cache
     assert (None, "plan.parquet", None, told) in what(verify(cache))
 
 
-def test_a_far_cache_with_a_damaged_plan_is_still_checked_shard_by_shard(cache):
+def test_a_remote_cache_with_a_corrupt_plan_is_still_checked_shard_by_shard(cache):
     layout = Layout(cache)
     data = bytearray(layout.plan.read_bytes())
     data[len(data) // 2] ^= 1
@@ -352,7 +352,7 @@ def test_a_far_cache_with_a_damaged_plan_is_still_checked_shard_by_shard(cache):
     assert {file for _, file, _, _ in found} == {"plan.parquet", "shards/000001.tar"}
 
 
-def test_a_url_without_a_cache_is_told(cache):
+def test_a_url_without_a_cache_is_reported(cache):
     with serve(cache) as server, pytest.raises(UserError, match=r"'.*/nothing' is not a cache"):
         verify(f"{server.url}/nothing")
 
@@ -379,7 +379,7 @@ def test_a_json_bomb_is_refused_in_a_sentence(cache, bomb):
         Cache.open(cache)
 
 
-def test_a_cache_copied_elsewhere_is_as_sound(cache, tmp_path):
+def test_a_cache_copied_elsewhere_is_as_valid(cache, tmp_path):
     shutil.copytree(cache, tmp_path / "copy")
     assert verify(tmp_path / "copy", deep=True) == []
 

@@ -125,7 +125,7 @@ def _is_link(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
-def test_a_flipped_bit_is_told_with_cache_shard_key_and_command(path):
+def test_a_flipped_bit_is_reported_with_cache_shard_key_and_command(path):
     offset = Cache.open(path).row(6)["offset"]
     flip(path / "shards" / "000001.tar", offset + 140)
     cache = Cache.open(path)
@@ -145,7 +145,7 @@ def test_a_flipped_bit_in_a_scale_is_found(tmp_path):
         Cache.open(path).features(1)
 
 
-def test_a_shard_that_is_short_empty_or_gone_is_told(path):
+def test_a_shard_that_is_short_empty_or_gone_is_reported(path):
     tars = [path / "shards" / f"{shard:06d}.tar" for shard in range(3)]
     cache = Cache.open(path)
     os.truncate(tars[0], cache.row(3)["offset"] + 10)
@@ -188,7 +188,7 @@ def test_an_offset_beyond_the_shard_is_refused_before_anything_is_read(path):
         Cache.open(path).features(0)
 
 
-def test_a_damaged_or_swapped_manifest_is_refused(path):
+def test_a_corrupt_or_swapped_manifest_is_refused(path):
     manifest = path / "manifest.parquet"
     whole = manifest.read_bytes()
     flip(manifest, len(whole) // 2)

@@ -84,12 +84,12 @@ def test_a_filtered_epoch_holds_every_passing_row_exactly_once(caches, text, siz
         ("(" * 300 + "1", "it is not an expression"),
     ],
 )
-def test_what_is_no_filter_is_told_in_one_sentence(text, reason):
+def test_what_is_not_a_filter_is_reported_in_one_sentence(text, reason):
     with pytest.raises(UserError, match="is not a valid filter") as told:
         parse_filter(text)
     assert reason in str(told.value)
 
 
-def test_a_comparison_of_text_with_a_number_is_told(caches):
+def test_a_comparison_of_text_with_a_number_is_reported(caches):
     with pytest.raises(UserError, match="the filter 'speaker < 3' does not fit the manifest of"):
         select_rows(caches, "speaker < 3")

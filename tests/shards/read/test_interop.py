@@ -69,7 +69,7 @@ def test_webdataset_decodes_arrays_and_json_by_itself(webdataset, path, ours):
 
 
 @UNCLOSED
-def test_webdataset_gives_the_scale_of_a_codec_beside_its_array(webdataset, tmp_path):
+def test_webdataset_returns_the_scale_of_a_codec_next_to_its_array(webdataset, tmp_path):
     path = make_cache(tmp_path / "int8", n=3, channels=4, codec="int8", shards=1)
     cache = Cache.open(path)
     for index, sample in enumerate(webdataset.WebDataset(tars(path), shardshuffle=False).decode()):

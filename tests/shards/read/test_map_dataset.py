@@ -58,7 +58,7 @@ def test_a_map_style_dataset_goes_through_a_dataloader(cache, workers):
     assert sorted(seen) == sorted(cache.strings("key", range(18)))
 
 
-def test_a_webdataset_pipeline_gives_every_utterance_decoded(cache):
+def test_a_webdataset_pipeline_returns_every_utterance_decoded(cache):
     samples = list(shards.as_webdataset(cache.path))
     assert [sample["__key__"] for sample in samples] == cache.strings("key", range(18))
     for i, sample in enumerate(samples):
@@ -95,7 +95,7 @@ def test_a_webdataset_pipeline_chains(cache):
     assert len(batch["text"]) == 4
 
 
-def test_far_caches_are_read_both_ways(cache, tmp_path, monkeypatch):
+def test_remote_caches_are_read_both_ways(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path))
     with serve(cache.path) as server:
         pipeline = shards.as_webdataset(server.url)
@@ -103,7 +103,7 @@ def test_far_caches_are_read_both_ways(cache, tmp_path, monkeypatch):
         assert shards.open(server.url)[3]["features"].equal(shards.open(cache)[3]["features"])
 
 
-def test_a_damaged_member_is_told_with_its_utterance(tmp_path):
+def test_a_corrupt_member_is_reported_with_its_utterance(tmp_path):
     path = make_cache(tmp_path / "cache", n=4, shards=1)
     tar = Layout(path).tar(0)
     data = bytearray(tar.read_bytes())

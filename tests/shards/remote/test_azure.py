@@ -54,6 +54,6 @@ def test_a_cache_is_made_in_a_container(azure, loses):
     assert {name.removeprefix("made/") for name in azure.blobs} == names
 
 
-def test_a_container_that_is_not_there_is_told(azure):
+def test_a_container_that_is_not_there_is_reported(azure):
     with pytest.raises(UserError, match="bucket 'nobody' does not exist: create it"):
         connect_objects("az://nobody/cache")

@@ -139,7 +139,7 @@ def test_what_s3_sends_over_a_bad_line_arrives_whole(near, s3, account):
         same("s3://bucket/some/cache", near)
 
 
-def test_an_s3_cache_that_is_not_there_is_told(s3, account):
+def test_an_s3_cache_that_is_not_there_is_reported(s3, account):
     account(s3)
     with pytest.raises(UserError, match=r"'s3://bucket/other/CACHE.json' does not exist"):
         Cache.open("s3://bucket/other")

@@ -58,7 +58,7 @@ def same(far: Cache, near) -> bool:
     return len(far) == len(local) and all(np.array_equal(far.features(i), local.features(i)) for i in range(len(far)))
 
 
-def test_a_far_cache_gives_the_batches_of_the_near_one_through_any_loader(near, root):
+def test_a_remote_cache_returns_the_batches_of_the_local_one_through_any_loader(near, root):
     want = [(b.rows, b.texts, b.features) for b in FeatureStream([Cache.open(near)], RULES, 5, epochs=2)]
     with serve(near) as server:
         far = Cache.open(server.url)
@@ -91,7 +91,7 @@ def test_a_transfer_that_fails_is_repeated_and_never_seen(near, root, name, faul
         assert len(server.faults[name]) == (2 if fault == "slow" else 0)  # slow is no failure
 
 
-def test_a_cut_transfer_goes_on_where_it_was_cut(near, root):
+def test_a_cut_transfer_continues_where_it_was_cut(near, root):
     size = Layout(near).tar(0).stat().st_size
     with serve(near) as server:
         server.faults["000000.tar"] = ["cut"]
@@ -130,7 +130,7 @@ def test_what_never_arrives_whole_ends_in_one_sentence_and_leaves_no_shard(near,
     assert "000002.tar" not in shards_in(root)
 
 
-def test_a_far_cache_that_is_not_there_is_told(near, root, tmp_path):
+def test_a_remote_cache_that_is_not_there_is_reported(near, root, tmp_path):
     with serve(tmp_path) as server:
         with pytest.raises(UserError, match=r"'http.*/nothing/CACHE.json' does not exist: pass the URL of a complete"):
             Cache.open(f"{server.url}/nothing/")
@@ -179,7 +179,7 @@ def test_a_filesystem_that_raises_anything_is_asked_again(near, root, monkeypatc
     assert same(Cache.open("memory://flaky/cache"), near)
 
 
-def test_a_scheme_without_its_package_is_told(root):
+def test_a_scheme_without_its_package_is_reported(root):
     try:
         import s3fs  # noqa: F401
     except ImportError:
@@ -327,7 +327,7 @@ def test_processes_of_a_machine_fetch_each_shard_once(near, root):
     assert len(sums) == 1
 
 
-def test_a_process_killed_while_it_fetches_blocks_nobody(near, root):
+def test_a_process_killed_while_it_fetches_blocks_no_other(near, root):
     with serve(near) as server:
         server.faults["000000.tar"] = ["hang"]
         reader = subprocess.Popen([sys.executable, "-c", READER, server.url])
@@ -357,7 +357,7 @@ def test_a_fork_while_shards_are_fetched_holds_no_lock(near, root):
             child.join()
 
 
-def test_far_shards_are_fetched_in_order_of_need(near, root, monkeypatch):
+def test_remote_shards_are_fetched_in_order_of_need(near, root, monkeypatch):
     monkeypatch.setattr(mirror_module, "FETCHERS", 1)
     with serve(near) as server:
         stream = FeatureStream([Cache.open(server.url)], RULES, 5, epochs=1)
@@ -371,7 +371,7 @@ def test_far_shards_are_fetched_in_order_of_need(near, root, monkeypatch):
     assert all(later >= earlier - 1 for earlier, later in pairwise(windows))
 
 
-def test_a_state_of_a_near_cache_resumes_the_far_one(near, root):
+def test_a_state_of_a_local_cache_resumes_the_remote_one(near, root):
     stream = FeatureStream([Cache.open(near)], RULES, 5, epochs=1)
     whole = [batch.rows for batch in stream]
     state = json.loads(json.dumps(next(iter(FeatureStream([Cache.open(near)], RULES, 5, epochs=1))).state))
@@ -381,7 +381,7 @@ def test_a_state_of_a_near_cache_resumes_the_far_one(near, root):
         assert [batch.rows for batch in far] == whole[1:]
 
 
-def test_the_command_line_lists_a_far_cache(near, root, capsys):
+def test_the_command_line_lists_a_remote_cache(near, root, capsys):
     with serve(near) as server:
         assert main(["ls", server.url, "--limit", "3"]) is None
         assert main(["head", server.url, "--n", "2"]) is None

@@ -85,7 +85,7 @@ def server(monkeypatch, tmp_path):
         (503, "SlowDown", ConnectionError, "SlowDown so it is here"),
     ],
 )
-def test_an_answer_is_told_as_one_of_four_kinds(server, status, code, kind, text):
+def test_an_answer_is_reported_as_one_of_four_kinds(server, status, code, kind, text):
     server.answers = [(status, code)]
     with pytest.raises(kind, match=text), translate_errors(URL):
         obstore.put(connect(URL), "name", b"x", mode="create")
@@ -143,7 +143,7 @@ def test_an_upload_may_take_longer_than_a_small_request(server, monkeypatch):
         ("AWS_ACCESS_KEY_ID", "key", "hf://bucket/x", "'hf://' is not an object store"),
     ],
 )
-def test_what_cannot_be_opened_is_told_before_any_request(monkeypatch, variable, value, url, text):
+def test_what_cannot_be_opened_is_reported_before_any_request(monkeypatch, variable, value, url, text):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv(variable, value)

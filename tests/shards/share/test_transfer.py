@@ -207,7 +207,7 @@ def test_a_push_names_the_places_of_this_machine_that_it_publishes_and_sends_eve
     assert contents(tmp_path / "back") == contents(cache)
 
 
-def test_a_pull_over_a_bad_line_goes_on_where_it_was_cut(near, tmp_path):
+def test_a_pull_over_a_bad_line_continues_where_it_was_cut(near, tmp_path):
     with serve(near) as server:
         server.faults["000001.tar"] = ["cut", "corrupt", "503"]
         server.faults["manifest.parquet"] = ["truncated"]
@@ -233,7 +233,7 @@ def test_a_pull_removes_what_does_not_verify_and_the_next_one_fetches_it(near, t
     assert contents(back) == contents(near)
 
 
-def test_what_cannot_be_pushed_or_pulled_is_told_in_a_sentence(near, tmp_path):
+def test_what_cannot_be_pushed_or_pulled_is_reported_in_a_sentence(near, tmp_path):
     whole, served = (Path(shutil.copytree(near, tmp_path / name)) for name in ("cache", "served"))
     with serve(served) as server:
         with pytest.raises(UserError, match="is not writable: use hf://"):
@@ -257,7 +257,7 @@ def test_what_cannot_be_pushed_or_pulled_is_told_in_a_sentence(near, tmp_path):
         push(whole, "memory://exchange/cache")
 
 
-def test_a_record_that_comes_damaged_is_fetched_again(near, tmp_path):
+def test_a_record_that_comes_corrupt_is_fetched_again(near, tmp_path):
     with serve(near) as server:
         server.faults["000002.json"] = ["corrupt"]
         pull(server.url, tmp_path / "back")
@@ -277,7 +277,7 @@ def test_a_cache_that_names_other_files_writes_none_of_them(near, tmp_path):
     assert not list((tmp_path / "a").rglob("evil"))
 
 
-def test_a_cache_that_lacks_a_record_where_it_stands_is_not_pulled(near, tmp_path):
+def test_a_cache_that_lacks_a_record_where_it_is_is_not_pulled(near, tmp_path):
     served = Path(shutil.copytree(near, tmp_path / "served"))
     Layout(served).record(1).unlink()
     with serve(served) as server, pytest.raises(UserError, match=r"'.*/shards/000001.json' does not exist"):
@@ -301,7 +301,7 @@ def test_a_write_that_fails_for_a_moment_is_tried_again(near, memory, monkeypatc
     assert seen[-1][0] == seen[-1][1] == sum(path.stat().st_size for path in near.rglob("*.*"))
 
 
-def test_a_write_that_is_not_allowed_is_told_at_once(near, memory, monkeypatch):
+def test_a_write_that_is_not_allowed_is_reported_at_once(near, memory, monkeypatch):
     asked: list[str] = []
 
     def put_file(self, path, target, **kwargs):

@@ -140,7 +140,7 @@ def test_a_state_is_small_json_of_integers_and_ids(caches):
     assert json.loads(text) == state
 
 
-def test_a_stream_goes_on_after_a_break_and_starts_anew_after_its_end(caches):
+def test_a_stream_continues_after_a_break_and_starts_again_after_its_end(caches):
     whole, part = rows_of(stream(caches)), stream(caches, prefetch=2)
     seen = []
     for batch in part:
@@ -155,7 +155,7 @@ def test_a_stream_goes_on_after_a_break_and_starts_anew_after_its_end(caches):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_dataloader_with_any_number_of_workers_gives_the_same_batches_in_the_same_order(caches, workers):
+def test_a_dataloader_with_any_number_of_workers_returns_the_same_batches_in_the_same_order(caches, workers):
     whole = list(stream(caches))
     loader = DataLoader(stream(caches, prefetch=2), batch_size=None, num_workers=workers)
     batches = list(loader)
@@ -334,7 +334,7 @@ def test_an_utterance_longer_than_the_budget_is_named_before_anything_is_read(ca
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_an_unsound_shard_ends_the_loop_with_its_sentence_after_the_batches_before_it(tmp_path, prefetch, workers):
+def test_a_corrupt_shard_ends_the_loop_with_its_sentence_after_the_batches_before_it(tmp_path, prefetch, workers):
     path = make_cache(tmp_path / "cache", n=20, shards=2)
     flip(path / "shards" / "000001.tar", Cache.open(path).row(19)["offset"] + 200)
     loader = DataLoader(
@@ -364,7 +364,7 @@ def test_a_loop_left_standing_ends_with_its_process_and_says_nothing(tmp_path):
     assert done.stderr == ""
 
 
-def test_bad_ranks_and_rows_are_told(caches):
+def test_bad_ranks_and_rows_are_reported(caches):
     for bad in ({"rank": 2, "world_size": 2}, {"rank": -1}, {"prefetch": -1}, {"threads": 0}):
         with pytest.raises(ValueError, match=r"rank|prefetch"):
             stream(caches, **bad)

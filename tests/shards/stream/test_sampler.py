@@ -87,7 +87,7 @@ def test_rank_slices_of_any_world_make_up_the_global_batch_in_even_parts(order, 
         assert longest == sorted(longest, reverse=True)
 
 
-def test_drop_last_with_a_batch_size_gives_full_batches_only_and_drops_other_rows_each_epoch():
+def test_drop_last_with_a_batch_size_returns_full_batches_only_and_drops_other_rows_each_epoch():
     order = BatchSampler(durations(110), [0, 50, 110], SamplerConfig(batch_size=16, drop_last=True), seed=3)
     epochs = [epoch_of(order, epoch) for epoch in range(2)]
     assert all(len(batch) == 16 for batches in epochs for batch in batches)
@@ -129,7 +129,7 @@ def test_the_modes_of_shuffle_shuffle_what_they_say():
     assert any(len({row // 50 for row in batch}) > 4 for batch in first)
 
 
-def test_another_seed_gives_another_order():
+def test_another_seed_yields_another_order():
     first, second = (BatchSampler(durations(200), [0, 100, 200], SamplerConfig(batch_size=8), seed) for seed in (0, 1))
     assert epoch_of(first) != epoch_of(second)
 
@@ -212,7 +212,7 @@ def test_a_row_longer_than_the_frame_budget_is_named_with_the_setting_before_any
     BatchSampler([10, 20, 90, 30], [0, 4], SamplerConfig(max_frames=80), seed=0, rows=[0, 1, 3])
 
 
-def test_bad_arguments_are_told():
+def test_bad_arguments_are_reported():
     rules = SamplerConfig(batch_size=2)
     with pytest.raises(UserError, match="no utterance is left"):
         BatchSampler([1, 2], [0, 2], rules, seed=0, rows=[])

@@ -41,7 +41,7 @@ def test_one_claim_at_a_time_and_only_its_holder_commits(url):
     assert a.objects.read("x").data == b"{}"
 
 
-def test_a_claim_is_given_back_by_its_holder_alone(url):
+def test_a_claim_is_released_by_its_holder_alone(url):
     a, b = claims(url), claims(url)
     assert a.acquire("x", never)
     b.release("x")
@@ -171,7 +171,7 @@ def test_who_comes_second_to_a_free_shard_does_not_have_it(url):
     b.commit("x", b"{}")
 
 
-def test_a_claim_is_told_from_what_it_becomes(tmp_path):
+def test_a_claim_differs_from_what_it_becomes(tmp_path):
     cache = make_cache(tmp_path / "cache", n=2, shards=1)
     assert not is_claim((cache / "CACHE.json").read_bytes())
     assert not is_claim(b"[1]")

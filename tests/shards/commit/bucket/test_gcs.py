@@ -123,6 +123,6 @@ def test_what_was_made_in_google_cloud_storage_is_a_sound_cache(gcs):
     assert verify(url, deep=True) == []
 
 
-def test_a_bucket_that_is_not_there_is_told(gcs):
+def test_a_bucket_that_is_not_there_is_reported(gcs):
     with pytest.raises(UserError, match="bucket 'nobody' does not exist: create it"):
         connect_objects("gs://nobody/cache")

@@ -150,7 +150,7 @@ def test_a_record_whose_files_are_gone_counts_as_none(url):
     assert verify(url, deep=True) == []
 
 
-def test_shards_with_failures_are_made_again_once_by_whoever_comes_first(url):
+def test_shards_with_failures_are_made_again_once_by_the_first_process(url):
     store, other = BucketStore(url), BucketStore(url)
     plan = store.write_plan(plan_table(2))
     with store.hold_leases("a"):
@@ -172,7 +172,7 @@ def test_shards_with_failures_are_made_again_once_by_whoever_comes_first(url):
     assert verify(url, deep=True) == []
 
 
-def test_what_stands_of_other_features_counts_as_nothing_and_is_made_anew(url):
+def test_what_exists_of_other_features_counts_as_nothing_and_is_made_again(url):
     store, other = BucketStore(url), "0" * 64
     plan = store.write_plan(plan_table(1))
     with store.hold_leases("a"):
@@ -196,7 +196,7 @@ def test_the_cache_file_of_a_bucket_is_there_when_the_cache_is_complete(url):
     assert store.info()["feature_id"] == SPEC.feature_id
 
 
-def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_damaged(url):
+def test_a_cache_is_not_finished_while_a_shard_is_missing_or_its_rows_are_corrupt(url):
     store = BucketStore(url)
     plan = store.write_plan(plan_table(2))
     with store.hold_leases("a"):
