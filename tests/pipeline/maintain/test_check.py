@@ -155,7 +155,7 @@ def test_verify_with_source_names_the_command_for_audio_that_is_not_in_files(tmp
 
 def test_verify_with_source_needs_a_folder_that_exists(cache, tmp_path, capsys):
     assert shards_verify(cache, "--source", tmp_path / "nowhere") == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_the_configuration_that_a_cache_recorded_with_old_names_of_keys_is_read(tmp_path):

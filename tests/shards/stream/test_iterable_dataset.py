@@ -328,7 +328,7 @@ def test_caches_of_other_features_are_refused_with_the_field_that_differs(caches
 def test_an_utterance_longer_than_the_budget_is_named_before_anything_is_read(caches):
     longest = int(np.argmax(caches[1].frames))
     key, frames = caches[1].row(longest)["key"], int(caches[1].frames[longest])
-    with pytest.raises(UserError, match=f"utterance '{key}' is {frames} frames long"):
+    with pytest.raises(UserError, match=f"utterance '{key}' has {frames} frames"):
         stream(caches[1:], SamplerConfig(max_frames=frames - 1))
 
 
