@@ -168,7 +168,7 @@ class RunState:
             for name, value in self.identity().items():
                 if state["identity"].get(name) != value:
                     raise UserError(
-                        f"'{self.run}' was trained with a different {name} (expected {state['identity'].get(name)}, "
+                        f"the {name} of '{self.run}' changed (expected {state['identity'].get(name)}, "
                         f"got {value}): restore what it was trained on, or train a new run"
                     )
             restore(self.model, self.optimizer, tensors, checkpoint)

@@ -109,7 +109,7 @@ def test_one_utterance_with_noisy_values_fails_and_is_named(cache, tmp_path, cap
 
 def test_an_encoder_with_other_weights_is_refused_before_anything_is_compared(cache, whispers, capsys):
     assert main(["check", str(cache), "--encoder", f"path:{whispers[1]}"]) == 2
-    assert "has other weights" in capsys.readouterr().err
+    assert "did not make these features (expected weights" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -244,7 +244,7 @@ def test_a_folder_with_missing_short_or_foreign_files_is_refused(tiny, tmp_path)
     with pytest.raises(UserError, match="got llama"):
         resolve_weights(f"path:{folder}", role="encoder")
     config.unlink()
-    with pytest.raises(UserError, match=r"no '.*config\.json'"):
+    with pytest.raises(UserError, match=r"config\.json' does not exist"):
         resolve_weights(f"path:{folder}", role="encoder")
 
 

@@ -143,7 +143,7 @@ def test_an_incomplete_character_is_held_back_until_it_is_complete():
 def test_other_encoder_weights_are_refused(world, tmp_path):
     folder, config, run = world
     other = write_tiny_whisper(tmp_path / "whisper", seed=1)
-    with pytest.raises(UserError, match=r"other weights .* --encoder"):
+    with pytest.raises(UserError, match=r"did not make these features .* --encoder"):
         next(transcribe(run, config, [Recording(str(folder / "short.wav"))], f"path:{other}"))
 
 
