@@ -103,7 +103,7 @@ def test_a_run_on_equal_layers_equals_the_run_on_one_and_resumes_and_evaluates(f
     whole = losses(mixed)
     forget_after(mixed, 4)
     other = make_config(tmp_path / "mixed", "", "nanochat:d1", **KEYS, caches=[[caches[0][0], str(folder / "L6")]])
-    with pytest.raises(UserError, match="the layers of .* changed"):
+    with pytest.raises(UserError, match=r"the layers of .* changed"):
         fit(other, mixed)
     assert losses(fit(config, mixed)) == whole
     judged = evaluate_run(mixed, run_config(mixed), ",".join(caches[0]))

@@ -209,7 +209,7 @@ def test_resume_refuses_another_cache(tmp_path, cache, lm):
     run = fit(config)
     forget_after(run, 1)
     other = make_cache(tmp_path / "other", 24, seed=5)
-    with pytest.raises(UserError, match="the manifest ids of .* changed"):
+    with pytest.raises(UserError, match=r"the manifest ids of .* changed"):
         fit(config.model_copy(update={"caches": [str(other)]}), run)
 
 
