@@ -73,7 +73,7 @@ def download_modelscope(repo: str, revision: str | None) -> tuple[Path, str]:
     from modelscope import snapshot_download
 
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
-    _check_reachable(f"modelscope:{repo}", endpoint)
+    check_reachable(f"modelscope:{repo}", endpoint)
 
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
@@ -92,7 +92,7 @@ def cached_folder(reference: str) -> Path | None:
         return None
 
 
-def _check_reachable(reference: str, endpoint: str) -> None:
+def check_reachable(reference: str, endpoint: str, fix: str = FIX_HINT) -> None:
     """Try to connect once; the modelscope library retries an unreachable hub for 7 s to several minutes."""
     url = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
     if getproxies().get(url.scheme) and not proxy_bypass(url.hostname or ""):
@@ -102,7 +102,7 @@ def _check_reachable(reference: str, endpoint: str) -> None:
         socket.create_connection(address, timeout=CONNECT_TIMEOUT).close()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{reference} could not be downloaded from {redact(endpoint)}: {one_sentence(error)}; {FIX_HINT}"
+            f"{reference} could not be downloaded from {redact(endpoint)}: {one_sentence(error)}; {fix}"
         ) from None
 
 
