@@ -212,7 +212,6 @@ def _evaluate(args: argparse.Namespace) -> int:
             if group.is_main_process:
                 write_report(run)
         if group.is_main_process:
-            write_report(run)
             if target is not None:
                 write_json(target, metrics)
             print(json.dumps(metrics, indent=1, ensure_ascii=False))

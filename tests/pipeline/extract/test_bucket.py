@@ -132,16 +132,6 @@ def test_an_extraction_that_was_killed_at_any_put_is_finished_by_the_next(s3, wo
     assert snapshot(download(s3, moment, tmp_path / "copy")) == snapshot(local)
 
 
-def test_a_bucket_whose_last_worker_was_lost_is_completed_without_its_encoder(s3, world, local, tmp_path):
-    process = start(remote_words("s3://bucket/merged", tmp_path / "scratch", world), before=partial(use, s3.url))
-    wait_for(lambda: any(key.endswith("failures.parquet") for key, _ in s3.puts), [process])
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    url = located(s3, "merged")
-    assert run(["merge", url], before=partial(use, s3.url), log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    assert snapshot(download(s3, "merged", tmp_path / "copy")) == snapshot(local)
-
-
 def test_a_corrupt_remote_cache_is_described_verified_and_re_extracted(s3, world, local, tmp_path, capsys):
     import boto3
 
