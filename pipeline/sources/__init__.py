@@ -1,9 +1,10 @@
 """Sources of utterances: a ``SourceConfig`` describes one, and it lists utterances lazily and reads their audio.
 
 Each kind has its own module: ``librispeech`` (OpenSLR folders or archives), ``parquet`` (the
-``openslr/librispeech_asr`` layout, local or streamed), ``manifest`` (JSONL, CSV, NeMo, lhotse), and ``tones`` and
-``speech`` (synthesized on demand). All kinds support ``limit``, ``min_duration``, ``max_duration`` and
-``val_fraction`` (``selection.py``).
+``openslr/librispeech_asr`` layout, local or from a hub), ``manifest`` (JSONL, CSV, NeMo, lhotse), and ``tones`` and
+``speech`` (synthesized on demand). ``columns.py`` maps the column names of a table, and ``presets.py`` contains the
+mappings of known corpora. All kinds support ``limit``, ``min_duration``, ``max_duration`` and ``val_fraction``
+(``selection.py``).
 
     python -m pipeline extract --config configs/extract/librispeech.yaml source.path=… source.splits=[dev-clean]
 """
@@ -11,18 +12,21 @@ Each kind has its own module: ``librispeech`` (OpenSLR folders or archives), ``p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.sources.base import Source, Utterance, decode_key, encode_key, safe_name
-from pipeline.sources.parquet import ParquetFiles
+from pipeline.sources.columns import Columns
+from pipeline.sources.parquet import ParquetFiles, audio_column
+from pipeline.sources.presets import PRESETS, PresetName
 from pipeline.sources.synthetic.grammar import MAX_SENTENCES
 from shards.config.base import Config
 
 __all__ = ["Source", "SourceConfig", "Utterance", "decode_key", "encode_key", "open_source"]
 
 _DEFAULT_NUM_SENTENCES = 400
+_HUBS = ("hf:",)
 
 
 class SourceConfig(Config):
@@ -30,11 +34,15 @@ class SourceConfig(Config):
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"n": "num_sentences", "config": "config_name"}
 
+    preset: PresetName | None = None
+    """Known corpus: sets `kind`, `columns` and `splits` for the layout that `pipeline/sources/presets.py` describes.
+    Keys that you set take precedence."""
     kind: Literal["librispeech", "parquet", "manifest", "tones", "speech"]
     """Format of the corpus. librispeech: OpenSLR folders or archives. parquet: Hugging Face parquet files. manifest: a
     JSONL, CSV, NeMo or lhotse manifest. tones, speech: synthetic audio."""
     path: str | None = None
-    """File or folder of the corpus; `hf:owner/name` streams a parquet dataset. Synthetic kinds take none."""
+    """File or folder of the corpus, or for kind parquet a dataset of a hub: `hf:owner/name[@revision]` is streamed.
+    Synthetic kinds take none."""
     splits: list[str] = Field(default_factory=list)
     """Splits to read, such as `[dev-clean, test-clean]`. Empty: all."""
     limit: int | None = Field(default=None, ge=1)
@@ -53,7 +61,15 @@ class SourceConfig(Config):
     num_sentences: int = Field(default=_DEFAULT_NUM_SENTENCES, ge=1, le=MAX_SENTENCES)
     """Sentences to synthesize (speech only)."""
     config_name: str | None = None
-    """Configuration of a streamed dataset, such as `clean` (`hf:` only)."""
+    """Configuration of a dataset of a hub, such as `clean`."""
+    columns: Columns = Columns()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, tree: Any) -> Any:
+        name = tree.get("preset") if isinstance(tree, dict) else None
+        preset = PRESETS.get(name) if isinstance(name, str) else None
+        return preset.apply(tree) if preset else tree
 
     @model_validator(mode="after")
     def _check_kind(self) -> SourceConfig:
@@ -64,13 +80,38 @@ class SourceConfig(Config):
             raise ValueError(f"kind {self.kind} needs a path: set source.path")
         if self.num_sentences != _DEFAULT_NUM_SENTENCES and self.kind != "speech":
             raise ValueError(f"num_sentences is only for kind speech, not for {self.kind}: set source.limit")
-        if self.config_name is not None and not (self.kind == "parquet" and str(self.path).startswith("hf:")):
+        if self.config_name is not None and not (self.kind == "parquet" and str(self.path).startswith(_HUBS)):
             raise ValueError(
-                "config_name is only for streamed datasets: set source.kind=parquet and source.path=hf:OWNER/NAME"
+                "config_name is only for datasets of a hub: set source.kind=parquet and source.path=hf:OWNER/NAME"
             )
+        if self.preset is not None and self.kind != PRESETS[self.preset].kind:
+            raise ValueError(
+                f"preset {self.preset} is of kind {PRESETS[self.preset].kind}, not {self.kind}: remove source.kind"
+            )
+        self._check_columns()
         if self.min_duration and self.max_duration and self.min_duration > self.max_duration:
             raise ValueError(f"min_duration {self.min_duration} is above max_duration {self.max_duration}")
         return self
+
+    def _check_columns(self) -> None:
+        columns = self.columns.mapped()
+        if columns and self.kind not in ("manifest", "parquet"):
+            raise ValueError(
+                f"columns are only for kinds manifest and parquet, not for {self.kind}: remove source.columns"
+            )
+        if self.kind != "parquet":
+            return
+        audio = audio_column(self.columns)
+        for field, column in columns.items():
+            if field in ("split", "offset", "duration"):
+                raise ValueError(
+                    f"columns.{field} is only for kind manifest, not for parquet: remove source.columns.{field}"
+                )
+            if field != "audio" and column == audio:
+                raise ValueError(
+                    f"columns.{field} is '{audio}', which contains the recordings in parquet files: set "
+                    f"source.columns.{field} to another column"
+                )
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -100,11 +141,13 @@ def _open_kind(config: SourceConfig) -> Source:
 
         return librispeech.open_librispeech(path, config.splits)
     if config.kind == "parquet":
-        return open_parquet(path, config.splits, config.config_name)
+        return open_parquet(path, config.splits, config.config_name, config.columns)
     if config.kind == "manifest":
         from pipeline.sources import manifest
 
-        return manifest.Manifest(path, config.splits)
+        if config.preset:
+            return manifest.TableFolder(path, config.splits, config.columns, config.preset)
+        return manifest.Manifest(path, config.splits, config.columns)
     if config.kind == "tones":
         from pipeline.sources.synthetic import tones
 
@@ -114,10 +157,10 @@ def _open_kind(config: SourceConfig) -> Source:
     return speech.Speech(config.num_sentences, config.seed)
 
 
-def open_parquet(path: str, splits: Sequence[str], config_name: str | None) -> Source:
-    """Open local parquet files, or a streamed dataset if ``path`` starts with ``hf:``; raises UserError."""
-    if path.startswith("hf:"):
-        from pipeline.sources.hub import HubStream
+def open_parquet(path: str, splits: Sequence[str], config_name: str | None, columns: Columns) -> Source:
+    """Open local parquet files, or a dataset of a hub if ``path`` starts with ``hf:``; raises UserError."""
+    if path.startswith(_HUBS):
+        from pipeline.sources import hub
 
-        return HubStream(path.removeprefix("hf:"), config_name, splits)
-    return ParquetFiles(path, splits)
+        return hub.HubStream(path.removeprefix("hf:"), config_name, splits, columns)
+    return ParquetFiles(path, splits, columns)

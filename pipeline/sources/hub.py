@@ -1,8 +1,8 @@
 """Stream a dataset from a hub: rows of the ``openslr/librispeech_asr`` layout without a copy on disk.
 
-Takes ``owner/name``, a configuration and splits; yields utterances with the URI ``split#row``. The library ``datasets``
-downloads the rows and reads ``HF_ENDPOINT`` and ``HF_TOKEN``. Listing the utterances takes one pass over the stream and
-reading the audio another, because a plan needs the durations, which are only in the audio.
+Takes ``owner/name[@revision]``, a configuration and splits; yields utterances with the URI ``split#row``. The library
+``datasets`` downloads the rows and reads ``HF_ENDPOINT`` and ``HF_TOKEN``. Listing the utterances takes one pass over
+the stream and reading the audio another, because a plan needs the durations, which are only in the audio.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from typing import Any
 
 from pipeline.audio import AudioError
 from pipeline.sources.base import Source, Utterance, require_splits, safe_name
-from pipeline.sources.parquet import NO_BYTES, audio_bytes, check_columns, first_line, to_utterance
+from pipeline.sources.columns import Columns
+from pipeline.sources.parquet import (
+    NO_BYTES,
+    audio_bytes,
+    audio_column,
+    check_columns,
+    first_line,
+    present_columns,
+    to_utterance,
+)
 from shards.errors import UserError
 
 
@@ -22,11 +31,12 @@ class HubStream(Source):
 
     sequential = True
 
-    def __init__(self, dataset: str, config_name: str | None, splits: Sequence[str]) -> None:
+    def __init__(self, dataset: str, config_name: str | None, splits: Sequence[str], columns: Columns) -> None:
         super().__init__()
-        parts = [dataset.rpartition("/")[2], *([config_name] if config_name else []), *splits]
-        self.name = safe_name("-".join(parts), "parquet")
-        self._dataset, self._config_name, self._splits = dataset, config_name, list(dict.fromkeys(splits))
+        self.name = _source_name(dataset, config_name, splits)
+        self._dataset, _, revision = dataset.partition("@")
+        self._config_name, self._revision = config_name, revision or None
+        self._splits, self._columns = list(dict.fromkeys(splits)), columns
         self._streams: dict[str, Any] | None = None
         self._cursor: tuple[str, int, Iterator[dict[str, Any]]] | None = None  # split, next row, rows
 
@@ -35,11 +45,12 @@ class HubStream(Source):
         streams = self._open()
         for split in self._splits or streams:
             rows = iter(streams[split])
-            row = 0
+            row, names = 0, dict[str, str]()
             while (record := self._next(rows)) is not None:
                 if row == 0:
-                    check_columns(list(record), f"hf:{self._dataset}")
-                yield to_utterance(record, f"{split}#{row}", split, self._problem_log)
+                    check_columns(self._columns, list(record), f"hf:{self._dataset}")
+                    names = present_columns(self._columns, list(record))
+                yield to_utterance(record, names, f"{split}#{row}", split, self._problem_log)
                 row += 1
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
@@ -66,7 +77,7 @@ class HubStream(Source):
                 raise AudioError(f"no row {row} in the stream")
             next_row += 1
         self._cursor = (split, next_row, rows)
-        data = audio_bytes(record["audio"]) if record is not None else None
+        data = audio_bytes(record[audio_column(self._columns)]) if record is not None else None
         if data is None:
             raise AudioError(NO_BYTES)
         return data
@@ -85,7 +96,9 @@ class HubStream(Source):
             import datasets
 
             try:
-                streams = datasets.load_dataset(self._dataset, self._config_name, streaming=True)
+                streams = datasets.load_dataset(
+                    self._dataset, self._config_name, revision=self._revision, streaming=True
+                )
             except Exception as error:  # the hub's client and datasets raise many types
                 raise UserError(
                     f"cannot open the dataset hf:{self._dataset}"
@@ -93,14 +106,20 @@ class HubStream(Source):
                     "check source.path and source.config_name"
                 ) from error
             require_splits(self._splits, streams, f"hf:{self._dataset}")
-            self._streams = {split: _without_decoding(stream) for split, stream in streams.items()}
+            audio = audio_column(self._columns)
+            self._streams = {split: _without_decoding(stream, audio) for split, stream in streams.items()}
         return self._streams
 
 
-def _without_decoding(stream: Any) -> Any:
+def _source_name(dataset: str, config_name: str | None, splits: Sequence[str]) -> str:
+    name = dataset.partition("@")[0].rpartition("/")[2]
+    return safe_name("-".join([name, *([config_name] if config_name else []), *splits]), "parquet")
+
+
+def _without_decoding(stream: Any, audio: str) -> Any:
     """Return the stream with encoded audio; decoding in ``datasets`` needs torchcodec and FFmpeg."""
     datasets = sys.modules["datasets"]
     features = stream.features
-    if features is not None and not isinstance(features.get("audio"), datasets.Audio):
+    if features is not None and not isinstance(features.get(audio), datasets.Audio):
         return stream
-    return stream.cast_column("audio", datasets.Audio(decode=False))
+    return stream.cast_column(audio, datasets.Audio(decode=False))

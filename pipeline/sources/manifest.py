@@ -2,8 +2,8 @@
 
 A row has ``audio``, ``file``, ``wav`` or ``audio_filepath`` (NeMo), and ``text``; optional are ``duration`` and
 ``offset`` in seconds, ``speaker``, ``key`` or ``id``, and ``split``. A CSV file is separated by commas or, as some
-spreadsheets write it, by semicolons. For lhotse, the path is the folder, the recordings or the supervisions
-(``lhotse.py``). Relative paths are relative to the manifest.
+spreadsheets write it, by semicolons. ``columns`` maps other column names. For lhotse, the path is the folder, the
+recordings or the supervisions (``lhotse.py``). Relative paths are relative to the manifest.
 
 The URI of an utterance is the path of its recording. A segment has ``#t=1.5,3.25`` (in seconds) appended, and ``&c=1``
 for one channel; it is read as a WAV file.
@@ -15,16 +15,27 @@ import csv
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.audio import SAMPLING_RATE, AudioError, probe, read_segment
 from pipeline.sources.base import Source, Utterance, join_names, require_splits, safe_name
+from pipeline.sources.columns import Columns
 from pipeline.sources.entries import ManifestEntry, json_rows, number_field, numbered_lines, open_text, text_field
+from pipeline.sources.presets import PRESETS, PresetName
 from shards.errors import UserError
 
-AUDIO_COLUMNS = ("audio", "file", "wav", "audio_filepath")
+DEFAULT_COLUMNS: Mapping[str, Sequence[str]] = {
+    "audio": ("audio", "file", "wav", "audio_filepath"),
+    "text": ("text",),
+    "speaker": ("speaker",),
+    "key": ("key", "id"),
+    "split": ("split",),
+    "offset": ("offset",),
+    "duration": ("duration",),
+}
 NO_FILE = "recordings that do not exist (each becomes a failure)"
 _NO_HEADER = "recordings with no readable header"
 _SEGMENT = re.compile(r"#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)?(?:&c=(\d+))?$")
@@ -35,7 +46,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 class Manifest(Source):
     """The source of kind ``manifest``."""
 
-    def __init__(self, path: str, splits: Sequence[str]) -> None:
+    def __init__(self, path: str, splits: Sequence[str], columns: Columns) -> None:
         super().__init__()
         self._path = Path(path).expanduser()
         if not self._path.exists():
@@ -45,6 +56,7 @@ class Manifest(Source):
         self.root = self._root = self._path if self._path.is_dir() else self._path.parent
         self.name = safe_name(self._path.resolve().name.split(".")[0], "manifest")
         self._splits = list(splits)
+        self._columns, self._names = columns, columns.resolve(DEFAULT_COLUMNS)
 
     def utterances(self) -> Iterator[Utterance]:
         self._problem_log.clear()
@@ -70,6 +82,10 @@ class Manifest(Source):
 
         pairs = lhotse.find_manifest_pairs(self._path)
         if pairs:
+            if self._columns.mapped():
+                raise UserError(
+                    f"'{self._path}' contains lhotse manifests, whose fields have fixed names: remove source.columns"
+                )
             for pair in pairs:
                 yield from lhotse.read_entries(pair, self._problem_log)
             return
@@ -80,15 +96,16 @@ class Manifest(Source):
                 "set source.path to the manifest file"
             )
         if name.endswith(_JSON_SUFFIXES):
+            self._columns.require((row for row, _ in json_rows(self._path)), str(self._path))
             rows = json_rows(self._path)
         elif self._path.suffix.lower() in _DELIMITERS:
-            rows = _table_rows(self._path, _DELIMITERS[self._path.suffix.lower()])
+            rows = _table_rows(self._path, _DELIMITERS[self._path.suffix.lower()], self._columns)
         else:
             raise UserError(
                 f"the manifest '{self._path}' has an unknown suffix: rename it to .jsonl, .json, .csv or .tsv"
             )
         for row, location in rows:
-            yield _entry(row, location)
+            yield _entry(row, location, self._names)
 
     def _utterance(self, entry: ManifestEntry) -> Utterance:
         audio = self._relative(entry.audio)
@@ -115,42 +132,79 @@ class Manifest(Source):
         return audio.removeprefix(root) if audio != root else audio
 
 
-def _entry(row: dict[str, Any], location: str) -> ManifestEntry:
-    audio = text_field(row, AUDIO_COLUMNS, location)
+class TableFolder(Manifest):
+    """A folder with one table per split, in the layout of a preset of kind ``manifest``."""
+
+    def __init__(self, path: str, splits: Sequence[str], columns: Columns, preset: PresetName) -> None:
+        super().__init__(path, splits, columns)
+        tables = PRESETS[preset].tables
+        assert tables is not None
+        self._audio = tables.audio
+        prefix, suffix = tables.name.split("{split}")
+        files = sorted(self._path.glob(f"{prefix}*{suffix}"))
+        if not files:
+            raise UserError(
+                f"no {prefix}*{suffix} in '{path}': set source.path to the folder that contains these files of preset "
+                f"{preset}"
+            )
+        self._files = {file.name.removeprefix(prefix).removesuffix(suffix): file for file in files}
+        require_splits(splits, self._files, f"'{path}'")
+        self.name = safe_name(f"{preset}-{self._path.resolve().name}", "manifest")
+
+    def _entries(self) -> Iterator[ManifestEntry]:
+        for split in dict.fromkeys(self._splits):
+            for row, location in _table_rows(self._files[split], "\t", self._columns, csv.QUOTE_NONE):
+                entry = _entry(row, location, self._names)
+                name = PurePosixPath(entry.audio).stem
+                yield replace(entry, audio=self._audio.format(audio=entry.audio), id=entry.id or name, split=split)
+
+
+def _entry(row: dict[str, Any], location: str, names: Mapping[str, Sequence[str]]) -> ManifestEntry:
+    """Check one row; ``names`` are the columns that may contain each field."""
+    audio = text_field(row, names["audio"], location)
     if not audio:
         raise UserError(
-            f"no audio in {location}, which has {join_names(list(row))}: add one of {', '.join(AUDIO_COLUMNS)}"
+            f"no audio in {location}, which has {join_names(list(row))}: add one of {', '.join(names['audio'])}"
         )
-    if row.get("text") is None:
-        raise UserError(f"no text in {location}, which has {join_names(list(row))}: every utterance needs a transcript")
-    start = number_field(row, "offset", location)
+    text = names["text"][0]
+    if row.get(text) is None:
+        raise UserError(
+            f"no {text} in {location}, which has {join_names(list(row))}: every utterance needs a transcript"
+        )
+    start, duration = (
+        number_field(row, column[0], location) if (column := names[field]) else None for field in ("offset", "duration")
+    )
     return ManifestEntry(
         audio=audio,
-        text=text_field(row, ["text"], location),
+        text=text_field(row, names["text"], location),
         location=location,
-        id=text_field(row, ["key", "id"], location),
-        speaker=text_field(row, ["speaker"], location),
-        split=text_field(row, ["split"], location),
+        id=text_field(row, names["key"], location),
+        speaker=text_field(row, names["speaker"], location),
+        split=text_field(row, names["split"], location),
         start=start or 0.0,
-        duration=number_field(row, "duration", location),
+        duration=duration,
         is_whole_file=start is None,
     )
 
 
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _table_rows(
+    path: Path, delimiter: str, columns: Columns, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield each row of a CSV or TSV file, by column name, and its location for messages; raises UserError."""
     with open_text(path, newline="") as file:
         lines = (line for _, line in numbered_lines(file, path))
         header = next(lines, "")
         if delimiter == "," and header.count(";") > header.count(","):
             delimiter = ";"  # spreadsheets write it where the comma is the decimal separator
-        reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter)
+        reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, quoting=quoting)
         try:
             names = reader.fieldnames or []
-            if "text" not in names or not set(AUDIO_COLUMNS) & set(names):
+            columns.require([names], str(path))
+            audio, text = (columns.resolve(DEFAULT_COLUMNS)[field] for field in ("audio", "text"))
+            if not set(text) & set(names) or not set(audio) & set(names):
                 raise UserError(
-                    f"line 1 of '{path}' has the columns {join_names(list(names))}: expected text and one of "
-                    f"{', '.join(AUDIO_COLUMNS)}, separated by {delimiter!r}"
+                    f"line 1 of '{path}' has the columns {join_names(list(names))}: expected {text[0]} and one of "
+                    f"{', '.join(audio)}, separated by {delimiter!r}; if they have other names, set source.columns"
                 )
             for row in reader:
                 location = f"line {reader.line_num} of '{path}'"

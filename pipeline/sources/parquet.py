@@ -1,8 +1,9 @@
 """Parquet files in the layout of ``openslr/librispeech_asr`` and its mirrors, with the audio inside the rows.
 
 Reads a file, a folder or a glob of parquet files. The columns are ``audio`` (``{bytes, path}`` or plain bytes) and
-``text``; optional are ``id`` (default: the stem of the path in ``audio``, else of ``file``) and ``speaker_id``. The URI
-of an utterance is ``relative.parquet#row``. ``hub.py`` streams the same layout from a hub.
+``text``; optional are ``id`` (default: the stem of the path in ``audio``, else of ``file``) and ``speaker_id``.
+``columns`` maps other names. The URI of an utterance is ``relative.parquet#row``. ``hub.py`` reads the same layout from
+a hub.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 from pipeline.audio import AudioError, probe
 from pipeline.sources.base import ProblemLog, Source, Utterance, join_names, require_splits, safe_name
+from pipeline.sources.columns import Columns
 from shards.errors import UserError
 
 NO_AUDIO = "rows without audio bytes"
 NO_BYTES = "no audio bytes in the row"
-COLUMNS = ("audio", "text", "id", "speaker_id", "file")
+DEFAULT_COLUMNS = {"audio": ["audio"], "text": ["text"], "key": ["id"], "speaker": ["speaker_id"]}
 _BATCH = 32  # rows read at a time while listing, because audio is large
 _PART_SUFFIX = re.compile(r"-\d+-of-\d+$")
 
@@ -27,8 +29,9 @@ _PART_SUFFIX = re.compile(r"-\d+-of-\d+$")
 class ParquetFiles(Source):
     """Local parquet files. A call of :meth:`read` reads each row group that it needs once."""
 
-    def __init__(self, path: str, splits: Sequence[str]) -> None:
+    def __init__(self, path: str, splits: Sequence[str], columns: Columns) -> None:
         super().__init__()
+        self._columns = columns
         root, files = _find_files(path)
         by_split: dict[str, list[Path]] = {}
         for file in files:
@@ -47,12 +50,12 @@ class ParquetFiles(Source):
         for split, file in self._files:
             uri = file.relative_to(self._root).as_posix()
             try:
-                parquet = open_file(file)
-                names = [name for name in COLUMNS if name in parquet.schema_arrow.names]
+                parquet = open_file(file, self._columns)
+                names = present_columns(self._columns, parquet.schema_arrow.names)
                 row = 0
-                for batch in parquet.iter_batches(batch_size=_BATCH, columns=names):
+                for batch in parquet.iter_batches(batch_size=_BATCH, columns=list(dict.fromkeys(names.values()))):
                     for record in batch.to_pylist():
-                        yield to_utterance(record, f"{uri}#{row}", split, self._problem_log)
+                        yield to_utterance(record, names, f"{uri}#{row}", split, self._problem_log)
                         row += 1
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(
@@ -70,7 +73,7 @@ class ParquetFiles(Source):
             name, _, row = uri.rpartition("#")
             try:
                 if name not in starts:
-                    starts[name] = _group_starts(open_file(self._root / name))
+                    starts[name] = _group_starts(open_file(self._root / name, self._columns))
                 if not row.isdigit() or int(row) >= starts[name][-1]:
                     raise AudioError(f"no row {row} in {name}")
                 group = next(g for g in range(len(starts[name])) if int(row) < starts[name][g + 1])
@@ -99,12 +102,13 @@ class ParquetFiles(Source):
     def _row_group(self, name: str, group: int) -> Any:
         if self._cached_column is None or self._cached_column[0] != (name, group):
             self._cached_column = None  # freed first, so that only one column is in memory
-            table = open_file(self._root / name).read_row_group(group, columns=["audio"])
-            self._cached_column = ((name, group), table.column("audio"))
+            audio = audio_column(self._columns)
+            table = open_file(self._root / name, self._columns).read_row_group(group, columns=[audio])
+            self._cached_column = ((name, group), table.column(audio))
         return self._cached_column[1]
 
 
-def open_file(file: Path) -> Any:
+def open_file(file: Path, columns: Columns) -> Any:
     """Open a ``pyarrow.parquet.ParquetFile``; raises UserError if it is unreadable or lacks a required column."""
     import pyarrow
     import pyarrow.parquet
@@ -113,30 +117,58 @@ def open_file(file: Path) -> Any:
         parquet = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"'{file}' cannot be read as parquet ({first_line(error)}): download it again") from None
-    check_columns(parquet.schema_arrow.names, str(file))
+    check_columns(columns, parquet.schema_arrow.names, str(file))
     return parquet
 
 
-def check_columns(names: Sequence[str], location: str) -> None:
-    """Raise UserError unless ``names`` include audio and text."""
-    missing = [name for name in ("audio", "text") if name not in names]
+def check_columns(columns: Columns, names: Sequence[str], location: str) -> None:
+    """Raise UserError unless ``names`` include audio, text and all mapped columns."""
+    columns.require([names], location)
+    present = present_columns(columns, names)
+    missing = [field for field in ("audio", "text") if field not in present]
     if missing:
         raise UserError(
-            f"no column {join_names(missing)} in '{location}', which has {join_names(names)}: expected audio and text"
+            f"no column {join_names(missing)} in '{location}', which has {join_names(names)}: expected audio and text; "
+            f"if they have other names, set source.columns, such as source.columns.{missing[0]}=…"
         )
 
 
-def to_utterance(record: dict[str, Any], uri: str, split: str, problem_log: ProblemLog) -> Utterance:
-    """Convert one row to an utterance; count it in ``problem_log`` if it has no audio."""
+def present_columns(columns: Columns, names: Sequence[str]) -> dict[str, str]:
+    """Map each field, and ``file``, to its column; fields whose column is not in ``names`` are left out."""
+    candidates = {**columns.resolve(DEFAULT_COLUMNS), "file": ["file"]}
+    return {field: column for field, possible in candidates.items() for column in possible if column in names}
+
+
+def audio_column(columns: Columns) -> str:
+    """Return the name of the column that contains the recordings."""
+    return columns.audio or DEFAULT_COLUMNS["audio"][0]
+
+
+def to_utterance(
+    record: dict[str, Any], columns: dict[str, str], uri: str, split: str, problem_log: ProblemLog
+) -> Utterance:
+    """Convert one row to an utterance; count it in ``problem_log`` if it has no audio.
+
+    Args:
+        record: The row, by column.
+        columns: Column of each field, from :func:`present_columns`.
+        uri: URI of the utterance.
+        split: Split of the utterance.
+        problem_log: Log of rows without audio.
+
+    Raises:
+        UserError: The audio column does not contain bytes.
+    """
+    record = {field: record[column] for field, column in columns.items()}
     audio = record["audio"]
     data, name = audio_bytes(audio), audio.get("path") if isinstance(audio, dict) else None
-    identifier = record.get("id")
+    identifier = record.get("key")
     if identifier is None:
         file = name or record.get("file")
         identifier = PurePosixPath(str(file)).stem if file else uri
     if not data:
         problem_log.add(NO_AUDIO, uri)
-    speaker = record.get("speaker_id")
+    speaker = record.get("speaker")
     text = record["text"]
     return Utterance(
         key="",
@@ -155,9 +187,19 @@ def first_line(error: Exception) -> str:
 
 
 def audio_bytes(audio: Any) -> bytes | None:
-    """Return the encoded file in a row's ``audio``, which is ``{bytes, path}`` or plain bytes; None if it is empty."""
+    """Return the encoded file in a row's ``audio``, which is ``{bytes, path}`` or plain bytes; None if it is empty.
+
+    Raises:
+        UserError: It is something else, such as the path of a file.
+    """
     data = audio.get("bytes") if isinstance(audio, dict) else audio
-    return bytes(data) if data else None
+    if data is not None and not isinstance(data, bytes):
+        raise UserError(
+            f"the audio column of the parquet files contains {type(data).__name__} ({str(data)[:60]!r}), expected the "
+            "bytes of recordings: set source.columns.audio to the column that contains them, or list the files in a "
+            "manifest"
+        )
+    return data or None
 
 
 def _group_starts(parquet: Any) -> list[int]:

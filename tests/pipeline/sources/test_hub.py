@@ -70,11 +70,21 @@ FILES = {
 }
 
 
+REVISION = "fedcba9876543210fedcba9876543210fedcba98"
 URIS = ["train.100#0", "train.100#3", "train.100#4", "test#1", "test#0", "test#9", "dev#0", "test#2"]
 QUESTIONS = [
     ({"path": "hf:owner/tiny", "config_name": "clean", "splits": ["test", "train.100"]}, URIS),
     ({"path": "hf:owner/tiny", "config_name": "clean", "splits": ["dev"]}, []),
     ({"path": "hf:owner/absent"}, []),
+    (
+        {
+            "path": f"hf:owner/tiny@{REVISION}",
+            "config_name": "clean",
+            "splits": ["test"],
+            "columns": {"text": "file", "speaker": "chapter_id", "key": ""},
+        },
+        ["test#0"],
+    ),
 ]
 
 
@@ -92,6 +102,7 @@ def results(tmp_path_factory) -> list[dict]:
         )
     assert done.returncode == 0, done.stderr
     assert any("owner/absent" in request for request in requests)
+    assert any(REVISION in request for request in requests)
     return [
         json.loads(line.removeprefix("RESULTS ")) for line in done.stdout.splitlines() if line.startswith("RESULTS ")
     ]
@@ -118,3 +129,11 @@ def test_a_missing_split_or_dataset_is_a_one_sentence_error(results):
     assert results[1]["error"] == "no split dev in hf:owner/tiny, which has test, train.100: set source.splits"
     assert results[2]["error"].startswith("cannot open the dataset hf:owner/absent: ")
     assert "\n" not in results[2]["error"]
+
+
+def test_columns_are_mapped_and_the_revision_is_requested(results):
+    made = results[3]["utterances"]
+    expected = [(f"1-2-{n:04d}", f"1-2-{n:04d}.flac", "1") for n in range(3)]
+    assert [(u["key"], u["text"], u["speaker"]) for u in made] == expected
+    assert results[3]["name"] == "tiny-clean-test"
+    assert results[3]["read"] == [["test#0", hashlib.sha256(flac(1600, 0)).hexdigest()]]

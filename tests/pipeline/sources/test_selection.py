@@ -168,7 +168,7 @@ def test_the_name_is_made_safe_for_a_folder(tmp_path):
         (["kind=tones", "path=x"], "has no path and no splits"),
         (["kind=speech", "splits=[train]"], "has no path and no splits"),
         (["kind=manifest", "path=x", "n=5"], "num_sentences is only for kind speech"),
-        (["kind=parquet", "path=x", "config=clean"], "config_name is only for streamed datasets"),
+        (["kind=parquet", "path=x", "config=clean"], "config_name is only for datasets of a hub"),
         (["kind=tones", "min_duration=3", "max_duration=2"], "min_duration 3.0 is above max_duration 2.0"),
         (["kind=tones", "limit=0"], "limit"),
         (["kind=tones", "val_fraction=1"], "val_fraction"),
