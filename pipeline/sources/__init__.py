@@ -26,7 +26,7 @@ from shards.config.base import Config
 __all__ = ["Source", "SourceConfig", "Utterance", "decode_key", "encode_key", "open_source"]
 
 _DEFAULT_NUM_SENTENCES = 400
-_HUBS = ("hf:",)
+_HUBS = ("hf:", "modelscope:")
 
 
 class SourceConfig(Config):
@@ -41,8 +41,8 @@ class SourceConfig(Config):
     """Format of the corpus. librispeech: OpenSLR folders or archives. parquet: Hugging Face parquet files. manifest: a
     JSONL, CSV, NeMo or lhotse manifest. tones, speech: synthetic audio."""
     path: str | None = None
-    """File or folder of the corpus, or for kind parquet a dataset of a hub: `hf:owner/name[@revision]` is streamed.
-    Synthetic kinds take none."""
+    """File or folder of the corpus, or for kind parquet a dataset of a hub: `hf:owner/name[@revision]` is streamed,
+    `modelscope:owner/name[@revision]` is downloaded. Synthetic kinds take none."""
     splits: list[str] = Field(default_factory=list)
     """Splits to read, such as `[dev-clean, test-clean]`. Empty: all."""
     limit: int | None = Field(default=None, ge=1)
@@ -61,7 +61,7 @@ class SourceConfig(Config):
     num_sentences: int = Field(default=_DEFAULT_NUM_SENTENCES, ge=1, le=MAX_SENTENCES)
     """Sentences to synthesize (speech only)."""
     config_name: str | None = None
-    """Configuration of a dataset of a hub, such as `clean`."""
+    """Configuration of a dataset of a hub, such as `clean`. `modelscope:`: the folder of that name."""
     columns: Columns = Columns()
 
     @model_validator(mode="before")
@@ -82,7 +82,8 @@ class SourceConfig(Config):
             raise ValueError(f"num_sentences is only for kind speech, not for {self.kind}: set source.limit")
         if self.config_name is not None and not (self.kind == "parquet" and str(self.path).startswith(_HUBS)):
             raise ValueError(
-                "config_name is only for datasets of a hub: set source.kind=parquet and source.path=hf:OWNER/NAME"
+                "config_name is only for datasets of a hub: set source.kind=parquet and source.path=hf:OWNER/NAME or "
+                "modelscope:OWNER/NAME"
             )
         if self.preset is not None and self.kind != PRESETS[self.preset].kind:
             raise ValueError(
@@ -117,8 +118,11 @@ class SourceConfig(Config):
 def open_source(config: SourceConfig) -> Source:
     """Open the source that ``config`` describes, with its filters applied. Reads no files, only their names.
 
+    A dataset on ModelScope is downloaded first.
+
     Raises:
-        UserError: The path or a split does not exist. Errors inside files are raised by ``utterances``.
+        UserError: The path or a split does not exist, or the download failed. Errors inside files are raised by
+            ``utterances``.
     """
     from pipeline.sources.selection import FilteredSource
 
@@ -158,9 +162,11 @@ def _open_kind(config: SourceConfig) -> Source:
 
 
 def open_parquet(path: str, splits: Sequence[str], config_name: str | None, columns: Columns) -> Source:
-    """Open local parquet files, or a dataset of a hub if ``path`` starts with ``hf:``; raises UserError."""
+    """Open local parquet files, or a dataset of a hub if ``path`` starts with the name of one; raises UserError."""
     if path.startswith(_HUBS):
         from pipeline.sources import hub
 
-        return hub.HubStream(path.removeprefix("hf:"), config_name, splits, columns)
+        scheme, _, dataset = path.partition(":")
+        open_dataset = hub.HubStream if scheme == "hf" else hub.open_modelscope
+        return open_dataset(dataset, config_name, splits, columns)
     return ParquetFiles(path, splits, columns)

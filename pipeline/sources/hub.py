@@ -1,14 +1,20 @@
-"""Stream a dataset from a hub: rows of the ``openslr/librispeech_asr`` layout without a copy on disk.
+"""Read a dataset from a hub: streamed from Hugging Face without a copy on disk, or downloaded from ModelScope.
 
-Takes ``owner/name[@revision]``, a configuration and splits; yields utterances with the URI ``split#row``. The library
-``datasets`` downloads the rows and reads ``HF_ENDPOINT`` and ``HF_TOKEN``. Listing the utterances takes one pass over
-the stream and reading the audio another, because a plan needs the durations, which are only in the audio.
+Takes ``owner/name[@revision]``, a configuration and splits.
+
+- Hugging Face: yields utterances with the URI ``split#row``. The library ``datasets`` downloads the rows and reads
+  ``HF_ENDPOINT`` and ``HF_TOKEN``. Listing the utterances takes one pass over the stream and reading the audio another,
+  because a plan needs the durations, which are only in the audio.
+- ModelScope: ``parquet.py`` reads the parquet files that the library ``modelscope`` downloads to its cache. The library
+  reads ``MODELSCOPE_ENDPOINT``, ``MODELSCOPE_CACHE`` and ``MODELSCOPE_API_TOKEN``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.audio import AudioError
@@ -16,14 +22,19 @@ from pipeline.sources.base import Source, Utterance, require_splits, safe_name
 from pipeline.sources.columns import Columns
 from pipeline.sources.parquet import (
     NO_BYTES,
+    ParquetFiles,
     audio_bytes,
     audio_column,
     check_columns,
     first_line,
     present_columns,
+    split_name,
     to_utterance,
 )
+from pipeline.weights.hubs import check_reachable, one_sentence
 from shards.errors import UserError
+
+_PAGE_SIZE = 200  # files in one response of ModelScope
 
 
 class HubStream(Source):
@@ -109,6 +120,55 @@ class HubStream(Source):
             audio = audio_column(self._columns)
             self._streams = {split: _without_decoding(stream, audio) for split, stream in streams.items()}
         return self._streams
+
+
+def open_modelscope(dataset: str, config_name: str | None, splits: Sequence[str], columns: Columns) -> ParquetFiles:
+    """Open the parquet files of a dataset on ModelScope, after downloading those that are not in the cache.
+
+    Needs the hub even if all files are in the cache: only files that the hub lists are read, and the library compares
+    each with the sha256 in the list, cached files every time a source is opened.
+
+    Args:
+        dataset: ``OWNER/NAME``, or ``OWNER/NAME@REVISION`` for a branch, tag or commit other than ``master``.
+        config_name: Folder of the repository to read; None: the whole repository.
+        splits: Splits to download and read; empty: all.
+        columns: Names of the columns.
+
+    Raises:
+        UserError: The dataset or a split does not exist, there are no parquet files, or the download failed.
+    """
+    from modelscope import dataset_snapshot_download
+
+    repo, _, revision = dataset.partition("@")
+    endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+    fix = "check the name, the revision, the network and the token"
+    check_reachable(f"modelscope:{dataset}", endpoint, fix)
+    try:
+        paths = _list_parquet_files(repo, revision or "master", f"{config_name}/" if config_name else "")
+        split_names = {path: split_name(Path(path), Path()) for path in paths}
+        require_splits(splits, split_names.values(), f"modelscope:{dataset}")
+        chosen = [path for path, split in split_names.items() if not splits or split in splits]
+        if not chosen:
+            raise UserError(f"no parquet files in modelscope:{dataset}: check source.path and source.config_name")
+        folder = Path(dataset_snapshot_download(repo, revision=revision or None, allow_patterns=chosen))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises its own errors and those of requests and the system
+        raise UserError(f"modelscope:{dataset} could not be downloaded: {one_sentence(error)}; {fix}") from None
+    source = ParquetFiles(str(folder), splits, columns, [folder / path for path in chosen])
+    source.name = _source_name(dataset, config_name, splits)
+    return source
+
+
+def _list_parquet_files(repo: str, revision: str, prefix: str) -> list[str]:
+    """Return the sorted paths of the parquet files on ModelScope that start with ``prefix``."""
+    from modelscope.hub.api import HubApi
+
+    api, paths, page = HubApi(), list[str](), 1
+    while entries := api.get_dataset_files(repo, revision=revision, page_number=page, page_size=_PAGE_SIZE):
+        paths += [entry["Path"] for entry in entries if entry["Type"] == "blob"]
+        page += 1
+    return sorted(path for path in paths if path.startswith(prefix) and PurePosixPath(path).suffix == ".parquet")
 
 
 def _source_name(dataset: str, config_name: str | None, splits: Sequence[str]) -> str:

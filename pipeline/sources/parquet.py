@@ -27,15 +27,22 @@ _PART_SUFFIX = re.compile(r"-\d+-of-\d+$")
 
 
 class ParquetFiles(Source):
-    """Local parquet files. A call of :meth:`read` reads each row group that it needs once."""
+    """Local parquet files. A call of :meth:`read` reads each row group that it needs once.
 
-    def __init__(self, path: str, splits: Sequence[str], columns: Columns) -> None:
+    Args:
+        path: File, folder or glob.
+        splits: Splits to read; empty: all.
+        columns: Names of the columns.
+        files: Files of the folder ``path`` to read; None: all.
+    """
+
+    def __init__(self, path: str, splits: Sequence[str], columns: Columns, files: Sequence[Path] | None = None) -> None:
         super().__init__()
         self._columns = columns
-        root, files = _find_files(path)
+        root, files = _find_files(path) if files is None else (Path(path), files)
         by_split: dict[str, list[Path]] = {}
         for file in files:
-            by_split.setdefault(_split(file, root), []).append(file)
+            by_split.setdefault(split_name(file, root), []).append(file)
         require_splits(splits, by_split, f"'{path}'")
         chosen = list(dict.fromkeys(splits)) or sorted(by_split)
         self.root = self._root = root
@@ -228,7 +235,7 @@ def _find_files(path: str) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def _split(file: Path, root: Path) -> str:
+def split_name(file: Path, root: Path) -> str:
     """Return the split, ``train`` for ``train-00000-of-00014.parquet``, ``train/0000.parquet`` or ``train.parquet``."""
     name = _PART_SUFFIX.sub("", file.stem)
     inside = file.relative_to(root).parts
