@@ -11,6 +11,7 @@ Takes ``owner/name[@revision]``, a configuration and splits.
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -150,7 +151,8 @@ def open_modelscope(dataset: str, config_name: str | None, splits: Sequence[str]
         chosen = [path for path, split in split_names.items() if not splits or split in splits]
         if not chosen:
             raise UserError(f"no parquet files in modelscope:{dataset}: check source.path and source.config_name")
-        folder = Path(dataset_snapshot_download(repo, revision=revision or None, allow_patterns=chosen))
+        patterns = [glob.escape(path) for path in chosen]
+        folder = Path(dataset_snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except UserError:
         raise
     except Exception as error:  # the library raises its own errors and those of requests and the system
@@ -161,13 +163,19 @@ def open_modelscope(dataset: str, config_name: str | None, splits: Sequence[str]
 
 
 def _list_parquet_files(repo: str, revision: str, prefix: str) -> list[str]:
-    """Return the sorted paths of the parquet files on ModelScope that start with ``prefix``."""
+    """Return the sorted paths of the parquet files on ModelScope that start with ``prefix``.
+
+    Raises:
+        UserError: A path leads out of the repository; the library would write the file outside of its cache.
+    """
     from modelscope.hub.api import HubApi
 
     api, paths, page = HubApi(), list[str](), 1
     while entries := api.get_dataset_files(repo, revision=revision, page_number=page, page_size=_PAGE_SIZE):
         paths += [entry["Path"] for entry in entries if entry["Type"] == "blob"]
         page += 1
+    if outside := [path for path in paths if path.startswith("/") or ".." in PurePosixPath(path).parts]:
+        raise UserError(f"modelscope:{repo} lists a file outside of the repository ({outside[0]!r}): do not use it")
     return sorted(path for path in paths if path.startswith(prefix) and PurePosixPath(path).suffix == ".parquet")
 
 

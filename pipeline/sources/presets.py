@@ -12,7 +12,7 @@ A preset sets the keys ``kind``, ``columns`` and ``splits`` of a ``SourceConfig`
   ``id`` is the number of a sentence, which several people read.
 - MLS: parquet files of https://huggingface.co/datasets/facebook/multilingual_librispeech. ``9_hours`` and ``1_hours``
   are parts of ``train``, so they are read only if ``splits`` names them.
-- GigaSpeech: parquet files of https://huggingface.co/datasets/speechcolab/gigaspeech. ``speaker`` is "N/A".
+- GigaSpeech: parquet files of https://huggingface.co/datasets/speechcolab/gigaspeech. ``speaker`` ("N/A") is not read.
 - AISHELL-1: parquet files of https://huggingface.co/datasets/TwinkStart/AISHELL-1, the test set.
 - WenetSpeech: parquet files of https://huggingface.co/datasets/TwinkStart/WenetSpeech, both test sets.
 

@@ -122,6 +122,18 @@ def test_a_cached_file_that_the_hub_no_longer_lists_is_not_read(ask):
     assert [key for key, *_ in ask()["utterances"]] == ["e", "f", "a", "b", "c"]
 
 
+def test_a_path_that_leads_out_of_the_repository_is_refused(ask):
+    ask.hub.revisions = {"master": {"../../evil/train.parquet": parquet("x"), "train.parquet": parquet("a")}}
+    assert "lists a file outside of the repository ('../../evil/train.parquet')" in ask()["error"]
+    assert ask.hub.downloads == []
+
+
+def test_glob_characters_in_a_file_name_match_only_that_file(ask):
+    ask.hub.revisions = {"master": {"v[1]/train.parquet": parquet("a"), "v1/train.parquet": parquet("b")}}
+    assert [key for key, *_ in ask(config_name="v[1]")["utterances"]] == ["a"]
+    assert ask.hub.downloads == [("master", "v[1]/train.parquet")]
+
+
 def test_a_file_with_another_hash_than_the_hub_lists_is_refused_and_not_kept(ask):
     ask.hub.damaged = {"clean/test/0000.parquet"}
     error = ask(splits=["test"])["error"]
