@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_whisper import write_tiny_whisper
 
+from pipeline.encoders import whisper
 from pipeline.encoders.base import context_samples, encoder_name
 from pipeline.encoders.load import load_encoder
 from pipeline.encoders.logmel import LogMel, MelSettings, mel_filters
@@ -173,6 +174,18 @@ def test_bfloat16_stays_near_float32(tiny):
     clips = noise(100_000)
     exact, near = (load(tiny, dtype=dtype).encode(clips, [2])[0][2] for dtype in ("float32", "bfloat16"))
     assert np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.025
+
+
+def test_emulated_bfloat16_is_the_native_one_up_to_its_rounding(tiny, monkeypatch):
+    clips = noise(100_000)
+    exact = load(tiny).encode(clips, [2])[0][2]
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr(whisper, "has_fast_bfloat16", lambda fast=fast: fast)
+        found.append(load(tiny, dtype="bfloat16").encode(clips, [2])[0][2])
+    native, emulated = ((each - exact) / np.linalg.norm(exact) for each in found)
+    assert 0.5 < np.linalg.norm(emulated) / np.linalg.norm(native) < 1.5  # the same error against float32 …
+    assert np.linalg.norm(emulated - native) < np.linalg.norm(native)  # … and most of it in the same direction
 
 
 def test_the_same_weights_have_the_same_hash_however_they_are_stored(tiny, tmp_path):
