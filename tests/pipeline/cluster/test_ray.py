@@ -175,12 +175,12 @@ def test_a_killed_node_loses_only_its_shard(tmp_path, large):
 
         wait_for(in_the_middle, process, log)
         victims = [pid for pid in claimants(root) if parent(pid) == raylet]
+        assert victims
         os.kill(raylet, signal.SIGKILL)
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         assert process.wait(SECONDS) == 0, log.read_text()
-    output = log.read_text()
-    assert "a worker was lost" in output
+    output = log.read_text()  # names the loss only if Ray detects it before the other worker is done
     assert snapshot(root) == snapshot(extract_locally(tmp_path / "alone", large))
     assert is_clean(Layout(only_cache(root)))
     (line,) = [line for line in output.splitlines() if line.startswith("extracted ")]
