@@ -27,7 +27,6 @@ from pipeline.sources.parquet import (
     audio_bytes,
     audio_column,
     check_columns,
-    first_line,
     present_columns,
     split_name,
     to_utterance,
@@ -99,7 +98,7 @@ class HubStream(Source):
             return next(rows, None)
         except Exception as error:  # the network, the hub's client and the parquet reader raise many types
             raise UserError(
-                f"reading hf:{self._dataset} failed ({first_line(error)}): run the same command again"
+                f"reading hf:{self._dataset} failed ({one_sentence(error)}): run the same command again"
             ) from error
 
     def _open(self) -> dict[str, Any]:
@@ -114,7 +113,7 @@ class HubStream(Source):
             except Exception as error:  # the hub's client and datasets raise many types
                 raise UserError(
                     f"cannot open the dataset hf:{self._dataset}"
-                    f"{f' ({self._config_name})' if self._config_name else ''}: {first_line(error)}; "
+                    f"{f' ({self._config_name})' if self._config_name else ''}: {one_sentence(error)}; "
                     "check source.path and source.config_name"
                 ) from error
             require_splits(self._splits, streams, f"hf:{self._dataset}")
