@@ -42,7 +42,7 @@ def emptied_texts(texts: Sequence[str], rules: TextConfig) -> int:
     """Number of texts that hold something, and nothing once the rules are applied."""
     if rules.punctuation == "keep":
         return 0
-    wordless = (text for text in texts if text.strip() and not re.search(r"\w", text))  # quick: most texts have words
+    wordless = (text for text in texts if text.strip() and not re.search(r"[^\W_]", text))  # quick: most have words
     return sum(1 for text in wordless if not apply_text_rules(text, rules))
 
 

@@ -44,7 +44,7 @@ def test_marks_and_letters_survive_without_punctuation(text):
 
 
 def test_texts_that_were_punctuation_alone_are_counted_and_empty_ones_are_not():
-    assert emptied_texts(["…", "", " ", "a.", "$"], TextConfig(punctuation="strip")) == 1
+    assert emptied_texts(["…", "__", "", " ", "a.", "$"], TextConfig(punctuation="strip")) == 2
     assert emptied_texts(["…"], TextConfig()) == 0
 
 
