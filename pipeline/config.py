@@ -46,6 +46,9 @@ class ExtractConfig(Config):
     """Local folder for shards before they are uploaded to a URL. null: the system's temporary folder."""
     source: SourceConfig
     encoder: EncoderConfig = EncoderConfig()
+    reuse: list[str] = Field(default_factory=list)
+    """Caches, folders or URLs, whose features are copied where the audio and the feature id are equal. The caches below
+    `root` are always used, unless it is a URL."""
     limit: int | None = Field(default=None, ge=1)
     """Maximum number of utterances. The smaller of this and `source.limit` applies."""
     window: WindowMode | None = None

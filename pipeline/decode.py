@@ -26,6 +26,8 @@ import numpy.typing as npt
 from pipeline.audio import AudioError, decode
 from pipeline.profile import StageTimes
 from pipeline.sources import Source
+from shards.format.audio_id import audio_id
+from shards.format.schemas import UNKNOWN_AUDIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,8 @@ class UtteranceFailure:
 
 
 Samples = npt.NDArray[np.float32]
-Decoded = tuple[str, Samples | UtteranceFailure]  # sha256 of the audio file, its samples
-Recording = tuple[dict[str, Any], str, Samples | UtteranceFailure]  # row of the plan, sha256, samples
+Decoded = tuple[bytes, Samples | UtteranceFailure]  # audio id, samples
+Recording = tuple[dict[str, Any], bytes, Samples | UtteranceFailure]  # row of the plan, audio id, samples
 AudioIterator = Iterator[tuple[str, bytes | Exception]]  # what Source.read yields
 
 
@@ -67,9 +69,10 @@ class AudioDecoders:
         self._decoders.shutdown(cancel_futures=True)
 
     def read(self, rows: Sequence[dict[str, Any]]) -> Generator[Recording, None, None]:
-        """Yield the plan row, the sha256 of its audio file, and its samples or failure, in the order of ``rows``.
+        """Yield the plan row, its audio id, and its samples or failure, in the order of ``rows``.
 
-        Samples are float32 of shape [num_samples], mono at 16 kHz.
+        Samples are float32 of shape [num_samples], mono at 16 kHz. The audio id is 32 bytes; zeros if the audio could
+        not be read, or is a segment whose file was hashed when it was planned.
         """
         audio = self._source.read([row["audio"] for row in rows])
         waiting: deque[tuple[dict[str, Any], Future[Future[Decoded]]]] = deque()
@@ -81,7 +84,7 @@ class AudioDecoders:
 
         try:
             for row in rows:
-                waiting.append((row, self._reader.submit(self._read, audio)))
+                waiting.append((row, self._reader.submit(self._read, audio, row)))
                 if len(waiting) > self._prefetch:
                     yield first()
             while waiting:
@@ -90,21 +93,30 @@ class AudioDecoders:
             for _, future in waiting:  # left over after an interrupt
                 future.cancel()
 
-    def _read(self, audio: AudioIterator) -> Future[Decoded]:
+    def _read(self, audio: AudioIterator, row: dict[str, Any]) -> Future[Decoded]:
         """Read the next recording and submit it to a decoding thread; runs in the reading thread."""
         with self._stage_times.timed("read"):
-            _, data = next(audio)
-        return self._decoders.submit(self._decode, data)
+            uri, data = next(audio)
+        place = self._source.file_of(uri)
+        is_segment = place is not None and place[1] != ""
+        if is_segment and not isinstance(data, Exception) and row["audio_id"] == UNKNOWN_AUDIO:
+            return self._decoders.submit(self._decode, data, _segment_id(*place))  # type: ignore[misc]
+        return self._decoders.submit(self._decode, data, UNKNOWN_AUDIO if is_segment else None)
 
-    def _decode(self, data: bytes | Exception) -> Decoded:
+    def _decode(self, data: bytes | Exception, known: bytes | None) -> Decoded:
         if isinstance(data, Exception):
-            return "", UtteranceFailure("read", short_reason(data))
+            return UNKNOWN_AUDIO, UtteranceFailure("read", short_reason(data))
         with self._stage_times.timed("decode"):
-            digest = hashlib.sha256(data).hexdigest()
+            digest = hashlib.sha256(data).digest() if known is None else known
             try:
                 return digest, decode(data)
             except AudioError as error:
                 return digest, UtteranceFailure("decode", str(error))
+
+
+def _segment_id(path: str, fragment: str) -> bytes:
+    with open(path, "rb") as file:
+        return audio_id(hashlib.file_digest(file, "sha256").digest(), fragment)
 
 
 def short_reason(error: Exception) -> str:

@@ -234,7 +234,7 @@ def caches(root: Path) -> list[Finding]:
 
 def _find_caches(root: Path) -> tuple[list[Path], list[Path]]:
     """Return the complete caches, which have ``CACHE.json``, written last, and the incomplete ones."""
-    planned = sorted(path.parent for path in root.glob("*/*/plan.parquet"))
+    planned = sorted(path.parent.parent for path in root.glob("*/*/plans/000.parquet"))
     return [f for f in planned if (f / "CACHE.json").exists()], [f for f in planned if not (f / "CACHE.json").exists()]
 
 

@@ -68,6 +68,17 @@ class StageTimes:
                 self._names[thread] = threading.current_thread().name
                 self._events.append({"name": name, "ph": "X", "ts": offset, "dur": duration, "pid": 1, "tid": thread})
 
+    def merge(self, other: StageTimes) -> None:
+        """Add the times of a part of the work that has ended."""
+        for sums, theirs in ((self.busy_seconds, other.busy_seconds), (self.wait_seconds, other.wait_seconds)):
+            for stage, seconds in theirs.items():
+                sums[stage] += seconds
+        self.wall_seconds = (self.wall_seconds or 0.0) + (other.wall_seconds or 0.0)
+        if other._events is not None:
+            later = round(1e6 * (other._start_time - self._start_time))
+            self._events = [*(self._events or []), *({**event, "ts": event["ts"] + later} for event in other._events)]
+        self._names.update(other._names)
+
     def utilization(self, workers: int) -> dict[str, float]:
         """Return the fraction of the time so far that each stage was busy; for ``decode`` averaged over ``workers``."""
         wall = max(self.wall_seconds or time.perf_counter() - self._start_time, 1e-9)

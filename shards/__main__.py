@@ -1,10 +1,13 @@
-"""Inspect, verify, publish and download caches.
+"""Inspect, verify, label, compact, publish and download caches.
 
     python -m shards info CACHE              contents, size, codec error and provenance
     python -m shards ls CACHE --limit 20     one line per utterance
     python -m shards head CACHE --n 3        the first utterances with feature statistics
     python -m shards verify CACHE --deep     compare every byte with the recorded hashes
     python -m shards verify CACHE --source   also check that the source audio has not changed
+    python -m shards labels CACHE            label sets: rows, coverage, what changed
+    python -m shards label CACHE mine.csv --name mine
+    python -m shards compact CACHE FOLDER    copy without superseded and unlabeled rows
     python -m shards push CACHE hf://datasets/OWNER/NAME --licence cc-by-4.0
     python -m shards pull hf://datasets/OWNER/NAME FOLDER
     source <(earshard-shards completion bash)
@@ -27,6 +30,7 @@ from shards.remote.client import is_url
 
 if TYPE_CHECKING:
     from shards.inspect.findings import Problem
+    from shards.labels.table import LabelSet
 
 RECORDED_FOLDER = ""  # `--source` without a folder
 SCRIPT = "earshard-shards"
@@ -43,8 +47,10 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     ls = _command(commands, "ls", "list utterances, one per line: key, frames, seconds, speaker, text", "--limit 20")
     ls.add_argument("--limit", type=_count, default=None, metavar="N", help="stop after N utterances")
+    _add_selection(ls)
     head = _command(commands, "head", "show the first utterances with feature statistics", "--n 3")
     head.add_argument("--n", type=_count, default=5, metavar="N", help="number of utterances (default 5)")
+    _add_selection(head)
     verify = _command(
         commands, "verify", "check sizes, records and hashes; exit with status 1 if the cache is not valid", "--deep"
     )
@@ -57,6 +63,24 @@ def parser() -> argparse.ArgumentParser:
         help="also compare the audio files in FOLDER (default: the folder recorded in the cache)",
     )
     verify.add_argument("--all", action="store_true", help=f"print every problem instead of the first {MAX_LISTED}")
+    _command(commands, "labels", "list the label sets of a cache, oldest first, and what each one changed")
+    label = _command(commands, "label", "add a label set to a cache", "mine.csv --name mine")
+    label.add_argument("file", metavar="FILE", help="CSV, TSV, JSON lines or parquet with a column key or id; or a URL")
+    label.add_argument("--name", required=True, metavar="NAME", help="name of the label set")
+    label.add_argument(
+        "--max-problems",
+        type=_amount,
+        default=0.01,
+        metavar="X",
+        help="how many rows may lack features or text, or be doubled; below 1 a fraction (default 0.01)",
+    )
+    compacting = _command(
+        commands,
+        "compact",
+        "copy a cache without superseded rows and without utterances that no current label set names",
+        "caches/compacted",
+    )
+    compacting.add_argument("folder", type=Path, metavar="FOLDER", help="new folder, or an interrupted copy")
     push = _command(
         commands, "push", "upload a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME --licence cc-by-4.0"
     )
@@ -80,27 +104,32 @@ def main(argv: Sequence[str]) -> int | None:
     args = parser().parse_args(argv)
     if args.command == "completion":
         return print_completion(parser(), SCRIPT, args.shell)
-    return {"info": _info, "ls": _ls, "head": _head, "verify": _verify, "push": _push, "pull": _pull}[args.command](
-        args
-    )
+    commands = (_info, _ls, _head, _verify, _labels, _label, _compact, _push, _pull)
+    next(command for command in commands if command.__name__ == f"_{args.command}")(args)
+    return None
 
 
 def _command(
     commands: Any,
     name: str,
     summary: str,
-    example: str,
-    cache: str = "caches/speech-0a1b2c3d/whisper-base-L6-f16-4e5f6a7b",
+    example: str = "",
+    cache: str = "caches/speech-1800/whisper-base-L6-tight-f16-4e5f6a7b",
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary[:1].upper() + summary[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the default formatter would wrap long paths
-        epilog=f"example:\n  python -m shards {name} {cache} {example}",
+        epilog=f"example:\n  python -m shards {name} {cache} {example}".rstrip(),
     )
     command.add_argument("cache", type=_path_or_url, metavar="CACHE", help="a cache folder or its URL")
     return command
+
+
+def _add_selection(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--labels", metavar="LABELS", help="name, id or file of a label set (default source)")
+    command.add_argument("--generation", type=_count, metavar="N", help="last generation to read (default newest)")
 
 
 def _path_or_url(text: str) -> str | Path:
@@ -111,6 +140,16 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a non-negative integer, got '{text}'")
     return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+        if not 0 <= amount < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got '{text}'") from None
+    return amount
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -125,7 +164,7 @@ def _info(args: argparse.Namespace) -> None:
 def _ls(args: argparse.Namespace) -> None:
     from shards.read.cache import Cache
 
-    cache = Cache.open(args.cache)
+    cache = Cache.open(args.cache, args.labels, generation=args.generation)
     rate, shown = cache.spec.sampling_rate, 0
     columns = ["key", "frames", "samples", "speaker", "text"]
     for batch in cache.manifest.select(columns).slice(0, args.limit).to_batches(max_chunksize=4096):
@@ -142,7 +181,7 @@ def _head(args: argparse.Namespace) -> None:
 
     from shards.read.cache import Cache
 
-    cache = Cache.open(args.cache)
+    cache = Cache.open(args.cache, args.labels, generation=args.generation)
     for index in range(min(args.n, len(cache))):
         row, x = cache.row(index), cache.features(index).astype(np.float64)
         seconds = row["samples"] / cache.spec.sampling_rate
@@ -169,10 +208,7 @@ def _verify(args: argparse.Namespace) -> None:
     shown = problems if args.all else problems[:MAX_LISTED]
     table = [("shard", "file", "utterance", "problem")]
     table += [(f"{p.shard:06d}" if p.shard is not None else "-", p.file, p.key or "-", p.what) for p in shown]
-    lines = [[_printable(cell) for cell in row] for row in table]
-    widths = [*(max(len(line[column]) for line in lines) for column in range(3)), 0]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    _print_table(table)
     if len(shown) < len(problems):
         print(f"… and {len(problems) - len(shown)} more (show them with --all)")
     raise WorkFailed(f"'{args.cache}' is not valid: {len(problems)} problem{'s'[: len(problems) != 1]}")
@@ -183,6 +219,72 @@ def _compare_audio(cache: str | Path, folder: str) -> list[Problem]:
 
     with _progress_bar("audio", " files") as progress:
         return compare_audio(cache, Path(folder) if folder else None, progress)
+
+
+def _labels(args: argparse.Namespace) -> None:
+    from shards.labels.join import differences, join
+    from shards.read.cache import open_features
+    from shards.read.labels import label_index, open_stored
+
+    _, features = open_features(args.cache)
+    index, (_, keys) = label_index(features), features.current()
+    table = [("name", "id", "rows", "utterances", "made", "columns", "from", "changes")]
+    before: dict[str, LabelSet] = {}
+    for entry in index.sets:
+        labels = open_stored(entry, features)
+        covered = len(set(join(labels.table, keys)[1].tolist()))
+        mark = "*" if index.current(entry.name) is entry else ""  # the current set of its name
+        changes = differences(before[entry.name], labels) if entry.name in before else "-"
+        sizes = f"{entry.rows:,}", f"{covered:,} of {len(keys):,}"
+        columns = " ".join(labels.table.column_names)
+        table.append((entry.name + mark, entry.id[:8], *sizes, entry.made, columns, entry.origin or "-", changes))
+        before[entry.name] = labels
+    _print_table(table)
+
+
+def _label(args: argparse.Namespace) -> None:
+    import errno
+
+    from shards.commit.folder import add_labels
+    from shards.errors import UserError
+    from shards.labels.join import enforce
+    from shards.labels.store import check_set_name
+    from shards.read.cache import open_features
+    from shards.read.labels import check_label_file
+
+    instead = f"pass `labels={args.file}` to training instead"
+    if is_url(args.cache):
+        raise UserError(f"'{args.cache}' is a URL, and label sets are added to folders only: {instead}")
+    check_set_name(args.name)
+    _, features = open_features(args.cache)
+    report = check_label_file(args.file, features)
+    enforce(report, args.max_problems, f"'{args.file}'", "--max-problems")
+    try:
+        entry = add_labels(features.layout, report.table, args.name, args.file)
+    except UserError as error:
+        if isinstance(cause := error.__cause__, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"'{args.cache}' cannot be written ({cause.strerror}): {instead}") from None
+        raise
+    utterances = len(features.current()[1])
+    matched = utterances - report.unlabelled.count
+    print(f"label set '{entry.name}' {entry.id[:8]}: {entry.rows:,} rows with {', '.join(report.table.column_names)}")
+    print(f"{matched:,} of {utterances:,} utterances have labels (joined by {report.joined_by})")
+    for problem in report.problems():
+        print(_printable(problem))
+
+
+def _compact(args: argparse.Namespace) -> None:
+    from shards.commit.compact import compact
+    from shards.errors import UserError
+
+    if is_url(args.cache):
+        raise UserError(f"'{args.cache}' is a URL: download it with `python -m shards pull`, then compact that folder")
+    with _progress_bar("compact", " utterances") as progress:
+        done = compact(args.cache, args.folder, progress)
+    print(
+        f"compacted: {args.folder} ({done.utterances:,} utterances; left out {done.superseded:,} superseded and "
+        f"{done.unlabeled:,} unlabeled rows; {done.freed:,} bytes smaller)"
+    )
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -223,6 +325,13 @@ def _progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield progress
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    lines = [[_printable(cell) for cell in row] for row in rows]
+    widths = [*(max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)), 0]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def _printable(text: str) -> str:

@@ -46,12 +46,22 @@ def atomic_write(path: Path, data: bytes, owner: str) -> None:
         raise
 
 
-def write_if_absent(path: Path, data: bytes, owner: str) -> bool:
-    """Like :func:`atomic_write`, but keep an existing file; returns False if there was one."""
-    partial = temporary_path(path, owner)
+def publish_file(partial: Path, path: Path, *, replace: bool = False) -> bool:
+    """Sync a finished file and give it the name ``path`` durably.
+
+    Returns:
+        False if there was a file of that name, which is kept unless ``replace`` is set.
+    """
+    fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _write_synced(partial, data)
-        fsync_folder(path.parent)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if replace:
+        rename_durably(partial, path)
+        return True
+    fsync_folder(path.parent)
+    try:
         os.link(partial, path)  # unlike a rename, a link cannot replace a file that another process just wrote
         return True
     except FileExistsError:

@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   python -m train fit --config configs/train/demo.yaml name=small projector.stack=8 lr=5e-4
   python -m train fit --resume runs/demo
   torchrun --nproc-per-node 4 -m train fit --config configs/train/demo.yaml
-  python -m train evaluate runs/demo --cache caches/librispeech-…/whisper-base-… --json metrics.json
+  python -m train evaluate runs/demo --cache caches/librispeech/whisper-base-… --json metrics.json
   python -m train transcribe runs/demo hello.wav
   python -m train sweep --config configs/sweep/projectors.yaml
   python -m train config --print --config configs/train/demo.yaml lr=5e-4
@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--cache", metavar="CACHE", help="evaluate on this cache instead of the run's held-out utterances"
     )
+    evaluate.add_argument("--labels", metavar="LABELS", help="label set or file of that cache (default: the source's)")
     evaluate.add_argument("--json", metavar="FILE", help="write the metrics to FILE")
     overrides(evaluate)
 
@@ -103,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     transcribe.add_argument("--stream", action="store_true", help="print each token as soon as it is decoded")
     transcribe.add_argument(
         "--raw", type=int, metavar="HZ", help="standard input is raw 16-bit mono PCM at this sampling rate"
+    )
+    transcribe.add_argument(
+        "--instruction", metavar="TEXT", default="", help="text that replaces {instruction} in the run's prompt"
     )
     transcribe.add_argument(
         "--encoder", metavar="REFERENCE", help="new location of the run's encoder, such as path:/models/x"
@@ -207,7 +211,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         from train.evaluation.run import evaluate_run
         from train.report import write_report
 
-        metrics = evaluate_run(run, config, args.cache, group)
+        metrics = evaluate_run(run, config, args.cache, group, args.labels)
         with group.raise_on_all_ranks():
             if group.is_main_process:
                 write_report(run)
@@ -255,7 +259,9 @@ def _transcribe(args: argparse.Namespace) -> int:
 
     recordings = find_recordings(args.audio, args.raw)
     writer = TokenWriter(sys.stdout)
-    for name, text in transcribe(run, config, recordings, args.encoder, on_token=writer if args.stream else None):
+    on_token = writer if args.stream else None
+    texts = transcribe(run, config, recordings, args.encoder, instruction=args.instruction, on_token=on_token)
+    for name, text in texts:
         writer.finish(name, text)
     return 0
 
@@ -335,6 +341,14 @@ def _format_summary(summary: dict[str, Any]) -> str:
     retrieval, accuracy = summary.get("retrieval"), "–"
     if retrieval is not None:
         accuracy = f"{100 * retrieval['by_likelihood']:.0f}% (chance: {100 * retrieval['chance']:.0f}%)"
+
+    def task_line(metrics: dict[str, Any]) -> str:
+        rates = [(name, metrics.get(name.lower())) for name in ("WER", "CER", "accuracy")]
+        return (
+            f"{format_number(metrics.get('val_loss'))}, audio gain {format_number(metrics.get('audio_gain'))}"
+            + "".join(f", {name} {100 * rate:.1f}%" for name, rate in rates if rate is not None)
+        )
+
     lines = [
         (
             "training loss, first -> last",
@@ -351,6 +365,7 @@ def _format_summary(summary: dict[str, Any]) -> str:
         ("steps, seconds", f"{summary['steps']}, {summary['seconds']:.1f}"),
         ("frames per second", f"{summary['frames_per_second']:,.0f}"),
         ("data wait, padding", f"{percent('data_wait_fraction')}, {percent('padding_fraction')}"),
+        *((f"task {name or '(none)'}: loss", task_line(each)) for name, each in summary.get("tasks", {}).items()),
     ]
     return "\n".join(f"{name:<30} {value}" for name, value in lines)
 

@@ -27,12 +27,12 @@ from typing import Any
 from pipeline.cluster.connect import connect
 from pipeline.config import ExtractConfig
 from pipeline.extract.child import job_from_json, job_to_json, run_worker, targets_from_json
-from pipeline.extract.job import Job, prepare_job, provenance, schedule
+from pipeline.extract.job import Job, prepare, provenance
 from pipeline.extract.loop import POLL_INTERVAL, cleanup, count_committed_failures, finish_caches
 from pipeline.extract.progress import ProgressBar, ProgressListener
 from pipeline.extract.resources import Worker
 from pipeline.extract.stats import ExtractionStats, check_failures
-from pipeline.extract.summary import JobSummary, summarize
+from pipeline.extract.summary import JobSummary, Outcome, open_outcome, summarize
 from shards.commit.claims import new_owner
 from shards.config.base import validate_config
 from shards.errors import UserError, WorkFailed
@@ -49,9 +49,10 @@ def run_ray(
     cpus_per_actor: int | None = None,
     verify: bool = False,
     retry_failed: bool = False,
+    rehash: bool = False,
     on_start: Callable[[JobSummary], None] = lambda summary: None,
-) -> tuple[JobSummary, ExtractionStats]:
-    """Extract on a Ray cluster until every shard is committed and the caches are finished.
+) -> Outcome:
+    """Extract on a Ray cluster until the caches hold everything.
 
     The ``encode`` seconds of the returned statistics are an average over the actors.
 
@@ -59,29 +60,30 @@ def run_ray(
         config: what to extract; ``processes`` is ignored.
         address: address of the cluster; None uses ``RAY_ADDRESS``, else starts a new cluster on this machine.
         cpus_per_actor: CPU cores that each actor reserves; None is 1 with a GPU, else ``DEFAULT_ACTOR_CPUS``.
-        verify: see :func:`pipeline.extract.job.schedule`.
-        retry_failed: see :func:`pipeline.extract.job.schedule`.
-        on_start: called with the summary of the job before any shard is extracted; not called when the caches are
-            complete.
-
-    Returns:
-        The summary of the job and the statistics of this run.
+        verify, retry_failed, rehash, on_start: see :func:`pipeline.extract.local.extract`.
 
     Raises:
         UserError: Ray is not installed, no cluster answers, no node has enough CPUs, or
-            :func:`pipeline.extract.job.prepare_job` raised it.
+            :func:`pipeline.extract.job.prepare` raised it.
         WorkFailed: too many utterances failed, or a worker lost several actors in a row.
     """
     with connect("--engine ray", address) as ray:
-        driver = _Driver(ray, config.model_copy(update={"processes": None}), cpus_per_actor)
-        try:
-            summary = driver.prepare(verify, retry_failed)
-            if not summary.is_complete:
+        found: Outcome | None = None
+        config = config.model_copy(update={"processes": None})
+        while True:  # a generation at a time, until nothing is new
+            driver = _Driver(ray, config, cpus_per_actor)
+            try:
+                outcome, summary = driver.prepare(verify, retry_failed, rehash)
+                found = found or outcome
+                found.changed_audio = max(found.changed_audio, outcome.changed_audio)
+                if summary is None:
+                    return found
                 on_start(summary)
                 driver.run(summary)
-        finally:
-            driver.close()
-        return summary, driver.stats
+                found.add(summary, driver.stats)
+            finally:
+                driver.close()
+            verify = retry_failed = rehash = False
 
 
 class ExtractionActor:
@@ -93,18 +95,29 @@ class ExtractionActor:
         self._config = validate_config(ExtractConfig, config, "the configuration")
         self._job: Job | None = None
 
-    def prepare(self, verify: bool, retry_failed: bool) -> tuple[JobSummary, dict[str, Any]]:
-        """Prepare and schedule the job; return its summary and the JSON values that other actors need to join."""
-        job = self._job = prepare_job(self._config)
-        schedule(job, verify=verify, retry_failed=retry_failed)
-        summary = summarize(job)
-        if summary.is_complete:
-            cleanup(job)
-        return summary, {**job_to_json(job), "void": job.invalidated, "about": provenance(job)}
+    def prepare(
+        self, verify: bool, retry_failed: bool, rehash: bool
+    ) -> tuple[Outcome, JobSummary | None, dict[str, Any]]:
+        """Prepare the next job.
+
+        Returns:
+            The outcome so far, the summary of the job (None: nothing is left to do), and the JSON values that other
+            actors need to join.
+        """
+        extraction = prepare(self._config, rehash=rehash)
+        outcome = open_outcome(extraction)
+        jobs = extraction.jobs(verify=verify, retry_failed=retry_failed)
+        outcome.changed_audio = extraction.changed_audio
+        if not jobs:
+            cleanup(extraction)
+            return outcome, None, {}
+        job = self._job = jobs[0]
+        return outcome, summarize(job), {**job_to_json(job), "void": job.invalidated, "about": provenance(job)}
 
     def work(self, job_json: dict[str, Any], worker: Worker) -> Iterator[int]:
         """Extract shards until all workers together have committed all; yield each shard committed here."""
         job, stats, commits = self._job or job_from_json(job_json), ExtractionStats(), _CommitQueue()
+        job.load_encoder()
         count_committed_failures(job, stats)
         with ThreadPoolExecutor(1) as executor:
             working = executor.submit(run_worker, job, stats, commits, worker)
@@ -152,25 +165,26 @@ class _Driver:
     prepared_actor: Any = None  # the actor that prepared the job, until it starts work
     all_committed: bool = False  # an actor found that every shard is committed
 
-    def prepare(self, verify: bool, retry_failed: bool) -> JobSummary:
-        """Prepare the job in one actor, or in another if that one is lost; return its summary."""
+    def prepare(self, verify: bool, retry_failed: bool, rehash: bool) -> tuple[Outcome, JobSummary | None]:
+        """Prepare the next job in one actor, or in another if that one is lost."""
         while True:
             self.prepared_actor = self._start_actor(*self._available_resources()[:2])
             try:
-                summary: JobSummary
-                summary, self.job_json = self._ray_get(self.prepared_actor.prepare.remote(verify, retry_failed))
-                return summary
+                call = self.prepared_actor.prepare.remote(verify, retry_failed, rehash)
+                outcome, summary, self.job_json = self._ray_get(call)
+                return outcome, summary
             except _ActorLostError as error:
                 self._handle_lost_actor(self.prepared_actor, 0, error)
 
     def run(self, summary: JobSummary) -> None:
         """Extract every shard, then merge the caches."""
-        started, last_check, shard_sizes = time.perf_counter(), 0.0, dict(enumerate(summary.shard_sizes))
+        started, last_check, shard_sizes = time.perf_counter(), 0.0, summary.shard_sizes
         self.uncommitted = set(summary.todo)
         for failure in self.job_json["failed"]:
             self.stats.add_failure(failure["key"], failure["stage"], failure["error"])
         targets = targets_from_json(self.job_json)
-        store, spec, plan = targets[0].store, targets[0].spec, targets[0].store.plan()
+        generation = summary.generation
+        store, spec, plan = targets[0].store, targets[0].spec, targets[0].store.plan(generation)
         assert plan is not None
 
         def count(shard: int) -> None:
@@ -180,7 +194,7 @@ class _Driver:
                 return
             self.uncommitted.discard(shard)
             timings = record["timings"]
-            self.stats.add(shard_sizes[shard], timings["audio_seconds"])
+            self.stats.add(shard_sizes[shard], timings["audio_seconds"], timings["copied"])
             self.stats.stage_times.busy_seconds["encode"] += timings["encode_seconds"] / max(1, len(self.actors))
             for failure in record["failures"]:
                 self.stats.add_failure(failure["key"], failure["stage"], failure["error"])
@@ -206,7 +220,7 @@ class _Driver:
             self.close()
             for target in targets:
                 stack.enter_context(target.store.hold_leases(new_owner(), self.config.lease_seconds))
-            finish_caches(targets, plan, self.job_json["about"], time.perf_counter() - started)
+            finish_caches(targets, generation, plan, self.job_json["about"], time.perf_counter() - started)
 
     def close(self) -> None:
         """Kill the actors; the shards they are extracting are not committed."""

@@ -14,6 +14,8 @@ from pipeline.weights.resolve import ENCODERS, Weights, read_model_json
 from shards.errors import UserError
 from shards.format.spec import WindowMode
 
+DEVICES = Path("/dev")
+
 
 def load_encoder(
     weights: Weights,
@@ -73,11 +75,20 @@ def load_encoder(
     )
 
 
+def may_have_gpu() -> bool:
+    """Return False if this machine surely has no device that torch calls ``cuda``; does not import torch.
+
+    It looks for the devices of NVIDIA's drivers (also on Jetson), of WSL and of ROCm.
+    """
+    patterns = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd")
+    return any(next(DEVICES.glob(pattern), None) is not None for pattern in patterns)
+
+
 def auto_dtype(device: str) -> str:
     """Return the dtype that ``auto`` stands for on ``device``. It depends on the hardware, not on the model."""
-    import torch
-
     if device.startswith("cuda"):
+        import torch
+
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     try:
         flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
@@ -90,7 +101,7 @@ def compile_encoder(encoder: Encoder, setting: str, num_windows: int) -> None:
     """Compile ``encoder`` if :func:`should_compile` says so; print its note otherwise.
 
     Args:
-        encoder: A Whisper encoder; others are left unchanged.
+        encoder: A Whisper encoder; others are left unchanged. Of a lazy one, pass what its ``load()`` returns.
         setting: The value of ``encoder.compile``: auto, always or never.
         num_windows: Windows of the whole job.
     """

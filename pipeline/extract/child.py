@@ -39,6 +39,7 @@ class ShardReport(NamedTuple):
     audio_seconds: float = 0.0
     failures: Sequence[tuple[str, str, str]] = ()  # key, stage, reason
     committed: bool = False
+    copied: int = 0
 
 
 def command(argv: object) -> int:
@@ -62,8 +63,9 @@ def job_to_json(job: Job) -> dict[str, Any]:
     return {
         "config": job.config.model_dump(mode="json"),
         "device": job.config.encoder.device,
-        "fingerprint": job.fingerprint,
+        "generation": job.generation,
         "plan_id": job.plan.id,
+        "reuse": [reuse.donors for reuse in job.reuse],
         "todo": job.todo,
         "failed": job.earlier_failures,
         "attempts": job.failed_attempts,
@@ -86,9 +88,8 @@ def targets_from_json(job_json: dict[str, Any]) -> list[Target]:
         for layer, location, spec in job_json["targets"]
     ]
     for target, records in zip(targets, job_json.get("void", ()), strict=False):
-        if records and not target.store.is_complete(
-            target.spec.feature_id, job_json["plan_id"]
-        ):  # all were re-extracted
+        # if the generation is listed, all of them were extracted again
+        if records and not target.store.lists_plan(target.spec.feature_id, job_json["plan_id"]):
             target.store.reopen(records)
     return targets
 
@@ -100,14 +101,14 @@ def job_from_json(job_json: dict[str, Any]) -> Job:
         UserError: the encoder of this process computes other features than the caches hold.
     """
     from pipeline.config import ExtractConfig
-    from pipeline.encoders.load import compile_encoder
-    from pipeline.extract.job import Job, feature_spec, load_configured_encoder
-    from pipeline.extract.plan import count_windows
+    from pipeline.extract.job import Job, feature_spec, open_configured_encoder
+    from pipeline.extract.labels import LabelLookup
+    from pipeline.extract.reuse import Donor, Reuse
     from pipeline.sources import open_source
     from shards.config.base import validate_config
 
     config = validate_config(ExtractConfig, job_json["config"], "the configuration")
-    weights, encoder = load_configured_encoder(config, job_json["device"])
+    weights, encoder = open_configured_encoder(config, job_json["device"])
     targets = targets_from_json(job_json)
     for target in targets:
         different = target.spec.differences(feature_spec(config, encoder, target.layer))
@@ -116,12 +117,19 @@ def job_from_json(job_json: dict[str, Any]) -> Job:
                 f"the encoder on {encoder.device} computes other features than '{target.store.location}' holds "
                 f"({'; '.join(different)}): set encoder.dtype and encoder.device"
             )
-    plan = targets[0].store.plan()
+    generation = job_json["generation"]
+    plan = targets[0].store.plan(generation)
     assert plan is not None
-    source = open_source(config.source)
-    job = Job(config, source, encoder, weights, targets, plan, job_json["fingerprint"], todo=job_json["todo"])
-    job.earlier_failures, job.failed_attempts = job_json["failed"], job_json["attempts"]
-    compile_encoder(encoder, config.encoder.compile, count_windows(plan.table, encoder, config.overlap))
+    reuse = [
+        Reuse(target.spec, plan, [Donor(*donor) for donor in donors])
+        for target, donors in zip(targets, job_json["reuse"], strict=True)
+    ]
+    labels = LabelLookup(targets[0].store)
+    job = Job(
+        config, open_source(config.source), encoder, weights, targets, generation, plan, reuse, labels,
+        todo=job_json["todo"], earlier_failures=job_json["failed"], failed_attempts=job_json["attempts"],
+    )  # fmt: skip
+    job.load_encoder()
     return job
 
 
@@ -152,10 +160,10 @@ class _ReportWriter(ProgressListener):
         self._file, self._stats, self._lock = file, stats, threading.Lock()
         self._num_reported = len(stats.failures)  # failures of earlier runs, and those reported so far
 
-    def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
+    def on_utterances(self, shard: int, utterances: int, audio_seconds: float, copied: int = 0) -> None:
         failures = self._stats.failures[self._num_reported :]
         self._num_reported += len(failures)
-        self._send(ShardReport(shard, utterances, audio_seconds, failures))
+        self._send(ShardReport(shard, utterances, audio_seconds, failures, copied=copied))
 
     def on_shard_committed(self, shard: int) -> None:
         self._send(ShardReport(shard, committed=True))
@@ -193,7 +201,7 @@ class ReportCounter:
                 self._stats.add_failure(*failure)
             else:
                 self._stats.failures.remove((failure[0], failure[1], failure[2]))
-        self._stats.add(sign * report.utterances, sign * report.audio_seconds)
+        self._stats.add(sign * report.utterances, sign * report.audio_seconds, sign * report.copied)
         self._progress_bar.on_utterances(report.shard, sign * report.utterances, sign * report.audio_seconds)
 
 

@@ -1,8 +1,14 @@
 """The extraction job: everything that is decided before the first frame is computed.
 
-:func:`prepare_job` turns an :class:`pipeline.config.ExtractConfig` into a :class:`Job`: source, encoder, plan, and the
-caches to fill, one per layer. :func:`schedule` reads the commit records once and decides which shards are left to
-extract or must be extracted again. :func:`provenance` is what ``CACHE.json`` records about the job.
+:func:`prepare` turns an :class:`pipeline.config.ExtractConfig` into an :class:`Extraction`: the listed source with its
+audio ids, the encoder (not loaded yet if it is known), and the caches to fill, one per layer. :meth:`Extraction.jobs`
+returns the work that is left: a :class:`Job` is one generation of the caches that share its plan. The labels of the
+source are written before the first job.
+
+```
+source -> listing -> audio ids --compare with what the caches hold--> new utterances -> plan -> Job
+          listing -> label set "source"
+```
 """
 
 from __future__ import annotations
@@ -10,29 +16,46 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.config import ExtractConfig
 from pipeline.encoders.base import Encoder
+from pipeline.encoders.lazy import LazyEncoder, open_encoder_lazily
 from pipeline.encoders.load import compile_encoder, load_encoder
-from pipeline.extract.plan import corpus_fingerprint, count_frames, count_windows, list_utterances, make_plan
-from pipeline.extract.resources import first_device, num_decode_workers
-from pipeline.sources import Source, Utterance, open_source
+from pipeline.extract.audio_ids import AudioIndex, find_audio_ids
+from pipeline.extract.audio_ids import record as record_audio_ids
+from pipeline.extract.labels import LabelLookup, source_labels
+from pipeline.extract.listing import Listing, list_source
+from pipeline.extract.plan import count_windows, estimate_bytes, find_new, make_plan
+from pipeline.extract.resources import count_gpus, first_device, num_decode_workers
+from pipeline.extract.reuse import Donor, Reuse, check_extra, find_donors
+from pipeline.sources import Source, open_source
 from pipeline.weights.resolve import Weights, resolve_weights
 from shards.commit.claims import new_owner
 from shards.commit.store import Store, open_store
 from shards.errors import UserError
 from shards.format.codec import STORED_DTYPE
-from shards.format.layout import Layout, Plan
+from shards.format.layout import Layout, Plan, current_rows
 from shards.format.records import RecordError
+from shards.format.schemas import PLAN_SCHEMA
 from shards.format.spec import FeatureSpec
+from shards.labels.store import LabelEntry
 from shards.remote.client import is_url
 
 MAX_PUT_MB = 4000  # MB; S3 accepts 5 GiB in one put, and shard sizes vary slightly
 MAX_SCRATCH_SHARDS = 3  # shards on a process's scratch disk: one being written, one being uploaded, one waiting
+STATE_FOLDER = ".earshard"  # below the root: what earlier extractions learnt about audio files and encoders
+SOURCE_LABELS = "source"  # the label set that extraction writes
 
 
 @dataclass(frozen=True)
@@ -51,9 +74,12 @@ class Target:
 
 @dataclass
 class Job:
-    """Everything that is decided before the first frame.
+    """One generation to extract, in the caches that share its plan.
 
     Attributes:
+        generation: number of the generation.
+        reuse: for each target, the rows to copy from other caches.
+        labels: texts for the ``.json`` members.
         todo: shards to extract, because a target lacks them or they were invalidated. :func:`schedule` sets this and
             the following attributes.
         invalidated: for each target, the commit records of shards to extract again, by shard.
@@ -63,11 +89,13 @@ class Job:
 
     config: ExtractConfig
     source: Source
-    encoder: Encoder
+    encoder: LazyEncoder
     weights: Weights
     targets: list[Target]
+    generation: int
     plan: Plan
-    fingerprint: str
+    reuse: list[Reuse]
+    labels: LabelLookup
     owner: str = field(default_factory=new_owner)
     todo: list[int] = field(default_factory=list)
     invalidated: list[dict[int, dict[str, Any]]] = field(default_factory=list)
@@ -81,17 +109,24 @@ class Job:
     @property
     def decode_workers(self) -> int:
         """Threads that decode audio for this process's encoder."""
-        import torch
+        device = self.encoder.device
+        gpus = count_gpus() if device.startswith("cuda") else 0
+        return num_decode_workers(self.config.decode_workers, device=device, cpus=os.cpu_count() or 1, gpus=gpus)
 
-        return num_decode_workers(
-            self.config.decode_workers,
-            device=self.encoder.device,
-            cpus=os.cpu_count() or 1,
-            gpus=torch.cuda.device_count(),
-        )
+    def load_encoder(self) -> None:
+        """Load the encoder, unless every utterance of the shards to extract is copied; compile it if that pays off."""
+        encoded = self.to_encode() & np.isin(self.plan.shard, self.todo)
+        if encoded.any():
+            windows = count_windows(self.plan.samples[encoded], self.encoder, self.config.overlap)
+            compile_encoder(self.encoder.load(), self.config.encoder.compile, windows)
+
+    def to_encode(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return which planned utterances are encoded, bool [utterances]: those that a target cannot copy."""
+        copied: np.ndarray[Any, np.dtype[np.bool_]] = np.all([reuse.copied for reuse in self.reuse], axis=0)
+        return ~copied
 
     def is_complete(self) -> bool:
-        return all(t.store.is_complete(t.spec.feature_id, self.plan.id) for t in self.targets)
+        return all(t.store.lists_plan(t.spec.feature_id, self.plan.id) for t in self.targets)
 
     @contextmanager
     def hold_leases(self) -> Iterator[None]:
@@ -102,8 +137,148 @@ class Job:
             yield
 
 
-def prepare_job(config: ExtractConfig) -> Job:
-    """Resolve the weights, load the encoder, list the source and fix the plan.
+@dataclass
+class Extraction:
+    """A configuration whose source is listed and whose caches are known.
+
+    Attributes:
+        listing: all utterances of the source.
+        audio_ids: 32 bytes for each of them; zeros where the audio is not known.
+        index: the stat cache of audio ids.
+        entries: the entry of the source's label set in each target.
+        relabeled: for each target, whether this run wrote a new label set.
+        changed_audio: number of utterances whose audio changed under an unchanged key.
+    """
+
+    config: ExtractConfig
+    source: Source
+    encoder: LazyEncoder
+    weights: Weights
+    targets: list[Target]
+    listing: Listing
+    audio_ids: pa.FixedSizeBinaryArray
+    index: AudioIndex
+    entries: list[LabelEntry] = field(default_factory=list)
+    relabeled: list[bool] = field(default_factory=list)
+    changed_audio: int = 0
+
+    def learn_audio_ids(self, job: Job) -> None:
+        """Add the ids of recordings that were hashed while they were encoded to the stat cache."""
+        if not self.source.hash_ahead:
+            table = pq.read_table(job.targets[0].store.tables(job.generation)[0], columns=["audio", "audio_id"])
+            record_audio_ids(self.source, self.listing, self.index, table["audio"], table["audio_id"])
+
+    def jobs(
+        self, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = (), grow: bool = True
+    ) -> list[Job]:
+        """Return the generations that are left to extract: unfinished ones, else one of everything new.
+
+        Call it again when these jobs are finished, until it returns nothing: another process may have added a
+        generation meanwhile.
+
+        Args:
+            verify: also return the finished generations that have a corrupt shard. Re-hashes every committed shard.
+            retry_failed: plan the utterances again that failed.
+            shards: shards of finished generations to extract again in any case.
+            grow: whether to plan what is new.
+
+        Raises:
+            UserError: a plan is corrupt, a cache cannot be written, or the disk is too small.
+        """
+        plans: dict[tuple[int, str], tuple[Plan, list[Target]]] = {}
+        for target in self.targets:
+            for generation, plan in self._plans(target, verify or bool(shards), retry_failed, grow):
+                plans.setdefault((generation, plan.id), (plan, []))[1].append(target)
+        jobs = []
+        for (generation, _), (plan, targets) in sorted(plans.items(), key=lambda item: item[0]):
+            reuse = [
+                Reuse(t.spec, plan, find_donors(self.config.root, t.spec, self.config.reuse, _earlier(t, generation)))
+                for t in targets
+            ]
+            labels = LabelLookup(targets[0].store)
+            job = Job(self.config, self.source, self.encoder, self.weights, targets, generation, plan, reuse, labels)
+            schedule(job, verify=verify, shards=shards)
+            jobs.append(job)
+        # A cache with an invalidated shard is open again: its other generations are to be listed again, in order.
+        return [job for job in jobs if job.todo or not job.is_complete()]
+
+    def _plans(self, target: Target, finished: bool, retry_failed: bool, grow: bool) -> Iterator[tuple[int, Plan]]:
+        """Yield the plans of a target to work on; writes a plan of what is new unless a generation is unfinished."""
+        info = target.store.info()
+        generations = info["generations"] if info is not None else []
+        for number in range(len(generations) if finished else 0):
+            plan = target.store.plan(number)
+            if plan is None:
+                raise UserError(
+                    f"'{target.store.location}' lacks the plan of generation {number}: pull or copy it again"
+                )
+            yield number, plan
+        pending = target.store.plan(len(generations))
+        if pending is not None:
+            self._check_pending(target, pending)
+            yield len(generations), pending
+            return
+        if not grow:
+            return
+        new, changed = find_new(self.listing.table["key"], self.audio_ids, planned_audio(target, len(generations)))
+        self.changed_audio = max(self.changed_audio, changed)
+        if retry_failed:
+            failed = pa.array(sorted(failed_attempts(target, len(generations))), pa.string())
+            new |= pc.is_in(self.listing.table["key"], value_set=failed).to_numpy()
+        if new.any():
+            tables = self.make_plan(np.flatnonzero(new), sum(entry["shards"] for entry in generations))
+            yield len(generations), target.store.write_plan(len(generations), tables)
+
+    def make_plan(self, chosen: np.ndarray[Any, np.dtype[np.int64]], first_shard: int) -> Iterator[pa.Table]:
+        """Yield the plan of these rows of the listing, in parts."""
+        return make_plan(
+            self.listing.table,
+            chosen,
+            self.audio_ids,
+            shuffle=not self.source.sequential,
+            seed=self.config.source.seed,
+            frame_bytes=self.encoder.channels * STORED_DTYPE[self.config.codec].itemsize,
+            hop=self.encoder.hop,
+            padded_frames=padded_frames(self.config, self.encoder),
+            shard_mb=self.config.shard_mb,
+            first_shard=first_shard,
+        )
+
+    def _check_pending(self, target: Target, plan: Plan) -> None:
+        """Check that this source has the audio that an unfinished generation was planned from."""
+        audio = pc.is_in(plan.columns("audio")["audio"], value_set=self.listing.table["audio"].combine_chunks())
+        lost = len(plan) - (pc.sum(audio).as_py() or 0)
+        allowed = self.config.max_failures
+        if lost > (allowed * len(plan) if allowed < 1 else allowed):
+            raise UserError(
+                f"'{target.store.location}' has an unfinished generation of {len(plan)} utterances, and this source "
+                f"does not have {lost} of them: finish it with the configuration that began it, or delete "
+                f"'{target.store.location}/plans/{plan.path.name}' to abandon it"
+            )
+
+
+def _earlier(target: Target, generation: int) -> Donor:
+    """Return the generations of a cache before ``generation``, to copy from; none if the cache is being repaired."""
+    return Donor(target.store.location, generation if target.store.info() is not None else 0)
+
+
+def state_folder(root: str) -> Path:
+    """Return the folder of what earlier extractions into ``root`` learnt: in it, or for a URL in the user's cache."""
+    if not is_url(root):
+        return Path(root) / STATE_FOLDER
+    import hashlib
+
+    home = Path(os.environ.get("EARSHARD_HOME") or "~/.cache/earshard").expanduser()
+    return home / "state" / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:16]
+
+
+def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True, damaged: bool = False) -> Extraction:
+    """Resolve the weights, list the source, identify its audio, and write its labels.
+
+    Args:
+        rehash: read every audio file, even if its size and modification time are those of an earlier run.
+        relabel: whether to write the labels of the source.
+        damaged: the caches are to be repaired: what they hold is not read, and all audio is identified.
 
     Raises:
         UserError: a setting is invalid, or the weights, the source or a cache folder cannot be used with it.
@@ -113,7 +288,7 @@ def prepare_job(config: ExtractConfig) -> Job:
             f"shard_mb={config.shard_mb:g} exceeds the largest object that can be uploaded at once: set it to "
             f"{MAX_PUT_MB} or less"
         )
-    weights, encoder = load_configured_encoder(config, first_device(config))
+    weights, encoder = open_configured_encoder(config)
     if config.trim == "none" and encoder.window != "full30":
         raise UserError(
             f"trim=none stores padded windows, but window={encoder.window} does not pad to a fixed size: use trim=valid"
@@ -123,33 +298,70 @@ def prepare_job(config: ExtractConfig) -> Job:
     layers = resolve_layers(config.encoder.layers, encoder.n_layers)
     limits = [n for n in (config.limit, config.source.limit) if n is not None]
     source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
-    utterances = list_utterances(source)
-    fingerprint = corpus_fingerprint(utterances, source.version)
-    corpus = f"{config.root.rstrip('/') or '/'}/{source.name}-{fingerprint[:8]}"
+    specs = [feature_spec(config, encoder, layer) for layer in layers]
+    check_extra(config.reuse, specs)
+    state = state_folder(config.root)
+    listing = list_source(source, state if _is_writable(state) else Path(tempfile.gettempdir()))
+    corpus = f"{config.root.rstrip('/') or '/'}/{source.name}"
     targets = []
-    for layer in layers:
-        spec = feature_spec(config, encoder, layer)
+    for layer, spec in zip(layers, specs, strict=True):
         tight = "-tight" if spec.window == "tight" else ""
         folder = f"{corpus}/{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
         targets.append(Target(layer, open_store(folder, config.scratch), spec))
-    plan = _load_or_make_plan(config, encoder, source, utterances, targets, fingerprint)
-    job = Job(config, source, encoder, weights, targets, plan, fingerprint)
-    compile_encoder(encoder, config.encoder.compile, count_windows(plan.table, encoder, config.overlap))
-    return job
+    known = np.full(len(listing.table), damaged)
+    for target in () if damaged else targets:
+        keys = _held_keys(target, config, source, listing)
+        if keys is not None:
+            known |= pc.is_in(listing.table["key"], value_set=keys).to_numpy()
+    index = AudioIndex(state / f"{source.name}.parquet")
+    ids = find_audio_ids(source, listing, index, rehash=rehash, hash_unknown=known)
+    extraction = Extraction(config, source, encoder, weights, targets, listing, ids, index)
+    if not relabel:
+        return extraction
+    table = source_labels(listing)
+    origin = str(config.source.path or config.source.kind)
+    for target in targets:
+        before = target.store.labels().current(SOURCE_LABELS)
+        entry = target.store.add_labels(table, SOURCE_LABELS, origin)
+        extraction.entries.append(entry)
+        extraction.relabeled.append(before is None or before.id != entry.id)
+    return extraction
 
 
-def load_configured_encoder(config: ExtractConfig, device: str) -> tuple[Weights, Encoder]:
-    """Load the encoder of ``config`` on ``device``; return its weights and the encoder. Raises UserError."""
+def _is_writable(folder: Path) -> bool:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
+def open_configured_encoder(config: ExtractConfig, device: str | None = None) -> tuple[Weights, LazyEncoder]:
+    """Resolve the weights of ``config`` and open its encoder, which is loaded when it is used; raises UserError.
+
+    Args:
+        device: the device of this process; None is the first one that ``config`` allows.
+    """
     weights = resolve_weights(config.encoder.model, role="encoder")
-    encoder = load_encoder(
+    margin = config.margin if config.window == "tight" else 0.0
+
+    def load() -> Encoder:
+        return load_encoder(
+            weights,
+            device=device or first_device(config),
+            dtype=config.encoder.dtype,
+            batch_size=config.encoder.batch_size,
+            window=config.window,
+            margin=margin,
+        )
+
+    return weights, open_encoder_lazily(
+        load,
         weights,
-        device=device,
+        device=device or config.encoder.device,
         dtype=config.encoder.dtype,
-        batch_size=config.encoder.batch_size,
         window=config.window,
-        margin=config.margin if config.window == "tight" else 0.0,
+        margin=margin,
+        memo=state_folder(config.root) / "encoders",
     )
-    return weights, encoder
 
 
 def resolve_layers(layers: list[int] | None, n_layers: int) -> list[int]:
@@ -187,81 +399,102 @@ def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> Feature
     )
 
 
-def _load_or_make_plan(
-    config: ExtractConfig,
-    encoder: Encoder,
-    source: Source,
-    utterances: Sequence[Utterance],
-    targets: list[Target],
-    fingerprint: str,
-) -> Plan:
-    """Return the plan that all targets share: an existing one if there is one, else a new one. Write it to all."""
-    for target in targets:
-        _check_same_spec(target)
-    padded = encoder.window_samples // encoder.hop if config.trim == "none" else None
-    existing = [target.store.plan() for target in targets]
-    table = next((plan.table for plan in existing if plan is not None), None)
-    if table is None:
-        table = make_plan(
-            utterances,
-            shuffle=not source.sequential,
-            seed=config.source.seed,
-            frame_bytes=encoder.channels * STORED_DTYPE[config.codec].itemsize,
-            hop=encoder.hop,
-            padded_frames=padded,
-            shard_mb=config.shard_mb,
-        )
-    plans = [plan or target.store.write_plan(table) for target, plan in zip(targets, existing, strict=True)]
-    for target, plan in zip(targets, plans, strict=True):
-        if plan.id != plans[0].id:
-            raise UserError(
-                f"'{target.store.location}' and '{targets[0].store.location}' have different plans: extract these "
-                "layers separately"
-            )
-        planned = plan.table.select(_PLAN_COLUMNS).to_pylist()
-        found = corpus_fingerprint((Utterance(**row) for row in planned), source.version)
-        if found != fingerprint:
-            raise UserError(
-                f"the plan in '{target.store.location}' belongs to another corpus (expected {fingerprint[:8]}, got "
-                f"{found[:8]}): move the folder away"
-            )
-    return plans[0]
+def padded_frames(config: ExtractConfig, encoder: Encoder) -> int | None:
+    """Return the frames of an untrimmed window; None when frames are trimmed to the audio."""
+    return encoder.window_samples // encoder.hop if config.trim == "none" else None
 
 
-_PLAN_COLUMNS = ["key", "id", "audio", "samples", "text", "speaker", "split"]
+def _held_keys(target: Target, config: ExtractConfig, source: Source, listing: Listing) -> pa.Array | None:
+    """Return the keys that a cache holds or has tried, None if there is no complete cache.
 
-
-def _check_same_spec(target: Target) -> None:
+    Raises:
+        UserError: the cache is corrupt, has another spec, or was made from another source.
+    """
+    where = target.store.location
     try:
         info = target.store.info()
     except RecordError as error:
         raise UserError(
-            f"'{target.store.location}/CACHE.json' is corrupt ({error}): delete that file and rerun the extraction; "
-            "shards are kept"
+            f"'{where}/CACHE.json' is corrupt ({error}): delete that file and rerun the extraction; shards are kept"
         ) from None
     if info is None:
-        return
-    found = FeatureSpec.parse(info.get("spec"), f"'{target.store.location}/CACHE.json'")
+        return None
+    found = FeatureSpec.parse(info.get("spec"), f"'{where}/CACHE.json'")
     if found.feature_id != target.spec.feature_id:
         raise UserError(
-            f"'{target.store.location}' holds features with another spec "
-            f"({'; '.join(found.differences(target.spec))}): choose another root or move the folder away"
+            f"'{where}' holds features with another spec ({'; '.join(found.differences(target.spec))}): choose another "
+            "root or move the folder away"
         )
+    planned = planned_audio(target, len(info["generations"]))
+    recorded = info["generations"][-1]["provenance"].get("source") or {}
+    kind, root = recorded.get("kind"), recorded.get("root")
+    keys: pa.Array = planned["key"].combine_chunks()
+    other_root = root is not None and source.root is not None and root != str(source.root.resolve())
+    strange = other_root and not (pc.any(pc.is_in(listing.table["key"], value_set=keys)).as_py() or False)
+    if (kind is not None and kind != config.source.kind) or strange:
+        whose = f"a source of kind {kind}" if not strange else f"another source, '{root}'"
+        raise UserError(f"'{where}' was made from {whose}: set source.name to a name of its own for this corpus")
+    return keys
 
 
-def estimate_bytes(job: Job, shards: Sequence[int]) -> int:
+def planned_audio(target: Target, generations: int) -> pa.Table:
+    """Return ``key`` and ``audio_id`` of everything that the first generations hold or have tried, one row per key."""
+    tables, keys, failed = [], [], []
+    for generation in range(generations):
+        table, lost = (_read_columns(target, path, names) for path, names in zip(
+            target.store.tables(generation), (["key", "audio_id"], ["key"]), strict=True
+        ))  # fmt: skip
+        lost = lost["key"]
+        if len(lost):
+            plan = target.store.plan(generation)
+            assert plan is not None
+            planned = plan.columns("key", "audio_id")
+            table = pa.concat_tables([table, planned.filter(pc.is_in(planned["key"], value_set=lost.combine_chunks()))])
+        tables.append(table)
+        keys.append(table["key"])
+        failed.append(pa.chunked_array([], pa.string()))
+    if not tables:
+        return PLAN_SCHEMA.empty_table().select(["key", "audio_id"])
+    current = [table.filter(pa.array(rows)) for table, rows in zip(tables, current_rows(keys, failed), strict=True)]
+    return pa.concat_tables(current) if generations > 1 else tables[0]
+
+
+def _read_columns(target: Target, path: Path, names: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=names, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        where = target.store.location
+        raise UserError(
+            f"'{path.parent.name}/{path.name}' of '{where}' cannot be read ({type(error).__name__}): run "
+            f"`python -m pipeline repair {where}`"
+        ) from None
+
+
+def failed_attempts(target: Target, generations: int) -> dict[str, int]:
+    """Return the number of failed attempts of each utterance that has no features, by key."""
+    found: dict[str, int] = {}
+    for generation in range(generations):
+        manifest, failures = target.store.tables(generation)
+        for row in _read_columns(target, failures, ["key", "attempt"]).to_pylist():
+            found[row["key"]] = row["attempt"]
+        if found:
+            keys = _read_columns(target, manifest, ["key"])["key"]
+            failed = pa.array(list(found), pa.string())
+            for key in failed.filter(pc.is_in(failed, value_set=keys.combine_chunks())).to_pylist():
+                del found[key]
+    return found
+
+
+def estimate_job_bytes(job: Job, shards: Collection[int]) -> int:
     """Estimate the bytes that the tars of ``shards`` will take in all targets together."""
-    padded = job.encoder.window_samples // job.encoder.hop if job.config.trim == "none" else None
-    wanted = set(shards)
-    total = 0
-    itemsize = STORED_DTYPE[job.config.codec].itemsize
-    for shard, samples in zip(job.plan.table["shard"].to_pylist(), job.plan.table["samples"].to_pylist(), strict=True):
-        if shard in wanted:
-            total += count_frames(samples, job.encoder.hop, padded) * job.encoder.channels * itemsize + 2600
-    return total * len(job.targets)
+    wanted = np.isin(job.plan.shard, list(shards))
+    frame_bytes = job.encoder.channels * STORED_DTYPE[job.config.codec].itemsize
+    padded = padded_frames(job.config, job.encoder)
+    sizes = estimate_bytes(job.plan.samples[wanted], job.encoder.hop, padded, frame_bytes)
+    return int(sizes.sum()) * len(job.targets)
 
 
-def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shards: Collection[int] = ()) -> None:
+def schedule(job: Job, *, verify: bool = False, shards: Collection[int] = ()) -> None:
     """Find the shards that are left to extract, in one scan of the commit records; complete caches are not scanned.
 
     A cache with an invalidated shard is no longer complete, so its ``CACHE.json`` is removed first. Failed utterances
@@ -270,41 +503,42 @@ def schedule(job: Job, *, verify: bool = False, retry_failed: bool = False, shar
     Args:
         job: its ``todo``, ``invalidated``, ``earlier_failures`` and ``failed_attempts`` are set.
         verify: re-hash the committed shards and extract corrupt ones again.
-        retry_failed: extract shards with failed utterances again.
-        shards: shards to extract again in any case.
+        shards: shards to extract again in any case; others than those of this generation are ignored.
 
     Raises:
         UserError: the disk is too small for the remaining shards.
     """
-    redo = set(shards)
-    if job.is_complete() and not (redo or verify or retry_failed):
+    redo = set(shards) & set(job.plan.shards)
+    if job.is_complete() and not (redo or verify):
         return
     found: list[dict[int, dict[str, Any]]] = []
     for target in job.targets:
         found.append({})
-        for shard in range(job.plan.num_shards):
+        for shard in job.plan.shards:
             record = target.store.commit_record(shard, target.spec.feature_id, job.plan.id)
             if record is None:
                 continue
             found[-1][shard] = record
-            if (retry_failed and record["failures"]) or (verify and target.store.is_corrupt(shard, record)):
+            if verify and target.store.is_corrupt(shard, record):
                 redo.add(shard)
     job.invalidated = [{shard: records[shard] for shard in sorted(redo & records.keys())} for records in found]
     for target, records in zip(job.targets, job.invalidated if redo else (), strict=False):
         target.store.reopen(records)
+    for target in job.targets:
+        job.failed_attempts |= failed_attempts(target, job.generation if target.store.info() is not None else 0)
     for shard, record in found[0].items():
         if shard in redo:
-            job.failed_attempts.update({failure["key"]: failure["attempt"] for failure in record["failures"]})
+            job.failed_attempts.update({failure["key"]: failure["attempt"] - 1 for failure in record["failures"]})
         else:
             job.earlier_failures += record["failures"]
-    job.todo = [s for s in range(job.plan.num_shards) if s in redo or any(s not in records for records in found)]
+    job.todo = [s for s in job.plan.shards if s in redo or any(s not in records for records in found)]
     _check_disk_space(job)
 
 
 def _check_disk_space(job: Job) -> None:
     folder, keeps_shards = job.targets[0].layout.path, job.targets[0].store.keeps_shards
     # shards are about equal in size
-    need = estimate_bytes(job, job.todo if keeps_shards else job.todo[:MAX_SCRATCH_SHARDS])
+    need = estimate_job_bytes(job, job.todo if keeps_shards else job.todo[:MAX_SCRATCH_SHARDS])
     free = shutil.disk_usage(folder).free
     if need > free:
         fix = "choose another root, set limit" if keeps_shards else "set scratch, lower shard_mb"
@@ -316,8 +550,7 @@ def _check_disk_space(job: Job) -> None:
 
 def provenance(job: Job) -> dict[str, Any]:
     """Return where the features come from and what computes them; not part of any id."""
-    import torch
-    import transformers
+    from importlib import metadata
 
     import shards
 
@@ -326,7 +559,6 @@ def provenance(job: Job) -> dict[str, Any]:
             "kind": job.config.source.kind,
             "name": job.source.name,
             "root": str(job.source.root.resolve()) if job.source.root else None,
-            "fingerprint": job.fingerprint,
             "problems": job.source.problems,
         },
         "encoder": {
@@ -336,10 +568,11 @@ def provenance(job: Job) -> dict[str, Any]:
             "device": str(job.encoder.device),
             "batch_size": job.config.encoder.batch_size,
         },
+        "copied": {location: count for reuse in job.reuse for location, count in reuse.sources.items()},
         "config": job.config.model_dump(mode="json"),
         "earshard": shards.VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -15,20 +15,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline.extract.child import ReportCounter, ShardReport, job_to_json
-from pipeline.extract.job import provenance
-from pipeline.extract.loop import count_committed_failures, finish_caches, make_shards
+from pipeline.extract.job import prepare, provenance
+from pipeline.extract.loop import cleanup, count_committed_failures, finish_caches, make_shards
 from pipeline.extract.progress import ProgressBar
-from pipeline.extract.resources import Worker, process_devices
+from pipeline.extract.resources import Worker, count_gpus, process_devices
 from pipeline.extract.shard import open_decoders
 from pipeline.extract.stats import ExtractionStats, check_failures
+from pipeline.extract.summary import JobSummary, Outcome, open_outcome, summarize
 from pipeline.profile import StageTimes
 
 if TYPE_CHECKING:
+    from pipeline.config import ExtractConfig
     from pipeline.extract.job import Job
 
 CHILD_EXIT_TIMEOUT = 10.0  # seconds that a child may take to abandon its shard
@@ -42,9 +44,11 @@ class WorkerProcesses:
         self._running: list[tuple[str, subprocess.Popen[str], threading.Thread]] = []
 
     def __enter__(self) -> WorkerProcesses:
+        if not self._job.encoder.loaded:  # everything is copied
+            return self
         import torch
 
-        names = process_devices(self._job.config.encoder.device, self._job.config.processes, torch.cuda.device_count())
+        names = process_devices(self._job.config.encoder.device, self._job.config.processes, count_gpus())
         for device in names[1:]:
             self._start(self._job.encoder.device if device == "auto" else device, torch.get_num_threads())
         return self
@@ -76,7 +80,7 @@ class WorkerProcesses:
             thread.join()
             self._running.remove(entry)
             self._report_exit(device, process.returncode)
-        check_failures(self._stats, self._job.config.max_failures, len(self._job.plan.table))
+        check_failures(self._stats, self._job.config.max_failures, len(self._job.plan))
 
     def _start(self, device: str, threads: int) -> None:
         process = subprocess.Popen(
@@ -113,8 +117,45 @@ class WorkerProcesses:
             print(f"note: the process on {device} exited {how}; its shard is extracted again", file=sys.stderr)
 
 
+def extract(
+    config: ExtractConfig,
+    *,
+    worker: Worker | None = None,
+    verify: bool = False,
+    retry_failed: bool = False,
+    rehash: bool = False,
+    trace: bool = False,
+    on_start: Callable[[JobSummary], None] = lambda summary: None,
+) -> Outcome:
+    """Extract everything that the caches of ``config`` lack, on this machine.
+
+    Args:
+        worker: decides which shards this process tries first.
+        verify: re-hash the committed shards and extract corrupt ones again.
+        retry_failed: try the utterances again that failed before.
+        rehash: see :func:`pipeline.extract.job.prepare`.
+        trace: see :func:`run_local`.
+        on_start: called with the summary of each job before its first shard.
+
+    Raises:
+        UserError, WorkFailed: see :func:`pipeline.extract.job.prepare` and :func:`run_local`.
+    """
+    extraction = prepare(config, rehash=rehash)
+    outcome = open_outcome(extraction)
+    while jobs := extraction.jobs(verify=verify, retry_failed=retry_failed):
+        for job in jobs:
+            summary = summarize(job)
+            on_start(summary)
+            outcome.add(summary, run_local(job, worker=worker, trace=trace))
+            extraction.learn_audio_ids(job)
+        verify = retry_failed = False
+    outcome.changed_audio = extraction.changed_audio
+    cleanup(extraction)
+    return outcome
+
+
 def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) -> ExtractionStats:
-    """Extract in this process and its children until every shard is committed, then finalize the caches.
+    """Extract in this process and its children until every shard is committed, then finalize the generation.
 
     Args:
         job: a scheduled job.
@@ -130,17 +171,17 @@ def run_local(job: Job, *, worker: Worker | None = None, trace: bool = False) ->
     count_committed_failures(job, stats)
     with job.hold_leases():
         if job.todo:
+            job.load_encoder()
             with (
                 _open_progress_bar(job, stats) as progress_bar,
                 WorkerProcesses(job, stats, progress_bar) as others,
                 open_decoders(job, stats.stage_times) as decoders,
             ):
                 make_shards(job, stats, decoders, progress_bar, worker=worker, before_each_shard=others.check)
-        finish_caches(job.targets, job.plan, provenance(job), time.perf_counter() - started)
+        finish_caches(job.targets, job.generation, job.plan, provenance(job), time.perf_counter() - started)
         stats.stage_times.wall_seconds = time.perf_counter() - started
     return stats
 
 
 def _open_progress_bar(job: Job, stats: ExtractionStats) -> ProgressBar:
-    sizes = Counter(job.plan.table["shard"].to_pylist())
-    return ProgressBar(sizes, lambda: stats.stage_times.bottleneck(job.decode_workers))
+    return ProgressBar(job.plan.sizes, lambda: stats.stage_times.bottleneck(job.decode_workers))

@@ -15,36 +15,40 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.decode import AudioDecoders
-from pipeline.extract.job import Job, Target
+from pipeline.extract.job import Extraction, Job, Target
 from pipeline.extract.progress import ProgressListener
 from pipeline.extract.resources import Worker
 from pipeline.extract.shard import WrittenShard, encode_shard
 from pipeline.extract.stats import ExtractionStats, check_failures
 from pipeline.profile import StageTimes
 from pipeline.threads import BackgroundThread
+from shards.commit.claims import new_owner
 from shards.format.layout import Plan
 
 POLL_INTERVAL = 0.5  # seconds between two checks on other processes
 
 
-def finish_caches(targets: Sequence[Target], plan: Plan, provenance: dict[str, Any], seconds: float) -> None:
-    """Finalize each cache; if another process is already doing so, wait until that cache is complete.
+def finish_caches(
+    targets: Sequence[Target], generation: int, plan: Plan, provenance: dict[str, Any], seconds: float
+) -> None:
+    """Finalize a generation in each cache; if another process is already doing so, wait until it is complete.
 
     Any process may call this any number of times, within ``hold_leases`` of the stores.
 
     Args:
         targets: caches whose shards are all committed.
-        plan: their common plan.
+        generation: number of the generation.
+        plan: its plan.
         provenance: see :func:`pipeline.extract.job.provenance`.
         seconds: duration of the run.
     """
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     provenance = {**provenance, "last_run_seconds": round(seconds, 1), "finished": finished}
     for target in targets:
-        while not target.store.is_complete(target.spec.feature_id, plan.id):
+        while not target.store.lists_plan(target.spec.feature_id, plan.id):
             if target.store.acquire(None):
                 try:
-                    target.store.finalize(target.spec, plan, provenance)
+                    target.store.finalize(target.spec, generation, plan, provenance)
                 finally:
                     target.store.release(None)
             else:
@@ -73,10 +77,11 @@ def make_shards(
         before_each_shard: called before each shard; an exception that it raises stops the loop.
     """
     todo = set(job.todo)
-    for shard in range(job.plan.num_shards):
+    shards = job.plan.shards
+    for shard in shards:
         if shard not in todo:
             listener.on_shard_skipped(shard)
-    pending = [shard for shard in (worker or Worker()).shard_order(job.plan.num_shards) if shard in todo]
+    pending = [shards[place] for place in (worker or Worker()).shard_order(len(shards)) if shards[place] in todo]
     with CommitThread(stats.stage_times, listener) as commit_thread:
         while pending:
             encoded_here, held_by_others = [], []
@@ -154,10 +159,10 @@ class CommitThread:
         self._uncommitted.remove(written_shard)
 
 
-def cleanup(job: Job) -> None:
-    """Remove the files that killed processes left in the caches of a finished job."""
-    with job.hold_leases():
-        for target in job.targets:
+def cleanup(extraction: Extraction) -> None:
+    """Remove the files that killed processes left in complete caches."""
+    for target in extraction.targets:
+        with target.store.hold_leases(new_owner(), extraction.config.lease_seconds):
             target.store.cleanup()
 
 
@@ -179,4 +184,4 @@ def count_committed_failures(job: Job, stats: ExtractionStats) -> None:
     """Add the failures of earlier runs to ``stats``; they count toward ``max_failures``. Raises WorkFailed."""
     for failure in job.earlier_failures:
         stats.add_failure(failure["key"], failure["stage"], failure["error"])
-    check_failures(stats, job.config.max_failures, len(job.plan.table))
+    check_failures(stats, job.config.max_failures, len(job.plan))

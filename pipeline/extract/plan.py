@@ -1,67 +1,74 @@
-"""The plan: which utterance goes to which shard, fixed before the first frame is computed.
+"""The plan: which utterance goes to which shard, fixed before the first frame of a generation is computed.
 
-The plan is a table with ``UTTERANCE_SCHEMA``. Utterances are shuffled once, here, so that a shard read in order is
-already mixed. Sources that are slow to read out of order (archives, streams) keep their own order, and their shards
-hold consecutive utterances.
+A plan is a table with ``PLAN_SCHEMA``. Utterances are shuffled once, here, so that a shard read in order is already
+mixed. Sources that are slow to read out of order (archives, streams) keep their own order, and their shards hold
+consecutive utterances.
+
+Everything is an array: planning takes less than 100 bytes of memory per utterance.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-from tqdm import tqdm
+import pyarrow.compute as pc
 
 from pipeline.encoders.base import Encoder
-from pipeline.sources import Source, Utterance
-from shards.errors import UserError
-from shards.format.layout import UTTERANCE_SCHEMA
-from shards.format.spec import canonical_json
+from shards.format.schemas import PLAN_SCHEMA
+from shards.labels.table import blocks
+from shards.stream.sampler import random_words
 
 MEMBER_OVERHEAD = 2600  # bytes: three tar headers, padding, the npy header and a typical JSON file
 
-
-def list_utterances(source: Source) -> list[Utterance]:
-    """Return every utterance of ``source`` in its order. Raises UserError if there is none."""
-    utterances = list(tqdm(source.utterances(), desc=f"listing {source.name}", unit=" utt", delay=1.0))
-    if not utterances:
-        problems = f" ({'; '.join(source.problems)})" if source.problems else ""
-        raise UserError(
-            f"source '{source.name}' has no utterances{problems}: check source.path, source.splits and the durations"
-        )
-    return utterances
+Ints = npt.NDArray[np.int64]
 
 
-def corpus_fingerprint(utterances: Iterable[Utterance], version: str) -> str:
-    """Return the sha256 (64 hex digits) over key, id, samples, text, speaker and split of all utterances, in key order.
-
-    The location of the audio is not included, so a copied corpus has the same fingerprint. ``version`` is that of the
-    source: another version of a synthesizer produces another corpus.
-    """
-    digest = hashlib.sha256(version.encode() + b"\n")
-    for u in sorted(utterances, key=lambda u: u.key):
-        digest.update(canonical_json([u.key, u.id, u.samples, u.text, u.speaker, u.split]).encode() + b"\n")
-    return digest.hexdigest()
+def count_frames(samples: Ints, hop: int, padded_frames: int | None) -> Ints:
+    """Return the frames of each utterance: ceil(samples / hop), but at least ``padded_frames`` if that is given."""
+    frames: Ints = -(-samples // hop)
+    return np.maximum(frames, padded_frames) if padded_frames else frames
 
 
-def count_frames(samples: int, hop: int, padded_frames: int | None) -> int:
-    """Return the frames of an utterance: ceil(samples / hop), but at least ``padded_frames`` if that is given."""
-    frames = -(-samples // hop)
-    return max(frames, padded_frames) if padded_frames else frames
-
-
-def count_windows(table: pa.Table, encoder: Encoder, overlap: float) -> int:
-    """Return the number of encoder windows of the planned utterances; ``overlap`` is in seconds."""
+def count_windows(samples: Ints, encoder: Encoder, overlap: float) -> int:
+    """Return the number of encoder windows of utterances of these lengths; ``overlap`` is in seconds."""
     step = encoder.window_samples - round(overlap * encoder.sampling_rate)
-    more = np.maximum(0, table["samples"].to_numpy() - encoder.window_samples)
-    return int(len(table) + (-(-more // step)).sum())
+    more = np.maximum(0, samples - encoder.window_samples)
+    return int(len(samples) + (-(-more // step)).sum())
+
+
+def estimate_bytes(samples: Ints, hop: int, padded_frames: int | None, frame_bytes: int) -> Ints:
+    """Return the approximate bytes of each utterance in a tar.
+
+    Args:
+        samples: int64 [utterances].
+        hop: samples per frame.
+        padded_frames: frames of an untrimmed window; None when frames are trimmed to the audio.
+        frame_bytes: channels × bytes per stored value.
+    """
+    return count_frames(samples, hop, padded_frames) * frame_bytes + MEMBER_OVERHEAD
+
+
+def plan_shards(sizes: Ints, shard_mb: float) -> npt.NDArray[np.int32]:
+    """Return the shard of each utterance, from 0 without gaps: consecutive utterances, about equal bytes per shard.
+
+    Args:
+        sizes: bytes of each utterance, in order.
+        shard_mb: target size of a shard in megabytes (10⁶ bytes).
+    """
+    total = int(sizes.sum())
+    shards = max(1, min(len(sizes), round(total / (shard_mb * 1e6)) or 1))
+    middle = np.cumsum(sizes) - sizes / 2
+    shard = np.minimum((middle * shards / max(total, 1)).astype(np.int64), shards - 1)
+    return np.unique(shard, return_inverse=True)[1].astype(np.int32)  # one large utterance can leave a shard empty
 
 
 def make_plan(
-    utterances: Sequence[Utterance],
+    listing: pa.Table,
+    chosen: Ints,
+    audio_ids: pa.FixedSizeBinaryArray,
     *,
     shuffle: bool,
     seed: int,
@@ -69,35 +76,75 @@ def make_plan(
     hop: int,
     padded_frames: int | None,
     shard_mb: float,
-) -> pa.Table:
-    """Assign utterances to shards of about ``shard_mb`` MB each; return a table with ``UTTERANCE_SCHEMA``.
+    first_shard: int = 0,
+) -> Iterator[pa.Table]:
+    """Assign utterances to shards of about ``shard_mb`` MB each; yield the plan (PLAN_SCHEMA) in parts.
 
     Args:
-        utterances: all utterances of the source.
+        listing: all utterances of the source (``pipeline/extract/listing.py``).
+        chosen: rows of the listing to plan.
+        audio_ids: the audio id of each row of the listing; zeros where it is unknown.
         shuffle: False keeps the source's order.
         seed: seed of the shuffle.
-        frame_bytes: channels × bytes per stored value.
-        hop: samples per frame.
-        padded_frames: frames of an untrimmed window; None when frames are trimmed to the audio.
-        shard_mb: target size of a shard in megabytes (10⁶ bytes).
+        frame_bytes, hop, padded_frames: see :func:`estimate_bytes`.
+        shard_mb: see :func:`plan_shards`.
+        first_shard: number of the first shard.
     """
-    order = list(utterances)
-    if shuffle:
-        order.sort(key=lambda u: u.key)
-        random.Random(seed).shuffle(order)
-    sizes = [count_frames(u.samples, hop, padded_frames) * frame_bytes + MEMBER_OVERHEAD for u in order]
-    total = sum(sizes)
-    shards = max(1, min(len(order), round(total / (shard_mb * 1e6)) or 1))
-    columns: dict[str, list[object]] = {name: [] for name in UTTERANCE_SCHEMA.names}
-    shard, row, filled = 0, 0, 0
-    for index, (utterance, size) in enumerate(zip(order, sizes, strict=True)):
-        # start the next shard at its even share of the bytes, or when each remaining shard needs a remaining utterance
-        due = filled + size / 2 >= (shard + 1) * total / shards or len(order) - index <= shards - shard - 1
-        if row and shard < shards - 1 and due:
-            shard, row = shard + 1, 0
-        for name in ("key", "id", "audio", "samples", "text", "speaker", "split"):
-            columns[name].append(getattr(utterance, name))
-        columns["shard"].append(shard)
-        columns["row"].append(row)
-        filled, row = filled + size, row + 1
-    return pa.table(columns, schema=UTTERANCE_SCHEMA)
+    order = chosen
+    if shuffle:  # by key first: the plan does not depend on the order in which the source lists its utterances
+        by_key = chosen[_sort_order(listing["key"], chosen)]
+        order = by_key[np.argsort(random_words(seed, 0, 0, 0, len(by_key)), kind="stable")]
+    samples = listing["samples"].to_numpy()[order]
+    shard = plan_shards(estimate_bytes(samples, hop, padded_frames, frame_bytes), shard_mb)
+    row = np.arange(len(shard)) - np.searchsorted(shard, shard)
+    start = 0
+    for block in blocks(listing.select(["key", "id", "audio", "samples"]), order):
+        part = slice(start, start + len(block))
+        start = part.stop
+        block = block.append_column("audio_id", audio_ids.take(pa.array(order[part])))
+        block = block.append_column("shard", pa.array(shard[part] + first_shard, pa.int32()))
+        yield block.append_column("row", pa.array(row[part], pa.int32())).cast(PLAN_SCHEMA)
+
+
+def _sort_order(keys: pa.ChunkedArray, chosen: Ints) -> Ints:
+    """Return the order that sorts the ``chosen`` rows by key."""
+    order: Ints = pc.sort_indices(keys).to_numpy().view(np.int64)
+    if len(chosen) == len(keys):
+        return order  # chosen is ascending
+    place = np.full(len(keys), -1)
+    place[chosen] = np.arange(len(chosen))
+    ranked = place[order]
+    return ranked[ranked >= 0]
+
+
+def find_new(
+    keys: pa.ChunkedArray, audio_ids: pa.FixedSizeBinaryArray, planned: pa.Table
+) -> tuple[npt.NDArray[np.bool_], int]:
+    """Find the utterances that a cache does not hold: other keys, and keys whose audio has changed.
+
+    Args:
+        keys: keys of the listing.
+        audio_ids: their audio ids; zeros where the audio cannot be read, which counts as unchanged.
+        planned: ``key`` and ``audio_id`` of what the cache holds or has tried, one row per key.
+
+    Returns:
+        bool [listing]: whether an utterance is new; and how many of these have changed audio.
+    """
+    new = np.ones(len(keys), dtype=bool)
+    if not len(planned):
+        return new, 0
+    at = pc.index_in(keys, value_set=planned["key"].combine_chunks())
+    known = at.is_valid().to_numpy()
+    mine = id_words(audio_ids)[known]
+    theirs = id_words(planned["audio_id"].combine_chunks())[at.drop_null().to_numpy()]
+    changed = np.any(mine != theirs, axis=1) & np.any(mine != 0, axis=1)
+    new[np.flatnonzero(known)] = changed
+    return new, int(changed.sum())
+
+
+def id_words(ids: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint64]:
+    """Return audio ids as uint64 [rows, 4], without a copy."""
+    if isinstance(ids, pa.ChunkedArray):
+        ids = ids.combine_chunks()
+    words = np.frombuffer(ids.buffers()[1] or b"", np.uint64)
+    return words[4 * ids.offset : 4 * (ids.offset + len(ids))].reshape(-1, 4)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 class ProgressListener:
     """Callbacks for the progress of an extraction; the base class ignores them. They are called from any thread."""
 
-    def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
-        """More utterances of ``shard`` were encoded or failed; negative when those of a lost worker are taken back."""
+    def on_utterances(self, shard: int, utterances: int, audio_seconds: float, copied: int = 0) -> None:
+        """More utterances of ``shard`` were encoded, copied or failed; negative: a lost worker's are taken back."""
 
     def on_shard_committed(self, shard: int) -> None:
         """``shard`` was encoded and committed, here or by a process that this one started."""
@@ -56,7 +56,7 @@ class ProgressBar(ProgressListener):
     ) -> None:
         self._bar.close()
 
-    def on_utterances(self, shard: int, utterances: int, audio_seconds: float) -> None:
+    def on_utterances(self, shard: int, utterances: int, audio_seconds: float, copied: int = 0) -> None:
         with self._lock:
             self._seconds += audio_seconds
             rate = self._seconds / max(time.perf_counter() - self._start_time, 1e-9)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.encoders.load import may_have_gpu
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,11 +122,20 @@ def process_devices(device: str, processes: int | None, gpus: int) -> list[str]:
     return [device] * n
 
 
-def first_device(config: ExtractConfig) -> str:
-    """Return the device of this process, the first one. On a CPU, also limit torch to this process's share of cores."""
+def count_gpus() -> int:
+    """Return the number of GPUs that torch detects; torch is imported only if this machine may have one."""
+    if not may_have_gpu():
+        return 0
     import torch
 
-    names = process_devices(config.encoder.device, config.processes, torch.cuda.device_count())
+    return torch.cuda.device_count()
+
+
+def first_device(config: ExtractConfig) -> str:
+    """Return the device of this process, the first one. On a CPU, also limit torch to this process's share of cores."""
+    names = process_devices(config.encoder.device, config.processes, count_gpus())
     if len(names) > 1 and not names[0].startswith("cuda"):
+        import torch
+
         torch.set_num_threads(max(1, torch.get_num_threads() // len(names)))
     return names[0]

@@ -15,16 +15,26 @@ class ExtractionStats:
     """Counts over all shards of a run. :meth:`add` and :meth:`add_failure` are thread-safe."""
 
     utterances: int = 0
+    copied: int = 0  # of these, from other caches
     audio_seconds: float = 0.0
     failures: list[tuple[str, str, str]] = field(default_factory=list)  # key, stage, reason
     stage_times: StageTimes = field(default_factory=StageTimes)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, utterances: int, audio_seconds: float) -> None:
-        """Add utterances that were encoded or failed."""
+    def add(self, utterances: int, audio_seconds: float, copied: int = 0) -> None:
+        """Add utterances that were encoded, copied or failed."""
         with self._lock:
             self.utterances += utterances
+            self.copied += copied
             self.audio_seconds += audio_seconds
+
+    def merge(self, other: ExtractionStats) -> None:
+        """Add the counts of a finished job."""
+        self.utterances += other.utterances
+        self.copied += other.copied
+        self.audio_seconds += other.audio_seconds
+        self.failures += other.failures
+        self.stage_times.merge(other.stage_times)
 
     def add_failure(self, key: str, stage: str, reason: str) -> None:
         """Add a failed utterance."""

@@ -62,10 +62,9 @@ def check(
     Raises:
         UserError: the source or the encoder is not available, or the encoder computes other features.
     """
-    provenance = cache.info["provenance"]
-    config = recorded_config(cache.info, cache.path, source)
+    config = recorded_config(cache.provenance, cache.path, source)
     audio = open_source(config.source)
-    model = open_encoder(cache.spec, encoder or provenance["encoder"].get("reference"), config.encoder.device)
+    model = open_encoder(cache.spec, encoder or cache.provenance["encoder"].get("reference"), config.encoder.device)
     indices = sorted(random.Random(seed).sample(range(len(cache)), min(n, len(cache))))
     rows = [cache.row(index) for index in indices]
     limit = tolerance(cache)
@@ -90,14 +89,18 @@ def check(
         yield Comparison(row["key"], row["frames"], error, cosine, problem)
 
 
-def recorded_config(info: dict[str, Any], path: Path, source: str | None = None) -> ExtractConfig:
-    """Return the configuration that the cache at ``path`` was extracted with; ``source`` replaces the audio location.
+def recorded_config(provenance: dict[str, Any], path: Path, source: str | None = None) -> ExtractConfig:
+    """Return the configuration that a generation of the cache at ``path`` was extracted with.
+
+    Args:
+        provenance: of the generation, from ``CACHE.json``.
+        source: location of the audio, instead of the recorded one.
 
     Raises:
         UserError: the cache does not record its configuration.
     """
     try:
-        tree = dict(info["provenance"]["config"])
+        tree = dict(provenance["config"])
     except (KeyError, TypeError):
         raise UserError(f"'{path}' does not record how it was extracted, so its audio cannot be found") from None
     if source is not None:

@@ -7,13 +7,21 @@ A source of one kind (such as ``librispeech.py``) yields utterances with the cor
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
 
 MAX_KEY = 90
 _TRUNCATED_LENGTH = 64
@@ -22,7 +30,11 @@ _ESCAPE = re.compile(rb"-x([0-9A-F]{2})-")
 _LOOKALIKE = re.compile(
     rb"x[0-9A-F]{2}(-|[^A-Za-z0-9_])"
 )  # text that would read as an escape after a dash; any illegal byte becomes a dash, too
+_PLAIN_KEY = re.compile(rf"(?:[A-Za-z0-9_]|-(?!x[0-9A-F]{{2}}-)){{1,{MAX_KEY}}}")  # ids that are their own keys
 _KEY_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+_FILE_TOKEN = re.compile(r"\d+:(-?\d+)(?: .*)?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,7 @@ class Source(ABC):
     """A corpus: lists its utterances and reads their audio.
 
     Subclasses define :meth:`utterances` and either :meth:`read_file` or, if the order of reading matters, :meth:`read`.
+    Those whose recordings are files also define :meth:`file_of`; others define :meth:`tokens`.
 
     Attributes:
         name: Part of the cache's folder name, ``[A-Za-z0-9_-]``.
@@ -83,6 +96,8 @@ class Source(ABC):
         root: Folder that URIs are relative to; None if there is none.
         version: What determines the audio besides the files, such as the synthesizer's version; "" if nothing does.
         speaker_split: Whether ``val_fraction`` splits by speaker; False: by utterance.
+        hash_ahead: Whether recordings are hashed before the plan is made. False where reading them is expensive: their
+            hashes become known when they are encoded.
     """
 
     name: str
@@ -90,6 +105,7 @@ class Source(ABC):
     root: Path | None = None
     version: str = ""
     speaker_split: bool = True
+    hash_ahead: bool = True
 
     def __init__(self) -> None:
         self._problem_log = ProblemLog()
@@ -118,6 +134,51 @@ class Source(ABC):
     def read_file(self, uri: str) -> bytes:
         """Return the encoded audio file of one URI. Raises :class:`~pipeline.audio.AudioError` or OSError."""
         raise NotImplementedError
+
+    def file_of(self, uri: str) -> tuple[str, str] | None:
+        """Return the path of the audio file of ``uri`` and the fragment that names the segment ("": the whole file).
+
+        :meth:`read` yields the bytes of that file, or for a segment bytes that the file and the fragment determine.
+        None: the bytes are inside a larger file or a stream, or are synthesized.
+        """
+        return None
+
+    def tokens(self, uris: Sequence[str]) -> list[str]:
+        """Return a short text for each URI that changes whenever its recording may have changed; "" if unknown.
+
+        For a file this is its size and modification time, see :func:`file_tokens`. Reads no audio.
+        """
+        files = [self.file_of(uri) for uri in uris]
+        return file_tokens(file[0] if file else "" for file in files)
+
+    def validation_rows(self, keys: pa.ChunkedArray, speakers: pa.ChunkedArray) -> npt.NDArray[np.bool_] | None:
+        """Return which utterances are in the validation split: bool [utterances]. None: keep the corpus's splits.
+
+        Args:
+            keys: Keys of all utterances, in source order.
+            speakers: Their speakers.
+        """
+        return None
+
+
+def file_tokens(paths: Iterable[str]) -> list[str]:
+    """Return the token ``size:mtime`` (in nanoseconds) of each file; "" if it does not exist or is not a file."""
+    tokens: dict[str, str] = {"": ""}
+    for path in (listed := list(paths)):
+        if path not in tokens:
+            try:
+                status = os.stat(path)
+            except (OSError, ValueError):  # ValueError: a NUL in the path
+                tokens[path] = ""
+            else:
+                tokens[path] = f"{status.st_size}:{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
+    return [tokens[path] for path in listed]
+
+
+def token_mtime(token: str) -> int | None:
+    """Return the modification time (nanoseconds) in a token of :func:`file_tokens`; None for other tokens."""
+    found = _FILE_TOKEN.fullmatch(token)
+    return int(found[1]) if found else None
 
 
 def safe_name(text: str, default: str) -> str:
@@ -155,6 +216,8 @@ def encode_key(identifier: str) -> str:
     """
     if not identifier:
         raise ValueError("expected a non-empty id")
+    if _PLAIN_KEY.fullmatch(identifier):
+        return identifier
     raw = identifier.encode("utf-8", "surrogatepass")
     key = "".join(
         f"-x{byte:02X}-"

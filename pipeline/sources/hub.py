@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,6 +43,7 @@ class HubStream(Source):
     """The source of kind ``parquet`` whose path is ``hf:owner/name``."""
 
     sequential = True
+    hash_ahead = False
 
     def __init__(self, dataset: str, config_name: str | None, splits: Sequence[str], columns: Columns) -> None:
         super().__init__()
@@ -49,6 +52,7 @@ class HubStream(Source):
         self._config_name, self._revision = config_name, revision or None
         self._splits, self._columns = list(dict.fromkeys(splits)), columns
         self._streams: dict[str, Any] | None = None
+        self._commit: str | None = None  # once opened; None if the hub does not tell it
         self._cursor: tuple[str, int, Iterator[dict[str, Any]]] | None = None  # split, next row, rows
 
     def utterances(self) -> Iterator[Utterance]:
@@ -73,6 +77,14 @@ class HubStream(Source):
             except (AudioError, UserError, ValueError) as error:
                 self._cursor = None
                 yield uri, error
+
+    def tokens(self, uris: Sequence[str]) -> list[str]:
+        """See :meth:`Source.tokens`. A token names the commit of the dataset, and what selects the bytes in it."""
+        self._open()
+        if self._commit is None:
+            return [""] * len(uris)
+        column = audio_column(self._columns)
+        return [f"{self._dataset}@{self._commit} {self._config_name or ''} {column}"] * len(uris)
 
     def _read(self, split: str, row: int) -> bytes:
         streams = self._open()
@@ -106,10 +118,10 @@ class HubStream(Source):
         if self._streams is None:
             import datasets
 
+            self._commit = _commit_hash(self._dataset, self._revision)
+            revision = self._commit or self._revision
             try:
-                streams = datasets.load_dataset(
-                    self._dataset, self._config_name, revision=self._revision, streaming=True
-                )
+                streams = datasets.load_dataset(self._dataset, self._config_name, revision=revision, streaming=True)
             except Exception as error:  # the hub's client and datasets raise many types
                 raise UserError(
                     f"cannot open the dataset hf:{self._dataset}"
@@ -120,6 +132,17 @@ class HubStream(Source):
             audio = audio_column(self._columns)
             self._streams = {split: _without_decoding(stream, audio) for split, stream in streams.items()}
         return self._streams
+
+
+def _commit_hash(dataset: str, revision: str | None) -> str | None:
+    """Return the commit that ``revision`` names. None if the hub does not tell it: opening the dataset says why."""
+    from huggingface_hub import HfApi
+
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    with suppress(Exception):  # the hub's client raises many types
+        return HfApi().dataset_info(dataset, revision=revision).sha
+    return None
 
 
 def open_modelscope(dataset: str, config_name: str | None, splits: Sequence[str], columns: Columns) -> ParquetFiles:

@@ -8,6 +8,7 @@ The URI of an utterance is ``train-clean-100/19/198/19-198-0000.flac``, or in an
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.audio import AudioError, probe
 from pipeline.sources.archive import ARCHIVE_ERRORS, ArchiveReader
-from pipeline.sources.base import Source, Utterance, require_splits, safe_name
+from pipeline.sources.base import Source, Utterance, file_tokens, require_splits, safe_name
 from shards.errors import UserError
 
 _NO_AUDIO = "transcript lines without audio"
@@ -94,6 +95,9 @@ class LibriSpeechFolders(Source):
         except OSError as error:
             raise AudioError(f"cannot read the file: {error.strerror}") from None
 
+    def file_of(self, uri: str) -> tuple[str, str]:
+        return os.path.join(self._root, uri), ""
+
 
 class LibriSpeechArchives(Source):
     """``.tar.gz`` files, each read in two passes: one to list the utterances, one to read the audio."""
@@ -157,6 +161,9 @@ class LibriSpeechArchives(Source):
                 stop += 1
             yield from self._read_archive(archive, uris[start:stop])
             start = stop
+
+    def tokens(self, uris: Sequence[str]) -> list[str]:
+        return file_tokens(os.path.join(self._root, uri.partition("#")[0]) for uri in uris)
 
     def _read_archive(self, archive: str, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
         """Read ``uris`` of one archive in a single pass if they follow its order, continuing where the last call ended.

@@ -68,14 +68,21 @@ class Manifest(Source):
         require_splits(self._splits, seen, f"'{self._path}'")
 
     def read_file(self, uri: str) -> bytes:
-        segment = _SEGMENT.search(uri)
-        file = self._root / (uri[: segment.start()] if segment else uri)
+        path, fragment = self.file_of(uri)
+        file = Path(path)
         if not file.is_file():
             raise AudioError("the file does not exist")
+        segment = _SEGMENT.search(f"#{fragment}")
         if not segment:
             return file.read_bytes()
         start, stop, channel = segment.groups()
         return read_segment(file, float(start), float(stop) if stop else None, int(channel) if channel else None)
+
+    def file_of(self, uri: str) -> tuple[str, str]:
+        segment = _SEGMENT.search(uri) if "#" in uri else None
+        if segment is None:
+            return os.path.join(self._root, uri), ""
+        return os.path.join(self._root, uri[: segment.start()]), segment[0][1:]
 
     def _entries(self) -> Iterator[ManifestEntry]:
         from pipeline.sources import lhotse
@@ -109,9 +116,9 @@ class Manifest(Source):
 
     def _utterance(self, entry: ManifestEntry) -> Utterance:
         audio = self._relative(entry.audio)
-        file = self._root / audio
+        file = os.path.join(self._root, audio)
         samples = 0
-        if not file.is_file():
+        if not os.path.isfile(file):
             self._problem_log.add(NO_FILE, audio)
         elif entry.duration is not None:
             samples = round(entry.duration * SAMPLING_RATE)
@@ -223,9 +230,17 @@ def _format_seconds(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
+_UNUSUAL_PATH = re.compile(r"^/|(^|/)\.{0,2}(/|$)")
+
+
 def _default_id(audio: str, entry: ManifestEntry) -> str:
     """Return the path without its suffix; for a segment, start and end in milliseconds are appended."""
-    name = str(PurePosixPath(audio.lstrip("/")).with_suffix("")) if PurePosixPath(audio).name else audio
+    if _UNUSUAL_PATH.search(audio):
+        name = str(PurePosixPath(audio.lstrip("/")).with_suffix("")) if PurePosixPath(audio).name else audio
+    else:  # the same, at a tenth of the time
+        folder, slash, file = audio.rpartition("/")
+        stem, _, suffix = file.rpartition(".")
+        name = folder + slash + (stem if stem and suffix else file)
     if entry.is_whole_file:
         return name
     stop = "" if entry.duration is None else f"-{round(1000 * (entry.start + entry.duration))}"

@@ -9,13 +9,14 @@ a hub.
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.audio import AudioError, probe
-from pipeline.sources.base import ProblemLog, Source, Utterance, join_names, require_splits, safe_name
+from pipeline.sources.base import ProblemLog, Source, Utterance, file_tokens, join_names, require_splits, safe_name
 from pipeline.sources.columns import Columns
 from shards.errors import UserError
 
@@ -105,6 +106,12 @@ class ParquetFiles(Source):
             groups[locations[uri][:2]].remove(uri)
             is_repeated = uri in groups[locations[uri][:2]]
             yield uri, ready[uri] if is_repeated else ready.pop(uri)
+
+    def tokens(self, uris: Sequence[str]) -> list[str]:
+        """See :meth:`Source.tokens`. The column that contains the recordings is part of a token."""
+        tokens = file_tokens(os.path.join(self._root, uri.rpartition("#")[0]) for uri in uris)
+        column = audio_column(self._columns)
+        return [token and f"{token} {column}" for token in tokens]
 
     def _row_group(self, name: str, group: int) -> Any:
         if self._cached_column is None or self._cached_column[0] != (name, group):

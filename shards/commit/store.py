@@ -8,6 +8,7 @@ already publishes a shard; to a bucket, its files are uploaded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from shards.commit.claims import LEASE
 from shards.commit.folder import FolderStore
 from shards.format.layout import Layout, Plan
 from shards.format.spec import FeatureSpec
+from shards.labels.store import LabelEntry, LabelIndex
+from shards.labels.table import LabelSet
 from shards.remote.client import is_url
 
 
@@ -37,11 +40,11 @@ class Store(Protocol):
     def info(self) -> dict[str, Any] | None:
         """Return ``CACHE.json``, or None if there is none yet; RecordError if it is corrupt."""
 
-    def plan(self) -> Plan | None:
-        """Return the plan, or None if there is none yet; UserError if it is corrupt."""
+    def plan(self, generation: int) -> Plan | None:
+        """Return the plan of a generation, or None if there is none yet; UserError if it is corrupt."""
 
-    def write_plan(self, table: pa.Table) -> Plan:
-        """Make ``table`` the plan unless one exists already; returns the plan in effect."""
+    def write_plan(self, generation: int, tables: Iterable[pa.Table]) -> Plan:
+        """Make ``tables`` the plan of a generation unless one exists already; returns the plan in effect."""
 
     def commit_record(self, shard: int, feature_id: str, plan_id: str) -> dict[str, Any] | None:
         """Return the commit record of a shard if its ids match and its files exist; otherwise None."""
@@ -52,8 +55,8 @@ class Store(Protocol):
     def reopen(self, shards: dict[int, dict[str, Any]]) -> None:
         """Remove ``CACHE.json`` and invalidate the given records of these shards."""
 
-    def is_complete(self, feature_id: str, plan_id: str) -> bool:
-        """Return whether ``CACHE.json`` exists, is valid and has these ids."""
+    def lists_plan(self, feature_id: str, plan_id: str) -> bool:
+        """Return whether ``CACHE.json`` is valid, has this feature id and lists a generation of this plan."""
 
     def hold_leases(self, owner: str, lease: float = LEASE) -> AbstractContextManager[None]:
         """Context manager in which this process may acquire claims; on exit, it releases those it holds."""
@@ -67,8 +70,23 @@ class Store(Protocol):
     def publish(self, shard: int) -> None:
         """Publish the shard written to :attr:`layout`, unless its claim was lost."""
 
-    def finalize(self, spec: FeatureSpec, plan: Plan, provenance: dict[str, Any]) -> None:
-        """Merge all shards and write ``CACHE.json`` last. Call it only while holding the finalize claim."""
+    def finalize(self, spec: FeatureSpec, generation: int, plan: Plan, provenance: dict[str, Any]) -> None:
+        """Merge the shards of a generation and list it in ``CACHE.json``; call it only with the finalize claim.
+
+        ``CACHE.json`` lists the earlier generations already.
+        """
+
+    def tables(self, generation: int) -> tuple[Path, Path]:
+        """Return local paths of the manifest and the failures of a complete generation; UserError if one is absent."""
+
+    def labels(self) -> LabelIndex:
+        """Return the label sets; UserError if their list is corrupt."""
+
+    def open_labels(self, name: str) -> LabelSet:
+        """Return a label set by its name or id; UserError if there is none."""
+
+    def add_labels(self, table: pa.Table, name: str, origin: str) -> LabelEntry:
+        """Add a label set, which becomes the current one of its name; return its entry."""
 
     def cleanup(self) -> None:
         """Remove files that killed processes left in a complete cache, if permissions allow it."""

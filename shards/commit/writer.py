@@ -13,9 +13,10 @@ import mmap
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,49 @@ from shards.commit.finalize import commit_record
 from shards.errors import WorkFailed
 from shards.files import TEMPORARY_INFIX, atomic_write, fsync_folder, rename_durably, temporary_path, write_all
 from shards.format import tar
-from shards.format.codec import Array, Encoded, encode
-from shards.format.layout import MANIFEST_SCHEMA, Layout, parquet_bytes
+from shards.format.codec import SCALE_DTYPE, SCALED, STORED_DTYPE, Array, CodecError, Encoded, encode
+from shards.format.layout import Layout
+from shards.format.npy import NpyError, parse_npy_header
 from shards.format.records import seal, utterance_json
+from shards.format.schemas import MANIFEST_SCHEMA, parquet_bytes
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
 Buffer = bytes | memoryview
+NO_LABELS: Mapping[str, Any] = MappingProxyType({})
 MAX_QUEUED_UPDATES = 8  # queued updates of a BackgroundHash, whose bytes stay in memory
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMembers:
+    """The features of an utterance as a cache stores them, to be copied into another cache of the same spec.
+
+    Attributes:
+        payload: bytes of the member ``<key>.npy``.
+        scale: bytes of ``<key>.scale.npy``; None if the codec has no scale.
+        crc32: the checksum over both.
+        frames, samples, error, audio_id: as in the manifest row.
+    """
+
+    payload: memoryview
+    scale: memoryview | None
+    crc32: int
+    frames: int
+    samples: int
+    error: float
+    audio_id: bytes
+
+    def check(self, spec: FeatureSpec) -> None:
+        """Raise CodecError if the bytes do not match their checksum, or are not features of ``spec``."""
+        if crc32([self.scale] if self.scale is not None else [], crc32([self.payload])) != self.crc32:
+            raise CodecError("the copied features do not match their checksum")
+        wanted: list[tuple[Any, ...]] = [(STORED_DTYPE[spec.codec], (self.frames, spec.channels))]
+        wanted += [(SCALE_DTYPE, (spec.channels,))] if spec.codec in SCALED else []
+        try:
+            found = [parse_npy_header(part)[:2] for part in (self.payload, self.scale) if part is not None]
+        except NpyError as error:
+            raise CodecError(f"a copied member {error}") from None
+        if found != wanted:
+            raise CodecError(f"the copied features are {found}, not {wanted}")
 
 
 class CommitError(RuntimeError):
@@ -60,14 +97,23 @@ class ShardWriter:
     ) -> None:
         self.abort()
 
-    def add(self, utterance: dict[str, Any], features: Array, *, samples: int, audio_sha256: str) -> None:
+    def add(
+        self,
+        utterance: dict[str, Any],
+        features: Array,
+        *,
+        samples: int,
+        audio_id: bytes,
+        labels: Mapping[str, Any] = NO_LABELS,
+    ) -> None:
         """Append one utterance.
 
         Args:
-            utterance: its row in the plan (``UTTERANCE_SCHEMA``).
+            utterance: its row in the plan (``PLAN_SCHEMA``).
             features: float32 [frames, channels], frames ≥ 1.
             samples: length of the decoded audio at the spec's sampling rate.
-            audio_sha256: sha256 of the encoded audio file.
+            audio_id: 32 bytes, as in the manifest row (``docs/format.md``).
+            labels: ``text``, ``speaker`` and ``split`` for the ``.json`` member.
 
         Raises:
             ValueError: ``features`` has another shape.
@@ -76,28 +122,60 @@ class ShardWriter:
         """
         if features.ndim != 2 or features.shape[1] != self.spec.channels or not len(features):
             raise ValueError(f"features of shape {features.shape}, expected [frames ≥ 1, {self.spec.channels}]")
-        self.add_encoded(utterance, encode(self.spec.codec, features), samples=samples, audio_sha256=audio_sha256)
+        encoded = encode(self.spec.codec, features)
+        self.add_encoded(utterance, encoded, samples=samples, audio_id=audio_id, labels=labels)
 
-    def add_encoded(self, utterance: dict[str, Any], encoded: Encoded, *, samples: int, audio_sha256: str) -> None:
+    def add_encoded(
+        self,
+        utterance: dict[str, Any],
+        encoded: Encoded,
+        *,
+        samples: int,
+        audio_id: bytes,
+        labels: Mapping[str, Any] = NO_LABELS,
+    ) -> None:
         """Like :meth:`add`, for features that are already encoded with the spec's codec."""
-        key = utterance["key"]
         payload = npy_parts(encoded.payload)
-        row = {
-            **utterance,
-            "samples": samples,
-            "frames": len(encoded.payload),
-            "codec": self.spec.codec,
-            "scale_offset": -1,
-            "scale_length": 0,
-            "crc32": crc32(payload),
-            "error": encoded.error,
-            "audio_sha256": audio_sha256,
-        }
-        metadata = utterance_json(row, self.spec)  # before the first write: an error here must not leave half a sample
+        scale = None if encoded.scale is None else npy_parts(encoded.scale)
+        row = {**utterance, "samples": samples, "audio_id": audio_id, "frames": len(encoded.payload)}
+        row |= {"crc32": crc32(scale or [], crc32(payload)), "error": encoded.error}
+        self._append(row, payload, scale, labels)
+
+    def add_stored(
+        self,
+        utterance: dict[str, Any],
+        stored: StoredMembers,
+        labels: Mapping[str, Any] = NO_LABELS,
+        *,
+        checked: bool = False,
+    ) -> None:
+        """Append an utterance whose members another cache of the same spec holds; the bytes stay the same.
+
+        Args:
+            checked: the caller has called :meth:`StoredMembers.check`.
+
+        Raises:
+            CodecError: as :meth:`StoredMembers.check`; nothing was written for this utterance.
+        """
+        if not checked:
+            stored.check(self.spec)
+        scale = None if stored.scale is None else [stored.scale]
+        row = {**utterance, "samples": stored.samples, "audio_id": stored.audio_id, "frames": stored.frames}
+        row |= {"crc32": stored.crc32, "error": stored.error}
+        self._append(row, [stored.payload], scale, labels)
+
+    def _append(
+        self,
+        row: dict[str, Any],
+        payload: Sequence[Buffer],
+        scale: Sequence[Buffer] | None,
+        labels: Mapping[str, Any],
+    ) -> None:
+        key = row["key"]
+        metadata = utterance_json(row, labels, self.spec)  # first: an error here must not leave half a sample
         row["offset"], row["length"] = self._member(f"{key}.npy", payload)
-        if encoded.scale is not None:
-            scale = npy_parts(encoded.scale)
-            row["crc32"] = crc32(scale, row["crc32"])
+        row["scale_offset"], row["scale_length"] = -1, 0
+        if scale is not None:
             row["scale_offset"], row["scale_length"] = self._member(f"{key}.scale.npy", scale)
         self._member(f"{key}.json", [metadata])
         self.rows.append(row)

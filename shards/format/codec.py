@@ -33,6 +33,7 @@ STORED_DTYPE: dict[str, np.dtype[Any]] = {
     "fp8": np.dtype("u1"),
 }
 SCALED = frozenset({"int8", "fp8"})
+SCALE_DTYPE: np.dtype[Any] = np.dtype("<f4")
 FP8_MAX = 448.0
 BF16_MAX = float(2.0**127 * (2 - 2.0**-7))  # larger float32 values would round up to infinity
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shards.files import open_file
 from shards.format.spec import FeatureSpec, canonical_json
 
 RELEASED = b'{"claim":null}\n'  # replaces a released claim or a revoked record in a bucket
+MAX_GENERATIONS = 1000  # a cache with more should be compacted
 MAX_JSON = 16 << 20  # bytes; larger files are rejected, because parsed JSON takes up to 30 times the memory of its text
 
 
@@ -125,26 +127,65 @@ class ShardRecord(_Part):
     failures: list[FailureRecord]
 
 
+class GenerationFiles(_Part):
+    """The tables of a generation: ``plans/000.parquet``, ``manifests/000.parquet`` and ``failures/000.parquet``."""
+
+    plan: FileInfo
+    manifest: FileInfo
+    failures: FileInfo
+
+
+class Generation(_Part):
+    """One entry of ``generations`` in ``CACHE.json``: the shards that one extraction appended."""
+
+    plan_id: str
+    manifest_id: str
+    first_shard: int = Field(ge=0)
+    shards: int = Field(ge=0)
+    files: GenerationFiles
+    counts: dict[str, int]
+    provenance: dict[str, Any]
+
+
 class CacheInfo(_Part):
     """``CACHE.json``."""
 
     schema_version: int
     feature_id: str
     spec: dict[str, Any]
-    plan_id: str
-    manifest_id: str
-    files: dict[str, FileInfo]
+    generations: list[Generation] = Field(min_length=1, max_length=MAX_GENERATIONS)
     counts: dict[str, int]
 
+    @model_validator(mode="after")
+    def _shards_without_gaps(self) -> CacheInfo:
+        first = 0
+        for number, generation in enumerate(self.generations):
+            if generation.first_shard != first:
+                raise ValueError(f"generation {number} starts at shard {generation.first_shard}, expected {first}")
+            first += generation.shards
+        if self.counts.get("shards") != first:
+            raise ValueError(f"counts.shards is {self.counts.get('shards')}, the generations have {first}")
+        return self
 
-def utterance_json(row: dict[str, Any], spec: FeatureSpec) -> bytes:
-    """Return the ``<key>.json`` member: the metadata that a plain WebDataset reader sees next to the features."""
+    @property
+    def manifest_id(self) -> str:
+        """The id of the newest generation, which covers all earlier ones."""
+        return self.generations[-1].manifest_id
+
+
+def utterance_json(row: dict[str, Any], labels: Mapping[str, Any], spec: FeatureSpec) -> bytes:
+    """Return the ``<key>.json`` member: what a plain WebDataset reader sees next to the features.
+
+    Args:
+        row: the manifest row.
+        labels: ``text``, ``speaker`` and ``split`` at the time of the extraction.
+    """
     fields = {
         "key": row["key"],
         "id": row["id"],
-        "text": row["text"],
-        "speaker": row["speaker"],
-        "split": row["split"],
+        "text": labels.get("text", ""),
+        "speaker": labels.get("speaker", ""),
+        "split": labels.get("split", ""),
         "duration": row["samples"] / spec.sampling_rate,
         "samples": row["samples"],
         "frames": row["frames"],

@@ -7,6 +7,8 @@ checked against the size of the file before memory is allocated.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +18,30 @@ import pyarrow.parquet as pq
 from shards.files import open_file
 from shards.format.records import RecordError
 
-UTTERANCE_SCHEMA = pa.schema(
+PLAN_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("id", pa.string()),
         ("audio", pa.string()),
         ("samples", pa.int64()),
-        ("text", pa.string()),
-        ("speaker", pa.string()),
-        ("split", pa.string()),
+        ("audio_id", pa.binary(32)),
         ("shard", pa.int32()),
         ("row", pa.int32()),
     ]
 )
 MANIFEST_SCHEMA = pa.schema(
     [
-        *UTTERANCE_SCHEMA,
+        *PLAN_SCHEMA,
         ("frames", pa.int32()),
-        ("codec", pa.string()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("scale_offset", pa.int64()),
         ("scale_length", pa.int64()),
         ("crc32", pa.uint32()),
         ("error", pa.float32()),
-        ("audio_sha256", pa.string()),
     ]
 )
+UNKNOWN_AUDIO = bytes(32)  # audio id of a planned recording that nobody has read yet
 ROW_GROUP = 16_384  # rows: a reader can load the strings of a few shards without those of the whole manifest
 FAILURE_SCHEMA = pa.schema(
     [("key", pa.string()), ("stage", pa.string()), ("error", pa.string()), ("attempt", pa.int32())]
@@ -52,9 +51,27 @@ FAILURE_SCHEMA = pa.schema(
 def parquet_bytes(table: pa.Table) -> bytes:
     """Return ``table`` as parquet. The bytes are deterministic for a given version of pyarrow."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=False, row_group_size=ROW_GROUP)
+    write_parquet(sink, table.schema, [table])
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def write_parquet(sink: Any, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Write ``tables`` to a file object or path as one parquet file; return the number of rows.
+
+    The bytes depend on the rows, not on their division into tables. At most a row group and a table are in memory.
+    """
+    rows, waiting = 0, schema.empty_table()
+    with pq.ParquetWriter(sink, schema, compression="zstd", store_schema=False) as writer:
+        for table in tables:
+            rows += len(table)
+            waiting = pa.concat_tables([waiting, table]) if len(waiting) else table
+            while len(waiting) >= ROW_GROUP:
+                writer.write_table(waiting.slice(0, ROW_GROUP).combine_chunks())
+                waiting = waiting.slice(ROW_GROUP)
+        if len(waiting) or not rows:
+            writer.write_table(waiting.combine_chunks())
+    return rows
 
 
 def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
@@ -62,55 +79,68 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        RecordError: the file has other columns or nulls, is not parquet, or declares far more rows or text than a
-            legitimate file of its size (a few bytes can declare, or decompress to, more than fits in memory).
+        RecordError: as :func:`check_parquet`, or the rows are not as declared.
+    """
+    size = check_parquet(path, schema)
+    with _as_record_errors(path), pq.ParquetFile(path, memory_map=True) as file:
+        table = pa.Table.from_batches(list(read_batches(path.name, file, size)), schema)
+        if len(table) != file.metadata.num_rows:
+            raise RecordError(f"{path.name} has {len(table)} rows but declares {file.metadata.num_rows}")
+        return table.replace_schema_metadata(None)
+
+
+def check_parquet(path: Path, schema: pa.Schema) -> int:
+    """Check that a parquet file has exactly the columns of ``schema``; return its size in bytes.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        RecordError: the file has other columns, is not parquet, or declares far more rows or text than a legitimate
+            file of its size (a few bytes can declare, or decompress to, more than fits in memory).
     """
     size = _size(path)
+    with _as_record_errors(path), pq.ParquetFile(path, memory_map=True) as file:
+        found = file.schema_arrow.remove_metadata()
+        if not found.equals(schema):
+            raise RecordError(
+                f"{path.name} has other columns than the cache format: {_first_difference(found, schema)}"
+            )
+        bound_parquet(path.name, file.metadata, size)
+    return size
+
+
+@contextmanager
+def _as_record_errors(path: Path) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            found = file.schema_arrow.remove_metadata()
-            if not found.equals(schema):
-                raise RecordError(
-                    f"{path.name} has other columns than the cache format: {_first_difference(found, schema)}"
-                )
-            _bound(path, file.metadata, size)
-            table = read_batches(path.name, file, size, schema)
-            if len(table) != file.metadata.num_rows:
-                raise RecordError(f"{path.name} has {len(table)} rows but declares {file.metadata.num_rows}")
+        yield
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         if isinstance(error, RecordError):
             raise
         raise RecordError(f"{path.name} is not a readable parquet file ({type(error).__name__})") from None
-    for name in schema.names:
-        if table[name].null_count:
-            raise RecordError(f"{path.name} has null values in column '{name}'")
-    return table.replace_schema_metadata(None)
 
 
-def read_batches(
-    name: str, file: pq.ParquetFile, size: int, schema: pa.Schema | None = None, **options: Any
-) -> pa.Table:
-    """Read and validate the rows of an open parquet file of ``size`` bytes.
+def read_batches(name: str, file: pq.ParquetFile, size: int, **options: Any) -> Iterator[pa.RecordBatch]:
+    """Yield and validate the rows of an open parquet file of ``size`` bytes.
 
     Args:
         name: name of the file in messages.
         options: passed to ``iter_batches``.
 
     Raises:
-        RecordError: the rows decompress to more than a file of that size can contain.
+        RecordError: the rows decompress to more than a file of that size can contain, or a value is null.
         pyarrow.ArrowException: an offset or a string is invalid.
     """
-    room, batches = TEXT_ROOM + TEXT_GROWTH * size, []
+    room = TEXT_ROOM + TEXT_GROWTH * size
     for batch in file.iter_batches(BATCH, **options):
         room -= batch.nbytes
         if room < 0:
             raise RecordError(f"{name} decompresses to more than a file of {size} bytes can contain")
-        batches.append(batch)
-    table = pa.Table.from_batches(batches, schema)
-    table.validate(full=True)  # checks string offsets and UTF-8
-    return table
+        batch.validate(full=True)  # checks string offsets and UTF-8
+        for column, values in zip(batch.schema.names, batch.columns, strict=True):
+            if values.null_count:
+                raise RecordError(f"{name} has null values in column '{column}'")
+        yield batch
 
 
 def _size(path: Path) -> int:
@@ -128,12 +158,12 @@ MAX_ROWS_PER_BYTE = 4  # unique keys limit how well rows compress; a row of a pl
 TEXT_GROWTH, TEXT_ROOM = 200, 64 << 20  # allowed bytes in memory: per byte of the file, and a constant for any file
 
 
-def _bound(path: Path, metadata: Any, size: int) -> None:
-    """Check declared sizes before memory is allocated for them."""
+def bound_parquet(name: str, metadata: Any, size: int) -> None:
+    """Check the sizes that a parquet file of ``size`` bytes declares; RecordError before memory is allocated."""
     rows = metadata.num_rows
     unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if not 0 <= rows <= MAX_ROWS_PER_BYTE * size or not 0 <= unpacked <= TEXT_ROOM + TEXT_GROWTH * size:
-        raise RecordError(f"{path.name} declares {rows} rows and {unpacked} bytes in a file of {size} bytes")
+        raise RecordError(f"{name} declares {rows} rows and {unpacked} bytes in a file of {size} bytes")
 
 
 def _first_difference(found: pa.Schema, wanted: pa.Schema) -> str:

@@ -23,7 +23,7 @@ from pydantic import (
 
 from shards.errors import UserError, first_validation_error
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_CHANNELS = 65_536
 
 WindowMode = Literal["full30", "tight", "clip"]
@@ -105,7 +105,7 @@ class FeatureSpec(BaseModel):
         """
         version = tree.get("schema_version") if isinstance(tree, dict) else None
         if isinstance(version, int) and version != SCHEMA_VERSION:
-            fix = "update earshard" if version > SCHEMA_VERSION else "extract again"
+            fix = "update earshard" if version > SCHEMA_VERSION else "extract again with `make extract`"
             raise UserError(f"{where} has cache format {version}, this earshard reads {SCHEMA_VERSION}: {fix}")
         try:
             return cls.model_validate(tree)

@@ -14,11 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from shards.errors import UserError
 from shards.files import open_file
 from shards.format.records import FileInfo, RecordError, unseal
 from shards.format.schemas import read_parquet
-from shards.format.spec import SCHEMA_VERSION
 
 ProgressCallback = Callable[[int, int], None]  # (done, total)
 CHUNK = 8 << 20
@@ -75,27 +73,17 @@ class Findings:
             self.progress(self.done, self.total)
 
     def read_sealed(self, path: Path, shard: int | None) -> dict[str, Any] | None:
-        """Read a sealed JSON file; None if it does not exist or is corrupt. Corruption is reported.
-
-        Raises:
-            UserError: the file has a newer format.
-        """
+        """Read a sealed JSON file; None if it does not exist or is corrupt. Corruption is reported."""
         try:
-            tree = unseal(path)
+            return unseal(path)
         except FileNotFoundError:
             return None
         except RecordError as error:
             self.report_error(shard, path, error)
             return None
-        version = tree.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise UserError(
-                f"'{path}' has cache format {version}, this earshard reads {SCHEMA_VERSION}: update earshard"
-            )
-        return tree
 
-    def read_table(self, path: Path, wanted: FileInfo, schema: pa.Schema, shard: int | None) -> pa.Table | None:
-        """Parse a parquet file of the expected size and sha256; otherwise report the problem and return None."""
+    def check_file(self, path: Path, wanted: FileInfo, shard: int | None = None) -> bool:
+        """Return whether a file has the recorded size and sha256; otherwise report the problem."""
         try:
             size = path.stat().st_size
             if size != wanted.bytes:
@@ -103,17 +91,24 @@ class Findings:
             elif self.hash_file(path) != wanted.sha256:
                 self.report(shard, path, "does not match its sha256")
             else:
-                return read_parquet(path, schema)
+                return True
+        except OSError as error:
+            self.report_error(shard, path, error)
+        return False
+
+    def read_table(self, path: Path, wanted: FileInfo, schema: pa.Schema, shard: int | None) -> pa.Table | None:
+        """Parse a parquet file of the expected size and sha256; otherwise report the problem and return None."""
+        try:
+            return read_parquet(path, schema) if self.check_file(path, wanted, shard) else None
         except (RecordError, OSError) as error:
             self.report_error(shard, path, error)
         return None
 
-    def hash_file(self, path: Path, count: bool = True) -> str:
-        """Return the sha256 of a file (64 hex digits). ``count`` adds its bytes to the progress. Raises OSError."""
+    def hash_file(self, path: Path) -> str:
+        """Return the sha256 of a file (64 hex digits), and add its bytes to the progress. Raises OSError."""
         digest = hashlib.sha256()
         with open_file(path) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
-                if count:
-                    self.step(len(chunk))
+                self.step(len(chunk))
         return digest.hexdigest()

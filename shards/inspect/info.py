@@ -15,21 +15,25 @@ from shards.errors import UserError, first_validation_error
 from shards.format.layout import Layout, read_plan
 from shards.format.records import CacheInfo, RecordError, ShardRecord, unseal
 from shards.format.spec import FeatureSpec
+from shards.inspect.snapshot import snapshot
+from shards.labels.store import read_index
 from shards.remote.client import is_url
-from shards.remote.snapshot import snapshot
 
 
 def describe_cache(cache: str | Path) -> dict[str, Any]:
     """Return identity, counts, sizes and provenance of the cache at a path or URL.
 
     Returns:
-        ``complete``, ``path`` and ``counts``. For a complete cache also ``feature_id``, ``manifest_id``, ``spec``,
-        ``hours``, ``bytes_per_audio_hour``, ``bits_per_value`` (bits of all tars divided by the number of values),
-        ``codec_error``, ``seconds`` (spent extracting all shards), ``encode_seconds`` (the part spent in the encoder;
-        0 if it was not recorded) and ``provenance``.
+        ``complete``, ``path``, ``counts`` and ``unfinished``. For a complete cache also ``feature_id``,
+        ``manifest_id``, ``plan_id``, ``generation`` and ``provenance`` (of the newest generation), ``spec``,
+        ``generations``, ``labels`` (the label sets, oldest first), ``hours``, ``bytes_per_audio_hour``,
+        ``bits_per_value`` (bits of all tars divided by the number of values), ``codec_error``, ``seconds`` (spent
+        extracting all shards) and ``encode_seconds`` (the part spent in the encoder; 0 if it was not recorded).
+        Superseded rows are counted in all of them.
+        ``unfinished`` is None, or number and counts of the first generation that ``CACHE.json`` does not list yet.
 
     Raises:
-        UserError: there is no cache, or its CACHE.json is corrupt.
+        UserError: there is no cache, it has another format, or its CACHE.json, LABELS.json or a plan is corrupt.
     """
     if is_url(cache):
         with snapshot(str(cache), tables=False) as copy:
@@ -47,50 +51,95 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
         raise UserError(f"{where} is corrupt ({error}): run `python -m shards verify {name}`") from None
     spec = FeatureSpec.parse(info.get("spec"), where)
     try:
-        counts = CacheInfo.model_validate(info).counts
-        if not isinstance(info["provenance"], dict):
-            raise TypeError("provenance")
+        parsed = CacheInfo.model_validate(info)
+        counts, newest, raw = parsed.counts, parsed.generations[-1], info["generations"]
         hours = counts["samples"] / spec.sampling_rate / 3600
         values = counts["frames"] * spec.channels
-        return {
+        about: dict[str, Any] = {
             "complete": True,
             "path": name,
-            "feature_id": info["feature_id"],
-            "manifest_id": info["manifest_id"],
-            "plan_id": info["plan_id"],
+            "feature_id": parsed.feature_id,
+            "manifest_id": parsed.manifest_id,
+            "plan_id": newest.plan_id,
+            "generation": len(raw) - 1,
             "spec": spec.model_dump(),
             "counts": counts,
             "hours": hours,
             "bytes_per_audio_hour": counts["bytes"] / hours if hours else 0.0,
             "bits_per_value": 8 * counts["bytes"] / values if values else 0.0,
-            "codec_error": {name: float(info["codec_error"][name]) for name in ("mean", "max")},
-            "seconds": float(info["seconds"]),
-            "encode_seconds": float(info.get("encode_seconds", 0.0)),
-            "provenance": info["provenance"],
+            "codec_error": _codec_error(raw),
+            "seconds": sum(float(entry["seconds"]) for entry in raw),
+            "encode_seconds": sum(float(entry.get("encode_seconds", 0.0)) for entry in raw),
+            "provenance": newest.provenance,
+            "generations": [
+                {
+                    "number": number,
+                    "manifest_id": entry.manifest_id,
+                    "rows": entry.counts["utterances"],
+                    "failures": entry.counts["failures"],
+                    "first_shard": entry.first_shard,
+                    "shards": entry.shards,
+                    "bytes": entry.counts["bytes"],
+                    "finished": str(entry.provenance.get("finished", "")),
+                }
+                for number, entry in enumerate(parsed.generations)
+            ],
         }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = first_validation_error(error) if isinstance(error, ValidationError) else error
         raise UserError(
             f"{where} has missing or invalid fields ({what}): run `python -m shards verify {name}`"
         ) from None
+    index = read_index(layout.path)
+    about["labels"] = [
+        {"current": index.current(entry.name) is entry, **entry.model_dump(mode="json", by_alias=True)}
+        for entry in index.sets
+    ]
+    return {**about, "unfinished": _unfinished(layout, name, about["generation"] + 1)}
 
 
-def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
-    plan = read_plan(layout, name)
+def _codec_error(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Combine the errors of the generations: the mean over all utterances, and the worst."""
+    weights = [entry["counts"]["utterances"] for entry in entries]
+    means, worst = ([float(entry["codec_error"][name]) for entry in entries] for name in ("mean", "max"))
+    total = sum(mean * weight for mean, weight in zip(means, weights, strict=True))
+    return {"mean": total / max(sum(weights), 1), "max": max(worst)}
+
+
+def _unfinished(layout: Layout, name: str, generation: int) -> dict[str, Any] | None:
+    """Return number and counts of a generation that is being extracted; None if it has no plan."""
+    try:
+        plan = read_plan(layout.plan(generation), name)
+    except FileNotFoundError:
+        return None
     records = []
-    for shard in range(plan.num_shards):
+    for shard in plan.shards:
         try:
-            records.append(ShardRecord.model_validate(unseal(layout.record(shard))))
+            record = ShardRecord.model_validate(unseal(layout.record(shard)))
         except (OSError, RecordError, ValidationError):
             continue
-    counts = {
-        "planned": len(plan.table),
+        if record.plan_id == plan.id:
+            records.append(record)
+    return {
+        "generation": generation,
+        "plan_id": plan.id,
+        "planned": len(plan),
         "utterances": sum(record.rows for record in records),
         "failures": sum(len(record.failures) for record in records),
         "shards": plan.num_shards,
         "committed": len(records),
     }
-    return {"complete": False, "path": name, "plan_id": plan.id, "counts": counts}
+
+
+def _incomplete(layout: Layout, name: str) -> dict[str, Any]:
+    """Describe a cache without CACHE.json; it has several generations if `repair` is making one of them again."""
+    found = [part for number in range(layout.num_plans()) if (part := _unfinished(layout, name, number))]
+    if not found:
+        raise UserError(f"'{name}' is not a cache: it has neither CACHE.json nor plans/000.parquet; run `make extract`")
+    counted = ("planned", "utterances", "failures", "shards", "committed")
+    counts = {count: sum(part[count] for part in found) for count in counted}
+    first = next((part for part in found if part["committed"] < part["shards"]), found[-1])
+    return {"complete": False, "path": name, "plan_id": first["plan_id"], "counts": counts, "unfinished": first}
 
 
 def format_info(about: dict[str, Any]) -> Iterator[str]:
@@ -115,16 +164,38 @@ def format_info(about: dict[str, Any]) -> Iterator[str]:
     )
     yield f"  feature id    {about['feature_id']}"
     yield f"  manifest id   {about['manifest_id']}"
-    yield f"  source        {source.get('name', '?')} (fingerprint {str(source.get('fingerprint', '?'))[:8]})"
-    yield f"  encoder       {encoder.get('reference', '?')} ({encoder.get('device', '?')}, {spec['tensors'][:8]})"
+    yield f"  source        {_line(source.get('name', '?'))}"
     yield (
-        f"  utterances    {counts['utterances']:,} of {counts['planned']:,} planned, {counts['failures']:,} failed, "
-        f"in {counts['shards']:,} shards"
+        f"  encoder       {_line(encoder.get('reference', '?'))} ({_line(encoder.get('device', '?'))}, "
+        f"{spec['tensors'][:8]})"
     )
+    superseded = f", {counts['superseded']:,} superseded" if counts.get("superseded") else ""
+    yield (
+        f"  utterances    {counts['utterances']:,} of {counts['planned']:,} planned, {counts['failures']:,} failed"
+        f"{superseded}, in {counts['shards']:,} shards"
+    )
+    if len(about["generations"]) > 1:
+        yield from map(_generation_line, about["generations"])
+    if (part := about["unfinished"]) is not None:
+        committed = f"{part['committed']:,} of {part['shards']:,} shards committed"
+        yield f"  note          generation {part['generation']} is unfinished: {committed}; rerun the extraction"
+    for entry in about["labels"]:
+        mark = "" if entry["current"] else ", replaced by a newer one"
+        yield f"  labels        {entry['name']} {entry['id'][:8]}, {entry['rows']:,} rows{mark}"
     yield f"  audio         {about['hours']:.3f} h, {counts['frames']:,} frames"
     yield f"  bits/value    {about['bits_per_value']:.2f} including tar headers and texts"
     yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
     yield from format_cost(about)
+
+
+def _generation_line(part: dict[str, Any]) -> str:
+    finished = f", finished {_line(part['finished'])}" if part["finished"] else ""
+    return f"  generation {part['number']:<2} {part['rows']:,} utterances in {part['shards']:,} shards{finished}"
+
+
+def _line(value: Any) -> str:
+    """Return a value of the free-form provenance as printable text."""
+    return "".join(c if c.isprintable() else "�" for c in str(value)[:200])
 
 
 def format_cost(about: dict[str, Any]) -> Iterator[str]:

@@ -25,13 +25,18 @@ from shards.format import tar
 from shards.format.codec import SCALED, STORED_DTYPE
 from shards.format.npy import NpyError, parse_npy_header
 from shards.format.records import utterance_json
+from shards.format.schemas import UNKNOWN_AUDIO
 from shards.format.spec import MAX_CHANNELS, FeatureSpec
 
+LABELS_IN_TAR = ("text", "speaker", "split")  # as the source had them when the shard was extracted
 KEY_PATTERN = r"\A[A-Za-z0-9_-]{1,90}\z"
 
 
-def first_bad_utterance(plan: pa.Table) -> str | None:
-    """Return what is wrong with a plan, or None. Keys must be unique and legal; shards and rows count from 0."""
+def first_bad_utterance(plan: pa.Table, first_shard: int) -> str | None:
+    """Return what is wrong with the plan of a generation, or None.
+
+    Keys must be unique and legal; shards count from ``first_shard``, rows from 0.
+    """
     if not len(plan):
         return None
     legal = pc.match_substring_regex(plan["key"], KEY_PATTERN)
@@ -42,31 +47,38 @@ def first_bad_utterance(plan: pa.Table) -> str | None:
     shard, row = plan["shard"].to_numpy().astype(np.int64), plan["row"].to_numpy().astype(np.int64)
     first = np.concatenate([[True], np.diff(shard) != 0])
     starts = np.flatnonzero(first)[np.cumsum(first) - 1]
-    if shard[0] != 0 or np.any(~np.isin(np.diff(shard), (0, 1))) or np.any(row != np.arange(len(row)) - starts):
-        return "does not number shards and rows from 0 without gaps"
+    if (
+        shard[0] != first_shard
+        or np.any(~np.isin(np.diff(shard), (0, 1)))
+        or np.any(row != np.arange(len(row)) - starts)
+    ):
+        return f"does not number shards from {first_shard} and rows from 0 without gaps"
     return None
 
 
 def first_bad_row(rows: pa.Table, shard: int, spec: FeatureSpec | None, size: int) -> tuple[str, str] | None:
     """Return (key, problem) of the first row that is invalid in a tar of ``size`` bytes; None if all are valid."""
     column = {name: rows[name].to_numpy().astype(np.int64) for name in _NUMBERS}
-    codecs = rows["codec"]
-    scaled = pc.is_in(codecs, value_set=pa.array(sorted(SCALED))).to_numpy()
-    known = pc.is_in(codecs, value_set=pa.array([spec.codec] if spec else sorted(STORED_DTYPE))).to_numpy()
-    width = np.array([STORED_DTYPE[c].itemsize if c in STORED_DTYPE else 1 for c in codecs.to_pylist()], dtype=np.int64)
+    scaled = column["scale_offset"] >= 0
+    width = STORED_DTYPE[spec.codec].itemsize if spec else 1
     error, row = rows["error"].to_numpy(), column["row"]
+    known = pc.not_equal(rows["audio_id"], pa.scalar(UNKNOWN_AUDIO, pa.binary(32))).to_numpy()
     checks: list[tuple[Any, str]] = [
         (column["shard"] == shard, "is a row of another shard"),
         (np.diff(row, prepend=-1) > 0, "is out of order"),
-        (known, "has another codec than the cache"),
         ((column["frames"] >= 1) & (column["samples"] >= 0), "has no frames, or a negative number of samples"),
+        (known, "has no audio id"),
         (_inside(column["offset"], column["length"], size), "lies outside its tar"),
         (column["length"] // width >= column["frames"] * (spec.channels if spec else 1), "has more frames than bytes"),
         (
-            scaled == (column["scale_offset"] >= 0),
+            scaled == (spec.codec in SCALED) if spec else np.ones(len(rows), dtype=bool),
             "has a scale that its codec does not use, or lacks one that it needs",
         ),
         (~scaled | _inside(column["scale_offset"], column["scale_length"], size), "has a scale outside its tar"),
+        (
+            scaled | ((column["scale_offset"] == -1) & (column["scale_length"] == 0)),
+            "has the position of a scale but no scale",
+        ),
         (np.isfinite(error) & (error >= 0), "has a codec error that is not a non-negative number"),
     ]
     for good, what in checks:
@@ -143,8 +155,9 @@ class TarFile:
             return str(error)
         (dtype, shape), *scale = shapes
         channels = spec.channels if spec else shape[-1]
-        if dtype != STORED_DTYPE[row["codec"]] or shape != (row["frames"], channels) or channels > MAX_CHANNELS:
-            return f"contains {dtype} {shape}, not {row['frames']} frames of {row['codec']}"
+        known = dtype == STORED_DTYPE[spec.codec] if spec else dtype in STORED_DTYPE.values()
+        if not known or shape != (row["frames"], channels) or channels > MAX_CHANNELS:
+            return f"contains {dtype} {shape}, not {row['frames']} frames of {spec.codec if spec else 'a codec'}"
         if scale and scale != [(np.dtype("<f4"), (channels,))]:
             return "has a scale whose shape does not match its channels"
         found = members.get(f"{row['key']}.json")
@@ -153,14 +166,13 @@ class TarFile:
         return None
 
     def _json_mismatch(self, text: bytes, row: dict[str, Any], spec: FeatureSpec) -> str | None:
-        wanted = utterance_json(row, spec)
-        if text == wanted:
-            return None
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
             return "has a JSON member that is not JSON"
-        for name, value in json.loads(wanted).items():
-            if not isinstance(found, dict) or found.get(name) != value:
+        if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in LABELS_IN_TAR):
+            return "has a JSON member without a text, speaker or split"
+        for name, value in json.loads(utterance_json(row, found, spec)).items():  # any labels: they may differ by now
+            if found.get(name) != value:
                 return f"has a JSON member whose {name} differs from its row"
         return None  # additional fields are allowed

@@ -6,13 +6,17 @@ Takes an untrusted cache folder or its URL; returns a list of problems (``shards
 cache is valid and complete. The fast check reads everything except the tars, whose sizes it compares. The deep check
 also rehashes every tar (of a remote cache, downloaded whole, one at a time) and compares each of its members with its
 manifest row.
+
+A generation that ``CACHE.json`` does not list is unfinished. Its plan and its committed shards are checked; that shards
+are missing is a problem only if there is no ``CACHE.json``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +25,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
+from shards.commit.finalize import COUNTS
 from shards.errors import UserError, first_validation_error
-from shards.format.layout import Layout, manifest_id, shard_number
-from shards.format.records import CacheInfo, RecordError, ShardRecord
-from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, read_parquet
-from shards.format.spec import FeatureSpec
+from shards.format.layout import Layout, current_rows, manifest_id, shard_number
+from shards.format.records import CacheInfo, Generation, RecordError, ShardRecord
+from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, UNKNOWN_AUDIO, read_parquet
+from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 from shards.inspect.findings import Findings, Problem, ProgressCallback
+from shards.inspect.label_check import check_label_sets
+from shards.inspect.snapshot import fetch_tar, snapshot
 from shards.inspect.tar_check import TarFile, first_bad_row, first_bad_utterance
 from shards.remote.client import is_url
-from shards.remote.snapshot import fetch_tar, snapshot
 
-PLANNED_COLUMNS = [
-    name for name in UTTERANCE_SCHEMA.names if name != "samples"
-]  # columns that a manifest row copies from its plan row
+COPIED_COLUMNS = ["key", "id", "audio", "shard", "row"]  # columns that a manifest row copies from its plan row
 
 
 def verify(path: str | Path, deep: bool = False, progress: ProgressCallback | None = None) -> list[Problem]:
@@ -44,70 +48,84 @@ def verify(path: str | Path, deep: bool = False, progress: ProgressCallback | No
         progress: called with (bytes read, total bytes to read).
 
     Raises:
-        UserError: the folder does not exist, is not a cache, or has a newer format.
+        UserError: the folder does not exist, is not a cache, or has another format.
     """
     if is_url(path):
         with snapshot(str(path)) as copy:
-            return _Audit(Layout(copy), deep, progress, partial(fetch_tar, str(path))).run()
+            return _Audit(Layout(copy), str(path), deep, progress, partial(fetch_tar, str(path))).run()
     layout = Layout(Path(path))
     if not layout.path.is_dir():
         raise UserError(
             f"cache folder '{layout.path}' does not exist: pass a cache folder, such as caches/CORPUS/ENCODER"
         )
-    if not (layout.cache.exists() or layout.plan.exists() or any(layout.shards.glob("*.json"))):
+    if not (layout.cache.exists() or layout.plan(0).exists() or any(layout.shards.glob("*.json"))):
         raise UserError(
-            f"'{layout.path}' is not a cache: it has neither CACHE.json nor plan.parquet; run `make extract`"
+            f"'{layout.path}' is not a cache: it has neither CACHE.json nor plans/000.parquet; run `make extract`"
         )
-    return _Audit(layout, deep, progress).run()
+    return _Audit(layout, str(path), deep, progress).run()
+
+
+@dataclass
+class _Part:
+    """One generation, as far as its files can be trusted.
+
+    Attributes:
+        entry: its entry in ``CACHE.json``; None if it is unfinished.
+        plan: rows of its plan; None if the plan cannot be trusted.
+        shards: the shards to check: those of the plan or, without a plan, those that have a record.
+        keys: keys of its manifest and of its failures; None where these cannot be trusted.
+    """
+
+    number: int
+    entry: Generation | None
+    plan_id: str | None = None
+    plan: pa.Table | None = None
+    shards: Sequence[int] = ()
+    keys: list[pa.ChunkedArray | None] = field(default_factory=lambda: [None, None])
 
 
 class _Audit:
     def __init__(
         self,
         layout: Layout,
+        name: str,
         deep: bool,
         progress: ProgressCallback | None,
         open_tar: Callable[[Path], AbstractContextManager[Path]] = nullcontext,
     ) -> None:
-        self.layout, self.deep, self.open_tar = layout, deep, open_tar
+        self.layout, self.name, self.deep, self.open_tar = layout, name, deep, open_tar
         self.findings = Findings(layout.path, progress)
         self.spec: FeatureSpec | None = None
+        self.feature_id: str | None = None
+        self.records: dict[int, ShardRecord] = {}
 
     def run(self) -> list[Problem]:
         info = self._info()
-        records = self._records()
-        plan_ids = Counter(record.plan_id for record in records.values())
-        plan_id = info.plan_id if info else max(plan_ids, key=lambda found: plan_ids[found], default=None)
-        plan = self._plan(plan_id)
-        shards: Sequence[int] = sorted(records)
-        if plan is not None:
-            shards = range(plan["shard"][-1].as_py() + 1 if len(plan) else 0)
-        tables = [self.layout.manifest, self.layout.failures, *map(self.layout.rows, shards)]
-        self.findings.expect([*tables, *map(self.layout.tar, shards)] if self.deep else tables)
-        feature_id = self._feature_id(info, records)
-        manifest = self._table(info, self.layout.manifest, MANIFEST_SCHEMA)
-        merged: dict[int, int] = {}
-        if manifest is not None:
-            found, counts = np.unique(manifest["shard"].to_numpy(), return_counts=True)
-            merged = dict(zip(found.tolist(), counts.tolist(), strict=True))
-        at = 0  # first row of the shard in the manifest
-        for shard in shards:
-            size = merged.get(shard, 0)
-            record = records.get(shard)
-            rows = None
-            if record is None:
-                self._absent(shard)
-            else:
-                rows = self._check_shard(shard, record, feature_id, plan_id, plan)
-            if rows is not None and manifest is not None and not manifest.slice(at, size).equals(rows):
-                self.findings.report(None, self.layout.manifest, f"does not contain the rows of shard {shard:06d}")
-                manifest = None  # report it only once
-            at += size
-        if manifest is not None and at != len(manifest):
-            self.findings.report(None, self.layout.manifest, "has rows of shards that are not in the plan")
-        self._check_unexpected_files(shards)
+        self._read_records()
+        self.feature_id = info.feature_id if info else _most_common(r.feature_id for r in self.records.values())
+        tables = [path(0).parent for path in (self.layout.plan, self.layout.manifest, self.layout.failures)]
+        read = [*tables, self.layout.shards, self.layout.labels]
+        self.findings.expect(path for folder in read for path in folder.glob("*.parquet"))
+        if self.deep:
+            self.findings.expect(self.layout.shards.glob("*.tar"))
+        listed = info.generations if info else []
+        parts: list[_Part] = []
+        expected: list[range] = []
+        first: int | None = 0
+        for number in range(max(len(listed), self.layout.num_plans(), 1)):
+            part = _Part(number, listed[number] if number < len(listed) else None)
+            if first is None:
+                break
+            after = self._read_plan(part, first)
+            self._check_generation(part, info)
+            part.plan = None  # the plans of all generations need not fit into memory together
+            expected.append(range(first, after if after is not None else 1 << 62))
+            parts.append(part)
+            first = after
+        self._check_unexpected_files(expected, tables, len(parts))
+        check_label_sets(self.findings, self.layout.labels, self.deep, info is not None)
         if info:
-            self._check_summary(info, {shard: records[shard] for shard in shards if shard in records}, shards, plan)
+            self._check_totals(info, parts[: len(listed)])
         return self.findings.problems
 
     def _info(self) -> CacheInfo | None:
@@ -117,21 +135,24 @@ class _Audit:
             if not path.exists():
                 self.findings.report(None, path, "is missing: the extraction is not complete")
             return None
+        spec = tree.get("spec")
+        for version in (tree.get("schema_version"), spec.get("schema_version") if isinstance(spec, dict) else None):
+            if isinstance(version, int) and version != SCHEMA_VERSION:
+                FeatureSpec.parse({"schema_version": version}, f"'{self.name}/{path.name}'")  # raises UserError
         try:
             info = CacheInfo.model_validate(tree)
-            self.spec = FeatureSpec.parse(info.spec, f"'{path}'")
+            self.spec = FeatureSpec.parse(info.spec, f"'{path.name}'")
         except ValidationError as error:
             self.findings.report(None, path, f"has missing or invalid fields: {first_validation_error(error)}")
             return None
         except UserError as error:
             self.findings.report(None, path, f"has missing or invalid fields: {error}")
             return None
-        if info.schema_version != self.spec.schema_version or self.spec.feature_id != info.feature_id:
+        if self.spec.feature_id != info.feature_id:
             self.findings.report(None, path, "has a feature id that does not match its spec")
         return info
 
-    def _records(self) -> dict[int, ShardRecord]:
-        records: dict[int, ShardRecord] = {}
+    def _read_records(self) -> None:
         for path in sorted(self.layout.shards.glob("*.json")):
             shard = shard_number(path.stem)
             if shard is None or not path.is_file():
@@ -140,39 +161,74 @@ class _Audit:
             if tree is None:
                 continue
             try:
-                records[shard] = ShardRecord.model_validate(tree)
+                record = ShardRecord.model_validate(tree)
             except ValidationError as error:
                 self.findings.report(shard, path, f"has missing or invalid fields: {first_validation_error(error)}")
-        return records
+                continue
+            if record.schema_version != SCHEMA_VERSION:
+                self.findings.report(shard, path, f"has cache format {record.schema_version}, not {SCHEMA_VERSION}")
+                continue
+            self.records[shard] = record
 
-    def _plan(self, plan_id: str | None) -> pa.Table | None:
-        """Return the plan, sorted by shard and row as written, or None."""
-        path = self.layout.plan
+    def _read_plan(self, part: _Part, first: int) -> int | None:
+        """Read the plan of a generation into ``part``; return the first shard after the generation, None if unknown."""
+        path, entry = self.layout.plan(part.number), part.entry
+        end = None if entry is None else first + entry.shards
+        part.plan_id = entry.plan_id if entry else None
+        part.shards = sorted(s for s in self.records if first <= s and (end is None or s < end))
+        if entry is not None:
+            if not self.findings.check_file(path, entry.files.plan):
+                return end
+            if entry.files.plan.sha256 != entry.plan_id:
+                self.findings.report(
+                    None, self.layout.cache, f"has two hashes for the plan of generation {part.number}"
+                )
         try:
-            found = self.findings.hash_file(path, count=False)
-        except OSError as error:
-            self.findings.report_error(None, path, error)
-            return None
-        if plan_id is not None and found != plan_id:
-            self.findings.report(None, path, "is not the plan that the cache was extracted with (its sha256 differs)")
-            return None
-        try:
-            plan = read_parquet(path, UTTERANCE_SCHEMA)
+            found = entry.plan_id if entry else self.findings.hash_file(path)
+            plan = read_parquet(path, PLAN_SCHEMA)
         except (RecordError, OSError) as error:
             self.findings.report_error(None, path, error)
-            return None
-        if bad := first_bad_utterance(plan):
+            return end
+        if bad := first_bad_utterance(plan, first):
             self.findings.report(None, path, bad)
-            return None
-        return plan
+            return end
+        shards = range(first, plan["shard"][-1].as_py() + 1 if len(plan) else first)
+        if entry is None:
+            part.plan_id = _most_common(self.records[s].plan_id for s in part.shards if s in shards) or found
+            if part.plan_id != found:
+                self.findings.report(
+                    None, path, "is not the plan that the shards were extracted with (its sha256 differs)"
+                )
+                return None
+        elif len(shards) != entry.shards:
+            what = f"says that generation {part.number} has {entry.shards} shards, its plan has {len(shards)}"
+            self.findings.report(None, self.layout.cache, what)
+        part.plan, part.shards = plan, shards
+        return shards.stop if entry is None else end
 
-    def _feature_id(self, info: CacheInfo | None, records: dict[int, ShardRecord]) -> str | None:
-        if info:
-            return info.feature_id
-        found = Counter(record.feature_id for record in records.values())
-        return max(found, key=lambda name: found[name], default=None)
+    def _check_generation(self, part: _Part, info: CacheInfo | None) -> None:
+        entry, path = part.entry, self.layout.manifest(part.number)
+        manifest = self.findings.read_table(path, entry.files.manifest, MANIFEST_SCHEMA, None) if entry else None
+        part.keys[0] = manifest["key"] if manifest is not None else None
+        samples = pc.sum(manifest["samples"]).as_py() or 0 if manifest is not None else None
+        bounds = _bounds(manifest["shard"] if manifest is not None else None, part.shards)
+        planned = _bounds(part.plan["shard"] if part.plan is not None else None, part.shards)
+        for index, shard in enumerate(part.shards):
+            record, rows = self.records.get(shard), None
+            if record is not None:
+                plan = None if part.plan is None else part.plan.slice(*planned[index])
+                rows = self._check_shard(shard, record, part.plan_id, plan)
+            elif entry is not None or info is None:
+                self._report_absent(shard)
+            if rows is not None and manifest is not None and not manifest.slice(*bounds[index]).equals(rows):
+                self.findings.report(None, path, f"does not contain the rows of shard {shard:06d}")
+                manifest = None  # report it only once
+        if manifest is not None and sum(size for _, size in bounds) != len(manifest):
+            self.findings.report(None, path, "has rows of shards that are not in the plan")
+        if entry is not None and info is not None:
+            self._check_entry(part, entry, info, samples)
 
-    def _absent(self, shard: int) -> None:
+    def _report_absent(self, shard: int) -> None:
         path = self.layout.record(shard)
         if not path.exists():
             self.findings.report(shard, path, "is missing: the shard is not committed")
@@ -180,16 +236,15 @@ class _Audit:
             self.findings.report(shard, path, "is not a regular file")
 
     def _check_shard(
-        self, shard: int, record: ShardRecord, feature_id: str | None, plan_id: str | None, plan: pa.Table | None
+        self, shard: int, record: ShardRecord, plan_id: str | None, planned: pa.Table | None
     ) -> pa.Table | None:
         """Check one shard; returns its rows if they can be trusted."""
         layout, path = self.layout, self.layout.record(shard)
         if record.shard != shard:
             self.findings.report(shard, path, f"is the record of shard {record.shard:06d}")
-        if record.feature_id != feature_id:
-            self.findings.report(
-                shard, path, f"belongs to other features ({record.feature_id[:8]}, not {str(feature_id)[:8]})"
-            )
+        if record.feature_id != self.feature_id:
+            what = f"belongs to other features ({record.feature_id[:8]}, not {str(self.feature_id)[:8]})"
+            self.findings.report(shard, path, what)
         if record.plan_id != plan_id:
             self.findings.report(shard, path, f"belongs to another plan ({record.plan_id[:8]}, not {str(plan_id)[:8]})")
         rows = self.findings.read_table(layout.rows(shard), record.parquet, MANIFEST_SCHEMA, shard)
@@ -208,7 +263,7 @@ class _Audit:
             if bad := first_bad_row(rows, shard, self.spec, record.tar.bytes):
                 self.findings.report(shard, layout.rows(shard), bad[1], bad[0])
                 rows = None
-            elif plan is not None and not self._matches_plan(shard, record, rows, plan):
+            elif planned is not None and not _follows_plan(record, rows, planned):
                 self.findings.report(
                     shard, layout.rows(shard), "and the failures in its record do not add up to the planned rows"
                 )
@@ -225,51 +280,84 @@ class _Audit:
                 self.findings.report_error(shard, tar, error)
         return rows
 
-    def _matches_plan(self, shard: int, record: ShardRecord, rows: pa.Table, plan: pa.Table) -> bool:
-        """Return whether every planned utterance is either a row or a failure, and none is both."""
-        failed = pa.array([failure.key for failure in record.failures], pa.string())
-        planned = plan.filter(pc.equal(plan["shard"], shard)).select(PLANNED_COLUMNS)
-        lost = pc.is_in(planned["key"], value_set=failed)
-        same: bool = planned.filter(pc.invert(lost)).equals(rows.select(PLANNED_COLUMNS))
-        return same and (pc.sum(lost).as_py() or 0) == len(failed)
-
-    def _table(self, info: CacheInfo | None, path: Path, schema: pa.Schema) -> pa.Table | None:
-        if info is None:
-            return None
-        if path.name not in info.files:
-            self.findings.report(None, self.layout.cache, f"does not list {path.name}")
-            return None
-        return self.findings.read_table(path, info.files[path.name], schema, None)
-
-    def _check_unexpected_files(self, shards: Sequence[int]) -> None:
-        """Report tars and records outside the plan: a plain WebDataset reader of ``shards/*.tar`` would read them."""
-        for path in sorted([*self.layout.shards.glob("*.tar"), *self.layout.shards.glob("*.json")]):
-            if shard_number(path.stem) not in shards:
-                self.findings.report(None, path, "is not a shard of this cache")
-
-    def _check_summary(
-        self, info: CacheInfo, records: dict[int, ShardRecord], shards: Sequence[int], plan: pa.Table | None
-    ) -> None:
-        """Compare CACHE.json with the totals of the records."""
-        path = self.layout.cache
-        failures = self._table(info, self.layout.failures, FAILURE_SCHEMA)
-        if len(records) < len(shards):
+    def _check_entry(self, part: _Part, entry: Generation, info: CacheInfo, samples: int | None) -> None:
+        """Compare an entry of CACHE.json and the failures of the generation with the records of its shards."""
+        path, failures = self.layout.cache, self.layout.failures(part.number)
+        table = self.findings.read_table(failures, entry.files.failures, FAILURE_SCHEMA, None)
+        part.keys[1] = table["key"] if table is not None else None
+        records = [self.records[shard] for shard in part.shards if shard in self.records]
+        if len(records) < len(part.shards) or len(records) != entry.shards:
             return
-        failure_rows = [failure.model_dump() for shard in shards for failure in records[shard].failures]
-        if failures is not None and failures.to_pylist() != failure_rows:
-            self.findings.report(None, self.layout.failures, "does not contain the failures of the records")
+        failed = [failure.model_dump() for record in records for failure in record.failures]
+        if table is not None and table.to_pylist() != failed:
+            self.findings.report(None, failures, "does not contain the failures of the records")
         found = {
-            "shards": len(shards),
-            "utterances": sum(record.rows for record in records.values()),
-            "failures": len(failure_rows),
-            "frames": sum(record.frames for record in records.values()),
-            "bytes": sum(record.tar.bytes for record in records.values()),
+            "shards": len(records),
+            "utterances": sum(record.rows for record in records),
+            "failures": len(failed),
+            "frames": sum(record.frames for record in records),
+            "samples": samples,
+            "bytes": sum(record.tar.bytes for record in records),
+            "planned": None if part.plan is None else len(part.plan),
         }
-        if plan is not None:
-            found["planned"] = len(plan)
+        for name, value in found.items():
+            if value is not None and entry.counts.get(name) != value:
+                counted = f"counts {entry.counts.get(name)} {name} in generation {part.number}"
+                self.findings.report(None, path, f"{counted}, the shards have {value}")
+        before = info.generations[part.number - 1].manifest_id if part.number else ""
+        tars = [record.tar.sha256 for record in records]
+        if manifest_id(info.feature_id, before, entry.plan_id, tars) != entry.manifest_id:
+            what = f"has a manifest id of generation {part.number} that does not match its shards"
+            self.findings.report(None, path, what)
+
+    def _check_totals(self, info: CacheInfo, parts: Sequence[_Part]) -> None:
+        path = self.layout.cache
+        found = {name: sum(entry.counts.get(name, 0) for entry in info.generations) for name in COUNTS}
+        manifests, failed = ([part.keys[kind] for part in parts if part.keys[kind] is not None] for kind in (0, 1))
+        if len(manifests) == len(failed) == len(info.generations):
+            found["superseded"] = sum(int((~rows).sum()) for rows in current_rows(manifests, failed))
         for name, value in found.items():
             if info.counts.get(name) != value:
-                self.findings.report(None, path, f"counts {info.counts.get(name)} {name}, the shards have {value}")
-        tars = [records[shard].tar.sha256 for shard in shards]
-        if manifest_id(info.feature_id, info.plan_id, tars) != info.manifest_id:
-            self.findings.report(None, path, "has a manifest id that does not match its shards")
+                what = f"counts {info.counts.get(name)} {name}, the generations have {value}"
+                self.findings.report(None, path, what)
+
+    def _check_unexpected_files(self, shards: Sequence[range], tables: Sequence[Path], generations: int) -> None:
+        """Report tars and records outside of the plans: a plain WebDataset reader of ``shards/*.tar`` would read them.
+
+        Also report tables of generations that have no plan.
+        """
+        for path in sorted([*self.layout.shards.glob("*.tar"), *self.layout.shards.glob("*.json")]):
+            shard = shard_number(path.stem)
+            if shard is None or not any(shard in numbers for numbers in shards):
+                self.findings.report(None, path, "is not a shard of this cache")
+        known = {f"{number:03d}.parquet" for number in range(generations)}
+        for path in sorted(path for folder in tables for path in folder.glob("*.parquet")):
+            if path.name not in known:
+                self.findings.report(None, path, "is not a table of a generation of this cache")
+
+
+def _follows_plan(record: ShardRecord, rows: pa.Table, planned: pa.Table) -> bool:
+    """Return whether every planned utterance is either a row or a failure, none is both, and their audio is equal."""
+    failed = pa.array([failure.key for failure in record.failures], pa.string())
+    lost = pc.is_in(planned["key"], value_set=failed)
+    kept = planned.filter(pc.invert(lost))
+    copied = kept.select(COPIED_COLUMNS).equals(rows.select(COPIED_COLUMNS))
+    if not copied or (pc.sum(lost).as_py() or 0) != len(failed):
+        return False
+    unknown = pc.equal(kept["audio_id"], pa.scalar(UNKNOWN_AUDIO, pa.binary(32)))
+    same = pc.or_(unknown, pc.equal(kept["audio_id"], rows["audio_id"]))
+    return bool(pc.all(same, min_count=0).as_py())
+
+
+def _bounds(column: pa.ChunkedArray | None, shards: Sequence[int]) -> list[tuple[int, int]]:
+    """Return first row and number of rows of each shard in an ascending column of shard numbers."""
+    if column is None:
+        return []
+    numbers = np.asarray(shards, dtype=np.int64)
+    begin, end = (np.searchsorted(column.to_numpy(), numbers, side) for side in ("left", "right"))
+    return [(int(a), max(int(b - a), 0)) for a, b in zip(begin, end, strict=True)]  # negative: not ascending
+
+
+def _most_common(values: Iterable[str]) -> str | None:
+    counted = Counter(values)
+    return max(counted, key=lambda value: counted[value], default=None)

@@ -1,44 +1,46 @@
-"""Reads committed features from memory-mapped shards without intermediate copies.
+"""A complete cache with one of its label sets: the utterances that a reader sees.
 
-:class:`Cache` takes a complete cache folder (one with ``CACHE.json``) or its URL (``shards/remote/mirror.py``). It
-returns the features of any utterance as a read-only view, or copies them once into the caller's buffer.
+:class:`Cache` takes a cache folder (one with ``CACHE.json``) or its URL (``shards/remote/mirror.py``), and a label set.
+Its *items* are the rows of the label set that have features, ordered as the features are stored. Several rows of a
+label set may share the features of one recording, such as two tasks.
 
 ```
-CACHE.json -> spec, ids, counts     manifest.parquet -> frames and shards at once, the rest a row group at a time
-shards/000042.tar -> mmap (bounded, least recently used evicted) -> payload view --decode--> out
+CACHE.json -> generations -> feature rows (shards/read/features.py)
+labels/LABELS.json, or any file -> label set (shards/labels) --join by key--> items
 ```
 
-Every number in a file is checked against the size of that file before it is used. The checksum of a row is verified the
-first time a process reads it. Methods are thread-safe.
+Methods are thread-safe.
 """
 
 from __future__ import annotations
 
-import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from shards.errors import UserError
-from shards.format.codec import SCALED, STORED_DTYPE, Array, decode
-from shards.format.layout import MANIFEST_SCHEMA, Layout, read_parquet
-from shards.format.records import RecordError, unseal
+from shards.format.codec import Array, decode
+from shards.format.layout import Layout
+from shards.format.records import CacheInfo, RecordError, unseal
 from shards.format.spec import FeatureSpec
-from shards.read.index import ManifestIndex, RowGroup, corrupt_cache, read_frames
-from shards.read.mmap import MmapPool
+from shards.labels.join import join
+from shards.labels.table import LabelSet
+from shards.read.features import FeatureRows, parse_info
+from shards.read.index import corrupt_cache
+from shards.read.labels import Joined, open_labels
+from shards.read.strings import Strings
 from shards.remote.client import is_url
 from shards.remote.mirror import Mirror
 
-MAX_MAPPED_SHARDS = 64  # shards mapped at once: each keeps two file descriptors
-SCALE_DTYPE = np.dtype("<f4")
+LABEL_COLUMNS = ("text", "speaker", "split", "language", "prompt", "task")  # every manifest has them; "" if unknown
 
 
 class StoredUtterance(NamedTuple):
-    """One utterance as stored: read-only views of the shard, and the key and text from the manifest."""
+    """One item as stored: read-only views of the shard, and the key and text of the utterance."""
 
     payload: Array  # [frames, channels] of the codec's dtype
     scale: Array | None  # float32 [channels] if the codec is scaled
@@ -47,106 +49,127 @@ class StoredUtterance(NamedTuple):
 
 
 class Cache:
-    """A committed cache. Create it with :meth:`open`.
+    """A complete cache and a label set. Create it with :meth:`open`.
 
     Attributes:
         path: the cache folder; for a remote cache, the local folder that mirrors it.
         location: the cache folder, or the URL of a remote cache.
         mirror: fetches the shards of a remote cache; ``None`` for a local cache.
         spec: the feature spec; ``feature_id`` is its hash.
-        info: content of ``CACHE.json``.
-        manifest_id: 64 hex digits that identify the content of the cache.
-        frames: int32 [rows], number of frames of each utterance.
-        bounds: int64 [non-empty shards + 1]; non-empty shard s holds the rows ``bounds[s]:bounds[s + 1]``.
+        info: content of ``CACHE.json``, with the generations after :attr:`generation`.
+        generation: the last generation that is read.
+        manifest_id: 64 hex digits that identify the features up to that generation.
+        labels: the label set; ``labels.id`` identifies it.
+        frames: int32 [items], number of frames of each item.
+        item_shards: int32 [items], the shard of each item, ascending.
+        bounds: int64 [non-empty shards + 1]; non-empty shard s holds the items ``bounds[s]:bounds[s + 1]``.
+        feature_rows: int64 [items], the row of each item in the features.
+        num_unlabeled: number of utterances with features, but without a row in the label set.
+        num_missing: number of rows in the label set without features.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        info: dict[str, Any],
-        spec: FeatureSpec,
-        frames: Array,
-        shards: Array,
-        verify: bool,
-        mirror: Mirror | None = None,
-    ) -> None:
-        self.path, self.info, self.spec, self.mirror = path, info, spec, mirror
-        self.location = str(path) if mirror is None else mirror.url
-        self.feature_id: str = spec.feature_id
-        self.manifest_id: str = info["manifest_id"]
-        self._dtype = STORED_DTYPE[spec.codec]
-        self.frames: NDArray[np.int32] = frames
-        self._shards, self._verify = shards, verify
-        edges = np.flatnonzero(np.diff(shards)) + 1
-        self.bounds: NDArray[np.int64] = np.concatenate([[0], edges, [len(shards)]] if len(shards) else [[0]]).astype(
-            np.int64
-        )
-        self._verified = np.zeros(len(shards), dtype=bool)
-        self.detach()
+    def __init__(self, info: CacheInfo, features: FeatureRows, labels: LabelSet, joined: Joined | None = None) -> None:
+        self.path, self.info, self.mirror = features.layout.path, info, features.mirror
+        self.location = features.location
+        self.features_table, self.labels = features, labels
+        self.spec: FeatureSpec = features.spec
+        self.feature_id: str = self.spec.feature_id
+        self.generation = len(features.generations) - 1
+        self.manifest_id: str = features.generations[-1].manifest_id
+        current, keys = features.current()
+        label_rows, found = joined or join(labels.table, keys)
+        self._label_rows: NDArray[np.int64] = label_rows
+        self.feature_rows: NDArray[np.int64] = found if current is None else current[found]
+        self.num_unlabeled = len(keys) - int(np.count_nonzero(np.diff(found, prepend=-1)))  # it is ascending
+        self.num_missing = len(labels.table) - len(label_rows)
+        self.frames: NDArray[np.int32] = features.frames[self.feature_rows]
+        self.item_shards: NDArray[np.int32] = features.shards[self.feature_rows]
+        edges = np.flatnonzero(np.diff(self.item_shards)) + 1
+        self.bounds: NDArray[np.int64] = np.r_[0, edges, [len(self)] if len(self) else []].astype(np.int64)
+        self._strings: dict[str, Strings | None] = {}  # by column; None if the label set does not have it
 
     @classmethod
-    def open(cls, path: str | Path | Mirror, verify: bool = True) -> Cache:
-        """Open the cache at ``path``, a folder or a URL. ``verify=False`` skips the checksums of rows.
+    def open(
+        cls,
+        path: str | Path | Mirror,
+        labels: str | Path | LabelSet | None = None,
+        *,
+        generation: int | None = None,
+        verify: bool = True,
+        max_label_problems: float = 0.01,
+    ) -> Cache:
+        """Open the cache at ``path``, a folder or a URL.
 
-        Pass a :class:`~shards.remote.mirror.Mirror` instead of a URL to set the local folder and its size.
+        Args:
+            path: pass a :class:`~shards.remote.mirror.Mirror` instead of a URL to set the local folder and its size.
+            labels: name or id of a label set of the cache, or the path or URL of a file of labels (CSV, TSV, JSONL or
+                parquet), or a label set. ``None``: the newest labels of the source.
+            generation: the last generation to read; ``None`` is the newest.
+            verify: whether to verify the checksum of each row when it is read first.
+            max_label_problems: for a file: how many rows may have no features, no text or the key, task and prompt of
+                another row; below 1 a fraction of the rows.
 
         Raises:
-            UserError: there is no complete cache, it has another format, it is corrupt, or a remote cache cannot be
-                reached.
+            UserError: there is no complete cache, it has another format, it is corrupt, a remote cache cannot be
+                reached, or there are no such labels.
         """
-        if not isinstance(path, Mirror) and is_url(path):
-            path = Mirror.open(str(path))
-        mirror, layout = (path, path.layout) if isinstance(path, Mirror) else (None, Layout(Path(path)))
-        info = _read_info(layout)
-        where = f"'{layout.cache}'"
-        try:
-            spec = FeatureSpec.parse(info["spec"], where)
-            written = info["files"][layout.manifest.name]
-            declared = (info["feature_id"], int(info["counts"]["utterances"]), int(written["bytes"]))
-            if not isinstance(info["manifest_id"], str) or spec.feature_id != declared[0]:
-                raise corrupt_cache(layout.path, f"the feature id in {layout.cache.name} does not match its spec")
-            frames, shards = read_frames(layout, declared[1], declared[2], str(written["sha256"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise corrupt_cache(layout.path, f"{layout.cache.name} has missing or invalid fields ({error})") from None
-        return cls(layout.path, info, spec, frames, shards, verify, mirror)
+        info, features = open_features(path, generation=generation, verify=verify)
+        return cls(info, features, *open_labels(labels, features, max_label_problems))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cache.open, (self.mirror or self.path, self._verify)  # a worker process creates its own mappings
+        # A worker process creates its own mappings.
+        return _reopen, (self.mirror or self.path, self.labels, self.generation, self.features_table.verify)
 
     def __len__(self) -> int:
         return len(self.frames)
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the newest generation that is read was made; free form."""
+        return self.info.generations[self.generation].provenance
+
     def detach(self) -> None:
         """Drop mappings, cached strings and locks. Call it in a process that was forked while threads were reading."""
-        self._index = ManifestIndex(
-            self.path, self.spec, self.frames, int(self.info["files"]["manifest.parquet"]["bytes"])
-        )
-        max_mapped = MAX_MAPPED_SHARDS
-        if self.mirror is not None:
-            self.mirror.detach()
-            # Mapped shards cannot be evicted from the local folder, so map at most half of it.
-            max_mapped = max(1, min(max_mapped, int(self.mirror.budget / 2 / max(self.mirror.shard_bytes, 1))))
-        self._mmap_pool = MmapPool(self.path, self.mirror, max_mapped)
+        self.features_table.detach()
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """All rows and columns (``MANIFEST_SCHEMA``), read on first use. Row i is utterance i."""
-        try:
-            return read_parquet(Layout(self.path).manifest, MANIFEST_SCHEMA)
-        except (OSError, RecordError) as error:
-            raise corrupt_cache(self.path, str(error)) from None
+        """All items: the columns of ``MANIFEST_SCHEMA``, then those of the label set, made on first use.
+
+        ``text``, ``speaker``, ``split``, ``language``, ``prompt`` and ``task`` are always present.
+        """
+        table = self.features_table.table().take(pa.array(self.feature_rows))
+        rows = pa.array(self._label_rows)
+        for name in dict.fromkeys([*LABEL_COLUMNS, *self.labels.table.column_names]):
+            if name in self.labels.table.column_names and name != "key":
+                table = table.append_column(name, self.labels.table[name].take(rows))
+            elif name != "key":
+                table = table.append_column(name, pa.repeat(pa.scalar("", pa.string()), len(table)))
+        return table
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the manifest row of utterance ``index``."""
+        """Return the manifest row of item ``index``."""
         row: dict[str, Any] = self.manifest.slice(self._place(index), 1).to_pylist()[0]
         return row
 
-    def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
-        """Return ``key`` or ``text`` of ``rows`` without reading the strings of the whole manifest."""
-        return self._index.strings(column, np.asarray(rows, dtype=np.int64))
+    def strings(self, column: str, rows: ArrayLike) -> list[str]:
+        """Return ``key`` or a text column of the label set of the items ``rows``, without making the manifest."""
+        items = np.asarray(rows, dtype=np.int64)
+        if column == "key":
+            return self.features_table.keys(self.feature_rows[items])
+        values = self._column(column)
+        return [""] * len(items) if values is None else values.take(self._label_rows[items])
+
+    def label_rows(self, rows: ArrayLike) -> pa.Table:
+        """Return the rows of the label set of the items ``rows``, with all its columns."""
+        return self.labels.table.take(pa.array(self._label_rows[np.asarray(rows, dtype=np.int64)]))
+
+    def has_column(self, column: str) -> bool:
+        """Return whether the label set has a column of this name."""
+        return column in self.labels.table.column_names
 
     def features(self, index: int) -> Array:
-        """Return utterance ``index`` [frames, channels]: codec f16 as a read-only float16 view, others as float32.
+        """Return item ``index`` [frames, channels]: codec f16 as a read-only float16 view, others as float32.
 
         Raises:
             UserError: the shard is missing or truncated, or the checksum of the row does not match.
@@ -155,7 +178,7 @@ class Cache:
         return stored.payload if self.spec.codec == "f16" else decode(self.spec.codec, stored.payload, stored.scale)
 
     def read_into(self, index: int, out: Array) -> None:
-        """Copy or decode utterance ``index`` into ``out`` [frames, channels], float16 or float32.
+        """Copy or decode item ``index`` into ``out`` [frames, channels], float16 or float32.
 
         Raises:
             ValueError: ``out`` has another shape.
@@ -167,39 +190,27 @@ class Cache:
         decode(self.spec.codec, stored.payload, stored.scale, out)
 
     def read_stored(self, rows: NDArray[np.int64]) -> list[StoredUtterance]:
-        """Return the utterances at ``rows`` (int64, 0 … len - 1) as stored. Performance-critical: batches wait for it.
+        """Return the items at ``rows`` (int64, 0 … len - 1) as stored. Performance-critical: batches wait for it.
 
         Raises:
             UserError: as :meth:`features`.
         """
-        dtype, channels, scaled = self._dtype, self.spec.channels, self.spec.codec in SCALED
-        places = self._index.locate(rows)
-        shards = self._shards[rows].tolist()
-        maps = self._mmap_pool.get(shards)
-        checked = not self._verify or bool(self._verified[rows].all())
-        found = []
-        columns = zip(rows.tolist(), shards, self.frames[rows].tolist(), places, strict=True)
-        for row, shard, frames, (group, at) in columns:
-            data = maps[shard].data
-            if group.end.item(at) > len(data):
-                raise self._corrupt_row(row, f"ends at byte {group.end.item(at)} of a file of {len(data)} bytes")
-            if not checked and not self._verified[row]:
-                self._verify_checksum(data, row, group, at)
-            payload: Array = np.ndarray((frames, channels), dtype, data, group.payload_start.item(at))
-            scale = np.ndarray((channels,), SCALE_DTYPE, data, group.scale_start.item(at)) if scaled else None
-            found.append(StoredUtterance(payload, scale, group.key[at], group.text[at]))
-        return found
+        texts = self.strings("text", rows)
+        found = self.features_table.read(self.feature_rows[rows])
+        return [StoredUtterance(*stored, text) for stored, text in zip(found, texts, strict=True)]
 
     def shard_of(self, index: int) -> int:
-        """Return the number of the shard that holds utterance ``index``."""
-        return int(self._shards[index])
+        """Return the number of the shard that holds item ``index``."""
+        return int(self.item_shards[index])
 
     def will_need(self, rows: NDArray[np.int64]) -> None:
         """Ask the kernel to read the pages of ``rows`` from disk in the background."""
-        shards = self._shards[rows].tolist()
-        maps = self._mmap_pool.get(shards)
-        for shard, (group, at) in zip(shards, self._index.locate(rows), strict=True):
-            maps[shard].will_need(group.payload_start.item(at), group.end.item(at))
+        self.features_table.will_need(self.feature_rows[rows])
+
+    def _column(self, name: str) -> Strings | None:
+        if name not in self._strings:
+            self._strings[name] = Strings(self.labels.table[name]) if self.has_column(name) else None
+        return self._strings[name]
 
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
@@ -210,26 +221,37 @@ class Cache:
     def _stored(self, index: int) -> StoredUtterance:
         return self.read_stored(np.array([self._place(index)]))[0]
 
-    def _verify_checksum(self, data: NDArray[np.uint8], row: int, group: RowGroup, at: int) -> None:
-        crc, view = 0, data.data
-        for begin, end in group.checksum_ranges:
-            crc = zlib.crc32(view[begin.item(at) : end.item(at)], crc)
-        if crc != group.crc32.item(at):
-            raise self._corrupt_row(row, "does not match its checksum")
-        self._verified[row] = True
 
-    def _corrupt_row(self, row: int, what: str) -> UserError:
-        (key,) = self.strings("key", [row])
-        return corrupt_cache(self.path, f"utterance '{key}' in shards/{self.shard_of(row):06d}.tar {what}")
+def _reopen(path: Path | Mirror, labels: LabelSet, generation: int, verify: bool) -> Cache:
+    return Cache.open(path, labels, generation=generation, verify=verify)
 
 
-def _read_info(layout: Layout) -> dict[str, Any]:
+def open_features(
+    path: str | Path | Mirror, *, generation: int | None = None, verify: bool = True
+) -> tuple[CacheInfo, FeatureRows]:
+    """Open the features of the cache at ``path`` without labels; arguments and errors as :meth:`Cache.open`."""
+    if not isinstance(path, Mirror) and is_url(path):
+        path = Mirror.open(str(path))
+    mirror, layout = (path, path.layout) if isinstance(path, Mirror) else (None, Layout(Path(path)))
+    info = parse_info(read_cache_info(layout), layout.cache)
+    last = len(info.generations) - 1 if generation is None else generation
+    if not 0 <= last < len(info.generations):
+        where = layout.path if mirror is None else mirror.url
+        raise UserError(f"the cache '{where}' has no generation {last}: it has 0 to {len(info.generations) - 1}")
+    if mirror is not None:
+        mirror.fetch_tables(last)
+    spec = FeatureSpec.parse(info.spec, f"'{layout.cache}'")
+    return info, FeatureRows(layout, spec, info.generations[: last + 1], verify, mirror)
+
+
+def read_cache_info(layout: Layout) -> dict[str, Any]:
+    """Return the content of ``CACHE.json``; UserError if there is no complete cache or it is corrupt."""
     if not layout.path.is_dir():
         raise UserError(f"cache '{layout.path}' does not exist: run `make extract`, or correct the path")
     try:
         return unseal(layout.cache)
     except FileNotFoundError:
-        if layout.plan.exists():
+        if layout.plan(0).exists():
             raise UserError(
                 f"the cache '{layout.path}' is not complete (no CACHE.json): rerun the same extraction to finish it"
             ) from None

@@ -4,8 +4,8 @@ Takes caches and a filter; returns the rows of the joined manifest that match, f
 
     1 <= duration < 20 and speaker != '' and not (split in ['test', 'val'] or text_length == 0)
 
-Names are the columns of the manifest (``docs/format.md``), ``duration`` in seconds and ``text_length`` in characters.
-The syntax is Python's, but nothing is evaluated as Python.
+Names are the columns of the manifest (``docs/format.md``) and of the label set, ``duration`` in seconds and
+``text_length`` in characters. The syntax is Python's, but nothing is evaluated as Python.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.format.layout import MANIFEST_SCHEMA
 from shards.read.cache import Cache
 
-DERIVED = ("duration", "text_length")
 COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -42,16 +40,16 @@ def select_rows(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray
     Raises:
         UserError: the filter is not a valid expression, or compares a column with a value of another type.
     """
-    expression = parse_filter(filter) if isinstance(filter, str) else filter
     found, start = [], 0
     for cache in caches:
         table = cache.manifest
         seconds = pc.divide(pc.cast(table["samples"], pa.float64()), float(cache.spec.sampling_rate))
         table = table.append_column("duration", seconds)
         table = table.append_column("text_length", pc.cast(pc.utf8_length(table["text"]), pa.int64()))
-        table = table.select(MANIFEST_SCHEMA.names + list(DERIVED)).append_column("_at", pa.array(range(len(table))))
+        expression = parse_filter(filter, table.column_names) if isinstance(filter, str) else filter
+        table = table.append_column("", pa.array(np.arange(len(table))))  # no label column has this name
         try:
-            passed = table.filter(expression)["_at"]
+            passed = table.filter(expression)[""]
         except (pa.ArrowException, TypeError) as error:
             message = " ".join(str(error).split())
             raise UserError(
@@ -63,10 +61,14 @@ def select_rows(caches: Sequence[Cache], filter: str | pc.Expression) -> NDArray
     return rows
 
 
-def parse_filter(text: str) -> pc.Expression:
-    """Parse the text of a filter; UserError if it is not a valid filter."""
+def parse_filter(text: str, columns: Sequence[str]) -> pc.Expression:
+    """Parse the text of a filter over ``columns``; UserError if it is not a valid filter."""
     try:
-        expression = _expression(ast.parse(text.strip(), mode="eval").body)
+        tree = ast.parse(text.strip(), mode="eval").body
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id not in columns:
+                raise _UnsupportedExpression(f"column '{node.id}' does not exist (columns: {', '.join(columns)})")
+        expression = _expression(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _invalid_filter(text, "it is not an expression") from None
     except _UnsupportedExpression as error:
@@ -111,18 +113,15 @@ def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression
 
 def _value(node: ast.expr) -> pc.Expression:
     if isinstance(node, ast.Name):
-        names = [*MANIFEST_SCHEMA.names, *DERIVED]
-        if node.id not in names:
-            raise _UnsupportedExpression(f"column '{node.id}' does not exist (columns: {', '.join(names)})")
         return pc.field(node.id)
     return pc.scalar(_constant(node))
 
 
-def _constant(node: ast.expr) -> str | int | float:
+def _constant(node: ast.expr) -> str | int | float | bool:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         number = _constant(node.operand)
-        if not isinstance(number, str):
+        if not isinstance(number, str | bool):
             return -number
-    if isinstance(node, ast.Constant) and type(node.value) in (str, int, float):
+    if isinstance(node, ast.Constant) and type(node.value) in (str, int, float, bool):
         return node.value  # type: ignore[return-value]
-    raise _UnsupportedExpression(f"'{ast.unparse(node)}' is not a column, a string or a number")
+    raise _UnsupportedExpression(f"'{ast.unparse(node)}' is not a column, a string, a number or True or False")

@@ -1,7 +1,8 @@
-"""Locates the shard, bytes, key and text of a row in ``manifest.parquet`` without loading all of it.
+"""Locates the bytes and the key of a row in the manifests of a cache without loading all of them.
 
 Reads the frames and shards of all rows at once (:func:`read_frames`) and the other columns one row group at a time
-(:class:`ManifestIndex`), so that a manifest of many million rows opens in a second.
+(:class:`ManifestIndex`), so that a manifest of many million rows opens in a second. A row is counted through the
+manifests of all generations.
 
 Every number in the file is checked against the size of the file before it is used.
 """
@@ -10,12 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 from shards.errors import UserError
 from shards.files import file_sha256
 from shards.format.codec import SCALED, STORED_DTYPE, Array
-from shards.format.layout import MANIFEST_SCHEMA, Layout
-from shards.format.records import RecordError
-from shards.format.schemas import MAX_ROWS_PER_BYTE, read_batches
+from shards.format.layout import Layout
+from shards.format.records import FileInfo, RecordError
+from shards.format.schemas import MANIFEST_SCHEMA, MAX_ROWS_PER_BYTE, read_batches
 from shards.format.spec import FeatureSpec
+from shards.read.strings import StringColumn
 
 MAX_ROW_GROUP_BYTES = 512 << 20  # of row groups kept in memory: texts and offsets of a few million utterances
 HASHED_AT_OPEN = 64 << 20  # larger manifests are hashed only by `verify`, so that opening stays fast
@@ -41,18 +43,6 @@ def corrupt_cache(path: Path, what: str) -> UserError:
     return UserError(f"the cache '{path}' is corrupt: {what}; run `python -m shards verify {path}`")
 
 
-class StringColumn:
-    """A string column. Reading a value takes a third of the time of an arrow scalar."""
-
-    def __init__(self, column: pa.StringArray) -> None:
-        _, offsets, data = column.buffers()
-        self._offsets = np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset)
-        self._data = memoryview(data or b"")
-
-    def __getitem__(self, at: int) -> str:
-        return str(self._data[self._offsets.item(at) : self._offsets.item(at + 1)], "utf-8")
-
-
 @dataclass(frozen=True, slots=True)
 class RowGroup:
     """A row group: value i belongs to row ``first + i``. Offsets are bytes in the row's tar, int64 [rows].
@@ -63,7 +53,6 @@ class RowGroup:
 
     first: int
     key: StringColumn
-    text: StringColumn
     payload_start: NDArray[np.int64]
     scale_start: NDArray[np.int64]
     end: NDArray[np.int64]
@@ -73,29 +62,29 @@ class RowGroup:
 
 
 class ManifestIndex:
-    """Row groups of a manifest, read on demand. The least recently used are evicted.
+    """Row groups of the manifests of a cache, read on demand. The least recently used are evicted.
 
     Args:
-        path: the cache folder.
+        layout: the cache folder.
         frames: int32 [rows].
-        size: size of the manifest in bytes, which limits what it may decompress to.
+        sizes: size in bytes of each generation's manifest, which limits what it may decompress to.
     """
 
-    def __init__(self, path: Path, spec: FeatureSpec, frames: Array, size: int) -> None:
-        self._path, self._spec, self._frames, self._size = path, spec, frames, size
+    def __init__(self, layout: Layout, spec: FeatureSpec, frames: Array, sizes: Sequence[int]) -> None:
+        self._layout, self._spec, self._frames, self._sizes = layout, spec, frames, sizes
         self._lock = threading.Lock()
         self._groups: OrderedDict[int, RowGroup] = OrderedDict()
-        self._file: pq.ParquetFile | None = None
+        self._places: list[tuple[int, pq.ParquetFile, int]] = []  # generation, file, row group
         self._starts: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
 
     def locate(self, rows: NDArray[np.int64]) -> list[tuple[RowGroup, int]]:
         """Return the row group of each row, and the row's index in it.
 
         Raises:
-            UserError: the manifest cannot be read, or declares invalid values.
+            UserError: a manifest cannot be read, or declares invalid values.
         """
         with self._lock:
-            if self._file is None:
+            if not self._places:
                 self._open()
             numbers = np.searchsorted(self._starts, rows, side="right") - 1
             found: dict[int, RowGroup] = {}
@@ -104,15 +93,16 @@ class ManifestIndex:
         places = (rows - self._starts[numbers]).tolist()
         return [(found[number], at) for number, at in zip(numbers.tolist(), places, strict=True)]
 
-    def strings(self, column: Literal["key", "text"], rows: NDArray[np.int64]) -> list[str]:
-        """Return ``key`` or ``text`` of ``rows``."""
-        return [getattr(group, column)[at] for group, at in self.locate(rows)]
-
     def _open(self) -> None:
-        with translate_manifest_errors(self._path):
-            file = pq.ParquetFile(Layout(self._path).manifest, memory_map=True)
-        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        self._file, self._starts = file, np.array([0, *accumulate(sizes)], dtype=np.int64)
+        sizes, places = [], []
+        for generation in range(len(self._sizes)):
+            with translate_manifest_errors(self._layout.path):
+                file = pq.ParquetFile(self._layout.manifest(generation), memory_map=True)
+            for group in range(file.num_row_groups):
+                if rows := file.metadata.row_group(group).num_rows:
+                    places.append((generation, file, group))
+                    sizes.append(rows)
+        self._starts, self._places = np.array([0, *accumulate(sizes)], dtype=np.int64), places
 
     def _group(self, number: int) -> RowGroup:
         if number not in self._groups:
@@ -124,26 +114,24 @@ class ManifestIndex:
         return self._groups[number]
 
     def _read(self, number: int) -> RowGroup:
-        assert self._file is not None
-        with translate_manifest_errors(self._path):
-            columns = ["key", "text", *OFFSET_COLUMNS]
+        generation, file, group = self._places[number]
+        name = self._layout.manifest(generation).name
+        with translate_manifest_errors(self._layout.path):
             # Single-threaded: pyarrow's thread pool does not survive the fork of a DataLoader worker.
-            options = {"row_groups": [number], "columns": columns, "use_threads": False}
-            table = read_batches("manifest.parquet", self._file, self._size, **options).combine_chunks()
-        if any(table[name].null_count for name in table.column_names):
-            raise corrupt_cache(self._path, "manifest.parquet has null values")
+            options = {"row_groups": [group], "columns": ["key", *OFFSET_COLUMNS], "use_threads": False}
+            batches = list(read_batches(f"manifests/{name}", file, self._sizes[generation], **options))
+        table = pa.Table.from_batches(batches).combine_chunks()
         first = int(self._starts[number])
         places = {name: table[name].to_numpy() for name in OFFSET_COLUMNS}
         frames = self._frames[first : first + len(table)].astype(np.int64)
         wrong = _out_of_bounds(self._spec, frames, places)
         if wrong is not None:
-            raise corrupt_cache(self._path, f"manifest.parquet: row {first + wrong} is out of bounds")
+            raise corrupt_cache(self._layout.path, f"manifests/{name}: row {first + wrong} is out of bounds")
         scaled, channels = self._spec.codec in SCALED, self._spec.channels
         ends = places["offset"] + places["length"], places["scale_offset"] + places["scale_length"]
         return RowGroup(
             first=first,
             key=StringColumn(table["key"].chunk(0)),
-            text=StringColumn(table["text"].chunk(0)),
             payload_start=ends[0] - frames * (channels * STORED_DTYPE[self._spec.codec].itemsize),
             scale_start=ends[1] - 4 * channels,
             end=np.maximum(*ends),
@@ -153,38 +141,42 @@ class ManifestIndex:
         )
 
 
-def read_frames(layout: Layout, rows: int, size: int, sha256: str) -> tuple[Array, Array]:
-    """Read frames and shard of every row, int32 [rows], ordered by shard.
+def read_frames(layout: Layout, generation: int, rows: int, file: FileInfo) -> tuple[Array, Array]:
+    """Read frames and shard of every row of a generation, int32 [rows], ordered by shard.
 
     Args:
         rows: expected number of rows.
-        size: expected size of the manifest in bytes.
-        sha256: expected hash, checked for manifests of up to ``HASHED_AT_OPEN`` bytes.
+        file: expected size and hash of the manifest; the hash is checked up to ``HASHED_AT_OPEN`` bytes.
 
     Raises:
         UserError: the manifest does not match these values, or is invalid.
     """
-    path = layout.manifest
-    with translate_manifest_errors(layout.path):
-        found = path.stat().st_size
-        if found != size:
-            raise corrupt_cache(layout.path, f"{path.name} has {found} bytes, not {size}")
-        if size <= HASHED_AT_OPEN and file_sha256(path) != sha256:
-            raise corrupt_cache(layout.path, f"{path.name} does not match its sha256")
-        with pq.ParquetFile(path, memory_map=True) as file:
-            if not file.schema_arrow.remove_metadata().equals(MANIFEST_SCHEMA):
-                raise corrupt_cache(layout.path, f"{path.name} has other columns than the cache format")
-            if file.metadata.num_rows != rows or rows > MAX_ROWS_PER_BYTE * size:
-                raise corrupt_cache(
-                    layout.path, f"{path.name} has {file.metadata.num_rows} rows in {size} bytes, not {rows}"
-                )
-            table = file.read(columns=["frames", "shard"])
+    path, size = layout.manifest(generation), file.bytes
+    name = f"manifests/{path.name}"
+    check_file(layout, path, file, hashed=size <= HASHED_AT_OPEN)
+    with translate_manifest_errors(layout.path), pq.ParquetFile(path, memory_map=True) as parquet:
+        if not parquet.schema_arrow.remove_metadata().equals(MANIFEST_SCHEMA):
+            raise corrupt_cache(layout.path, f"{name} has other columns than the cache format")
+        if parquet.metadata.num_rows != rows or rows > MAX_ROWS_PER_BYTE * size:
+            raise corrupt_cache(layout.path, f"{name} has {parquet.metadata.num_rows} rows in {size} bytes, not {rows}")
+        table = parquet.read(columns=["frames", "shard"])
     if table["frames"].null_count or table["shard"].null_count:
-        raise corrupt_cache(layout.path, f"{path.name} has null values")
+        raise corrupt_cache(layout.path, f"{name} has null values")
     frames, shards = table["frames"].to_numpy(), table["shard"].to_numpy()
     if len(frames) and (frames.min() < 1 or shards[0] < 0 or np.any(shards[1:] < shards[:-1])):
-        raise corrupt_cache(layout.path, f"{path.name} has rows without frames or out of order")
+        raise corrupt_cache(layout.path, f"{name} has rows without frames or out of order")
     return frames, shards
+
+
+def check_file(layout: Layout, path: Path, file: FileInfo, *, hashed: bool = True) -> None:
+    """Check the size and the sha256 of a file that ``CACHE.json`` lists; UserError if they differ."""
+    name = path.relative_to(layout.path)
+    with translate_manifest_errors(layout.path):
+        found = path.stat().st_size
+        if found != file.bytes:
+            raise corrupt_cache(layout.path, f"{name} has {found} bytes, not {file.bytes}")
+        if hashed and file_sha256(path) != file.sha256:
+            raise corrupt_cache(layout.path, f"{name} does not match its sha256")
 
 
 def _out_of_bounds(spec: FeatureSpec, frames: NDArray[np.int64], places: dict[str, Any]) -> int | None:
@@ -202,10 +194,10 @@ def _out_of_bounds(spec: FeatureSpec, frames: NDArray[np.int64], places: dict[st
 
 @contextmanager
 def translate_manifest_errors(path: Path) -> Iterator[None]:
-    """Raise errors from reading the manifest of the cache at ``path`` as a UserError of one sentence."""
+    """Raise errors from reading a table of the cache at ``path`` as a UserError of one sentence."""
     try:
         yield
     except RecordError as error:
         raise corrupt_cache(path, str(error)) from None
     except (OSError, pa.ArrowException) as error:
-        raise corrupt_cache(path, f"manifest.parquet cannot be read ({error})") from None
+        raise corrupt_cache(path, f"a table cannot be read ({error})") from None

@@ -22,24 +22,30 @@ from shards.files import open_file
 from shards.format.codec import decode
 from shards.format.layout import Layout
 from shards.format.npy import parse_npy_header
+from shards.labels.table import LabelSet
 from shards.read.cache import Cache
 
-SAMPLE_FIELDS = ["key", "id", "text", "speaker", "split", "frames"]
+SAMPLE_FIELDS = ["key", "id", "text", "speaker", "split", "frames"]  # of every item, with the other label columns
+FIRST_LABELS = dict.fromkeys(("text", "speaker", "split"), "")  # a shard's JSON has those of its extraction
 
 
 class FeatureDataset(Dataset[dict[str, Any]]):
     """A map-style torch dataset over a cache, its folder or its URL; ``shards.open`` is this class.
 
     Item i is a dictionary: ``features`` is a float32 tensor [frames, channels] that owns its memory; ``key``, ``id``,
-    ``text``, ``speaker``, ``split``, ``frames`` and ``duration`` (seconds) come from the manifest. :func:`collate`
-    pads a list of items.
+    ``frames``, ``duration`` (seconds) and the columns of the label set, such as ``text``, ``speaker`` and ``split``.
+    :func:`collate` pads a list of items.
+
+    Args:
+        labels: name or id of a label set, or a file of labels, see :meth:`shards.Cache.open`.
 
     Raises:
-        UserError: ``cache`` is not a complete cache.
+        UserError: ``cache`` is not a complete cache, or there are no such labels.
     """
 
-    def __init__(self, cache: str | Path | Cache) -> None:
-        self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
+    def __init__(self, cache: str | Path | Cache, labels: str | Path | LabelSet | None = None) -> None:
+        self.cache = _open_cache(cache, labels)
+        self._fields = [*SAMPLE_FIELDS, *(n for n in self.cache.labels.table.column_names if n not in SAMPLE_FIELDS)]
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -52,7 +58,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         row = self.cache.row(index)
         features = np.empty((row["frames"], self.cache.spec.channels), dtype=np.float32)
         self.cache.read_into(index, features)
-        metadata = {name: row[name] for name in SAMPLE_FIELDS}
+        metadata = {name: row[name] for name in self._fields}
         duration = row["samples"] / self.cache.spec.sampling_rate
         return {"features": torch.from_numpy(features), **metadata, "duration": duration}
 
@@ -65,27 +71,31 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"features": features, "lengths": lengths, **others}
 
 
-def as_webdataset(cache: str | Path | Cache, *, seed: int | None = None) -> Any:
-    """Return a webdataset pipeline over a cache, its folder or its URL: one decoded sample per utterance.
+def as_webdataset(
+    cache: str | Path | Cache, *, labels: str | Path | LabelSet | None = None, seed: int | None = None
+) -> Any:
+    """Return a webdataset pipeline over a cache, its folder or its URL: one decoded sample per item.
 
-    Shards are split by node, then by DataLoader worker; every utterance occurs once per epoch. A sample holds
-    ``__key__``, ``features`` (float32 tensor [frames, channels]) and the fields of the shard's JSON: ``text``,
-    ``speaker``, ``split``, ``duration`` and so on. The result chains like any webdataset pipeline:
-    ``.shuffle(1000)``, ``.batched(8, collation_fn=shards.collate)``.
+    Shards are split by node, then by DataLoader worker; every item occurs once per epoch. A sample holds
+    ``__key__``, ``features`` (float32 tensor [frames, channels]), the fields of the shard's JSON such as ``duration``,
+    and the columns of the label set; ``text``, ``speaker`` and ``split`` are "" if it does not have them. The result
+    chains like any webdataset pipeline: ``.shuffle(1000)``, ``.batched(8, collation_fn=shards.collate)``.
 
     Args:
+        labels: name or id of a label set, or a file of labels, see :meth:`shards.Cache.open`.
         seed: shuffles the order of shards, differently in each epoch and equally on every node; ``None`` keeps the
             stored order.
 
     Raises:
-        UserError: ``cache`` is not a complete cache, or (while iterating) a sample is corrupt.
+        UserError: ``cache`` is not a complete cache, there are no such labels, or (while iterating) a sample is
+            corrupt.
     """
     import webdataset as wds
 
     class Pipeline(wds.DataPipeline, wds.FluidInterface):  # type: ignore[misc]  # webdataset has no types
         """A pipeline with the chaining methods of webdataset.WebDataset."""
 
-    source = cache if isinstance(cache, Cache) else Cache.open(cache)
+    source = _open_cache(cache, labels)
     numbers = sorted({source.shard_of(int(first)) for first in source.bounds[:-1]})
     return Pipeline(
         wds.SimpleShardList([str(number) for number in numbers]),
@@ -96,8 +106,16 @@ def as_webdataset(cache: str | Path | Cache, *, seed: int | None = None) -> Any:
         _OpenShards(source),
         wds.tariterators.tar_file_expander,
         wds.tariterators.group_by_keys,
-        _DecodeSamples(source.spec.codec),
+        _DecodeSamples(source),
     )
+
+
+def _open_cache(cache: str | Path | Cache, labels: str | Path | LabelSet | None) -> Cache:
+    if not isinstance(cache, Cache):
+        return Cache.open(cache, labels)
+    if labels is not None:
+        raise UserError(f"'{cache.location}' is already open: pass labels to Cache.open")
+    return cache
 
 
 class _OpenShards:
@@ -117,21 +135,37 @@ class _OpenShards:
 
 
 class _DecodeSamples:
-    """Map samples of bytes to samples of a tensor and its metadata."""
+    """Map samples of bytes to samples of a tensor and its labels: one per item; superseded rows have none."""
 
-    def __init__(self, codec: str) -> None:
-        self.codec = codec
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._shard, self._items = -1, dict[str, list[dict[str, Any]]]()
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
             try:
+                labels = self._labels(int(Path(sample["__url__"]).stem)).get(sample["__key__"])
+                if labels is None:
+                    continue
                 scale = _array(sample["scale.npy"]) if "scale.npy" in sample else None
-                features = torch.from_numpy(decode(self.codec, _array(sample["npy"]), scale))
+                features = decode(self.cache.spec.codec, _array(sample["npy"]), scale)
                 metadata = json.loads(sample["json"])
             except (KeyError, ValueError) as error:
                 name = f"'{sample.get('__key__')}' in '{sample.get('__url__')}'"
                 raise UserError(f"utterance {name} is corrupt ({error}): run `python -m shards verify`") from None
-            yield {"__key__": sample["__key__"], "__url__": sample["__url__"], **metadata, "features": features}
+            names = {"__key__": sample["__key__"], "__url__": sample["__url__"]}
+            for row in labels:
+                yield {**names, **metadata, **FIRST_LABELS, **row, "features": torch.from_numpy(features.copy())}
+
+    def _labels(self, shard: int) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of the label set of the items of a shard, by key."""
+        if shard != self._shard:
+            shards = self.cache.item_shards
+            begin, end = np.searchsorted(shards, [shard, shard + 1]).tolist()
+            self._shard, self._items = shard, {}
+            for row in self.cache.label_rows(np.arange(begin, end)).to_pylist():
+                self._items.setdefault(row["key"], []).append(row)
+        return self._items
 
 
 def _array(data: bytes) -> np.ndarray[Any, np.dtype[Any]]:

@@ -4,8 +4,12 @@
 layout. A shard appears in the folder once it is complete and is removed when its space is needed.
 
 ```
-CACHE.json -> manifest.parquet -> shards/000042.json (the sha256) -> 000042.part --hash, rename--> 000042.tar
+CACHE.json -> manifests/*.parquet -> shards/000042.json (the sha256) -> 000042.part --hash, rename--> 000042.tar
+LABELS.json -> labels/*.parquet
 ```
+
+A cache that grows keeps its folder: what it had does not change, and a reader keeps the generation that it opened. A
+cache whose content was replaced at the same URL gets another folder, so that readers of both are undisturbed.
 
 Ranks, workers and runs on one machine share the folder. The process that locks ``.lock`` fetches the shard, the others
 wait. A reader holds a shared lock on the shards that it has mapped; freeing space removes the least recently used
@@ -43,6 +47,7 @@ from shards.format.records import (
     unseal,
     unseal_bytes,
 )
+from shards.format.spec import FeatureSpec
 from shards.remote.client import Remote, TransientError
 
 BUDGET_GB = 50.0
@@ -55,7 +60,8 @@ class Mirror:
 
     Attributes:
         url: URL of the cache folder, without a trailing slash.
-        folder: the local folder, named by the sha256 of ``CACHE.json``: a replaced cache gets a new folder.
+        remote: reads the files below it.
+        folder: the local folder.
         budget: maximum bytes of all shards in the folder's parent.
         shard_bytes: mean size in bytes of a shard of this cache.
     """
@@ -69,7 +75,7 @@ class Mirror:
 
     @classmethod
     def open(cls, url: str, root: str | Path | None = None, budget: int | None = None) -> Mirror:
-        """Fetch ``CACHE.json`` and the manifest of the cache at ``url``. Shards are fetched on demand.
+        """Fetch ``CACHE.json`` of the cache at ``url``. Tables and shards are fetched on demand.
 
         Args:
             root: the folder of all mirrors; ``None`` uses ``EARSHARD_CACHE``.
@@ -81,16 +87,31 @@ class Mirror:
         root = Path(root or os.environ.get("EARSHARD_CACHE") or "~/.cache/earshard").expanduser()
         remote = Remote(url)
         data, info = fetch_info(remote)
-        folder = root / hashlib.sha256(data).hexdigest()[:32]
         with translate_os_errors("mirroring a remote cache", root):
-            make_folder(folder / "shards")
-            _save(folder / "CACHE.json", data)
-        mirror = cls(remote.url, folder, _budget() if budget is None else budget)
-        manifest, path = info.files["manifest.parquet"], mirror.layout.manifest
-        if not (path.is_file() and path.stat().st_size == manifest.bytes and file_sha256(path) == manifest.sha256):
-            path.unlink(missing_ok=True)
-            mirror._fetch(path, lambda: manifest, needed=True)
-        return mirror
+            make_folder(root)
+            folder = _prepare_folder(root, data, info)
+        return cls(remote.url, folder, _budget() if budget is None else budget)
+
+    def fetch_tables(self, generation: int) -> None:
+        """Fetch the manifests and failures of the generations up to ``generation`` unless they are in the folder.
+
+        Raises:
+            UserError: a table cannot be fetched.
+        """
+        if generation >= len(self._info.generations):  # another process has seen the cache grow
+            self._info = CacheInfo.model_validate(unseal(self.layout.cache))
+        for number, entry in enumerate(self._info.generations[: generation + 1]):
+            self.fetch_file(self.layout.manifest(number), entry.files.manifest)
+            self.fetch_file(self.layout.failures(number), entry.files.failures)
+
+    def fetch_file(self, path: Path, file: FileInfo) -> None:
+        """Fetch a file of the cache unless the folder has it with this size and sha256.
+
+        Raises:
+            UserError: it cannot be fetched.
+        """
+        if not _is_intact(path, file):
+            self._fetch(path, lambda: file, is_there=lambda: _is_intact(path, file))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Mirror, (self.url, self.folder, self.budget)
@@ -98,7 +119,7 @@ class Mirror:
     def detach(self) -> None:
         """Drop connections, threads and requests. Call it in a forked process."""
         self._lock = threading.Lock()
-        self._remote = Remote(self.url)
+        self.remote = Remote(self.url)
         self._requested: deque[int] = deque()
         self._running = 0
 
@@ -128,7 +149,8 @@ class Mirror:
         Raises:
             UserError: the shard cannot be fetched.
         """
-        return self._fetch(self.layout.tar(shard), lambda: self._tar_info(shard), needed, reserve=True)
+        path = self.layout.tar(shard)
+        return _touch(path) or self._fetch(path, lambda: self._tar_info(shard), path.exists, needed, reserve=True)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Fetch these shards in the background, in this order, after those requested before."""
@@ -158,31 +180,36 @@ class Mirror:
     def _tar_info(self, shard: int) -> FileInfo:
         """Return size and sha256 of a shard's tar from its commit record."""
         path = self.layout.record(shard)
-        try:
+        with suppress(FileNotFoundError, RecordError, ValidationError):
             record = ShardRecord.model_validate(unseal(path))
-        except (FileNotFoundError, RecordError, ValidationError):
-            data, record = fetch_record(self._remote, shard, self._info)
-            _save(path, data)
+            if _belongs(record, shard, self._info):
+                return record.tar
+        data, record = fetch_record(self.remote, shard, self._info)
+        _save(path, data)
         return record.tar
 
-    def _fetch(self, path: Path, file_info: Callable[[], FileInfo], needed: bool, reserve: bool = False) -> bool:
+    def _fetch(
+        self,
+        path: Path,
+        file_info: Callable[[], FileInfo],
+        is_there: Callable[[], bool],
+        needed: bool = True,
+        reserve: bool = False,
+    ) -> bool:
         """Fetch one file, or wait for the process that is fetching it. ``reserve`` counts it towards the budget."""
         part, lock = path.with_suffix(".part"), path.with_suffix(".lock")
-        with suppress(FileNotFoundError):
-            os.utime(path)  # the time of last use
-            return True
         # A separate lock file: waiting for a lock on the data file would also wait for its readers.
         with translate_os_errors("storing a part of a remote cache", self.folder), file_lock(lock, wait=needed) as held:
             if not held:
                 return False
             try:
-                if path.exists():
+                if is_there():
                     return True
                 file, name = file_info(), str(path.relative_to(self.folder))
                 part.unlink(missing_ok=True)  # left by a killed process
                 # Created at its full size while space is reserved, so that a running fetch counts in full.
                 space = self.reserve_space(file.bytes, needed) if reserve else None
-                return self._remote.download(name, path, part, file.bytes, file.sha256, space)
+                return self.remote.download(name, path, part, file.bytes, file.sha256, space)
             finally:
                 lock.unlink(missing_ok=True)
 
@@ -220,15 +247,21 @@ def fetch_info(remote: Remote) -> tuple[bytes, CacheInfo]:
         if is_claim(data):
             raise UserError(f"the cache '{remote.url}' is not complete: finish its extraction first")
         try:
-            info = CacheInfo.model_validate(unseal_bytes(data, "CACHE.json"))
-            info.files["manifest.parquet"], info.files["failures.parquet"], info.counts["shards"], info.counts["bytes"]
-            return data, info
+            tree = unseal_bytes(data, "CACHE.json")
         except RecordError as error:
             raise TransientError(str(error)) from None
+        spec = FeatureSpec.parse(tree.get("spec"), f"'{remote.url}/CACHE.json'")
+        try:
+            info = CacheInfo.model_validate(tree)
+            valid = spec.feature_id == info.feature_id and 0 <= info.counts["bytes"] < 1 << 62
         except (ValidationError, KeyError):
+            valid = False
+        if not valid:
             raise UserError(
-                f"'{remote.url}' has a CACHE.json of another format: use a cache that earshard extracted"
-            ) from None
+                f"'{remote.url}' has a CACHE.json with missing or invalid fields: run `python -m shards verify "
+                f"{remote.url}`"
+            )
+        return data, info
 
     return remote.read("CACHE.json", MAX_JSON + 1, parse_info)
 
@@ -248,11 +281,50 @@ def fetch_record(remote: Remote, shard: int, info: CacheInfo) -> tuple[bytes, Sh
             raise TransientError(
                 str(error) if isinstance(error, RecordError) else "it is not a commit record"
             ) from None
-        if (record.feature_id, record.plan_id, record.shard) != (info.feature_id, info.plan_id, shard):
+        if not _belongs(record, shard, info):
             raise TransientError("it belongs to another cache")
         return data, record
 
     return remote.read(name, MAX_JSON + 1, parse_record)
+
+
+def _belongs(record: ShardRecord, shard: int, info: CacheInfo) -> bool:
+    """Return whether a commit record is that of a shard of this cache."""
+    plans = [each.plan_id for each in info.generations if each.first_shard <= shard < each.first_shard + each.shards]
+    return (record.feature_id, [record.plan_id], record.shard) == (info.feature_id, plans, shard)
+
+
+def _prepare_folder(root: Path, data: bytes, info: CacheInfo) -> Path:
+    """Return the folder of the cache with this ``CACHE.json``; write the file there if the cache is new or has grown.
+
+    The folder is named by generation 0 or, if a cache with other later generations is there, by what comes next.
+    """
+    names = [*(generation.manifest_id for generation in info.generations), hashlib.sha256(data).hexdigest()]
+    for name in names:
+        layout = Layout(root / name[:32])
+        for each in layout.folders:
+            make_folder(each)
+        with file_lock(layout.path / "CACHE.lock"):
+            before = _mirrored_info(layout)
+            if before is None or extends(info, before):
+                _save(layout.cache, data)
+                return layout.path
+            if extends(before, info):  # an outdated answer, or a reader of an earlier state: readers need the newer one
+                return layout.path
+    raise UserError(f"'{layout.path}' holds another cache than its name says: remove that folder")
+
+
+def _mirrored_info(layout: Layout) -> CacheInfo | None:
+    try:
+        return CacheInfo.model_validate(unseal(layout.cache))
+    except (FileNotFoundError, RecordError, ValidationError):
+        return None
+
+
+def extends(new: CacheInfo, old: CacheInfo) -> bool:
+    """Return whether ``new`` is the cache ``old``, unchanged or with further generations."""
+    ids = [[(entry.plan_id, entry.manifest_id, entry.files) for entry in info.generations] for info in (new, old)]
+    return new.feature_id == old.feature_id and ids[0][: len(ids[1])] == ids[1]
 
 
 def require_space(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:
@@ -274,6 +346,21 @@ def require_space(wanted: Sequence[tuple[Mirror, int]], setting: str) -> None:
 def _save(path: Path, data: bytes) -> None:
     """Write a small file atomically. Safe for concurrent processes and threads."""
     atomic_write(path, data, f"{os.getpid()}-{threading.get_ident()}")
+
+
+def _touch(path: Path) -> bool:
+    """Set the time of last use; returns False if the file does not exist."""
+    with suppress(FileNotFoundError):
+        os.utime(path)
+        return True
+    return False
+
+
+def _is_intact(path: Path, file: FileInfo) -> bool:
+    """Return whether a file exists with this size and sha256."""
+    with suppress(OSError):
+        return path.stat().st_size == file.bytes and file_sha256(path) == file.sha256
+    return False
 
 
 def _budget() -> int:

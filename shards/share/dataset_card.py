@@ -80,9 +80,20 @@ Each utterance was encoded once with a frozen {spec["family"]} encoder. The feat
 | audio | {description["hours"]:.2f} hours |
 | frames | {counts["frames"]:,} |
 | shards | {counts["shards"]:,}, {counts["bytes"] / 1e9:.3g} GB |
+| label sets | {_label_sets(description)} |
+| generations | {len(description["generations"])}{_superseded(counts)} |
 | codec error | mean {error["mean"]:.2e}, worst {error["max"]:.2e} (relative RMS) |
 | feature id | `{description["feature_id"]}` |
 | manifest id | `{description["manifest_id"]}` |"""
+
+
+def _label_sets(description: dict[str, Any]) -> str:
+    current = [entry for entry in description["labels"] if entry["current"]]
+    return ", ".join(f"`{entry['name']}` ({entry['rows']:,} rows)" for entry in current) or "none"
+
+
+def _superseded(counts: dict[str, Any]) -> str:
+    return f", {counts['superseded']:,} utterances extracted again since" if counts.get("superseded") else ""
 
 
 def _opening(description: dict[str, Any], url: str, tars: str) -> str:
@@ -94,6 +105,7 @@ data = shards.open("{url}")
 print(len(data), data[0]["features"].shape, data[0]["text"])
 ```
 
+`shards.open(URL, labels=NAME)` takes another label set, or a file of your own labels, joined by key.
 Shards are downloaded on demand and verified against their sha256. `python -m shards pull {url} FOLDER` downloads and
 verifies all of them.
 

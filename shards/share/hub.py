@@ -1,25 +1,26 @@
 """Uploads a cache to a dataset repository on a Hugging Face hub, with a dataset card.
 
 Takes a complete cache folder and ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``; creates the dataset if it does not
-exist. Records are committed after their files; ``CACHE.json`` and the card are the last commit. Files that are already
-there with the same content are not sent again, so an interrupted push resumes. Uses the token of huggingface_hub
-(``hf auth login``).
+exist. Records are committed after their files; ``CACHE.json``, ``LABELS.json`` and the card are the last commit. Files
+that are already there with the same content are not sent again, so an interrupted push resumes. Uses the token of
+huggingface_hub (``hf auth login``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.inspect.info import describe_cache
+from shards.labels.store import INDEX
 from shards.share.dataset_card import dataset_card
 
 DATASET_URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
 COMMIT_PATTERNS = (
-    ["plan.parquet", "shards/*.tar", "shards/*.parquet"],
-    ["shards/*.json", "manifest.parquet", "failures.parquet"],
+    ["plans/*.parquet", "shards/*.tar", "shards/*.parquet"],
+    ["shards/*.json", "manifests/*.parquet", "failures/*.parquet"],
 )
 
 
@@ -37,8 +38,16 @@ def parse_dataset_url(url: str, license_id: str | None) -> re.Match[str]:
     return match
 
 
-def push_to_hub(layout: Layout, url: str, license_id: str) -> None:
+def push_to_hub(
+    layout: Layout, url: str, license_id: str, label_files: Sequence[str], labels: bytes, check: Callable[[], None]
+) -> None:
     """Upload a valid cache to a dataset repository.
+
+    Args:
+        label_files: names of the files in ``labels/`` to upload.
+        labels: content of ``LABELS.json``.
+        check: called before the last commit; raises UserError if the cache there is no longer as it was. A commit of
+            another process after that makes the last commit fail.
 
     Raises:
         UserError: the hub refused the request, or the upload failed.
@@ -56,8 +65,10 @@ def push_to_hub(layout: Layout, url: str, license_id: str) -> None:
     text = dataset_card(describe_cache(layout.path), url, license_id, folder, base_url)
     try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
-        for patterns in COMMIT_PATTERNS:  # upload_folder resumes, and splits uploads that are too large for one commit
-            api.upload_folder(
+        for patterns in (*COMMIT_PATTERNS, [f"labels/{name}" for name in label_files]):
+            if not patterns:
+                continue
+            uploaded = api.upload_folder(  # resumes, and splits uploads that are too large for one commit
                 repo_id=repo,
                 repo_type="dataset",
                 revision=revision,
@@ -66,9 +77,20 @@ def push_to_hub(layout: Layout, url: str, license_id: str) -> None:
                 allow_patterns=patterns,
                 commit_message=", ".join(patterns),
             )
-        last = (("CACHE.json", layout.cache.read_bytes()), ("README.md", text.encode()))
-        operations = [CommitOperationAdd(f"{folder}/{name}".lstrip("/"), data) for name, data in last]
-        api.create_commit(repo, operations, commit_message="CACHE.json", repo_type="dataset", revision=revision)
+        check()
+        last = (
+            (f"labels/{INDEX}", labels),
+            ("CACHE.json", layout.cache.read_bytes()),
+            ("README.md", text.encode()),
+        )
+        api.create_commit(
+            repo,
+            [CommitOperationAdd(f"{folder}/{name}".lstrip("/"), data) for name, data in last],
+            commit_message="CACHE.json",
+            repo_type="dataset",
+            revision=revision,
+            parent_commit=uploaded.oid,
+        )
     except errors as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

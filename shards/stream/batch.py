@@ -20,6 +20,7 @@ class Batch:
             of the longest utterance in this part, or in the global batch if this part is empty.
         lengths: int64 [B], number of frames of each utterance.
         keys, texts: key and text of each utterance.
+        prompts, tasks: its columns ``prompt`` and ``task`` of the label set; "" without them.
         rows: row of each utterance in the joined manifest.
         epoch: number of epochs completed before this batch.
         index: index of the global batch in the run, from 0.
@@ -30,6 +31,8 @@ class Batch:
     lengths: torch.Tensor
     keys: list[str]
     texts: list[str]
+    prompts: list[str]
+    tasks: list[str]
     rows: list[int]
     epoch: int
     index: int

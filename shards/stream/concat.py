@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from shards.errors import UserError
@@ -50,9 +51,22 @@ class ConcatCache:
             return self.caches[0].read_stored(rows)
         return self._gather(rows, Cache.read_stored)
 
-    def strings(self, column: Literal["key", "text"], rows: ArrayLike) -> list[str]:
-        """Return ``key`` or ``text`` of ``rows``, in order."""
+    def strings(self, column: str, rows: ArrayLike) -> list[str]:
+        """Return a string column of ``rows``, in order."""
         return self._gather(np.asarray(rows, dtype=np.int64), lambda cache, own: cache.strings(column, own))
+
+    def has_column(self, name: str) -> bool:
+        """Return whether the labels of any cache have the column ``name``."""
+        return any(cache.has_column(name) for cache in self.caches)
+
+    def column(self, name: str, default: str | float) -> pa.ChunkedArray:
+        """Return the label column ``name`` [rows] of the type of ``default``, which fills caches without it."""
+        filled = pa.scalar(default)
+        columns = [
+            cache.manifest[name] if cache.has_column(name) else pa.chunked_array([pa.repeat(filled, len(cache))])
+            for cache in self.caches
+        ]
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks], filled.type)
 
     def _gather(self, rows: Rows, read: Callable[[Cache, Rows], list[T]]) -> list[T]:
         """Call ``read`` for the rows of each cache; returns the results in the order of ``rows``."""

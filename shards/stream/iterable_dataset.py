@@ -26,6 +26,8 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import IterableDataset, get_worker_info
@@ -39,7 +41,7 @@ from shards.stream.concat import ConcatCache
 from shards.stream.prefetch import BufferPool, prefetch_batches
 from shards.stream.sampler import BatchSampler, Rows, SamplerConfig, SamplerState
 
-STATE_VERSION = 2  # changes with the order of batches
+STATE_VERSION = 3  # changes with the order of batches and with what identifies a stream
 Step = tuple[Rows, SamplerState, SamplerState]  # rows of a batch, its state, the next state
 
 
@@ -52,7 +54,7 @@ class FeatureStream(IterableDataset[Batch]):
     Args:
         caches: caches of one feature spec, joined end to end.
         sampler: how rows become batches.
-        seed: 0 … 2**64 - 1. With ``sampler`` and the manifests, it determines every batch of every epoch.
+        seed: 0 … 2**64 - 1. With ``sampler``, the manifests and the labels, it determines every batch of every epoch.
         rows: the rows of the joined manifest to read; ``None`` means all.
         rank, world_size: this process takes ``batch[rank::world_size]`` of each global batch.
         epochs: number of epochs; ``None`` is unlimited.
@@ -61,7 +63,8 @@ class FeatureStream(IterableDataset[Batch]):
         pinned: use page-locked buffers, for batches that this process copies to a GPU.
 
     Raises:
-        UserError: the specs differ, no utterance is left, or an utterance is longer than ``max_frames``.
+        UserError: the specs differ, no utterance is left, an utterance is longer than ``max_frames``, or the weights do
+            not fit the caches or tasks.
         ValueError: ``rank``, ``prefetch`` or ``threads`` is out of range.
     """
 
@@ -100,8 +103,10 @@ class FeatureStream(IterableDataset[Batch]):
             seed,
             rows,
             lambda row: "utterance '{}'".format(*self.concat_cache.strings("key", [row])),
-            self.concat_cache.offsets,
+            self._groups(rows),
+            self.concat_cache.column("weight", 1.0).to_numpy() if self.concat_cache.has_column("weight") else None,
         )
+        self._columns = [name for name in ("prompt", "task") if self.concat_cache.has_column(name)]
         chosen = (
             "all"
             if self.batch_sampler.rows is None
@@ -112,13 +117,37 @@ class FeatureStream(IterableDataset[Batch]):
             "version": STATE_VERSION,
             "feature_id": self.concat_cache.spec.feature_id[:16],
             "manifests": [cache.manifest_id[:16] for cache in self.caches],
+            "labels": [cache.labels.id[:16] for cache in self.caches],
             "rows": chosen,
             "seed": seed,
-            "rules": sampler.model_dump(),
+            "rules": sampler.model_dump(mode="json"),
         }
         self._sampler_state, self._ended = SamplerState(), False
         self._origin: int | None = None  # in a DataLoader worker: index of worker 0's first batch
         self._pool = BufferPool(prefetch + 2, pinned)
+
+    def _groups(self, rows: ArrayLike | None) -> Rows | None:
+        """Return, for each joined row, the position of its weight in ``sampler.weights``; None without weights."""
+        weights, joined = self.sampler.weights, self.concat_cache
+        if weights is None:
+            return None
+        if not isinstance(weights, dict):
+            if len(weights) != len(self.caches):
+                raise UserError(
+                    f"weights has {len(weights)} numbers for {len(self.caches)} caches: set one for each cache"
+                )
+            return np.repeat(np.arange(len(weights)), np.diff(joined.offsets))
+        tasks = joined.column("task", "")
+        known = set((tasks if rows is None else tasks.take(pa.array(rows))).unique().to_pylist())
+        for names, problem in ((known - weights.keys(), "lack the task"), (weights.keys() - known, "name a task")):
+            if names:
+                raise UserError(
+                    f"weights {problem} '{min(names)}': set a weight for each task of the utterances, which are "
+                    f"{', '.join(map(repr, sorted(known)))}"
+                )
+        found = pc.index_in(tasks, value_set=pa.array(list(weights), pa.string()))
+        groups: Rows = pc.fill_null(found, 0).to_numpy().astype(np.int64)  # 0: of rows that are not read
+        return groups
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the loop (the next batch) and the identity of the stream; JSON-serializable."""
@@ -225,11 +254,14 @@ class FeatureStream(IterableDataset[Batch]):
             decode(codec, row.payload, row.scale, slot[:end])
             if end < longest:
                 slot[end:] = 0
+        columns = {name: self.concat_cache.strings(name, mine) for name in self._columns}
         return Batch(
             features=torch.from_numpy(features),
             lengths=torch.from_numpy(frames.astype(np.int64)),
             keys=[row.key for row in stored],
             texts=[row.text for row in stored],
+            prompts=columns.get("prompt") or [""] * len(mine),
+            tasks=columns.get("task") or [""] * len(mine),
             rows=mine.tolist(),
             epoch=here.epoch,
             index=here.count,

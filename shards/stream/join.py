@@ -8,7 +8,8 @@ three such caches). :class:`JoinedCaches` holds the utterances that all of them 
     for batch in stream:
         layers = joined.layers(batch)  # one tensor [B, T, C] per cache; the first is batch.features
 
-Utterances are matched by key. Their audio must be identical, which is checked with ``audio_sha256`` of the manifests.
+Utterances are matched by key; labels are those of the first cache. The audio of an utterance must be identical in all
+caches, which is checked with ``audio_id`` of the manifests.
 """
 
 from __future__ import annotations
@@ -86,18 +87,23 @@ def join(caches: Sequence[Cache]) -> JoinedCaches:
     if len({cache.manifest_id for cache in caches}) < len(caches):
         raise UserError(f"one of {_names(caches)} occurs twice, or is a copy of another: pass each cache once")
     first = caches[0]
-    columns = [{name: cache.manifest[name].to_pylist() for name in ("key", "audio_sha256")} for cache in caches]
-    places = [{key: row for row, key in enumerate(column["key"])} for column in columns]
+    columns = [{name: cache.manifest[name].to_pylist() for name in ("key", "audio_id")} for cache in caches]
+    # Several rows of a label set may share the features of a key: any of them will do.
+    places = [{key: row for row, key in enumerate(column["key"])} for column in columns[1:]]
     rows = np.array(
-        [[place[key] for place in places] for key in columns[0]["key"] if all(key in place for place in places)],
+        [
+            [row, *(place[key] for place in places)]
+            for row, key in enumerate(columns[0]["key"])
+            if all(key in place for place in places)
+        ],
         dtype=np.int64,
     ).reshape(-1, len(caches))
     if not len(rows):
         raise UserError(f"{_names(caches)} have no utterance in common: join caches of one corpus")
     for other, column, mine in zip(caches[1:], columns[1:], rows.T[1:], strict=True):
         for row, theirs in zip(rows[:, 0].tolist(), mine.tolist(), strict=True):
-            key, audio = columns[0]["key"][row], columns[0]["audio_sha256"][row]
-            if column["audio_sha256"][theirs] != audio:
+            key, audio = columns[0]["key"][row], columns[0]["audio_id"][row]
+            if column["audio_id"][theirs] != audio:
                 raise UserError(f"'{key}' has other audio in '{other.path}' than in '{first.path}': extract one again")
         differ = first.frames[rows[:, 0]] != other.frames[mine]
         if differ.any():

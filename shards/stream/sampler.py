@@ -31,9 +31,11 @@ from shards.config.base import Config
 from shards.errors import UserError
 
 Rows = NDArray[np.int64]
+MAX_WEIGHT = 1000
+Weight = Annotated[float, Field(gt=0, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 # Purpose of a range of Philox words: the highest word of the counter, so that ranges do not overlap.
-SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS = range(6)
+SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS, PHASES = range(7)
 # Rows are sorted by a length with a relative noise of up to 1/200. Neighbors then change between epochs, even in a
 # large window, at a cost of at most half a percent of padding (bench/padding.py).
 LENGTH_JITTER = 200
@@ -51,10 +53,10 @@ class SamplerConfig(Config):
             and batches in a window; ``global`` is ``window`` with one window per epoch. Every mode groups the rows of a
             window by length.
         drop_last: drop rows that do not fill a last batch, chosen at random in each window and epoch.
-        weights: how often an epoch reads the rows of each cache; ``None`` reads each row once. Weight 2 reads every row
-            twice. Weight 0.25 reads a quarter of the rows of every shard, and another quarter in the next epoch: after
-            E epochs each row was read floor(E × weight) or ceil(E × weight) times. Repeated shards are shuffled
-            independently.
+        weights: how often an epoch reads the rows of each cache, in order, or of each task, by name; ``None`` reads
+            each row once. Weight 2 reads every row twice. Weight 0.25 reads a quarter of the rows of every shard, and
+            another quarter in the next epoch: after E epochs each row was read floor(E × weight) or ceil(E × weight)
+            times. Repeated shards are shuffled independently.
     """
 
     batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -62,7 +64,7 @@ class SamplerConfig(Config):
     window_shards: Annotated[int, Field(ge=1)] = 8
     shuffle: Literal["none", "shard", "window", "global"] = "window"
     drop_last: bool = False
-    weights: tuple[Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)], ...] | None = None
+    weights: tuple[Weight, ...] | dict[str, Weight] | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> SamplerConfig:
@@ -107,10 +109,12 @@ class BatchSampler:
         seed: 0 … 2**64 - 1.
         rows: eligible rows (any order, no duplicates); ``None`` means all rows.
         name: returns the name of a row for error messages (the stream passes the utterance's key).
-        caches: int64 [caches + 1], for ``config.weights``: cache c holds the rows ``caches[c]:caches[c + 1]``.
+        groups: int [rows], for ``config.weights``: the position of each row's weight in it. ``None`` means 0.
+        row_weights: float64 [rows], 0 to 1000, multiplied with the weights of the groups. A row of weight 0 is never
+            read.
 
     Raises:
-        UserError: no row is eligible, or a row is longer than ``max_frames``.
+        UserError: no row is eligible, a row is longer than ``max_frames``, or a row's weight is out of range.
         ValueError: the arguments are inconsistent.
     """
 
@@ -122,7 +126,8 @@ class BatchSampler:
         seed: int,
         rows: ArrayLike | None = None,
         name: Callable[[int], str] = "row {}".format,
-        caches: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        row_weights: ArrayLike | None = None,
     ) -> None:
         self.frames: NDArray[np.int32] = np.asarray(frames, dtype=np.int32)
         self.config, self.seed = config, seed
@@ -156,25 +161,51 @@ class BatchSampler:
         self._first, self._last = edges[:-1][filled], edges[1:][filled]
         # A filter thins out the shards, so a window takes more of them, to hold as many rows as `window_shards` shards.
         width = -(-config.window_shards * total // self.num_rows)
-        self._weights = np.ones(len(filled))  # of each shard
         self._visits = np.arange(len(filled))  # shard of each visit of an epoch
         self._copies = np.zeros(len(filled), dtype=np.int64)  # earlier visits to the same shard in the epoch
-        if config.weights is not None:
-            self._weigh(edges[:-1][filled], [0, total] if caches is None else caches, config.weights)
+        self._weights: NDArray[np.float64] | None = None  # of each eligible row
+        self._strata: Rows | None = None  # of each eligible row: rows of a stratum have one group and one weight
+        if config.weights is not None or row_weights is not None:
+            self._weigh(groups, row_weights, name)
             # Visits that take only a part of a shard's rows thin out the windows, like a filter.
-            taken = float((self._weights * (self._last - self._first)).sum()) / len(self._visits)
+            taken = self._place_visits() / len(self._visits)
             width = math.ceil(config.window_shards * (total / len(filled)) / taken)
         self.num_windows = 1 if config.shuffle == "global" else -(-len(self._visits) // width)
 
-    def _weigh(self, starts: Rows, caches: ArrayLike, weights: tuple[float, ...]) -> None:
-        edges = np.asarray(caches, dtype=np.int64)
-        if len(weights) != len(edges) - 1:
-            raise UserError(f"weights has {len(weights)} numbers for {len(edges) - 1} caches: set one for each cache")
-        edges = edges if self.rows is None else np.searchsorted(self.rows, edges)
-        self._weights = np.asarray(weights)[np.searchsorted(edges, starts, side="right") - 1]
-        most = np.ceil(self._weights).astype(np.int64)
+    def _weigh(self, groups: ArrayLike | None, row_weights: ArrayLike | None, name: Callable[[int], str]) -> None:
+        """Set the weight and the stratum of each eligible row."""
+        weights = np.ones(len(self.frames))
+        strata: Rows = np.zeros(len(self.frames), dtype=np.int64)
+        if self.config.weights is not None:
+            listed = self.config.weights
+            values = np.array(list(listed.values()) if isinstance(listed, dict) else listed)
+            strata = strata if groups is None else np.asarray(groups, dtype=np.int64)
+            if strata.shape != weights.shape or strata.min() < 0 or strata.max() >= len(values):
+                raise ValueError(f"groups must have one of 0 … {len(values) - 1} for each of {len(weights)} rows")
+            weights = values[strata]
+        if row_weights is not None:
+            own = np.asarray(row_weights, dtype=np.float64)
+            wrong = ~((own >= 0) & (own <= MAX_WEIGHT))
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise UserError(
+                    f"{name(row)} has the weight {own[row]:g}: set a number from 0 to {MAX_WEIGHT} in the column weight"
+                )
+            distinct, index = np.unique(own, return_inverse=True)
+            weights, strata = weights * own, strata * len(distinct) + index
+        self._weights = weights if self.rows is None else weights[self.rows]
+        self._strata = strata if self.rows is None else strata[self.rows]
+
+    def _place_visits(self) -> float:
+        """Set the visits of an epoch to each shard; return the mean number of rows that an epoch reads."""
+        assert self._weights is not None
+        low, high, sums = (f.reduceat(self._weights, self._first) for f in (np.minimum, np.maximum, np.add))
+        if not high.any():
+            raise UserError("all utterances have weight 0: set another number in the column weight")
+        most = np.ceil(high).astype(np.int64)
         self._visits = np.repeat(np.arange(len(most)), most)
         self._copies = np.arange(len(self._visits)) - np.repeat(np.cumsum(most) - most, most)
+        return float(np.where(low == high, low * (self._last - self._first), sums).sum())
 
     def one_row_per_shard(self, epoch: int, window: int) -> Rows:
         """Return one row of each shard that the window reads, in the order of visits, without duplicates."""
@@ -245,17 +276,36 @@ class BatchSampler:
 
     def _rows_at(self, epoch: int, visit: int) -> Rows:
         shard = int(self._visits[visit])
-        rows = np.arange(self._first[shard], self._last[shard])
-        weight = float(self._weights[shard])
-        if weight == 1.0:
+        rows: Rows = np.arange(self._first[shard], self._last[shard])
+        if self._weights is None:
             return rows
-        # Row i of n, in a random order fixed for all epochs, is read
-        # floor((e + 1) w + i / n) - floor(e w + i / n) times in epoch e.
-        at = np.empty(len(rows))
-        at[self._shuffle(0, shard, DRAW, len(rows))] = np.arange(len(rows)) / len(rows)
-        times = np.floor((epoch + 1) * weight + at) - np.floor(epoch * weight + at)
+        weights = self._weights[rows]
+        if np.all(weights == 1.0):
+            return rows
+        phases = self._phases(shard)
+        times = np.floor((epoch + 1) * weights + phases) - np.floor(epoch * weights + phases)
         taken: Rows = rows[times > self._copies[visit]]
         return taken
+
+    def _phases(self, shard: int) -> NDArray[np.float64]:
+        """Return the phase of each row of a shard, in [0, 1) and the same in all epochs.
+
+        Epoch e reads a row of weight w and phase u floor((e + 1) w + u) - floor(e w + u) times. The phases of the n
+        rows of a stratum are (i + c) / n in random order, so that an epoch reads floor(n w) or ceil(n w) of them.
+        """
+        assert self._strata is not None
+        count = int(self._last[shard] - self._first[shard])
+        order = self._shuffle(0, shard, DRAW, count)
+        strata = self._strata[self._first[shard] : self._last[shard]][order]
+        _, starts, strata, sizes = np.unique(strata, return_index=True, return_inverse=True, return_counts=True)
+        ranks = np.empty(count)
+        ranks[np.argsort(strata, kind="stable")] = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        if len(sizes) > 1:  # a stratum may have one row in each shard: the shards must not read it in the same epoch
+            words = random_words(self.seed, 0, shard, PHASES, len(sizes)) >> np.uint64(11)
+            ranks += (words * 2.0**-53)[np.argsort(np.argsort(starts))][strata]
+        phases = np.empty(count)
+        phases[order] = ranks / sizes[strata]
+        return phases
 
     def _shuffle(self, epoch: int, window: int, purpose: int, count: int) -> Rows:
         return np.argsort(random_words(self.seed, epoch, window, purpose, count), kind="stable")

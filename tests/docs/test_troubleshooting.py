@@ -32,6 +32,8 @@ def sentences() -> list[tuple[str, str]]:
 
 
 def text_of(node: ast.expr | None) -> str:
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
     parts = node.values if isinstance(node, ast.JoinedStr) else [node]
     return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
 

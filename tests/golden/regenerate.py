@@ -53,27 +53,36 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIB
 
 # Removed from JSON files before they are hashed: times, paths, the machine, versions, messages for people, and the seal
 # that covers them.
+PROVENANCE = (
+    "config",
+    "cpus",
+    "earshard",
+    "finished",
+    "last_run_seconds",
+    "machine",
+    "python",
+    "torch",
+    "transformers",
+)
 VOLATILE = {
     "sha256",
-    "seconds",
-    "encode_seconds",
     "timings",
-    "provenance.config",
-    "provenance.cpus",
-    "provenance.earshard",
-    "provenance.finished",
-    "provenance.last_run_seconds",
-    "provenance.machine",
-    "provenance.python",
-    "provenance.source.problems",
-    "provenance.source.root",
-    "provenance.torch",
-    "provenance.transformers",
     "failures.error",
-    "files.failures.parquet",  # its rows are hashed without the messages
+    "sets.made",
+    "sets.from",
+    "generations.seconds",
+    "generations.encode_seconds",
+    "generations.files.failures",  # its rows are hashed without the messages
+    *(f"generations.provenance.{name}" for name in (*PROVENANCE, "source.problems", "source.root")),
 }
 # Depends on arithmetic or on the version of pyarrow: not part of the layout, which is compared on every machine.
-COMPUTED = {"plan_id", "manifest_id", "codec_error", "tar.sha256", "parquet", "files"}
+COMPUTED = {
+    "plan_id",
+    "tar.sha256",
+    "parquet",
+    "sets.file",
+    *(f"generations.{name}" for name in ("plan_id", "manifest_id", "codec_error", "files")),
+}
 COMPUTED_COLUMNS = {"crc32", "error"}
 TIMES = {"seconds", "data_wait", "eval_seconds"}  # of metrics.jsonl and evaluations.jsonl
 MESSAGES = {"silence"}  # of evaluations.jsonl
@@ -203,7 +212,7 @@ def stopped(folder: Path, pattern: str, number: signal.Signals, *words: str, exp
 
 def caches(folder: Path, root: str) -> list[str]:
     """Return the caches below ``root``, by their paths relative to ``folder``."""
-    return sorted(str(path.parent.relative_to(folder)) for path in (folder / root).glob("*/*/plan.parquet"))
+    return sorted(str(path.parent.relative_to(folder)) for path in (folder / root).glob("[!.]*/*/plans"))
 
 
 def record_extractions(folder: Path) -> dict[str, Any]:
@@ -220,6 +229,9 @@ def record_extractions(folder: Path) -> dict[str, Any]:
     assert not all((cache / "shards" / "000001.json").exists() for cache in halves)
     run(folder, "-m", *words)
     found["killed"] = {path.split("/", 1)[1]: record_cache(folder / path) for path in caches(folder, "killed")}
+    for more in (["limit=5"], []):
+        run(folder, "-m", *extraction("f16", root="grown"), *more)
+    found["grown"] = {path.split("/", 1)[1]: record_cache(folder / path) for path in caches(folder, "grown")}
     return found
 
 
@@ -248,14 +260,14 @@ def record_runs(folder: Path) -> dict[str, Any]:
 def digest(data: bytes | Any) -> str:
     """Return 16 digits of the sha256 of bytes, or of a tree as JSON with sorted keys."""
     if not isinstance(data, bytes):
-        data = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=bytes.hex)
+        data = text.encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def record_cache(cache: Path) -> dict[str, Any]:
     """Digests of each file's bytes, of all rows of the Parquet files, and of the layout (independent of arithmetic)."""
-    paths = [cache / f"{name}" for name in ("CACHE.json", "plan.parquet", "manifest.parquet", "failures.parquet")]
-    paths += sorted(path for path in (cache / "shards").iterdir() if path.suffix in (".tar", ".parquet", ".json"))
+    paths = sorted(path for path in cache.rglob("*") if path.suffix in (".tar", ".parquet", ".json"))
     files, rows, layout = {}, {}, {}
     for path in paths:
         name = str(path.relative_to(cache))
@@ -271,7 +283,7 @@ def record_cache(cache: Path) -> dict[str, Any]:
             table = table.drop_columns(messages)  # messages for people
             rows[name], layout[name] = table_of(table), table_of(table, COMPUTED_COLUMNS)
             files[name] = digest(rows[name]) if messages and len(table) else digest(path.read_bytes())
-    error = json.loads((cache / "CACHE.json").read_bytes())["codec_error"]
+    error = json.loads((cache / "CACHE.json").read_bytes())["generations"][-1]["codec_error"]
     return {
         "files": files,
         "rows": digest(rows),
@@ -383,7 +395,7 @@ def main() -> None:
             "fingerprint": fingerprint(folder),
             "versions": versions(),
             # a resumed extraction or run must equal the uninterrupted one, so it needs no digests of its own
-            "extractions": {key: extractions[key] for key in CODECS},
+            "extractions": {key: extractions[key] for key in (*CODECS, "grown")},
             "runs": leave_out(runs, {"resumed"}),
         }
     if extractions["killed"] != extractions[KILLED] or runs["resumed"] != runs["whole"]:

@@ -55,7 +55,7 @@ def mode(exact, record_property):
     record_property("golden", how)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "grown"])
 def test_a_cache_has_the_bytes_that_were_recorded(codec, extractions, exact):
     golden, found = GOLDEN["extractions"][codec], extractions[codec]
     assert list(found) == list(golden)
@@ -84,7 +84,7 @@ def test_a_single_changed_value_is_reported():
     run = GOLDEN["runs"]["whole"]
     for golden, place, shown_when_inexact in (
         (cache, ("files", "shards/000000.tar"), False),
-        (cache, ("files", "plan.parquet"), False),
+        (cache, ("files", "plans/000.parquet"), False),
         (cache, ("rows",), False),
         (cache, ("layout",), True),
         (cache, ("codec_error", 0), True),
@@ -102,5 +102,7 @@ def test_a_single_changed_value_is_reported():
         name = place[1] if place[0] == "files" else place[0]
         assert differences(golden, golden, exact=True) == differences(golden, golden, exact=False) == []
         assert differences(golden, changed, exact=True) == [name]
-        assert differences(golden, changed, exact=True, pyarrow=False) == ([] if name == "plan.parquet" else [name])
+        assert differences(golden, changed, exact=True, pyarrow=False) == (
+            [] if name == "plans/000.parquet" else [name]
+        )
         assert differences(golden, changed, exact=False) == ([name] if shown_when_inexact else [])

@@ -136,26 +136,30 @@ def words(root: Path, corpus: Path, whisper: Path, *more: str) -> list[str]:
 
 def only_cache(root: Path) -> Path:
     """Return the only cache below ``root``."""
-    (cache,) = root.glob("*/*")
+    (cache,) = root.glob("[!.]*/*")
     return cache
 
 
 def snapshot(root: Path) -> dict[str, Any]:
-    """Return every file below ``root`` by relative path: its bytes, or for JSON the tree without times."""
+    """Return every file of the caches below ``root`` by relative path: its bytes, or for JSON the tree without times.
+
+    ``root`` may be a cache itself. What extraction remembers about audio files and encoders is left out.
+    """
     files: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
-        if path.is_file():
-            name = str(path.relative_to(root))
-            files[name] = _untimed(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+        name = path.relative_to(root)
+        if path.is_file() and not name.parts[0].startswith("."):
+            files[str(name)] = _untimed(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
     return files
 
 
-def _untimed(tree: dict[str, Any]) -> dict[str, Any]:
-    tree = {key: value for key, value in tree.items() if key not in ("timings", "sha256", "seconds", "encode_seconds")}
-    if "provenance" in tree:
-        tree["provenance"] = {
-            key: value
-            for key, value in tree["provenance"].items()
-            if key not in ("finished", "last_run_seconds", "config")
-        }
-    return tree
+TIMES = ("timings", "sha256", "seconds", "encode_seconds", "finished", "last_run_seconds", "made", "from", "config")
+
+
+def _untimed(tree: Any) -> Any:
+    if isinstance(tree, list):
+        return [_untimed(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    digests = {"tar", "parquet", "plan", "manifest", "failures", "file"}  # their sha256 is not a seal
+    return {key: value if key in digests else _untimed(value) for key, value in tree.items() if key not in TIMES}

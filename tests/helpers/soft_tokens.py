@@ -18,4 +18,5 @@ def soft_batch(width=32, lengths=(3, 1, 4), seed=0):
 def make_batch(lengths, texts, seed):
     features = torch.randn(len(lengths), max(lengths), 6, generator=torch.Generator().manual_seed(seed))
     keys = [str(i) for i in range(len(lengths))]
-    return Batch(features, torch.tensor(lengths), keys, texts, list(range(len(lengths))), 0, 0, {})
+    none = [""] * len(lengths)
+    return Batch(features, torch.tensor(lengths), keys, texts, none, none, list(range(len(lengths))), 0, 0, {})

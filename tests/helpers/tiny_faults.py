@@ -11,42 +11,40 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tiny_cache import make_spec
+from tiny_cache import append, make_spec, plan_row
 
-from shards.commit.finalize import finalize, write_plan
-from shards.commit.writer import ShardWriter
+from shards.commit.folder import add_labels
 from shards.format import tar
-from shards.format.layout import UTTERANCE_SCHEMA, Layout
+from shards.format.layout import Layout
 from shards.format.records import seal, unseal
 
 
 def make_small_cache(folder: Path, codec: str = "f16", tensors: str = "weights", seed: int = 0) -> Path:
-    """Write three shards of three utterances; the middle one of each is a failure. Shards 0 and 1 have one size."""
-    layout, spec, owner = Layout(folder), make_spec(4, codec, tensors=tensors), "tiny"
-    keys = [f"utt-{seed}-{i}" for i in range(9)]
-    rows = [
-        {"key": key, "id": f"{key}.wav", "audio": f"{key}.wav", "samples": 640 * (1 + i % 3), "text": f"text of {i}"}
-        | {"speaker": "s", "split": "train", "shard": i // 3, "row": i % 3}
-        for i, key in enumerate(keys)
-    ]
-    plan = write_plan(layout, pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA), owner)
-    for shard in range(3):
-        with ShardWriter(layout, shard, spec, plan.id, owner) as writer:
-            for row in plan.shard_rows(shard):
-                if row["row"] == 1:
-                    writer.add_failure(row["key"], "decode", "empty file")
-                    continue
-                x = np.random.default_rng([len(tensors), seed, shard, row["row"]]).standard_normal(
-                    (row["samples"] // 320, 4)
-                )
-                writer.add(row, x.astype(np.float32), samples=row["samples"], audio_sha256="ab" * 32)
-            writer.commit({"seconds": 0.5})
-    finalize(layout, spec, plan, owner, {"source": {"name": "small"}})
+    """Write a generation of two shards and one of one shard, and two label sets, ``source`` and ``mine``.
+
+    Each shard has three utterances, the middle one a failure. The last shard has a new utterance, a failure, and other
+    audio of the first utterance. Shards 0 and 1 have one size.
+    """
+    spec, keys = make_spec(4, codec, tensors=tensors), [f"utt-{seed}-{i}" for i in range(8)]
+    rows = [plan_row(key, 640 * (1 + i % 3), i // 3, i % 3, f"{key}.wav") for i, key in enumerate(keys)]
+    rows.append(plan_row(keys[0], 1280, 2, 2, "changed.wav"))
+    labels = [{"key": key, "text": f"text of {i}", "speaker": "s", "split": "train"} for i, key in enumerate(keys)]
+
+    def features(key: str, frames: int) -> np.ndarray:
+        rng = np.random.default_rng([len(tensors), seed, int(key[-1]), frames])
+        return rng.standard_normal((frames, 4), dtype=np.float32)
+
+    for part, known in ((rows[:6], labels[:6]), (rows[6:], labels)):
+        failed, provenance = {keys[1], keys[4], keys[7]}, {"source": {"name": "small"}}
+        append(folder, spec, part, known, features, failed=failed, provenance=provenance)
+    mine = pa.table({"key": keys, "text": [f"my {i}" for i in range(8)], "prompt": ["count"] * 8})
+    add_labels(Layout(folder), mine, "mine", "tiny")
     return folder
 
 
@@ -108,15 +106,17 @@ def places(folder: Path) -> Iterator[tuple[str, Path, list[int]]]:
             found.setdefault("tar padding", []).extend(range(stop, end))
         found["tar padding"] += range(end, path.stat().st_size)
         yield from ((kind, path, positions) for kind, positions in found.items())
-    for kind, paths in {
-        "shard parquet": sorted(layout.shards.glob("*.parquet")),
-        "commit record": sorted(layout.shards.glob("*.json")),
-        "CACHE.json": [layout.cache],
-        "plan": [layout.plan],
-        "manifest": [layout.manifest],
-        "failures": [layout.failures],
+    for kind, pattern in {
+        "shard parquet": "shards/*.parquet",
+        "commit record": "shards/*.json",
+        "CACHE.json": "CACHE.json",
+        "plan": "plans/*",
+        "manifest": "manifests/*",
+        "failures": "failures/*",
+        "LABELS.json": "labels/LABELS.json",
+        "label set": "labels/*.parquet",
     }.items():
-        yield from ((kind, path, list(range(path.stat().st_size))) for path in paths)
+        yield from ((kind, path, list(range(path.stat().st_size))) for path in sorted(folder.glob(pattern)))
 
 
 def _flip(path: Path, position: int, bit: int) -> Callable[[], None]:
@@ -132,7 +132,9 @@ def _flip(path: Path, position: int, bit: int) -> Callable[[], None]:
 
 def truncations(folder: Path, every: int) -> Iterator[Fault]:
     layout = Layout(folder)
-    for path in (layout.tar(1), layout.rows(1), layout.record(1), layout.cache, layout.plan, layout.manifest):
+    shard = (layout.tar(1), layout.rows(1), layout.record(1))
+    tables = (layout.plan(0), layout.plan(1), layout.manifest(0), layout.manifest(1), layout.failures(1))
+    for path in (*shard, *tables, layout.cache, *sorted(layout.labels.iterdir())):
         step = every if path.suffix == ".tar" else max(every // 4, 1)
         for length in range(0, path.stat().st_size, step):
             yield Fault(
@@ -142,6 +144,30 @@ def truncations(folder: Path, every: int) -> Iterator[Fault]:
                 lambda path=path, length=length: os.truncate(path, length),
                 (path,),
             )
+
+
+def damages(folder: Path, count: int, seed: int) -> Iterator[Fault]:
+    """Yield faults at random places of random files: bits flipped, bytes overwritten, cut or added, the file lost."""
+    rng = random.Random(seed)
+    files = _all(folder)
+    for _ in range(count):
+        path = rng.choice(files)
+        size, kind = path.stat().st_size, rng.choice(("flip", "overwrite", "truncate", "extend", "remove"))
+        at, data = rng.randrange(size), path.read_bytes()
+        if kind == "flip":
+            new = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+        elif kind == "overwrite":
+            new = (data[:at] + rng.randbytes(rng.randrange(1, 600)))[:size]
+            new += data[len(new) :]
+        elif kind == "extend":
+            new = data + rng.choice((b"\0", b"\n", data, rng.randbytes(512)))
+        else:
+            new = data[:at]
+        if new == data:
+            continue
+        apply = path.unlink if kind == "remove" else partial(path.write_bytes, new)
+        fast = path.suffix != ".tar" or kind not in ("flip", "overwrite")
+        yield Fault(kind, f"{path.relative_to(folder)} at {at}", fast, apply, (path,))
 
 
 def exchanges(folder: Path, other: Path, replanned: Path) -> Iterator[Fault]:
@@ -167,6 +193,17 @@ def exchanges(folder: Path, other: Path, replanned: Path) -> Iterator[Fault]:
         yield Fault("zeroed file", path.name, path.suffix != ".tar", lambda path=path: _zero(path), (path,))
     extra = layout.tar(3)
     yield Fault("tar too many", extra.name, True, lambda: shutil.copyfile(layout.tar(0), extra), (extra,))
+    for name, paths in {
+        "plan": (layout.plan(0), layout.plan(1)),
+        "manifest": (layout.manifest(0), layout.manifest(1)),
+        "failures": (layout.failures(0), layout.failures(1)),
+        "label set": tuple(sorted(layout.labels.glob("*.parquet"))[:2]),
+    }.items():
+        swap = partial(_swap, [paths])
+        yield Fault(f"swapped {name}", f"{[path.name for path in paths]}", True, swap, paths)
+    for path in sorted(layout.labels.glob("*.parquet")):
+        spare = path.with_name("spare-00000000.parquet")
+        yield Fault("label set too many", spare.name, True, partial(shutil.copyfile, path, spare), (spare,))
 
 
 def _all(folder: Path) -> list[Path]:

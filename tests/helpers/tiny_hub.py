@@ -27,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         large: sha256 -> content that was uploaded by the LFS protocol, committed or not.
         requests: ``GET /path`` of every request.
         commits: the paths of every commit.
+        parents: the commit that each commit must follow, None if any.
         fail_at: commits from this one on are answered 403; None never.
         xet: a folder that Xet's own library writes chunks to in place of its server; None: uploads are LFS's.
         senders: a folder that holds what is uploaded by Xet, by which a sha256 is known; the bytes come from ``xet``.
@@ -40,6 +41,7 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.commits: list[list[str]] = []
+        self.parents: list[str | None] = []
         self.fail_at: int | None = None
         self.xet: Path | None = None
         self.senders = Path()
@@ -171,6 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
                 added[value["path"]] = hub.content(value["oid"])
         hub.files.update(added)
         hub.commits.append(list(added))
+        hub.parents.append(next(line["value"] for line in lines if line["key"] == "header").get("parentCommit"))
         self.answer({"commitUrl": f"{hub.url}/datasets/{hub.name}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def entries_below(self, folder: str, recursive: bool) -> list[dict]:

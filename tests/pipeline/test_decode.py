@@ -19,6 +19,7 @@ from pipeline.profile import StageTimes
 from pipeline.sources import SourceConfig, open_source
 from shards.config.base import validate_config
 from shards.errors import UserError
+from shards.format.schemas import UNKNOWN_AUDIO
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def config(tmp_path_factory) -> SourceConfig:
     return SourceConfig(kind="manifest", path=str(folder / "clips.csv"))
 
 
-ROWS = [{"audio": f"clip {i:02d}.flac"} for i in range(6)]
+ROWS = [{"audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO} for i in range(6)]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -42,7 +43,7 @@ def test_threads_yield_samples_and_failures_in_the_order_of_the_rows(config, thr
     assert [row for row, _, _ in found] == ROWS
     assert [isinstance(audio, UtteranceFailure) for _, _, audio in found] == [False, False, True, False, True, False]
     assert [failure.stage for _, _, failure in (found[2], found[4])] == ["decode", "read"]
-    assert [bool(digest) for _, digest, _ in found] == [True] * 4 + [False, True]
+    assert [digest != UNKNOWN_AUDIO for _, digest, _ in found] == [True] * 4 + [False, True]
     for row, _, audio in (found[i] for i in (0, 1, 3, 5)):
         np.testing.assert_array_equal(audio, decode((folder / row["audio"]).read_bytes()))
 
@@ -54,6 +55,9 @@ class Counting:
         self.count = 0
         self.threads: set[str] = set()
 
+    def file_of(self, uri: str) -> None:
+        return None
+
     def read(self, uris: list[str]) -> Iterator[tuple[str, bytes]]:
         for uri in uris:
             self.threads.add(threading.current_thread().name)
@@ -64,7 +68,7 @@ class Counting:
 def test_one_thread_reads_at_most_prefetch_recordings_ahead_and_an_early_end_drops_the_rest():
     source: Any = Counting()
     with AudioDecoders(source, 2, 3, StageTimes()) as decoders:
-        found = decoders.read([{"audio": str(i)} for i in range(1000)])
+        found = decoders.read([{"audio": str(i), "audio_id": UNKNOWN_AUDIO} for i in range(1000)])
         assert [next(found)[0]["audio"] for _ in range(2)] == ["0", "1"]
         found.close()
     assert 2 <= source.count <= 5  # the two that were yielded, and three ahead

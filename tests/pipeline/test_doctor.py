@@ -98,7 +98,7 @@ def test_the_next_command_depends_on_the_caches_and_runs(here):
     caches, runs = here / "caches", here / "runs"
     assert doctor.next_command(True, caches, runs).startswith("make setup")
     assert doctor.next_command(False, caches, runs).startswith("make train")
-    make(caches / "speech-1" / "whisper" / "plan.parquet")
+    make(caches / "speech-1" / "whisper" / "plans" / "000.parquet")
     assert doctor.next_command(False, caches, runs).startswith("make extract")
     assert [finding.subject for finding in doctor.caches(caches) if finding.fix] == ["caches"]
     make(caches / "speech-1" / "whisper" / "CACHE.json")

@@ -113,10 +113,12 @@ def test_every_name_appears_after_its_bytes_and_is_durable_before_the_next(trace
             appeared.append(Path(other).relative_to(path).as_posix())
     assert not any(unsynced.values())
     assert [name for name in appeared if ".new-" not in name] == [
-        "plan.parquet",
+        "plans/000.parquet",
+        *(f"labels/{file.name}" for file in (path / "labels").glob("*.parquet")),
+        "labels/LABELS.json",
         *(f"shards/{shard:06d}.{kind}" for shard in range(2) for kind in ("tar", "parquet", "json")),
-        "manifest.parquet",
-        "failures.parquet",
+        "manifests/000.parquet",
+        "failures/000.parquet",
         "CACHE.json",
     ]
 

@@ -17,7 +17,7 @@ from shards.config.base import Config
 Norm = Literal["none", "rms", "layer"]
 Init = Literal["source", "torch", "normal", "xavier"]
 AudioValue = Literal["id0", "zero", "bos"]
-AUDIO_PLACEHOLDER = "<|audio|>"
+AUDIO_PLACEHOLDER, INSTRUCTION = "<|audio|>", "{instruction}"
 
 
 class KindConfig(Config):
@@ -326,7 +326,23 @@ class PromptConfig(Config):
     """plain: only the audio. slam: `<|audio|> USER: {instruction} ASSISTANT:`. chat: the LM's own chat template. Any
     other text must contain `<|audio|>` once and may contain `{instruction}`."""
     instruction: str = "Transcribe the speech."
-    """Text that replaces `{instruction}` in the template."""
+    """Text that replaces `{instruction}` in the template, for rows without a `prompt` in their labels."""
+    prompts: str | None = None
+    """File of instructions, one of which is drawn for each row and epoch in place of `instruction`: one per line, or in
+    JSON or YAML a mapping of tasks to lists. Rows with a `prompt` in their labels keep it. null: `instruction`."""
+
+    @property
+    def has_instruction(self) -> bool:
+        """Whether the template shows an instruction."""
+        return self.template in ("slam", "chat") or INSTRUCTION in self.template
+
+    @model_validator(mode="after")
+    def _shown(self) -> PromptConfig:
+        if self.prompts is not None and not self.has_instruction:
+            raise ValueError(
+                f"prompts needs a template with {INSTRUCTION}: set template=slam, template=chat or your own text"
+            )
+        return self
 
 
 class TextConfig(Config):

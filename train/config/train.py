@@ -8,13 +8,13 @@ lists the changed keys that a resumed run does not allow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from shards.config.base import Config, flatten
-from shards.stream.sampler import SamplerConfig
+from shards.stream.sampler import SamplerConfig, Weight
 from train.config.model import (
     ContrastiveConfig,
     DistillConfig,
@@ -29,6 +29,7 @@ from train.config.model import (
 CHANGEABLE_KEYS = frozenset(
     {
         "caches",  # a cache may move: checkpoints compare manifest ids instead
+        "max_label_problems",
         "extract",
         "runs",
         "name",
@@ -57,6 +58,14 @@ Strings = Annotated[list[str], BeforeValidator(_as_list)]
 Corpora = Annotated[list[str | Annotated[list[str], Field(min_length=2)]], BeforeValidator(_as_list)]
 
 
+# those of all caches, or one entry per cache
+Labels = str | list[str] | None
+
+
+def _per_cache(labels: Labels, caches: Sequence[Any]) -> Sequence[str | None]:
+    return labels if isinstance(labels, list) else [labels] * len(caches)
+
+
 class ValConfig(Config):
     """The held-out utterances.
 
@@ -66,6 +75,8 @@ class ValConfig(Config):
 
     caches: Corpora = Field(default_factory=list)
     """Caches to evaluate on instead of held-out rows. They need as many layers as the run's caches."""
+    labels: Labels = None
+    """Labels of `caches`, like the key `labels` of a run."""
     fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of each cache to hold out. If speakers are known, whole speakers are held out."""
     limit: int | None = Field(default=None, ge=1)
@@ -73,6 +84,11 @@ class ValConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Seed of the choice of speakers. It is separate from the run's seed, so that runs with different seeds are
     evaluated on the same utterances."""
+
+    @property
+    def cache_labels(self) -> Sequence[str | None]:
+        """The labels of each of ``caches``."""
+        return _per_cache(self.labels, self.caches)
 
 
 class BatchConfig(Config):
@@ -88,8 +104,9 @@ class BatchConfig(Config):
     shuffle: Literal["none", "shard", "window", "global"] = "window"
     """none: stored order. shard: shuffle the shards. window: also shuffle the rows within `window_shards` shards.
     global: shuffle all rows."""
-    weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
-    """How often an epoch visits the rows of each cache. 0.25: a different quarter in each epoch. null: once."""
+    weights: list[Weight] | dict[str, Weight] | None = None
+    """How often an epoch visits the rows of each cache, or of each task: `{transcribe: 1, count: 0.25}`. 0.25: a
+    different quarter in each epoch. null: once. The column `weight` of the labels multiplies it."""
 
     def sampler_config(self) -> SamplerConfig:
         """Return these keys as the sampler's configuration; no batch is dropped."""
@@ -99,7 +116,7 @@ class BatchConfig(Config):
             max_frames=self.max_frames,
             window_shards=self.window_shards,
             shuffle=self.shuffle,
-            weights=None if self.weights is None else tuple(self.weights),
+            weights=tuple(self.weights) if isinstance(self.weights, list) else self.weights,
         )
 
 
@@ -116,8 +133,15 @@ class TrainConfig(Config):
     }
 
     caches: Corpora = Field(min_length=1)
-    """Caches to train on: folders, or glob patterns that each match one complete cache. An inner list names the caches
-    of several layers of one corpus."""
+    """Caches to train on: folders, URLs, or glob patterns that each match one complete cache. A name without a slash
+    that is no folder is a corpus: `clips` means `caches/clips/*`. An inner list names the caches of several layers of
+    one corpus."""
+    labels: Labels = None
+    """Label set of the caches: a name, or a file or URL of CSV, TSV, JSON lines or parquet; a list for one per cache.
+    null: the newest labels of the source."""
+    max_label_problems: float = Field(default=0.01, ge=0)
+    """Rows of a label file that may have no features, no text, or the key, task and prompt of another row. Below 1: a
+    fraction of the rows."""
     extract: Strings = Field(default_factory=list)
     """Extraction configs that create the caches: one for each cache in the same order, or one for all."""
     filter: str | None = None
@@ -213,6 +237,12 @@ class TrainConfig(Config):
         if len(layers) > 1:
             found = " and ".join(map(str, sorted(layers)))
             raise ValueError(f"caches has entries of {found} layers: list the same number of layers for each corpus")
+        for name, part in (("labels", self), ("val.labels", self.val)):
+            if len(part.cache_labels) != len(part.caches):
+                raise ValueError(
+                    f"{name} has {len(part.cache_labels)} entries for {len(part.caches)} caches: list one for each "
+                    "cache, or give one for all"
+                )
         if self.normalise_layers and self.layers == 1:
             raise ValueError("normalise_layers=true needs several layers: set caches=[[…-L4-…, …-L6-…]]")
         if self.distill.weight and (self.lm.train or self.lm.lora):
@@ -222,6 +252,11 @@ class TrainConfig(Config):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         return self
+
+    @property
+    def cache_labels(self) -> Sequence[str | None]:
+        """The labels of each of ``caches``."""
+        return _per_cache(self.labels, self.caches)
 
     @property
     def layers(self) -> int:
@@ -245,4 +280,12 @@ class TrainConfig(Config):
             f"{key}: {mine.get(key)}, not {theirs.get(key)}"
             for key in sorted(mine.keys() | theirs.keys())
             if key.split(".")[0] not in CHANGEABLE_KEYS and mine.get(key) != theirs.get(key)
+            # a file of labels may move: checkpoints compare label ids instead
+            if key not in ("labels", "val.labels") or not (_is_file(mine.get(key)) and _is_file(theirs.get(key)))
         ]
+
+
+def _is_file(labels: Any) -> bool:
+    from shards.read.labels import is_label_file  # pyarrow is not needed by --help
+
+    return isinstance(labels, str) and is_label_file(labels)

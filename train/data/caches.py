@@ -1,9 +1,9 @@
 """The caches that a run reads, the utterances it trains on, and the utterances it is evaluated on.
 
-Reads the keys ``caches``, ``extract`` and ``val`` of a run; returns opened caches, the joined rows to train on, and the
-held-out :class:`Utterances`. A joined row is an index into the concatenation of all caches, in the order of the config.
-The held-out set is a pure function of the cache and the ``val`` keys: it is chosen by hashes of speakers, without
-random state.
+Reads the keys ``caches``, ``labels``, ``extract`` and ``val`` of a run; returns opened caches, the joined rows to train
+on, and the held-out :class:`Utterances`. A joined row is an index into the concatenation of all caches, in the order of
+the config. Rows without a text are left out. The held-out set is a pure function of the cache, its labels and the
+``val`` keys: it is chosen by hashes of speakers, without random state.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.format.spec import FeatureSpec
 from shards.read.cache import Cache
 from shards.read.filters import select_rows
+from shards.stream.concat import ConcatCache
+from train.config.model import AUDIO_PLACEHOLDER, INSTRUCTION, PromptConfig
 from train.config.train import TrainConfig, ValConfig
 from train.data.layers import LayeredCaches
+from train.data.pins import Pin, growth_note, open_pinned
 
 if TYPE_CHECKING:
     import torch
@@ -95,27 +100,35 @@ class TrainData:
     train_rows: Rows  # joined rows over ``caches``
     held_out: Utterances
     layers: LayeredCaches | None = None  # the corpora of ``caches`` with all their layers
+    notes: tuple[str, ...] = ()  # about the caches, for people
+    tasks: tuple[str, ...] = ("",)  # of the training rows and the held-out rows, sorted
 
     def identity(self) -> dict[str, Any]:
         """Return the ids that must be unchanged when a run resumes."""
         return {
             "feature id": self.caches[0].feature_id,
             "manifest ids": [cache.manifest_id for cache in self.caches],
+            "label ids": [cache.labels.id for cache in self.caches],
             **({} if self.layers is None else self.layers.identity()),
         }
 
 
-def open_data(config: TrainConfig) -> TrainData:
+def open_data(config: TrainConfig, pins: Sequence[Pin] = (), val_pins: Sequence[Pin] = ()) -> TrainData:
     """Open the caches of a run and split their rows into training and held-out rows.
 
+    Args:
+        pins, val_pins: what an earlier session of the run read of ``caches`` and of ``val.caches``.
+
     Raises:
-        UserError: a cache is missing or ambiguous, caches differ in feature spec, no utterance is left to train on, or
-            the run evaluates and no utterance is held out.
+        UserError: a cache is missing or ambiguous, caches differ in feature spec, no utterance is left to train on, the
+            run evaluates and no utterance is held out, or the template cannot show the prompts of the rows.
     """
-    caches, layers = open_corpora(config.caches, config.extract)
-    held = [held_out_mask(cache, config.val) for cache in caches]
-    known = np.ones(sum(map(len, caches)), dtype=bool) if layers is None else layers.in_all_layers
-    train_rows = np.flatnonzero(~np.concatenate(held) & known)
+    options: dict[str, Any] = {"extract": config.extract, "max_label_problems": config.max_label_problems}
+    caches, layers = open_corpora(config.caches, labels=config.cache_labels, pins=pins, **options)
+    known = usable_rows(caches, layers)
+    masks = np.split(known, np.cumsum(list(map(len, caches)))[:-1])
+    held = np.concatenate([held_out_mask(cache, config.val, own) for cache, own in zip(caches, masks, strict=True)])
+    train_rows = np.flatnonzero(~held & known)
     if not len(train_rows):
         raise UserError(
             f"no utterances are left to train on in {_names(caches)}, because all are held out: lower val.fraction or "
@@ -127,17 +140,95 @@ def open_data(config: TrainConfig) -> TrainData:
             raise UserError(
                 f"no training utterance of {_names(caches)} matches the filter '{config.filter}': relax filter"
             )
+    notes = cache_notes(caches, config.cache_labels, bool(pins))
     if config.val.caches:
-        held_out = open_utterances(config.val.caches, config.extract)
+        held_out = open_utterances(config.val.caches, labels=config.val.cache_labels, pins=val_pins, **options)
         require_same_layers(held_out, caches, layers)
+        notes += cache_notes(held_out.caches, config.val.cache_labels, bool(val_pins))
     else:
-        held_out = Utterances(caches, np.flatnonzero(np.concatenate(held) & known), layers)
+        held_out = Utterances(caches, np.flatnonzero(held & known), layers)
     if not len(held_out) and config.eval_every != 0:
         raise UserError(
             f"no utterances are held out in {_names(caches)}: set val.fraction=0.1, name a cache in val.caches, or set "
             "eval_every=0 to train without evaluation"
         )
-    return TrainData(caches, train_rows, held_out.subset(config.val.limit), layers)
+    held_out = held_out.subset(config.val.limit)
+    tasks = sorted(require_prompts(config.prompt, caches, train_rows) | require_prompts(config.prompt, *_of(held_out)))
+    return TrainData(caches, train_rows, held_out, layers, tuple(dict.fromkeys(notes)), tuple(tasks))
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print what a user should know about the caches to standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def usable_rows(caches: Sequence[Cache], layers: LayeredCaches | None = None) -> npt.NDArray[np.bool_]:
+    """Return the mask, bool [rows], of the rows that all layers contain and that have a text.
+
+    Raises:
+        UserError: no row has a text.
+    """
+    known = np.ones(sum(map(len, caches)), dtype=bool) if layers is None else layers.in_all_layers
+    texts = np.concatenate([_has_text(cache) for cache in caches])
+    if not texts.any():
+        raise UserError(
+            f"none of the {len(texts):,} utterances of {_names(caches)} has a text: set labels to a label set or file "
+            "with the column 'text'"
+        )
+    usable: npt.NDArray[np.bool_] = known & texts
+    return usable
+
+
+def _has_text(cache: Cache) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = pc.not_equal(pc.utf8_trim_whitespace(cache.manifest["text"]), "").to_numpy()
+    return found
+
+
+def cache_notes(caches: Sequence[Cache], labels: Sequence[str | None], pinned: bool) -> list[str]:
+    """Return notes about rows that are left out, and, for ``pinned`` caches, about newer features and labels."""
+    notes = []
+    for index, cache in enumerate(caches):
+        own = f"the labels {cache.labels.name}-{cache.labels.id[:8]} of '{cache.location}'"
+        if cache.labels.problems:
+            notes.append(f"{own} have {'; '.join(cache.labels.problems)}")
+        elif cache.num_missing or cache.num_unlabeled:
+            notes.append(
+                f"{own}: {cache.num_missing:,} rows have no features, {cache.num_unlabeled:,} utterances have no labels"
+            )
+        if empty := int((~_has_text(cache)).sum()):
+            notes.append(f"{empty:,} rows of '{cache.location}' have no text and are left out")
+        grown = growth_note(cache, labels[index]) if pinned else None
+        notes += [grown] if grown else []
+    return notes
+
+
+def require_prompts(prompt: PromptConfig, caches: Sequence[Cache], rows: Rows) -> set[str]:
+    """Check that the template can show the prompts of ``rows``, and return the tasks of these rows.
+
+    Raises:
+        UserError: rows have prompts and the template has no ``{instruction}``, or a prompt contains ``<|audio|>``.
+    """
+    joined = ConcatCache(caches)
+    if joined.has_column("prompt"):
+        prompts = joined.column("prompt", "").take(pa.array(rows))
+        if not prompt.has_instruction and pc.any(pc.not_equal(prompts, "")).as_py():
+            raise UserError(
+                f"the labels of {_names(caches)} have prompts, and prompt.template {prompt.template!r} has no "
+                f"{INSTRUCTION} to show them: set prompt.template to chat, slam or a text with {INSTRUCTION}"
+            )
+        if pc.any(pc.match_substring(prompts, AUDIO_PLACEHOLDER)).as_py():
+            raise UserError(
+                f"a prompt in the labels of {_names(caches)} contains {AUDIO_PLACEHOLDER}, which belongs into "
+                "prompt.template: remove it from the labels"
+            )
+    if not len(rows) or not joined.has_column("task"):
+        return {""} if len(rows) else set()
+    return set(joined.column("task", "").take(pa.array(rows)).unique().to_pylist())
+
+
+def _of(utterances: Utterances) -> tuple[Sequence[Cache], Rows]:
+    return utterances.caches, utterances.rows
 
 
 def require_same_features(found: Cache, wanted: Cache) -> None:
@@ -155,18 +246,41 @@ def require_same_features(found: Cache, wanted: Cache) -> None:
 
 
 def open_corpora(
-    entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()
+    entries: Sequence[str | Sequence[str]],
+    extract: Sequence[str] = (),
+    *,
+    labels: Sequence[str | None] | None = None,
+    pins: Sequence[Pin] = (),
+    max_label_problems: float = 0.01,
 ) -> tuple[list[Cache], LayeredCaches | None]:
     """Open the first cache of each corpus and, if the entries list several, the caches of all layers.
+
+    Args:
+        entries: a cache, or one cache per layer, for each corpus.
+        extract: extraction configs, named in messages.
+        labels: the labels of each corpus, which all its layers share; see :meth:`shards.read.cache.Cache.open`.
+        pins: what a run read of each corpus.
+        max_label_problems: see :meth:`shards.read.cache.Cache.open`.
 
     Raises:
         UserError: a cache is missing or listed twice, or caches differ in what they must share.
     """
     corpora: list[list[Cache]] = []
     for index, entry in enumerate(entries):
+        hint = _extract_hint(len(entries), extract, index)
+        own = labels[index] if labels else None
         corpora.append([])
-        for pattern in _patterns(entry):
-            cache = _open_cache(pattern, _extract_hint(len(entries), extract, index))
+        for layer, pattern in enumerate(_patterns(entry)):
+            path = find_cache(pattern)
+            if path is None:
+                raise MissingCache(f"there is no complete cache at '{pattern}': {hint}")
+            if layer:
+                generation = pins[index].generations[layer] if pins else None
+                cache = Cache.open(path, corpora[-1][0].labels, generation=generation)
+            elif pins:
+                cache = open_pinned(path, own, pins[index], max_label_problems)
+            else:
+                cache = Cache.open(path, own, max_label_problems=max_label_problems)
             if any(same_folder(cache.path, other.path) for caches in corpora for other in caches):
                 raise UserError(f"caches lists '{cache.path}' twice, so its utterances would count twice: list it once")
             corpora[-1].append(cache)
@@ -176,11 +290,10 @@ def open_corpora(
     return firsts, LayeredCaches(corpora) if len(corpora[0]) > 1 else None
 
 
-def open_utterances(entries: Sequence[str | Sequence[str]], extract: Sequence[str] = ()) -> Utterances:
-    """Return all utterances of whole corpora, opened by :func:`open_corpora`."""
-    caches, layers = open_corpora(entries, extract)
-    rows = np.arange(sum(map(len, caches))) if layers is None else np.flatnonzero(layers.in_all_layers)
-    return Utterances(caches, rows, layers)
+def open_utterances(entries: Sequence[str | Sequence[str]], **options: Any) -> Utterances:
+    """Return all utterances with a text of whole corpora, opened by :func:`open_corpora` with ``options``."""
+    caches, layers = open_corpora(entries, **options)
+    return Utterances(caches, np.flatnonzero(usable_rows(caches, layers)), layers)
 
 
 def require_same_layers(evaluated: Utterances, caches: Sequence[Cache], layers: LayeredCaches | None) -> None:
@@ -195,15 +308,11 @@ def require_same_layers(evaluated: Utterances, caches: Sequence[Cache], layers: 
         require_same_features(found, wanted)
 
 
-def _open_cache(pattern: str, hint: str) -> Cache:
-    path = find_cache(pattern)
-    if path is None:
-        raise MissingCache(f"there is no complete cache at '{pattern}': {hint}")
-    return Cache.open(path)
-
-
 def find_cache(pattern: str) -> str | None:
-    """Return the one complete cache that ``pattern`` (a folder, a glob pattern or a URL) matches, or None.
+    """Return the one complete cache that ``pattern`` matches, or None.
+
+    Args:
+        pattern: a folder, a glob pattern or a URL; or, without a slash, the corpus of a cache below ``caches``.
 
     Raises:
         UserError: several caches match, or a URL contains a pattern.
@@ -215,6 +324,8 @@ def find_cache(pattern: str) -> str | None:
             )
         return pattern
     pattern = os.path.expanduser(pattern)
+    if "/" not in pattern and not glob.glob(pattern):
+        pattern = f"caches/{pattern}/*"
     if _is_complete(pattern):
         return pattern
     found = sorted(path for path in glob.glob(pattern) if _is_complete(path))
@@ -260,19 +371,30 @@ def missing_extractions(config: TrainConfig) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def held_out_mask(cache: Cache, val: ValConfig) -> npt.NDArray[np.bool_]:
-    """Return the mask, bool [utterances], of the rows of ``cache`` that are never trained on.
+def held_out_mask(cache: Cache, val: ValConfig, usable: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
+    """Return the mask, bool [rows], of the rows of ``cache`` that are never trained on.
 
     These are the rows of the split ``val`` and, unless ``val.caches`` is set, rows of other speakers in the order of a
     seeded hash until ``val.fraction`` of the cache is held out. If fewer than two speakers are known, each key counts
-    as a speaker.
+    as a speaker. All rows of a key are on the same side. ``usable`` limits the choice to some of the rows.
     """
-    table = cache.manifest
-    mask = np.array([split == VAL for split in table["split"].to_pylist()], dtype=bool)
+    table = cache.manifest.select(["key", "speaker", "split"])
+    if usable is not None and not usable.all():
+        chosen = np.zeros(len(usable), dtype=bool)
+        chosen[usable] = _held_out_mask(table.filter(pa.array(usable)), val)
+        return chosen
+    return _held_out_mask(table, val)
+
+
+def _held_out_mask(table: pa.Table, val: ValConfig) -> npt.NDArray[np.bool_]:
+    speakers, keys = table["speaker"].to_pylist(), table["key"].to_pylist()
+    marked = {key for key, split in zip(keys, table["split"].to_pylist(), strict=True) if split == VAL}
+    mask = np.array([key in marked for key in keys], dtype=bool)
     wanted = 0 if val.caches else round(val.fraction * len(table))
     if mask.sum() >= wanted:
         return mask
-    speakers, keys = table["speaker"].to_pylist(), table["key"].to_pylist()
+    by_key: dict[str, str] = {}
+    speakers = [by_key.setdefault(key, speaker) for key, speaker in zip(keys, speakers, strict=True)]
     if len(set(speakers) - {""}) < 2:
         speakers = keys
     speakers = [speaker or f"\0{key}" for speaker, key in zip(speakers, keys, strict=True)]

@@ -19,6 +19,8 @@ from train.config.model import TextConfig
 from train.data.caches import Utterances, pad
 from train.data.text import AS_STORED, apply_text_rules
 from train.distributed.group import ProcessGroup
+from train.evaluation.utterance_table import cache_ids
+from train.model.prompt import PromptRow
 
 Features = npt.NDArray[Any]
 BatchFunction = Callable[[list[int], Tensor, Tensor], Any]
@@ -31,7 +33,8 @@ class Stopped(Exception):
 class UtteranceReader:
     """Reads a set of utterances in batches.
 
-    ``keys``, ``texts`` and ``frames`` (counts) hold one entry per utterance, in the order of ``utterances``.
+    ``keys``, ``texts``, ``tasks``, ``frames`` (counts) and ``rows`` (what selects the instructions) hold one entry per
+    utterance, in the order of ``utterances``.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class UtteranceReader:
         group: ProcessGroup,
         text: TextConfig = AS_STORED,
     ) -> None:
-        columns = utterances.columns("key", "text", "frames")
-        self.keys, self.frames = columns["key"], columns["frames"]
+        columns = utterances.columns("key", "text", "frames", "task", "prompt")
+        self.keys, self.frames, self.tasks = columns["key"], columns["frames"], columns["task"]
+        self.rows = list(map(PromptRow, self.keys, self.tasks, columns["prompt"]))
         self.texts = [apply_text_rules(each, text) for each in columns["text"]]
         self.index_of_row = {int(row): index for index, row in enumerate(utterances.rows)}
         self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
@@ -111,6 +115,49 @@ class UtteranceReader:
                 batches.append([])
             batches[-1].append(i)
         return batches
+
+
+def other_audio(reader: UtteranceReader) -> list[int | None]:
+    """Pair each text with the audio of another utterance, one of the same task with another text.
+
+    Returns:
+        For each utterance the index of the utterance whose audio replaces its own; None if there is no such pairing.
+    """
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for index, task in enumerate(reader.tasks):
+        by_task[task].append(index)
+    pairs: list[int | None] = [None] * len(reader)
+    for indices in by_task.values():
+        found = derangement([reader.texts[index] for index in indices])
+        if found is not None:
+            others = [indices[position] for position in found]
+            for index, other in zip(indices, _of_other_audio(reader, indices, others), strict=True):
+                pairs[index] = other
+    return pairs
+
+
+def _of_other_audio(reader: UtteranceReader, indices: Sequence[int], others: list[int]) -> list[int | None]:
+    """Swap the ``others`` of ``indices`` that have the same audio, in rows with another prompt; None where that fails.
+
+    Texts that differ belong to different audio unless a key has several rows of one task.
+    """
+    audio = list(zip(cache_ids(reader.utterances), reader.keys, strict=True))
+
+    def fits(index: int, other: int) -> bool:
+        return audio[index] != audio[other] and reader.texts[index] != reader.texts[other]
+
+    found: list[int | None] = list(others)
+    for i, index in enumerate(indices):
+        if fits(index, others[i]):
+            continue
+        swap = (j for j, other in enumerate(others) if fits(index, other) and fits(indices[j], others[i]))
+        j = next(swap, None)
+        if j is None:
+            found[i] = None
+        else:
+            others[i], others[j] = others[j], others[i]
+            found[i], found[j] = others[i], others[j]
+    return found
 
 
 def derangement(texts: Sequence[str], seed: int = 0) -> list[int] | None:

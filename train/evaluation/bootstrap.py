@@ -104,11 +104,22 @@ def table_intervals(table: pa.Table) -> dict[str, Interval]:
     return intervals
 
 
-def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[tuple[str, str], *tuple[float, ...]]]:
-    """Yield ((cache, key), value of each of ``names``) for the rows that have all of them."""
-    known = table.select(["cache", "key", *names]).drop_null()
-    caches, keys, *values = (column.to_pylist() for column in known.columns)
-    yield from zip(zip(caches, keys, strict=True), *values, strict=True)
+def accuracy(table: pa.Table) -> Interval | None:
+    """Interval of the share of decoded utterances that are right, if every reference is one word; else None."""
+    known = table.select([*WORD_ERRORS, WORDS]).drop_null()
+    *errors, words = (column.to_numpy() for column in known.columns)
+    if not len(known) or (words != 1).any():
+        return None
+    return ratio((sum(errors) == 0).astype(float), np.ones(len(known)))
+
+
+def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], *tuple[float, ...]]]:
+    """Yield ((cache, key, task, prompt), value of each of ``names``) for the rows that have all of them."""
+    identity = [name for name in ("cache", "key", "task", "prompt") if name in table.column_names]
+    known = table.select([*identity, *names]).drop_null()
+    columns = [column.to_pylist() for column in known.columns]
+    rows = zip(*columns[: len(identity)], strict=True)
+    yield from zip(rows, *columns[len(identity) :], strict=True)
 
 
 def _interval(pairs: Sequence[tuple[Array, Array]], seed: int) -> Interval:

@@ -36,6 +36,7 @@ class Sample:
     hypothesis: str
     words: Edits | None
     characters: Edits | None
+    task: str = ""
 
     @property
     def wer(self) -> float | None:
@@ -44,19 +45,20 @@ class Sample:
 
     def record(self) -> dict[str, Any]:
         """Return the entry of this sample in ``evaluations.jsonl``."""
-        return {"key": self.key, "reference": self.reference, "hypothesis": self.hypothesis, "wer": self.wer}
+        task = {"task": self.task} if self.task else {}
+        return {"key": self.key, **task, "reference": self.reference, "hypothesis": self.hypothesis, "wer": self.wer}
 
 
-def make_sample(key: str, reference: str, hypothesis: str) -> Sample:
+def make_sample(key: str, reference: str, hypothesis: str, task: str = "") -> Sample:
     """Count the errors of ``hypothesis``; both texts are normalized first."""
     import jiwer
 
     normalize = normalizer()
     ref, hyp = normalize(reference), normalize(hypothesis)
     if not has_words(ref):
-        return Sample(key, reference, hypothesis, None, None)
+        return Sample(key, reference, hypothesis, None, None, task)
     words, characters = jiwer.process_words(ref, hyp), jiwer.process_characters(ref, hyp)
-    return Sample(key, reference, hypothesis, _edits(words), _edits(characters))
+    return Sample(key, reference, hypothesis, _edits(words), _edits(characters), task)
 
 
 def has_words(normalized: str) -> bool:

@@ -6,7 +6,7 @@ utterances. Every metric is defined in the module of ``train/evaluation/`` that 
 | metric | meaning | cost, in passes over the held-out set |
 |---|---|---|
 | ``val_loss`` | loss with the utterance's own audio | 1 |
-| ``val_loss_shuffled`` | loss with another utterance's audio; texts of the pair always differ | 1 |
+| ``val_loss_shuffled`` | loss with another utterance's audio, of the same task and with another text | 1 |
 | ``audio_gain`` | shuffled minus matched: what the model gains from the audio | |
 | ``wer``, ``cer`` | corpus error rates of greedy decoding, with insertions, deletions, substitutions | decoding |
 | ``projector_rms_ratio`` | RMS of the soft tokens over RMS of the LM's embeddings | |
@@ -16,7 +16,8 @@ utterances. Every metric is defined in the module of ``train/evaluation/`` that 
 | ``retrieval`` | retrieval@1 among 16 candidates, by likelihood and pooled embedding | 16 of ``retrieval_limit`` |
 | ``space.json`` | nearest vocabulary tokens of soft tokens; PCA among the LM's embeddings | negligible |
 
-``intervals`` holds 95 % bootstrap intervals over utterances. Evaluations during training omit the metrics from
+With several tasks, ``tasks`` holds the losses and error rates of each, and ``accuracy`` where every reference is one
+word. ``intervals`` holds 95 % bootstrap intervals over utterances. Evaluations during training omit the metrics from
 *complete* on. Counts per utterance are written to ``utterances.parquet``; ``paired_difference`` in
 ``train/evaluation/bootstrap.py`` compares two runs by them.
 """
@@ -39,8 +40,8 @@ from train.config.train import TrainConfig
 from train.data.caches import Utterances
 from train.data.text import AS_STORED
 from train.distributed.group import ProcessGroup
-from train.evaluation.batches import Stopped, UtteranceReader, derangement
-from train.evaluation.bootstrap import Interval, table_intervals
+from train.evaluation.batches import Stopped, UtteranceReader, other_audio
+from train.evaluation.bootstrap import Interval, accuracy, table_intervals
 from train.evaluation.embedding_space import measure_embedding_space, write_embedding_space
 from train.evaluation.error_rates import Edits, Sample, corpus_edits, edit_columns, make_sample
 from train.evaluation.held_out_loss import HeldOutLosses, held_out_losses, text_only_losses
@@ -52,6 +53,7 @@ from train.model.audio_lm import AudioLM, ModelList
 __all__ = ["EvalConfig", "Evaluation", "Stopped", "evaluate", "evaluate_models"]
 
 MAX_SAMPLES = 24  # decoded utterances in the record of an evaluation
+TASK_METRICS = ("val_loss", "audio_gain", "wer", "cer", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Evaluation:
     """
 
     val_loss: float
-    val_loss_shuffled: float | None  # None: one utterance, or one text is more than half of the set
+    val_loss_shuffled: float | None  # None: one utterance, or one text is more than half of each task
+    audio_gain: float | None  # val_loss_shuffled minus the loss of the same utterances, in nats per target token
     wer: float | None
     cer: float | None
     projector_rms_ratio: float  # RMS of the soft tokens over RMS of the LM's embeddings
@@ -114,22 +117,25 @@ class Evaluation:
     intervals: dict[str, Interval] = field(default_factory=dict)  # 95 % over utterances, by metric name
     extra_metrics: dict[str, Any] = field(default_factory=dict)  # named as in summary.json
     embedding_space: dict[str, Any] | None = None  # space.json: soft tokens among the LM's embeddings
-
-    @property
-    def audio_gain(self) -> float | None:
-        """``val_loss_shuffled - val_loss``, in nats per target token."""
-        return None if self.val_loss_shuffled is None else self.val_loss_shuffled - self.val_loss
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # metrics of each task, if there are several
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics, named as in ``summary.json``, without samples."""
         names = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio",
                  "n_val", "n_decoded", "n_without_reference", "eval_seconds")  # fmt: skip
         bounds = {name: [bound.low, bound.high] for name, bound in self.intervals.items()}
-        return {**{name: getattr(self, name) for name in names}, "intervals": bounds, **self.extra_metrics}
+        tasks = {"tasks": self.tasks} if self.tasks else {}
+        return {**{name: getattr(self, name) for name in names}, "intervals": bounds, **self.extra_metrics, **tasks}
 
     def record(self) -> dict[str, Any]:
-        """Return :meth:`metrics` and the first MAX_SAMPLES samples."""
-        return {**self.metrics(), "samples": [sample.record() for sample in self.samples[:MAX_SAMPLES]]}
+        """Return :meth:`metrics`, those of the tasks also as ``val_loss/<task>``, and the first MAX_SAMPLES samples."""
+        flat = {
+            f"{name}/{task}": metrics[name]
+            for task, metrics in self.tasks.items()
+            for name in TASK_METRICS
+            if name in metrics
+        }
+        return {**self.metrics(), **flat, "samples": [sample.record() for sample in self.samples[:MAX_SAMPLES]]}
 
     def write(self, folder: Path) -> None:
         """Write ``utterances.parquet`` into ``folder``, and ``space.json`` after a complete evaluation."""
@@ -193,14 +199,15 @@ def evaluate_models(
             utterances, config.batch_size, config.max_frames, stop, group or ProcessGroup(), config.text
         )
         matched = held_out_losses(models, reader, range(len(reader)))
-        other = derangement(reader.texts)
-        shuffled = [None] * count if other is None else held_out_losses(models, reader, other)
+        other = other_audio(reader)
+        paired = [i for i, audio in enumerate(other) if audio is not None]
+        audio = [i for i in other if i is not None]
+        shuffled = held_out_losses(models, reader, audio, text_indices=paired) if paired else [None] * count
         decoded = _decode(models, reader, config)
         extras = _extras(models, reader, matched, config) if config.complete else [_Extras()] * count
     seconds = time.perf_counter() - began
-    shuffled_keys = {} if other is None else {"heard": [reader.keys[i] for i in other]}
     return [
-        _evaluation(model, reader, shuffled_keys, seconds, *own)
+        _evaluation(model, reader, other, seconds, *own)
         for model, own in zip(models.models, zip(matched, shuffled, decoded, extras, strict=True), strict=True)
     ]
 
@@ -225,13 +232,16 @@ def _decode(models: ModelList, reader: UtteranceReader, config: EvalConfig) -> l
         return [{} for _ in models.models]
 
     def decode_batch(text_indices: list[int], features: Tensor, mask: Tensor) -> list[Any]:
-        texts = models.generate(features, mask, config.max_new_tokens)
+        texts = models.generate(features, mask, config.max_new_tokens, [reader.rows[i] for i in text_indices])
         return [list(zip(text_indices, own, strict=True)) for own in texts]
 
     wanted = [reader.index_of_row[int(row)] for row in reader.utterances.subset(config.decode_limit).rows]
     batches = reader.map_batches(wanted, wanted, decode_batch)
     found = [dict(pair for batch in own for pair in batch) for own in zip(*batches, strict=True)]
-    return [{i: make_sample(reader.keys[i], reader.texts[i], texts[i].strip()) for i in wanted} for texts in found]
+    return [
+        {i: make_sample(reader.keys[i], reader.texts[i], texts[i].strip(), reader.tasks[i]) for i in wanted}
+        for texts in found
+    ]
 
 
 def _extras(
@@ -267,7 +277,7 @@ def _extras(
 def _evaluation(
     model: AudioLM,
     reader: UtteranceReader,
-    shuffled_keys: dict[str, list[str]],
+    other: list[int | None],
     seconds: float,
     matched: HeldOutLosses,
     shuffled: HeldOutLosses | None,
@@ -276,6 +286,10 @@ def _evaluation(
 ) -> Evaluation:
     """Assemble the results of one model."""
     samples = list(decoded.values())
+    paired = [i for i, audio in enumerate(other) if audio is not None]
+    nats_shuffled: list[float | None] = [None] * len(reader)
+    for i, nll in zip(paired, [] if shuffled is None else shuffled.nll.tolist(), strict=True):
+        nats_shuffled[i] = nll
     words, characters = (corpus_edits([getattr(s, name) for s in samples]) for name in ("words", "characters"))
     table = utterance_table(
         {
@@ -285,15 +299,18 @@ def _evaluation(
             "tokens": matched.tokens,
             "nats": matched.nll,
             "reference": reader.texts,
+            "nats_shuffled": nats_shuffled,
+            "heard": [None if i is None else reader.keys[i] for i in other],
+            "task": reader.tasks,
+            "prompt": [row.prompt for row in reader.rows],
             **edit_columns([decoded.get(i) for i in range(len(reader))]),
-            **({} if shuffled is None else {"nats_shuffled": shuffled.nll}),
-            **shuffled_keys,
             **extras.columns,
         }
     )
     return Evaluation(
         val_loss=matched.loss,
         val_loss_shuffled=None if shuffled is None else shuffled.loss,
+        audio_gain=None if shuffled is None else shuffled.loss - matched.loss_of(paired),
         wer=None if words is None else words.rate,
         cer=None if characters is None else characters.rate,
         projector_rms_ratio=matched.soft_rms / model.lm.embedding_rms,
@@ -306,7 +323,26 @@ def _evaluation(
         intervals=table_intervals(table),
         extra_metrics={"word_edits": _counts(words), "character_edits": _counts(characters), **extras.metrics},
         embedding_space=extras.embedding_space,
+        tasks=_by_task(table, reader.tasks),
     )
+
+
+def _by_task(table: pa.Table, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each task, named as in ``summary.json``; {} if there is only one task."""
+    names = sorted(set(tasks))
+    found: dict[str, dict[str, Any]] = {}
+    for name in names if len(names) > 1 else []:
+        own = table.filter(pa.array([task == name for task in tasks]))
+        intervals, right = table_intervals(own), accuracy(own)
+        if right is not None:
+            intervals["accuracy"] = right
+        found[name] = {
+            "n_val": len(own),
+            "n_decoded": len(own["hypothesis"].drop_null()),
+            **{metric: bounds.mean for metric, bounds in intervals.items()},
+            "intervals": {metric: [bounds.low, bounds.high] for metric, bounds in intervals.items()},
+        }
+    return found
 
 
 def _counts(edits: Edits | None) -> dict[str, int] | None:

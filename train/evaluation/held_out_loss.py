@@ -19,6 +19,7 @@ from train.evaluation.batches import Features, UtteranceReader
 from train.evaluation.bootstrap import Array
 from train.lms.base import LmRequest
 from train.model.audio_lm import AudioLM, ModelList
+from train.model.prompt import PromptRow
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,32 @@ class HeldOutLosses:
         """Loss in nats per target token, over all utterances."""
         return float(self.nll.sum() / self.tokens.sum())
 
+    def loss_of(self, indices: Sequence[int]) -> float:
+        """Loss of some of the utterances, in nats per target token."""
+        return float(self.nll[indices].sum() / self.tokens[indices].sum())
+
 
 def held_out_losses(
     models: ModelList,
     reader: UtteranceReader,
     audio_indices: Sequence[int],
     get_features: Callable[[int], Features] | None = None,
+    text_indices: Sequence[int] | None = None,
 ) -> list[HeldOutLosses]:
-    """Compute the loss of text i with the audio of utterance ``audio_indices[i]``, for each model.
+    """Compute the loss of text ``text_indices[i]`` with the audio of utterance ``audio_indices[i]``, for each model.
 
     Args:
-        audio_indices: one index per utterance of ``reader``.
+        audio_indices: one index per text.
         get_features: returns the features [frames, channels] for an audio index; by default those of the utterance.
+        text_indices: ascending indices of utterances of ``reader``; None: all.
     """
 
-    def compute_losses(text_indices: list[int], features: Tensor, mask: Tensor) -> list[Any]:
-        found = models.nll(features, mask, [reader.texts[i] for i in text_indices])
-        return [_by_utterance(text_indices, out.nll, out.tokens.tolist(), float(out.soft_rms)) for out in found]
+    def compute_losses(indices: list[int], features: Tensor, mask: Tensor) -> list[Any]:
+        found = models.nll(features, mask, [reader.texts[i] for i in indices], [reader.rows[i] for i in indices])
+        return [_by_utterance(indices, out.nll, out.tokens.tolist(), float(out.soft_rms)) for out in found]
 
-    batches = reader.map_batches(audio_indices, range(len(audio_indices)), compute_losses, get_features)
+    texts = range(len(reader)) if text_indices is None else text_indices
+    batches = reader.map_batches(audio_indices, texts, compute_losses, get_features)
     return [_make_losses(sorted(row for batch in own for row in batch)) for own in zip(*batches, strict=True)]
 
 
@@ -62,7 +70,8 @@ def text_only_losses(models: ModelList, reader: UtteranceReader) -> list[HeldOut
     batches = [list(indices[start : start + reader.batch_size]) for start in indices[:: reader.batch_size]]
 
     def compute_losses(batch: list[int]) -> list[Any]:
-        requests = [_without_audio(model, [reader.texts[i] for i in batch]) for model in models.models]
+        texts, rows = [reader.texts[i] for i in batch], [reader.rows[i] for i in batch]
+        requests = [_without_audio(model, texts, rows) for model in models.models]
         found = zip(requests, models.passes.nll(requests), strict=True)
         return [_by_utterance(batch, nll, [len(ids) for ids in request.targets], 0.0) for request, nll in found]
 
@@ -70,19 +79,19 @@ def text_only_losses(models: ModelList, reader: UtteranceReader) -> list[HeldOut
     return [_make_losses([row for batch in own for row in batch]) for own in zip(*shares, strict=True)]
 
 
-def _without_audio(model: AudioLM, texts: Sequence[str]) -> LmRequest:
+def _without_audio(model: AudioLM, texts: Sequence[str], rows: Sequence[PromptRow]) -> LmRequest:
     """Make a request without soft tokens.
 
     A prompt that is audio only (``plain``) becomes one BOS token, or EOS if the tokenizer has no BOS: at least one
     token must precede the first predicted one.
     """
-    lm, prefix, suffix = model.lm, model.prompt.prefix, model.prompt.suffix
-    if not prefix and not suffix:
-        prefix = [lm.tokenizer.eos if lm.tokenizer.bos is None else lm.tokenizer.bos]
-    rows = len(texts)
-    soft = torch.zeros(rows, 0, lm.width, dtype=lm.dtype, device=lm.device)
-    mask = torch.zeros(rows, 0, dtype=torch.bool, device=lm.device)
-    return LmRequest(soft, mask, [prefix] * rows, [suffix] * rows, [model.prompt.target_ids(text) for text in texts])
+    lm = model.lm
+    prefix, suffix = model.prompt.ids(rows)
+    start = [lm.tokenizer.eos if lm.tokenizer.bos is None else lm.tokenizer.bos]
+    prefix = [before if before or after else start for before, after in zip(prefix, suffix, strict=True)]
+    soft = torch.zeros(len(rows), 0, lm.width, dtype=lm.dtype, device=lm.device)
+    mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=lm.device)
+    return LmRequest(soft, mask, prefix, suffix, [model.prompt.target_ids(text) for text in texts])
 
 
 def _by_utterance(utterances: list[int], nll: Tensor, tokens: list[int], soft_rms: float) -> list[list[Any]]:

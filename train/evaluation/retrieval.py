@@ -1,7 +1,8 @@
 """Retrieval of texts by audio and of audio by text among 16 candidates, by LM likelihood and by pooled embeddings.
 
 Takes a model and held-out utterances; returns a :class:`Retrieval` with the shares of correct first choices
-(retrieval@1). Chance is 1/16. Within a group all texts differ and all audio has similar length, so that length alone
+(retrieval@1). Chance is 1/16. With several tasks, all are of the one
+with the most different texts. Within a group all texts differ and all audio has similar length, so that length alone
 does not identify a pair.
 
 - ``by_likelihood``: each audio selects the text with the lowest loss in nats per token. ``audio_by_likelihood``: each
@@ -51,7 +52,7 @@ class Retrieval:
 
 def retrieve(model: AudioLM, reader: UtteranceReader, chosen: Sequence[int]) -> Retrieval | None:
     """Compute retrieval@1 over the utterances ``chosen`` (indices); None if fewer than two of their texts differ."""
-    groups = make_groups(reader.texts, reader.frames, chosen)
+    groups = make_groups(reader.texts, reader.frames, _of_one_task(reader, chosen))
     if not groups:
         return None
     pairs = [(index, group) for group in groups for index in group]
@@ -86,6 +87,15 @@ def make_groups(texts: Sequence[str], frames: Sequence[int], chosen: Sequence[in
     return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
 
+def _of_one_task(reader: UtteranceReader, chosen: Sequence[int]) -> list[int]:
+    """Return the ``chosen`` utterances of the task with the most different texts: candidates answer one instruction."""
+    texts: dict[str, set[str]] = {}
+    for index in chosen:
+        texts.setdefault(reader.tasks[index], set()).add(reader.texts[index])
+    task = max(texts, key=lambda name: len(texts[name]), default="")
+    return [index for index in chosen if reader.tasks[index] == task]
+
+
 def _text_nll(model: AudioLM, reader: UtteranceReader, index: int, group: Sequence[int]) -> list[float]:
     """Loss in nats of each text of ``group`` with the audio of utterance ``index``."""
     features, mask = pad([reader.utterances.features(index)])
@@ -93,7 +103,7 @@ def _text_nll(model: AudioLM, reader: UtteranceReader, index: int, group: Sequen
     nll: list[float] = []
     for start in range(0, len(group), most):
         texts = [reader.texts[other] for other in group[start : start + most]]
-        nll += model.candidate_nll(features, mask, texts).double().tolist()
+        nll += model.candidate_nll(features, mask, texts, reader.rows[index]).double().tolist()
     return nll
 
 

@@ -9,24 +9,35 @@ that a report shows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from shards.errors import UserError
 from shards.files import make_folder, translate_os_errors
 from shards.format.spec import FeatureSpec
+from shards.read.cache import Cache
 from train.config.train import TrainConfig
 from train.data.caches import (
     MissingCache,
     Utterances,
+    cache_notes,
     find_cache,
     held_out_mask,
+    open_corpora,
     open_data,
     open_utterances,
+    print_notes,
+    require_prompts,
     same_folder,
+    usable_rows,
 )
+from train.data.layers import LayeredCaches
+from train.data.pins import pins
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
 from train.evaluation.evaluate import EvalConfig, Evaluation, evaluate
@@ -37,7 +48,11 @@ EVALUATION_KEYS = ("val.limit", "dtype")  # may differ from training, like CHANG
 
 
 def evaluate_run(
-    run: Path, config: TrainConfig, cache: str | None = None, group: ProcessGroup | None = None
+    run: Path,
+    config: TrainConfig,
+    cache: str | None = None,
+    group: ProcessGroup | None = None,
+    labels: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run on its held-out utterances, or on ``cache``.
 
@@ -56,7 +71,7 @@ def evaluate_run(
     """
     group = group or ProcessGroup()
     with group.raise_on_all_ranks():
-        utterances = _select_utterances(run, config, cache)
+        utterances = _select_utterances(run, config, cache, labels)
         device = choose_device(group.local_device(config.device))
         model = load_model(run, config, device, choose_dtype(config.dtype, device))
     manifests = [each.manifest_id for each in utterances.caches]
@@ -69,8 +84,10 @@ def evaluate_run(
     return {**runs.read_json(run / "summary.json"), **result.metrics(), "judged_on": caches}
 
 
-def _select_utterances(run: Path, config: TrainConfig, cache: str | None) -> Utterances:
+def _select_utterances(run: Path, config: TrainConfig, cache: str | None, labels: str | None) -> Utterances:
     """Return the held-out utterances of ``run``, or those of ``cache`` that it may be evaluated on."""
+    if labels is not None and cache is None:
+        raise UserError("--labels belongs to --cache: name the cache that it labels with --cache")
     if not (run / "summary.json").is_file():
         raise UserError(f"'{run}' is not finished: resume it with `python -m train fit --resume {run}`")
     changed = [key for key in runs.run_config(run).differences(config) if not key.startswith(EVALUATION_KEYS)]
@@ -78,12 +95,12 @@ def _select_utterances(run: Path, config: TrainConfig, cache: str | None) -> Utt
         raise UserError(f"'{run}' was trained with other settings ({'; '.join(changed)}): remove these overrides")
     cache_info = runs.read_cache_info(run)
     if cache is None:
-        utterances = open_data(config).held_out
-        if not len(utterances):
+        data = open_data(config, *runs.read_pins(run))
+        print_notes(data.notes)
+        if not len(data.held_out):
             raise UserError(f"'{run}' has no held-out utterances: name a cache to evaluate it on with --cache")
-    else:
-        utterances = evaluation_utterances(cache, config, cache_info)
-    return utterances
+        return data.held_out
+    return evaluation_utterances(cache, config, cache_info, labels)
 
 
 def _write_evaluation(folder: Path, result: Evaluation, caches: list[str]) -> None:
@@ -94,16 +111,20 @@ def _write_evaluation(folder: Path, result: Evaluation, caches: list[str]) -> No
     runs.write_json(folder / runs.EVALUATION_FILE, {**result.record(), "judged_on": caches})
 
 
-def evaluation_utterances(cache_names: str, config: TrainConfig, cache_info: dict[str, Any]) -> Utterances:
+def evaluation_utterances(
+    cache_names: str, config: TrainConfig, cache_info: dict[str, Any], labels: str | None = None
+) -> Utterances:
     """Return the utterances of a cache that a run may be evaluated on.
 
-    Of a cache that the run trained on, these are the held-out rows; of any other cache, and of one that the run names
-    in ``val.caches``, all rows. ``val.limit`` applies to both.
+    Of a cache that the run trained on, these are the held-out rows of the generation and the labels that it read; of
+    any other cache, and of one that the run names in ``val.caches``, all rows with the newest labels of the source.
+    With ``labels``, all rows of these labels that belong to the same utterances. ``val.limit`` applies to all.
 
     Args:
         cache_names: the value of ``--cache``: a cache, or one cache per layer separated by commas.
         config: settings of the run.
         cache_info: ``caches.json`` of the run, as :func:`~train.runs.folder.read_cache_info` returns it.
+        labels: the value of ``--labels``: labels of the cache, see :meth:`shards.read.cache.Cache.open`.
 
     Raises:
         UserError: the cache does not exist, it holds other features, or the run trained on all of it.
@@ -114,29 +135,50 @@ def evaluation_utterances(cache_names: str, config: TrainConfig, cache_info: dic
             f"the run uses {config.layers} layers and --cache names {len(names)}: name one cache per layer, separated "
             "by commas, in the order of the run's caches"
         )
+    entries = [names if config.layers > 1 else cache_names]
+    limit: dict[str, Any] = {"max_label_problems": config.max_label_problems}
     try:
-        found = open_utterances([names if config.layers > 1 else cache_names])
+        caches, layers = open_corpora(entries, labels=[labels], **limit)
     except MissingCache as absent:
         missing = str(absent).partition(": ")[0]
         raise UserError(f"{missing}: correct --cache, or run `make extract`") from None
-    _require_features(found, cache_info)
-    cache, rows = found.caches[0], found.rows
-    if cache.manifest_id in [each["manifest_id"] for each in cache_info["caches"]]:
-        named = [find_cache(entry if isinstance(entry, str) else entry[0]) for entry in config.val.caches]
-        if not any(path is not None and same_folder(path, cache.path) for path in named):
-            rows = np.intersect1d(rows, np.flatnonzero(held_out_mask(cache, config.val)))
+    _require_features(caches, layers, cache_info)
+    cache, index = caches[0], _index_of_training_cache(caches[0], config, cache_info)
+    if index is None:
+        rows, notes = np.flatnonzero(usable_rows(caches, layers)), cache_notes(caches, [labels], pinned=False)
+    else:
+        own = config.cache_labels[index]
+        pinned = open_utterances(entries, pins=[pins(cache_info["caches"])[index]], labels=[own], **limit)
+        usable = np.zeros(len(pinned.caches[0]), dtype=bool)
+        usable[pinned.rows] = True
+        rows = np.flatnonzero(held_out_mask(pinned.caches[0], config.val, usable))
+        notes = cache_notes(pinned.caches, [own], pinned=True)
+        if labels is None:
+            caches, layers = list(pinned.caches), pinned.layers
+        else:  # all labels of the utterances that the run did not train on
+            held = pinned.caches[0].manifest["key"].take(pa.array(rows)).unique()
+            rows = np.flatnonzero(usable_rows(caches, layers) & pc.is_in(cache.manifest["key"], held).to_numpy())
+    print_notes(notes)
     if not len(rows):
         raise UserError(f"the run trained on every utterance of '{cache.path}': name another cache with --cache")
-    return Utterances(found.caches, rows, found.layers).subset(config.val.limit)
+    require_prompts(config.prompt, caches, rows)
+    return Utterances(caches, rows, layers).subset(config.val.limit)
 
 
-def _require_features(found: Utterances, cache_info: dict[str, Any]) -> None:
-    """UserError if a layer of ``found`` has another feature id than the run."""
-    caches = [found.caches[0]] if found.layers is None else found.layers.joined[0].caches
+def _index_of_training_cache(cache: Cache, config: TrainConfig, cache_info: dict[str, Any]) -> int | None:
+    """Return which of the run's ``caches`` is ``cache``; None if it is another one, or named in ``val.caches``."""
+    named = [find_cache(entry if isinstance(entry, str) else entry[0]) for entry in config.val.caches]
+    if any(path is not None and same_folder(path, cache.path) for path in named):
+        return None
+    ids = {generation.manifest_id for generation in cache.info.generations}
+    return next((i for i, each in enumerate(cache_info["caches"]) if each["manifest_id"] in ids), None)
+
+
+def _require_features(firsts: Sequence[Cache], layers: LayeredCaches | None, cache_info: dict[str, Any]) -> None:
+    """UserError if a layer has another feature id than the run."""
+    caches = firsts[:1] if layers is None else layers.joined[0].caches
     specs = (
-        [cache_info["spec"]]
-        if found.layers is None
-        else [FeatureSpec.parse(s, "caches.json") for s in cache_info["layers"]]
+        [cache_info["spec"]] if layers is None else [FeatureSpec.parse(s, "caches.json") for s in cache_info["layers"]]
     )
     for cache, spec in zip(caches, specs, strict=True):
         if cache.feature_id != spec.feature_id:

@@ -76,7 +76,7 @@ def _encode(cache: Cache, specs: list[FeatureSpec], samples: int, device: str) -
     from train.data.live import encode_features, require_one_encoder
 
     require_one_encoder(specs)
-    recorded = ((cache.info.get("provenance") or {}).get("encoder") or {}).get("reference")
+    recorded = (cache.provenance.get("encoder") or {}).get("reference")
     encoder = open_encoder(specs[0], _on_this_machine(recorded), device)
     return encode_features(np.zeros(samples, np.float32), encoder, specs).astype(np.float32)
 
@@ -117,7 +117,7 @@ def measure_hallucination(
     chosen = [by_length[position][1] for position in positions.tolist()]
 
     def decode_batch(text_indices: list[int], features: Tensor, mask: Tensor) -> list[list[str]]:
-        return models.generate(features, mask, max_new_tokens)
+        return models.generate(features, mask, max_new_tokens, [reader.rows[i] for i in text_indices])
 
     batches = reader.map_batches(
         chosen, chosen, decode_batch, lambda index: silence.features_of_length(reader.frames[index])

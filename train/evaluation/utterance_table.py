@@ -47,18 +47,24 @@ SCHEMA = pa.schema(
 )
 
 
+LABEL_COLUMNS = [("task", pa.string()), ("prompt", pa.string())]  # only if one of them is not empty
+LABELLED_SCHEMA = pa.schema([*SCHEMA, *LABEL_COLUMNS])
+
+
 def utterance_table(columns: Mapping[str, Any]) -> pa.Table:
-    """Return a table with SCHEMA; columns that are missing from ``columns`` are null.
+    """Return a table with SCHEMA, or LABELLED_SCHEMA; columns that are missing from ``columns`` are null.
 
     Raises:
-        ValueError: ``columns`` has a name that is not in SCHEMA.
+        ValueError: ``columns`` has a name that is not in LABELLED_SCHEMA.
     """
     count = len(columns["key"])
-    unknown = columns.keys() - set(SCHEMA.names)
+    labelled = any(any(columns.get(name, ())) for name, _ in LABEL_COLUMNS)
+    schema = LABELLED_SCHEMA if labelled else SCHEMA
+    unknown = columns.keys() - set(LABELLED_SCHEMA.names)
     if unknown:
         raise ValueError(f"unknown columns: {sorted(unknown)}")
-    arrays = [pa.array(columns.get(field.name, [None] * count), field.type) for field in SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    arrays = [pa.array(columns.get(field.name, [None] * count), field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def write_utterances(folder: Path, table: pa.Table) -> Path:
@@ -83,7 +89,7 @@ def read_utterances(folder: Path) -> pa.Table:
         raise UserError(f"'{path}' does not exist: {hint}") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"'{path}' cannot be read ({type(error).__name__}): {hint}") from None
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(SCHEMA) and not table.schema.equals(LABELLED_SCHEMA):
         raise UserError(f"'{path}' has other columns than this version of earshard writes: {hint}")
     return table
 

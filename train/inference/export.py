@@ -24,11 +24,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from shards.config.base import Config, validate_config
 from shards.errors import UserError
 from shards.files import atomic_write, translate_os_errors
 from train.config.model import CustomConfig, LmConfig, ProjectorConfig, PromptConfig
 from train.config.train import TrainConfig
+from train.data.instructions import Instructions
 from train.model.build import load_model
 from train.runs.folder import read_cache_info, read_json, run_config
 
@@ -63,6 +66,9 @@ class ExportConfig(Config):
     lm: LmConfig
     lm_identity: str
     prompt: PromptConfig
+    instructions: dict[str, list[str]] = Field(
+        default_factory=dict
+    )  # by task, the content of the file prompt.prompts; "": all tasks
     specs: list[dict[str, Any]]  # feature specs, one per layer
     feature_ids: list[str]
     manifest_ids: list[str]
@@ -84,7 +90,7 @@ def export(run: Path, folder: Path) -> Path:
         raise UserError(f"'{folder}' already exists: name another folder, or delete it")
     config, cache_info = run_config(run), read_cache_info(run)
     model = load_model(run, config, torch.device("cpu"), torch.float32)
-    settings = make_settings(config, cache_info, model.lm, model.projector)
+    settings = make_settings(config, cache_info, model.lm, model.projector, model.prompt.instructions)
     write_projector(folder, settings, model.projector)
     trained = trained_parameters(model.lm)
     if trained:
@@ -119,7 +125,11 @@ def write_projector(folder: Path, settings: ExportConfig, projector: Projector) 
 
 
 def make_settings(
-    config: TrainConfig, cache_info: dict[str, Any], lm: LanguageModel, projector: Projector
+    config: TrainConfig,
+    cache_info: dict[str, Any],
+    lm: LanguageModel,
+    projector: Projector,
+    instructions: Instructions | None = None,
 ) -> ExportConfig:
     """Return ``config.json`` of an export of a run with these settings, ``caches.json``, LM and trained projector."""
     from shards.format.spec import FeatureSpec
@@ -140,6 +150,7 @@ def make_settings(
         lm=config.lm,
         lm_identity=lm.identity,
         prompt=config.prompt,
+        instructions={} if instructions is None else {task: list(own) for task, own in instructions.by_task.items()},
         specs=specs,
         feature_ids=[FeatureSpec.parse(spec, "caches.json").feature_id for spec in specs],
         manifest_ids=[cache["manifest_id"] for cache in cache_info["caches"]],
@@ -274,6 +285,10 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
         ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {'trained' if has_lm else 'frozen'}"),
         ("projector", f"`{settings.projector.kind}`, {channels} channels to width {settings.width}"),
         ("prompt", f"`{settings.prompt.template}`: {settings.prompt.instruction}"),
+        *(
+            (f"instructions{f' of {task}' if task else ''}, one of", " / ".join(listed))
+            for task, listed in settings.instructions.items()
+        ),
         ("steps", str(summary.get("steps", "–"))),
         *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
     ]

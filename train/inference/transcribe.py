@@ -27,11 +27,13 @@ from pipeline.audio import AudioError, decode, to_mono_16k
 from pipeline.encoders.recording import NonFiniteFeaturesError, open_encoder
 from shards.errors import UserError
 from shards.format import codec
+from train.config.model import INSTRUCTION
 from train.config.train import TrainConfig
 from train.data.caches import pad
 from train.data.live import Features, encode_features, feature_specs, require_one_encoder
 from train.distributed.device import choose_device, choose_dtype
 from train.model.build import load_model
+from train.model.prompt import PromptRow
 from train.runs.folder import read_cache_info
 
 STDIN = "-"
@@ -90,6 +92,7 @@ def transcribe(
     recordings: Sequence[Recording],
     encoder: str | None = None,
     *,
+    instruction: str = "",
     batch_size: int = 8,
     on_token: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[str, str]]:
@@ -99,13 +102,19 @@ def transcribe(
         run: folder of a finished run.
         config: settings of the run.
         encoder: model reference to use instead of the one recorded by the run.
+        instruction: text that replaces ``{instruction}`` in the template; "": as in an evaluation of the run.
         batch_size: number of recordings per batch.
         on_token: called with the name and the text so far after every token; recordings are then decoded one at a time.
 
     Raises:
-        UserError: the encoder is not available or has other weights; or, after all other recordings, one could not be
-            read.
+        UserError: the encoder is not available or has other weights; the template has no place for ``instruction``; or,
+            after all other recordings, one could not be read.
     """
+    if instruction and not config.prompt.has_instruction:
+        raise UserError(
+            f"the prompt of '{run}' has no {INSTRUCTION} (prompt.template {config.prompt.template!r}): leave out "
+            "--instruction"
+        )
     cache_info = read_cache_info(run)
     specs = feature_specs(cache_info)
     require_one_encoder(specs)
@@ -123,17 +132,19 @@ def transcribe(
                 failures.append(f"'{recording.name}' ({error})")
         if encoded:
             features, mask = pad([frames for _, frames in encoded])
-            texts = model.generate(features, mask, config.max_new_tokens, *_token_callbacks(encoded[0][0], on_token))
+            rows = [PromptRow(name, prompt=instruction) for name, _ in encoded]
+            callback = _token_callback(encoded[0][0], on_token)
+            texts = model.generate(features, mask, config.max_new_tokens, callback, rows)
             yield from ((name, one_line(text)) for (name, _), text in zip(encoded, texts, strict=True))
     if failures:
         raise UserError(f"could not read {', '.join(failures)}: pass audio that soundfile can decode")
 
 
-def _token_callbacks(name: str, on_token: Callable[[str, str], None] | None) -> list[Callable[[list[str]], None]]:
-    """Return the ``on_token`` argument of :meth:`AudioLM.generate` for a batch of one; empty if there is none."""
+def _token_callback(name: str, on_token: Callable[[str, str], None] | None) -> Callable[[list[str]], None] | None:
+    """Return the ``on_token`` argument of :meth:`AudioLM.generate` for a batch of one."""
     if on_token is None:
-        return []
-    return [lambda texts: on_token(name, one_line(texts[0]))]
+        return None
+    return lambda texts: on_token(name, one_line(texts[0]))
 
 
 def one_line(text: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train.lms.base import LanguageModel, LmRequest, SeparatePasses
-from train.model.prompt import Prompt
+from train.model.prompt import Prompt, PromptRow
 from train.projectors import Projector
 
 
@@ -51,32 +51,47 @@ class AudioLM(nn.Module):
         soft, soft_mask = self.projector(features, mask.to(self.lm.device))
         return soft.to(self.lm.dtype), soft_mask
 
-    def request(self, features: Tensor, mask: Tensor, texts: Sequence[str] | None = None) -> LmRequest:
-        """Return the input of the LM: the soft tokens of the audio inside the prompt, with ``texts`` [B] as targets."""
-        soft, soft_mask = self.soft_tokens(features, mask)
-        rows = len(soft)
-        targets = [[]] * rows if texts is None else [self.prompt.target_ids(text) for text in texts]
-        return LmRequest(soft, soft_mask, [self.prompt.prefix] * rows, [self.prompt.suffix] * rows, targets)
+    def request(
+        self,
+        features: Tensor,
+        mask: Tensor,
+        texts: Sequence[str] | None = None,
+        rows: Sequence[PromptRow] | None = None,
+    ) -> LmRequest:
+        """Return the input of the LM: the soft tokens of the audio inside the prompt, with ``texts`` [B] as targets.
 
-    def nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> BatchLoss:
+        ``rows`` [B] select the instructions; without them, each is ``prompt.instruction``.
+        """
+        soft, soft_mask = self.soft_tokens(features, mask)
+        targets = [[]] * len(soft) if texts is None else [self.prompt.target_ids(text) for text in texts]
+        prefix, suffix = self.prompt.ids(rows or [PromptRow()] * len(soft))
+        return LmRequest(soft, soft_mask, prefix, suffix, targets)
+
+    def nll(
+        self, features: Tensor, mask: Tensor, texts: Sequence[str], rows: Sequence[PromptRow] | None = None
+    ) -> BatchLoss:
         """Return the loss of ``texts`` [B] given the audio. Padding and other rows of the batch do not affect a row."""
-        return ModelList([self]).nll(features, mask, texts)[0]
+        return ModelList([self]).nll(features, mask, texts, rows)[0]
 
     @torch.no_grad()
-    def candidate_nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> Tensor:
+    def candidate_nll(
+        self, features: Tensor, mask: Tensor, texts: Sequence[str], row: PromptRow | None = None
+    ) -> Tensor:
         """Return the negative log-likelihood of each of ``texts`` given one utterance.
 
         Args:
             features: [1, T, C].
             mask: bool [1, T].
             texts: the candidates.
+            row: selects the instruction, as in :meth:`request`.
 
         Returns:
             nats, float32 [len(texts)].
         """
         soft, soft_mask = self.soft_tokens(features, mask)
         targets = [self.prompt.target_ids(text) for text in texts]
-        return self.lm.candidate_nll(soft[soft_mask], self.prompt.prefix, self.prompt.suffix, targets)
+        (prefix,), (suffix,) = self.prompt.ids([row or PromptRow()])
+        return self.lm.candidate_nll(soft[soft_mask], prefix, suffix, targets)
 
     @torch.no_grad()
     def generate(
@@ -85,14 +100,16 @@ class AudioLM(nn.Module):
         mask: Tensor,
         max_new_tokens: int = 64,
         on_token: Callable[[list[str]], None] | None = None,
+        rows: Sequence[PromptRow] | None = None,
     ) -> list[str]:
         """Decode each utterance greedily; the texts do not include eos.
 
-        ``on_token`` is called with the texts so far after every token.
+        ``rows`` [B] select the instructions, as in :meth:`request`. ``on_token`` is called with the texts so far after
+        every token.
         """
         if on_token is None:
-            return ModelList([self]).generate(features, mask, max_new_tokens)[0]
-        request, decode, eos = self.request(features, mask), self.lm.tokenizer.decode, self.lm.tokenizer.eos
+            return ModelList([self]).generate(features, mask, max_new_tokens, rows)[0]
+        request, decode, eos = self.request(features, mask, None, rows), self.lm.tokenizer.decode, self.lm.tokenizer.eos
         generated_ids: list[list[int]] = [[] for _ in request.soft]
 
         def step(tokens: list[int]) -> None:
@@ -100,8 +117,8 @@ class AudioLM(nn.Module):
                 ids += [token] if token != eos else []
             on_token([decode(ids) for ids in generated_ids])
 
-        rows = self.lm.generate(request.soft, request.soft_mask, request.prefix, request.suffix, max_new_tokens, step)
-        return [decode(ids) for ids in rows]
+        found = self.lm.generate(request.soft, request.soft_mask, request.prefix, request.suffix, max_new_tokens, step)
+        return [decode(ids) for ids in found]
 
 
 class ModelList:
@@ -111,13 +128,18 @@ class ModelList:
         """By default each model gets a separate pass of the language model."""
         self.models, self.passes = models, passes or SeparatePasses(models[0].lm)
 
-    def nll(self, features: Tensor, mask: Tensor, texts: Sequence[str]) -> list[BatchLoss]:
+    def nll(
+        self, features: Tensor, mask: Tensor, texts: Sequence[str], rows: Sequence[PromptRow] | None = None
+    ) -> list[BatchLoss]:
         """As :meth:`AudioLM.nll`, for each model."""
-        requests = [model.request(features, mask, texts) for model in self.models]
+        requests = [model.request(features, mask, texts, rows) for model in self.models]
         return [batch_loss(*each) for each in zip(requests, self.passes.nll(requests), strict=True)]
 
     @torch.no_grad()
-    def generate(self, features: Tensor, mask: Tensor, max_new_tokens: int) -> list[list[str]]:
+    def generate(
+        self, features: Tensor, mask: Tensor, max_new_tokens: int, rows: Sequence[PromptRow] | None = None
+    ) -> list[list[str]]:
         """As :meth:`AudioLM.generate`, for each model."""
-        rows = self.passes.generate([model.request(features, mask) for model in self.models], max_new_tokens)
-        return [[model.lm.tokenizer.decode(ids) for ids in own] for model, own in zip(self.models, rows, strict=True)]
+        requests = [model.request(features, mask, None, rows) for model in self.models]
+        found = self.passes.generate(requests, max_new_tokens)
+        return [[model.lm.tokenizer.decode(ids) for ids in own] for model, own in zip(self.models, found, strict=True)]

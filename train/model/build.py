@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 from train.config.train import TrainConfig
-from train.runs.folder import read_cache_info
+from train.data.instructions import Instructions, read_instructions
+from train.runs.folder import read_cache_info, read_run_instructions
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def build_model(
-    config: TrainConfig, channels: int, device: torch.device, dtype: torch.dtype, lm: LanguageModel | None = None
+    config: TrainConfig,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    lm: LanguageModel | None = None,
+    instructions: Instructions | None = None,
 ) -> AudioLM:
     """Build the model of ``config`` with its initial weights on ``device``.
 
@@ -27,6 +33,7 @@ def build_model(
         device: device of the model.
         dtype: dtype of activations and frozen weights.
         lm: the language model of ``config.lm``, if it is already loaded.
+        instructions: the content of the file ``config.prompt.prompts``, if it is already read.
     """
     import torch
 
@@ -42,7 +49,10 @@ def build_model(
     projector = build_projector(config.projector, channels, lm.width, lm.embedding_rms, seed=config.seed)
     if config.layers > 1:
         projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
-    return AudioLM(projector, lm, Prompt(config.prompt, lm.tokenizer)).to(device)
+    if instructions is None and config.prompt.prompts is not None:
+        instructions = read_instructions(config.prompt.prompts)
+    prompt = Prompt(config.prompt, lm.tokenizer, instructions, config.order_seed, config.val.seed)
+    return AudioLM(projector, lm, prompt).to(device)
 
 
 def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> AudioLM:
@@ -59,7 +69,8 @@ def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torc
     weights = run / "projector.safetensors"
     if not weights.is_file():
         raise UserError(f"'{run}' has no trained projector yet: finish it with python -m train fit --resume {run}")
-    model = build_model(config, read_cache_info(run)["spec"].channels, device, dtype)
+    channels = read_cache_info(run)["spec"].channels
+    model = build_model(config, channels, device, dtype, instructions=read_run_instructions(run))
     try:
         restore_parameters(model, load_file(weights), str(weights))
     except (SafetensorError, OSError) as error:

@@ -2,8 +2,8 @@
 
 Takes cache folders and keys of utterances; returns a ``data:`` URI for each key, or one sentence that explains why
 there is no audio. Only local sources with random access are read: folders of files, local parquet, and synthetic speech
-or tones, which are synthesized again. The caches record where their audio is. A recording is used only if its sha256 is
-that of the recording from which the features were extracted.
+or tones, which are synthesized again. The caches record where their audio is. A recording is used only if its audio id
+is that of the recording from which the features were extracted.
 
 This is the only module of ``train`` that reads audio sources. Training needs none, so an unreadable source is not an
 error here.
@@ -15,12 +15,18 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
 
 from shards.errors import UserError
+from shards.files import file_sha256
+from shards.format.audio_id import audio_id
 from shards.read.cache import Cache
+
+if TYPE_CHECKING:
+    from pipeline.sources import Source
 
 MAX_SECONDS = 15.0  # per recording; longer ones are truncated
 MAX_BYTES = 3 << 20  # WAV data per page, before base64
@@ -54,22 +60,29 @@ def _read(path: str, keys: Sequence[str]) -> Mapping[str, bytes]:
         raise UserError(f"'{path}' is a remote cache")
     cache = Cache.open(path)
     rows = np.flatnonzero(pc.is_in(cache.manifest["key"], value_set=_strings(keys)).to_numpy(zero_copy_only=False))
-    config = recorded_config(cache.info, Path(path)).source
+    config = recorded_config(cache.provenance, Path(path)).source
     if str(config.path or "").startswith("hf:"):
         raise UserError(f"the source of '{path}' is streamed from a remote dataset")
     source = open_source(config)
     if source.sequential:
         raise UserError(f"the source of '{path}' is an archive that can only be read sequentially")
-    wanted = [cache.row(int(row)) for row in rows]
+    wanted = list({row["key"]: row for row in (cache.row(int(row)) for row in rows)}.values())
     wavs = {}
     for row, (_, data) in zip(wanted, source.read([row["audio"] for row in wanted]), strict=True):
-        if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() == row["audio_sha256"]:
+        if isinstance(data, bytes) and _audio_id(source, row["audio"], data) == row["audio_id"]:
             wavs[row["key"]] = _wav(data)
     if wanted and not wavs:
         raise UserError(
             f"the source of '{path}' no longer contains the recordings from which the features were extracted"
         )
     return wavs
+
+
+def _audio_id(source: Source, uri: str, data: bytes) -> bytes:
+    path, fragment = source.file_of(uri) or ("", "")
+    if not fragment:
+        return hashlib.sha256(data).digest()
+    return audio_id(bytes.fromhex(file_sha256(Path(path))), fragment)
 
 
 def _wav(data: bytes) -> bytes:

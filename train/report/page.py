@@ -53,10 +53,11 @@ def breakable(name: str) -> Markup:
     return NAME.format(LINE_BREAK.join(re.split(r"(?<=[-_/=])(?=[^\W_])", name)))
 
 
-def utterance(key: str, sounds: Mapping[str, str]) -> Markup:
-    """Return the cell of an utterance: its key, and a player if ``sounds`` has its audio."""
+def utterance(key: str, sounds: Mapping[str, str], task: str = "") -> Markup:
+    """Return the cell of an utterance: its key and its task, and a player if ``sounds`` has its audio."""
     player = PLAYER.format(sounds[key]) if key in sounds else ""
-    return DIV.format(KEY.format(key) + player)
+    name = WITH_SMALL.format(KEY.format(key), task) if task else KEY.format(key)
+    return DIV.format(name + player)
 
 
 def mark_differences(reference: str, hypothesis: str) -> tuple[Markup, Markup]:

@@ -45,6 +45,7 @@ def render_run(folder: Path) -> str:
         summary=_tiles(metrics),
         loss_chart=loss_chart(run),
         losses_by_input=_losses_by_input(metrics),
+        tasks=_tasks(metrics),
         retrieval=_retrieval(metrics.get("retrieval")),
         errors=_errors(metrics),
         silence=_silence(metrics),
@@ -133,6 +134,15 @@ def _losses_by_input(metrics: Metrics) -> list[Row]:
     ]  # fmt: skip
 
 
+def _tasks(metrics: Metrics) -> list[Row]:
+    return [
+        (name or "(none)", f"{each['n_val']:,}", format_number(each.get("val_loss"), 3),
+         WITH_SMALL.format(format_number(each.get("audio_gain"), 2), format_interval(each, "audio_gain", signed=True)),
+         percent(each.get("wer")), percent(each.get("cer")), percent(each.get("accuracy")))
+        for name, each in metrics.get("tasks", {}).items()
+    ]  # fmt: skip
+
+
 def _retrieval(found: Metrics | None) -> dict[str, Any] | None:
     if not found:
         return None
@@ -176,7 +186,7 @@ def _samples(run: RunFiles) -> tuple[str, list[Row]]:
         sounds, reason = recordings(run.cache_paths(), [sample["key"] for sample in shown[:MAX_AUDIO_SAMPLES]])
     return reason, [
         (
-            utterance(sample["key"], sounds),
+            utterance(sample["key"], sounds, sample.get("task", "")),
             *map(SPAN.format, mark_differences(sample["reference"], sample["hypothesis"])),
             percent(sample["wer"]),
         )
@@ -216,6 +226,8 @@ def identity(cache_info: dict[str, Any], metrics: Metrics) -> dict[str, str]:
     }
     for number, cache in enumerate(cache_info.get("caches", []), 1):
         rows[f"cache {number}"] = f"{cache['path']} · {cache['utterances']:,} utterances · {cache['manifest_id']}"
+        if labels := cache.get("labels"):
+            rows[f"labels {number}"] = f"{labels['name']} · {labels['id']} · generation {cache['generation']}"
     return rows
 
 

@@ -1,11 +1,12 @@
 """Run folders: creating, finding and reading them.
 
-    runs/demo/   config.yaml  caches.json  metrics.jsonl  evaluations.jsonl  checkpoints/  projector.safetensors
-                 summary.json  report.html
+    runs/demo/   config.yaml  caches.json  [prompts.json]  metrics.jsonl  evaluations.jsonl  checkpoints/
+                 projector.safetensors  summary.json  report.html
     runs/latest -> demo
 
-``caches.json`` records the features that the run was trained on (spec, manifest ids, encoder reference), so that a
-trained run can be used without its caches.
+``caches.json`` records the features that the run was trained on (spec, manifest ids, encoder reference) and which
+generation and labels of its caches it read, so that a trained run can be used without its caches, and is evaluated on
+the same utterances after they grew. ``prompts.json`` is the content of the file ``prompt.prompts``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from shards import files as disk
@@ -25,6 +27,9 @@ from shards.errors import UserError
 from shards.files import atomic_write, fsync_folder, translate_os_errors
 from shards.format.spec import FeatureSpec
 from train.config.train import TrainConfig
+from train.data.caches import TrainData, Utterances
+from train.data.instructions import Instructions
+from train.data.pins import Pin, cache_record, pins
 
 if TYPE_CHECKING:
     from shards.read.cache import Cache
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 LATEST = "latest"
 MAX_LISTED = 8  # number of runs listed in an error message
+PROMPTS_FILE = "prompts.json"  # the instructions to draw from
 EMBEDDING_SPACE_FILE = "space.json"  # soft tokens relative to the LM's embeddings
 EVALUATION_FILE = "figures.json"  # metrics of `python -m train evaluate`
 OTHER_EVALUATIONS = "judged"  # folder of the evaluations on other caches than the run's own
@@ -49,9 +55,9 @@ def new_run_folder(config: TrainConfig) -> Path:
 
 
 def create_run_folder(
-    folder: Path, config: TrainConfig, caches: Sequence[Cache], layers: LayeredCaches | None = None, latest: bool = True
+    folder: Path, config: TrainConfig, data: TrainData, instructions: Instructions | None = None, latest: bool = True
 ) -> None:
-    """Create the folder with ``config.yaml`` (``name`` filled in) and ``caches.json``.
+    """Create the folder with ``config.yaml`` (``name`` filled in), ``caches.json`` and ``prompts.json``.
 
     With ``latest``, also point the link ``latest`` beside the folder at it.
     """
@@ -60,7 +66,11 @@ def create_run_folder(
         (folder / "checkpoints").mkdir(parents=True)
         text = yaml.safe_dump(named.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text.encode(), str(os.getpid()))
-        write_json(folder / "caches.json", describe_caches(caches, layers))
+        val = {"val_caches": _records(data.held_out)} if config.val.caches else {}
+        tasks = {"tasks": list(data.tasks)} if len(data.tasks) > 1 else {}
+        write_json(folder / "caches.json", describe_caches(data.caches, data.layers) | val | tasks)
+        if instructions is not None:
+            write_json(folder / PROMPTS_FILE, {task: list(own) for task, own in instructions.by_task.items()})
         if latest:
             link = folder.parent / f".{LATEST}-{os.getpid()}"
             link.unlink(missing_ok=True)
@@ -70,28 +80,45 @@ def create_run_folder(
 
 
 def describe_caches(caches: Sequence[Cache], layers: LayeredCaches | None = None) -> dict[str, Any]:
-    """Return the content of ``caches.json``: feature spec, encoder reference, and id and size of each cache.
+    """Return the content of ``caches.json``: feature spec, encoder reference, and what was read of each cache.
 
     For a run on several layers, ``layers`` provides the spec of each layer, and ``caches`` holds the first layer of
     each corpus.
     """
     first = caches[0]
     layer_specs = {} if layers is None else {"layers": [cache.spec.model_dump() for cache in layers.joined[0].caches]}
-    encoder = (first.info.get("provenance") or {}).get("encoder") or {}
+    encoder = first.provenance.get("encoder") or {}
     return {
         "spec": first.spec.model_dump(),
         "feature_id": first.feature_id,
         **layer_specs,
         "encoder": encoder.get("reference"),
-        "caches": [
-            {
-                "path": os.path.abspath(cache.path) if cache.mirror is None else cache.location,
-                "manifest_id": cache.manifest_id,
-                "utterances": len(cache),
-            }
-            for cache in caches
-        ],
+        "caches": _records(Utterances(caches, np.zeros(0, np.int64), layers)),
     }
+
+
+def _records(utterances: Utterances) -> list[dict[str, Any]]:
+    if utterances.layers is not None:
+        return [cache_record(joined.caches[0], joined.caches) for joined in utterances.layers.joined]
+    return [cache_record(cache) for cache in utterances.caches]
+
+
+def read_pins(run: Path) -> tuple[list[Pin], list[Pin]]:
+    """Return what a run read of its ``caches`` and of ``val.caches``."""
+    cache_info = read_json(run / "caches.json")
+    try:
+        return pins(cache_info["caches"]), pins(cache_info.get("val_caches", []))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"'{run / 'caches.json'}' does not say which generation and labels the run read ({error} is missing), "
+            "because an older version of earshard wrote it: train the run again"
+        ) from None
+
+
+def read_run_instructions(run: Path) -> Instructions | None:
+    """Return the content of the file ``prompt.prompts`` when the run was created; None if it had none."""
+    path = run / PROMPTS_FILE
+    return Instructions(read_json(path)) if path.is_file() else None
 
 
 def find_run(name: str | None, runs: str | Path = "runs") -> Path:

@@ -43,6 +43,7 @@ class StepMetrics:
     # losses minimized besides the cross-entropy: means of the auxiliary objectives, losses of the projector
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
     projector_metrics: dict[str, float] = field(default_factory=dict)  # such as the usage of experts
+    task_losses: dict[str, float] = field(default_factory=dict)  # of the tasks in the step, if the run has several
 
     @property
     def finite(self) -> bool:
@@ -56,6 +57,7 @@ class StepMetrics:
             "loss": self.loss,
             **self.auxiliary_losses,
             **self.projector_metrics,
+            **{f"loss/{task}": loss for task, loss in self.task_losses.items()},
             "lr": self.lr,
             "grad_norm": self.grad_norm,
             "projector_rms_ratio": self.projector_rms_ratio,

@@ -25,7 +25,7 @@ import torch
 from shards.errors import WorkFailed
 from shards.stream.batch import Batch
 from train.config.train import TrainConfig
-from train.data.caches import open_data
+from train.data.caches import open_data, print_notes
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
 from train.distributed.signals import StopRequest
@@ -44,7 +44,7 @@ DROPPED = "dropped.json"  # in the folder of an experiment that failed or was pr
 LOG_LINES = 10  # number of lines with all losses printed over a whole group
 LockstepMode = Literal["batched", "separate", "none"]
 # Keys with equal values in a group, besides the language model. ``extract`` does not affect training.
-GROUP_KEYS = ("caches", "filter", "val", "batch", "gradient_accumulation_steps", "device", "dtype")
+GROUP_KEYS = ("caches", "labels", "filter", "val", "batch", "gradient_accumulation_steps", "device", "dtype")
 
 
 @dataclass
@@ -148,7 +148,10 @@ class LockstepTrainer:
         self.batcher = LmBatcher(lm) if mode == "batched" and len(configs) > 1 else None
         self.passes = self.batcher or SeparatePasses(lm)
         self.experiments: list[Experiment] = []
-        data = open_data(configs[0])
+        folders = [Path(config.runs) / str(config.name) for config in configs]
+        first = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+        data = open_data(configs[0], *(runs.read_pins(first) if first is not None else ()))
+        print_notes(data.notes)
         device = choose_device(configs[0].device)
         dtype = choose_dtype(configs[0].dtype, device)
         self.stream: Any = None
@@ -165,7 +168,8 @@ class LockstepTrainer:
         for experiment in self.experiments:
             run = experiment.trainer.run
             if run not in existing:
-                runs.create_run_folder(run, experiment.trainer.config, data.caches, data.layers, latest=False)
+                instructions = experiment.trainer.model.prompt.instructions
+                runs.create_run_folder(run, experiment.trainer.config, data, instructions, latest=False)
             elif any((run / "checkpoints").iterdir()):
                 experiment.trainer.state.restore()
 

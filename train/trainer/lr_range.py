@@ -20,7 +20,7 @@ from typing import Any
 
 from shards.errors import UserError
 from train.config.train import TrainConfig
-from train.data.caches import open_data
+from train.data.caches import open_data, print_notes
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
 from train.lms.base import SeparatePasses
@@ -68,6 +68,7 @@ def lr_range(config: TrainConfig, low: float, high: float, steps: int) -> list[L
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     data, group = open_data(config), ProcessGroup()
+    print_notes(data.notes)
     model = build_model(config, data.caches[0].spec.channels, device, dtype)
     state = RunState(config, data, model, dtype, Path(config.runs), group)  # writes nothing until `save`
     model.eval()
@@ -81,7 +82,7 @@ def lr_range(config: TrainConfig, low: float, high: float, steps: int) -> list[L
             step_batches, data_wait = next_batches(batches, config.gradient_accumulation_steps)
             train_step = TrainStep(
                 config, model, state.optimizer, state.parameters, step_batches,
-                step=step, lr=lr, group=group, data_wait=data_wait,
+                step=step, lr=lr, group=group, data_wait=data_wait, tasks=data.tasks,
             )  # fmt: skip
             (metrics,) = optimizer_step([train_step], passes)
             if not metrics.finite:

@@ -5,7 +5,7 @@ Rank 0 writes the checkpoints and reads them for all ranks. A run may resume wit
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ from shards.errors import UserError
 from shards.stream.batch import Batch
 from train.config.train import TrainConfig
 from train.data.caches import TrainData
+from train.data.instructions import ALL_TASKS
 from train.data.loader import Stream, open_stream
 from train.distributed.group import ProcessGroup
 from train.model.audio_lm import AudioLM
 from train.model.checkpoint import load_checkpoint, restore, save_checkpoint, trained_parameters
+from train.model.prompt import Prompt
 from train.runs.metrics_log import StepMetrics
 from train.trainer.early_stopping import EarlyStopping
 from train.trainer.optim import Ema, swapped_parameters
@@ -67,6 +69,16 @@ class Counters:
         }
 
 
+def require_known_tasks(prompt: Prompt, tasks: Sequence[str]) -> None:
+    """UserError if the file ``prompt.prompts`` has instructions for a task that no row has."""
+    listed = set() if prompt.instructions is None else prompt.instructions.by_task.keys() - {ALL_TASKS, *tasks}
+    if listed:
+        raise UserError(
+            f"prompt.prompts '{prompt.config.prompts}' has instructions for the task '{min(listed)}', and the tasks of "
+            f"the labels are {', '.join(map(repr, tasks))}: correct the file, or the column 'task'"
+        )
+
+
 class RunState:
     """A run between two steps.
 
@@ -89,6 +101,7 @@ class RunState:
     ) -> None:
         """``stream``: the stream of another run with the same data, batches and order, to be shared with it."""
         self.data, self.model, self.dtype, self.run, self.group = data, model, dtype, run, group
+        require_known_tasks(model.prompt, data.tasks)
         self.step = 0
         self.counters = Counters()
         self.named_parameters = trained_parameters(model)
@@ -124,11 +137,13 @@ class RunState:
         return swapped_parameters(self.named_parameters, self.early_stopping.best_weights or self.ema.averages)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must not change when a run resumes: the features, the language model and the dtype."""
+        """Return what must not change when a run resumes: features, labels, language model, dtype, instructions."""
+        instructions = self.model.prompt.instructions
         return {
             **self.data.identity(),
             "language model": self.model.lm.identity,
             "dtype": str(self.dtype),
+            **({} if instructions is None else {"prompts": instructions.sha256}),
         }
 
     def save(self) -> None:

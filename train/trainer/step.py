@@ -36,6 +36,7 @@ from train.data.text import with_text_rules
 from train.distributed.group import ProcessGroup
 from train.lms.base import LmRequest, SeparatePasses
 from train.model.audio_lm import AudioLM
+from train.model.prompt import prompt_rows
 from train.runs.metrics_log import StepMetrics
 from train.trainer.losses import CONTRASTIVE, DISTILL, Objectives
 
@@ -66,8 +67,15 @@ class TrainStep:
         lr: float,
         group: ProcessGroup,
         data_wait: float = 0.0,
+        tasks: Sequence[str] = (),
     ) -> None:
-        """``step``: number of completed steps. ``data_wait``: seconds spent waiting for ``batches``."""
+        """Prepare the step.
+
+        Args:
+            step: number of completed steps.
+            data_wait: seconds spent waiting for ``batches``.
+            tasks: those of the run; with several, the loss of each is computed, too.
+        """
         self._began = time.perf_counter() - data_wait
         self.config, self.model, self.optimizer, self.parameters = config, model, optimizer, parameters
         self.step, self.lr, self.group = step, lr, group
@@ -88,6 +96,8 @@ class TrainStep:
         self._negatives = _gather_texts(batches, group) if contrastive else [batch.texts for batch in batches]
         self._request: LmRequest | None = None
         self._nll = 0.0
+        self._tasks = tasks if len(tasks) > 1 else ()
+        self._task_sums = dict.fromkeys(self._tasks, (0.0, 0))  # nll and number of targets
         self._soft = [0] * len(batches)  # number of soft tokens of each batch
         self._squares = [0.0] * len(batches)  # their mean square, multiplied by their number
         self._auxiliary = dict.fromkeys(self.objectives.names, 0.0)
@@ -105,7 +115,7 @@ class TrainStep:
         self._request = None
         if not batch.texts:  # the global batch has fewer utterances than ranks
             return None
-        self._request = self.model.request(batch.features, batch.mask(), batch.texts)
+        self._request = self.model.request(batch.features, batch.mask(), batch.texts, prompt_rows(batch))
         return None if DISTILL in self.objectives.names else self._request
 
     def backward(self, index: int, nll: Tensor | None) -> None:
@@ -118,6 +128,12 @@ class TrainStep:
         loss = self._add_projector_losses(loss, int(out.tokens.sum()) / self.tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         self._nll += float(out.nll.detach().double().sum())
+        if self._tasks:
+            for task, nll_, count in zip(
+                batch.tasks, out.nll.detach().double().tolist(), out.tokens.tolist(), strict=True
+            ):
+                total, tokens = self._task_sums[task]
+                self._task_sums[task] = total + nll_, tokens + count
         for name, term in out.auxiliary.items():
             self._auxiliary[name] += float(term.detach().double().sum())
         self._soft[index] = sum(map(self.model.projector.soft_frames, batch.lengths.tolist()))
@@ -128,7 +144,10 @@ class TrainStep:
         """Sum the gradient over the ranks and update the parameters, unless the loss or the gradient is not finite."""
         group, count = self.group, len(self.batches)
         group.all_reduce_gradients(self.parameters)
-        nll, *sums = group.all_reduce_sum([self._nll, *self._soft, *self._squares, *self._auxiliary.values()])
+        by_task = [value for pair in self._task_sums.values() for value in pair]
+        own = [self._nll, *by_task, *self._soft, *self._squares, *self._auxiliary.values()]
+        nll, *sums = group.all_reduce_sum(own)
+        by_task, sums = sums[: len(by_task)], sums[len(by_task) :]
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
         soft_rms = sum(math.sqrt(square / number) for number, square in pairs) / count
@@ -142,6 +161,11 @@ class TrainStep:
             auxiliary_losses={
                 **self.objectives.means(sums[2 * count :], self.tokens, self._utterances),
                 **sum_by_name([losses for losses, _ in projectors]),
+            },
+            task_losses={
+                task: total / tokens
+                for task, total, tokens in zip(self._tasks, by_task[::2], by_task[1::2], strict=True)
+                if tokens
             },
             projector_metrics=sum_by_name([metrics for _, metrics in projectors]),
             lr=self.lr,

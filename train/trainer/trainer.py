@@ -26,7 +26,7 @@ from shards.errors import UserError, WorkFailed
 from shards.stream.batch import Batch
 from train import report
 from train.config.train import TrainConfig
-from train.data.caches import Utterances, open_data
+from train.data.caches import Utterances, open_data, print_notes
 from train.data.text import emptied_texts
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup, RankLost
@@ -44,7 +44,9 @@ from train.trainer.state import RunState
 from train.trainer.step import TrainStep, next_batches, optimizer_step
 
 # Keys that may differ between the processes of a run: paths and devices are local to a machine.
-PER_PROCESS_KEYS = ("caches", "extract", "val.caches", "runs", "name", "device")
+PER_PROCESS_KEYS = (
+    *("caches", "labels", "extract", "val.caches", "val.labels", "prompt.prompts", "runs", "name", "device"),
+)
 
 
 class Interrupted(Exception):
@@ -71,7 +73,9 @@ def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | N
                 require_resumable(config, resume)
         device = choose_device(group.local_device(config.device))
         dtype = choose_dtype(config.dtype, device)
-        data = open_data(config)
+        data = open_data(config, *(runs.read_pins(resume) if resume is not None else ()))
+        if group.is_main_process:
+            print_notes(data.notes)
         model = build_model(config, data.caches[0].spec.channels, device, dtype)
     run = Path(group.broadcast(str(run)))
     state = RunState(config, data, model, dtype, run, group)
@@ -80,7 +84,7 @@ def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | N
     if resume is None:
         with group.raise_on_all_ranks():
             if group.is_main_process:
-                runs.create_run_folder(run, config, data.caches, data.layers)
+                runs.create_run_folder(run, config, data, model.prompt.instructions)
         state.broadcast_initial_weights()
     else:
         state.restore()
@@ -202,6 +206,7 @@ class Trainer:
             lr=learning_rate(self.config, self.state.step),
             group=self.group,
             data_wait=data_wait,
+            tasks=self.data.tasks,
         )
         if self.state.counters.first_loss is None:
             self._log_shapes(batches[0].features, step.tokens)

@@ -5,7 +5,8 @@
 ```
 scratch folder: ShardWriter -> 000042.tar, .parquet, .json
 bucket: claim under shards/000042.json -> put .tar -> put .parquet -> the claim becomes the record
-        ... all shards: claim under CACHE.json -> put manifest, failures -> the claim becomes CACHE.json
+        ... all shards: claim under finish.claim -> put manifest, failures -> put CACHE.json -> release
+        label set: put labels/<name>-<id>.parquet -> put labels/LABELS.json if it is as it was read, else again
 ```
 
 The bucket contains only the objects of ``docs/format.md``. A killed worker leaves a claim, which does not count as a
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -29,12 +30,26 @@ import pyarrow as pa
 from shards.commit.bucket.claims import ClaimLost, RemoteClaims
 from shards.commit.bucket.objects import Objects
 from shards.commit.claims import LEASE, new_owner
-from shards.commit.finalize import merge_shards, read_shard_rows, record_matches
+from shards.commit.finalize import Merger, file_info, lists_plan, provenances, read_shard_rows, record_matches
 from shards.errors import UserError
 from shards.files import file_lock, make_folder, translate_os_errors
-from shards.format.layout import UTTERANCE_SCHEMA, Layout, Plan, parquet_bytes, read_plan
-from shards.format.records import RELEASED, RecordError, is_claim, is_released, seal, unseal_bytes
+from shards.format.layout import Layout, Plan, read_plan, shard_number
+from shards.format.records import RELEASED, CacheInfo, FileInfo, RecordError, is_claim, is_released, seal, unseal_bytes
+from shards.format.schemas import PLAN_SCHEMA, write_parquet
 from shards.format.spec import FeatureSpec
+from shards.labels.store import INDEX as LABELS_JSON
+from shards.labels.store import (
+    LabelEntry,
+    LabelFile,
+    LabelIndex,
+    check_set_name,
+    find,
+    new_entry,
+    open_set,
+    parse_index,
+    with_set,
+)
+from shards.labels.table import LabelSet, normalise, write_sorted
 from shards.remote import object_store
 
 SCRATCH = "earshard-scratch-"
@@ -52,26 +67,36 @@ class BucketStore:
         with translate_os_errors("creating a scratch folder", parent):
             self._scratch = _Scratch(parent)
         self.layout = Layout(self._scratch.path)
-        make_folder(self.layout.shards)
+        for folder in self.layout.folders:
+            make_folder(folder)
         self._claims = RemoteClaims(self._objects, new_owner())
         self._records: dict[int, dict[str, Any]] = {}
+        self._provenance: dict[str, dict[str, Any]] = {}  # of generations that were listed, by plan id
         self._invalidated: dict[str, bytes] = {}  # content of objects that were found to be invalid
         self._listed_at: float | None = None
 
     def info(self) -> dict[str, Any] | None:
         found = self._objects.read("CACHE.json")
-        return None if found is None or is_claim(found.data) else unseal_bytes(found.data, "CACHE.json")
+        if found is None or is_claim(found.data):
+            return None
+        info = unseal_bytes(found.data, "CACHE.json")
+        self._provenance |= provenances(info)
+        return info
 
-    def plan(self) -> Plan | None:
-        found = self._objects.read("plan.parquet")
+    def plan(self, generation: int) -> Plan | None:
+        path = self.layout.plan(generation)
+        found = self._objects.read(f"plans/{path.name}")
         if found is None:
             return None
-        self.layout.plan.write_bytes(found.data)
-        return read_plan(self.layout, self.location)
+        if not path.exists() or path.read_bytes() != found.data:
+            path.write_bytes(found.data)
+        return read_plan(path, self.location)
 
-    def write_plan(self, table: pa.Table) -> Plan:
-        self._objects.put("plan.parquet", parquet_bytes(table.cast(UTTERANCE_SCHEMA)), None)
-        plan = self.plan()
+    def write_plan(self, generation: int, tables: Iterable[pa.Table]) -> Plan:
+        path = self.layout.plan(generation)
+        write_parquet(path, PLAN_SCHEMA, tables)
+        self._objects.put(f"plans/{path.name}", path.read_bytes(), None)
+        plan = self.plan(generation)
         if plan is None:
             raise UserError(f"the plan of '{self.location}' disappeared while it was written: rerun the extraction")
         return plan
@@ -103,16 +128,19 @@ class BucketStore:
         if found is not None and not is_released(found.data):
             self._objects.put("CACHE.json", RELEASED, found.version)
 
-    def is_complete(self, feature_id: str, plan_id: str) -> bool:
+    def lists_plan(self, feature_id: str, plan_id: str) -> bool:
+        return lists_plan(self._read_info()[0], feature_id, plan_id)
+
+    def _read_info(self) -> tuple[dict[str, Any] | None, Any]:
+        """Return ``CACHE.json`` if it is valid, and the version of the object, None if there is no object."""
         found = self._objects.read("CACHE.json")
-        if found is None or is_claim(found.data):
-            return False
-        with suppress(RecordError):
+        if found is None:
+            return None, None
+        with suppress(RecordError, ValueError):
             info = unseal_bytes(found.data, "CACHE.json")
-            if (info.get("feature_id"), info.get("plan_id")) == (feature_id, plan_id):
-                return True
-        self._invalidated["CACHE.json"] = found.data
-        return False
+            CacheInfo.model_validate(info)
+            return info, found.version
+        return None, found.version
 
     @contextmanager
     def hold_leases(self, owner: str, lease: float = LEASE) -> Iterator[None]:
@@ -141,32 +169,125 @@ class BucketStore:
             for path in (layout.tar(shard), layout.rows(shard), layout.record(shard)):
                 path.unlink(missing_ok=True)
 
-    def finalize(self, spec: FeatureSpec, plan: Plan, provenance: dict[str, Any]) -> None:
+    def finalize(self, spec: FeatureSpec, generation: int, plan: Plan, provenance: dict[str, Any]) -> None:
+        claim = self._name(None)
+        info, version = self._read_info()
+        if lists_plan(info, spec.feature_id, plan.id):
+            return
+        listed = info["generations"] if info is not None else []
+        if len(listed) < generation:
+            raise UserError(f"generation {len(listed)} of '{self.location}' is not complete: rerun the same extraction")
+        for earlier in range(generation):  # for the keys that this generation supersedes
+            self.tables(earlier)
+        merger = Merger(self.layout, spec, plan, listed[:generation])
+        paths = self.layout.manifest(generation), self.layout.failures(generation)
+        kept = self._provenance.get(plan.id, provenance)  # of a generation that was reopened
+        content = merger.merge(self._committed(spec, plan), paths, kept)
+        with suppress(ClaimLost):  # the process that took it over finalizes
+            for path in paths:
+                self._claims.put(str(path.relative_to(self.layout.path)), path, claim=claim)
+            self._objects.put("CACHE.json", seal(content), version)
+
+    def tables(self, generation: int) -> tuple[Path, Path]:
+        paths = self.layout.manifest(generation), self.layout.failures(generation)
+        for path in paths:
+            if not path.exists():
+                name = str(path.relative_to(self.layout.path))
+                found = self._objects.read(name)
+                if found is None:
+                    raise UserError(f"'{self.location}/{name}' does not exist: rerun the same extraction with --verify")
+                path.write_bytes(found.data)
+        return paths
+
+    def _committed(self, spec: FeatureSpec, plan: Plan) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+        """Yield record and rows of each shard, fetched a few at a time."""
         records = []
-        for shard in range(plan.num_shards):
+        for shard in plan.shards:
             record = self.commit_record(shard, spec.feature_id, plan.id)
             if record is None:
                 raise UserError(f"shard {shard:06d} of '{self.location}' is not committed: rerun the same extraction")
             records.append(record)
         with ThreadPoolExecutor(READERS) as pool:
-            tables = list(pool.map(self._read_rows, range(plan.num_shards), records))
-        files, info = merge_shards(spec, plan, records, tables, provenance)
-        with suppress(ClaimLost):  # the process that took it over finalizes
-            for name, data in files.items():
-                self._claims.put(name, data, claim="CACHE.json")
-            self._claims.commit("CACHE.json", seal(info))
+            for start in range(0, len(records), READERS):
+                part = records[start : start + READERS]
+                tables = list(pool.map(self._read_rows, plan.shards[start : start + READERS], part))
+                yield from zip(part, tables, strict=True)
+
+    def labels(self) -> LabelIndex:
+        return self._read_labels()[0]
+
+    def open_labels(self, name: str) -> LabelSet:
+        entry = find(self.labels(), name, f"'{self.location}'")
+        path = self.layout.labels / entry.file.name
+        found = None if path.exists() else self._objects.read(f"labels/{path.name}")
+        if found is not None:
+            path.write_bytes(found.data)
+        return open_set(self.layout.path, entry)
+
+    def add_labels(self, table: pa.Table, name: str, origin: str) -> LabelEntry:
+        check_set_name(name, reserved=True)
+        table = normalise(table, f"label set '{name}'")
+        partial = self.layout.labels / "new.parquet"
+        try:
+            written = write_sorted(table, partial, f"label set '{name}'")
+            return self._put_labels(table, name, origin, partial, written)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _put_labels(
+        self, table: pa.Table, name: str, origin: str, partial: Path, written: tuple[str, int, FileInfo]
+    ) -> LabelEntry:
+        """Upload a written label set and list it; repeated until no other process has listed one in between."""
+        while True:
+            index, version = self._read_labels()
+            current = index.current(name)
+            if current is not None and current.id == written[0]:
+                return current
+            entry = new_entry(index, name, table, origin, written)
+            known = next((each for each in index.sets if (each.name, each.id) == (name, entry.id)), None)
+            if known is not None:  # an older set becomes the current one again
+                entry = entry.model_copy(update={"file": known.file})
+            elif self._objects.put(f"labels/{entry.file.name}", partial, None) is None:
+                entry = self._adopt(entry, partial)
+            if self._objects.put(f"labels/{LABELS_JSON}", with_set(index, entry), version) is not None:
+                return entry
+
+    def _adopt(self, entry: LabelEntry, partial: Path) -> LabelEntry:
+        """Return ``entry`` with the file that another process has put under its name, or replace that file.
+
+        The same labels can have other bytes, written by another version of pyarrow.
+        """
+        name = f"labels/{entry.file.name}"
+        found = self._objects.read(name)
+        if found is not None:
+            path = self.layout.labels / entry.file.name
+            path.write_bytes(found.data)
+            theirs = entry.model_copy(update={"file": LabelFile(name=path.name, **file_info(path).model_dump())})
+            with suppress(UserError):
+                open_set(self.layout.path, theirs)
+                return theirs
+            path.unlink()
+        self._objects.put(name, partial, found.version if found is not None else None)
+        return entry
+
+    def _read_labels(self) -> tuple[LabelIndex, Any]:
+        found = self._objects.read(f"labels/{LABELS_JSON}")
+        if found is None:
+            return LabelIndex(), None
+        return parse_index(found.data, f"'{self.location}/labels/{LABELS_JSON}'"), found.version
 
     def cleanup(self) -> None:
         """Do nothing: a complete cache in a bucket has no stray objects."""
 
     def _name(self, shard: int | None) -> str:
-        return "CACHE.json" if shard is None else f"shards/{self.layout.record(shard).name}"
+        return "finish.claim" if shard is None else f"shards/{self.layout.record(shard).name}"
 
     def _list(self) -> None:
         """Read all records. Invalidates those whose files do not have the recorded sizes."""
         sizes = self._objects.sizes("shards")
         self._listed_at = time.monotonic()
-        shards = [int(name[:-5]) for name in sizes if name.endswith(".json") and name[:-5].isdigit()]
+        stems = [shard_number(name.removesuffix(".json")) for name in sizes if name.endswith(".json")]
+        shards = [shard for shard in stems if shard is not None]
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(self._read_record, shards))
         for shard, record in list(self._records.items()):

@@ -60,7 +60,7 @@ def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]
 def test_actors_extract_each_shard_once_and_exchange_plain_values(tmp_path, world):
     root = tmp_path / "actors"
     first, second = (ExtractionActor(settings(root, world), str(tmp_path)) for _ in range(2))
-    summary, job_json = first.prepare(False, False)
+    _, summary, job_json = first.prepare(False, False, False)
     assert (summary.utterances, len(summary.shard_sizes), summary.todo) == (
         24,
         len(summary.todo),
@@ -83,7 +83,7 @@ def test_an_actor_that_joins_late_re_extracts_only_the_remaining_invalidated_sha
         data[700] ^= 1
         layout.tar(shard).write_bytes(data)
     first, late = (ExtractionActor(settings(root, world), str(tmp_path)) for _ in range(2))
-    summary, job_json = first.prepare(verify=True, retry_failed=False)
+    _, summary, job_json = first.prepare(verify=True, retry_failed=False, rehash=False)
     assert summary.todo == [0, 2]
     assert first._job is not None
     first._job.todo = [0]
@@ -95,7 +95,7 @@ def test_an_actor_that_joins_late_re_extracts_only_the_remaining_invalidated_sha
 
 def test_an_actor_whose_encoder_computes_other_features_refuses_to_join(tmp_path, world):
     first, other = (ExtractionActor(settings(tmp_path, world), str(tmp_path)) for _ in range(2))
-    _, job_json = first.prepare(False, False)
+    _, _, job_json = first.prepare(False, False, False)
     ((layer, location, spec),) = job_json["targets"]
     job_json["targets"] = [(layer, location, {**spec, "dtype": "bfloat16"})]
     with pytest.raises(UserError, match=r"other features than .*dtype: bfloat16, not float32"):

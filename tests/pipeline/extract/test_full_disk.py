@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory, corpus, whisper) -> Path:
 
 
 def committed_tars(root: Path) -> dict[str, tuple[int, bytes]]:
-    records = sorted(root.glob("*/*/shards/*.json"))
+    records = sorted(root.glob("[!.]*/*/shards/*.json"))
     tars = [path.with_suffix(".tar") for path in records]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in tars}
 
@@ -45,7 +45,7 @@ def assert_one_sentence(log: Path, *expected: str) -> None:
 
 
 def assert_clean(root: Path) -> None:
-    for cache in root.glob("*/*"):
+    for cache in root.glob("[!.]*/*"):
         assert list(stray_files(Layout(cache))) == []
     assert not list(root.rglob("*.claim"))
 

@@ -16,6 +16,7 @@ from pipeline.extract.shard import _encode_utterances
 from pipeline.maintain.check import check
 from pipeline.profile import StageTimes
 from pipeline.weights.resolve import resolve_weights
+from shards.format.schemas import UNKNOWN_AUDIO
 from shards.read.cache import Cache
 
 HOP, WINDOW, OVERLAP = 320, 480_000, 2 * 16_000
@@ -73,7 +74,7 @@ def test_stored_long_recordings_pass_the_check_against_their_encoder(long):
 
 def test_batches_are_filled_across_recordings_and_across_the_windows_of_long_ones():
     samples = [16_000 * n for n in (5, 100, 1, 31, 29, 300, 2, 2, 2, 45)]
-    rows = [{"key": str(n), "audio": str(n)} for n in range(len(samples))]
+    rows = [{"key": str(n), "audio": str(n), "audio_id": UNKNOWN_AUDIO} for n in range(len(samples))]
     clips = [np.full(n, 0.1, np.float32) for n in samples]
     sizes = []
 
@@ -82,10 +83,14 @@ def test_batches_are_filled_across_recordings_and_across_the_windows_of_long_one
         return [{2: np.zeros((-(-len(clip) // HOP), 1), np.float32)} for clip in batch]
 
     encoder = SimpleNamespace(sampling_rate=16_000, hop=HOP, window_samples=WINDOW, batch_size=4, encode=encode)
-    config = SimpleNamespace(overlap=2.0, trim="valid")
-    job = SimpleNamespace(encoder=encoder, config=config, plan=SimpleNamespace(shard_rows=lambda shard: rows))
-    decoders = SimpleNamespace(read=lambda rows: zip(rows, [""] * len(rows), clips, strict=True))
-    utterances = list(_encode_utterances(job, 0, [2], StageTimes(), decoders))
+    target = SimpleNamespace(layer=2)
+    plan = SimpleNamespace(shard=np.zeros(len(rows), int), shard_rows=lambda shard: rows)
+    job = SimpleNamespace(
+        encoder=encoder, config=SimpleNamespace(overlap=2.0, trim="valid"), plan=plan, targets=[target],
+        reuse=[SimpleNamespace(copied=np.zeros(len(rows), bool))], labels=SimpleNamespace(find=lambda keys: [{}] * 10),
+    )  # fmt: skip
+    decoders = SimpleNamespace(read=lambda rows: zip(rows, [bytes([1] * 32)] * len(rows), clips, strict=True))
+    utterances = list(_encode_utterances(job, 0, [target], StageTimes(), decoders))
     assert [each.row for each in utterances] == rows
     assert [sum(len(part[2]) for part in each.window_outputs) for each in utterances] == [
         sum(-(-(stop - start) // HOP) for start, stop in each.spans) for each in utterances

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 from extraction import only_cache, run, snapshot, start, words
 
+from pipeline.encoders import load
 from pipeline.extract.child import ReportCounter, ShardReport
 from pipeline.extract.progress import ProgressBar
-from pipeline.extract.resources import process_devices
+from pipeline.extract.resources import count_gpus, process_devices
 from pipeline.extract.stats import ExtractionStats
 from shards.commit.finalize import stray_files
 from shards.errors import UserError
@@ -55,7 +57,7 @@ def wait_for(condition, seconds: float = 60.0):
 def claimants(root: Path) -> set[int]:
     """Return the processes that hold a shard below ``root``."""
     found = set()
-    for claim in root.rglob("*.claim"):
+    for claim in root.rglob("shards/*.claim"):
         with suppress(FileNotFoundError, ValueError):  # released, or half written
             found.add(json.loads(claim.read_text())["pid"])
     return found
@@ -130,3 +132,13 @@ def test_each_device_of_a_machine_gets_one_process():
         process_devices("auto", 3, 2)
     with pytest.raises(UserError, match=r"encoder\.device=cuda for"):
         process_devices("cuda:0", 2, 2)
+
+
+def test_a_machine_without_gpu_devices_has_no_gpus_and_torch_is_not_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(load, "DEVICES", tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    (tmp_path / "nvme0").touch()  # a disk
+    assert count_gpus() == 0
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(ImportError):
+        count_gpus()

@@ -95,15 +95,13 @@ def test_committed_shards_are_completed_without_reading_a_recording(tmp_path, wo
     silent, root = tmp_path / "silent", tmp_path / "again"
     shutil.copytree(folder, silent)
     for clip in silent.glob("*.flac"):
-        data = clip.read_bytes()
-        clip.write_bytes(data[:64] + bytes(len(data) - 64))  # the header keeps its length, the rest is not audio
+        clip.unlink()
     shutil.copytree(alone, root)
     layout = Layout(only_cache(root))
-    for name in ("CACHE.json", "manifest.parquet", "failures.parquet"):
-        (layout.path / name).unlink()
+    for path in (layout.cache, layout.manifest(0), layout.failures(0)):
+        path.unlink()
     assert run(words(root, silent, whisper)) == 0
     before, after = (snapshot(each) for each in (alone, root))
     for tree in (before, after):
-        info = tree[f"{layout.path.relative_to(root)}/CACHE.json"]
-        del info["provenance"]["source"]["root"]
+        del tree[f"{layout.path.relative_to(root)}/CACHE.json"]["generations"][0]["provenance"]["source"]
     assert before == after

@@ -49,8 +49,8 @@ def rewrite(cache: Path, change) -> None:
     """Replace the stored features by ``change(key, features)``, with matching records, so that verify passes."""
     old, layout = Cache.open(cache), Layout(cache)
     features = {old.row(i)["key"]: (old.features(i).astype(np.float32), old.row(i)) for i in range(len(old))}
-    plan = read_plan(layout)
-    for shard in range(plan.num_shards):
+    plan = read_plan(layout.plan(0))
+    for shard in plan.shards:
         with ShardWriter(layout, shard, old.spec, plan.id, "rewriter") as writer:
             for row in plan.shard_rows(shard):
                 stored, old_row = features[row["key"]]
@@ -58,10 +58,12 @@ def rewrite(cache: Path, change) -> None:
                     row,
                     change(row["key"], stored),
                     samples=old_row["samples"],
-                    audio_sha256=old_row["audio_sha256"],
+                    audio_id=old_row["audio_id"],
+                    labels=old_row,
                 )
             writer.commit({"seconds": 0.0})
-    finalize(layout, old.spec, plan, "rewriter", old.info["provenance"])
+    layout.cache.unlink()
+    finalize(layout, old.spec, 0, plan, "rewriter", old.provenance)
     assert verify(cache, deep=True) == []
 
 
@@ -160,6 +162,6 @@ def test_verify_with_source_needs_a_folder_that_exists(cache, tmp_path, capsys):
 
 def test_the_configuration_that_a_cache_recorded_with_old_names_of_keys_is_read(tmp_path):
     source = {"kind": "speech", "n": 3, "config": None}
-    info = {"provenance": {"config": {"source": source, "workers": 2, "lease": 9.0}}}
+    info = {"config": {"source": source, "workers": 2, "lease": 9.0}}
     config = recorded_config(info, tmp_path / "corpus" / "cache")
     assert (config.source.num_sentences, config.decode_workers, config.lease_seconds) == (3, 2, 9.0)

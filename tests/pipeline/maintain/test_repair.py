@@ -59,9 +59,10 @@ def test_exactly_the_shards_that_fail_verification_are_re_extracted(broken, whol
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda layout: flip(layout.manifest, 100),
-        lambda layout: layout.manifest.unlink(),
-        lambda layout: layout.failures.write_bytes(b""),
+        lambda layout: flip(layout.manifest(0), 100),
+        lambda layout: layout.manifest(0).unlink(),
+        lambda layout: layout.failures(0).write_bytes(b""),
+        lambda layout: next(layout.labels.glob("*.parquet")).unlink(),
     ],
 )
 def test_merged_files_are_rewritten_and_no_shard_is_touched(broken, whole, damage):
@@ -75,7 +76,7 @@ def test_merged_files_are_rewritten_and_no_shard_is_touched(broken, whole, damag
 @pytest.mark.parametrize("damage", [lambda plan: flip(plan, 60), lambda plan: plan.unlink()])
 def test_a_corrupt_plan_is_rewritten_and_no_shard_is_touched(broken, whole, damage):
     before = written(broken)
-    damage(broken.plan)
+    damage(broken.plan(0))
     assert repair(broken.path)
     assert_whole(broken, whole)
     assert written(broken) == before

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from tiny_corpus import flac
-from tiny_hub import dataset_hub
+from tiny_hub import COMMIT, dataset_hub
 
 PROGRAM = """
 import dataclasses, hashlib, json, sys
@@ -22,7 +22,7 @@ from shards.errors import UserError
 
 for settings, asked in json.loads(sys.argv[1]):
     source = open_source(SourceConfig(kind="parquet", **settings))
-    results = {"name": source.name, "sequential": source.sequential}
+    results = {"name": source.name, "sequential": source.sequential, "hash_ahead": source.hash_ahead}
     try:
         results["utterances"] = [dataclasses.asdict(u) for u in source.utterances()]
     except UserError as error:
@@ -32,6 +32,7 @@ for settings, asked in json.loads(sys.argv[1]):
         for start in range(0, len(asked), 2)
         for uri, data in source.read(asked[start : start + 2])
     ]
+    results["tokens"] = source.tokens(asked) if asked else []
     results["modules"] = [name for name in ("torchcodec",) if name in sys.modules]
     print("RESULTS", json.dumps(results))
 """
@@ -129,6 +130,12 @@ def test_a_missing_split_or_dataset_is_a_one_sentence_error(results):
     assert results[1]["error"] == "no split dev in hf:owner/tiny, which has test, train.100: set source.splits"
     assert results[2]["error"].startswith("cannot open the dataset hf:owner/absent: ")
     assert "\n" not in results[2]["error"]
+
+
+def test_a_token_names_the_commit_of_the_dataset_also_where_no_revision_is_set(results):
+    assert set(results[0]["tokens"]) == {f"owner/tiny@{COMMIT} clean audio"}
+    assert results[3]["tokens"] == [f"owner/tiny@{REVISION} clean audio"]
+    assert results[0]["hash_ahead"] is False
 
 
 def test_columns_are_mapped_and_the_revision_is_requested(results):

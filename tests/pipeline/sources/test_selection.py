@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tiny_corpus import librispeech_files, write_tree
 
 from pipeline.sources import SourceConfig, Utterance, decode_key, encode_key, open_source
 from pipeline.sources.base import ProblemLog
-from pipeline.sources.selection import FilteredSource, validation_groups
+from pipeline.sources.selection import FilteredSource
 from shards.config.base import load_config
 from shards.errors import UserError
 
@@ -23,10 +22,10 @@ class Listed:
     """A source that is a list."""
 
     name, sequential, root, version, problems = "listed", False, None, "", []
+    speaker_split = hash_ahead = True
 
-    def __init__(self, utterances: Sequence[Utterance], speaker_split: bool = True) -> None:
+    def __init__(self, utterances: Sequence[Utterance]) -> None:
         self.made = 0
-        self.speaker_split = speaker_split
         self._utterances = utterances
 
     def utterances(self) -> Iterator[Utterance]:
@@ -90,6 +89,26 @@ def test_duplicate_ids_are_an_error_that_names_the_key_and_both_places():
         select([utterance("a.b"), utterance("c"), utterance("a.b")])
 
 
+def test_a_duplicate_of_an_utterance_that_is_filtered_out_is_an_error():
+    with pytest.raises(UserError, match=r"duplicate key 'a'.*utterance 2 .*utterance 3"):
+        select([utterance("b"), utterance("a", samples=1), utterance("a")], min_duration=0.5)
+
+
+def test_different_keys_with_equal_hashes_are_no_duplicates(monkeypatch):
+    monkeypatch.setattr("pipeline.sources.selection.hash", lambda key: len(key), raising=False)
+    made = [utterance(name) for name in ("a", "b", "cc", "d")]
+    assert [u.key for u in select(made)] == ["a", "b", "cc", "d"]
+    with pytest.raises(UserError, match=r"duplicate key 'b'.*utterance 2 .*utterance 5"):
+        select([*made, utterance("b")])
+
+
+def test_a_duplicate_stops_a_long_listing_early():
+    listed = Listed([utterance(str(number % 100)) for number in range(1000)])
+    with pytest.raises(UserError, match="duplicate key '0'"):
+        list(FilteredSource(listed, name="x").utterances())
+    assert listed.made <= 3 * 128
+
+
 def test_an_empty_id_is_an_error():
     with pytest.raises(UserError, match="empty key"):
         select([utterance("")])
@@ -109,42 +128,6 @@ def test_limit_makes_no_more_utterances_than_it_needs():
 
 def test_without_val_fraction_the_splits_are_the_sources_own():
     assert {u.split for u in select([utterance("a"), utterance("b")])} == {"own"}
-
-
-def test_the_validation_split_shares_no_speaker_and_is_the_same_each_time():
-    made = [
-        utterance(f"{speaker}-{number}", speaker=str(speaker))
-        for speaker in range(40)
-        for number in range(speaker % 7 + 1)
-    ]
-    first = select(made, val_fraction=0.1, seed=1)
-    assert first == select(made, val_fraction=0.1, seed=1)
-    assert first != select(made, val_fraction=0.1, seed=2)
-    speakers = {split: {u.speaker for u in first if u.split == split} for split in ("val", "train")}
-    assert not speakers["val"] & speakers["train"]
-    assert sum(u.split == "val" for u in first) == pytest.approx(0.1 * len(made), abs=2)
-    assert [u.id for u in first] == [u.id for u in made]
-
-
-def test_without_speakers_the_split_is_by_utterance():
-    made = select([utterance(str(number)) for number in range(200)], val_fraction=0.25)
-    assert Counter(u.split for u in made) == {"val": 50, "train": 150}
-
-
-def test_a_corpus_of_one_speaker_is_split_by_utterance_and_reported():
-    source = FilteredSource(Listed([utterance(str(n), speaker="only") for n in range(10)]), name="x", val_fraction=0.2)
-    assert Counter(u.split for u in source.utterances()) == {"val": 2, "train": 8}
-    assert "one speaker" in source.problems[0]
-
-
-@given(
-    st.dictionaries(st.text(max_size=3), st.integers(1, 50), min_size=2, max_size=30),
-    st.floats(0.001, 0.999),
-    st.integers(0, 3),
-)
-def test_both_sides_of_a_split_hold_at_least_one_speaker(sizes, fraction, seed):
-    chosen = validation_groups(Counter(sizes), fraction, seed)
-    assert 0 < len(chosen) < len(sizes)
 
 
 def test_a_problem_log_counts_all_and_names_the_first_few():

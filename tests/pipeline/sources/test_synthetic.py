@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.audio import SAMPLING_RATE, decode
+from pipeline.extract.listing import list_source
 from pipeline.sources import SourceConfig, open_source
 from pipeline.sources.synthetic import espeak, grammar
 
@@ -90,11 +91,11 @@ def test_speech_has_the_stated_length_and_is_audible():
         assert 0.1 < np.abs(samples).max() < 0.99
 
 
-def test_the_same_seed_gives_the_same_utterances_and_training_shares_no_sentence_with_validation():
+def test_the_same_seed_gives_the_same_utterances_and_training_shares_no_sentence_with_validation(tmp_path):
     config = SourceConfig(kind="speech", num_sentences=40, val_fraction=0.2)
-    made = list(open_source(config).utterances())
-    assert made == list(open_source(config).utterances())
-    texts = {split: {u.text for u in made if u.split == split} for split in ("train", "val")}
+    made = list_source(open_source(config), tmp_path).table.to_pylist()
+    assert made == list_source(open_source(config), tmp_path).table.to_pylist()
+    texts = {split: {row["text"] for row in made if row["split"] == split} for split in ("train", "val")}
     assert (len(texts["train"]), len(texts["val"])) == (32, 8)
     assert not texts["train"] & texts["val"]
 

@@ -5,9 +5,10 @@ The bytes are honest ones that hypothesis bends (bytes changed, cut out, doubled
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from tiny_faults import make_small_cache
 
 from shards.commit.writer import npy_bytes
 from shards.errors import UserError
-from shards.format.layout import FAILURE_SCHEMA, MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, read_parquet
+from shards.format.layout import Layout
 from shards.format.npy import NpyError, parse_npy_header
 from shards.format.records import RecordError, seal, unseal
+from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, read_parquet
 from shards.format.spec import FeatureSpec
 from shards.format.tar import BLOCK_SIZE, TarError, iter_members, pack_header
 from shards.inspect.info import describe_cache, format_info
@@ -138,14 +140,15 @@ def fuzz_cache(layout: Layout, cases: int) -> None:
         | st.just({})
         | st.floats(-1e300, 1e300)
     )
-    places = [(a, None) for a in tree] + [(a, b) for a in tree if isinstance(tree[a], dict) for b in tree[a]]
+    places = [*paths(tree)]
 
-    def case(place: tuple[str, str | None], value: object) -> None:
+    def case(place: tuple[str | int, ...], value: object) -> None:
         changed = json.loads(json.dumps(tree))
-        if place[1] is None:
-            changed[place[0]] = value
-        else:
-            changed[place[0]][place[1]] = value
+        *outer, last = place
+        inner = changed
+        for step in outer:
+            inner = inner[step]
+        inner[last] = value
         layout.cache.write_bytes(seal(changed))
         for read in (
             verify,
@@ -163,9 +166,55 @@ def fuzz_cache(layout: Layout, cases: int) -> None:
         layout.cache.write_bytes(honest)
 
 
+def paths(tree: object) -> Iterator[tuple[str | int, ...]]:
+    """Yield the path of every value in a JSON tree."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in inner:
+        yield (name,)
+        yield from ((name, *rest) for rest in paths(value))
+
+
+def fuzz_labels(layout: Layout, cases: int) -> None:
+    """LABELS.json with a whole seal and other values, and label files of other bytes: opening."""
+    index = layout.labels / "LABELS.json"
+    newest = max(i for i, entry in enumerate(json.loads(index.read_bytes())["sets"]) if entry["name"] == "source")
+    file = layout.labels / json.loads(index.read_bytes())["sets"][newest]["file"]["name"]
+    honest = {path: path.read_bytes() for path in (index, file)}
+    tree = json.loads(honest[index])
+    del tree["sha256"]
+    odd = st.none() | st.integers(-(2**70), 2**70) | st.text(max_size=5) | st.just([]) | st.just({}) | st.floats()
+    finite = odd.filter(lambda value: value == value and value not in (float("inf"), float("-inf")))
+
+    def case(place: tuple[str | int, ...] | None, value: object, changes: list[Edit]) -> None:
+        changed = json.loads(json.dumps(tree))
+        data = honest[file]
+        if place is None:  # other bytes whose hash the index has
+            data = bend(data, changes)
+            info = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            changed["sets"][newest]["file"] |= info
+        else:
+            *outer, last = place
+            inner = changed
+            for step in outer:
+                inner = inner[step]
+            inner[last] = value
+        file.write_bytes(data)
+        index.write_bytes(seal(changed))
+        try:
+            Cache.open(layout.path).strings("text", [0])
+        except UserError as error:
+            check_sentence(error)
+
+    try:
+        fuzz(cases, case, st.none() | st.sampled_from([*paths(tree)]), finite, edits())
+    finally:
+        for path, data in honest.items():
+            path.write_bytes(data)
+
+
 def fuzz_parquet(layout: Layout, cases: int) -> None:
     path = layout.path / "fuzzed.parquet"
-    files = [(layout.plan, UTTERANCE_SCHEMA), (layout.rows(0), MANIFEST_SCHEMA), (layout.failures, FAILURE_SCHEMA)]
+    files = [(layout.plan(0), PLAN_SCHEMA), (layout.rows(0), MANIFEST_SCHEMA), (layout.failures(0), FAILURE_SCHEMA)]
     honest = [(file.read_bytes(), schema) for file, schema in files]
 
     def case(which: int, changes: list[Edit]) -> None:
@@ -182,9 +231,10 @@ def fuzz_parquet(layout: Layout, cases: int) -> None:
 FUZZERS = {
     "tar": (fuzz_tar, 150, 35_000),
     "npy": (fuzz_npy, 150, 35_000),
-    "json": (fuzz_json, 100, 20_000),
+    "json": (fuzz_json, 100, 19_000),
+    "labels": (fuzz_labels, 60, 1_000),
     "parquet": (fuzz_parquet, 80, 8_500),
-    "cache": (fuzz_cache, 40, 1_500),
+    "cache": (fuzz_cache, 60, 1_500),
 }
 
 

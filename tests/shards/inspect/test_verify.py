@@ -12,12 +12,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from tiny_cache import make_cache
-from tiny_faults import Fault, exchanges, flips, make_small_cache, reseal, truncations
+from tiny_faults import Fault, damages, exchanges, flips, make_small_cache, reseal, truncations
 from tiny_server import serve
 
 from shards.errors import UserError
-from shards.format.layout import MANIFEST_SCHEMA, UTTERANCE_SCHEMA, Layout, parquet_bytes, read_parquet
+from shards.format.layout import Layout, manifest_id
+from shards.format.records import unseal
+from shards.format.schemas import MANIFEST_SCHEMA, PLAN_SCHEMA, UNKNOWN_AUDIO, parquet_bytes, read_parquet
+from shards.inspect import label_check
+from shards.inspect import snapshot as snapshot_module
 from shards.inspect.verify import verify
+from shards.labels import store as label_store
 from shards.read.cache import Cache
 
 
@@ -40,9 +45,9 @@ def what(problems) -> list[tuple]:
     return [(p.shard, p.file, p.key, p.what) for p in problems]
 
 
-def content(path: Path) -> dict[str, tuple[bytes, str]]:
+def content(path: Path, labels: str | None = None) -> dict[str, tuple[bytes, str]]:
     """What a trainer gets: features and text of every utterance."""
-    cache = Cache.open(path)
+    cache = Cache.open(path, labels)
     texts = cache.strings("text", range(len(cache)))
     keys = cache.strings("key", range(len(cache)))
     return {key: (cache.features(i).tobytes(), text) for i, (key, text) in enumerate(zip(keys, texts, strict=True))}
@@ -55,26 +60,30 @@ def test_a_sound_cache_has_no_problem(tmp_path, codec):
     assert verify(make_cache(tmp_path / "plain", codec=codec), deep=True) == []
 
 
-def inject(faults, path: Path, train: bool) -> tuple[Counter, Counter, Counter]:
-    """(injected, found by the deep check, found by the fast one) of each kind; ``train`` also reads the cache."""
+def is_found(path: Path, deep: bool) -> bool:
+    try:
+        return bool(verify(path, deep))
+    except UserError:  # CACHE.json and the plan are gone: no cache at all
+        return True
+
+
+def inject(faults, path: Path) -> tuple[Counter, Counter, Counter]:
+    """(injected, found by the deep check, found by the fast one) of each kind; also reads the cache by both labels."""
     injected, deep, fast = Counter(), Counter(), Counter()
-    good = content(path)
+    good = {name: content(path, name) for name in ("source", "mine")}
     missed = []
     for fault in faults:
         with fault():
+            quick = is_found(path, deep=False)
+            found = quick or is_found(path, deep=True)  # the deep check makes every fast check, too
             injected[fault.kind] += 1
-            try:
-                deep[fault.kind] += (found := bool(verify(path, deep=True)))
-                fast[fault.kind] += (quick := bool(verify(path)))
-            except UserError:  # CACHE.json and the plan are gone: no cache at all
-                found = quick = True
-                deep[fault.kind] += 1
-                fast[fault.kind] += 1
+            deep[fault.kind] += found
+            fast[fault.kind] += quick
             if not found or (fault.fast and not quick):
                 missed.append((fault.kind, fault.where, found, quick))
-            if train:
+            for name, wanted in good.items():
                 with contextlib.suppress(UserError):
-                    assert content(path) == good, f"{fault.kind}: a trainer reads other features ({fault.where})"
+                    assert content(path, name) == wanted, f"{fault.kind}: a trainer reads others ({fault.where})"
     assert not missed
     assert verify(path, deep=True) == []
     return injected, deep, fast
@@ -82,9 +91,20 @@ def inject(faults, path: Path, train: bool) -> tuple[Counter, Counter, Counter]:
 
 def test_faults_in_a_sample_of_places_are_all_found_and_never_trained_on(small):
     cache, other, replanned = small
-    inject(flips(cache, 3, seed=0), cache, train=True)
-    inject(truncations(cache, 2048), cache, train=True)
-    inject(exchanges(cache, other, replanned), cache, train=True)
+    inject(flips(cache, 2, seed=0), cache)
+    inject(truncations(cache, 4096), cache)
+    inject(exchanges(cache, other, replanned), cache)
+
+
+def test_damage_at_random_places_is_always_found_and_never_trained_on(small):
+    inject(damages(small[0], 120, seed=2), small[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_at_a_thousand_random_places_is_always_found_and_never_trained_on(tmp_path, seed):
+    cache = make_small_cache(tmp_path / "cache", ["f16", "bf16", "int8", "fp8"][seed])
+    inject(damages(cache, 250, seed), cache)
 
 
 @pytest.mark.slow
@@ -95,8 +115,8 @@ def test_faults_in_every_place_are_all_found_and_never_trained_on(tmp_path, code
     replanned = make_small_cache(tmp_path / "replanned", codec, seed=1)
     started = time.perf_counter()
     table = [Counter(), Counter(), Counter()]
-    for faults in (flips(cache, 150, seed=1), truncations(cache, 512), exchanges(cache, other, replanned)):
-        for total, more in zip(table, inject(faults, cache, train=True), strict=True):
+    for faults in (flips(cache, 20, seed=1), truncations(cache, 4096), exchanges(cache, other, replanned)):
+        for total, more in zip(table, inject(faults, cache), strict=True):
             total.update(more)
     with capsys.disabled():
         print(f"\n{codec}: {'fault':<28} injected  --deep  fast")
@@ -124,7 +144,7 @@ def test_a_changed_payload_names_its_shard_and_key(cache):
 
 def test_an_incomplete_cache_is_told_and_its_shards_are_checked(cache):
     layout = Layout(cache)
-    for path in (layout.cache, layout.manifest, layout.failures, layout.record(2)):
+    for path in (layout.cache, layout.manifest(1), layout.failures(1), layout.record(2)):
         path.unlink()
     assert what(verify(cache, deep=True)) == [
         (None, "CACHE.json", None, "is missing: the extraction is not complete"),
@@ -159,6 +179,37 @@ def test_what_an_interrupted_or_running_extraction_leaves_is_no_fault(cache):
     assert verify(cache, deep=True) == []
 
 
+@pytest.mark.parametrize("url", [False, True])
+def test_an_unfinished_generation_is_no_fault_and_its_committed_shards_are_checked(cache, url):
+    layout = Layout(cache)
+    (done := unseal(layout.cache))["generations"].pop()
+    reseal(layout.cache, lambda tree: tree.update(generations=done["generations"], counts=first_counts(done)))
+    with serve(cache) as server:
+        where = server.url if url else cache
+        assert verify(where, deep=True) == []
+        shutil.copy(layout.tar(0), layout.tar(2))
+        found = {(file, told) for shard, file, key, told in what(verify(where, deep=True)) if key is None}
+        assert ("shards/000002.tar", "does not match its sha256") in found
+        layout.record(2).unlink()
+        assert verify(where, deep=True) == []
+        layout.plan(1).write_bytes(b"PAR1" + bytes(40) + b"PAR1")
+        assert {problem.file for problem in verify(where)} == {"plans/001.parquet"}
+
+
+def first_counts(info: dict) -> dict:
+    return {**info["generations"][0]["counts"], "superseded": 0}
+
+
+def test_a_plan_of_unknown_audio_is_followed_by_any_audio(tmp_path):
+    layout = Layout(make_cache(tmp_path / "cache", n=4, shards=1))
+    table = read_parquet(layout.plan(0), PLAN_SCHEMA)
+    ids = pa.array([UNKNOWN_AUDIO] * 3 + [b"1" * 32], pa.binary(32))
+    replace_plan(layout, 0, table.set_column(4, "audio_id", ids).to_pylist())
+    assert what(verify(layout.path)) == [
+        (0, "shards/000000.parquet", None, "and the failures in its record do not add up to the planned rows")
+    ]
+
+
 @pytest.mark.parametrize("make", [lambda p: None, Path.touch, Path.mkdir])
 def test_what_is_no_cache_is_bad_input(tmp_path, make):
     make(tmp_path / "x")
@@ -166,10 +217,13 @@ def test_what_is_no_cache_is_bad_input(tmp_path, make):
         verify(tmp_path / "x")
 
 
-def test_a_newer_format_is_bad_input_and_not_a_fault(cache):
-    reseal(Layout(cache).cache, lambda tree: tree.update(schema_version=2))
-    with pytest.raises(UserError, match=r"cache format 2.* update earshard"):
-        verify(cache)
+@pytest.mark.parametrize(("version", "fix"), [(3, "update earshard"), (1, "extract again with `make extract`")])
+def test_another_format_is_bad_input_and_not_a_fault(cache, version, fix):
+    reseal(Layout(cache).cache, lambda tree: tree["spec"].update(schema_version=version))
+    with serve(cache) as server:
+        for where in (cache, server.url):
+            with pytest.raises(UserError, match=f"{where}/CACHE.json' has cache format {version}, this .* 2: {fix}$"):
+                verify(where)
 
 
 @pytest.mark.parametrize(
@@ -203,15 +257,26 @@ def test_a_record_that_lies_with_a_whole_seal_is_found(cache, change):
         lambda tree: tree["counts"].update(utterances=5),
         lambda tree: tree["counts"].update(planned=8),
         lambda tree: tree["counts"].update(shards=10**15),
+        lambda tree: tree["counts"].update(superseded=0),
         lambda tree: tree["counts"].pop("frames"),
+        lambda tree: tree["counts"].pop("superseded"),
         lambda tree: tree.update(counts=None),
-        lambda tree: tree.update(manifest_id="0" * 64),
-        lambda tree: tree.update(plan_id="0" * 64),
+        lambda tree: tree.update(generations=[]),
+        lambda tree: tree["generations"].reverse(),
+        lambda tree: tree["generations"].append(tree["generations"][1]),
+        lambda tree: tree["generations"][0].update(manifest_id="0" * 64),
+        lambda tree: tree["generations"][1].update(manifest_id="0" * 64),
+        lambda tree: tree["generations"][1].update(plan_id="0" * 64),
+        lambda tree: tree["generations"][1].update(first_shard=1),
+        lambda tree: tree["generations"][1].update(shards=10**15),
+        lambda tree: tree["generations"][1]["counts"].update(samples=1),
+        lambda tree: tree["generations"][1]["counts"].pop("planned"),
+        lambda tree: tree["generations"][1]["files"].pop("plan"),
+        lambda tree: tree["generations"][0]["files"]["plan"].update(bytes=1),
         lambda tree: tree.update(feature_id="0" * 64),
         lambda tree: tree["spec"].update(layer=3),
         lambda tree: tree["spec"].update(channels=10**9),
-        lambda tree: tree.update(files={}),
-        lambda tree: tree["files"]["failures.parquet"].update(bytes=1),
+        lambda tree: tree["generations"][1]["files"]["failures"].update(bytes=1),
         lambda tree: tree.pop("spec"),
     ],
 )
@@ -222,23 +287,48 @@ def test_a_cache_file_that_lies_with_a_whole_seal_is_found(cache, change):
 
 def forge_rows(path: Path, shard: int, column: str, value) -> None:
     """Change a row of a shard and every hash above it: only the row's own sense can show the lie."""
-    layout = Layout(path)
-    tables = [read_parquet(layout.rows(s), MANIFEST_SCHEMA).to_pylist() for s in range(3)]
+    layout, generation = Layout(path), shard // 2
+    tables = {s: read_parquet(layout.rows(s), MANIFEST_SCHEMA).to_pylist() for s in ((0, 1), (2,))[generation]}
     tables[shard][0][column] = value
     data = parquet_bytes(pa.Table.from_pylist(tables[shard], schema=MANIFEST_SCHEMA))
     layout.rows(shard).write_bytes(data)
-    about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     frames = sum(row["frames"] for row in tables[shard])
-    reseal(layout.record(shard), lambda tree: tree.update(parquet=about, frames=frames))
-    data = parquet_bytes(pa.Table.from_pylist([row for table in tables for row in table], schema=MANIFEST_SCHEMA))
-    layout.manifest.write_bytes(data)
-    about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    reseal(layout.record(shard), lambda tree: tree.update(parquet=about(data), frames=frames))
+    rows = [row for table in tables.values() for row in table]
+    manifest = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    layout.manifest(generation).write_bytes(manifest)
 
     def change(tree):
-        tree["files"]["manifest.parquet"] = about
-        tree["counts"]["frames"] = sum(row["frames"] for table in tables for row in table)
+        entry = tree["generations"][generation]
+        entry["files"]["manifest"] = about(manifest)
+        for name in ("frames", "samples"):
+            entry["counts"][name] = sum(row[name] for row in rows)
+            tree["counts"][name] = sum(each["counts"][name] for each in tree["generations"])
 
     reseal(layout.cache, change)
+
+
+def replace_plan(layout: Layout, generation: int, rows: list[dict]) -> None:
+    """Write another plan and every hash of it."""
+    layout.plan(generation).write_bytes(data := parquet_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
+    plan_id = about(data)["sha256"]
+
+    def change(tree):
+        tree["generations"][generation].update(plan_id=plan_id)
+        tree["generations"][generation]["files"].update(plan=about(data))
+        before = ""
+        for number, entry in enumerate(tree["generations"]):
+            shards = range(entry["first_shard"], entry["first_shard"] + entry["shards"])
+            for shard in shards if number == generation else ():
+                reseal(layout.record(shard), lambda record: record.update(plan_id=plan_id))
+            tars = [unseal(layout.record(shard))["tar"]["sha256"] for shard in shards]
+            before = entry["manifest_id"] = manifest_id(tree["feature_id"], before, entry["plan_id"], tars)
+
+    reseal(layout.cache, change)
+
+
+def about(data: bytes) -> dict:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 HOSTILE = [
@@ -256,29 +346,29 @@ HOSTILE = [
     ("frames", 3),
     ("scale_offset", 0),
     ("scale_offset", 2**63 - 1),
-    ("codec", "int8"),
-    ("codec", "bf16"),
-    ("codec", "pickle"),
+    ("scale_length", 16),
     ("key", "../../etc/passwd"),
     ("key", "utt-0-2"),
     ("key", ""),
-    ("shard", 2),
+    ("shard", 3),
     ("shard", -1),
     ("row", 2),
     ("row", 7),
     ("crc32", 1),
     ("error", float("nan")),
     ("error", -1.0),
-    ("text", "another text"),
-    ("speaker", "another speaker"),
+    ("audio", "other.wav"),
+    ("audio_id", b"1" * 32),
+    ("audio_id", bytes(32)),
     ("samples", -1),
     ("samples", 641),
 ]
 
 
+@pytest.mark.parametrize("shard", [1, 2])
 @pytest.mark.parametrize(("column", "value"), HOSTILE)
-def test_a_row_that_lies_with_every_hash_right_is_found_and_harms_no_reader(cache, column, value):
-    forge_rows(cache, 1, column, value)
+def test_a_row_that_lies_with_every_hash_right_is_found_and_harms_no_reader(cache, column, value, shard):
+    forge_rows(cache, shard, column, value)
     assert verify(cache, deep=True)
     try:
         for features, _ in content(cache).values():
@@ -304,21 +394,22 @@ def test_an_unreadable_file_is_a_problem_and_not_a_crash(cache):
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_what_is_no_file_in_the_place_of_one_is_a_problem_and_not_waited_for(cache, make):
-    for path in (Layout(cache).tar(1), Layout(cache).rows(2), Layout(cache).plan):
+    layout = Layout(cache)
+    for path in (layout.tar(1), layout.rows(2), layout.plan(0), layout.labels / "LABELS.json"):
         path.unlink()
         make(path)
     found = {problem.file: problem.what for problem in verify(cache, deep=True) if "cannot be read" in problem.what}
-    assert {"plan.parquet", "shards/000001.tar"} <= set(found)
-    assert "shards/000002.parquet" in {problem.file for problem in verify(cache)}
+    assert {"shards/000001.tar", "labels/LABELS.json"} <= set(found)
+    assert {"plans/000.parquet", "shards/000002.parquet"} <= {problem.file for problem in verify(cache)}
 
 
 def test_a_plan_that_nothing_vouches_for_is_read_with_care(cache):
     """Before the first commit no other file knows the plan's hash."""
     layout = Layout(cache)
-    for path in (layout.cache, *layout.shards.glob("*.json")):
+    for path in (layout.cache, layout.plan(1), *layout.shards.glob("*.json")):
         path.unlink()
-    layout.plan.write_bytes(b"PAR1" + bytes(40) + b"PAR1")
-    (told,) = (problem.what for problem in verify(cache) if problem.file == "plan.parquet")
+    layout.plan(0).write_bytes(b"PAR1" + bytes(40) + b"PAR1")
+    (told,) = (problem.what for problem in verify(cache) if problem.file == "plans/000.parquet")
     assert told.startswith("is not a readable parquet file")
 
 
@@ -326,30 +417,106 @@ def test_a_plan_that_nothing_vouches_for_is_read_with_care(cache):
     ("change", "told"),
     [
         (lambda rows: rows[1].update(key="a.b"), "has the key 'a.b', which no shard can hold"),
-        (lambda rows: rows[1].update(key=rows[4]["key"]), "contains a key twice"),
-        (lambda rows: rows[-1].update(shard=5), "does not number shards and rows from 0 without gaps"),
-        (lambda rows: rows[0].update(row=1), "does not number shards and rows from 0 without gaps"),
+        (lambda rows: rows[1].update(key=rows[2]["key"]), "contains a key twice"),
+        (lambda rows: rows[-1].update(shard=5), "does not number shards from 2 and rows from 0 without gaps"),
+        (lambda rows: rows[0].update(row=1), "does not number shards from 2 and rows from 0 without gaps"),
+        (
+            lambda rows: [row.update(shard=1) for row in rows],
+            "does not number shards from 2 and rows from 0 without gaps",
+        ),
     ],
 )
 def test_a_plan_that_no_shards_can_follow_is_reported_though_its_hash_is_right(cache, change, told):
     layout = Layout(cache)
-    rows = read_parquet(layout.plan, UTTERANCE_SCHEMA).to_pylist()
+    rows = read_parquet(layout.plan(1), PLAN_SCHEMA).to_pylist()
     change(rows)
-    layout.plan.write_bytes(parquet_bytes(pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA)))
-    reseal(layout.cache, lambda tree: tree.update(plan_id=hashlib.sha256(layout.plan.read_bytes()).hexdigest()))
-    assert (None, "plan.parquet", None, told) in what(verify(cache))
+    replace_plan(layout, 1, rows)
+    assert (None, "plans/001.parquet", None, told) in what(verify(cache))
+
+
+def test_tables_without_a_generation_are_reported_whatever_number_they_have(cache):
+    layout = Layout(cache)
+    strangers = [layout.plan(3), layout.manifest(2), layout.failures(0).with_name("0.parquet")]
+    for path in strangers:
+        shutil.copy(layout.plan(0), path)
+    found = {file for _, file, _, told in what(verify(cache)) if told == "is not a table of a generation of this cache"}
+    assert found == {str(path.relative_to(cache)) for path in strangers}
+
+
+def change_labels(cache: Path, change) -> None:
+    reseal(cache / "labels" / "LABELS.json", change)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tree: tree["sets"].pop(), "is not named by LABELS.json"),
+        (lambda tree: tree["sets"][-1].update(id="0" * 64), "has rows in another order or another id"),
+        (lambda tree: tree["sets"][-1].update(rows=7), "has other rows or columns than LABELS.json says"),
+        (lambda tree: tree["sets"][-1]["file"].update(bytes=1), "bytes, not 1"),
+        (lambda tree: tree["sets"][-1]["file"].update(sha256="0" * 64), "does not match its sha256"),
+        (lambda tree: tree["sets"].append(tree["sets"][0]), "names one file for two label sets"),
+        (lambda tree: tree["sets"][-1]["file"].update(name="../CACHE.json"), "is not a valid index of label sets"),
+        (lambda tree: tree.update(schema_version=3), "has format version '3', this earshard reads 2: update earshard"),
+        (lambda tree: tree.update(sets=None), ""),
+    ],
+)
+def test_labels_that_lie_with_a_whole_seal_are_found(cache, change, told):
+    change_labels(cache, change)
+    problems = verify(cache)
+    assert problems
+    assert all(problem.file.startswith("labels/") and told in problem.what for problem in problems)
+
+
+def test_the_id_of_a_large_label_set_is_checked_only_in_depth(cache, monkeypatch):
+    for module in (label_check, label_store):
+        monkeypatch.setattr(module, "IDENTIFIED", 1)
+    change_labels(cache, lambda tree: tree["sets"][-1].update(id="0" * 64))
+    assert verify(cache) == []
+    assert [problem.file for problem in verify(cache, deep=True)] == ["labels/mine-28c0e4c3.parquet"]
+
+
+def test_a_label_file_that_is_no_table_is_a_problem_and_not_a_crash(cache):
+    path = cache / "labels" / "mine-28c0e4c3.parquet"
+    path.write_bytes(b"PAR1")
+    change_labels(cache, lambda tree: tree["sets"][-1]["file"].update(about(b"PAR1")))
+    ((_, file, _, told),) = what(verify(cache))
+    assert (file, told[:30]) == (f"labels/{path.name}", "is not a readable parquet file")
+
+
+def test_a_set_that_is_being_added_is_no_fault(cache):
+    shutil.copy(cache / "labels" / "mine-28c0e4c3.parquet", cache / "labels" / "new-00000000.parquet")
+    assert [problem.what for problem in verify(cache)] == ["is not named by LABELS.json"]
+    Layout(cache).labels_claim.write_bytes(b"{}")
+    assert verify(cache) == []
 
 
 def test_a_remote_cache_with_a_corrupt_plan_is_still_checked_shard_by_shard(cache):
     layout = Layout(cache)
-    data = bytearray(layout.plan.read_bytes())
+    data = bytearray(layout.plan(0).read_bytes())
     data[len(data) // 2] ^= 1
-    layout.plan.write_bytes(bytes(data))
+    layout.plan(0).write_bytes(bytes(data))
     with serve(cache) as server:
         assert what(verify(server.url)) == what(verify(cache))
         layout.tar(1).unlink()
         found = what(verify(server.url))
-    assert {file for _, file, _, _ in found} == {"plan.parquet", "shards/000001.tar"}
+    assert {file for _, file, _, _ in found} == {"plans/000.parquet", "shards/000001.tar"}
+
+
+def test_a_number_of_shards_that_a_stranger_declares_is_not_believed(cache, monkeypatch):
+    monkeypatch.setattr(snapshot_module, "MAX_ABSENT", 32)
+
+    def lie(tree):
+        tree["generations"][1].update(shards=10**9)
+        tree["counts"].update(shards=2 + 10**9)
+
+    reseal(Layout(cache).cache, lie)
+    with serve(cache) as server:
+        assert what(verify(server.url)) == what(verify(cache)) != []
+        Layout(cache).plan(1).unlink()
+        server.asked.clear()
+        assert "plans/001.parquet" in {problem.file for problem in verify(server.url)}
+        assert len(server.asked) < 100
 
 
 def test_a_url_without_a_cache_is_reported(cache):
@@ -372,8 +539,9 @@ def test_a_url_without_a_cache_is_reported(cache):
 def test_a_json_bomb_is_refused_in_a_sentence(cache, bomb):
     Layout(cache).record(1).write_bytes(bomb)
     Layout(cache).cache.write_bytes(bomb)
+    (cache / "labels" / "LABELS.json").write_bytes(bomb)
     found = verify(cache)
-    assert {"CACHE.json", "shards/000001.json"} <= {problem.file for problem in found}
+    assert {"CACHE.json", "shards/000001.json", "labels/LABELS.json"} <= {problem.file for problem in found}
     assert all(len(problem.what) < 200 for problem in found)
     with pytest.raises(UserError):
         Cache.open(cache)

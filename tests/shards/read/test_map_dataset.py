@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from tiny_cache import make_cache
+from tiny_cache import grow, make_cache
 from tiny_server import serve
 from torch.utils.data import DataLoader
 
@@ -116,3 +117,33 @@ def test_a_corrupt_member_is_reported_with_its_utterance(tmp_path):
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, shards; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'webdataset')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_both_kinds_of_dataset_yield_one_sample_per_item_and_none_of_a_superseded_row(tmp_path):
+    cache = grow(make_cache(tmp_path / "cache", n=4, shards=1), 1, utt_00002="other audio")
+    keys = ["utt-00000", "utt-00001", "utt-00003", "new-00000", "utt-00002"]
+    assert [sample["__key__"] for sample in shards.as_webdataset(cache)] == keys
+    assert [sample["key"] for sample in shards.open(cache)] == keys
+
+
+def test_both_kinds_of_dataset_take_labels_with_several_rows_a_key(tmp_path):
+    path, file = make_cache(tmp_path / "cache", n=4, shards=2), tmp_path / "tasks.jsonl"
+    rows = [
+        ("utt-00003", "drei", "translate"),
+        ("utt-00003", "three", "transcribe"),
+        ("utt-00001", "one", "transcribe"),
+    ]
+    file.write_text("".join(json.dumps(dict(zip(("key", "text", "task"), row, strict=True))) + "\n" for row in rows))
+    for data in (shards.open(path, file), shards.as_webdataset(path, labels=file)):
+        samples = list(data)
+        assert [(sample["text"], sample["task"]) for sample in samples] == [
+            ("one", "transcribe"),
+            ("three", "transcribe"),
+            ("drei", "translate"),
+        ]
+        assert [sample["speaker"] for sample in samples] == ["", "", ""]  # not that of the extraction
+        assert samples[1]["features"].equal(samples[2]["features"])
+        samples[1]["features"][:] = 0  # each owns its memory
+        assert samples[2]["features"].any()
+    with pytest.raises(UserError, match=r"is already open: pass labels to Cache\.open"):
+        shards.open(Cache.open(path), file)

@@ -42,15 +42,18 @@ def test_writes_keep_to_their_conditions(azure, scheme):
 def test_a_cache_is_made_in_a_container(azure, loses):
     store = BucketStore("az://container/made")
     azure.loses = loses
-    plan = store.write_plan(plan_table())
+    plans = [store.write_plan(0, [plan_table()]), store.write_plan(1, [plan_table(1, first=3)])]
     with store.hold_leases("a"):
         assert store.acquire(0)
         store.release(0)
-        make(store, plan)
-        finish(store, plan)
-    assert store.is_complete(SPEC.feature_id, plan.id)
-    shards = [f"shards/{i:06d}.{kind}" for i in range(3) for kind in ("tar", "parquet", "json")]
-    names = {"plan.parquet", "manifest.parquet", "failures.parquet", "CACHE.json", *shards}
+        for generation, plan in enumerate(plans):
+            make(store, plan)
+            finish(store, plan, generation)
+    assert all(store.lists_plan(SPEC.feature_id, plan.id) for plan in plans)
+    shards = [f"shards/{i:06d}.{kind}" for i in range(4) for kind in ("tar", "parquet", "json")]
+    tables = [f"{kind}/{i:03d}.parquet" for kind in ("plans", "manifests", "failures") for i in range(2)]
+    labels = [f"labels/{name}" for name in ("LABELS.json", store.labels().sets[0].file.name)]
+    names = {"CACHE.json", "finish.claim", *tables, *shards, *labels}
     assert {name.removeprefix("made/") for name in azure.blobs} == names
 
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from tiny_cache import make_cache
+from tiny_cache import flip, grow, make_cache
+from tiny_faults import reseal
 from tiny_server import FAULTS, serve
 from torch.utils.data import DataLoader
 
 from shards.__main__ import main
+from shards.commit.folder import add_labels
 from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.read.cache import Cache
@@ -83,8 +87,11 @@ def test_opening_fetches_no_shard_and_reading_one_row_fetches_one(near, root):
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["CACHE.json", "manifest.parquet", "000001.json", "000001.tar"])
+@pytest.mark.parametrize(
+    "name", ["CACHE.json", "manifests/000.parquet", "000001.json", "000001.tar", "LABELS.json", "labels/*.parquet"]
+)
 def test_a_transfer_that_fails_is_repeated_and_never_seen(near, root, name, fault, ranges):
+    name = next(near.glob(name)).name if "*" in name else name
     with serve(near, ranges) as server:
         server.faults[name] = [fault] * 3
         assert same(Cache.open(server.url), near)
@@ -296,6 +303,114 @@ def test_a_cache_that_was_replaced_at_its_url_is_not_mixed_with_the_old(near, ro
         other = make_cache(tmp_path / "other", n=20, shards=2, seed=9)
         shown.symlink_to(other)
         assert same(Cache.open(f"{server.url}/shown"), other)
+
+
+@pytest.fixture
+def growing(near, tmp_path):
+    return Path(shutil.copytree(near, tmp_path / "growing"))
+
+
+def test_a_run_keeps_its_generation_while_the_cache_grows_and_is_opened_anew_beside_it(growing, root):
+    want = [(b.rows, b.texts, b.features) for b in FeatureStream([Cache.open(growing)], RULES, 5, epochs=2)]
+    with serve(growing) as server:
+        run = Cache.open(server.url)
+        stream = FeatureStream([run], RULES, 5, epochs=2)
+        loaded = DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+        batches = iter(stream)
+        got = [next(batches) for _ in range(3)]
+        grow(growing, n=6, shards=2, utt_00003="another recording")
+        new = Cache.open(server.url)
+        assert (len(new), new.generation, run.generation) == (54, 1, 0)
+        assert same(new, growing)
+        assert len(list(root.glob("*/CACHE.json"))) == 1
+        for each in ([*got, *batches], loaded):  # in this process, and in one that starts only now
+            assert all((b.rows, b.texts) == w[:2] and b.features.equal(w[2]) for b, w in zip(each, want, strict=True))
+        again = Cache.open(server.url, generation=0)
+        assert (again.manifest_id, again.manifest_id != new.manifest_id) == (run.manifest_id, True)
+        assert server.count("000000.tar") == server.count("manifests/000.parquet") == 1
+
+
+def test_a_mirror_that_was_opened_before_the_cache_grew_reads_what_another_process_has_seen_since(growing, root):
+    with serve(growing) as server:
+        mirror = Mirror.open(server.url)
+        grow(growing)
+        assert same(Cache.open(server.url), growing)
+        assert same(Cache.open(mirror), growing)
+
+
+def test_an_outdated_answer_takes_no_generation_from_its_readers(growing, root):
+    outdated = Layout(growing).cache.read_bytes()
+    with serve(growing) as server:
+        grow(growing)
+        far = Cache.open(server.url)
+        current = Layout(growing).cache.read_bytes()
+        Layout(growing).cache.write_bytes(outdated)
+        Cache.open(server.url, generation=0)
+        Layout(growing).cache.write_bytes(current)
+        assert same(pickle.loads(pickle.dumps(far)), growing)
+
+
+def test_a_cache_whose_last_generation_was_replaced_disturbs_no_reader_of_the_old_one(growing, root, tmp_path):
+    other = Path(shutil.copytree(growing, tmp_path / "other"))
+    grow(growing, n=6, seed=1)
+    grow(other, n=6, seed=2, prefix="other")
+    with serve(growing) as server:
+        old = Cache.open(server.url)
+        server.folder = other
+        assert same(Cache.open(server.url), other)
+        for row in range(48, 54):
+            with pytest.raises(UserError, match="belongs to another cache"):
+                old.features(row)
+        server.folder = growing
+        assert same(old, growing)
+
+
+def test_the_tables_of_a_folder_are_fetched_once_and_again_if_they_are_damaged(near, root):
+    with serve(near) as server:
+        Cache.open(server.url)
+        Cache.open(server.url)
+        tables = [*root.glob("*/manifests/*.parquet"), *root.glob("*/labels/*.parquet")]
+        assert [server.count(path.name) for path in tables] == [2, 1]  # manifest and failures have one name
+        for path in tables:
+            flip(path, 40)
+        assert same(Cache.open(server.url), near)
+        assert [server.count(path.name) for path in tables] == [3, 2]
+
+
+def test_a_label_set_that_is_added_is_found_at_the_next_opening(growing, root):
+    with serve(growing) as server:
+        run = Cache.open(server.url)
+        with pytest.raises(UserError, match=r"'http.*' has no label set 'mine': choose one of 'source'"):
+            Cache.open(server.url, "mine")
+        add_labels(Layout(growing), pa.table({"key": ["utt-00002"], "text": ["mine"]}), "mine", "test")
+        far = Cache.open(server.url, "mine")
+        assert (len(far), far.strings("text", [0])) == (1, ["mine"])
+        assert np.array_equal(far.features(0), run.features(2))
+        assert len(pickle.loads(pickle.dumps(run))) == 48
+
+
+def test_labels_that_lie_about_their_file_are_refused(growing, root):
+    reseal(growing / "labels" / "LABELS.json", lambda tree: tree["sets"][0]["file"].update(sha256="0" * 64))
+    with serve(growing) as server, pytest.raises(UserError, match=r"labels/source-.* \(its sha256 does not match"):
+        Cache.open(server.url)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda tree: tree["spec"].update(schema_version=1),
+            "has cache format 1, this earshard reads 2: extract again",
+        ),
+        (lambda tree: tree.update(feature_id="0" * 64), r"has a CACHE\.json with missing or invalid fields"),
+        (lambda tree: tree["counts"].update(bytes=10**400), r"has a CACHE\.json with missing or invalid fields"),
+        (lambda tree: tree["generations"].clear(), r"has a CACHE\.json with missing or invalid fields"),
+    ],
+)
+def test_a_cache_file_of_a_stranger_is_refused_in_a_sentence(growing, root, change, sentence):
+    reseal(Layout(growing).cache, change)
+    with serve(growing) as server, pytest.raises(UserError, match=sentence):
+        Cache.open(server.url)
 
 
 def test_a_record_of_another_cache_is_refused(near, root, tmp_path):

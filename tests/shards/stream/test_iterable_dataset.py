@@ -13,14 +13,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_cache import flip, make_cache, original
+from tiny_cache import flip, grow, make_cache, original
+from tiny_labels import write_labels, write_two_tasks
 from torch.utils.data import DataLoader
 
 from shards.errors import UserError
 from shards.read.cache import Cache
 from shards.stream import prefetch as ahead
 from shards.stream.batch import Batch
-from shards.stream.iterable_dataset import FeatureStream
+from shards.stream.iterable_dataset import STATE_VERSION, FeatureStream
 from shards.stream.prefetch import BufferPool
 from shards.stream.sampler import SamplerConfig
 
@@ -314,7 +315,7 @@ def test_a_garbled_state_is_refused_in_one_sentence(caches, change):
     with pytest.raises(UserError, match=r"^not a "):
         stream(caches).load_state_dict({**stream(caches).state_dict(), **change})
     with pytest.raises(UserError, match="'feature_id' is missing"):
-        stream(caches).load_state_dict({"version": 2})
+        stream(caches).load_state_dict({"version": STATE_VERSION})
 
 
 def test_caches_of_other_features_are_refused_with_the_field_that_differs(caches, tmp_path):
@@ -371,3 +372,82 @@ def test_bad_ranks_and_rows_are_reported(caches):
     assert stream(caches).concat_cache.locate(40) == (caches[1], 0)
     with pytest.raises(IndexError):
         stream(caches).concat_cache.locate(63)
+
+
+def test_a_batch_has_the_prompts_and_tasks_of_its_rows_and_none_without_such_columns(caches, tmp_path):
+    assert all(batch.prompts == batch.tasks == [""] * len(batch.rows) for batch in stream(caches, epochs=1))
+    path = caches[0].path
+    rows = [{"key": f"utt-{i:05d}", "text": "yes", "prompt": f"Is it {i}?", "task": "ask"} for i in range(40)]
+    asked = Cache.open(path, write_labels(tmp_path / "ask.csv", rows))
+    seen = {}
+    for batch in stream([asked, caches[1]], epochs=1):
+        seen.update(zip(batch.keys, zip(batch.prompts, batch.tasks, strict=True), strict=True))
+    assert seen["utt-00007"] == ("Is it 7?", "ask")
+    assert seen["other-00007"] == ("", "")
+
+
+def test_rows_that_share_features_are_read_once_each_with_their_own_texts(caches, tmp_path):
+    both = Cache.open(caches[0].path, write_two_tasks(caches[0].path, tmp_path / "two.csv"))
+    seen = [
+        (key, task, text, features[0, 0].item())
+        for batch in stream([both], epochs=1)
+        for key, task, text, features in zip(batch.keys, batch.tasks, batch.texts, batch.features, strict=True)
+    ]
+    assert len(seen) == len(set(seen)) == 80
+    table = both.manifest
+    wanted = zip(*(table[name].to_pylist() for name in ("key", "task", "text")), strict=True)
+    assert sorted(row[:3] for row in seen) == sorted(wanted)
+    assert len({(key, value) for key, _, _, value in seen}) == 40  # the features belong to the key
+
+
+def test_tasks_are_mixed_by_their_weights_from_one_cache(caches, tmp_path):
+    both = Cache.open(caches[0].path, write_two_tasks(caches[0].path, tmp_path / "two.csv"))
+    rules = SamplerConfig(batch_size=6, weights={"transcribe": 2, "count": 0.25})
+    tasks = [task for batch in stream([both], rules, epochs=4) for task in batch.tasks]
+    assert (tasks.count("transcribe"), tasks.count("count")) == (320, 40)
+    for weights, message in [
+        ({"transcribe": 1}, r"weights lack the task 'count': .* are 'count', 'transcribe'$"),
+        ({"transcribe": 1, "count": 1, "tarnslate": 1}, "weights name a task 'tarnslate'"),
+        ((1.0, 1.0), "weights has 2 numbers for 1 caches"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            stream([both], SamplerConfig(batch_size=6, weights=weights))
+    counted = np.flatnonzero(np.array(both.manifest["task"].to_pylist()) == "count")
+    stream([both], SamplerConfig(batch_size=6, weights={"count": 1}), rows=counted)  # of the rows that are read
+
+
+def test_the_weight_of_a_row_says_how_often_an_epoch_reads_it(caches, tmp_path):
+    rows = [{"key": f"utt-{i:05d}", "text": "a", "weight": [0.5, 1, 3][i % 3]} for i in range(40)]
+    weighted = Cache.open(caches[0].path, write_labels(tmp_path / "weights.csv", rows))
+    keys = [key for batch in stream([weighted, caches[1]], epochs=2) for key in batch.keys]
+    assert all(keys.count(row["key"]) == 2 * row["weight"] for row in rows)
+    assert keys.count("other-00000") == 2
+
+
+@pytest.mark.parametrize("weights", [(0.5, 2.0), {"": 0.5}])
+def test_a_weighted_stream_resumes_from_its_state_as_json(caches, weights):
+    rules = SamplerConfig(batch_size=6, weights=weights)
+    whole = list(stream(caches, rules))
+    again = stream(caches, rules)
+    again.load_state_dict(json.loads(json.dumps(whole[2].state)))
+    assert rows_of(again) == rows_of(whole[3:])
+
+
+def test_a_state_of_other_labels_is_refused(caches, tmp_path):
+    state = stream(caches).state_dict()
+    rows = [{"key": f"utt-{i:05d}", "text": "corrected"} for i in range(40)]
+    other = Cache.open(caches[0].path, write_labels(tmp_path / "other.csv", rows))
+    with pytest.raises(UserError, match=r"the state belongs to another stream: labels is \["):
+        stream([other, caches[1]]).load_state_dict(state)
+
+
+def test_a_stream_on_an_earlier_generation_of_a_grown_cache_is_the_stream_before_it_grew(tmp_path):
+    before = Cache.open(make_cache(tmp_path / "cache", n=20))
+    batches = list(stream([before]))
+    grow(tmp_path / "cache")
+    after = Cache.open(tmp_path / "cache", before.labels.id, generation=0)
+    again = stream([after])
+    again.load_state_dict(batches[1].state)
+    assert rows_of(again) == rows_of(batches[2:])
+    with pytest.raises(UserError, match="another stream: manifests is"):
+        stream([Cache.open(tmp_path / "cache")]).load_state_dict(batches[1].state)

@@ -4,17 +4,21 @@ import numpy as np
 import pytest
 import torch
 from extraction import run, words, write_corpus
-from tiny_cache import make_cache, without
+from tiny_cache import append, make_cache, plan_row, without
+from tiny_labels import write_two_tasks
 from tiny_whisper import write_tiny_whisper
 
-from shards.commit.finalize import finalize
-from shards.commit.writer import ShardWriter
 from shards.errors import UserError
-from shards.format.layout import Layout, read_plan
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
 from shards.stream.join import join
 from shards.stream.sampler import SamplerConfig
+
+TEXT = {"key": "utt-00000", "text": "one"}
+
+
+def zeros(key: str, frames: int) -> np.ndarray:
+    return np.zeros((frames, 4), np.float32)
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def test_layers_of_one_extraction_join_completely(tmp_path):
     write_corpus(corpus, 4)
     root, whisper = tmp_path / "root", write_tiny_whisper(tmp_path / "whisper")
     assert run(words(root, corpus, whisper, "encoder.layers=[0,1,2]")) == 0
-    caches = [Cache.open(path) for path in sorted(root.glob("*/*"))]
+    caches = [Cache.open(path.parent) for path in sorted(root.glob("*/*/CACHE.json"))]
     joined = join(caches)
     assert (len(joined), joined.num_missing, len(joined.caches)) == (4, 0, 3)
     assert np.array_equal(joined.rows, np.repeat(np.arange(4)[:, None], 3, axis=1))
@@ -78,14 +82,20 @@ def test_what_does_not_belong_together_is_refused(layers, tmp_path):
 
 def test_a_key_with_other_audio_is_refused(layers, tmp_path):
     path = make_cache(tmp_path / "changed", n=20, channels=4)
-    old, layout = Cache.open(path), Layout(path)
-    plan = read_plan(layout)
-    index = iter(range(len(old)))
-    for shard in range(plan.num_shards):
-        with ShardWriter(layout, shard, old.spec, plan.id, "other") as writer:
-            for row in plan.shard_rows(shard):
-                writer.add(row, old.features(next(index)).astype(np.float32), samples=320, audio_sha256="0" * 64)
-            writer.commit({"seconds": 0.0})
-    finalize(layout, old.spec, plan, "other", {})
+    append(path, Cache.open(path).spec, [plan_row("utt-00000", 9 * 320, 3, 0, "another.wav")], [TEXT], zeros)
     with pytest.raises(UserError, match="'utt-00000' has other audio"):
         join([layers[0], Cache.open(path)])
+
+
+def test_rows_of_a_label_set_share_the_features_of_their_key_in_every_cache(layers, tmp_path):
+    labels = write_two_tasks(layers[0].path, tmp_path / "two.csv")
+    joined = join([Cache.open(layers[0].path, labels, max_label_problems=1), layers[1]])
+    assert len(joined) == 38
+    first, second = joined.caches
+    for one, two in joined.rows.tolist():
+        assert first.row(one)["key"] == second.row(two)["key"]
+    batches = FeatureStream([first], SamplerConfig(batch_size=8), 0, rows=joined.rows[:, 0], epochs=1)
+    for batch in batches:
+        for key, frames, features in zip(batch.keys, batch.lengths.tolist(), joined.layers(batch)[1], strict=True):
+            index = second.manifest["key"].to_pylist().index(key)
+            assert np.array_equal(features[:frames].numpy(), second.features(index))

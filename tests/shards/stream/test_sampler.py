@@ -236,6 +236,11 @@ GOLDEN_WORDS = [12219508911059832398, 17188035296609076471]
 GOLDEN_ORDER = "2e1dac9b9cf09c503926dffb2ce9fc2d6a4bc93775e2846bae71aa5f76233573"
 
 
+def groups_of(caches) -> np.ndarray:
+    """Return the cache of each row, where cache c holds the rows ``caches[c]:caches[c + 1]``."""
+    return np.repeat(np.arange(len(caches) - 1), np.diff(caches))
+
+
 @st.composite
 def weighted(draw):
     frames = np.asarray(draw(st.lists(st.integers(1, 50), min_size=4, max_size=60)))
@@ -248,7 +253,7 @@ def weighted(draw):
         shuffle=draw(st.sampled_from(["none", "shard", "window", "global"])),
         weights=tuple(draw(weight) for _ in caches[1:]),
     )
-    return BatchSampler(frames, edges, rules, draw(st.integers(0, 9)), caches=caches), caches
+    return BatchSampler(frames, edges, rules, draw(st.integers(0, 9)), groups=groups_of(caches)), caches
 
 
 @given(weighted(), st.integers(1, 12))
@@ -272,7 +277,9 @@ def test_weights_take_every_row_of_a_cache_as_often_as_any_other_up_to_once(give
 
 def test_an_epoch_holds_the_weighted_part_of_each_cache_up_to_one_row_a_shard():
     rules = SamplerConfig(batch_size=8, window_shards=2, weights=(0.3, 1.0, 2.5))
-    order = BatchSampler(durations(3000), np.arange(0, 3001, 100), rules, seed=4, caches=[0, 1000, 2000, 3000])
+    order = BatchSampler(
+        durations(3000), np.arange(0, 3001, 100), rules, seed=4, groups=groups_of([0, 1000, 2000, 3000])
+    )
     for epoch in range(4):
         rows = np.concatenate(epoch_of(order, epoch))
         for cache, weight in enumerate(rules.weights):
@@ -305,11 +312,65 @@ def test_weights_of_one_are_the_order_without_weights():
     arguments = (durations(300), [0, 100, 200, 300])
     plain = BatchSampler(*arguments, SamplerConfig(batch_size=8, window_shards=2), 5)
     same = BatchSampler(
-        *arguments, SamplerConfig(batch_size=8, window_shards=2, weights=(1.0, 1.0)), 5, caches=[0, 100, 300]
+        *arguments, SamplerConfig(batch_size=8, window_shards=2, weights=(1.0, 1.0)), 5, groups=groups_of([0, 100, 300])
     )
     assert epoch_of(plain, 1) == epoch_of(same, 1)
 
 
-def test_as_many_weights_as_caches_are_wanted():
-    with pytest.raises(UserError, match="weights has 1 numbers for 2 caches: set one for each cache"):
-        BatchSampler([1, 2], [0, 1, 2], SamplerConfig(batch_size=2, weights=(2.0,)), 0, caches=[0, 1, 2])
+def test_the_weighted_order_never_changes_between_versions():
+    frames = np.arange(500) * 7919 % 750 + 100
+    rules = SamplerConfig(max_frames=6000, window_shards=3, weights=(0.4, 1.5))
+    order = BatchSampler(frames, np.arange(0, 501, 50), rules, seed=2024, groups=groups_of([0, 150, 500]))
+    text = repr([epoch_of(order, epoch) for epoch in range(2)])
+    assert hashlib.sha256(text.encode()).hexdigest() == GOLDEN_WEIGHTED_ORDER
+
+
+GOLDEN_WEIGHTED_ORDER = "083c1e9279a7f2d4c4f10294c25dff220f62c2f46053876d8d12939b4bef14a9"
+
+
+def times_read(order: BatchSampler, epoch: int) -> np.ndarray:
+    return np.bincount(np.concatenate(epoch_of(order, epoch)), minlength=len(order.frames))
+
+
+def test_groups_that_share_shards_are_each_mixed_exactly_up_to_one_row_a_shard_and_epoch():
+    groups = np.random.default_rng(0).choice(3, 3000, p=[0.6, 0.39, 0.01])
+    rules = SamplerConfig(batch_size=8, window_shards=2, weights={"a": 1.0, "b": 0.25, "c": 2.5})
+    order = BatchSampler(durations(3000), np.arange(0, 3001, 300), rules, seed=4, groups=groups)
+    total = np.zeros(3000)
+    for epoch in range(4):
+        times = times_read(order, epoch)
+        total += times
+        for group, weight in enumerate(rules.weights.values()):
+            assert abs(times[groups == group].sum() - weight * (groups == group).sum()) <= 10
+    assert set(total[groups == 1]) == {1}  # a quarter in each of four epochs
+    assert set(total[groups == 2]) == {10}
+
+
+def test_one_row_of_a_rare_group_in_each_shard_is_not_left_to_the_same_epoch_everywhere():
+    groups = (np.arange(4000) % 20 == 0).astype(int)
+    rules = SamplerConfig(batch_size=8, weights={"common": 1.0, "rare": 0.25})
+    order = BatchSampler(durations(4000), np.arange(0, 4001, 20), rules, seed=0, groups=groups)
+    for epoch in range(4):
+        assert 30 <= times_read(order, epoch)[groups == 1].sum() <= 70  # 50 of 200
+
+
+def test_the_weight_of_a_row_multiplies_that_of_its_group():
+    own = np.random.default_rng(0).choice([0.0, 0.5, 1.0, 3.0], 600)
+    rules = SamplerConfig(batch_size=8, weights=(0.5, 1.0))
+    groups = np.arange(600) // 300
+    order = BatchSampler(durations(600), np.arange(0, 601, 100), rules, 0, groups=groups, row_weights=own)
+    total = sum(times_read(order, epoch) for epoch in range(4))
+    assert (total == 4 * own * np.array(rules.weights)[groups]).all()
+
+
+def test_equal_weights_of_rows_are_the_order_without_weights():
+    arguments = (durations(300), [0, 100, 200, 300], SamplerConfig(batch_size=8, window_shards=2), 5)
+    assert epoch_of(BatchSampler(*arguments)) == epoch_of(BatchSampler(*arguments, row_weights=np.ones(300)))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), 1001.0])
+def test_a_row_whose_weight_cannot_be_used_is_named(weight):
+    with pytest.raises(UserError, match=r"row 1 has the weight .*from 0 to 1000 in the column weight"):
+        BatchSampler([1, 2], [0, 2], SamplerConfig(batch_size=2), 0, row_weights=[1.0, weight])
+    with pytest.raises(UserError, match="all utterances have weight 0"):
+        BatchSampler([1, 2], [0, 2], SamplerConfig(batch_size=2), 0, row_weights=[0.0, 0.0])

@@ -46,6 +46,15 @@ def test_a_pattern_finds_the_one_cache_it_matches(marked, tmp_path):
     assert find_cache(str(marked)) == str(marked)
 
 
+def test_the_name_of_a_corpus_finds_its_one_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = make_cache(tmp_path / "caches" / "clips" / "whisper-L2-f16-0001", 5)
+    assert find_cache("clips") == str(cache.relative_to(tmp_path))
+    assert find_cache("others") is None
+    (tmp_path / "clips").mkdir()  # a folder of that name is meant first
+    assert find_cache("clips") is None
+
+
 def test_an_ambiguous_pattern_is_rejected_with_what_it_matches(marked, tmp_path):
     other = make_cache(tmp_path / "speech-3c4d" / "whisper-L2-f16-0001", 5)
     with pytest.raises(UserError, match="matches 2 caches") as error:

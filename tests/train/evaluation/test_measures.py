@@ -96,7 +96,7 @@ def test_the_text_only_loss_is_that_of_the_language_model_without_soft_tokens(mo
 
 def test_the_share_of_silent_inputs_with_words_is_counted(model, reader, monkeypatch):
     said = ["go left", "", " … ", "no"]
-    answer = lambda self, features, mask, most: [[said[len(mask) % 4]] * len(mask)]  # noqa: E731
+    answer = lambda self, features, mask, most, rows: [[said[len(mask) % 4]] * len(mask)]  # noqa: E731
     monkeypatch.setattr(ModelList, "generate", answer)
     (found,) = measure_hallucination(ModelList([model]), reader, Silence(np.zeros((1, 8), np.float32), "test"), 4)
     lengths = min(16, len(set(reader.frames)))
@@ -127,7 +127,7 @@ class Oracle(torch.nn.Module):
         self.prompt, self.lm, self.soft_tokens = model.prompt, model.lm, model.soft_tokens
         self.frame_counts = frames_of
 
-    def candidate_nll(self, features, mask, texts):
+    def candidate_nll(self, features, mask, texts, row):
         return torch.tensor([float(self.frame_counts[text] != int(mask.sum())) for text in texts])
 
 

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 import train.model.prompt
 from shards.errors import UserError
 from train.config.model import PromptConfig
+from train.data.instructions import Instructions
 from train.lms.hf.model import HfTokenizer
 from train.lms.nanochat.model import ByteTokenizer
-from train.model.prompt import Prompt
+from train.model.prompt import Prompt, PromptRow
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,40 @@ def test_the_byte_tokenizer_recognizes_bos_in_the_template():
 def test_options_and_prompt_are_imported_without_torch():
     code = "import sys, train.config.model, train.model.prompt; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_row_shows_its_own_prompt_else_a_drawn_instruction_else_that_of_the_settings(tokenizer):
+    config = PromptConfig(template="slam", instruction="Write.")
+    drawn = Prompt(config, tokenizer, Instructions({"count": ["How many?"]}))
+    rows = [PromptRow("a", "count", "Is it red?", 0), PromptRow("a", "count", "", 0), PromptRow("a", "other", "", 0)]
+    assert [drawn.instruction(row) for row in rows] == ["Is it red?", "How many?", "Write."]
+    prefixes, suffixes = drawn.ids(rows)
+    assert prefixes == [[], [], []]
+    assert [tokenizer.decode(ids) for ids in suffixes] == [
+        " USER: Is it red? ASSISTANT: ", " USER: How many? ASSISTANT: ", " USER: Write. ASSISTANT: "
+    ]  # fmt: skip
+
+
+def test_instructions_are_drawn_again_in_each_epoch_of_training_and_never_in_evaluations(tokenizer):
+    def drawn(seed, val_seed, epoch):
+        listed = Instructions({"": ["a", "b", "c", "d"]})
+        prompt = Prompt(PromptConfig(template="slam"), tokenizer, listed, seed, val_seed)
+        return [prompt.instruction(PromptRow(f"utt-{i}", epoch=epoch)) for i in range(40)]
+
+    assert drawn(0, 0, 0) == drawn(0, 1, 0)
+    assert drawn(0, 0, 0) != drawn(0, 0, 1)
+    assert drawn(0, 0, None) == drawn(1, 0, None)
+    assert drawn(0, 0, None) != drawn(0, 1, None)
+
+
+def test_rows_with_one_instruction_share_its_ids(tokenizer):
+    prompt = Prompt(PromptConfig(template="slam"), tokenizer)
+    _, suffixes = prompt.ids([PromptRow("a", prompt="Count."), PromptRow("b"), PromptRow("c", prompt="Count.")])
+    assert suffixes[0] is suffixes[2]
+    assert suffixes[1] is prompt.suffix
+
+
+def test_instructions_to_draw_from_need_a_template_that_shows_them():
+    with pytest.raises(ValueError, match=r"prompts needs a template with {instruction}"):
+        PromptConfig(prompts="prompts.txt")
+    assert [PromptConfig(template=name).has_instruction for name in ("plain", "slam", "chat")] == [False, True, True]

@@ -95,7 +95,7 @@ def test_two_makers_share_a_bucket(gcs, loses):
     url = "gs://bucket/made"
     a, b = BucketStore(url), BucketStore(url)
     gcs.loses = loses
-    plan = a.write_plan(plan_table())
+    plan = a.write_plan(0, [plan_table()])
     with a.hold_leases("a"), b.hold_leases("b"):
         assert a.acquire(0)
         assert not b.acquire(0)
@@ -104,11 +104,17 @@ def test_two_makers_share_a_bucket(gcs, loses):
         assert b.acquire(None)
         b.release(None)
         finish(b, plan)
-    assert a.is_complete(SPEC.feature_id, plan.id)
-    shards = [f"shards/{i:06d}.{kind}" for i in range(3) for kind in ("tar", "parquet", "json")]
-    names = {"plan.parquet", "manifest.parquet", "failures.parquet", "CACHE.json", *shards}
-    assert {name.removeprefix("made/") for _, name in gcs.objects} == names
-    assert [name for name in gcs.puts if name.endswith(".tar")] == [f"made/shards/{i:06d}.tar" for i in range(3)]
+        growth = b.write_plan(1, [plan_table(1, first=3)])
+        make(b, growth)
+        finish(b, growth, 1)
+    assert a.lists_plan(SPEC.feature_id, plan.id)
+    assert a.lists_plan(SPEC.feature_id, growth.id)
+    shards = [f"shards/{i:06d}.{kind}" for i in range(4) for kind in ("tar", "parquet", "json")]
+    tables = [f"{kind}/{i:03d}.parquet" for kind in ("plans", "manifests", "failures") for i in range(2)]
+    labels = ["LABELS.json", a.labels().current("source").file.name]
+    wanted = {"CACHE.json", "finish.claim", *tables, *shards, *(f"labels/{name}" for name in labels)}
+    assert {name.removeprefix("made/") for _, name in gcs.objects} == wanted
+    assert [name for name in gcs.puts if name.endswith(".tar")] == [f"made/shards/{i:06d}.tar" for i in range(4)]
 
 
 @pytest.mark.slow
@@ -116,10 +122,12 @@ def test_what_was_made_in_google_cloud_storage_is_a_sound_cache(gcs):
     pytest.importorskip("gcsfs")
     url = "gs://bucket/made"
     store = BucketStore(url)
-    plan = store.write_plan(plan_table())
+    plans = [store.write_plan(0, [plan_table()]), store.write_plan(1, [plan_table(1, first=3)])]
     with store.hold_leases("a"):
-        make(store, plan)
-        finish(store, plan)
+        for generation, plan in enumerate(plans):
+            make(store, plan)
+            finish(store, plan, generation)
+    assert len(Cache.open(url)) == 8
     assert verify(url, deep=True) == []
 
 
