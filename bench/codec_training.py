@@ -27,7 +27,7 @@ from tqdm import tqdm
 from pipeline.audio import decode
 from pipeline.config import ExtractConfig
 from pipeline.encoders.recording import encode_recording
-from pipeline.extract.job import Job, prepare_job, provenance
+from pipeline.extract.job import Job, prepare, provenance
 from pipeline.extract.loop import finish_caches
 from shards.commit.writer import ShardWriter
 from shards.config.base import load_config
@@ -69,12 +69,12 @@ def command(argv: Sequence[str]) -> int:
 
 def extract(out: Path, config: str, overrides: list[str], codecs: list[str]) -> dict[str, Path]:
     """Return a complete cache per codec under ``out``, all from one plan (one shard) and one encoder pass."""
-    jobs = {}
+    caches, todo = {}, []
     for codec in codecs:
         words = [*overrides, f"root={out}/caches", f"codec={codec}", "shard_mb=1e6"]
-        jobs[codec] = prepare_job(load_config(ExtractConfig, config, words))
-    caches = {codec: job.targets[0].layout.path for codec, job in jobs.items()}
-    todo = [job for job in jobs.values() if not job.is_complete()]
+        extraction = prepare(load_config(ExtractConfig, config, words))
+        caches[codec] = extraction.targets[0].layout.path
+        todo += extraction.jobs()
     if todo:
         fill(todo)
     return caches
@@ -89,6 +89,8 @@ def fill(jobs: list[Job]) -> None:
             for job in jobs
         ]
         rows, spec = first.plan.shard_rows(0), first.targets[0].spec
+        keys = [row["key"] for row in rows]
+        labels = dict(zip(keys, first.labels.find(keys), strict=True))
         audio = first.source.read([row["audio"] for row in rows])
         for row, (_, data) in zip(tqdm(rows, desc="encode"), audio, strict=True):
             if isinstance(data, Exception):
@@ -96,13 +98,13 @@ def fill(jobs: list[Job]) -> None:
             samples = decode(data)
             found = encode_recording(samples, first.encoder, [spec.layer], overlap=spec.overlap, trim=spec.trim)
             for writer in writers:
-                digest = hashlib.sha256(data).hexdigest()
-                writer.add(row, found[spec.layer], samples=len(samples), audio_sha256=digest)
+                digest = hashlib.sha256(data).digest()
+                writer.add(row, found[spec.layer], samples=len(samples), audio_id=digest, labels=labels[row["key"]])
         for writer in writers:
             writer.commit({"seconds": time.perf_counter() - started})
     for job in jobs:
         with job.hold_leases():
-            finish_caches(job.targets, job.plan, provenance(job), time.perf_counter() - started)
+            finish_caches(job.targets, 0, job.plan, provenance(job), time.perf_counter() - started)
 
 
 def train(config: str, cache: Path, out: Path, codec: str, seed: int, steps: int) -> dict[str, float]:

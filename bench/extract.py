@@ -84,7 +84,7 @@ def watch(process: subprocess.Popen[bytes]) -> float:
 
 def clips_of(cache: Cache) -> list[np.ndarray]:
     """Return the decoded audio of every row, in manifest order."""
-    source = open_source(recorded_config(cache.info, cache.path).source)
+    source = open_source(recorded_config(cache.provenance, cache.path).source)
     read = source.read(cache.manifest["audio"].to_pylist())
     return [decode(data) for _, data in read if isinstance(data, bytes)]
 

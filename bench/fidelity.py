@@ -35,8 +35,8 @@ def main() -> None:
     args = parser.parse_args()
 
     cache = Cache.open(args.cache)
-    source = open_source(recorded_config(cache.info, cache.path).source)
-    weights = resolve_weights(cache.info["provenance"]["encoder"]["reference"], role="encoder")
+    source = open_source(recorded_config(cache.provenance, cache.path).source)
+    weights = resolve_weights(cache.provenance["encoder"]["reference"], role="encoder")
     extractor = WhisperFeatureExtractor(feature_size=cache.spec.frontend["n_mels"])
     encoder = WhisperModel.from_pretrained(weights.folder, dtype=torch.float32).encoder.eval()
     audio = dict(zip(cache.manifest["key"].to_pylist(), cache.manifest["audio"].to_pylist(), strict=True))

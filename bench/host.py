@@ -22,7 +22,6 @@ import os
 import resource
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 
 CHANNELS = {"whisper-base": 512, "large-v3": 1280}
@@ -60,7 +60,7 @@ class NullEncoder:
 
     family, name, n_layers, hop, sampling_rate = "null", "null", 1, HOP, RATE
     window_samples, margin, frontend, dtype, device = WINDOW, 0.0, dict[str, Any](), "float32", "cpu"
-    window = "full30"
+    window, loaded = "full30", True
     tensors = "0" * 64
 
     def __init__(self, channels: int, batch_size: int) -> None:
@@ -79,9 +79,9 @@ class Ready:
     def __init__(self, samples: dict[str, np.ndarray]) -> None:
         self._samples = samples
 
-    def read(self, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, np.ndarray]]:
+    def read(self, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes, np.ndarray]]:
         for row in rows:
-            yield row, "0" * 64, self._samples[row["audio"]]
+            yield row, bytes(32), self._samples[row["audio"]]
 
 
 def write_clips(folder: Path, clips: int) -> None:
@@ -102,9 +102,12 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
     from pipeline.audio import decode
     from pipeline.config import ExtractConfig
     from pipeline.extract.job import Job, Target, feature_spec, provenance, schedule
+    from pipeline.extract.labels import LabelLookup, source_labels
+    from pipeline.extract.listing import list_source
     from pipeline.extract.loop import finish_caches, make_shards
-    from pipeline.extract.plan import count_windows, list_utterances, make_plan
+    from pipeline.extract.plan import count_windows, make_plan
     from pipeline.extract.progress import ProgressBar
+    from pipeline.extract.reuse import Reuse
     from pipeline.extract.shard import open_decoders
     from pipeline.extract.stats import ExtractionStats
     from pipeline.sources import open_source
@@ -117,29 +120,41 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
         tree = {"root": root, "source": source, "codec": setting.codec, "workers": workers}
         config = validate_config(ExtractConfig, tree, "bench/host.py")
         audio = open_source(config.source)
-        utterances = list_utterances(audio)
+        listing = list_source(audio, Path(root))
+        unknown = pa.array([bytes(32)] * len(listing.table), pa.binary(32))
         table = make_plan(
-            utterances, shuffle=True, seed=0, frame_bytes=2 * encoder.channels, hop=HOP, padded_frames=None, shard_mb=64
+            listing.table,
+            np.arange(len(listing.table)),
+            unknown,
+            shuffle=True,
+            seed=0,
+            frame_bytes=2 * encoder.channels,
+            hop=HOP,
+            padded_frames=None,
+            shard_mb=64,
         )
-        target = Target(1, open_store(f"{root}/corpus/cache"), feature_spec(config, encoder, 1))
+        target = Target(1, open_store(f"{root}/corpus/cache", None), feature_spec(config, encoder, 1))
+        plan = target.store.write_plan(0, table)
+        target.store.add_labels(source_labels(listing), "source", "bench")
         weights = Weights(Path(root), "null", "")
-        job = Job(config, audio, encoder, weights, [target], target.store.write_plan(table), "0" * 64)
+        reuse, labels = [Reuse(target.spec, plan, ())], LabelLookup(target.store)
+        job = Job(config, audio, encoder, weights, [target], 0, plan, reuse, labels)
         schedule(job)
-        uris = [utterance.audio for utterance in utterances]
+        uris = listing.table["audio"].to_pylist()
         ready = {} if setting.decode else {uri: decode(data) for uri, data in audio.read(uris)}  # type: ignore[arg-type]
         recorded, stats = provenance(job), ExtractionStats()  # imports torch before timing starts
         since, used = time.perf_counter(), processor_seconds()
         with (
             job.hold_leases(),
-            ProgressBar(Counter(table["shard"].to_pylist()), str) as progress,
+            ProgressBar(plan.sizes, str) as progress,
             open_decoders(job, stats.stage_times) as decoders,
         ):
             make_shards(job, stats, decoders if setting.decode else Ready(ready), progress)  # type: ignore[arg-type]
-            finish_caches(job.targets, job.plan, recorded, 0.0)
+            finish_caches(job.targets, 0, plan, recorded, 0.0)
         stats.stage_times.wall_seconds = time.perf_counter() - since
         if stats.failures:
             raise SystemExit(f"{len(stats.failures)} utterances failed, the first: {stats.failures[0]}")
-        windows = count_windows(table, encoder, config.overlap)
+        windows = count_windows(plan.samples, encoder, config.overlap)
         spent = 1000 * (processor_seconds() - used) / windows
         found.put(
             Figures(

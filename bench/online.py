@@ -75,8 +75,8 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
     config = load_config(TrainConfig, "configs/train/demo.yaml", [f"caches={path}"])
     device = choose_device(arguments.device)
     dtype = choose_dtype(config.dtype, device)
-    source = open_source(recorded_config(cache.info, cache.path).source)
-    encoder = open_encoder(cache.spec, cache.info["provenance"]["encoder"]["reference"], arguments.device)
+    source = open_source(recorded_config(cache.provenance, cache.path).source)
+    encoder = open_encoder(cache.spec, cache.provenance["encoder"]["reference"], arguments.device)
     layer = cache.spec.layer
 
     def cached(batch: Batch) -> tuple[Any, Any]:
@@ -112,7 +112,7 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
     gap = max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
     slow, fast = statistics.median(with_encoder), statistics.median(with_cache)
     hours = np.sum(cache.frames) / 50 / 3600
-    print(f"{cache.info['provenance']['encoder']['reference']} (window {cache.spec.window}, {cache.spec.dtype}) + "
+    print(f"{cache.provenance['encoder']['reference']} (window {cache.spec.window}, {cache.spec.dtype}) + "
           f"{config.lm.model} ({str(dtype).removeprefix('torch.')}) on {device}, batches of {arguments.batch}, "
           f"{arguments.steps} steps, {hours * 3600:.0f} s of audio; torch {torch.__version__}, "
           f"transformers {transformers.__version__}, Python {platform.python_version()}")  # fmt: skip

@@ -3,7 +3,7 @@
     python bench/order_scale.py                                   # two minutes, 1 GB of temporary disk
     python bench/order_scale.py --rows 100000 --shards 200        # a small run
 
-Writes a cache folder without payload (CACHE.json and manifest.parquet, as the extraction would), then measures in a
+Writes a cache folder without payload (CACHE.json, manifest and label set, as the extraction would), then measures in a
 new process each time: opening the cache, the stream over it, the rows, keys and texts of the batch. The import of torch
 is reported separately. The cost of a batch's strings depends on the size of the manifest's row groups: see ``--group``.
 A quarter of the rows is measured as well; the slope between the two sizes extrapolates to 100 million rows.
@@ -18,73 +18,88 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
+WORDS = ["the", "of", "and", "to", "in", "he", "was", "that", "his", "with", "had", "as", "for", "at", "not", "said"]
 REPEATS = 3  # processes; the one with the median time is reported
 
 
 def write(folder: Path, rows: int, shards: int, group: int) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    from shards.commit.folder import add_labels
     from shards.files import file_sha256
-    from shards.format.layout import MANIFEST_SCHEMA, Layout
+    from shards.format.layout import Layout
     from shards.format.records import seal
-    from shards.format.spec import FeatureSpec
+    from shards.format.spec import SCHEMA_VERSION, FeatureSpec
 
     spec = FeatureSpec(
         family="whisper", tensors="0" * 64, frontend={"n_mels": 80}, layer=6, channels=512, hop=320,
         sampling_rate=16000, window="full30", overlap=0.0, trim="valid", dtype="float32", codec="f16",
     )  # fmt: skip
-    layout, rng = Layout(folder), np.random.default_rng(0)
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "he",
-        "was",
-        "that",
-        "his",
-        "with",
-        "had",
-        "as",
-        "for",
-        "at",
-        "not",
-        "said",
-    ]
-    texts = [" ".join(rng.choice(words, size=35)) for _ in range(5000)]
-    with pq.ParquetWriter(layout.manifest, MANIFEST_SCHEMA, compression="zstd", store_schema=False) as writer:
-        for start in range(0, rows, group):
-            place = np.arange(start, min(start + group, rows))
-            shard = place * shards // rows
-            frames = ((2 + 15 * rng.beta(2.5, 0.9, len(place))) * 50).astype(np.int32)
-            length = frames.astype(np.int64) * 1024 + 128
-            offset = np.cumsum(length) - length
-            keys = [f"utterance-{i:09d}" for i in place.tolist()]
-            empty = pa.array([""] * len(place))
-            columns = {
-                "key": keys, "id": keys, "audio": keys, "samples": frames.astype(np.int64) * 320,
-                "text": [texts[i] for i in rng.integers(0, 5000, len(place))], "speaker": empty, "split": empty,
-                "shard": shard.astype(np.int32), "row": np.zeros(len(place), np.int32), "frames": frames,
-                "codec": ["f16"] * len(place), "offset": offset, "length": length,
-                "scale_offset": np.full(len(place), -1), "scale_length": np.zeros(len(place), np.int64),
-                "crc32": rng.integers(0, 2**32, len(place), dtype=np.uint32),
-                "error": np.zeros(len(place), np.float32), "audio_sha256": empty,
-            }  # fmt: skip
-            writer.write_table(pa.table(columns, schema=MANIFEST_SCHEMA))
-    written = {"bytes": layout.manifest.stat().st_size, "sha256": file_sha256(layout.manifest)}
+    layout = Layout(folder)
+    for part in layout.folders:
+        part.mkdir(exist_ok=True)
+    manifest = layout.manifest(0)
+    write_manifest(manifest, rows, shards, group)
+    written = {"bytes": manifest.stat().st_size, "sha256": file_sha256(manifest)}
+    nothing = {"bytes": 0, "sha256": "0" * 64}
+    counts = {"utterances": rows, "shards": shards}
+    generation = {
+        "plan_id": "0" * 64, "manifest_id": "0" * 64, "first_shard": 0, "shards": shards, "counts": counts,
+        "files": {"plan": nothing, "manifest": written, "failures": nothing}, "provenance": {},
+    }  # fmt: skip
     info = {
+        "schema_version": SCHEMA_VERSION,
         "feature_id": spec.feature_id,
         "spec": spec.model_dump(),
-        "manifest_id": "0" * 64,
-        "files": {layout.manifest.name: written},
-        "counts": {"utterances": rows},
+        "generations": [generation],
+        "counts": counts,
     }
     layout.cache.write_bytes(seal(info))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        add_labels(layout, labels(rows, file), "source", "bench", reserved=True)
+
+
+def write_manifest(path: Path, rows: int, shards: int, group: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from shards.format.schemas import MANIFEST_SCHEMA
+
+    rng = np.random.default_rng(0)
+    with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd", store_schema=False) as writer:
+        for start in range(0, rows, group):
+            place = np.arange(start, min(start + group, rows))
+            frames = ((2 + 15 * rng.beta(2.5, 0.9, len(place))) * 50).astype(np.int32)
+            length = frames.astype(np.int64) * 1024 + 128
+            names = [f"utterance-{i:09d}" for i in place.tolist()]
+            columns = {
+                "key": names, "id": names, "audio": names, "samples": frames.astype(np.int64) * 320,
+                "audio_id": pa.array([rng.bytes(32) for _ in names], pa.binary(32)),
+                "shard": (place * shards // rows).astype(np.int32), "row": np.zeros(len(place), np.int32),
+                "frames": frames, "offset": np.cumsum(length) - length, "length": length,
+                "scale_offset": np.full(len(place), -1), "scale_length": np.zeros(len(place), np.int64),
+                "crc32": rng.integers(0, 2**32, len(place), dtype=np.uint32),
+                "error": np.zeros(len(place), np.float32),
+            }  # fmt: skip
+            writer.write_table(pa.table(columns, schema=MANIFEST_SCHEMA))
+
+
+def labels(rows: int, file: IO[bytes]) -> Any:
+    """Return the labels of :func:`write_manifest`'s keys as a table that is mapped from ``file``."""
+    import pyarrow as pa
+
+    rng, batch = np.random.default_rng(0), 1 << 16
+    texts = pa.array([" ".join(rng.choice(WORDS, size=35)) for _ in range(5000)])
+    schema = pa.schema([(name, pa.string()) for name in ("key", "text", "speaker", "split")])
+    with pa.ipc.new_file(file, schema) as writer:
+        for start in range(0, rows, batch):
+            names = [f"utterance-{i:09d}" for i in range(start, min(start + batch, rows))]
+            drawn, empty = texts.take(pa.array(rng.integers(0, 5000, len(names)))), pa.repeat("", len(names))
+            writer.write_batch(pa.record_batch([pa.array(names), drawn, empty, empty], schema=schema))
+    file.flush()
+    return pa.ipc.open_file(pa.memory_map(f"/proc/self/fd/{file.fileno()}")).read_all()
 
 
 def peak_mb() -> float:
@@ -94,12 +109,14 @@ def peak_mb() -> float:
 
 
 def measure(folder: Path, part: float, shuffle: str) -> dict[str, float]:
+    import pyarrow as pa
     import torch  # noqa: F401  (the import must not be timed)
 
     from shards.read.cache import Cache
     from shards.stream.iterable_dataset import FeatureStream
     from shards.stream.sampler import SamplerConfig, SamplerState
 
+    pa.array([0])  # imports pandas if it is installed
     before = peak_mb()
     begin, cpu = time.perf_counter(), time.process_time()
     cache = Cache.open(folder)
@@ -151,8 +168,9 @@ def table(rows: int, shards: int, group: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         begin = time.perf_counter()
         write(Path(name), rows, shards, group)
-        size = (Path(name) / "manifest.parquet").stat().st_size
-        print(f"{rows:,} rows, {shards:,} shards: manifest of {size / 1e6:.0f} MB, "
+        size, texts = (sum(path.stat().st_size for path in Path(name).glob(pattern)) / 1e6
+                       for pattern in ("manifests/*", "labels/*"))  # fmt: skip
+        print(f"{rows:,} rows, {shards:,} shards: manifest of {size:.0f} MB, label set of {texts:.0f} MB, "
               f"written in {time.perf_counter() - begin:.0f} s")  # fmt: skip
         print(f"{'':34}{'open s':>9}{'order s':>9}{'strings s':>11}{'total s':>9}{'peak MB':>9}{'torch alone':>13}")
         for shuffle, part in (("window", 0.0), ("window", 0.8), ("global", 0.0)):

@@ -17,45 +17,68 @@ from typing import Any
 import numpy as np
 import torch
 
+from shards.format.layout import Layout
+from shards.format.spec import FeatureSpec
+
 CHANNELS, BATCH, SHARD_MB = 512, 16, 64
+
+
+SPEC = FeatureSpec(
+    family="whisper", tensors="0" * 64, frontend={"n_mels": 80}, layer=6, channels=CHANNELS, hop=320,
+    sampling_rate=16000, window="full30", overlap=0.0, trim="valid", dtype="float32", codec="f16",
+)  # fmt: skip
+TEXT = "a sentence of about the usual length that nobody reads"
 
 
 def write_cache(folder: Path, megabytes: int) -> Path:
     """Write a cache of random features of 100 to 800 frames with the real writer; lengths are as in LibriSpeech."""
+    rng = np.random.default_rng(0)
+    count = megabytes * 1_000_000 // (2 * CHANNELS * 620)
+    frames = ((2 + 14 * rng.beta(2.5, 0.9, count)) * 50).astype(int)
+    keys = [f"utterance-{i:06d}" for i in range(count)]
+    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    shards = np.cumsum(frames) * 2 * CHANNELS // (SHARD_MB * 1_000_000)
+    write_features(folder, plan_table(keys, [f"{i}.flac" for i in range(count)], digests, frames, shards))
+    return folder
+
+
+def plan_table(keys: list[str], audio: list[str], digests: list[bytes], frames: Any, shards: Any) -> Any:
+    """Return a plan (``PLAN_SCHEMA``) of utterances with these audio ids, lengths and shards (ascending from 0)."""
+    import pyarrow as pa
+
+    from shards.format.schemas import PLAN_SCHEMA
+
+    columns = {
+        "key": keys, "id": keys, "audio": audio, "samples": np.asarray(frames, np.int64) * 320, "audio_id": digests,
+        "shard": np.asarray(shards, np.int32), "row": (np.arange(len(keys)) - np.searchsorted(shards, shards)),
+    }  # fmt: skip
+    return pa.table({**columns, "row": columns["row"].astype(np.int32)}, schema=PLAN_SCHEMA)
+
+
+def write_features(folder: Path, table: Any, spec: FeatureSpec = SPEC, text: str = TEXT) -> Layout:
+    """Write and finalize generation 0 of a cache: its plan ``table``, random features, and ``text`` for every key."""
     import pyarrow as pa
 
     from shards.commit.claims import new_owner
     from shards.commit.finalize import finalize, write_plan
+    from shards.commit.folder import add_labels
     from shards.commit.writer import ShardWriter
-    from shards.format.layout import UTTERANCE_SCHEMA, Layout
-    from shards.format.spec import FeatureSpec
 
-    spec = FeatureSpec(
-        family="whisper", tensors="0" * 64, frontend={"n_mels": 80}, layer=6, channels=CHANNELS, hop=320,
-        sampling_rate=16000, window="full30", overlap=0.0, trim="valid", dtype="float32", codec="f16",
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    count = megabytes * 1_000_000 // (2 * CHANNELS * 620)
-    frames = ((2 + 14 * rng.beta(2.5, 0.9, count)) * 50).astype(int)
-    shards = np.cumsum(frames) * 2 * CHANNELS // (SHARD_MB * 1_000_000)
-    rows = [
-        {"key": f"utterance-{i:06d}", "id": f"{i}", "audio": f"{i}.flac", "samples": int(frames[i]) * 320,
-         "speaker": "", "text": "a sentence of about the usual length that nobody reads", "split": "",
-         "shard": int(shards[i]),
-         "row": int(i - np.searchsorted(shards, shards[i]))}
-        for i in range(count)
-    ]  # fmt: skip
     layout, owner = Layout(folder), new_owner()
-    plan = write_plan(layout, pa.Table.from_pylist(rows, schema=UTTERANCE_SCHEMA), owner)
-    noise = rng.standard_normal((1000, CHANNELS), dtype=np.float32)
-    for shard in range(plan.num_shards):
+    plan = write_plan(layout, 0, [table], owner)
+    empty = pa.repeat("", len(table))
+    labels = {"key": table["key"], "text": pa.repeat(text, len(table)), "speaker": empty, "split": empty}
+    add_labels(layout, pa.table(labels), "source", "bench", reserved=True)
+    longest = int(plan.samples.max()) // 320
+    noise = np.random.default_rng(0).standard_normal((longest, spec.channels), dtype=np.float32)
+    for shard in plan.shards:
         with ShardWriter(layout, shard, spec, plan.id, owner) as writer:
             for row in plan.shard_rows(shard):
-                digest = hashlib.sha256(row["key"].encode()).hexdigest()
-                writer.add(row, noise[: row["samples"] // 320], samples=row["samples"], audio_sha256=digest)
+                features = noise[: row["samples"] // 320]
+                writer.add(row, features, samples=row["samples"], audio_id=row["audio_id"], labels={"text": text})
             writer.commit({"seconds": 0.0})
-    finalize(layout, spec, plan, owner, {})
-    return folder
+    finalize(layout, spec, 0, plan, owner, {})
+    return layout
 
 
 def pad(arrays: list[Any]) -> torch.Tensor:

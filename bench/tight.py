@@ -43,8 +43,8 @@ def extract(config: str, words: list[str], root: Path, window: list[str]) -> Cac
 def encode_times(caches: dict[str, Cache], clips: int) -> dict[str, float]:
     """Return the seconds of each variant's encoder on the same clips, in turn, best of five."""
     first = next(iter(caches.values()))
-    config = recorded_config(first.info, first.path)
-    reference = first.info["provenance"]["encoder"]["reference"]
+    config = recorded_config(first.provenance, first.path)
+    reference = first.provenance["encoder"]["reference"]
     uris = first.manifest["audio"].to_pylist()[:clips]
     audio = [decode(data) for _, data in open_source(config.source).read(uris) if isinstance(data, bytes)]
     encoders = {name: open_encoder(cache.spec, reference) for name, cache in caches.items()}

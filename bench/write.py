@@ -49,6 +49,7 @@ SPEC = FeatureSpec(
     dtype="bfloat16",
     codec="f16",
 )
+LABELS = {"text": "the text of an utterance, a line long " * 3, "speaker": "s", "split": "train"}
 Timed = Callable[[Path], tuple[float, float]]  # folder -> seconds until all members are written, until it is closed
 
 
@@ -60,8 +61,7 @@ def utterances(mb: float) -> list[tuple[dict[str, Any], np.ndarray]]:
     while left > 0:
         frames = int(rng.integers(100, 801))
         key = f"utt-{len(made):06d}"
-        about = {"key": key, "id": key, "audio": f"{key}.flac", "text": "the text of an utterance, a line long " * 3}
-        about |= {"speaker": "s", "split": "train", "shard": 0, "row": len(made), "samples": 320 * frames}
+        about = {"key": key, "id": key, "audio": f"{key}.flac", "samples": 320 * frames, "shard": 0, "row": len(made)}
         made.append((about, rng.standard_normal((frames, CHANNELS), np.float32).astype(np.float16)))
         left -= made[-1][1].nbytes
     return made
@@ -77,9 +77,11 @@ def ours(rows: list[tuple[dict[str, Any], np.ndarray]], codec: bool) -> Timed:
         with ShardWriter(layout, 0, SPEC, "0" * 64, "bench") as writer:
             for about, x in wide:
                 if codec:
-                    writer.add(about, x, samples=about["samples"], audio_sha256="0" * 64)
+                    writer.add(about, x, samples=about["samples"], audio_id=bytes(32), labels=LABELS)
                 else:
-                    writer.add_encoded(about, Encoded(x, None, 0.0), samples=about["samples"], audio_sha256="0" * 64)
+                    writer.add_encoded(
+                        about, Encoded(x, None, 0.0), samples=about["samples"], audio_id=bytes(32), labels=LABELS
+                    )
             added = time.perf_counter() - since
             writer.commit({})
         return added, time.perf_counter() - since
@@ -88,7 +90,7 @@ def ours(rows: list[tuple[dict[str, Any], np.ndarray]], codec: bool) -> Timed:
 
 
 def described(rows: list[tuple[dict[str, Any], np.ndarray]]) -> list[tuple[str, bytes, np.ndarray]]:
-    return [(about["key"], utterance_json({**about, "frames": len(x), "codec": "f16"}, SPEC), x) for about, x in rows]
+    return [(about["key"], utterance_json({**about, "frames": len(x)}, LABELS, SPEC), x) for about, x in rows]
 
 
 def webdataset_writer(rows: list[tuple[dict[str, Any], np.ndarray]]) -> Timed:
