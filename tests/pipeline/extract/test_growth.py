@@ -219,7 +219,7 @@ def test_an_unfinished_generation_of_another_corpus_is_not_filled_with_failures(
 def test_two_extractions_that_grow_one_cache_at_once_encode_each_utterance_once(tmp_path, world, whisper):
     write_corpus(world.corpus, CLIPS + 6)
     logs = [tmp_path / f"log{i}" for i in range(2)]
-    more = [["limit=11"], []]
+    more = [["source.val_fraction=0.2"], []]  # other labels, the same recordings
     argv = words(world.root, world.corpus, whisper)
     running = [start([*argv, *own], log=log) for own, log in zip(more, logs, strict=True)]
     for process in running:
