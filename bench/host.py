@@ -101,8 +101,7 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.cores])
     from pipeline.audio import decode
     from pipeline.config import ExtractConfig
-    from pipeline.extract.job import Job, Target, feature_spec, provenance, schedule
-    from pipeline.extract.labels import LabelLookup, source_labels
+    from pipeline.extract.job import Job, feature_spec, provenance, schedule
     from pipeline.extract.listing import list_source
     from pipeline.extract.loop import finish_caches, make_shards
     from pipeline.extract.plan import count_windows, make_plan
@@ -110,6 +109,7 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
     from pipeline.extract.reuse import Reuse
     from pipeline.extract.shard import open_decoders
     from pipeline.extract.stats import ExtractionStats
+    from pipeline.extract.targets import LABEL_COLUMNS, LabelLookup, Target
     from pipeline.sources import open_source
     from pipeline.weights.resolve import Weights
     from shards.commit.store import open_store
@@ -135,7 +135,7 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
         )
         target = Target(1, open_store(f"{root}/corpus/cache", None), feature_spec(config, encoder, 1))
         plan = target.store.write_plan(0, table)
-        target.store.add_labels(source_labels(listing), "source", "bench")
+        target.store.add_labels(listing.table.select(["key", *LABEL_COLUMNS]), "source", "bench")
         weights = Weights(Path(root), "null", "")
         reuse, labels = [Reuse(target.spec, plan, ())], LabelLookup(target.store)
         job = Job(config, audio, encoder, weights, [target], 0, plan, reuse, labels)

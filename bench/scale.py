@@ -36,9 +36,9 @@ from ours import SPEC, plan_table
 
 from pipeline.audio import decode
 from pipeline.extract.audio_ids import AudioIndex, find_audio_ids
-from pipeline.extract.labels import source_labels
 from pipeline.extract.listing import Listing, list_source
 from pipeline.extract.plan import find_new, make_plan
+from pipeline.extract.targets import LABEL_COLUMNS
 from pipeline.sources import Source, Utterance
 from pipeline.sources.selection import FilteredSource
 from shards.commit.claims import new_owner
@@ -162,7 +162,7 @@ def plan_alone(folder: Path, n: int, step: str) -> dict[str, float]:
             new, _ = find_new(listing.table["key"], ids, read_plan(layout.plan(0)).columns("key", "audio_id"))
             assert not new.any()
         else:
-            entry = add_labels(layout, source_labels(listing), "source", "bench", reserved=True)
+            entry = add_labels(layout, listing.table.select(["key", *LABEL_COLUMNS]), "source", "bench", reserved=True)
     size = entry.file.bytes if step == "labels" else 0
     return {"seconds": time.process_time() - begin, "peak_mb": memory.peak, "size": size}
 

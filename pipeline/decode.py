@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from pipeline.audio import AudioError, decode
 from pipeline.profile import StageTimes
 from pipeline.sources import Source
+from shards.files import file_sha256
 from shards.format.audio_id import audio_id
 from shards.format.schemas import UNKNOWN_AUDIO
 
@@ -71,8 +73,8 @@ class AudioDecoders:
     def read(self, rows: Sequence[dict[str, Any]]) -> Generator[Recording, None, None]:
         """Yield the plan row, its audio id, and its samples or failure, in the order of ``rows``.
 
-        Samples are float32 of shape [num_samples], mono at 16 kHz. The audio id is 32 bytes; zeros if the audio could
-        not be read, or is a segment whose file was hashed when it was planned.
+        Samples are float32 of shape [num_samples], mono at 16 kHz. The audio id is 32 bytes, zeros if the audio could
+        not be read.
         """
         audio = self._source.read([row["audio"] for row in rows])
         waiting: deque[tuple[dict[str, Any], Future[Future[Decoded]]]] = deque()
@@ -97,11 +99,13 @@ class AudioDecoders:
         """Read the next recording and submit it to a decoding thread; runs in the reading thread."""
         with self._stage_times.timed("read"):
             uri, data = next(audio)
-        place = self._source.file_of(uri)
-        is_segment = place is not None and place[1] != ""
-        if is_segment and not isinstance(data, Exception) and row["audio_id"] == UNKNOWN_AUDIO:
-            return self._decoders.submit(self._decode, data, _segment_id(*place))  # type: ignore[misc]
-        return self._decoders.submit(self._decode, data, UNKNOWN_AUDIO if is_segment else None)
+        path, fragment = self._source.file_of(uri) or ("", "")
+        if not fragment:
+            return self._decoders.submit(self._decode, data, None)
+        known = row["audio_id"]  # of the whole file and the fragment: the bytes of the segment do not tell it
+        if known == UNKNOWN_AUDIO and not isinstance(data, Exception):
+            known = audio_id(bytes.fromhex(file_sha256(Path(path))), fragment)
+        return self._decoders.submit(self._decode, data, known)
 
     def _decode(self, data: bytes | Exception, known: bytes | None) -> Decoded:
         if isinstance(data, Exception):
@@ -112,11 +116,6 @@ class AudioDecoders:
                 return digest, decode(data)
             except AudioError as error:
                 return digest, UtteranceFailure("decode", str(error))
-
-
-def _segment_id(path: str, fragment: str) -> bytes:
-    with open(path, "rb") as file:
-        return audio_id(hashlib.file_digest(file, "sha256").digest(), fragment)
 
 
 def short_reason(error: Exception) -> str:

@@ -35,7 +35,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def atomic_write(path: Path, data: bytes, owner: str) -> None:
+def atomic_write(path: Path, data: bytes | memoryview, owner: str) -> None:
     """Write ``data`` to ``path`` durably: a reader sees the old file or the new one, even after a power loss."""
     partial = temporary_path(path, owner)
     try:
@@ -71,7 +71,7 @@ def publish_file(partial: Path, path: Path, *, replace: bool = False) -> bool:
         fsync_folder(path.parent)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         write_all(fd, data)

@@ -25,8 +25,9 @@ from pipeline.extract.stats import ExtractionStats
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from pipeline.extract.job import Job, Target
+    from pipeline.extract.job import Job
     from pipeline.extract.resources import Worker
+    from pipeline.extract.targets import Target
 
 EXIT_TIMEOUT = 8.0  # seconds allowed for abandoning the shard in progress
 
@@ -78,7 +79,7 @@ def targets_from_json(job_json: dict[str, Any]) -> list[Target]:
 
     Invalidates the commit records under the key ``void``, if there are any.
     """
-    from pipeline.extract.job import Target
+    from pipeline.extract.targets import Target
     from shards.commit.store import open_store
     from shards.format.spec import FeatureSpec
 
@@ -102,8 +103,8 @@ def job_from_json(job_json: dict[str, Any]) -> Job:
     """
     from pipeline.config import ExtractConfig
     from pipeline.extract.job import Job, feature_spec, open_configured_encoder
-    from pipeline.extract.labels import LabelLookup
     from pipeline.extract.reuse import Donor, Reuse
+    from pipeline.extract.targets import LabelLookup
     from pipeline.sources import open_source
     from shards.config.base import validate_config
 

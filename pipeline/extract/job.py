@@ -34,42 +34,25 @@ from pipeline.encoders.lazy import LazyEncoder, open_encoder_lazily
 from pipeline.encoders.load import compile_encoder, load_encoder
 from pipeline.extract.audio_ids import AudioIndex, find_audio_ids
 from pipeline.extract.audio_ids import record as record_audio_ids
-from pipeline.extract.labels import LabelLookup, source_labels
 from pipeline.extract.listing import Listing, list_source
 from pipeline.extract.plan import count_windows, estimate_bytes, find_new, make_plan
 from pipeline.extract.resources import count_gpus, first_device, num_decode_workers
 from pipeline.extract.reuse import Donor, Reuse, check_extra, find_donors
+from pipeline.extract.targets import LABEL_COLUMNS, LabelLookup, Target, failed_attempts, held_keys, planned_audio
 from pipeline.sources import Source, open_source
 from pipeline.weights.resolve import Weights, resolve_weights
 from shards.commit.claims import new_owner
-from shards.commit.store import Store, open_store
+from shards.commit.store import open_store
 from shards.errors import UserError
 from shards.format.codec import STORED_DTYPE
-from shards.format.layout import Layout, Plan, current_rows
-from shards.format.records import RecordError
-from shards.format.schemas import PLAN_SCHEMA
+from shards.format.layout import Plan
 from shards.format.spec import FeatureSpec
-from shards.labels.store import LabelEntry
+from shards.labels.store import SOURCE, LabelEntry
 from shards.remote.client import is_url
 
 MAX_PUT_MB = 4000  # MB; S3 accepts 5 GiB in one put, and shard sizes vary slightly
 MAX_SCRATCH_SHARDS = 3  # shards on a process's scratch disk: one being written, one being uploaded, one waiting
 STATE_FOLDER = ".earshard"  # below the root: what earlier extractions learnt about audio files and encoders
-SOURCE_LABELS = "source"  # the label set that extraction writes
-
-
-@dataclass(frozen=True)
-class Target:
-    """One cache to fill: its layer, its location and its spec."""
-
-    layer: int
-    store: Store
-    spec: FeatureSpec
-
-    @property
-    def layout(self) -> Layout:
-        """The local folder into which shards are written."""
-        return self.store.layout
 
 
 @dataclass
@@ -246,8 +229,10 @@ class Extraction:
 
     def _check_pending(self, target: Target, plan: Plan) -> None:
         """Check that this source has the audio that an unfinished generation was planned from."""
-        audio = pc.is_in(plan.columns("audio")["audio"], value_set=self.listing.table["audio"].combine_chunks())
-        lost = len(plan) - (pc.sum(audio).as_py() or 0)
+        audio = plan.columns("audio")["audio"]
+        listed = pc.is_in(audio, value_set=self.listing.table["audio"].combine_chunks())
+        others = audio.filter(pc.invert(listed)).to_pylist()  # another limit or filter may have planned them
+        lost = sum(not token for token in self.source.tokens(others))
         allowed = self.config.max_failures
         if lost > (allowed * len(plan) if allowed < 1 else allowed):
             raise UserError(
@@ -310,7 +295,7 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
         targets.append(Target(layer, open_store(folder, config.scratch), spec))
     known = np.full(len(listing.table), damaged)
     for target in () if damaged else targets:
-        keys = _held_keys(target, config, source, listing)
+        keys = held_keys(target, config, source, listing)
         if keys is not None:
             known |= pc.is_in(listing.table["key"], value_set=keys).to_numpy()
     index = AudioIndex(state / f"{source.name}.parquet")
@@ -318,11 +303,11 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
     extraction = Extraction(config, source, encoder, weights, targets, listing, ids, index)
     if not relabel:
         return extraction
-    table = source_labels(listing)
+    table = listing.table.select(["key", *LABEL_COLUMNS])
     origin = str(config.source.path or config.source.kind)
     for target in targets:
-        before = target.store.labels().current(SOURCE_LABELS)
-        entry = target.store.add_labels(table, SOURCE_LABELS, origin)
+        before = target.store.labels().current(SOURCE)
+        entry = target.store.add_labels(table, SOURCE, origin)
         extraction.entries.append(entry)
         extraction.relabeled.append(before is None or before.id != entry.id)
     return extraction
@@ -402,87 +387,6 @@ def feature_spec(config: ExtractConfig, encoder: Encoder, layer: int) -> Feature
 def padded_frames(config: ExtractConfig, encoder: Encoder) -> int | None:
     """Return the frames of an untrimmed window; None when frames are trimmed to the audio."""
     return encoder.window_samples // encoder.hop if config.trim == "none" else None
-
-
-def _held_keys(target: Target, config: ExtractConfig, source: Source, listing: Listing) -> pa.Array | None:
-    """Return the keys that a cache holds or has tried, None if there is no complete cache.
-
-    Raises:
-        UserError: the cache is corrupt, has another spec, or was made from another source.
-    """
-    where = target.store.location
-    try:
-        info = target.store.info()
-    except RecordError as error:
-        raise UserError(
-            f"'{where}/CACHE.json' is corrupt ({error}): delete that file and rerun the extraction; shards are kept"
-        ) from None
-    if info is None:
-        return None
-    found = FeatureSpec.parse(info.get("spec"), f"'{where}/CACHE.json'")
-    if found.feature_id != target.spec.feature_id:
-        raise UserError(
-            f"'{where}' holds features with another spec ({'; '.join(found.differences(target.spec))}): choose another "
-            "root or move the folder away"
-        )
-    planned = planned_audio(target, len(info["generations"]))
-    recorded = info["generations"][-1]["provenance"].get("source") or {}
-    kind, root = recorded.get("kind"), recorded.get("root")
-    keys: pa.Array = planned["key"].combine_chunks()
-    other_root = root is not None and source.root is not None and root != str(source.root.resolve())
-    strange = other_root and not (pc.any(pc.is_in(listing.table["key"], value_set=keys)).as_py() or False)
-    if (kind is not None and kind != config.source.kind) or strange:
-        whose = f"a source of kind {kind}" if not strange else f"another source, '{root}'"
-        raise UserError(f"'{where}' was made from {whose}: set source.name to a name of its own for this corpus")
-    return keys
-
-
-def planned_audio(target: Target, generations: int) -> pa.Table:
-    """Return ``key`` and ``audio_id`` of everything that the first generations hold or have tried, one row per key."""
-    tables, keys, failed = [], [], []
-    for generation in range(generations):
-        table, lost = (_read_columns(target, path, names) for path, names in zip(
-            target.store.tables(generation), (["key", "audio_id"], ["key"]), strict=True
-        ))  # fmt: skip
-        lost = lost["key"]
-        if len(lost):
-            plan = target.store.plan(generation)
-            assert plan is not None
-            planned = plan.columns("key", "audio_id")
-            table = pa.concat_tables([table, planned.filter(pc.is_in(planned["key"], value_set=lost.combine_chunks()))])
-        tables.append(table)
-        keys.append(table["key"])
-        failed.append(pa.chunked_array([], pa.string()))
-    if not tables:
-        return PLAN_SCHEMA.empty_table().select(["key", "audio_id"])
-    current = [table.filter(pa.array(rows)) for table, rows in zip(tables, current_rows(keys, failed), strict=True)]
-    return pa.concat_tables(current) if generations > 1 else tables[0]
-
-
-def _read_columns(target: Target, path: Path, names: list[str]) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=names, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        where = target.store.location
-        raise UserError(
-            f"'{path.parent.name}/{path.name}' of '{where}' cannot be read ({type(error).__name__}): run "
-            f"`python -m pipeline repair {where}`"
-        ) from None
-
-
-def failed_attempts(target: Target, generations: int) -> dict[str, int]:
-    """Return the number of failed attempts of each utterance that has no features, by key."""
-    found: dict[str, int] = {}
-    for generation in range(generations):
-        manifest, failures = target.store.tables(generation)
-        for row in _read_columns(target, failures, ["key", "attempt"]).to_pylist():
-            found[row["key"]] = row["attempt"]
-        if found:
-            keys = _read_columns(target, manifest, ["key"])["key"]
-            failed = pa.array(list(found), pa.string())
-            for key in failed.filter(pc.is_in(failed, value_set=keys.combine_chunks())).to_pylist():
-                del found[key]
-    return found
 
 
 def estimate_job_bytes(job: Job, shards: Collection[int]) -> int:

@@ -15,11 +15,12 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.decode import AudioDecoders
-from pipeline.extract.job import Extraction, Job, Target
+from pipeline.extract.job import Extraction, Job
 from pipeline.extract.progress import ProgressListener
 from pipeline.extract.resources import Worker
 from pipeline.extract.shard import WrittenShard, encode_shard
 from pipeline.extract.stats import ExtractionStats, check_failures
+from pipeline.extract.targets import Target
 from pipeline.profile import StageTimes
 from pipeline.threads import BackgroundThread
 from shards.commit.claims import new_owner

@@ -28,8 +28,9 @@ import numpy.typing as npt
 from pipeline.decode import AudioDecoders, UtteranceFailure
 from pipeline.encoders.batching import encode_in_batches
 from pipeline.encoders.recording import NonFiniteFeaturesError, join_windows, window_spans
-from pipeline.extract.job import Job, Target
+from pipeline.extract.job import Job
 from pipeline.extract.stats import ExtractionStats, check_failures
+from pipeline.extract.targets import Target
 from pipeline.profile import StageTimes
 from pipeline.threads import BackgroundThread
 from shards.commit.writer import ShardWriter, StoredMembers, remove_stray_shard_files

@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -254,19 +253,6 @@ def add_set(folder: Path, table: pa.Table, name: str, origin: str, owner: str, *
             entry = known.model_copy(update={"made": _now(), "origin": _printable(origin)})
         atomic_write(labels / INDEX, with_set(index, entry), owner)
     return entry
-
-
-def describe(index: LabelIndex) -> str:
-    """Return a table of the sets for people, the newest of each name marked with ``*``."""
-    rows: list[Sequence[str]] = [("name", "id", "rows", "made", "columns", "from")]
-    for entry in index.sets:
-        mark = "*" if index.current(entry.name) is entry else ""
-        columns = " ".join(column_order(entry.columns))
-        rows.append((entry.name + mark, entry.id[:8], f"{entry.rows:,}", entry.made, columns, entry.origin))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def _now() -> str:

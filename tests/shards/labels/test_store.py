@@ -17,7 +17,6 @@ from shards.labels.store import (
     LabelIndex,
     add_set,
     check_set_name,
-    describe,
     find,
     open_set,
     parse_index,
@@ -208,17 +207,6 @@ def test_functions_of_bytes_serve_a_bucket(tmp_path):
     data = with_set(LabelIndex(), entry)
     assert data == (tmp_path / "labels" / "LABELS.json").read_bytes()
     assert parse_index(data, "I") == read_index(tmp_path)
-
-
-def test_the_description_names_each_set_and_marks_the_current_ones(tmp_path):
-    first, second = add(tmp_path), add(tmp_path, OTHER)
-    lines = [line.split() for line in describe(read_index(tmp_path)).splitlines()]
-    assert lines[0] == ["name", "id", "rows", "made", "columns", "from"]
-    columns = ["key", "text", "age", "noisy", "snr", "a", "test"]
-    assert lines[1:] == [
-        ["mine", first.id[:8], "2", first.made, *columns],
-        ["mine*", second.id[:8], "2", second.made, *columns],
-    ]
 
 
 def test_a_stranger_s_set_with_other_types_or_weights_is_refused(tmp_path):

@@ -96,7 +96,10 @@ def test_the_text_only_loss_is_that_of_the_language_model_without_soft_tokens(mo
 
 def test_the_share_of_silent_inputs_with_words_is_counted(model, reader, monkeypatch):
     said = ["go left", "", " … ", "no"]
-    answer = lambda self, features, mask, most, rows: [[said[len(mask) % 4]] * len(mask)]  # noqa: E731
+
+    def answer(self, features, mask, most, rows):
+        return [[said[len(mask) % 4]] * len(mask)]
+
     monkeypatch.setattr(ModelList, "generate", answer)
     (found,) = measure_hallucination(ModelList([model]), reader, Silence(np.zeros((1, 8), np.float32), "test"), 4)
     lengths = min(16, len(set(reader.frames)))
