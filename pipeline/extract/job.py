@@ -37,7 +37,7 @@ from pipeline.extract.audio_ids import record as record_audio_ids
 from pipeline.extract.listing import Listing, list_source
 from pipeline.extract.plan import count_windows, estimate_bytes, find_new, make_plan
 from pipeline.extract.resources import count_gpus, first_device, num_decode_workers
-from pipeline.extract.reuse import Donor, Reuse, check_extra, find_donors
+from pipeline.extract.reuse import Donor, Reuse, find_donors, open_extra
 from pipeline.extract.targets import LABEL_COLUMNS, LabelLookup, Target, failed_attempts, held_keys, planned_audio
 from pipeline.sources import Source, open_source
 from pipeline.weights.resolve import Weights, resolve_weights
@@ -128,6 +128,7 @@ class Extraction:
         listing: all utterances of the source.
         audio_ids: 32 bytes for each of them; zeros where the audio is not known.
         index: the stat cache of audio ids.
+        extra: the spec of each cache that ``reuse`` names.
         entries: the entry of the source's label set in each target.
         relabeled: for each target, whether this run wrote a new label set.
         changed_audio: number of utterances whose audio changed under an unchanged key.
@@ -141,6 +142,7 @@ class Extraction:
     listing: Listing
     audio_ids: pa.FixedSizeBinaryArray
     index: AudioIndex
+    extra: dict[str, FeatureSpec]
     entries: list[LabelEntry] = field(default_factory=list)
     relabeled: list[bool] = field(default_factory=list)
     changed_audio: int = 0
@@ -175,7 +177,7 @@ class Extraction:
         jobs = []
         for (generation, _), (plan, targets) in sorted(plans.items(), key=lambda item: item[0]):
             reuse = [
-                Reuse(t.spec, plan, find_donors(self.config.root, t.spec, self.config.reuse, _earlier(t, generation)))
+                Reuse(t.spec, plan, find_donors(self.config.root, t.spec, self.extra, _earlier(t, generation)))
                 for t in targets
             ]
             labels = LabelLookup(targets[0].store)
@@ -242,9 +244,11 @@ class Extraction:
             )
 
 
-def _earlier(target: Target, generation: int) -> Donor:
-    """Return the generations of a cache before ``generation``, to copy from; none if the cache is being repaired."""
-    return Donor(target.store.location, generation if target.store.info() is not None else 0)
+def _earlier(target: Target, generation: int) -> Donor | None:
+    """Return the generations of a cache before ``generation``, to copy from; None if the cache is being repaired."""
+    if generation == 0 or target.store.info() is None:
+        return None
+    return Donor(target.store.location, generation - 1)
 
 
 def state_folder(root: str) -> Path:
@@ -284,7 +288,7 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
     limits = [n for n in (config.limit, config.source.limit) if n is not None]
     source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
     specs = [feature_spec(config, encoder, layer) for layer in layers]
-    check_extra(config.reuse, specs)
+    extra = open_extra(config.reuse, specs)
     state = state_folder(config.root)
     listing = list_source(source, state if _is_writable(state) else Path(tempfile.gettempdir()))
     corpus = f"{config.root.rstrip('/') or '/'}/{source.name}"
@@ -300,7 +304,7 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
             known |= pc.is_in(listing.table["key"], value_set=keys).to_numpy()
     index = AudioIndex(state / f"{source.name}.parquet")
     ids = find_audio_ids(source, listing, index, rehash=rehash, hash_unknown=known)
-    extraction = Extraction(config, source, encoder, weights, targets, listing, ids, index)
+    extraction = Extraction(config, source, encoder, weights, targets, listing, ids, index, extra)
     if not relabel:
         return extraction
     table = listing.table.select(["key", *LABEL_COLUMNS])

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,19 +22,24 @@ from shards.commit.finalize import read_info
 from shards.commit.writer import StoredMembers
 from shards.errors import UserError
 from shards.format.layout import Layout, Plan
-from shards.format.records import CacheInfo
 from shards.format.spec import FeatureSpec
-from shards.read.cache import read_cache_info
-from shards.read.features import FeatureRows, parse_info
+from shards.read.cache import open_features
+from shards.read.features import FeatureRows
 from shards.remote.client import is_url
-from shards.remote.mirror import Mirror
 
 
 class Donor(NamedTuple):
-    """A cache to copy from: its folder or URL, and how many of its generations are read (None: all)."""
+    """A cache to copy from.
+
+    Attributes:
+        location: its folder or URL.
+        last: the last generation to read; None: the newest.
+        required: whether the configuration names it; others are skipped if they cannot be read.
+    """
 
     location: str
-    generations: int | None = None
+    last: int | None = None
+    required: bool = False
 
 
 class Reuse:
@@ -48,7 +54,7 @@ class Reuse:
         sources: number of rows to copy by location.
 
     Raises:
-        UserError: a cache at a URL cannot be reached, or is corrupt.
+        UserError: a required cache cannot be reached, or is corrupt.
     """
 
     def __init__(self, spec: FeatureSpec, plan: Plan, donors: Sequence[Donor]) -> None:
@@ -67,7 +73,14 @@ class Reuse:
         for donor in self.donors:
             if not missing.any():
                 break
-            self._search(_open(spec, donor), donor.location, ids, missing)
+            try:
+                features = open_features(donor.location, generation=donor.last)[1]
+            except UserError as error:
+                if donor.required:
+                    raise
+                print(f"note: nothing is copied from '{donor.location}': {error}", file=sys.stderr)
+                continue
+            self._search(features, donor.location, ids, missing)
 
     def __bool__(self) -> bool:
         return bool(self.sources)
@@ -118,47 +131,32 @@ class Reuse:
         missing[found] = False
 
 
-def find_donors(root: str, spec: FeatureSpec, extra: Sequence[str], own: Donor) -> list[Donor]:
+def find_donors(root: str, spec: FeatureSpec, extra: Mapping[str, FeatureSpec], own: Donor | None) -> list[Donor]:
     """Return the complete caches of ``spec`` below ``root``, if that is a folder, and those of ``extra`` that fit.
 
     Args:
-        own: the cache that is extended, with the number of generations that it has.
-
-    Raises:
-        UserError: a cache in ``extra`` does not exist or cannot be reached.
+        extra: what :func:`open_extra` returned.
+        own: the cache that is extended; None if it has no generation yet.
     """
-    found = []
+    found = [] if own is None else [own]
+    own_location = None if own is None else own.location
     if not is_url(root):
         for path in sorted(Path(root).glob(f"*/*-{spec.feature_id[:8]}/CACHE.json")):
             info = read_info(Layout(path.parent))
-            if info is not None and info["feature_id"] == spec.feature_id and str(path.parent) != own.location:
+            if info is not None and info["feature_id"] == spec.feature_id and str(path.parent) != own_location:
                 found.append(Donor(str(path.parent)))
-    more = [Donor(location) for location in extra if _feature_id(location) == spec.feature_id]
-    return [*([own] if own.generations else []), *found, *more]
+    return [*found, *(Donor(location, required=True) for location, theirs in extra.items() if theirs == spec)]
 
 
-def check_extra(extra: Sequence[str], specs: Sequence[FeatureSpec]) -> None:
-    """Check that each cache in ``reuse`` has the features of one of ``specs``; UserError with the differences."""
-    for location in extra:
-        if _feature_id(location) not in [spec.feature_id for spec in specs]:
-            theirs = FeatureSpec.parse(_open_info(location)[1].spec, f"'{location}'")
-            different = "; ".join(specs[0].differences(theirs))
+def open_extra(extra: Sequence[str], specs: Sequence[FeatureSpec]) -> dict[str, FeatureSpec]:
+    """Return the spec of each cache that ``reuse`` names.
+
+    Raises:
+        UserError: a cache does not exist, cannot be reached, or has the features of none of ``specs``.
+    """
+    found = {location: open_features(location)[1].spec for location in extra}
+    for location, spec in found.items():
+        if spec not in specs:
+            different = "; ".join(specs[0].differences(spec))
             raise UserError(f"reuse names '{location}', which holds other features ({different}): remove it from reuse")
-
-
-def _feature_id(location: str) -> str:
-    return _open_info(location)[1].feature_id
-
-
-def _open_info(location: str) -> tuple[Layout, CacheInfo, Mirror | None]:
-    mirror = Mirror.open(location) if is_url(location) else None
-    layout = mirror.layout if mirror is not None else Layout(Path(location))
-    return layout, parse_info(read_cache_info(layout), layout.cache), mirror
-
-
-def _open(spec: FeatureSpec, donor: Donor) -> FeatureRows:
-    layout, info, mirror = _open_info(donor.location)
-    generations = info.generations[: donor.generations]
-    if mirror is not None:
-        mirror.fetch_tables(len(generations) - 1)
-    return FeatureRows(layout, spec, generations, mirror=mirror)
+    return found

@@ -34,6 +34,7 @@ from pipeline.extract.targets import Target
 from pipeline.profile import StageTimes
 from pipeline.threads import BackgroundThread
 from shards.commit.writer import ShardWriter, StoredMembers, remove_stray_shard_files
+from shards.errors import UserError
 from shards.files import translate_os_errors
 from shards.format import codec
 from shards.format.codec import CodecError
@@ -262,12 +263,12 @@ class _Copies:
         self.planned: list[bool] = np.all([each.copied[self._begin : end] for each in self._reuse], axis=0).tolist()
 
     def read(self, row: int) -> list[StoredMembers] | None:
-        """Return the stored features of a row, one per target; None if they do not match their checksum."""
-        members = [each.members(self._begin + row) for each in self._reuse]
+        """Return the stored features of a row, one per target; None if they are gone or do not match their checksum."""
         try:
+            members = [each.members(self._begin + row) for each in self._reuse]
             for target, each in zip(self._targets, members, strict=True):
                 each.check(target.spec)
-        except CodecError:
+        except (CodecError, UserError):
             return None
         return members
 

@@ -159,6 +159,18 @@ def test_features_of_a_cache_elsewhere_are_copied_if_they_are_intact(tmp_path, w
     assert verify(path, deep=True) == []
 
 
+@pytest.mark.parametrize("damage", ["manifest", "shard"])
+def test_a_damaged_cache_below_the_root_stops_no_other_extraction(world, damage):
+    layout = Layout(world.cache().path)
+    (layout.manifest(0) if damage == "manifest" else layout.tar(0)).write_bytes(b"")
+    _, encoded, reused, _ = numbers(world.extract("source.name=other"))
+    assert encoded + reused == CLIPS
+    assert encoded > 0
+    assert ("note: nothing is copied from" in world.log) == (damage == "manifest")
+    (path,) = world.root.glob("other/*")
+    assert verify(path, deep=True) == []
+
+
 def test_a_cache_of_other_features_in_reuse_is_refused_with_the_difference(world):
     path = world.cache().path
     world.extract("codec=int8", f"reuse=[{path}]", code=2)
