@@ -130,18 +130,7 @@ def _inspect(layout: Layout, info: CacheInfo, labels: LabelIndex, remote: Remote
             raise UserError(f"an extraction is running at '{remote.url}': push to an empty folder")
     listed = 0
     if cache is not None and not is_released(cache):
-        try:
-            theirs = CacheInfo.model_validate(unseal_bytes(cache, layout.cache.name))
-        except (RecordError, ValidationError):
-            raise another from None
-        if not extends(info, theirs):
-            if extends(theirs, info):
-                raise UserError(
-                    f"'{remote.url}' has {len(theirs.generations)} generations of this cache, '{layout.path}' only "
-                    f"{len(info.generations)}: pull it first"
-                )
-            raise another
-        listed = len(theirs.generations)
+        listed = _num_shared(cache, info, another, f"'{remote.url}'", f"'{layout.path}'", "pull it first")
     for number in range(listed, len(info.generations)):
         plan = layout.plan(number)
         found = remote.read_if_exists(f"plans/{plan.name}", plan.stat().st_size + 1)
@@ -323,23 +312,31 @@ def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None
     _require_valid(problems, str(path))
 
 
+def _num_shared(data: bytes, info: CacheInfo, another: UserError, target: str, source: str, fix: str) -> int:
+    """Return the number of generations in ``data``, the ``CACHE.json`` of the target.
+
+    Raises:
+        UserError: it is not an earlier state of the source's ``info``: ``another``, or a sentence that ends with
+            ``fix`` if it is a later one.
+    """
+    try:
+        theirs = CacheInfo.model_validate(unseal_bytes(data, "CACHE.json"))
+    except (RecordError, ValidationError):
+        raise another from None
+    if not extends(info, theirs):
+        if not extends(theirs, info):
+            raise another
+        counts = f"{len(theirs.generations)} generations of this cache, {source} only {len(info.generations)}"
+        raise UserError(f"{target} has {counts}: {fix}")
+    return len(theirs.generations)
+
+
 def _require_pullable(layout: Layout, info: CacheInfo, before: bytes | None, url: str) -> None:
     """Raise UserError if the folder holds something else than an earlier state of the remote cache."""
     another = UserError(f"'{layout.path}' contains another cache: pull into another folder")
     listed = 0
     if before is not None:
-        try:
-            mine = CacheInfo.model_validate(unseal_bytes(before, layout.cache.name))
-        except (RecordError, ValidationError):
-            raise another from None
-        if not extends(info, mine):
-            if extends(mine, info):
-                raise UserError(
-                    f"'{layout.path}' has {len(mine.generations)} generations of this cache, '{url}' only "
-                    f"{len(info.generations)}: there is nothing to pull"
-                )
-            raise another
-        listed = len(mine.generations)
+        listed = _num_shared(before, info, another, f"'{layout.path}'", f"'{url}'", "there is nothing to pull")
     for number, entry in enumerate(info.generations[listed:], listed):
         try:
             plan_id = read_plan(layout.plan(number)).id
