@@ -32,13 +32,14 @@ from pipeline.extract.loop import POLL_INTERVAL, cleanup, count_committed_failur
 from pipeline.extract.progress import ProgressBar, ProgressListener
 from pipeline.extract.resources import Worker
 from pipeline.extract.stats import ExtractionStats, check_failures
-from pipeline.extract.summary import JobSummary, Outcome, open_outcome, summarize
+from pipeline.extract.summary import CacheResult, JobSummary, Outcome, open_outcome, summarize
 from shards.commit.claims import new_owner
 from shards.config.base import validate_config
 from shards.errors import UserError, WorkFailed
 
 CLUSTER_POLL_INTERVAL = 1.0  # seconds between two checks of the cluster's resources
 DEFAULT_ACTOR_CPUS = 4  # cores of an actor that encodes on the CPU
+Opened = tuple[list[CacheResult], list[str], int]  # the first three fields of an Outcome, which has locks in the others
 MAX_LOST_ACTORS = 3  # actors that one worker may lose in a row without committing a shard
 
 
@@ -97,22 +98,22 @@ class ExtractionActor:
 
     def prepare(
         self, verify: bool, retry_failed: bool, rehash: bool
-    ) -> tuple[Outcome, JobSummary | None, dict[str, Any]]:
+    ) -> tuple[Opened, JobSummary | None, dict[str, Any]]:
         """Prepare the next job.
 
         Returns:
             The outcome so far, the summary of the job (None: nothing is left to do), and the JSON values that other
-            actors need to join.
+            actors need to join. All of it can be pickled.
         """
         extraction = prepare(self._config, rehash=rehash)
         outcome = open_outcome(extraction)
         jobs = extraction.jobs(verify=verify, retry_failed=retry_failed)
-        outcome.changed_audio = extraction.changed_audio
+        opened = outcome.results, outcome.problems, extraction.changed_audio
         if not jobs:
             cleanup(extraction)
-            return outcome, None, {}
+            return opened, None, {}
         job = self._job = jobs[0]
-        return outcome, summarize(job), {**job_to_json(job), "void": job.invalidated, "about": provenance(job)}
+        return opened, summarize(job), {**job_to_json(job), "void": job.invalidated, "about": provenance(job)}
 
     def work(self, job_json: dict[str, Any], worker: Worker) -> Iterator[int]:
         """Extract shards until all workers together have committed all; yield each shard committed here."""
@@ -171,8 +172,8 @@ class _Driver:
             self.prepared_actor = self._start_actor(*self._available_resources()[:2])
             try:
                 call = self.prepared_actor.prepare.remote(verify, retry_failed, rehash)
-                outcome, summary, self.job_json = self._ray_get(call)
-                return outcome, summary
+                opened, summary, self.job_json = self._ray_get(call)
+                return Outcome(*opened), summary
             except _ActorLostError as error:
                 self._handle_lost_actor(self.prepared_actor, 0, error)
 

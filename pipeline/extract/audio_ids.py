@@ -148,8 +148,8 @@ class AudioIndex:
                     ):
                         writer.write_table(table)
                 file.flush()
-                with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as data:
-                    atomic_write(self._path, data, new_owner())
+                data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)  # not closed: a traceback may hold slices of it
+                atomic_write(self._path, memoryview(data), new_owner())
         except OSError as error:
             print(
                 f"note: '{self._path}' cannot be written ({error.strerror or error}): the next run reads the same "

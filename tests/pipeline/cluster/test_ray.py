@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -60,7 +61,7 @@ def settings(root: Path, world: tuple[Path, Path], *more: str) -> dict[str, Any]
 def test_actors_extract_each_shard_once_and_exchange_plain_values(tmp_path, world):
     root = tmp_path / "actors"
     first, second = (ExtractionActor(settings(root, world), str(tmp_path)) for _ in range(2))
-    _, summary, job_json = first.prepare(False, False, False)
+    _, summary, job_json = pickle.loads(pickle.dumps(first.prepare(False, False, False)))
     assert (summary.utterances, len(summary.shard_sizes), summary.todo) == (
         24,
         len(summary.todo),
