@@ -130,7 +130,7 @@ class Extraction:
         index: the stat cache of audio ids.
         extra: the spec of each cache that ``reuse`` names.
         entries: the entry of the source's label set in each target.
-        relabeled: for each target, whether this run wrote a new label set.
+        relabelled: for each target, whether this run wrote a new label set.
         changed_audio: number of utterances whose audio changed under an unchanged key.
     """
 
@@ -144,7 +144,7 @@ class Extraction:
     index: AudioIndex
     extra: dict[str, FeatureSpec]
     entries: list[LabelEntry] = field(default_factory=list)
-    relabeled: list[bool] = field(default_factory=list)
+    relabelled: list[bool] = field(default_factory=list)
     changed_audio: int = 0
 
     def learn_audio_ids(self, job: Job) -> None:
@@ -313,7 +313,7 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
         before = target.store.labels().current(SOURCE)
         entry = target.store.add_labels(table, SOURCE, origin)
         extraction.entries.append(entry)
-        extraction.relabeled.append(before is None or before.id != entry.id)
+        extraction.relabelled.append(before is None or before.id != entry.id)
     return extraction
 
 

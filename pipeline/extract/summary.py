@@ -155,7 +155,7 @@ class Outcome:
 def open_outcome(extraction: Extraction) -> Outcome:
     """Return the outcome of an extraction before its first job."""
     results = []
-    for target, entry, relabelled in zip(extraction.targets, extraction.entries, extraction.relabeled, strict=True):
+    for target, entry, relabelled in zip(extraction.targets, extraction.entries, extraction.relabelled, strict=True):
         info = target.store.info()
         last = len(info["generations"]) - 1 if info is not None else 0
         results.append(CacheResult(target.store.location, entry.id, entry.rows, relabelled, last))

@@ -139,13 +139,18 @@ class Cache:
         ``text``, ``speaker``, ``split``, ``language``, ``prompt`` and ``task`` are always present.
         """
         table = self.features_table.table().take(pa.array(self.feature_rows))
-        rows = pa.array(self._label_rows)
         for name in dict.fromkeys([*LABEL_COLUMNS, *self.labels.table.column_names]):
-            if name in self.labels.table.column_names and name != "key":
-                table = table.append_column(name, self.labels.table[name].take(rows))
-            elif name != "key":
-                table = table.append_column(name, pa.repeat(pa.scalar("", pa.string()), len(table)))
+            if name != "key":
+                table = table.append_column(name, self.column(name))
         return table
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return one column of :attr:`manifest` [items] without making the others."""
+        if name != "key" and name in self.labels.table.column_names:
+            return self.labels.table[name].take(pa.array(self._label_rows))
+        if name in LABEL_COLUMNS:
+            return pa.chunked_array([pa.repeat(pa.scalar("", pa.string()), len(self))])
+        return self.features_table.column(name).take(pa.array(self.feature_rows))
 
     def row(self, index: int) -> dict[str, Any]:
         """Return the manifest row of item ``index``."""

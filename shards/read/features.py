@@ -115,9 +115,13 @@ class FeatureRows:
     def current_ids(self) -> pa.ChunkedArray:
         """Return the source's own ids of the rows that no later generation supersedes."""
         rows, _ = self.current()
-        columns = [self._column(number, "id") for number in range(len(self.generations))]
-        joined = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
-        return joined if rows is None else joined.take(pa.array(rows))
+        ids = self.column("id")
+        return ids if rows is None else ids.take(pa.array(rows))
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return one column of all rows (``MANIFEST_SCHEMA``)."""
+        columns = [self._column(number, name) for number in range(len(self.generations))]
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
     def current(self) -> tuple[NDArray[np.int64] | None, pa.ChunkedArray]:
         """Return the rows that no later generation supersedes (None: all), and the keys of these rows."""
@@ -185,7 +189,7 @@ class FeatureRows:
         table = f"manifests/{path.name}"
         with translate_manifest_errors(self.layout.path), pq.ParquetFile(path, memory_map=True) as file:
             batches = list(read_batches(table, file, size, columns=[name], use_threads=False))
-        return pa.chunked_array([batch[name] for batch in batches], pa.string())
+        return pa.chunked_array([batch[name] for batch in batches], MANIFEST_SCHEMA.field(name).type)
 
     def _verify_checksum(self, data: NDArray[np.uint8], row: int, group: RowGroup, at: int) -> None:
         crc, view = 0, data.data

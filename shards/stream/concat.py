@@ -63,7 +63,7 @@ class ConcatCache:
         """Return the label column ``name`` [rows] of the type of ``default``, which fills caches without it."""
         filled = pa.scalar(default)
         columns = [
-            cache.manifest[name] if cache.has_column(name) else pa.chunked_array([pa.repeat(filled, len(cache))])
+            cache.column(name) if cache.has_column(name) else pa.chunked_array([pa.repeat(filled, len(cache))])
             for cache in self.caches
         ]
         return pa.chunked_array([chunk for column in columns for chunk in column.chunks], filled.type)

@@ -87,7 +87,7 @@ def join(caches: Sequence[Cache]) -> JoinedCaches:
     if len({cache.manifest_id for cache in caches}) < len(caches):
         raise UserError(f"one of {_names(caches)} occurs twice, or is a copy of another: pass each cache once")
     first = caches[0]
-    columns = [{name: cache.manifest[name].to_pylist() for name in ("key", "audio_id")} for cache in caches]
+    columns = [{name: cache.column(name).to_pylist() for name in ("key", "audio_id")} for cache in caches]
     # Several rows of a label set may share the features of a key: any of them will do.
     places = [{key: row for row, key in enumerate(column["key"])} for column in columns[1:]]
     rows = np.array(

@@ -63,7 +63,7 @@ class Utterances:
 
     def columns(self, *names: str) -> dict[str, list[Any]]:
         """Return manifest columns of the selected rows, in the order of ``rows``."""
-        chunks = {name: [c for cache in self.caches for c in cache.manifest[name].chunks] for name in names}
+        chunks = {name: [c for cache in self.caches for c in cache.column(name).chunks] for name in names}
         return {name: pa.chunked_array(chunks[name]).take(self.rows).to_pylist() for name in names}
 
     def features(self, index: int) -> npt.NDArray[Any]:
@@ -181,7 +181,7 @@ def usable_rows(caches: Sequence[Cache], layers: LayeredCaches | None = None) ->
 
 
 def _has_text(cache: Cache) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = pc.not_equal(pc.utf8_trim_whitespace(cache.manifest["text"]), "").to_numpy()
+    found: npt.NDArray[np.bool_] = pc.not_equal(pc.utf8_trim_whitespace(cache.column("text")), "").to_numpy()
     return found
 
 
@@ -378,7 +378,7 @@ def held_out_mask(cache: Cache, val: ValConfig, usable: npt.NDArray[np.bool_] | 
     seeded hash until ``val.fraction`` of the cache is held out. If fewer than two speakers are known, each key counts
     as a speaker. All rows of a key are on the same side. ``usable`` limits the choice to some of the rows.
     """
-    table = cache.manifest.select(["key", "speaker", "split"])
+    table = pa.table({name: cache.column(name) for name in ("key", "speaker", "split")})
     if usable is not None and not usable.all():
         chosen = np.zeros(len(usable), dtype=bool)
         chosen[usable] = _held_out_mask(table.filter(pa.array(usable)), val)

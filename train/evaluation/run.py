@@ -156,8 +156,8 @@ def evaluation_utterances(
         if labels is None:
             caches, layers = list(pinned.caches), pinned.layers
         else:  # all labels of the utterances that the run did not train on
-            held = pinned.caches[0].manifest["key"].take(pa.array(rows)).unique()
-            rows = np.flatnonzero(usable_rows(caches, layers) & pc.is_in(cache.manifest["key"], held).to_numpy())
+            held = pinned.caches[0].column("key").take(pa.array(rows)).unique()
+            rows = np.flatnonzero(usable_rows(caches, layers) & pc.is_in(cache.column("key"), held).to_numpy())
     print_notes(notes)
     if not len(rows):
         raise UserError(f"the run trained on every utterance of '{cache.path}': name another cache with --cache")

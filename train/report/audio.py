@@ -59,7 +59,7 @@ def _read(path: str, keys: Sequence[str]) -> Mapping[str, bytes]:
     if "://" in path:
         raise UserError(f"'{path}' is a remote cache")
     cache = Cache.open(path)
-    rows = np.flatnonzero(pc.is_in(cache.manifest["key"], value_set=_strings(keys)).to_numpy(zero_copy_only=False))
+    rows = np.flatnonzero(pc.is_in(cache.column("key"), value_set=_strings(keys)).to_numpy(zero_copy_only=False))
     config = recorded_config(cache.provenance, Path(path)).source
     if str(config.path or "").startswith("hf:"):
         raise UserError(f"the source of '{path}' is streamed from a remote dataset")

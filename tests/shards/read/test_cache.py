@@ -394,3 +394,10 @@ def test_a_corrupt_label_set_is_refused(path):
     flip(file, 40)
     with pytest.raises(UserError, match=r"is not the file that LABELS.json describes"):
         Cache.open(path)
+
+
+def test_a_single_column_is_the_one_of_the_whole_table(tmp_path):
+    make_cache(tmp_path / "c")
+    cache = grow(tmp_path / "c", **{"utt-00003": "other"})
+    for name in cache.manifest.column_names:
+        assert cache.column(name).to_pylist() == cache.manifest[name].to_pylist()

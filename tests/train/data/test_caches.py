@@ -153,7 +153,7 @@ def test_a_fraction_never_trains_on_a_marked_row(marked):
 @pytest.mark.parametrize("speaker", ["", "one"])
 def test_without_two_speakers_keys_are_held_out(speaker):
     columns = {"key": [f"k{i}" for i in range(1000)], "speaker": [speaker] * 1000, "split": ["train"] * 1000}
-    mask = held_out_mask(SimpleNamespace(manifest=pa.table(columns)), ValConfig(fraction=0.1))  # type: ignore[arg-type]
+    mask = held_out_mask(SimpleNamespace(column=pa.table(columns).column), ValConfig(fraction=0.1))  # type: ignore[arg-type]
     assert mask.sum() == 100
 
 
