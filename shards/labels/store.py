@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shards.errors import UserError, first_validation_error
 from shards.files import (
@@ -56,7 +56,7 @@ _LINE = r"^[^\x00-\x1f\x7f]{0,2000}$"
 class LabelFile(FileInfo):
     """The parquet file of a label set."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,200}$")
+    name: str
 
 
 class LabelEntry(BaseModel):
@@ -71,6 +71,12 @@ class LabelEntry(BaseModel):
     file: LabelFile
     made: str = Field(pattern=_LINE, max_length=40)
     origin: str = Field(pattern=_LINE, alias="from")
+
+    @model_validator(mode="after")
+    def _own_file_name(self) -> LabelEntry:
+        if self.file.name not in file_names(self.name, self.id):
+            raise ValueError(f"a set named '{self.name}' has no file {self.file.name[:80]!r}")
+        return self
 
 
 class LabelIndex(BaseModel):
@@ -133,7 +139,7 @@ def new_entry(
     """Return the entry of a set that ``write_sorted`` wrote. Its file name belongs to no other set of ``index``."""
     identity, rows, info = written
     taken = {entry.file.name for entry in index.sets if (entry.name, entry.id) != (name, identity)}
-    file = next(f for digits in (8, 16, 64) if (f := f"{name}-{identity[:digits]}.parquet") not in taken)
+    file = next(file for file in file_names(name, identity) if file not in taken)
     return LabelEntry(
         name=name,
         id=identity,
@@ -143,6 +149,11 @@ def new_entry(
         made=_now(),
         **{"from": _printable(origin)},
     )
+
+
+def file_names(name: str, identity: str) -> list[str]:
+    """Return the names that the file of a set may have, in the order in which they are tried."""
+    return [f"{name}-{identity[:digits]}.parquet" for digits in (8, 16, 64)]
 
 
 def check_set_name(name: str, reserved: bool = False) -> None:

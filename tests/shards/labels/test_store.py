@@ -210,7 +210,7 @@ def test_functions_of_bytes_serve_a_bucket(tmp_path):
 
 
 def test_a_stranger_s_set_with_other_types_or_weights_is_refused(tmp_path):
-    path = tmp_path / "labels" / "x-0.parquet"
+    path = tmp_path / "labels" / "x-00000000.parquet"
     path.parent.mkdir()
     for column, values, kind in (("text", [1], "int64"), ("weight", [-1.0], "float64")):
         pq.write_table(pa.table({"key": ["a"], column: values}), path)

@@ -1,0 +1,106 @@
+"""Caches made by a stranger who means harm: what a pull fetches, writes and leaves."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tiny_cache import make_cache
+from tiny_faults import reseal
+from tiny_server import serve
+
+from shards.errors import UserError, WorkFailed
+from shards.format.layout import Layout
+from shards.labels.store import read_index
+from shards.remote import client as storage
+from shards.share.transfer import pull
+
+OWN = re.compile(
+    r"CACHE\.json|labels/LABELS\.json|labels/[\w.-]+-[0-9a-f]{8,64}\.parquet|(plans|manifests|failures)/\d{3}\.parquet"
+    r"|shards/\d{6}\.(tar|parquet|json)"
+)
+EVIL = "../../../evil"
+
+
+@pytest.fixture(scope="module")
+def near(tmp_path_factory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("near") / "cache", n=12, shards=4, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "BACKOFF", (0.01,) * 2)
+    monkeypatch.setenv("EARSHARD_CACHE", str(tmp_path / "mirrors"))
+
+
+def _everywhere(tree, name="name"):
+    """Add a name of a stranger's choice to every mapping of a tree."""
+    for value in list(tree.values() if isinstance(tree, dict) else tree):
+        if isinstance(value, dict | list):
+            _everywhere(value, name)
+    if isinstance(tree, dict):
+        tree[name] = EVIL
+
+
+def _files(tree):
+    entry = dict(tree["generations"][0]["files"]["plan"])
+    tree["files"] = {EVIL: entry, "shards/../../evil": entry, "/tmp/evil": entry}
+    tree["generations"][0]["files"] |= tree["files"]
+
+
+def _label_file(name):
+    return lambda tree: tree["sets"][0]["file"].update(name=name)
+
+
+ATTACKS = {
+    "files of CACHE.json": ("CACHE.json", _files),
+    "names in generations": ("CACHE.json", lambda tree: _everywhere(tree["generations"][0]["files"])),
+    "path in generations": ("CACHE.json", lambda tree: _everywhere(tree["generations"][0]["files"], "path")),
+    "names in records": ("shards/000001.json", _everywhere),
+    "shard that is a path": ("shards/000001.json", lambda tree: tree.update(shard=EVIL)),
+    "shard of another": ("shards/000001.json", lambda tree: tree.update(shard=2)),
+    "first shard below 0": ("CACHE.json", lambda tree: tree["generations"][0].update(first_shard=-1)),
+    **{
+        f"label file {name}": ("labels/LABELS.json", _label_file(name))
+        for name in (
+            EVIL,
+            "/tmp/evil",
+            "..",
+            "evil",
+            "evil.py",
+            "LABELS.json",
+            "source-0.parquet",
+            "other-00000000.parquet",
+            "source-00000000.parquet.tmp-1",
+            "labels.claim",
+        )
+    },
+    "name of a set": ("labels/LABELS.json", lambda tree: tree["sets"][0].update(name=EVIL)),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_pull_fetches_and_writes_files_of_the_format_alone(near, tmp_path, attack):
+    served = Path(shutil.copytree(near, tmp_path / "served" / "some" / "cache"))
+    file, change = ATTACKS[attack]
+    entry = read_index(near).sets[0].file.name
+    for place in ("evil", "some/evil", "some/cache/evil", "some/cache/labels/evil", "some/cache/labels/evil.py"):
+        shutil.copyfile(near / "labels" / entry, tmp_path / "served" / place)
+    reseal(served / file, change)
+    target, written = tmp_path / "a" / "b" / "c" / "back", 0
+    with serve(tmp_path / "served") as server:
+        with suppress(UserError, WorkFailed):  # what is ignored may stand there
+            pull(f"{server.url}/some/cache", target)
+            written = sum(path.is_file() for path in target.rglob("*"))
+            assert written == sum(path.is_file() for path in near.rglob("*"))
+        asked = {name.partition("some/cache/")[2] for name, _ in server.asked}
+    assert asked <= {name for name in asked if OWN.fullmatch(name)}
+    left = [path for path in (tmp_path / "a").rglob("*") if not path.is_dir()]
+    assert all(OWN.fullmatch(str(path.relative_to(target))) for path in left if path.is_relative_to(target)), left
+    assert all(path.is_relative_to(target) for path in left)
+    assert not Path("/tmp/evil").exists()
+    if not written:
+        assert not Layout(target).cache.exists()
