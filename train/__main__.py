@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from train.config.train import TrainConfig
 
 SCRIPT = "earshard-train"
+OWN_PROJECTOR = "your own projector class, if the run has one: what a run folder names is not imported"
 EXAMPLES = """examples:
   python -m train fit --config configs/train/demo.yaml
   python -m train fit --config configs/train/demo.yaml name=small projector.stack=8 lr=5e-4
@@ -112,9 +113,12 @@ def parser() -> argparse.ArgumentParser:
         "--encoder", metavar="REFERENCE", help="new location of the run's encoder, such as path:/models/x"
     )
 
+    transcribe.add_argument("--projector", metavar="MODULE:CLASS", help=OWN_PROJECTOR)
+
     export = add("export", "export a trained projector as a self-contained folder", "export runs/demo exported/demo")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("folder", metavar="DIR", help="new folder for the weights, settings, source and model card")
+    export.add_argument("--projector", metavar="MODULE:CLASS", help=OWN_PROJECTOR)
 
     needs = add(
         "needs", "list the extraction configs whose caches are missing", "needs --config configs/train/demo.yaml"
@@ -179,14 +183,11 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _fit_config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
     """Return the settings, and the run to resume or None."""
-    from shards.config.base import load_config
-    from train.config.train import TrainConfig
-
     overrides = list(args.overrides)
     if args.resume is None:
         if args.config is None and not overrides:
             raise UserError("no configuration: name one with --config (see configs/train/), or a run with --resume")
-        return load_config(TrainConfig, args.config, overrides), None
+        return _typed_config(args.config, overrides), None
     run_name = args.resume
     if "=" in run_name:  # `--resume key=value`: argparse took an override for RUN
         run_name, overrides = "", [run_name, *overrides]
@@ -202,11 +203,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     with open_process_group() as group:
         with group.raise_on_all_ranks():
             target = _json_path(args.json)
-            run = _config_and_run(args.run, args.config, [])[1]
 
             from train.runs.folder import run_config, write_json
 
-            config = run_config(run, overrides)
+            typed, run = _config_and_run(args.run, args.config, [] if args.config else overrides)
+            config = run_config(run, overrides, None if args.config is None else typed.projector.kind)
 
         from train.evaluation.run import evaluate_run
         from train.report import write_report
@@ -223,10 +224,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _lr_range(args: argparse.Namespace) -> int:
-    from shards.config.base import load_config
-    from train.config.train import TrainConfig
-
-    config = load_config(TrainConfig, args.config, args.overrides)
+    config = _typed_config(args.config, args.overrides)
     target = _json_path(args.json)
 
     from train.runs.folder import write_json
@@ -253,7 +251,7 @@ def _transcribe(args: argparse.Namespace) -> int:
     from train.runs import folder as runs
 
     run = runs.find_run(args.run)
-    config = runs.run_config(run)
+    config = runs.run_config(run, projector=args.projector)
 
     from train.inference.transcribe import TokenWriter, find_recordings, transcribe
 
@@ -270,7 +268,7 @@ def _export(args: argparse.Namespace) -> int:
     from train.inference.export import export
     from train.runs.folder import find_run
 
-    print(f"exported: {export(find_run(args.run), Path(args.folder))}")
+    print(f"exported: {export(find_run(args.run), Path(args.folder), args.projector)}")
     return 0
 
 
@@ -315,16 +313,26 @@ def _completion(args: argparse.Namespace) -> int:
     return print_completion(parser(), SCRIPT, args.shell, names(TrainConfig))
 
 
-def _config_and_run(run_name: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:
-    """Return the run named ``run_name``, else that of ``file``, else the newest; and its settings, overridden."""
+def _typed_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:
+    """Return the settings of a file that the user wrote. One in a run folder names no class to import, see there."""
     from shards.config.base import load_config
     from train.config.train import TrainConfig
+    from train.runs import folder as runs
+
+    config = load_config(TrainConfig, file, overrides)
+    if file is not None and (Path(file).parent / "caches.json").exists():
+        runs.require_chosen_projector(config.projector, Path(file).parent, runs.typed_projector(overrides))
+    return config
+
+
+def _config_and_run(run_name: str | None, file: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, Path]:
+    """Return the run named ``run_name``, else that of ``file``, else the newest; and its settings, overridden."""
     from train.runs import folder as runs
 
     if file is None:
         run = runs.find_run(run_name)
         return runs.run_config(run, overrides), run
-    config = load_config(TrainConfig, file, overrides)
+    config = _typed_config(file, overrides)
     run = runs.find_run(run_name or (config.name and str(Path(config.runs) / config.name)), config.runs)
     return config.model_copy(update={"name": run.name}), run
 

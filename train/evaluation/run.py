@@ -90,7 +90,7 @@ def _select_utterances(run: Path, config: TrainConfig, cache: str | None, labels
         raise UserError("--labels belongs to --cache: name the cache that it labels with --cache")
     if not (run / "summary.json").is_file():
         raise UserError(f"'{run}' is not finished: resume it with `python -m train fit --resume {run}`")
-    changed = [key for key in runs.run_config(run).differences(config) if not key.startswith(EVALUATION_KEYS)]
+    changed = [key for key in runs.saved_config(run).differences(config) if not key.startswith(EVALUATION_KEYS)]
     if changed:
         raise UserError(f"'{run}' was trained with other settings ({'; '.join(changed)}): remove these overrides")
     cache_info = runs.read_cache_info(run)

@@ -75,8 +75,12 @@ class ExportConfig(Config):
     encoder: str | None  # encoder reference recorded by the run
 
 
-def export(run: Path, folder: Path) -> Path:
+def export(run: Path, folder: Path, kind: str | None = None) -> Path:
     """Write the projector of ``run`` into ``folder``, which must not exist; return ``folder``.
+
+    Args:
+        kind: import path of the class of a custom projector. The class that the run names is imported only if it is
+            the one passed here.
 
     Raises:
         UserError: the run is not finished, the folder exists or cannot be written, or the source of a custom projector
@@ -88,7 +92,7 @@ def export(run: Path, folder: Path) -> Path:
 
     if folder.exists():
         raise UserError(f"'{folder}' already exists: name another folder, or delete it")
-    config, cache_info = run_config(run), read_cache_info(run)
+    config, cache_info = run_config(run, projector=kind), read_cache_info(run)
     model = load_model(run, config, torch.device("cpu"), torch.float32)
     settings = make_settings(config, cache_info, model.lm, model.projector, model.prompt.instructions)
     write_projector(folder, settings, model.projector)

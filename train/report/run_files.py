@@ -18,7 +18,7 @@ from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.data.caches import find_cache
 from train.evaluation.utterance_table import read_utterances
-from train.runs.folder import EMBEDDING_SPACE_FILE, EVALUATION_FILE, OTHER_EVALUATIONS, read_json, run_config
+from train.runs.folder import EMBEDDING_SPACE_FILE, EVALUATION_FILE, OTHER_EVALUATIONS, read_json, saved_config
 from train.runs.metrics_log import EVALUATIONS, METRICS, read_jsonl
 
 Metrics = dict[str, Any]
@@ -66,7 +66,7 @@ class RunFiles:
     def config(self) -> TrainConfig | None:
         """``config.yaml``; None if this version of earshard cannot read it."""
         try:
-            return run_config(self.folder)
+            return saved_config(self.folder)
         except UserError:
             return None
 

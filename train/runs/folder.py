@@ -22,10 +22,11 @@ import numpy as np
 import yaml
 
 from shards import files as disk
-from shards.config.base import load_config
+from shards.config.base import load_config, parse_overrides
 from shards.errors import UserError
 from shards.files import atomic_write, fsync_folder, translate_os_errors
 from shards.format.spec import FeatureSpec
+from train.config.model import CustomConfig
 from train.config.train import TrainConfig
 from train.data.caches import TrainData, Utterances
 from train.data.instructions import Instructions
@@ -40,6 +41,7 @@ MAX_LISTED = 8  # number of runs listed in an error message
 PROMPTS_FILE = "prompts.json"  # the instructions to draw from
 EMBEDDING_SPACE_FILE = "space.json"  # soft tokens relative to the LM's embeddings
 EVALUATION_FILE = "figures.json"  # metrics of `python -m train evaluate`
+TYPED = "projector.kind={kind} (for transcribe and export: --projector {kind})"
 OTHER_EVALUATIONS = "judged"  # folder of the evaluations on other caches than the run's own
 
 
@@ -140,9 +142,50 @@ def find_run(name: str | None, runs: str | Path = "runs") -> Path:
     raise UserError(f"'{name}' is not a run: it has no config.yaml; {known}")
 
 
-def run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Return the settings of a run, with ``overrides`` applied."""
+def saved_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Return the settings of a run, with ``overrides`` applied, to be shown or compared."""
     return load_config(TrainConfig, run / "config.yaml", overrides)
+
+
+def run_config(run: Path, overrides: Sequence[str] = (), projector: str | None = None) -> TrainConfig:
+    """Return the settings of a run, with ``overrides`` applied, to build its model.
+
+    Args:
+        projector: import path of the run's own projector class; ``projector.kind`` in ``overrides`` does the same.
+
+    Raises:
+        UserError: also if the folder names a projector class that would be imported, and the caller does not.
+    """
+    config = saved_config(run, overrides)
+    require_chosen_projector(config.projector, run, projector or typed_projector(overrides))
+    return config
+
+
+def typed_projector(overrides: Sequence[str]) -> str | None:
+    """Return ``projector.kind`` as ``key=value`` arguments set it; None if they do not."""
+    kind = None
+    for _, key, value in parse_overrides(overrides, TrainConfig):
+        if key == "projector.kind":
+            kind = str(value)
+        elif key == "projector" and isinstance(value, dict):
+            kind = str(value.get("kind"))
+    return kind
+
+
+def require_chosen_projector(projector: object, folder: Path, chosen: str | None, fix: str = TYPED) -> None:
+    """Raise UserError if a file in ``folder`` names a class to import that the user did not name in this command.
+
+    Args:
+        projector: settings of a projector.
+        chosen: the import path that the user named.
+        fix: what to add to the command; ``{kind}`` is the class.
+    """
+    if isinstance(projector, CustomConfig) and projector.kind != chosen:
+        raise UserError(
+            f"'{folder}' has a projector of the class {projector.kind}, which is not part of earshard, and a folder "
+            f"does not decide what is imported: if you know this class, add {fix.format(kind=projector.kind)} to the "
+            "command"
+        )
 
 
 def read_cache_info(run: Path) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from shards.config.base import validate_config
 from shards.errors import UserError
+from train.config.model import CustomConfig
 from train.sweeps.config import SweepConfig, load_sweep
 
 
@@ -60,6 +62,22 @@ def _load_sweep_config(file: str | None, resume: str | None, overrides: Sequence
         raise UserError(
             f"'{overrides[0]}' cannot override a resumed sweep: start a new sweep with --config and another name=…"
         )
+    from train.runs.folder import require_chosen_projector
     from train.sweeps.sweep import read_sweep_config
 
-    return read_sweep_config(Path(resume))
+    config = read_sweep_config(Path(resume))
+    for kind in _own_kinds(config.model_dump(mode="json")):
+        require_chosen_projector(CustomConfig.model_construct(kind=kind), Path(resume), None, "--config with your own file of the sweep")
+    return config
+
+
+def _own_kinds(tree: Any, key: str = "") -> Iterator[str]:
+    """Yield every value of a key ``kind`` that is the import path of a class."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _own_kinds(value, key if name == "choices" else str(name))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _own_kinds(value, key)
+    elif key.rpartition(".")[2] == "kind" and ":" in str(tree):
+        yield str(tree)

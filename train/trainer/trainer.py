@@ -389,7 +389,7 @@ def require_resumable(config: TrainConfig, run: Path) -> None:
     """Raise UserError if ``run`` is finished, or if ``config`` changes a setting that affects its results."""
     if (run / "summary.json").is_file():
         raise UserError(f"'{run}' is finished: evaluate it with `python -m train evaluate {run}`, or train a new run")
-    changed = runs.run_config(run).differences(config)
+    changed = runs.saved_config(run).differences(config)
     if changed:
         raise UserError(
             f"'{run}' cannot resume with changed settings ({'; '.join(changed)}): restore them, or train a new run"

@@ -96,7 +96,8 @@ def test_a_run_with_a_projector_of_the_users_is_named_after_it_and_comes_back(tm
     run = fit(make_config(tmp_path, cache, "nanochat:d1", projector=own, name=None))
     assert run.name.endswith("-run_projectors.Mine")
     assert len(losses(run)) == 8
-    model = load_model(run, run_config(run), torch.device("cpu"), torch.float32)
+    config = run_config(run, projector="run_projectors:Mine")
+    model = load_model(run, config, torch.device("cpu"), torch.float32)
     assert model.projector.layers[0].out_features == 8
     sys.modules.pop("run_projectors")
 
