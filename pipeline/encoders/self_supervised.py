@@ -20,6 +20,7 @@ import numpy as np
 
 from pipeline.encoders.base import check_encode_args, encoder_name, tensors_hash
 from pipeline.threads import ThreadPool
+from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from pipeline.weights.resolve import Weights, read_model_json
 from shards.errors import UserError
 from shards.format.spec import WindowMode
@@ -52,6 +53,7 @@ class SelfSupervisedEncoder:
     """
 
     def __init__(self, weights: Weights, family: str, *, device: str, dtype: str, batch_size: int | None) -> None:
+        forbid_hub_kernels()  # before the first import of transformers
         import torch
         import transformers
 
@@ -63,8 +65,11 @@ class SelfSupervisedEncoder:
                 "audio"
             )
         try:
-            model, loading_info = getattr(transformers, MODEL_CLASSES[family]).from_pretrained(
-                weights.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            model, loading_info = load_pretrained(
+                getattr(transformers, MODEL_CLASSES[family]),
+                weights.folder,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]

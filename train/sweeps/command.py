@@ -12,6 +12,8 @@ from shards.errors import UserError
 from train.config.model import CustomConfig
 from train.sweeps.config import SweepConfig, load_sweep
 
+OWN_FILE = "--config with your own file of the sweep"
+
 
 def sweep(file: str | None, resume: str | None, overrides: Sequence[str], engine: str | None = None) -> int:
     """Run or resume a sweep, print its table, and return the exit status.
@@ -67,7 +69,7 @@ def _load_sweep_config(file: str | None, resume: str | None, overrides: Sequence
 
     config = read_sweep_config(Path(resume))
     for kind in _own_kinds(config.model_dump(mode="json")):
-        require_chosen_projector(CustomConfig.model_construct(kind=kind), Path(resume), None, "--config with your own file of the sweep")
+        require_chosen_projector(CustomConfig.model_construct(kind=kind), Path(resume), None, OWN_FILE)
     return config
 
 

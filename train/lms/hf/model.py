@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from shards.errors import UserError
 from train.config.model import LmConfig
 from train.lms.base import LanguageModel
@@ -292,14 +293,13 @@ def load_hf(
     loading: dict[str, Any] = {"dtype": torch.float32 if train else dtype}
     if options.bits is not None:
         loading |= {"quantization_config": quantization_config(options.bits, dtype), "device_map": {"": str(device)}}
+    forbid_hub_kernels()  # before the first import of transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with _no_progress_bar():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, **loading
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model: Any = load_pretrained(AutoModelForCausalLM, folder, use_safetensors=True, **loading)
+        tokenizer = load_pretrained(AutoTokenizer, folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
