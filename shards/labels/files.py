@@ -9,15 +9,15 @@ opens a value at its start only, and closes it at its end. JSON lines and parque
 
 from __future__ import annotations
 
-import csv
 import io
+import json
 import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -29,7 +29,9 @@ import pyarrow.parquet as pq
 
 from shards.errors import UserError
 from shards.files import open_file
-from shards.labels.table import COLUMNS, check_names, listed, one_line, string_buffers
+from shards.labels.rows import Line, choose_delimiter, delimited_rows, json_object, text_lines
+from shards.labels.table import COLUMNS, STRINGS, check_names, listed, one_line, string_buffers
+from shards.labels.text import NAMES, text_column, text_value
 from shards.remote.client import Remote, is_url
 
 MAX_BYTES = 4 << 30  # of a label file, unpacked
@@ -37,7 +39,9 @@ BLOCK = 16 << 20  # bytes parsed at once; a longer row is refused
 ROWS = 8192  # rows of parquet decompressed at once
 MAX_ROWS_PER_BYTE = 4  # of a parquet file: keys limit how well rows compress
 GROWTH, ROOM = 200, 64 << 20  # bytes that a compressed file may unpack to: per byte of the file, and for any file
+LONG_LINE = 4096  # characters; a longer line of JSON is checked before pyarrow reads it
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+TEXTS = (*STRINGS, "id")
 _QUOTE, _LINE_ENDS = ord('"'), (ord("\n"), ord("\r"))
 
 
@@ -69,6 +73,10 @@ def read_label_file(source: str | Path, max_bytes: int = MAX_BYTES) -> pa.Table:
             table = read_bounded(file, where, lambda names: _check_columns(names, where))
         else:
             table = _read_csv(file, where, "\t" if kind == "tsv" else ",")
+    for index, name in enumerate(table.column_names):
+        if name in TEXTS:
+            column = text_column(table[name], name, where, is_name=name in NAMES)
+            table = table.set_column(index, name, column)
     _refuse_nul(table, where)
     return table.replace_schema_metadata(None)
 
@@ -102,10 +110,21 @@ def read_bounded(file: BinaryIO, where: str, check_columns: Callable[[list[str]]
                 blocks.append(pa.concat_batches(waiting))  # in buffers that are not larger than their content
                 waiting = []
         table = pa.Table.from_batches([*blocks, *waiting], parquet.schema_arrow)
-        table.validate(full=True)  # string offsets and UTF-8
+        _validate(table, where)
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         raise UserError(f"{where} is not a readable parquet file ({one_line(error)}): write it again") from None
     return table.replace_schema_metadata(None)
+
+
+def _validate(table: pa.Table, where: str) -> None:
+    """Check string offsets and UTF-8."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowException:
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if pa.types.is_string(column.type):
+                text_column(column, name, where)  # names the row
+        raise
 
 
 @contextmanager
@@ -181,24 +200,16 @@ def _check_columns(names: list[str], where: str) -> None:
         )
 
 
-def _lines(file: BinaryIO, where: str) -> Iterator[str]:
+def _lines(file: BinaryIO, where: str) -> Iterator[Line]:
     file.seek(0)
-    for number, line in enumerate(iter(lambda: file.readline(BLOCK + 1), b""), 1):
-        if len(line) > BLOCK:
-            raise UserError(f"line {number} of {where} is longer than {BLOCK >> 20} MiB: write one utterance a line")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"line {number} of {where} is not UTF-8: save the file as UTF-8") from None
+    return text_lines(file, where)
 
 
 def _read_csv(file: BinaryIO, where: str, delimiter: str) -> pa.Table:
     first = next(_lines(file, where))
-    quoted = delimiter == ","
-    if quoted and first.count(";") > first.count(","):
-        delimiter = ";"  # spreadsheets write it where the comma is the decimal separator
-    quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    names = next(csv.reader([first], delimiter=delimiter, quoting=quoting), [])
+    delimiter = choose_delimiter(first[1], delimiter)
+    quoted = delimiter != "\t"
+    names = next(delimited_rows([first], where, delimiter), (1, []))[1]
     _check_columns(names, f"line 1 of {where}")
     lines, has_quotes = _count_lines(file)
     has_quotes = has_quotes and quoted
@@ -215,19 +226,13 @@ def _read_csv(file: BinaryIO, where: str, delimiter: str) -> pa.Table:
             ),
         )
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        _count_rows(file, where, delimiter, quoting, len(names))
+        _count_rows(file, where, delimiter)
         raise UserError(f"{where} cannot be read ({one_line(error)}): correct that row") from None
     if table.column_names != names:
         raise UserError(f"line 1 of {where} cannot be read as column names: write them without line breaks and quotes")
-    if has_quotes:
-        if not _quotes_are_regular(file, delimiter):
-            rows = _count_rows(file, where, delimiter, quoting, len(names))
-            if rows != len(table):
-                raise UserError(
-                    f"{where} has quotation marks that can be read in two ways: double each one inside a value"
-                )
-        if lines > len(table) + 1:
-            _refuse_swallowed_rows(table, delimiter, where)
+    is_unclear = has_quotes and (lines > len(table) + 1 or not _quotes_are_regular(file, delimiter))
+    if is_unclear and _count_rows(file, where, delimiter) != len(table):
+        raise UserError(f"{where} has quotation marks that can be read in two ways: double each one inside a value")
     for index, name in enumerate(names):
         if name == "weight":
             table = table.set_column(index, name, _weights(table[name], where))
@@ -236,31 +241,13 @@ def _read_csv(file: BinaryIO, where: str, delimiter: str) -> pa.Table:
     return table
 
 
-def _count_rows(file: BinaryIO, where: str, delimiter: str, quoting: Any, columns: int) -> int:
+def _count_rows(file: BinaryIO, where: str, delimiter: str) -> int:
     """Return the number of rows after the header. Raises UserError for the first one that is not valid.
 
-    Slow: it is used for files that pyarrow refuses, because it does not name the line, and for unusual quotation marks.
+    Slow: it is used for files that pyarrow refuses, because it does not name the line, for values of several lines, and
+    for unusual quotation marks.
     """
-    csv.field_size_limit(BLOCK)
-    reader = csv.reader(_lines(file, where), delimiter=delimiter, quoting=quoting, strict=True)
-    count = 0
-    try:
-        while True:
-            start = reader.line_num + 1
-            row = next(reader, None)
-            if row is None:
-                return count - 1
-            if row and len(row) != columns:
-                raise UserError(
-                    f"line {start} of {where} has {len(row)} fields, but line 1 has {columns}: "
-                    + ("tabs separate fields" if delimiter == "\t" else f"quote values that contain '{delimiter}'")
-                )
-            count += bool(row)
-    except csv.Error as error:
-        raise UserError(
-            f"line {start} of {where} has a quotation mark that does not open and close a whole value ({error}): write "
-            "every '\"' inside of a value twice, and quote the value"
-        ) from None
+    return sum(1 for _ in delimited_rows(_lines(file, where), where, delimiter)) - 1
 
 
 def _count_lines(file: BinaryIO) -> tuple[int, bool]:
@@ -284,20 +271,6 @@ def _quotes_are_regular(file: BinaryIO, delimiter: str) -> bool:
             return False
         count += len(at)
     return count % 2 == 0
-
-
-def _refuse_swallowed_rows(table: pa.Table, delimiter: str, where: str) -> None:
-    """Refuse values of several lines that look like rows: an opening quotation mark without its closing one."""
-    for index, column in enumerate(table.columns):
-        several = column.filter(pc.match_substring(column, "\n"))
-        for value in several:
-            *inner, last = value.as_py().rstrip("\r\n").split("\n")
-            fields = [line.count(delimiter) for line in inner[1:]]
-            if last.count(delimiter) >= max(index, 1) and all(n >= table.num_columns - 1 for n in fields) and inner:
-                raise UserError(
-                    f"a quotation mark in {where} makes one value of several lines that look like rows "
-                    f"({listed([value.as_py()])}): double it, or use JSON lines for texts of several lines"
-                )
 
 
 def _weights(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -327,38 +300,57 @@ def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _read_json(file: BinaryIO, where: str) -> pa.Table:
-    types: dict[str, pa.DataType] = {}
-    while True:
-        file.seek(0)
-        try:
-            table = pa_json.read_json(
-                file,
-                pa_json.ReadOptions(block_size=BLOCK),
-                pa_json.ParseOptions(explicit_schema=pa.schema(list(types.items()))),
-            )
-            table.validate(full=True)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            _explain_json(file, where, error)
-        times = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
-        if not times:
-            break
-        types.update(dict.fromkeys(times, pa.string()))  # pyarrow takes texts such as 2024-01-31 for dates
+    for number, line in _lines(file, where):
+        if len(line) > LONG_LINE:  # pyarrow overflows the stack where values are nested very deeply
+            json_object(line, f"line {number} of {where}")
+    try:
+        table = _parse_json(file)
+    except (pa.ArrowException, UnicodeDecodeError):
+        table = None
+    if table is None or not all(_is_plain(field) for field in table.schema):
+        with tempfile.TemporaryFile() as plain:
+            _write_plain(file, plain, where)
+            try:
+                table = _parse_json(plain)
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{where} cannot be read as JSON lines ({one_line(error)}): correct that value"
+                ) from None
     _check_columns(table.column_names, where)
     return table
 
 
-def _explain_json(file: BinaryIO, where: str, error: Exception) -> NoReturn:
-    """Raise UserError for the first line that is not a JSON object."""
-    import json
+def _parse_json(file: BinaryIO) -> pa.Table:
+    types: dict[str, pa.DataType] = {}
+    while True:
+        file.seek(0)
+        table = pa_json.read_json(
+            file,
+            pa_json.ReadOptions(block_size=BLOCK),
+            pa_json.ParseOptions(explicit_schema=pa.schema(list(types.items()))),
+        )
+        table.validate(full=True)
+        times = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
+        if not times:
+            return table
+        types.update(dict.fromkeys(times, pa.string()))  # pyarrow takes texts such as 2024-01-31 for dates
 
-    for number, line in enumerate(_lines(file, where), 1):
-        try:
-            tree = json.loads(line) if line.strip() else {}
-        except (ValueError, RecursionError):
-            tree = None
-        if not isinstance(tree, dict):
-            raise UserError(f"line {number} of {where} is not a JSON object: write one object a line") from None
-    raise UserError(f"{where} cannot be read as JSON lines ({one_line(error)}): correct that value") from None
+
+def _is_plain(field: pa.Field) -> bool:
+    """Return whether a text column needs no look at its single values."""
+    kind = field.type
+    is_text = pa.types.is_string(kind) or pa.types.is_null(kind)
+    return field.name not in TEXTS or is_text or (field.name in NAMES and pa.types.is_integer(kind))
+
+
+def _write_plain(file: BinaryIO, plain: BinaryIO, where: str) -> None:
+    """Copy JSON lines with text in all text columns. Raises UserError for the first line that is not valid."""
+    for number, line in _lines(file, where):
+        if line.strip():
+            place = f"line {number} of {where}"
+            row = json_object(line, place)
+            texts = {name: text_value(row[name], name, place, is_name=name in NAMES) for name in TEXTS if name in row}
+            plain.write(json.dumps({**row, **texts}).encode() + b"\n")
 
 
 def _refuse_nul(table: pa.Table, where: str) -> None:

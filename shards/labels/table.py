@@ -30,6 +30,7 @@ from shards.errors import UserError
 from shards.files import file_sha256
 from shards.format.records import FileInfo
 from shards.format.spec import canonical_json
+from shards.labels.text import NAMES, text_column
 
 STRINGS = ("key", "text", "speaker", "split", "language", "prompt", "task")
 COLUMNS = (*STRINGS, "weight")
@@ -273,10 +274,12 @@ def string_buffers(chunk: pa.StringArray) -> tuple[NDArray[np.int32], memoryview
 
 
 def _normal_column(column: pa.ChunkedArray, name: str, where: str) -> pa.ChunkedArray:
+    if name in STRINGS:
+        column = text_column(column, name, where, is_name=name in NAMES)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     target = _target(kind, name)
     if target is None:
-        wanted = "strings" if name in STRINGS else "numbers" if name == "weight" else "strings, numbers or true/false"
+        wanted = "numbers" if name == "weight" else "strings, numbers or true/false"
         raise UserError(f"column '{name}' of {where} has values of type {kind}: it can have only {wanted}")
     try:
         column = column.cast(kind).cast(target)
@@ -307,8 +310,6 @@ def _target(kind: pa.DataType, name: str) -> pa.DataType | None:
         return pa.float64() if name == "weight" else pa.string()
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return None if name == "weight" else pa.string()
-    if name in STRINGS:
-        return None
     if types.is_floating(kind) or (name == "weight" and types.is_integer(kind)):
         return pa.float64()
     if types.is_integer(kind):

@@ -134,7 +134,7 @@ def test_texts_that_look_like_dates_stay_texts_in_json(tmp_path):
         ("a.txt", "key\n", "has an unknown suffix"),
         ("a.parquet.gz", "key\n", "has an unknown suffix"),
         ("a.jsonl", '{"key": "a"}\n{"key": \n', "line 2 of .* is not a JSON object"),
-        ("a.json", '[{"key": "a"}]\n', "line 1 of .* is not a JSON object: write one object a line"),
+        ("a.json", '[{"key": "a"}]\n', "line 1 of .* is not a JSON object .it is a list.: write one object a line"),
         (
             "a.jsonl",
             '{"key": "a", "n": 1}\n{"key": "b", "n": "x"}\n',
@@ -154,6 +154,51 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path, name, data, reason):
     with pytest.raises(UserError, match=reason) as error:
         read(tmp_path, data, name)
     assert "\n" not in str(error.value)
+
+
+TYPED = [
+    {"key": 1, "text": "a", "speaker": 1089.0},
+    {"key": 2, "text": None, "speaker": float("nan")},
+    {"key": 3, "text": "b", "speaker": None},
+]
+
+
+def test_names_may_be_integers_and_bytes_are_text(tmp_path):
+    expected = [{"key": "1", "text": "a", "speaker": "1089"}, {"key": "2", "text": None, "speaker": None},
+                {"key": "3", "text": "b", "speaker": None}]  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in TYPED)
+    assert read(tmp_path, lines, "a.jsonl").to_pylist() == expected
+    assert read(tmp_path, lines.replace("null", "NaN"), "a.jsonl").to_pylist() == expected
+    assert read(tmp_path, lines.replace('"key": 3', '"key": "3"'), "a.jsonl").to_pylist() == expected
+    table = pa.Table.from_pylist([{**row, "text": row["text"] and row["text"].encode()} for row in TYPED])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_label_file(tmp_path / "a.parquet").to_pylist() == expected
+
+
+@pytest.mark.parametrize("value", ["true", '["a", "b"]', '{"a": 1}', "7", "1.5"])
+@pytest.mark.parametrize("others", ['"x"', "null", "true"])
+def test_a_text_of_json_lines_that_is_no_text_is_refused_with_its_line(tmp_path, value, others):
+    lines = f'{{"key": "a", "text": {others}}}\n\n{{"key": "b", "text": {value}}}\n'
+    line = 1 if others == "true" else 3
+    with pytest.raises(UserError, match=rf"text in line {line} of .*a\.jsonl' is .*, expected text"):
+        read(tmp_path, lines, "a.jsonl")
+
+
+def test_a_list_or_bytes_that_are_not_utf_8_in_parquet_are_refused_by_column_and_row(tmp_path):
+    for values, reason in [
+        (pa.array([["a"], ["b"]]), "column 'text' of .* has values of type list<"),
+        (pa.array([b"a", b"\xff"]), "column 'text' in row 2 of .* is not UTF-8"),
+        (pa.array([b"a", b"\xff"]).view(pa.string()), "column 'text' in row 2 of .* is not UTF-8"),
+    ]:
+        pq.write_table(pa.table({"key": ["a", "b"], "text": values}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=reason):
+            read_label_file(tmp_path / "a.parquet")
+
+
+def test_values_nested_thousands_of_times_are_refused(tmp_path):  # pyarrow overflows the stack: the process would die
+    for value in ("[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000):
+        with pytest.raises(UserError, match=r"line 2 of .* is nested too deeply|line 2 of .*nested too deeply"):
+            read(tmp_path, f'{{"key": "a"}}\n{{"key": "b", "x": {value}}}\n', "a.jsonl")
 
 
 def test_quotes_are_checked_across_blocks(tmp_path, monkeypatch):
