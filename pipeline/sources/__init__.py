@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.sources.base import Source, Utterance, decode_key, encode_key, safe_name
+from pipeline.sources.base import Source, Utterance, decode_key, encode_key, safe_name, translate_errors
 from pipeline.sources.columns import Columns
-from pipeline.sources.parquet import ParquetFiles, audio_column
 from pipeline.sources.presets import PRESETS, PresetName
 from pipeline.sources.synthetic.grammar import MAX_SENTENCES
 from shards.config.base import Config
+from shards.errors import UserError
 
 __all__ = ["Source", "SourceConfig", "Utterance", "decode_key", "encode_key", "open_source"]
 
@@ -102,6 +102,8 @@ class SourceConfig(Config):
             )
         if self.kind != "parquet":
             return
+        from pipeline.sources.parquet import audio_column  # imports pyarrow, as the other imports inside functions
+
         audio = audio_column(self.columns)
         for field, column in columns.items():
             if field in ("split", "offset", "duration"):
@@ -126,7 +128,10 @@ def open_source(config: SourceConfig) -> Source:
     """
     from pipeline.sources.selection import FilteredSource
 
-    source = _open_kind(config)
+    if "\0" in (config.path or ""):
+        raise UserError("source.path has a NUL character: correct it")
+    with translate_errors(f"source.path '{config.path}'"):
+        source = _open_kind(config)
     return FilteredSource(
         source,
         name=safe_name(config.name if config.name is not None else source.name, config.kind),
@@ -169,4 +174,6 @@ def open_parquet(path: str, splits: Sequence[str], config_name: str | None, colu
         scheme, _, dataset = path.partition(":")
         open_dataset = hub.HubStream if scheme == "hf" else hub.open_modelscope
         return open_dataset(dataset, config_name, splits, columns)
+    from pipeline.sources.parquet import ParquetFiles
+
     return ParquetFiles(path, splits, columns)

@@ -15,7 +15,16 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
-ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
+ARCHIVE_ERRORS = (  # ValueError and OverflowError: numbers in PAX headers; MemoryError: a member of a false size
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class ArchiveReader:

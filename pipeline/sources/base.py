@@ -12,6 +12,7 @@ import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,9 +80,13 @@ class ProblemLog:
     def sentences(self) -> list[str]:
         """Return one line per problem, in order of occurrence: ``3 transcript lines without audio: a, b, c``."""
         return [
-            f"{count} {problem}: {', '.join(names)}{', …' if count > len(names) else ''}"
+            f"{count} {problem}: {', '.join(map(_printable, names))}{', …' if count > len(names) else ''}"
             for problem, (count, names) in self._counts.items()
         ]
+
+
+def _printable(name: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 class Source(ABC):
@@ -126,7 +131,7 @@ class Source(ABC):
         for uri in uris:
             try:
                 data = self.read_file(uri)
-            except (AudioError, OSError) as error:
+            except (AudioError, OSError, ValueError) as error:  # ValueError: a NUL in the path
                 yield uri, error
             else:
                 yield uri, data
@@ -187,6 +192,39 @@ def safe_name(text: str, default: str) -> str:
     Returns ``default`` if nothing is left.
     """
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:80] or default
+
+
+def is_mac_file(name: str) -> bool:
+    """Return whether a relative path is one of the copies of metadata that macOS puts beside files and into archives.
+
+    These are ``._name`` and the folder ``__MACOSX``.
+    """
+    return ("._" in name and any(part.startswith("._") for part in name.split("/"))) or "__MACOSX" in name.split("/")
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return the sorted entries of a folder, without those of :func:`is_mac_file`.
+
+    Raises:
+        UserError: It cannot be listed. ``Path.glob`` would find nothing in a folder without permission.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not is_mac_file(path.name))
+    except OSError as error:
+        raise UserError(
+            f"the folder '{folder}' cannot be listed ({error.strerror}): correct its permissions, or source.path"
+        ) from None
+
+
+@contextmanager
+def translate_errors(what: str) -> Iterator[None]:
+    """Raise errors of the file system as a UserError of one sentence; ``what`` was read."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        file = f" at '{error.filename}'" if isinstance(error, OSError) and error.filename else ""
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(f"{what} cannot be read ({reason}{file}): correct the path or its permissions") from error
 
 
 def require_splits(wanted: Iterable[str], present: Iterable[str], location: str) -> None:

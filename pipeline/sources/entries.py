@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import gzip
-import json
+import io
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, cast
 
 from shards.errors import UserError
+from shards.files import open_file
+from shards.labels.rows import json_object, text_lines
+from shards.labels.text import text_value
+
+MAX_SECONDS = 1e9
+MAX_CHANNELS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,69 +51,70 @@ class ManifestEntry:
 
 def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield each object of a JSONL file (also ``.gz``) and its location for messages; raises UserError."""
-    with open_text(path) as file:
-        for number, line in numbered_lines(file, path):
-            if not line.strip():
-                continue
-            location = f"line {number} of '{path}'"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{location} is not JSON ({error}): a manifest has one JSON object per line") from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f'{location} is a JSON {type(row).__name__}, expected an object such as {{"audio": …, "text": …}}'
-                )
-            yield row, location
+    with open_manifest(path) as file:
+        for number, line in text_lines(file, f"'{path}'"):
+            if line.strip():
+                location = f"line {number} of '{path}'"
+                yield json_object(line, location), location
 
 
 def number_field(row: dict[str, Any], name: str, location: str) -> float | None:
-    """Return the seconds in field ``name``, or None if it is missing or empty; raises UserError."""
+    """Return the seconds in field ``name``, or None if it is missing, empty or NaN; raises UserError."""
     value = row.get(name)
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not (math.isfinite(number) and number >= 0) or isinstance(value, bool):
-        raise UserError(f"{name} in {location} is {value!r}, expected a non-negative number of seconds")
+    if not 0 <= number <= MAX_SECONDS or isinstance(value, bool):
+        raise UserError(f"{name} in {location} is {value!r:.80}, expected a non-negative number of seconds")
     return number
 
 
-def text_field(row: dict[str, Any], names: Sequence[str], location: str) -> str:
+def channel_field(row: dict[str, Any], name: str, location: str) -> int | None:
+    """Return the index of the channel in field ``name``; None if it is absent or means all channels; raises UserError.
+
+    NeMo's ``channel_selector`` is an index, a list of indices, or "average".
+    """
+    value = row.get(name)
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if value is None or value in ("", "average") or (isinstance(value, float) and math.isnan(value)):
+        return None
+    try:
+        channel = float(value)
+    except (TypeError, ValueError, OverflowError):
+        channel = math.nan
+    if isinstance(value, bool) or not (channel.is_integer() and 0 <= channel < MAX_CHANNELS):
+        raise UserError(
+            f"{name} in {location} is {value!r:.80}, expected the index of one channel, counted from 0: correct "
+            "it, or rename the field if it is something else"
+        )
+    return int(channel)
+
+
+def text_field(row: dict[str, Any], names: Sequence[str], location: str, *, is_name: bool = False) -> str:
     """Return the first of the fields ``names`` that has a value, as text; "" if none has.
 
     Raises:
-        UserError: The value is a list or an object.
+        UserError: see :func:`shards.labels.text.text_value`.
     """
     for name in names:
-        value = row.get(name)
-        if value is None or value == "":
-            continue
-        if not isinstance(value, (str, int, float)):
-            raise UserError(f"{name} in {location} is {value!r}, expected text")
-        return str(value)
+        if text := text_value(row.get(name), name, location, is_name=is_name):
+            return text
     return ""
 
 
-def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """Open a text file (also ``.gz``) as UTF-8; raises UserError."""
+@contextmanager
+def open_manifest(path: Path) -> Iterator[BinaryIO]:
+    """Open a manifest (also ``.gz``) for reading; raises UserError."""
     try:
-        if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-        return open(path, encoding="utf-8-sig", newline=newline)
-    except OSError as error:
-        raise UserError(f"cannot read the manifest '{path}': {error.strerror}") from None
-
-
-def numbered_lines(file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line), counted from 1; raises UserError if the file is not UTF-8 or a corrupt gzip file."""
-    number = 0
-    try:
-        for number, line in enumerate(file, 1):
-            yield number, line
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 after line {number} ({error.reason}): save it as UTF-8") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"'{path}' is truncated or not a gzip file ({error}): copy or download it again") from None
+        file = open_file(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot read the manifest '{path}' ({reason}): check source.path and its permissions"
+        ) from None
+    with io.BufferedReader(file) as raw:
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw)

@@ -18,7 +18,15 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.audio import AudioError, probe
 from pipeline.sources.archive import ARCHIVE_ERRORS, ArchiveReader
-from pipeline.sources.base import Source, Utterance, file_tokens, require_splits, safe_name
+from pipeline.sources.base import (
+    Source,
+    Utterance,
+    file_tokens,
+    is_mac_file,
+    list_folder,
+    require_splits,
+    safe_name,
+)
 from shards.errors import UserError
 
 _NO_AUDIO = "transcript lines without audio"
@@ -51,7 +59,7 @@ def open_librispeech(path: str, splits: Sequence[str]) -> Source:
         return LibriSpeechFolders(
             location.resolve().parent, _select_splits(splits, [location.resolve().name], location)
         )
-    archives = {_stem(file): file for file in sorted(location.iterdir()) if _ARCHIVE.search(file.name)}
+    archives = {_stem(file): file for file in list_folder(location) if _ARCHIVE.search(file.name)}
     if archives:
         selected = _select_splits(splits, list(archives), location)
         return LibriSpeechArchives([archives[name] for name in selected], splits)
@@ -78,9 +86,10 @@ class LibriSpeechFolders(Source):
 
     def _chapter(self, split: str, speaker: str, chapter: Path) -> Iterator[Utterance]:
         texts: dict[str, str] = {}
-        for file in sorted(chapter.glob("*.trans.txt")):
+        files = list_folder(chapter)
+        for file in (file for file in files if file.name.endswith(".trans.txt")):
             texts |= _parse_transcript(file.read_bytes(), str(file), texts)
-        for audio in sorted(chapter.glob("*.flac")):
+        for audio in (file for file in files if file.name.endswith(".flac")):
             uri = audio.relative_to(self._root).as_posix()
             if audio.stem not in texts:
                 self._problem_log.add(_NO_TEXT, uri)
@@ -118,6 +127,8 @@ class LibriSpeechArchives(Source):
             try:
                 yield from self._archive(archive, found)
             except ARCHIVE_ERRORS as error:
+                if isinstance(error, OSError) and error.errno:  # of the file system, not of the content
+                    raise
                 raise UserError(
                     f"the archive '{archive}' is truncated or corrupt ({error}): download it again"
                 ) from None
@@ -130,7 +141,7 @@ class LibriSpeechArchives(Source):
         with closing(ArchiveReader(archive)) as tar:
             for member in tar.members():
                 name = PurePosixPath(member.name)
-                if not member.isfile() or len(name.parts) < 4:
+                if not member.isfile() or len(name.parts) < 4 or is_mac_file(member.name):
                     continue
                 split, speaker = name.parts[-4], name.parts[-3]
                 if name.name.endswith(".trans.txt") or name.suffix == ".flac":
@@ -239,7 +250,7 @@ def _select_splits(wanted: Sequence[str], present: Sequence[str], location: Path
 
 
 def _split_folders(root: Path) -> list[str]:
-    return [folder.name for folder in sorted(root.iterdir()) if _is_split(folder)] if root.is_dir() else []
+    return [folder.name for folder in list_folder(root) if _is_split(folder)] if root.is_dir() else []
 
 
 def _is_split(folder: Path) -> bool:
@@ -250,7 +261,7 @@ def _is_split(folder: Path) -> bool:
 def _numbered_folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
-    return sorted(folder for folder in parent.iterdir() if folder.name.isdigit() and folder.is_dir())
+    return [folder for folder in list_folder(parent) if folder.name.isdigit() and folder.is_dir()]
 
 
 def _stem(archive: Path) -> str:

@@ -1,9 +1,12 @@
 """Manifests, which list recordings and their transcripts: JSONL, CSV, TSV, NeMo's JSONL, or the file pair of lhotse.
 
 A row has ``audio``, ``file``, ``wav`` or ``audio_filepath`` (NeMo), and ``text``; optional are ``duration`` and
-``offset`` in seconds, ``speaker``, ``key`` or ``id``, and ``split``. A CSV file is separated by commas or, as some
-spreadsheets write it, by semicolons. ``columns`` maps other column names. For lhotse, the path is the folder, the
-recordings or the supervisions (``lhotse.py``). Relative paths are relative to the manifest.
+``offset`` in seconds, ``channel`` or ``channel_selector`` (NeMo), ``speaker``, ``key`` or ``id``, and ``split``. A CSV
+file is separated by commas or, as some spreadsheets write it, by semicolons; see ``shards/labels/rows.py`` for
+quotation marks. ``columns`` maps other column names. For lhotse, the path is the folder, the recordings or the
+supervisions (``lhotse.py``). Relative paths are relative to the manifest.
+
+Other fields that would change the audio are refused (``_refuse_other_audio``).
 
 The URI of an utterance is the path of its recording. A segment has ``#t=1.5,3.25`` (in seconds) appended, and ``&c=1``
 for one channel; it is read as a WAV file.
@@ -11,21 +14,29 @@ for one channel; it is read as a WAV file.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.audio import SAMPLING_RATE, AudioError, probe, read_segment
-from pipeline.sources.base import Source, Utterance, join_names, require_splits, safe_name
+from pipeline.sources.base import Source, Utterance, is_mac_file, join_names, require_splits, safe_name
 from pipeline.sources.columns import Columns
-from pipeline.sources.entries import ManifestEntry, json_rows, number_field, numbered_lines, open_text, text_field
+from pipeline.sources.entries import (
+    ManifestEntry,
+    channel_field,
+    json_rows,
+    number_field,
+    open_manifest,
+    text_field,
+)
 from pipeline.sources.presets import PRESETS, PresetName
 from shards.errors import UserError
+from shards.labels.rows import choose_delimiter, delimited_rows, text_lines
+from shards.labels.text import text_value
 
 DEFAULT_COLUMNS: Mapping[str, Sequence[str]] = {
     "audio": ("audio", "file", "wav", "audio_filepath"),
@@ -41,6 +52,12 @@ _NO_HEADER = "recordings with no readable header"
 _SEGMENT = re.compile(r"#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)?(?:&c=(\d+))?$")
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_CHANNELS = ("channel", "channel_selector")
+_STARTS = ("start", "start_time", "begin", "begin_time")
+_ENDS = ("end", "end_time", "stop", "stop_time")
+_CUTS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
+_TARRED = re.compile(r"_OP_\d+\.\.\d+_CL_")
+_UNPACK = "unpack its tar files into the folder of the manifest and remove shard_id from the rows"
 
 
 class Manifest(Source):
@@ -50,6 +67,8 @@ class Manifest(Source):
         super().__init__()
         self._path = Path(path).expanduser()
         if not self._path.exists():
+            if _TARRED.search(path):
+                raise UserError(f"source.path '{path}' names the shards of a NeMo tarred data set: {_UNPACK}")
             raise UserError(
                 f"source.path '{path}' does not exist: set it to a .jsonl, .csv or .tsv file or a lhotse folder"
             )
@@ -112,6 +131,7 @@ class Manifest(Source):
                 f"the manifest '{self._path}' has an unknown suffix: rename it to .jsonl, .json, .csv or .tsv"
             )
         for row, location in rows:
+            _refuse_other_audio(row, location, self._columns)
             yield _entry(row, location, self._names)
 
     def _utterance(self, entry: ManifestEntry) -> Utterance:
@@ -148,7 +168,7 @@ class TableFolder(Manifest):
         assert tables is not None
         self._audio = tables.audio
         prefix, suffix = tables.name.split("{split}")
-        files = sorted(self._path.glob(f"{prefix}*{suffix}"))
+        files = sorted(file for file in self._path.glob(f"{prefix}*{suffix}") if not is_mac_file(file.name))
         if not files:
             raise UserError(
                 f"no {prefix}*{suffix} in '{path}': set source.path to the folder that contains these files of preset "
@@ -160,7 +180,7 @@ class TableFolder(Manifest):
 
     def _entries(self) -> Iterator[ManifestEntry]:
         for split in dict.fromkeys(self._splits):
-            for row, location in _table_rows(self._files[split], "\t", self._columns, csv.QUOTE_NONE):
+            for row, location in _table_rows(self._files[split], "\t", self._columns):
                 entry = _entry(row, location, self._names)
                 name = PurePosixPath(entry.audio).stem
                 yield replace(entry, audio=self._audio.format(audio=entry.audio), id=entry.id or name, split=split)
@@ -174,52 +194,74 @@ def _entry(row: dict[str, Any], location: str, names: Mapping[str, Sequence[str]
             f"no audio in {location}, which has {join_names(list(row))}: add one of {', '.join(names['audio'])}"
         )
     text = names["text"][0]
-    if row.get(text) is None:
+    transcript = text_value(row.get(text), text, location)
+    if transcript is None:
         raise UserError(
             f"no {text} in {location}, which has {join_names(list(row))}: every utterance needs a transcript"
         )
     start, duration = (
         number_field(row, column[0], location) if (column := names[field]) else None for field in ("offset", "duration")
     )
+    channel = next((index for name in _CHANNELS if (index := channel_field(row, name, location)) is not None), None)
     return ManifestEntry(
         audio=audio,
-        text=text_field(row, names["text"], location),
+        text=transcript,
         location=location,
-        id=text_field(row, names["key"], location),
-        speaker=text_field(row, names["speaker"], location),
-        split=text_field(row, names["split"], location),
+        id=text_field(row, names["key"], location, is_name=True),
+        speaker=text_field(row, names["speaker"], location, is_name=True),
+        split=text_field(row, names["split"], location, is_name=True),
         start=start or 0.0,
         duration=duration,
+        channel=channel,
         is_whole_file=start is None,
     )
 
 
-def _table_rows(
-    path: Path, delimiter: str, columns: Columns, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield each row of a CSV or TSV file, by column name, and its location for messages; raises UserError."""
-    with open_text(path, newline="") as file:
-        lines = (line for _, line in numbered_lines(file, path))
-        header = next(lines, "")
-        if delimiter == "," and header.count(";") > header.count(","):
-            delimiter = ";"  # spreadsheets write it where the comma is the decimal separator
-        reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, quoting=quoting)
-        try:
-            names = reader.fieldnames or []
-            columns.require([names], str(path))
-            audio, text = (columns.resolve(DEFAULT_COLUMNS)[field] for field in ("audio", "text"))
-            if not set(text) & set(names) or not set(audio) & set(names):
+def _refuse_other_audio(row: dict[str, Any], location: str, columns: Columns) -> None:
+    """Refuse fields that would change the audio in a way that is not implemented; raises UserError."""
+    if row.get("shard_id") is not None:
+        raise UserError(f"{location} is of a NeMo tarred data set (it has a shard_id): {_UNPACK}")
+    if isinstance(row.get("supervisions"), list) or row.get("type") in _CUTS:
+        raise UserError(
+            f"{location} is a cut of lhotse: write recordings and supervisions with CutSet.decompose(output_dir=…) and "
+            "set source.path to that folder"
+        )
+    if row.get("transforms"):
+        raise UserError(f"{location} has transforms, which are not applied: save the transformed audio, and list that")
+    for field, names in (("offset", _STARTS), ("duration", _ENDS)):
+        known = columns.resolve(DEFAULT_COLUMNS)[field]
+        if getattr(columns, field) is None and not any(row.get(name) not in (None, "") for name in known):
+            name = next((name for name in names if row.get(name) not in (None, "")), None)
+            if name is not None:
                 raise UserError(
-                    f"line 1 of '{path}' has the columns {join_names(list(names))}: expected {text[0]} and one of "
-                    f"{', '.join(audio)}, separated by {delimiter!r}; if they have other names, set source.columns"
+                    f"{location} has the field '{name}', which is not used to cut the recording: write the segment as "
+                    f"offset and duration in seconds, or set source.columns.{field} to a column, or to '' to use whole "
+                    "recordings"
                 )
-            for row in reader:
-                location = f"line {reader.line_num} of '{path}'"
-                if None in row:
-                    raise UserError(f"{location} has more fields than line 1: quote texts that contain the separator")
-                yield row, location
-        except csv.Error as error:
-            raise UserError(f"line {reader.line_num} of '{path}' is not CSV: {error}") from None
+
+
+def _table_rows(path: Path, delimiter: str, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each row of a CSV or TSV file, by column name, and its location for messages; raises UserError."""
+    where = f"'{path}'"
+    with open_manifest(path) as file:
+        lines = text_lines(file, where)
+        first = next(lines, (1, ""))
+        delimiter = choose_delimiter(first[1], delimiter)
+        rows = delimited_rows(itertools.chain([first], lines), where, delimiter)
+        names = next(rows, (1, []))[1]
+        columns.require([names], str(path))
+        fields = columns.resolve(DEFAULT_COLUMNS)
+        audio, text = fields["audio"], fields["text"]
+        if not set(text) & set(names) or not set(audio) & set(names):
+            raise UserError(
+                f"line 1 of '{path}' has the columns {join_names(list(names))}: expected {text[0]} and one of "
+                f"{', '.join(audio)}, separated by {delimiter!r}; if they have other names, set source.columns"
+            )
+        doubled = [name for name in itertools.chain(*fields.values(), _CHANNELS) if names.count(name) > 1]
+        if doubled:
+            raise UserError(f"line 1 of {where} has more than one column '{doubled[0]}': rename or remove one")
+        for number, row in rows:
+            yield dict(zip(names, row, strict=True)), f"line {number} of {where}"
 
 
 def _format_stop(entry: ManifestEntry) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.audio import SAMPLING_RATE
-from pipeline.sources.base import MAX_KEY, ProblemLog, Source, Utterance, encode_key
+from pipeline.sources.base import MAX_KEY, ProblemLog, Source, Utterance, encode_key, translate_errors
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class FilteredSource(Source):
         self._notes.clear()
         hashes = array("q")  # of the keys, also of utterances that are filtered out
         count = 0
-        for number, utterance in enumerate(self._source.utterances(), 1):
+        for number, utterance in enumerate(self._listed(), 1):
             key = self._key(utterance, number)
             hashes.append(hash(key))
             if number.bit_count() == 1:  # a long listing is stopped before it has taken twice as long as needed
@@ -78,6 +78,10 @@ class FilteredSource(Source):
                 if count == self._limit:
                     break
         self._require_unique(hashes)
+
+    def _listed(self) -> Iterator[Utterance]:
+        with translate_errors(f"source '{self.name}'"):
+            yield from self._source.utterances()
 
     def read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes | Exception]]:
         return self._source.read(uris)
@@ -128,7 +132,7 @@ class FilteredSource(Source):
         if not repeated:
             return
         seen: dict[str, tuple[int, str]] = {}
-        for number, utterance in enumerate(islice(self._source.utterances(), len(hashes)), 1):
+        for number, utterance in enumerate(islice(self._listed(), len(hashes)), 1):
             key = encode_key(utterance.id)
             if key in seen:
                 first, audio = seen[key]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 
 import pytest
 from tiny_corpus import librispeech_files, write_archive, write_tree
@@ -195,3 +196,32 @@ def test_a_folder_without_speech_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="not a LibriSpeech archive"):
         opened(tmp_path / "notes.txt")
+
+
+def test_files_of_a_mac_are_skipped_in_folders_and_archives(tmp_path):
+    files = librispeech_files(["dev-clean"])
+    mac = {
+        f"{folder}/._{name}": b"\0\5\26\7\0\2\0\0Mac OS X"
+        for folder, _, name in (n.rpartition("/") for n in files if "/" in n)
+    }
+    mac |= {f"__MACOSX/{name}": data for name, data in mac.items()}
+    assert len(mac) == 2 * 18
+    write_tree(tmp_path / "tree", files | mac)
+    write_tree(tmp_path / "tree", {"._dev-clean": b"\0"})
+    (tmp_path / "archives").mkdir()
+    write_archive(tmp_path / "archives/dev-clean.tar.gz", dict(sorted((files | mac).items())))
+    write_tree(tmp_path / "archives", {"._dev-clean.tar.gz": b"\0\5\26\7"})
+    for path in (tmp_path / "tree", tmp_path / "archives"):
+        source = opened(path)
+        assert len(list(source.utterances())) == 12
+        assert source.problems == []
+
+
+def test_an_archive_with_a_false_number_in_its_headers_is_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("LibriSpeech/dev-clean/1/2/1-2.trans.txt")
+        member.pax_headers = {"GNU.sparse.map": "x,y", "GNU.sparse.size": "z"}
+        tar.addfile(member)
+    with pytest.raises(UserError, match=r"the archive .* is truncated or corrupt .*: download it again"):
+        list(opened(path).utterances())

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -29,7 +30,10 @@ def write_json_lines(path: Path, rows: list[dict]) -> Path:
 
 def write_table(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
-        table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        table = csv.DictWriter(
+            file, list(rows[0]), delimiter=delimiter, quoting=quoting, quotechar='"' if delimiter != "\t" else None
+        )
         table.writeheader()
         table.writerows(rows)
     return path
@@ -217,8 +221,8 @@ def test_lhotse_files_that_do_not_match_are_refused(lhotse_folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.jsonl", '{"audio": "a.wav", "text": "x"}\n{"audio": ', "line 2 of '{path}' is not JSON"),
-        ("m.jsonl", "[1]\n", "line 1 of '{path}' is a JSON list"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x"}\n{"audio": ', "line 2 of '{path}' is not a JSON object"),
+        ("m.jsonl", "[1]\n", "line 1 of '{path}' is not a JSON object (it is a list)"),
         ("m.jsonl", '\n{"text": "x"}\n', "no audio in line 2 of '{path}', which has text"),
         ("m.jsonl", '{"audio": "a.wav"}\n', "no text in line 1 of '{path}'"),
         ("m.jsonl", '{"audio": "a.wav", "text": ["x"]}\n', "text in line 1 of '{path}' is ['x']"),
@@ -228,13 +232,44 @@ def test_lhotse_files_that_do_not_match_are_refused(lhotse_folder):
             "duration in line 1 of '{path}' is 'long'",
         ),
         ("m.jsonl", '{"audio": "a.wav", "text": "x", "offset": -1}\n', "offset in line 1 of '{path}' is -1"),
-        ("m.jsonl", '{"audio": "a.wav", "text": "x", "duration": NaN}\n', "duration in line 1 of '{path}' is nan"),
-        ("m.jsonl", b'{"audio": "a.wav", "text": "\xff"}\n', "'{path}' is not UTF-8"),
-        ("m.jsonl.gz", b"no gzip", "'{path}' is truncated or not a gzip file"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "duration": Infinity}\n', "duration in line 1 of '{path}' is inf"),
+        ("m.jsonl", b'{"audio": "a.wav", "text": "\xff"}\n', "line 1 of '{path}' is not UTF-8"),
+        ("m.jsonl.gz", b"no gzip", "'{path}' cannot be read after line 0 (Not a gzipped file"),
         ("m.csv", "audio,words\na.wav,x\n", "line 1 of '{path}' has the columns audio, words: expected text"),
         ("m.csv", "", "line 1 of '{path}' has the columns none"),
-        ("m.csv", "audio,text\na.wav,x\na.wav,x, y\n", "line 3 of '{path}' has more fields"),
-        ("m.csv", "audio,text\na.wav,x\na.wav\n", "no text in line 3 of '{path}'"),
+        ("m.csv", "audio,text\na.wav,x\na.wav,x, y\n", "line 3 of '{path}' has 3 fields, but line 1 has 2"),
+        ("m.csv", "audio,text\na.wav,x\na.wav\n", "line 3 of '{path}' has 1 fields, but line 1 has 2"),
+        ("m.csv", 'audio,text\na.wav,x\na.wav,"open\na.wav,z\n', "line 3 of '{path}' has a quotation mark"),
+        ("m.csv", 'audio,text\na.wav,"x" y\n', "line 2 of '{path}' has a quotation mark"),
+        ("m.csv", 'audio,text\na.wav,"x\nb.wav,y"\n', "line 2 of '{path}' has a quotation mark that makes one value"),
+        ("m.csv", b"audio,text\na.wav,x\na.wav,\xff\n", "line 3 of '{path}' is not UTF-8"),
+        ("m.csv", "audio,text,text\na.wav,x,y\n", "line 1 of '{path}' has more than one column 'text'"),
+        ("m.csv", "audio,text\na.wav,x\0y\n", "text in line 2 of '{path}' has a NUL character"),
+        ("m.tsv", "audio\ttext\na.wav\tx\ty\n", "line 2 of '{path}' has 3 fields, but line 1 has 2: tabs separate"),
+        ("m.jsonl", '{"audio": "a.wav", "text": true}\n', "text in line 1 of '{path}' is True, expected text"),
+        ("m.jsonl", '{"audio": "a.wav", "text": 7}\n', "text in line 1 of '{path}' is 7, expected text"),
+        ("m.jsonl", '{"audio": "a.wav", "text": NaN}\n', "no text in line 1 of '{path}'"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "speaker": 1.5}\n', "speaker in line 1 of '{path}' is 1.5"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x\\ud83d"}\n', "line 1 of '{path}' has half of a surrogate pair"),
+        ("m.jsonl", '{"audio": "b\\ud83d.wav", "text": "x"}\n', "line 1 of '{path}' has half of a surrogate pair"),
+        (
+            "m.jsonl",
+            '{"audio": "a.wav", "text": "x", "text": "y"}\n',
+            "line 1 of '{path}' is not a JSON object",
+        ),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "duration": 1e300}\n', "duration in line 1 of '{path}' is 1e+300"),
+        (
+            "m.jsonl",
+            '{"audio": "a.wav", "text": "x", "shard_id": 0}\n',
+            "line 1 of '{path}' is of a NeMo tarred",
+        ),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "channel": "left"}\n', "channel in line 1 of '{path}' is 'left'"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "channel": [0, 1]}\n', "channel in line 1 of '{path}' is [0, 1]"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "channel": true}\n', "channel in line 1 of '{path}' is True"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "transforms": [{}]}\n', "line 1 of '{path}' has transforms"),
+        ("m.jsonl", '{"audio": "a.wav", "text": "x", "start": 1}\n', "line 1 of '{path}' has the field 'start'"),
+        ("m.csv", "audio,text,end\na.wav,x,2\n", "line 2 of '{path}' has the field 'end'"),
+        ("m.jsonl", '{"id": "c", "type": "MonoCut", "features": {}}\n', "line 1 of '{path}' is a cut of lhotse"),
         ("m.txt", "a.wav x\n", "the manifest '{path}' has an unknown suffix"),
     ],
 )
@@ -244,6 +279,142 @@ def test_an_invalid_manifest_is_reported_with_file_and_line(clips, name, content
     with pytest.raises(UserError, match=re.escape(message.format(path=path))) as caught:
         list(opened(path).utterances())
     assert "\n" not in str(caught.value)
+
+
+def test_a_quotation_mark_in_tsv_is_a_letter(clips):
+    rows = [("a.wav", '"open and never closed'), ("sub/b c.wav", 'say "hi"'), ("sub/größe 你好.wav", '"')]
+    path = clips / "m.tsv"
+    path.write_text("audio\ttext\n" + "".join(f"{audio}\t{text}\n" for audio, text in rows))
+    assert [(u.audio, u.text) for u in opened(path).utterances()] == rows
+
+
+def test_names_may_be_integers_and_nan_is_absent(clips):
+    rows = [{"audio": "a.wav", "text": "x", "id": 7, "speaker": 1089.0, "split": math.nan, "duration": math.nan},
+            {"audio": "sub/b c.wav", "text": "y", "speaker": math.nan, "key": None}]  # fmt: skip
+    made = list(opened(write_json_lines(clips / "m.jsonl", rows)).utterances())
+    assert [(u.id, u.speaker, u.split, u.samples) for u in made] == [("7", "1089", "", 1600), ("sub/b c", "", "", 3200)]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_the_channel_of_a_row_is_read(clips, form):
+    stereo = np.random.RandomState(1).uniform(-0.3, 0.3, (16_000, 2)).astype(np.float32)
+    soundfile.write(clips / "stereo.wav", stereo, 16_000, subtype="FLOAT")
+    selected = [("channel", 0), ("channel", "1"), ("channel_selector", [1] if form == "jsonl" else 1.0),
+                ("channel_selector", "average"), ("channel", 2)]  # fmt: skip
+    found = []
+    for name, value in selected:
+        rows = [{"audio": "stereo.wav", "text": "x", name: value}]
+        path = clips / f"m.{form}"
+        source = opened(write_json_lines(path, rows) if form == "jsonl" else write_table(path, rows))
+        (uri,) = (u.audio for u in source.utterances())
+        found += [data for _, data in source.read([uri])]
+    for data, expected in zip(found, [stereo[:, 0], stereo[:, 1], stereo[:, 1], stereo.mean(axis=1)], strict=False):
+        np.testing.assert_array_equal(decode(data), expected)
+    assert str(found[4]) == "no channel 2 in a recording with 2"
+
+
+def test_columns_that_look_like_segments_are_used_or_left_out_as_the_user_says(clips):
+    rows = [{"audio": "sub/b c.wav", "text": "x", "start": 0.05, "end": 0.1, "len": 0.05}]
+    path = write_json_lines(clips / "m.jsonl", rows)
+    with pytest.raises(UserError, match=r"has the field 'start', .*set source\.columns\.offset to a column, or to ''"):
+        list(opened(path).utterances())
+    (whole,) = opened(path, columns={"offset": "", "duration": ""}).utterances()
+    (segment,) = opened(path, columns={"offset": "start", "duration": "len"}).utterances()
+    assert (whole.audio, segment.audio) == ("sub/b c.wav", "sub/b c.wav#t=0.05,0.1")
+
+
+@pytest.mark.parametrize("audio", ["x" * 300 + ".wav", "/", "a.wav/b.wav", "sub"])
+def test_a_path_that_cannot_be_a_file_is_a_failure(clips, audio):
+    source = opened(write_json_lines(clips / "m.jsonl", [{"audio": audio, "text": "x", "key": "k", "offset": 0}]))
+    (made,) = source.utterances()
+    assert source.problems == [f"1 recordings that do not exist (each becomes a failure): {audio}"]
+    assert source.tokens([made.audio, audio, "a\0"]) == ["", "", ""]
+    assert all(isinstance(data, Exception) for _, data in source.read([made.audio, audio, "a\0"]))
+
+
+@pytest.mark.parametrize("audio", ["a\0.wav", "", None, 5])
+def test_a_value_that_is_no_path_is_refused_with_its_line(clips, audio):
+    path = write_json_lines(clips / "m.jsonl", [{"audio": audio, "text": "x"}])
+    with pytest.raises(UserError, match="audio in line 1 of"):
+        list(opened(path).utterances())
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "m.jsonl/m.jsonl", "a\0b", "train_OP_0..63_CL_.json"])
+@pytest.mark.parametrize("kind", ["manifest", "parquet", "librispeech"])
+def test_a_source_path_that_cannot_exist_is_refused_in_a_sentence(clips, path, kind):
+    write_json_lines(clips / "m.jsonl", [{"audio": "a.wav", "text": "x"}])
+    with pytest.raises(UserError) as error:
+        list(open_source(SourceConfig(kind=kind, path=f"{clips}/{path}")).utterances())
+    assert "source.path" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert kind != "manifest" or "_OP_" not in path or "tarred" in str(error.value)
+
+
+def test_a_damaged_gzip_file_is_refused_wherever_it_is_cut_or_changed(clips):
+    rows = [{"audio": "a.wav", "text": f"text {n}", "key": f"k{n}"} for n in range(200)]
+    path = write_json_lines(clips / "m.jsonl.gz", rows)
+    data = path.read_bytes()
+    for position in range(10, len(data), 7):
+        for damaged in (data[:position], data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"m\.jsonl\.gz'"):
+                list(opened(path).utterances())
+
+
+def test_files_of_a_mac_are_no_manifests(lhotse_folder):
+    folder, _ = lhotse_folder
+    (folder / "._recordings.jsonl.gz").write_bytes(b"\0\5\26\7")
+    assert len(list(opened(folder).utterances())) == 3
+
+
+def test_two_recordings_of_one_id_are_refused(lhotse_folder):
+    folder, _ = lhotse_folder
+    recordings = [lhotse_recording("r1", "stereo.wav", 1.0, [0, 1]), lhotse_recording("r1", "mono.wav", 0.5, [0])]
+    write_json_lines(folder / "recordings.jsonl.gz", recordings)
+    with pytest.raises(UserError, match=r"line 2 of .* has the id 'r1', as has line 1 of"):
+        list(opened(folder).utterances())
+
+
+def test_transforms_of_a_recording_are_refused_by_name(lhotse_folder):
+    folder, _ = lhotse_folder
+    speed = {"name": "Speed", "kwargs": {"factor": 1.1}}
+    recordings = [lhotse_recording("r1", "stereo.wav", 1.0, [0, 1]), lhotse_recording("r2", "mono.wav", 0.5, [0])]
+    write_json_lines(folder / "recordings.jsonl.gz", [recordings[0], {**recordings[1], "transforms": [speed]}])
+    with pytest.raises(UserError, match=r"recording 'r2' in line 2 of .* has the transforms Speed, .*not applied"):
+        list(opened(folder).utterances())
+    write_json_lines(folder / "recordings.jsonl.gz", [{**each, "transforms": None} for each in recordings])
+    assert len(list(opened(folder).utterances())) == 3
+
+
+@pytest.mark.parametrize(
+    ("channel", "sources", "result"),
+    [
+        (1, [[0, 1]], "stereo.wav#t=0,&c=1"),
+        ([1], [[0, 1]], "stereo.wav#t=0,&c=1"),
+        ([0, 1], [[0, 1]], "stereo.wav"),
+        ([1, 0], [[0, 1]], "stereo.wav"),
+        (3, [[2, 3]], "stereo.wav#t=0,&c=1"),
+        (1, [[0], [1]], "mono.wav"),
+        (1, [[0]], "has the channels .1., which no file of its recording"),
+        (2, [[0, 1]], "has the channels .2., which no file of its recording"),
+        ([0, 1], [[0], [1]], "has the channels .0, 1., which no file of its recording"),
+        ([0, 2], [[0, 1, 2]], "names 2 of 3 channels: choose one channel, or all"),
+        ("left", [[0, 1]], "the channels 'left' in line 1 of .* are not integers"),
+        (0, ["left"], "the channels 'left' in line 1 of .* are not integers"),
+        (True, [[0, 1]], "the channels True in line 1 of .* are not integers"),
+    ],
+)
+def test_the_channel_of_a_supervision_is_read_or_refused(lhotse_folder, channel, sources, result):
+    folder, _ = lhotse_folder
+    files = [{"type": "file", "channels": channels, "source": name}
+             for channels, name in zip(sources, ("stereo.wav", "mono.wav"), strict=False)]  # fmt: skip
+    write_json_lines(folder / "recordings.jsonl.gz", [{**lhotse_recording("r", "", 1.0, []), "sources": files}])
+    write_json_lines(folder / "supervisions.jsonl.gz", [lhotse_supervision("s", "r", 0.0, 1.0, channel=channel)])
+    if ".wav" in result:
+        assert [u.audio for u in opened(folder).utterances()] == [result]
+    else:
+        with pytest.raises(UserError, match=result):
+            list(opened(folder).utterances())
 
 
 def test_a_recording_listed_twice_is_refused(clips):

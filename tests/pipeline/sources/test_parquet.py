@@ -121,6 +121,100 @@ def test_a_file_without_audio_or_text_is_refused_with_its_columns(tmp_path):
         list(opened(tmp_path).utterances())
 
 
+def columns(**named) -> pa.Table:
+    """Return a table of two recordings; an array as keyword replaces or adds a column."""
+    audio = [{"bytes": flac(1600 + n, n), "path": f"spk{n}/{n}.flac"} for n in range(2)]
+    return pa.table({"audio": pa.array(audio), "text": ["one", "zwei äö"], **named})
+
+
+def listed(folder: Path, table: pa.Table, **settings) -> list:
+    pyarrow.parquet.write_table(table, folder / "train.parquet", store_schema=False)
+    return list(opened(folder / "train.parquet", **settings).utterances())
+
+
+def test_bytes_are_utf_8_text_in_every_text_column(tmp_path):
+    table = columns(text=pa.array([b"one", "zwei äö".encode()]), id=pa.array([b"u0", b"u1"]), speaker_id=[b"s", None])
+    made = listed(tmp_path, table)
+    assert [(u.id, u.text, u.speaker) for u in made] == [("u0", "one", "s"), ("u1", "zwei äö", "")]
+
+
+@pytest.mark.parametrize(
+    ("speakers", "expected"),
+    [
+        (pa.array([1089, None], pa.int16()), ["1089", ""]),
+        (pa.array([1089.0, float("nan")]), ["1089", ""]),
+        (pa.array([1089.0, None], pa.float32()), ["1089", ""]),
+        (pa.nulls(2), ["", ""]),
+        (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),
+    ],
+)
+def test_speakers_may_be_integers_and_nan_is_absent(tmp_path, speakers, expected):
+    assert [u.speaker for u in listed(tmp_path, columns(speaker_id=speakers))] == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        ({"text": pa.array([["a", "b"], ["c"]])}, "column 'text' of .* has values of type list<.*only strings"),
+        ({"text": pa.array([True, False])}, "column 'text' of .* has values of type bool: .*only strings"),
+        ({"text": pa.array([1, 2])}, "column 'text' of .* has values of type int64: .*only strings"),
+        ({"text": pa.array([{"a": "b"}] * 2)}, "column 'text' of .* has values of type struct<.*only strings"),
+        ({"id": pa.array([True, False])}, "column 'id' of .* has values of type bool: .*only strings or integers"),
+        ({"speaker_id": pa.array([["a"], ["b"]])}, "column 'speaker_id' of .* has values of type list<"),
+        ({"speaker_id": pa.array([1.0, 1.5])}, "speaker_id in 'train.parquet#1' is 1.5, expected text"),
+        ({"text": pa.array([b"a", b"\xff"])}, "text in 'train.parquet#1' is not UTF-8"),
+        (
+            {"text": pa.array([b"a", b"\xff"]).view(pa.string())},
+            "column 'text' of .* is not UTF-8 in row 1: correct or convert it",
+        ),
+        ({"audio": ["a.wav", "b.wav"]}, "column 'audio' of .* type string, .*list the paths .*source.kind=manifest"),
+        ({"audio": pa.array([[0.5], [0.25]])}, "column 'audio' of .* type list<.*: write each recording into it as a"),
+        ({"audio": pa.array([[1], [2]])}, "column 'audio' of .* type list<.*: write each recording into it as a WAV"),
+        ({"audio": pa.array([{"path": "a"}] * 2)}, "column 'audio' of .* type struct<.*: list the paths"),
+        (
+            {"audio": pa.array([{"array": [0.5], "sampling_rate": 16000}] * 2)},
+            "column 'audio' of .* type struct<.*: write each recording into it",
+        ),
+        (
+            {
+                "audio": pa.array(
+                    [{"bytes": None, "path": "a"}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()})
+                )
+            },
+            "column 'audio' of .* has paths but no bytes: list the paths .* source.kind=manifest",
+        ),
+    ],
+)
+def test_columns_of_other_types_are_refused_by_name(tmp_path, named, reason):
+    with pytest.raises(UserError, match=reason) as error:
+        listed(tmp_path, columns(**named))
+    assert "\n" not in str(error.value)
+
+
+def test_recordings_of_one_name_in_several_folders_are_several_utterances(tmp_path):
+    paths = ["spk0/audio.wav", "/x/spk1/audio.wav", "spk1/other.wav", "spk2/1.2.wav"]
+    audio = [{"bytes": flac(1600 + n, n), "path": path} for n, path in enumerate(paths)]
+    made = listed(tmp_path, pa.table({"audio": audio, "text": ["x"] * 4}))
+    assert [u.id for u in made] == ["spk0/audio", "x/spk1/audio", "other", "1.2"]
+    assert len({u.key for u in made}) == 4
+    made = listed(tmp_path, pa.table({"audio": [flac()] * 4, "text": ["x"] * 4, "file": paths}))
+    assert [u.id for u in made] == ["spk0/audio", "x/spk1/audio", "other", "1.2"]
+
+
+def test_a_column_that_occurs_twice_is_refused(tmp_path):
+    table = columns().append_column("text", pa.array(["x", "y"]))
+    with pytest.raises(UserError, match="has more than one column 'text'"):
+        listed(tmp_path, table)
+
+
+def test_files_of_a_mac_are_skipped(folder):
+    (folder / "test/._0000.parquet").write_bytes(b"\0\5\26\7")
+    (folder / "__MACOSX/test").mkdir(parents=True)
+    (folder / "__MACOSX/test/0000.parquet").write_bytes(b"\0\5\26\7")
+    assert len(list(opened(folder, splits=["test"]).utterances())) == 3
+    assert len(list(opened(folder / "**/*.parquet", splits=["test"]).utterances())) == 3
+
+
 def test_a_corrupt_file_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", rows(0, 8))
     data = bytearray(path.read_bytes())
