@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.encoders.base import Encoder
+from pipeline.encoders.selfcheck import check_features, clip_to_check
 from shards.errors import UserError
 
 # 32 windows of 30 s are 48,000 rows per matrix product; larger batches are no faster and waste work at a shard's end
@@ -41,8 +42,11 @@ def encode_in_batches(
     When memory runs out, halves ``encoder.batch_size``, prints a note and retries the same clips.
 
     Raises:
-        UserError: A single window does not fit into memory.
+        UserError: A single window does not fit into memory, or the encoder fails its check on the first audio.
     """
+    first = clip_to_check(encoder, clips)
+    if first is not None and (found := _try_encode(encoder, [first], range(encoder.n_layers + 1), "valid")):
+        check_features(encoder, found[0])  # with too little memory the next call tries again
     results: list[dict[int, np.ndarray]] = []
     while len(results) < len(clips):
         batch = clips[len(results) : len(results) + encoder.batch_size]

@@ -14,20 +14,24 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from pipeline.encoders.base import check_encode_args, encoder_name, tensors_hash
+from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from pipeline.weights.resolve import Weights, read_model_json
+from pipeline.weights.tensors import refuse_quantized, require_tensors, select_prefix, stored_tensors
 from shards.errors import UserError
 from shards.format.spec import WindowMode
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 MODEL_CLASSES = {  # config.json's model_type -> transformers' class
     "hubert": "HubertModel",
     "wav2vec2": "Wav2Vec2Model",
@@ -49,7 +53,7 @@ class SelfSupervisedEncoder:
     """A HuBERT, wav2vec 2.0, WavLM or w2v-BERT 2.0 encoder; see :class:`pipeline.encoders.base.Encoder`.
 
     Raises:
-        UserError: ``weights`` does not load as ``family``, lacks a tensor, or is not for 16 kHz audio.
+        UserError: ``weights`` does not load as ``family``, has other tensors, or is not for 16 kHz audio.
     """
 
     def __init__(self, weights: Weights, family: str, *, device: str, dtype: str, batch_size: int | None) -> None:
@@ -64,19 +68,12 @@ class SelfSupervisedEncoder:
                 f"expected 16000 Hz in '{preprocessor}', got {tree['sampling_rate']} Hz: name an encoder for 16 kHz "
                 "audio"
             )
+        check_stored_tensors(weights.folder, family)
         try:
-            model, loading_info = load_pretrained(
-                getattr(transformers, MODEL_CLASSES[family]),
-                weights.folder,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            model = load_pretrained(getattr(transformers, MODEL_CLASSES[family]), weights.folder, dtype=torch.float32)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"cannot load '{weights.folder}' as a {family} model ({reason}): copy it again") from None
-        missing = sorted(name for name in loading_info["missing_keys"] if not name.startswith(UNUSED_TENSOR_PREFIXES))
-        if missing:
-            raise UserError(f"'{weights.folder}' lacks the tensor {missing[0]} of a {family} model: copy it again")
         self.family = family
         self.name = encoder_name(weights.reference)
         self.n_layers: int = model.config.num_hidden_layers
@@ -85,7 +82,9 @@ class SelfSupervisedEncoder:
         self.window_samples = WINDOW_SECONDS * self.sampling_rate
         self.window: WindowMode = "clip"
         self.margin = 0.0
-        self.tensors = tensors_hash(_checkpoint_state_dict(model.state_dict()))
+        tensors = _checkpoint_state_dict(model.state_dict())
+        refuse_corrupt_values(weights.folder, tensors)
+        self.tensors = tensors_hash(tensors)
         self.dtype, self.device = dtype, device
         self._extractor: Any = None
         if family == "wav2vec2-bert":
@@ -189,7 +188,34 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
     return field
 
 
-def _checkpoint_state_dict(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def check_stored_tensors(folder: Path, family: str) -> None:
+    """Require that ``folder`` holds exactly the tensors of the model that its ``config.json`` describes.
+
+    Tensors beside the model, such as the head of a recognizer, and those that no frame depends on are not looked at.
+
+    Raises:
+        UserError: they differ, or are quantized; or the config is not one of ``family``.
+    """
+    import torch
+    import transformers
+
+    model_class, stored = getattr(transformers, MODEL_CLASSES[family]), stored_tensors(folder)
+    prefix = select_prefix(folder, stored, (f"{model_class.base_model_prefix}.", ""), f"{family} model")
+    own = _checkpoint_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    )
+    refuse_quantized(folder, read_model_json(folder / "config.json"), own)
+    try:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{folder / 'config.json'}' is not a config of {family} ({reason}): copy it again") from None
+    expected = {name: tuple(each.shape) for name, each in _checkpoint_state_dict(model.state_dict()).items()}
+    require_tensors(folder, own, expected, f"{family} model", prefix)
+
+
+def _checkpoint_state_dict(state: Mapping[str, T]) -> dict[str, T]:
     """Drop the tensors that no frame depends on and rename weight-normed ones as in checkpoints."""
     renamed = {}
     for name, tensor in state.items():

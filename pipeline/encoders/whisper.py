@@ -17,7 +17,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,17 @@ from pipeline.encoders.base import CONTEXT_STEP_SECONDS, check_encode_args, cont
 from pipeline.encoders.batching import fitting_batch_size
 from pipeline.encoders.compile import Forward
 from pipeline.encoders.logmel import LogMel, MelSettings
+from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
 from pipeline.weights.resolve import Weights, read_model_json, weight_files
+from pipeline.weights.tensors import (
+    StoredTensor,
+    read_torch_file,
+    refuse_quantized,
+    require_tensors,
+    select_prefix,
+    stored_tensors,
+)
 from shards.errors import UserError
 from shards.format.spec import WindowMode
 
@@ -34,6 +43,8 @@ if TYPE_CHECKING:
     import torch
 
 QUERY_BLOCK = 500  # score rows that fit into a core's cache: the fastest of 125 to 1500 for 1500 frames
+PREFIXES = ("model.encoder.", "encoder.")  # in WhisperForConditionalGeneration, in WhisperModel
+MAX_LAYERS = 1000
 FRAMES_STEP = 50  # frames of the last layer are rounded up to a multiple of this, to limit the number of shapes
 
 
@@ -61,17 +72,12 @@ class WhisperEncoder:
         config = read_model_json(weights.folder / "config.json")
         preprocessor = weights.folder / "preprocessor_config.json"
         tree = read_model_json(preprocessor) if preprocessor.is_file() else {}
-        tensors = read_encoder_tensors(weights.folder)
-        try:
-            self.channels: int = tensors["conv2.weight"].shape[0]
-            self.positions: int = tensors["embed_positions.weight"].shape[0]
-            self.n_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
-            self.n_heads: int = config["encoder_attention_heads"]
-            mel = MelSettings.from_preprocessor(tree, preprocessor, tensors["conv1.weight"].shape[1])
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"'{weights.folder}' does not hold a Whisper encoder ({error} is missing): name another model"
-            ) from None
+        tensors = read_encoder_tensors(weights.folder, config)
+        self.channels: int = tensors["conv2.weight"].shape[0]
+        self.positions: int = tensors["embed_positions.weight"].shape[0]
+        self.n_layers = sum(name.endswith(".fc1.weight") for name in tensors)
+        self.n_heads: int = config["encoder_attention_heads"]
+        mel = MelSettings.from_preprocessor(tree, preprocessor, tensors["conv1.weight"].shape[1])
         if config.get("activation_function", "gelu") != "gelu" or mel.frames != 2 * self.positions:
             raise UserError(f"'{weights.folder}' holds a modified Whisper encoder: name one with OpenAI's architecture")
         self.name = encoder_name(weights.reference)
@@ -302,20 +308,73 @@ def _has_packed_linear() -> bool:
     return packed and bool(operations._is_mkldnn_bf16_supported())
 
 
-def read_encoder_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the encoder's tensors from a Whisper folder: as stored, on the CPU, named as in ``WhisperModel.encoder``."""
-    import torch
+def read_encoder_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Read the encoder's tensors from a Whisper folder: as stored, on the CPU, named as in ``WhisperModel.encoder``.
+
+    Raises:
+        UserError: they are not exactly those of the encoder that ``config`` describes, quantized, or not finite.
+    """
     from safetensors import safe_open
 
+    stored = stored_tensors(folder)
+    prefix = select_prefix(folder, stored, PREFIXES, "Whisper encoder")
+    own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    refuse_quantized(folder, config, own)
+    require_tensors(folder, own, encoder_shapes(folder, config, own), "Whisper encoder", prefix)
     found: dict[str, torch.Tensor] = {}
-    prefixes = re.compile(r"^(?:model\.)?encoder\.")  # WhisperForConditionalGeneration, WhisperModel
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if prefixes.match(name):
-                        found[prefixes.sub("", name)] = file.get_tensor(name)
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
+                found.update((name.removeprefix(prefix), file.get_tensor(name)) for name in names)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found.update({prefixes.sub("", name): value for name, value in state.items() if prefixes.match(name)})
+            state = read_torch_file(path)
+            found.update((name.removeprefix(prefix), state[name]) for name in state if name.startswith(prefix))
+    refuse_corrupt_values(folder, found)
     return found
+
+
+def encoder_shapes(
+    folder: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the encoder that ``config`` describes.
+
+    What ``config`` leaves out is taken from ``stored``: the shapes then only have to agree with each other.
+
+    Raises:
+        UserError: a size in ``config`` is not a positive number, or the width is not a multiple of the heads.
+    """
+
+    def size(key: str, name: str, axis: int) -> int:
+        tensor = stored.get(name)
+        value = config.get(key, tensor.shape[axis] if tensor and axis < len(tensor.shape) else 0)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"'{folder}' does not hold a Whisper encoder: config.json has no valid {key}, and there is no tensor "
+                f"{name}; name another model"
+            )
+        return value
+
+    width, inner = size("d_model", "conv2.weight", 0), size("encoder_ffn_dim", "layers.0.fc1.weight", 0)
+    mels, positions = size("num_mel_bins", "conv1.weight", 1), size("max_source_positions", "embed_positions.weight", 0)
+    layers = config.get("encoder_layers", sum(name.endswith(".fc1.weight") for name in stored))
+    heads = config.get("encoder_attention_heads")
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS or type(heads) is not int or heads < 1 or width % heads:
+        raise UserError(
+            f"'{folder / 'config.json'}' does not describe a Whisper encoder (encoder_layers={layers}, "
+            f"encoder_attention_heads={heads}, d_model={width}): copy it again or name another model"
+        )
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv1.weight": (width, mels, 3),
+        "conv2.weight": (width, width, 3),
+        "embed_positions.weight": (positions, width),
+        **dict.fromkeys(("conv1.bias", "conv2.bias", "layer_norm.weight", "layer_norm.bias"), (width,)),
+    }
+    for layer in (f"layers.{i}" for i in range(layers)):
+        shapes |= {f"{layer}.self_attn.{part}_proj.weight": (width, width) for part in ("q", "k", "v", "out")}
+        shapes |= {f"{layer}.self_attn.{part}_proj.bias": (width,) for part in ("q", "v", "out")}
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{layer}.{norm}.{kind}": (width,) for kind in ("weight", "bias")}
+        shapes |= {f"{layer}.fc1.weight": (inner, width), f"{layer}.fc1.bias": (inner,)}
+        shapes |= {f"{layer}.fc2.weight": (width, inner), f"{layer}.fc2.bias": (width,)}
+    return shapes

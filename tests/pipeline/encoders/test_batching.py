@@ -22,7 +22,7 @@ class Small:
 
     def __init__(self, encoder, room: int, error: BaseException) -> None:
         self._encoder, self.batch_size, self.calls = encoder, 8, []
-        self.name, self.device, self._room, self._error = "small", "cpu", room, error
+        self.was_checked, self.name, self.device, self._room, self._error = True, "small", "cpu", room, error
 
     def encode(self, clips, layers, trim="valid"):
         self.calls.append(len(clips))
