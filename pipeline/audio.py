@@ -1,54 +1,57 @@
 """Decode audio to 16 kHz mono float32, and split long recordings into windows and stitch their frames.
 
-Takes the bytes of a WAV, FLAC, OGG or MP3 file. Audio that cannot be used raises :class:`AudioError`, whose message is
-one short phrase, stored as ``error`` in the failure row. :func:`split_into_windows` and :func:`stitch` together ensure
-that no sample of a recording is cut off, whatever its length.
+Takes the bytes of any file that ``containers.py`` reads. Audio that cannot be used raises :class:`AudioError`, whose
+message is one short phrase, stored as ``error`` in the failure row. :func:`split_into_windows` and :func:`stitch`
+together ensure that no sample of a recording is cut off, whatever its length.
 """
 
 from __future__ import annotations
 
-import io
+import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
+from pipeline.containers import (
+    HEAD,
+    TOLERANCE,
+    AudioError,
+    Block,
+    declared_length,
+    own_errors,
+    read_blocks,
+    scan_length,
+    sndfile_span,
+)
+
+__all__ = ["TOLERANCE", "AudioError"]
+
 SAMPLING_RATE = 16_000
 HOP = 320  # samples per encoder frame
-
-_WAV_LENGTH_UNKNOWN = 0x7FFF0000  # programs that write WAV to a pipe set 0x7FFFF000 or more
-_SEGMENT_TOLERANCE = 0.1  # seconds; manifests round durations
-
-
-class AudioError(Exception):
-    """A recording cannot be used. The message is the reason in one short phrase."""
+MAX_HOURS = 2.0  # of one recording; 0.46 GB of samples
+_MAX_DECLARED = 2**40  # samples; a length that no recording has counts as unknown
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, max_hours: float = MAX_HOURS) -> np.ndarray:
     """Decode an audio file to mono float32 [samples] at 16 kHz: the mean of its channels, resampled by soxr (HQ).
+
+    All of the audio that the file declares is returned, or none. Blocks are mixed as they are decoded, so that memory
+    is that of ``max_hours`` of mono at most.
 
     Args:
         data: The bytes of the file.
+        max_hours: A longer recording is an error.
 
     Raises:
-        AudioError: The file is empty, unreadable or truncated, or has no samples, NaN or Inf.
+        AudioError: The file is empty, unreadable, truncated or too long, or has no samples, NaN or Inf. No other
+            exception leaves this function, whatever the file contains.
     """
-    import soundfile
-
-    if not data:
-        raise AudioError("empty file")
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            sampling_rate, header_frames, form = file.samplerate, file.frames, file.format
-            samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, MemoryError) as error:
-        raise AudioError(f"unreadable audio: {_reason(error)}") from None
-    # libsndfile reads a truncated WAV or MP3 without an error; the transcript would then cover more than the audio
-    if (form == "WAV" and _wav_is_truncated(data)) or (form == "MP3" and len(samples) < 0.9 * header_frames):
-        raise AudioError("truncated audio: the header states more samples than the file contains")
-    return to_mono_16k(samples, sampling_rate)
+    with own_errors():
+        return _to_16k(*_mixed(read_blocks(data, max_hours)))
 
 
 def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
@@ -57,9 +60,30 @@ def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
     Raises:
         AudioError: There are no samples, or some are NaN or Inf.
     """
-    if not len(samples):
+    return _to_16k(*_mixed([(sampling_rate, samples)]))
+
+
+def _mixed(blocks: Iterable[Block], channel: int | None = None) -> tuple[np.ndarray, int]:
+    """Join blocks to mono float32 [samples], the mean of the channels or one of them, and their sampling rate."""
+    parts, rate = [], 0
+    for rate_of_block, block in blocks:
+        if rate and rate_of_block != rate:
+            raise AudioError(f"the sampling rate changes from {rate} to {rate_of_block} Hz within the file")
+        rate = rate_of_block
+        if channel is None:
+            parts.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+        elif channel < block.shape[1]:
+            parts.append(block[:, channel])
+        else:
+            raise AudioError(f"no channel {channel} in a recording with {block.shape[1]}")
+    if not parts:
         raise AudioError("no samples")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts), rate
+
+
+def _to_16k(mono: np.ndarray, sampling_rate: int) -> np.ndarray:
+    if not len(mono):
+        raise AudioError("no samples")
     if not np.isfinite(mono).all():
         raise AudioError("NaN or Inf in the samples")
     if sampling_rate != SAMPLING_RATE:
@@ -72,21 +96,26 @@ def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
 
 
 def probe(audio: bytes | str | os.PathLike[str]) -> int:
-    """Return the length in samples at 16 kHz according to the header, or 0 if the file is unreadable.
+    """Return the length in samples at 16 kHz that a file declares, or 0 if it is unreadable.
 
-    The result equals the length that :func:`decode` returns; for MP3 it is approximate.
+    WAV, FLAC and MP3 with a header declare it in their first bytes; other files are read, but not decoded. The result
+    is within 0.1 s of what :func:`decode` returns, and equal to it for WAV and FLAC.
     """
-    import soundfile
-
     try:
-        # `soundfile.info` takes a third longer, to format what nobody reads
-        with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else os.fspath(audio)) as file:
-            samples, sampling_rate = file.frames, file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, OSError):
+        with own_errors():
+            samples = num_samples_at_16k(*_length(audio))
+    except AudioError:
         return 0
-    if not 0 < samples < 2**62:  # the header of a streamed file may state the largest integer
-        return 0
-    return num_samples_at_16k(samples, sampling_rate)
+    return samples if 0 < samples < _MAX_DECLARED else 0
+
+
+def _length(audio: bytes | str | os.PathLike[str]) -> tuple[int, int]:
+    """Return frames and sampling rate."""
+    if isinstance(audio, bytes):
+        return declared_length(audio, len(audio)) or scan_length(audio)
+    with open(audio, "rb") as file:
+        head = file.read(HEAD)
+        return declared_length(head, os.fstat(file.fileno()).st_size) or scan_length(head + file.read())
 
 
 def num_samples_at_16k(samples: int, sampling_rate: int) -> int:
@@ -126,38 +155,80 @@ def encode_wav(samples: np.ndarray, sampling_rate: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
 
 
-def read_segment(path: str | os.PathLike[str], start: float, stop: float | None, channel: int | None = None) -> bytes:
-    """Read a segment of a recording as a float32 WAV file at the recording's sampling rate.
+def read_segment(
+    path: str | os.PathLike[str],
+    start: float,
+    stop: float | None,
+    channel: int | None = None,
+    max_hours: float = MAX_HOURS,
+) -> bytes:
+    """Read a segment of a recording as a mono float32 WAV file at the recording's sampling rate.
+
+    A segment without an end is read to the end of the recording, which must then be whole, as for :func:`decode`. One
+    with an end is sought in WAV and FLAC files; other files are decoded from their beginning.
 
     Args:
         path: The audio file.
         start: In seconds.
         stop: In seconds; None: the end.
-        channel: Index of the channel to keep; None: all.
+        channel: Index of the channel to keep; None: the mean of all.
+        max_hours: A longer segment is an error.
 
     Raises:
         AudioError: The file is unreadable or has no such channel, or the segment ends more than 0.1 s after the
-            recording.
+            recording. No other exception leaves this function.
     """
+    with own_errors():
+        if stop is not None and stop - start > 3600 * max_hours:
+            raise AudioError(f"a segment of {(stop - start) / 3600:.2f} h: max_hours is {max_hours:g}")
+        data = Path(path).read_bytes() if stop is None or not _is_seekable(path) else None
+        blocks = _span(data, start, stop, max_hours) if data is not None else _sought(path, start, stop)
+        samples, sampling_rate = _mixed(blocks, channel)
+        return encode_wav(samples, sampling_rate)
+
+
+def _is_seekable(path: str | os.PathLike[str]) -> bool:
+    """Return whether libsndfile finds any sample of a file: WAV and FLAC that declare their length."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+        return (
+            head[:3] != b"ID3"
+            and head[:4] in (b"RIFF", b"fLaC")
+            and (declared_length(head, os.fstat(file.fileno()).st_size) is not None)
+        )
+
+
+def _sought(path: str | os.PathLike[str], start: float, stop: float | None) -> Iterator[Block]:
     import soundfile
 
-    try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
-            first = round(start * file.samplerate)
-            last = file.frames if stop is None else round(stop * file.samplerate)
-            if first >= file.frames or last - file.frames > _SEGMENT_TOLERANCE * file.samplerate:
-                seconds = file.frames / file.samplerate
-                raise AudioError(f"the segment ends after the end of the recording ({seconds:.2f} s)")
-            file.seek(first)
-            samples = file.read(last - first, dtype="float32", always_2d=True)
-            sampling_rate = file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise AudioError(f"unreadable audio: {_reason(error)}") from None
-    if channel is not None:
-        if channel >= samples.shape[1]:
-            raise AudioError(f"no channel {channel} in a recording with {samples.shape[1]}")
-        samples = samples[:, channel]
-    return encode_wav(samples, sampling_rate)
+    assert stop is not None
+    with soundfile.SoundFile(os.fspath(path)) as file:
+        first, last = round(start * file.samplerate), round(stop * file.samplerate)
+        _require_inside(first, last, file.frames, file.samplerate)
+        yield from sndfile_span(file, first, min(last, file.frames))
+
+
+def _span(data: bytes, start: float, stop: float | None, max_hours: float) -> Iterator[Block]:
+    """Yield the blocks of a segment of a file that is decoded from its beginning."""
+    done = first = last = 0
+    rate = 1
+    hours = max_hours + start / 3600
+    for rate, block in read_blocks(data, hours if stop is None else math.inf):
+        first = round(start * rate)
+        last = done + len(block) if stop is None else round(stop * rate)
+        if done + len(block) > first:
+            yield rate, block[max(0, first - done) : last - done]
+        done += len(block)
+        if stop is not None and done >= last:
+            return
+    _require_inside(first, last, done, rate)
+
+
+def _require_inside(first: int, last: int, frames: int, rate: int) -> None:
+    if first >= frames or last - frames > TOLERANCE * rate:
+        raise AudioError(
+            f"the segment ends after the end of the recording: {max(first, last) / rate:.2f} of {frames / rate:.2f} s"
+        )
 
 
 def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
@@ -220,22 +291,3 @@ def stitch(parts: Sequence[np.ndarray], spans: Sequence[tuple[int, int]], hop: i
         for part, (start, _), first, last in zip(parts, spans, firsts, lasts, strict=True)
     ]
     return np.concatenate(pieces)
-
-
-def _wav_is_truncated(data: bytes) -> bool:
-    """Return whether the data chunk of a RIFF file states more bytes than follow."""
-    if data[:4] != b"RIFF":
-        return False
-    offset = 12
-    while offset + 8 <= len(data):
-        size = int.from_bytes(data[offset + 4 : offset + 8], "little")
-        if data[offset : offset + 4] == b"data":
-            return size < _WAV_LENGTH_UNKNOWN and offset + 8 + size > len(data)
-        offset += 8 + size + size % 2
-    return False
-
-
-def _reason(error: Exception) -> str:
-    """Return libsndfile's message without the address of the object that was read."""
-    text = getattr(error, "error_string", None) or str(error)
-    return text.removeprefix("Error : ").rstrip(". ")

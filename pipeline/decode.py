@@ -6,7 +6,7 @@ one thread: source.read -> bytes -> n threads: sha256, decode, resample -> sampl
 
 Threads suffice: libsndfile, soxr, sha256 and espeak-ng release the GIL, and threads do not copy samples between
 processes (``bench/host.py``, ``docs/decisions.md``). At most ``prefetch`` recordings wait for the encoder. A recording
-that cannot be read or decoded yields an :class:`UtteranceFailure`.
+that cannot be read or decoded, or is longer or shorter than planned, yields an :class:`UtteranceFailure`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.audio import AudioError, decode
+from pipeline.audio import MAX_HOURS, SAMPLING_RATE, TOLERANCE, AudioError, decode
 from pipeline.profile import StageTimes
 from pipeline.sources import Source
 from shards.files import file_sha256
@@ -54,10 +54,19 @@ class AudioDecoders:
         num_threads: threads that hash, decode and resample.
         prefetch: recordings that may be read ahead of the caller.
         stage_times: receives the time spent in ``read`` and ``decode``.
+        max_hours: longer recordings are failures.
     """
 
-    def __init__(self, source: Source, num_threads: int, prefetch: int, stage_times: StageTimes) -> None:
+    def __init__(
+        self,
+        source: Source,
+        num_threads: int,
+        prefetch: int,
+        stage_times: StageTimes,
+        max_hours: float = MAX_HOURS,
+    ) -> None:
         self._source, self._prefetch, self._stage_times = source, prefetch, stage_times
+        self._max_hours = max_hours
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
@@ -101,21 +110,37 @@ class AudioDecoders:
             uri, data = next(audio)
         path, fragment = self._source.file_of(uri) or ("", "")
         if not fragment:
-            return self._decoders.submit(self._decode, data, None)
+            return self._decoders.submit(self._decode, data, None, row)
         known = row["audio_id"]  # of the whole file and the fragment: the bytes of the segment do not tell it
         if known == UNKNOWN_AUDIO and not isinstance(data, Exception):
             known = audio_id(bytes.fromhex(file_sha256(Path(path))), fragment)
-        return self._decoders.submit(self._decode, data, known)
+        return self._decoders.submit(self._decode, data, known, row)
 
-    def _decode(self, data: bytes | Exception, known: bytes | None) -> Decoded:
+    def _decode(self, data: bytes | Exception, known: bytes | None, row: dict[str, Any]) -> Decoded:
         if isinstance(data, Exception):
             return UNKNOWN_AUDIO, UtteranceFailure("read", short_reason(data))
         with self._stage_times.timed("decode"):
             digest = hashlib.sha256(data).digest() if known is None else known
             try:
-                return digest, decode(data)
+                samples = decode(data, self._max_hours)
+                require_planned_length(len(samples), row["samples"])
             except AudioError as error:
                 return digest, UtteranceFailure("decode", str(error))
+            return digest, samples
+
+
+def require_planned_length(samples: int, planned: int) -> None:
+    """Raise AudioError unless a recording has the length that its manifest or its header declares, up to 0.1 s.
+
+    Args:
+        samples: Its samples at 16 kHz.
+        planned: Those of the plan; 0: unknown.
+    """
+    if planned and abs(samples - planned) > TOLERANCE * SAMPLING_RATE:
+        raise AudioError(
+            f"{samples / SAMPLING_RATE:.2f} s of audio, but the manifest or the header declares "
+            f"{planned / SAMPLING_RATE:.2f} s"
+        )
 
 
 def short_reason(error: Exception) -> str:

@@ -276,4 +276,5 @@ class _Copies:
 def open_decoders(job: Job, stage_times: StageTimes) -> AudioDecoders:
     """Start the decoding threads of ``job``; they read far enough ahead to fill a batch."""
     ahead = job.encoder.batch_size if job.encoder.loaded else 0  # an encoder that is not loaded has nothing to encode
-    return AudioDecoders(job.source, job.decode_workers, 2 * job.decode_workers + ahead, stage_times)
+    prefetch = 2 * job.decode_workers + ahead
+    return AudioDecoders(job.source, job.decode_workers, prefetch, stage_times, job.config.source.max_hours)

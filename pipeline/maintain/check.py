@@ -73,7 +73,7 @@ def check(
             yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"no audio: {data}")
             continue
         try:
-            samples = decode(data)
+            samples = decode(data, config.source.max_hours)
         except AudioError as reason:
             yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"audio changed: {reason}")
             continue

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.audio import MAX_HOURS
 from pipeline.sources.base import Source, Utterance, decode_key, encode_key, safe_name, translate_errors
 from pipeline.sources.columns import Columns
 from pipeline.sources.presets import PRESETS, PresetName
@@ -51,6 +52,8 @@ class SourceConfig(Config):
     """Shortest utterance, in seconds. Utterances of unknown duration are kept."""
     max_duration: float | None = Field(default=None, gt=0)
     """Longest utterance, in seconds. Utterances of unknown duration are kept."""
+    max_hours: float = Field(default=MAX_HOURS, gt=0)
+    """Longest recording that is decoded, in hours; a longer one is a failure. An hour takes 230 MB of memory."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the order of utterances, of the validation split, and of synthetic audio."""
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -132,6 +135,7 @@ def open_source(config: SourceConfig) -> Source:
         raise UserError("source.path has a NUL character: correct it")
     with translate_errors(f"source.path '{config.path}'"):
         source = _open_kind(config)
+    source.max_hours = config.max_hours
     return FilteredSource(
         source,
         name=safe_name(config.name if config.name is not None else source.name, config.kind),

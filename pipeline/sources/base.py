@@ -7,6 +7,7 @@ A source of one kind (such as ``librispeech.py``) yields utterances with the cor
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import stat
@@ -103,6 +104,7 @@ class Source(ABC):
         speaker_split: Whether ``val_fraction`` splits by speaker; False: by utterance.
         hash_ahead: Whether recordings are hashed before the plan is made. False where reading them is expensive: their
             hashes become known when they are encoded.
+        max_hours: Longest segment of a recording that :meth:`read` decodes.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Source(ABC):
     version: str = ""
     speaker_split: bool = True
     hash_ahead: bool = True
+    max_hours: float = math.inf
 
     def __init__(self) -> None:
         self._problem_log = ProblemLog()

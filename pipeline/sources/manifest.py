@@ -8,6 +8,10 @@ supervisions (``lhotse.py``). Relative paths are relative to the manifest.
 
 Other fields that would change the audio are refused (``_refuse_other_audio``).
 
+The audio of a row is what NeMo loads: ``duration`` seconds from ``offset``. Without an ``offset`` it is the first
+``duration`` seconds of the file, which is the whole file if that ends within 0.1 s; a ``duration`` of 0 or none means
+the rest of the file. Audio that ends more than 0.1 s before that is a failure, where NeMo takes what there is.
+
 The URI of an utterance is the path of its recording. A segment has ``#t=1.5,3.25`` (in seconds) appended, and ``&c=1``
 for one channel; it is read as a WAV file.
 """
@@ -22,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.audio import SAMPLING_RATE, AudioError, probe, read_segment
+from pipeline.audio import SAMPLING_RATE, TOLERANCE, AudioError, probe, read_segment
 from pipeline.sources.base import Source, Utterance, is_mac_file, join_names, require_splits, safe_name
 from pipeline.sources.columns import Columns
 from pipeline.sources.entries import (
@@ -95,7 +99,13 @@ class Manifest(Source):
         if not segment:
             return file.read_bytes()
         start, stop, channel = segment.groups()
-        return read_segment(file, float(start), float(stop) if stop else None, int(channel) if channel else None)
+        return read_segment(
+            file,
+            float(start),
+            float(stop) if stop else None,
+            int(channel) if channel else None,
+            self.max_hours,
+        )
 
     def file_of(self, uri: str) -> tuple[str, str]:
         segment = _SEGMENT.search(uri) if "#" in uri else None
@@ -142,6 +152,8 @@ class Manifest(Source):
             self._problem_log.add(NO_FILE, audio)
         elif entry.duration is not None:
             samples = round(entry.duration * SAMPLING_RATE)
+            if entry.is_whole_file and probe(file) - samples > TOLERANCE * SAMPLING_RATE:
+                return self._utterance(replace(entry, id=entry.id or _default_id(audio, entry), is_whole_file=False))
         else:
             samples = max(0, probe(file) - round(entry.start * SAMPLING_RATE))
             if not samples:
@@ -211,7 +223,7 @@ def _entry(row: dict[str, Any], location: str, names: Mapping[str, Sequence[str]
         speaker=text_field(row, names["speaker"], location, is_name=True),
         split=text_field(row, names["split"], location, is_name=True),
         start=start or 0.0,
-        duration=duration,
+        duration=duration or None,
         channel=channel,
         is_whole_file=start is None,
     )

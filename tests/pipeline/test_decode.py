@@ -32,7 +32,7 @@ def config(tmp_path_factory) -> SourceConfig:
     return SourceConfig(kind="manifest", path=str(folder / "clips.csv"))
 
 
-ROWS = [{"audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO} for i in range(6)]
+ROWS = [{"audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO, "samples": 0} for i in range(6)]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -68,7 +68,7 @@ class Counting:
 def test_one_thread_reads_at_most_prefetch_recordings_ahead_and_an_early_end_drops_the_rest():
     source: Any = Counting()
     with AudioDecoders(source, 2, 3, StageTimes()) as decoders:
-        found = decoders.read([{"audio": str(i), "audio_id": UNKNOWN_AUDIO} for i in range(1000)])
+        found = decoders.read([{"audio": str(i), "audio_id": UNKNOWN_AUDIO, "samples": 0} for i in range(1000)])
         assert [next(found)[0]["audio"] for _ in range(2)] == ["0", "1"]
         found.close()
     assert 2 <= source.count <= 5  # the two that were yielded, and three ahead
@@ -100,3 +100,33 @@ def test_decoding_gets_a_share_of_the_cores_per_gpu():
     assert num_decode_workers(None, device="cuda", cpus=128, gpus=1) == 16
     assert num_decode_workers(None, device="cuda", cpus=4, gpus=4) == 2
     assert num_decode_workers(5, device="cuda", cpus=64, gpus=1) == 5
+
+
+def test_a_recording_of_another_length_than_planned_is_a_failure_with_both_figures(tmp_path):
+    write_corpus(tmp_path, 3, seconds=1.0)
+    rows = [
+        {"audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO, "samples": samples}
+        for i, samples in enumerate((16_000 + 1600, 16_997 + 1601, 17_994 - 1601))
+    ]
+    source = open_source(SourceConfig(kind="manifest", path=str(tmp_path / "clips.csv")))
+    with AudioDecoders(source, 1, 2, StageTimes()) as decoders:
+        whole, short, long = (audio for _, _, audio in decoders.read(rows))
+    assert len(whole) == 16_000
+    assert short.reason == "1.06 s of audio, but the manifest or the header declares 1.16 s"
+    assert long.reason == "1.12 s of audio, but the manifest or the header declares 1.02 s"
+
+
+def test_whatever_a_decoder_raises_is_a_failure_of_its_utterance(config, monkeypatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise MemoryError("cannot allocate 2**62 bytes")
+
+    monkeypatch.setattr("soundfile.SoundFile.read", broken)
+    with AudioDecoders(open_source(config), 1, 2, StageTimes()) as decoders:
+        (_, _, failure), *_ = decoders.read(ROWS[:1])
+    assert failure == UtteranceFailure("decode", "unreadable audio: cannot allocate 2**62 bytes")
+
+
+def test_recordings_longer_than_max_hours_are_failures(config):
+    with AudioDecoders(open_source(config), 1, 2, StageTimes(), max_hours=0.00001) as decoders:
+        (_, _, failure), *_ = decoders.read(ROWS[:1])
+    assert "max_hours is 1e-05" in failure.reason

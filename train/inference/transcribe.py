@@ -137,7 +137,7 @@ def transcribe(
             texts = model.generate(features, mask, config.max_new_tokens, callback, rows)
             yield from ((name, one_line(text)) for (name, _), text in zip(encoded, texts, strict=True))
     if failures:
-        raise UserError(f"could not read {', '.join(failures)}: pass audio that soundfile can decode")
+        raise UserError(f"could not read {', '.join(failures)}: pass whole recordings in a known audio format")
 
 
 def _token_callback(name: str, on_token: Callable[[str, str], None] | None) -> Callable[[list[str]], None] | None:

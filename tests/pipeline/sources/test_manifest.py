@@ -101,10 +101,33 @@ def test_an_absolute_path_below_the_manifest_becomes_relative_and_one_elsewhere_
     assert dict(source.read([made[0].audio])) == {made[0].audio: (clips / "a.wav").read_bytes()}
 
 
-def test_a_duration_in_the_manifest_saves_opening_the_file(clips):
+def test_a_duration_in_the_manifest_counts_where_the_file_declares_none(clips):
     (clips / "a.wav").write_bytes(b"not opened")
     rows = [{"audio": "a.wav", "text": "x", "duration": 1.25}]
     assert next(opened(write_json_lines(clips / "m.jsonl", rows)).utterances()).samples == 20_000
+
+
+def test_a_duration_without_an_offset_cuts_as_nemo_does(clips):
+    samples = np.random.RandomState(0).uniform(-0.3, 0.3, 32_000).astype(np.float32)
+    soundfile.write(clips / "long.wav", samples, 16_000, subtype="FLOAT")
+    rows = [
+        {"audio_filepath": "long.wav", "text": "x", "id": str(duration), "duration": duration}
+        for duration in (1.0, 1.95, 2.0, 2.05, 9.0, 0, None)
+    ]
+    source = opened(write_json_lines(clips / "nemo.json", rows))
+    made = list(source.utterances())
+    assert [(u.audio, u.samples) for u in made] == [
+        ("long.wav#t=0,1", 16_000),
+        ("long.wav", 31_200),  # up to 0.1 s is rounding
+        ("long.wav", 32_000),
+        ("long.wav", 32_800),
+        ("long.wav", 144_000),  # a failure when it is decoded
+        ("long.wav", 32_000),
+        ("long.wav", 32_000),
+    ]
+    np.testing.assert_array_equal(decode(dict(source.read(["long.wav#t=0,1"]))["long.wav#t=0,1"]), samples[:16_000])
+    plain = [{"audio": "long.wav", "text": "x", "duration": 1.0}]
+    assert next(opened(write_json_lines(clips / "m.jsonl", plain)).utterances()).id == "long"  # the id of the file
 
 
 def test_a_recording_that_does_not_exist_is_reported_and_fails_later(clips):
