@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +22,23 @@ from typing import Any
 from shards.errors import UserError
 
 TEMPORARY_INFIX = ".tmp-"
+MAX_JSON_BYTES = (
+    16 << 20
+)  # bytes; larger files are rejected, because parsed JSON takes up to 30 times the memory of its text
 
 
 def temporary_path(path: Path, owner: str) -> Path:
-    """Return the name under which ``owner`` writes before renaming to ``path``."""
-    return path.with_name(f"{path.name}{TEMPORARY_INFIX}{owner}")
+    """Return a new, unpredictable name under which ``owner`` writes before renaming to ``path``."""
+    return path.with_name(f"{path.name}{TEMPORARY_INFIX}{owner}-{secrets.token_hex(6)}")
+
+
+def create_file(path: Path) -> int:
+    """Create a file that does not exist; return a descriptor to read and write. Never follows a link at ``path``.
+
+    Raises:
+        FileExistsError: something is there, a link perhaps.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -38,8 +51,13 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 def atomic_write(path: Path, data: bytes | memoryview, owner: str) -> None:
     """Write ``data`` to ``path`` durably: a reader sees the old file or the new one, even after a power loss."""
     partial = temporary_path(path, owner)
+    fd = create_file(partial)
     try:
-        _write_synced(partial, data)
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         rename_durably(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -69,15 +87,6 @@ def publish_file(partial: Path, path: Path, *, replace: bool = False) -> bool:
     finally:
         partial.unlink(missing_ok=True)
         fsync_folder(path.parent)
-
-
-def _write_synced(path: Path, data: bytes | memoryview) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        write_all(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def rename_durably(partial: Path, path: Path) -> None:
@@ -149,7 +158,7 @@ def file_lock(path: Path, *, wait: bool = True, create: bool = True) -> Iterator
 def lock_file(path: Path, *, wait: bool = True, create: bool = True) -> int | None:
     """Like :func:`file_lock`, but return a descriptor that holds the lock until it is closed, or None for False."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             with suppress(FileNotFoundError):
@@ -178,7 +187,11 @@ def read_json(path: Path, *, missing_hint: str, corrupt_hint: str) -> dict[str, 
             message ends with ``corrupt_hint``).
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        with io.BufferedReader(open_file(path)) as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB")
+        tree = json.loads(data.decode())
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist: {missing_hint}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -211,5 +224,6 @@ _REASONS = {
     errno.EPERM: ("operation not permitted", f"make the folder writable or choose another root, {_AGAIN}"),
     errno.EIO: ("the device reports an input/output error", f"check the disk, {_AGAIN}"),
     errno.ESTALE: ("the network file handle went stale", f"remount the share, {_AGAIN}"),
+    errno.ELOOP: ("a symbolic link stands in the place of a file", f"remove the link, {_AGAIN}"),
     errno.ENOTDIR: ("a component of the path is a file", "choose another root"),
 }

@@ -24,7 +24,15 @@ import pyarrow as pa
 
 from shards.commit.finalize import commit_record
 from shards.errors import WorkFailed
-from shards.files import TEMPORARY_INFIX, atomic_write, fsync_folder, rename_durably, temporary_path, write_all
+from shards.files import (
+    TEMPORARY_INFIX,
+    atomic_write,
+    create_file,
+    fsync_folder,
+    rename_durably,
+    temporary_path,
+    write_all,
+)
 from shards.format import tar
 from shards.format.codec import SCALE_DTYPE, SCALED, STORED_DTYPE, Array, CodecError, Encoded, encode
 from shards.format.layout import Layout
@@ -83,7 +91,7 @@ class ShardWriter:
         self.rows: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.path = temporary_path(layout.tar(shard), owner)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._fd = create_file(self.path)
         self._size = 0
         self._rest = 0  # crc32 of every byte that the rows' crc32 do not cover
         self._hash = BackgroundHash()

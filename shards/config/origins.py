@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from shards.config.fields import rename_key, rename_keys
 from shards.errors import UserError
 
+MAX_YAML = 1 << 20  # characters; parsing takes seconds and 100 times the memory
+
 
 class _Loader(yaml.SafeLoader):
     """A YAML loader without anchors and aliases: a few lines of them can expand to gigabytes."""
@@ -125,10 +127,13 @@ def _lines(path: str) -> Iterator[tuple[str, int]]:
 def _read(path: str | os.PathLike[str]) -> str:
     try:
         with open(path, encoding="utf-8") as file:
-            return file.read()
+            text = file.read(MAX_YAML + 1)
     except FileNotFoundError:
         raise UserError(
             f"configuration file '{path}' does not exist: pass one with --config (examples are in configs/)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration file '{path}': {' '.join(str(error).split())}") from None
+    if len(text) > MAX_YAML:
+        raise UserError(f"'{path}' is larger than {MAX_YAML >> 20} MiB, which no configuration is: name another file")
+    return text

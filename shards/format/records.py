@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shards.files import open_file
+from shards.files import MAX_JSON_BYTES, open_file
 from shards.format.spec import FeatureSpec, canonical_json
 
 RELEASED = b'{"claim":null}\n'  # replaces a released claim or a revoked record in a bucket
+MAX_JSON = MAX_JSON_BYTES
 MAX_GENERATIONS = 1000  # a cache with more should be compacted
-MAX_JSON = 16 << 20  # bytes; larger files are rejected, because parsed JSON takes up to 30 times the memory of its text
 
 
 class RecordError(ValueError):

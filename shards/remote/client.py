@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
-from shards.errors import UserError, missing_package
-from shards.files import rename_durably
+from shards.errors import UserError, missing_package, without_secrets
+from shards.files import create_file, rename_durably
 
 T = TypeVar("T")
 TransferAction = Literal["fetched", "written"]
@@ -58,7 +58,8 @@ def _transient_errors() -> Iterator[None]:
 class Remote:
     """The files below a URL. Methods may be called from any thread, but not after a fork: create a new object there.
 
-    Methods retry transient errors and raise UserError if retrying does not help.
+    A URL with a password or a token is refused: URLs stand in messages, records and reports. Methods
+    retry transient errors and raise UserError if retrying does not help.
 
     Attributes:
         url: the URL of the folder, without a trailing slash.
@@ -66,6 +67,7 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        _refuse_secrets(self.url)
         self._opened: Any = None
 
     def size(self, name: str) -> int | None:
@@ -131,12 +133,19 @@ class Remote:
 
         Returns:
             False if there is no space; nothing was fetched then.
+
+        Raises:
+            UserError: the file there has another size than ``size``; nothing is created and no space made then.
         """
+        found = self.size(name)
+        if found != size:
+            there = "does not exist" if found is None else f"has {found} bytes, not {size} as the cache says"
+            raise UserError(f"'{self.url}/{name}' {there}: run `python -m shards verify {self.url}`")
         try:
             with space or nullcontext(True) as fits:
                 if not fits:
                     return False
-                file = open(partial, "wb")  # noqa: SIM115 - closed below, outside of ``space``
+                file = os.fdopen(create_file(partial), "wb")  # closed below, outside of ``space``
                 file.truncate(size)
             with file:
                 self.fetch(name, file, size, sha256)
@@ -166,6 +175,17 @@ class Remote:
                 return None
 
         return retry(found, f"{self.url}/{name}")
+
+
+def _refuse_secrets(url: str) -> None:
+    account, at, _ = urlsplit(url).netloc.rpartition("@")  # Azure: container@account
+    if at and (":" in account or url.startswith(("http://", "https://"))):
+        raise UserError(
+            f"the URL of '{url.replace(f'{account}@', '')}' contains a user name or password, which logs would show: "
+            "remove it"
+        )
+    if without_secrets(url) != url:
+        raise UserError(f"the URL '{without_secrets(url)}' contains a token, which logs would show: remove it")
 
 
 def retry(
@@ -212,18 +232,23 @@ class _Http:
     def __init__(self, url: str) -> None:
         from urllib.request import HTTPRedirectHandler, build_opener
 
-        class StaysEncrypted(HTTPRedirectHandler):
+        class KeepsScheme(HTTPRedirectHandler):
             def redirect_request(self, request: Any, *answer: Any) -> Any:
-                if request.type == "https" and not answer[-1].startswith("https://"):
-                    raise UserError(f"'{request.full_url}' redirects from https to http: use another URL")
+                scheme = urlsplit(answer[-1]).scheme
+                if scheme != request.type:
+                    raise UserError(f"'{request.full_url}' redirects from {request.type} to {scheme}: use another URL")
                 return super().redirect_request(request, *answer)
 
-        account, at, _ = urlsplit(url).netloc.rpartition("@")
-        if at:
-            shown = url.replace(f"{account}@", "")
-            raise UserError(f"the URL of '{shown}' contains a user name or password, which logs would show: remove it")
+            def http_error_302(self, request: Any, file: Any, code: int, message: str, headers: Any) -> Any:
+                target = urljoin(request.full_url, headers.get("location") or headers.get("uri") or "")
+                if urlsplit(target).scheme not in ("http", "https"):  # which the library would answer by an HTTPError
+                    self.redirect_request(request, file, code, message, headers, target)
+                return super().http_error_302(request, file, code, message, headers)
+
+            http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # type: ignore[assignment]
+
         self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # keeps what is already quoted
-        self.open = build_opener(StaysEncrypted).open
+        self.open = build_opener(KeepsScheme).open
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
         headers = {"Range": f"bytes={start}-{end - 1}"} if start else {}

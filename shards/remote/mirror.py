@@ -207,6 +207,11 @@ class Mirror:
                     return True
                 file, name = file_info(), str(path.relative_to(self.folder))
                 part.unlink(missing_ok=True)  # left by a killed process
+                if reserve and file.bytes > self.budget:  # before other shards are removed for it
+                    raise UserError(
+                        f"'{self.url}/{name}' takes {file.bytes / 1e9:.3g} GB, but the local folder is limited to "
+                        f"{self.budget / 1e9:.3g} GB: set EARSHARD_CACHE_GB to {1.5 * file.bytes / 1e9:.2g} or more"
+                    )
                 # Created at its full size while space is reserved, so that a running fetch counts in full.
                 space = self.reserve_space(file.bytes, needed) if reserve else None
                 return self.remote.download(name, path, part, file.bytes, file.sha256, space)

@@ -18,10 +18,13 @@ from shards.errors import UserError
 from shards.files import (
     TEMPORARY_INFIX,
     atomic_write,
+    create_file,
     file_lock,
     file_sha256,
+    lock_file,
     make_folder,
     open_file,
+    read_json,
     temporary_path,
     translate_os_errors,
     write_all,
@@ -192,7 +195,8 @@ def test_an_error_that_no_user_can_fix_keeps_its_traceback():
 
 def test_a_temporary_name_names_its_owner_and_is_in_the_same_folder(tmp_path):
     path = temporary_path(tmp_path / "000001.tar", "12-ab")
-    assert (path.parent, path.name) == (tmp_path, f"000001.tar{TEMPORARY_INFIX}12-ab")
+    assert path.parent == tmp_path
+    assert path.name.startswith(f"000001.tar{TEMPORARY_INFIX}12-ab-")
 
 
 def test_the_hash_of_a_file_is_the_hash_of_its_bytes(tmp_path):
@@ -281,3 +285,34 @@ def test_a_lock_on_a_file_that_must_exist_makes_none(tmp_path):
     with pytest.raises(FileNotFoundError), file_lock(tmp_path / "absent", create=False):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_json_file_larger_than_any_of_ours_is_refused_unread(tmp_path):
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(64 << 30)
+    with pytest.raises(UserError, match="it is larger than 16 MiB"):
+        read_json(path, missing_hint="", corrupt_hint="copy it again")
+
+
+def test_temporary_names_are_new_each_time_and_a_link_is_never_written_through(tmp_path, monkeypatch):
+    target, path = tmp_path / "target", tmp_path / "file"
+    target.write_bytes(b"mine")
+    assert len({temporary_path(path, "1") for _ in range(100)}) == 100
+    monkeypatch.setattr("shards.files.secrets.token_hex", lambda digits: "known")
+    for link in (target, tmp_path / "absent"):
+        temporary_path(path, "1").symlink_to(link)
+        for write in (lambda: atomic_write(path, b"theirs", "1"), lambda: create_file(temporary_path(path, "1"))):
+            with pytest.raises(FileExistsError):
+                write()
+        temporary_path(path, "1").unlink()
+    path.symlink_to(target)
+    atomic_write(path, b"new", "1")  # replaces the link itself
+    assert (path.is_symlink(), path.read_bytes(), target.read_bytes()) == (False, b"new", b"mine")
+    (tmp_path / "lock").symlink_to(tmp_path / "absent")
+    with (
+        pytest.raises(UserError, match="a symbolic link stands in the place of a file"),
+        translate_os_errors("x", path),
+    ):
+        lock_file(tmp_path / "lock")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "lock", "target"]

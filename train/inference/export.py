@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from shards import files as disk
 from shards.config.base import Config, validate_config
 from shards.errors import UserError
 from shards.files import atomic_write, translate_os_errors
@@ -259,15 +260,10 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
 def read_settings(folder: Path) -> ExportConfig:
     """Read ``config.json`` of an export; raises UserError like :func:`load_projector`."""
     path = folder / SETTINGS
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"'{folder}' is not an export: it has no {SETTINGS}; create one with `python -m train export`"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): export the run again") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    if not path.exists():
+        raise UserError(f"'{folder}' is not an export: it has no {SETTINGS}; create one with `python -m train export`")
+    tree = disk.read_json(path, missing_hint="export the run again", corrupt_hint="export the run again")
+    if tree.get("format") != FORMAT:
         raise UserError(f"'{path}' does not have export format {FORMAT}: update earshard, or export the run again")
     return validate_config(ExportConfig, tree, f"'{path}'")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from shards.files import rename_durably, temporary_path, translate_os_errors
+from shards.files import create_file, rename_durably, temporary_path, translate_os_errors
 
 FORMAT = 1
 MAX_CHECKPOINTS = 2
@@ -161,6 +162,9 @@ def write_tensors(
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    fd = create_file(path)
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)  # as the umask says; the library would write a file of mode 0600
+    os.close(fd)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
@@ -168,8 +172,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
+        os.fchmod(fd, mode)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -6,6 +6,7 @@ last evaluation, frames per second and the remaining time. A resumed run first d
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,11 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.files import atomic_write, translate_os_errors, write_all
+from shards.files import atomic_write, open_file, translate_os_errors, write_all
 from train.runs.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+MAX_LINE = 16 << 20  # bytes
 LOG_LINES = 10  # number of lines with the loss printed over a whole run
 
 
@@ -85,7 +87,7 @@ class MetricsLogger:
             for name, last in ((METRICS, step), (EVALUATIONS, evaluated)):
                 kept = [line for line in read_jsonl(run / name) if line["step"] <= last]
                 if name == EVALUATIONS and kept:
-                    self._audio_gain = kept[-1]["audio_gain"]
+                    self._audio_gain = kept[-1].get("audio_gain")
                 atomic_write(run / name, "".join(map(_line, kept)).encode(), str(os.getpid()))
             # unbuffered: bytes that a full disk rejected must not be written again on close
             self._metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
@@ -188,17 +190,22 @@ def format_losses(auxiliary_losses: Mapping[str, float]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON lines of ``path``; [] if it does not exist. A line truncated by a crash is skipped."""
+    """Read the JSON lines of ``path``; [] if it does not exist. Skips what no logger writes: a line truncated by a
+    crash, bytes that are not UTF-8, a line without its step, a line longer than any evaluation.
+    """
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            tree = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(tree, dict) and isinstance(tree.get("step"), int):
-            lines.append(tree)
+    with io.BufferedReader(open_file(path)) as file:
+        whole = True  # whether the last read ended a line
+        while data := file.readline(MAX_LINE):
+            start, whole = whole, data.endswith(b"\n")
+            try:
+                tree = json.loads(data) if start and (whole or len(data) < MAX_LINE) else None
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(tree, dict) and type(tree.get("step")) is int:
+                lines.append(tree)
     return lines
 
 

@@ -159,7 +159,7 @@ def test_two_writers_of_one_shard_do_not_touch_each_other(tmp_path):
         first = one.commit({"seconds": 0.0})
         once = files(layout.shards)
         assert two.commit({"seconds": 0.0}) == first
-    del once["000000.tar" + TEMPORARY_INFIX + "two"]
+    once = {name: data for name, data in once.items() if f"{TEMPORARY_INFIX}two" not in name}
     assert files(layout.shards) == once
     assert commit_record(layout, 0, SPEC.feature_id, plan_id) == first
 
@@ -247,7 +247,7 @@ def test_a_crash_between_any_two_steps_is_seen_as_uncommitted_or_committed_and_n
         seen.add(record is not None)
         if record is not None:
             assert {name: data for name, data in files(layout.shards).items() if TEMPORARY_INFIX not in name} == whole
-        assert all(path.name.endswith(f"{TEMPORARY_INFIX}dead") for path in stray_files(layout))
+        assert all(f"{TEMPORARY_INFIX}dead" in path.name for path in stray_files(layout))
         remove_stray_shard_files(layout, 0)
         write(layout, plan_id, "next")
         assert files(layout.shards) == whole

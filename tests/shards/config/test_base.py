@@ -178,3 +178,10 @@ def test_an_error_of_a_mapping_in_memory_names_where_it_is_from():
         validate_config(Settings, {"lrr": 1}, "the record")
     with pytest.raises(UserError, match="'clip' is the old name"):
         validate_config(Settings, {"clip": 1, "max_grad_norm": 1}, "the record")
+
+
+def test_a_file_larger_than_any_configuration_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("x: [" + "1, " * 400_000 + "]")
+    with pytest.raises(UserError, match="is larger than 1 MiB, which no configuration is"):
+        load_config(Settings, path)

@@ -46,14 +46,15 @@ def download(server, path, size=SIZE, sha256=DIGEST, **more) -> bool:
 def test_a_file_is_cut_at_its_declared_size_however_much_the_server_sends(folder, tmp_path, ranges):
     with serve(folder, ranges) as server:
         server.faults["file"] = ["cut"]
-        assert download(server, tmp_path / "copy", 2_000_000, hashlib.sha256(DATA[:2_000_000]).hexdigest())
+        with (tmp_path / "copy").open("wb") as file:
+            Remote(server.url).fetch("file", file, 2_000_000, hashlib.sha256(DATA[:2_000_000]).hexdigest())
     assert (tmp_path / "copy").read_bytes() == DATA[:2_000_000]
 
 
 @pytest.mark.parametrize(
     ("size", "sha256", "reason"),
     [
-        (SIZE + 1, DIGEST, "it ended after 3000000 of 3000001 bytes"),
+        (SIZE + 1, DIGEST, "has 3000000 bytes, not 3000001 as the cache says"),
         (SIZE, "0" * 64, "does not match the recorded one"),
     ],
 )
@@ -62,6 +63,14 @@ def test_a_file_of_another_size_or_hash_never_appears(folder, tmp_path, size, sh
     with serve(folder, ranges=False) as server, pytest.raises(UserError, match=reason):
         download(server, tmp_path / "copy", size, sha256)
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+def test_a_link_in_the_place_of_a_part_is_not_written_through(folder, tmp_path):
+    (tmp_path / "target").write_bytes(b"mine")
+    (tmp_path / "copy.part").symlink_to(tmp_path / "target")
+    with serve(folder) as server, pytest.raises(FileExistsError):
+        download(server, tmp_path / "copy")
+    assert (tmp_path / "target").read_bytes() == b"mine"
 
 
 def test_without_room_nothing_is_asked_of_the_server(folder, tmp_path):
@@ -161,3 +170,32 @@ def test_a_redirect_is_followed_but_not_from_https_to_http(folder, tmp_path, mon
             pem.write_bytes(pem.read_bytes() + other.read_bytes())
             with pytest.raises(UserError, match=rf"'{plain}/file' redirects from https to http"):
                 Remote(encrypted).read_if_exists("file", 9)
+
+
+@pytest.mark.parametrize("target", ["https://127.0.0.1:1", "ftp://127.0.0.1:1", "file://", "data:,x", "gopher://x"])
+def test_a_redirect_never_changes_the_scheme(tmp_path, target):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", target + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            with pytest.raises(UserError, match=f"redirects from http to {target.partition(':')[0]}: use another URL"):
+                Remote(f"http://127.0.0.1:{server.server_port}").read_if_exists("file", 9)
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("url", ["s3://key:pa55@bucket/c", "https://host/c?sig=pa55", "https://host/c?a=1&token=pa55"])
+def test_a_url_with_a_token_is_refused_before_any_request_and_not_shown(url):
+    with pytest.raises(UserError, match=r"contains a (token|user name or password), which logs would show") as told:
+        Remote(url)
+    assert "pa55" not in str(told.value)
+    assert "pa55" not in repr(told.value)

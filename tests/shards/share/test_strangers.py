@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_cache import make_cache
 from tiny_faults import reseal
@@ -14,8 +17,11 @@ from tiny_server import serve
 
 from shards.errors import UserError, WorkFailed
 from shards.format.layout import Layout
+from shards.inspect.verify import verify
 from shards.labels.store import read_index
+from shards.read.cache import Cache
 from shards.remote import client as storage
+from shards.remote.mirror import Mirror
 from shards.share.transfer import pull
 
 OWN = re.compile(
@@ -104,3 +110,74 @@ def test_a_pull_fetches_and_writes_files_of_the_format_alone(near, tmp_path, att
     assert not Path("/tmp/evil").exists()
     if not written:
         assert not Layout(target).cache.exists()
+
+
+def _tar_of(size):
+    return lambda tree: tree["tar"].update(bytes=size)
+
+
+@pytest.mark.parametrize("size", [2**62, 10**12, 40_960, 0])
+def test_a_size_that_the_server_does_not_have_is_refused_before_anything_is_removed_or_created(near, tmp_path, size):
+    served = Path(shutil.copytree(near, tmp_path / "served"))
+    with serve(served) as server:
+        kept = Mirror.open(server.url, budget=10**6)
+        for shard in range(4):
+            kept.fetch(shard)
+        reseal(Layout(served).record(1), _tar_of(size))
+        kept.layout.record(1).unlink()
+        kept.layout.tar(1).unlink()
+        with pytest.raises(
+            UserError, match=rf"takes {re.escape(f'{size / 1e9:.3g}')} GB|has \d+ bytes, not {size} as the cache says"
+        ):
+            kept.fetch(1)
+        assert [kept.layout.tar(shard).exists() for shard in range(4)] == [True, False, True, True]
+        with pytest.raises(UserError, match=rf"shards/000001.tar' has \d+ bytes, not {size} as the cache says"):
+            pull(server.url, tmp_path / "back")
+    assert not any(path.stat().st_size > 10**6 for path in (tmp_path / "back").rglob("*"))
+
+
+def test_a_shard_larger_than_the_whole_mirror_removes_none_even_if_the_server_confirms_its_size(near, tmp_path):
+    served = Path(shutil.copytree(near, tmp_path / "served"))
+    with serve(served) as server:
+        mirror = Mirror.open(server.url, budget=10**6)
+        mirror.fetch(0)
+        reseal(Layout(served).record(1), _tar_of(10**6 + 1))
+        with Layout(served).tar(1).open("r+b") as file:
+            file.truncate(10**6 + 1)
+        with pytest.raises(UserError, match=r"the local folder is limited to 0\.001 GB: set EARSHARD_CACHE_GB"):
+            mirror.fetch(1)
+    assert mirror.layout.tar(0).exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("plan", "bytes"), ("manifest", "bytes"), ("failures", "bytes"), ("label", "bytes")]
+)
+def test_a_table_of_a_size_that_the_server_does_not_have_is_not_created(near, tmp_path, file, key):
+    served = Path(shutil.copytree(near, tmp_path / "served"))
+    if file == "label":
+        reseal(served / "labels" / "LABELS.json", lambda tree: tree["sets"][0]["file"].update(bytes=2**62))
+    else:
+        reseal(Layout(served).cache, lambda tree: tree["generations"][0]["files"][file].update(bytes=2**62))
+    with serve(served) as server, pytest.raises(UserError, match=r"has \d+ bytes, not 4611686018427387904"):
+        pull(server.url, tmp_path / "back")
+    assert not Layout(tmp_path / "back").cache.exists()
+
+
+@pytest.mark.parametrize("counts", [{"utterances": 10**15}, {"bytes": 2**61}, {"frames": 10**18}, {"shards": 10**9}])
+def test_counts_that_lie_cost_no_memory_and_are_named(near, tmp_path, counts):
+    lying = Path(shutil.copytree(near, tmp_path / "lying"))
+
+    def lie(tree):
+        tree["generations"][0]["counts"].update(counts)
+        tree["counts"].update(counts)
+        if "shards" in counts:
+            tree["generations"][0].update(counts)
+
+    reseal(Layout(lying).cache, lie)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+    assert verify(lying, deep=True)
+    with suppress(UserError):
+        Cache.open(lying).read_stored(np.arange(3))
+    assert time.monotonic() - start < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from shards.errors import UserError
-from train.model.checkpoint import checkpoints, load_checkpoint, restore, restore_parameters, save_checkpoint
+from train.model.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    restore,
+    restore_parameters,
+    save_checkpoint,
+    write_tensors,
+)
+from train.runs.folder import write_json
 
 
 class Model(nn.Module):
@@ -89,3 +99,15 @@ def test_a_folder_that_is_not_writable_is_reported_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="saving a checkpoint failed"):
         save_checkpoint(tmp_path / "file", 1, model, optimizer, {})
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o000])
+def test_weights_are_as_readable_as_other_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "projector.safetensors", {"x": torch.zeros(2)}, {})
+        write_json(tmp_path / "other.json", {})
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("projector.safetensors", "other.json")]
+    assert modes == [0o644 & ~umask] * 2

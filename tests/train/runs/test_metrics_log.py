@@ -5,6 +5,7 @@ import json
 import re
 import sys
 
+import pytest
 from tiny_step import step_metrics
 
 from train.runs.metrics_log import MetricsLogger, read_jsonl
@@ -33,6 +34,32 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(step_metrics(1).record()) + "\n" + json.dumps(step_metrics(2).record())[:-5])
     assert [line["step"] for line in read_jsonl(path)] == [1]
+
+
+RUINS = [
+    b"",
+    b"{",
+    b'{"step"',
+    b"\0" * 4096,
+    b"\xff\xfe\x80",
+    b"7",
+    b"[1]",
+    b"null",
+    b'{"step": true}',
+    b'{"step": "3"}',
+    b"[" * 9000,
+]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
+@pytest.mark.parametrize("ruin", [*RUINS, b'{"step": 2}', b"x" * 200])
+def test_no_last_line_stops_a_resume(tmp_path, monkeypatch, name, ruin):
+    monkeypatch.setattr("train.runs.metrics_log.MAX_LINE", 150)  # of the lines of this test, only the last is longer
+    (tmp_path / name).write_bytes(json.dumps({"step": 1, "audio_gain": 0.5}).encode() + b"\n" + ruin)
+    with MetricsLogger(tmp_path, 9, step=4, evaluated=4):
+        pass
+    kept = [line["step"] for line in read_jsonl(tmp_path / name)]
+    assert kept == ([1, 2] if ruin == b'{"step": 2}' else [1])
 
 
 def test_a_log_gets_lines_and_no_bar(tmp_path, capsys):
