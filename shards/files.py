@@ -13,7 +13,9 @@ import io
 import json
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 from shards.errors import UserError
 
 TEMPORARY_INFIX = ".tmp-"
+LOCK = "lock"  # in a scratch folder
 MAX_JSON_BYTES = (
     16 << 20
 )  # bytes; larger files are rejected, because parsed JSON takes up to 30 times the memory of its text
@@ -173,6 +176,43 @@ def lock_file(path: Path, *, wait: bool = True, create: bool = True) -> int | No
         os.close(fd)  # the last holder unlinked the file: a lock on it protects nothing, so open the path again
 
 
+@contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Create a private folder, removed at the end of the block; first remove those of processes that were killed.
+
+    A kernel lock marks the folder of a living process.
+
+    Args:
+        prefix: how the name of the folder begins.
+        parent: where it is created; ``None``: the temporary folder of the system.
+
+    Raises:
+        UserError: no temporary folder can be written, such as one on a full disk.
+    """
+    try:
+        parent = parent or Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        reason = " ".join(str(error.strerror).split())
+        raise UserError(f"there is no temporary folder to write to ({reason}): free space, or set TMPDIR") from None
+    for folder in parent.glob(f"{prefix}*"):
+        _remove_abandoned(folder)
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with file_lock(path / LOCK):
+            (path / "files").mkdir()
+            yield path / "files"
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    with suppress(OSError):
+        if folder.lstat().st_uid == os.geteuid():
+            with file_lock(folder / LOCK, wait=False, create=False) as held:
+                if held:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file (64 hex digits)."""
     with open_file(path) as file:
@@ -201,6 +241,11 @@ def read_json(path: Path, *, missing_hint: str, corrupt_hint: str) -> dict[str, 
     return tree
 
 
+def is_full(error: OSError) -> bool:
+    """Return whether an error says that the disk or the quota is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def translate_os_errors(action: str, path: Path) -> Iterator[None]:
     """Raise the storage errors that a user can fix as a UserError of one sentence."""
@@ -224,6 +269,7 @@ _REASONS = {
     errno.EPERM: ("operation not permitted", f"make the folder writable or choose another root, {_AGAIN}"),
     errno.EIO: ("the device reports an input/output error", f"check the disk, {_AGAIN}"),
     errno.ESTALE: ("the network file handle went stale", f"remount the share, {_AGAIN}"),
+    errno.ENOLCK: ("the file system has no locks", "mount it with locks, or choose another root"),
     errno.ELOOP: ("a symbolic link stands in the place of a file", f"remove the link, {_AGAIN}"),
     errno.ENOTDIR: ("a component of the path is a file", "choose another root"),
 }

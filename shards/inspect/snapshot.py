@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from shards.files import make_folder, translate_os_errors
+from shards.files import make_folder, scratch_folder, translate_os_errors
 from shards.format.layout import Layout, read_plan
 from shards.format.records import MAX_JSON, CacheInfo, FileInfo, Generation, RecordError, ShardRecord, is_claim, unseal
 from shards.labels.store import INDEX, read_index
@@ -40,10 +39,10 @@ def snapshot(url: str, tables: bool = True) -> Iterator[Path]:
         UserError: there is no cache at ``url``, or it cannot be reached.
     """
     with (
-        TemporaryDirectory(prefix="earshard-remote-") as folder,
-        translate_os_errors("reading a remote cache", Path(folder)),
+        scratch_folder("earshard-remote-") as folder,
+        translate_os_errors("reading a remote cache", folder),
     ):
-        copy = _Copy(Remote(url), Layout(Path(folder)))
+        copy = _Copy(Remote(url), Layout(folder))
         for each in copy.layout.folders:
             make_folder(each)
         copy.fetch_all(tables)

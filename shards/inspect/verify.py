@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from shards.commit.finalize import COUNTS
 from shards.errors import UserError, first_validation_error
+from shards.files import is_full
 from shards.format.layout import Layout, current_rows, manifest_id, shard_number
 from shards.format.records import CacheInfo, Generation, RecordError, ShardRecord
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, UNKNOWN_AUDIO, read_parquet
@@ -277,6 +278,8 @@ class _Audit:
                         for key, what in file.problems(rows, self.spec):
                             self.findings.report(shard, tar, what, key)
             except OSError as error:
+                if is_full(error):  # the disk of this machine, to which a remote tar is copied
+                    raise
                 self.findings.report_error(shard, tar, error)
         return rows
 

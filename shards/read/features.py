@@ -31,7 +31,7 @@ from shards.format.records import CacheInfo, Generation, RecordError
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, read_batches, read_parquet
 from shards.format.spec import FeatureSpec
 from shards.read.index import ManifestIndex, RowGroup, check_file, corrupt_cache, read_frames, translate_manifest_errors
-from shards.read.mmap import MmapPool
+from shards.read.mmap import MappedShard, MmapPool
 from shards.remote.mirror import Mirror
 
 MAX_MAPPED_SHARDS = 64  # shards mapped at once: each keeps two file descriptors
@@ -149,7 +149,7 @@ class FeatureRows:
         dtype, channels, scaled = self._dtype, self.spec.channels, self.spec.codec in SCALED
         places = self._index.locate(rows)
         shards = self.shards[rows].tolist()
-        maps = self._mmap_pool.get(shards)
+        maps = self._maps(shards)
         checked = not self.verify or bool(self._verified[rows].all())
         found = []
         columns = zip(rows.tolist(), shards, self.frames[rows].tolist(), places, strict=True)
@@ -171,7 +171,7 @@ class FeatureRows:
         """
         ((group, at),) = self._index.locate(np.array([row]))
         shard = int(self.shards[row])
-        data = self._mmap_pool.get([shard])[shard].data
+        data = self._maps([shard])[shard].data
         if group.end.item(at) > len(data):
             raise self._corrupt_row(row, f"ends at byte {group.end.item(at)} of a file of {len(data)} bytes")
         parts = [data.data[begin.item(at) : end.item(at)] for begin, end in group.checksum_ranges]
@@ -183,6 +183,18 @@ class FeatureRows:
         maps = self._mmap_pool.get(shards)
         for shard, (group, at) in zip(shards, self._index.locate(rows), strict=True):
             maps[shard].will_need(group.payload_start.item(at), group.end.item(at))
+
+    def _maps(self, shards: Sequence[int]) -> dict[int, MappedShard]:
+        """Return the mappings of ``shards``; UserError if one is shorter than when it was mapped.
+
+        A file that is cut between this and the use of its bytes still ends the process by SIGBUS. Only copies made by
+        ``pread`` would not, which read at half the speed.
+        """
+        maps = self._mmap_pool.get(shards)
+        for shard, mapped in maps.items():
+            if mapped.is_cut():
+                raise corrupt_cache(self.layout.path, f"shards/{shard:06d}.tar was truncated while it was read")
+        return maps
 
     def _column(self, generation: int, name: str) -> pa.ChunkedArray:
         path, size = self.layout.manifest(generation), self.generations[generation].files.manifest.bytes

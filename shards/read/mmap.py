@@ -34,6 +34,10 @@ class MappedShard:
     data: NDArray[np.uint8]
     fd: int
 
+    def is_cut(self) -> bool:
+        """Return whether the file is shorter now than when it was mapped: reading the rest would end the process."""
+        return os.fstat(self.fd).st_size < len(self.data)
+
     def will_need(self, start: int, end: int) -> None:
         """Ask the kernel to read these bytes from disk in the background."""
         for place in range(start, min(end, len(self.data)), MAX_READ_AHEAD_BYTES):

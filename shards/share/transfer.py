@@ -12,7 +12,6 @@ what is new is sent, and readers of the earlier state are undisturbed. Label set
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,19 @@ from pydantic import ValidationError
 
 from shards.commit.bucket.objects import Objects
 from shards.commit.claims import Claims, new_owner
+from shards.commit.finalize import temporary_files
 from shards.config.base import flatten
 from shards.errors import UserError, WorkFailed
-from shards.files import atomic_write, file_sha256, make_folder, temporary_path, translate_os_errors
+from shards.files import (
+    TEMPORARY_INFIX,
+    atomic_write,
+    file_lock,
+    file_sha256,
+    make_folder,
+    scratch_folder,
+    temporary_path,
+    translate_os_errors,
+)
 from shards.format.layout import Layout, read_plan
 from shards.format.records import (
     MAX_JSON,
@@ -48,6 +57,7 @@ from shards.share.hub import ProgressCallback, parse_dataset_url, push_to_hub
 from shards.share.merge import index_bytes, merge_labels
 
 TRANSFERS = 4  # concurrent shard transfers
+PULL = "pull-"  # begins the owner tag of a pull
 POLL_INTERVAL = 0.2  # seconds between two attempts to get the claim of the label sets
 ABSOLUTE_PATH = re.compile(r"(path:|file://)?(/|~|[A-Za-z]:[\\/])")  # an absolute path in a file system
 
@@ -233,10 +243,9 @@ def _replace(remote: Remote, name: str, data: bytes, before: bytes | None) -> No
             return
     if remote.read_if_exists(name, MAX_JSON + 1) != before:
         raise _changed(remote)
-    with tempfile.NamedTemporaryFile(prefix="earshard-push-") as file:
-        file.write(data)
-        file.flush()
-        remote.upload(Path(file.name), name)
+    with scratch_folder("earshard-push-") as folder, translate_os_errors("pushing a cache", folder):
+        (folder / "file").write_bytes(data)
+        remote.upload(folder / "file", name)
 
 
 def _track_progress(sizes: Iterable[int], total: int, progress: ProgressCallback | None) -> None:
@@ -256,11 +265,26 @@ def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None
         progress: called with (bytes done, total bytes).
 
     Raises:
-        UserError: there is no complete cache at ``url``, or ``path`` holds another cache or a newer state of this one.
+        UserError: there is no complete cache at ``url``, ``path`` holds another cache or a newer state of this one, or
+            another process is pulling into it.
         WorkFailed: the copy is not valid. Corrupt files are removed, so that another pull downloads them again.
     """
-    remote, layout, owner = Remote(url), Layout(path), new_owner()
+    remote = Remote(url)
     data, info = fetch_info(remote)
+    with translate_os_errors("pulling a cache", path):
+        make_folder(path)
+        lock = path / "pull.lock"
+        with file_lock(lock, wait=False) as held:
+            if not held:
+                raise UserError(f"another process pulls a cache into '{path}': wait until it ends")
+            try:
+                _pull(remote, Layout(path), data, info, progress)
+            finally:
+                lock.unlink(missing_ok=True)
+
+
+def _pull(remote: Remote, layout: Layout, data: bytes, info: CacheInfo, progress: ProgressCallback | None) -> None:
+    path, owner = layout.path, f"{PULL}{new_owner()}"
     before = layout.cache.read_bytes() if layout.cache.exists() else None
     _require_pullable(layout, info, before, remote.url)
     index_data, index = fetch_label_index(remote)
@@ -284,6 +308,9 @@ def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None
     with translate_os_errors("pulling a cache", path):
         for folder in layout.folders:
             make_folder(folder)
+            for stray in temporary_files(folder):
+                if f"{TEMPORARY_INFIX}{PULL}" in stray.name:  # of a pull that was killed: this one holds the lock
+                    stray.unlink(missing_ok=True)
         for number, entry in enumerate(info.generations):
             fetch(layout.plan(number), entry.files.plan, _is_intact)
             fetch(layout.manifest(number), entry.files.manifest, _is_intact)

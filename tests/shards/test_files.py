@@ -25,6 +25,7 @@ from shards.files import (
     make_folder,
     open_file,
     read_json,
+    scratch_folder,
     temporary_path,
     translate_os_errors,
     write_all,
@@ -316,3 +317,23 @@ def test_temporary_names_are_new_each_time_and_a_link_is_never_written_through(t
     ):
         lock_file(tmp_path / "lock")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "lock", "target"]
+
+
+def test_the_scratch_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_one_is_kept(tmp_path):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom shards.files import scratch_folder\n"
+        "with scratch_folder('x-', Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, tmp_path]
+    first = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    one = Path(first.stdout.readline().strip())
+    with scratch_folder("x-", tmp_path) as two:
+        assert one.is_dir()
+        (one / "file").touch()
+        first.kill()
+        first.communicate()
+        with scratch_folder("x-", tmp_path) as three:
+            assert not one.parent.exists()
+            assert two.is_dir()
+            assert three.stat().st_mode & 0o077 == 0 or three.parent.stat().st_mode & 0o077 == 0
+    assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ import yaml
 from shards import files as disk
 from shards.config.base import load_config, parse_overrides
 from shards.errors import UserError
-from shards.files import atomic_write, fsync_folder, translate_os_errors
+from shards.files import atomic_write, file_lock, fsync_folder, make_folder, translate_os_errors
 from shards.format.spec import FeatureSpec
 from train.config.model import CustomConfig
 from train.config.train import TrainConfig
@@ -49,11 +51,47 @@ def new_run_folder(config: TrainConfig) -> Path:
     """Return the folder for a new run; UserError if it exists."""
     name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.projector.kind.replace(':', '.')}"
     folder = Path(config.runs) / name
+    require_new(folder)
+    return folder
+
+
+def require_new(folder: Path) -> None:
+    """Raise UserError if the run folder exists."""
     if folder.exists() or folder.is_symlink():
         raise UserError(
             f"'{folder}' already exists: choose another name=…, resume it with --resume {folder}, or delete it"
         )
-    return folder
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a run or sweep folder, which need not exist yet: no other process trains in it inside the ``with`` block.
+
+    The kernel releases the lock of a process that dies. On NFS it is as good as the locks of the mount: with
+    ``local_lock=flock`` or ``nolock`` it excludes processes of one machine only.
+
+    Raises:
+        UserError: another process holds it. The message names the process.
+    """
+    folder = folder.absolute()
+    lock = folder.with_name(f".{folder.name}.lock")
+    with ExitStack() as stack:
+        with translate_os_errors("locking the run folder", folder):
+            make_folder(lock.parent)
+            held = stack.enter_context(file_lock(lock, wait=False))
+            if held:
+                lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        if not held:
+            raise UserError(f"{_holder(lock)} is training in '{folder}': wait until it ends, or choose another name=…")
+        stack.callback(lock.unlink, missing_ok=True)
+        yield
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(lock.read_text())
+        return f"process {int(found['pid'])} on {found['host']}"
+    return "another process"
 
 
 def create_run_folder(

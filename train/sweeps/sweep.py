@@ -25,6 +25,7 @@ from shards.files import atomic_write, translate_os_errors
 from train.config.train import TrainConfig
 from train.distributed.signals import StopRequest
 from train.report import write_sweep_report
+from train.runs.folder import hold
 from train.sweeps.config import SweepConfig, experiments
 from train.sweeps.group import (
     DROPPED,
@@ -52,6 +53,11 @@ def run_sweep(config: SweepConfig, resume: bool = False) -> Path:
         Interrupted: the process received SIGINT or SIGTERM; all experiments are saved.
     """
     require_single_process()
+    with hold(config.folder):
+        return _run_sweep(config, resume)
+
+
+def _run_sweep(config: SweepConfig, resume: bool) -> Path:
     start = time.perf_counter()
     configs = [] if config.search is not None else experiments(config)
     open_sweep_folder(config, resume)

@@ -63,14 +63,21 @@ def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | N
         WorkFailed: the loss became NaN or infinite, or fell by less than ``min_loss_drop``, or another process exited.
         Interrupted: the process received SIGINT or SIGTERM; the run is saved.
     """
-    group = group or ProcessGroup()
+    with ExitStack() as held:
+        return _fit(config, resume, group or ProcessGroup(), held)
+
+
+def _fit(config: TrainConfig, resume: Path | None, group: ProcessGroup, held: ExitStack) -> Path:
     run = resume
     with group.raise_on_all_ranks():
         require_trackers(config)
         if group.is_main_process:
             run = resume or runs.new_run_folder(config)
+            held.enter_context(runs.hold(run))
             if resume is not None:
                 require_resumable(config, resume)
+            else:
+                runs.require_new(run)  # another process may have made it before this one held it
         device = choose_device(group.local_device(config.device))
         dtype = choose_dtype(config.dtype, device)
         data = open_data(config, *(runs.read_pins(resume) if resume is not None else ()))

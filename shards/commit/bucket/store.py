@@ -15,8 +15,6 @@ record, and files that the next owner of the shard overwrites. Records do not ch
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -32,7 +30,7 @@ from shards.commit.bucket.objects import Objects
 from shards.commit.claims import LEASE, new_owner
 from shards.commit.finalize import Merger, file_info, lists_plan, provenances, read_shard_rows, record_matches
 from shards.errors import UserError
-from shards.files import file_lock, make_folder, translate_os_errors
+from shards.files import make_folder, scratch_folder, translate_os_errors
 from shards.format.layout import Layout, Plan, read_plan, shard_number
 from shards.format.records import RELEASED, CacheInfo, FileInfo, RecordError, is_claim, is_released, seal, unseal_bytes
 from shards.format.schemas import PLAN_SCHEMA, write_parquet
@@ -63,10 +61,12 @@ class BucketStore:
     def __init__(self, url: str, scratch: Path | None = None) -> None:
         self.location, self.keeps_shards = url.rstrip("/"), False
         self._objects = connect_objects(self.location)
-        parent = scratch or Path(tempfile.gettempdir())
-        with translate_os_errors("creating a scratch folder", parent):
-            self._scratch = _Scratch(parent)
-        self.layout = Layout(self._scratch.path)
+        held = ExitStack()
+        with translate_os_errors("creating a scratch folder", scratch or Path()):
+            if scratch is not None:
+                make_folder(scratch)
+            self.layout = Layout(held.enter_context(scratch_folder(SCRATCH, scratch)))
+        weakref.finalize(self, held.close)
         for folder in self.layout.folders:
             make_folder(folder)
         self._claims = RemoteClaims(self._objects, new_owner())
@@ -325,30 +325,6 @@ class BucketStore:
             ) from None
         finally:
             path.unlink(missing_ok=True)
-
-
-class _Scratch:
-    """A temporary folder of this process. A kernel lock marks it as in use; folders of dead processes are removed."""
-
-    def __init__(self, parent: Path) -> None:
-        make_folder(parent)
-        for folder in parent.glob(f"{SCRATCH}*"):
-            _remove_unused(folder)
-        self.path = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
-        lock = ExitStack()
-        lock.enter_context(file_lock(self.path / "lock"))
-        weakref.finalize(self, _remove_scratch, self.path, lock)
-
-
-def _remove_scratch(folder: Path, lock: ExitStack) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    lock.close()
-
-
-def _remove_unused(folder: Path) -> None:
-    with suppress(OSError), file_lock(folder / "lock", wait=False, create=False) as held:
-        if held:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def connect_objects(url: str) -> Objects:

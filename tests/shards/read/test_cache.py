@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -401,3 +403,17 @@ def test_a_single_column_is_the_one_of_the_whole_table(tmp_path):
     cache = grow(tmp_path / "c", **{"utt-00003": "other"})
     for name in cache.manifest.column_names:
         assert cache.column(name).to_pylist() == cache.manifest[name].to_pylist()
+
+
+def test_a_shard_that_is_truncated_under_its_reader_is_an_error_and_no_bus_error(path):
+    program = (
+        "import os, sys\nimport numpy as np\nfrom shards.errors import UserError\nfrom shards.read.cache import Cache\n"
+        "cache = Cache.open(sys.argv[1])\nrows = np.arange(len(cache))\ncache.read_stored(rows[:1])\n"
+        "os.truncate(sys.argv[2], 4096)\n"
+        "for read in (lambda: [x.payload.sum() for x in cache.read_stored(rows)], lambda: cache.features(1).sum()):\n"
+        "    try:\n        read()\n    except UserError as error:\n        print(error)\n"
+    )
+    words = [sys.executable, "-c", program, path, Layout(path).tar(0)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert done.stdout.count("shards/000000.tar was truncated while it was read") == 2

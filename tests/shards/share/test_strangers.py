@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import resource
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_cache import make_cache
+from tiny_disk import small_disk
 from tiny_faults import reseal
 from tiny_server import serve
 
@@ -181,3 +185,36 @@ def test_counts_that_lie_cost_no_memory_and_are_named(near, tmp_path, counts):
         Cache.open(lying).read_stored(np.arange(3))
     assert time.monotonic() - start < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_what_a_killed_pull_left_is_removed_by_the_next_and_nothing_else(near, tmp_path):
+    target = tmp_path / "back"
+    program = "import sys, pathlib, shards.share.transfer as t; t.pull(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    with serve(near) as server:
+        server.always["000002.tar"] = "hang"
+        killed = subprocess.Popen([sys.executable, "-c", program, server.url, target])
+        assert server.waiting.wait(60)
+        with pytest.raises(UserError, match="another process pulls a cache into"):
+            pull(server.url, target)
+        killed.kill()
+        killed.wait()
+        server.always.clear()
+        server.go_on.set()
+        left = [path.name for path in target.rglob("*.tmp-*")]
+        assert any(name.startswith("000002.tar.tmp-pull-") for name in left)
+        (target / "shards" / "000001.tar.tmp-12-others").touch()
+        pull(server.url, target)
+    assert [path.name for path in target.rglob("*.tmp-*")] == ["000001.tar.tmp-12-others"]
+    assert not list(target.glob("*.lock"))
+
+
+def test_a_full_temporary_disk_is_no_damage_of_a_remote_cache(near, tmp_path, monkeypatch):
+    big = make_cache(tmp_path / "big", n=40, channels=256, shards=1, min_frames=30)
+    with small_disk(tmp_path / "disk", 256) as disk, serve(big) as server:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+        for _ in range(2):
+            with pytest.raises(UserError, match="the disk is full; free space"):
+                verify(server.url, deep=True)
+        assert list(disk.path.iterdir()) == []
+        disk.set("size=64m")
+        assert verify(server.url, deep=True) == []
