@@ -54,16 +54,17 @@ def read_instructions(path: str | Path) -> Instructions:
     path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"prompt.prompts '{path}' cannot be read ({reason}): correct the path") from None
     tree: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix.lower() in (".json", ".yaml", ".yml"):
         try:
-            tree = yaml.safe_load(text)  # JSON is YAML
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"prompt.prompts '{path}' is not YAML ({reason}): correct the file") from None
+            # not YAML for both: it takes the two escapes of an emoji in JSON for two characters
+            tree = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
+            kind, reason = path.suffix[1:].upper(), " ".join(str(error).split())
+            raise UserError(f"prompt.prompts '{path}' is not {kind} ({reason}): correct the file") from None
     by_task = tree if isinstance(tree, dict) else {ALL_TASKS: tree}
     valid = all(
         isinstance(task, str) and isinstance(listed, list) and listed and all(_is_instruction(each) for each in listed)
@@ -78,4 +79,6 @@ def read_instructions(path: str | Path) -> Instructions:
 
 
 def _is_instruction(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)  # half of a surrogate pair

@@ -14,6 +14,7 @@ feature spec is refused, because the projector was not trained on its features.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def find_recordings(paths: Sequence[str], raw_rate: int | None = None) -> list[R
     if raw_rate is not None and not 1000 <= raw_rate <= 384_000:
         raise UserError(f"--raw is {raw_rate}: expected a sampling rate in Hz from 1000 to 384000, such as 16000")
     for path in paths:
-        if path != STDIN and not Path(path).is_file():
+        if path != STDIN and not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             raise UserError(f"the audio file '{path}' does not exist: correct the path")
     return [Recording(path, raw_rate if path == STDIN else None) for path in paths]
 

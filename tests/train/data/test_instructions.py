@@ -30,6 +30,12 @@ def test_a_mapping_has_instructions_by_task_and_a_list_those_of_all(tmp_path, na
         ("a.json", '{"count": [1]}', "holds no instructions, or something else"),
         ("a.yaml", "count: [", "is not YAML"),
         ("a.json", "{}", "holds no instructions"),
+        ("a.json", "[" * 100_000, "is not JSON"),
+        ("a.yaml", "[" * 5_000, "is not YAML"),
+        ("a.yaml", "2024-13-45", "is not YAML"),
+        ("a.json", '["What is \\ud83d?"]', "holds no instructions, or something else"),
+        ("x" * 300, None, "cannot be read"),
+        ("a\0", None, "cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_the_key(tmp_path, name, text, message):
@@ -37,6 +43,11 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_key(tmp_path, name, text
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=f"^prompt.prompts .*{message}"):
         read_instructions(tmp_path / name)
+
+
+def test_an_emoji_that_json_writes_as_two_escapes_is_one_character(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(["Say 😀"]))
+    assert read_instructions(tmp_path / "a.json").by_task == {"": ["Say 😀"]}
 
 
 def test_a_draw_is_a_function_of_its_arguments_and_uses_all_instructions_evenly():

@@ -158,6 +158,8 @@ def test_a_missing_file_is_reported_before_anything_is_loaded(world):
     words = ["transcribe", str(run), "--encoder", "path:nothing", str(folder / "short.wav"), str(folder / "gone.wav")]
     with pytest.raises(UserError, match=r"the audio file '.*gone\.wav' does not exist"):
         command(words)
+    with pytest.raises(UserError, match=r"the audio file 'x*' does not exist"):
+        command([*words[:-1], "x" * 300])
 
 
 def test_a_file_that_cannot_be_read_does_not_prevent_the_others(world, tmp_path, capsys):
