@@ -59,6 +59,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _CHANNELS = ("channel", "channel_selector")
 _STARTS = ("start", "start_time", "begin", "begin_time")
 _ENDS = ("end", "end_time", "stop", "stop_time")
+_OTHER_AUDIO = frozenset(("shard_id", "supervisions", "type", "transforms", *_STARTS, *_ENDS))
 _CUTS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TARRED = re.compile(r"_OP_\d+\.\.\d+_CL_")
 _UNPACK = "unpack its tar files into the folder of the manifest and remove shard_id from the rows"
@@ -141,7 +142,8 @@ class Manifest(Source):
                 f"the manifest '{self._path}' has an unknown suffix: rename it to .jsonl, .json, .csv or .tsv"
             )
         for row, location in rows:
-            _refuse_other_audio(row, location, self._columns)
+            if not _OTHER_AUDIO.isdisjoint(row):
+                _refuse_other_audio(row, location, self._columns)
             yield _entry(row, location, self._names)
 
     def _utterance(self, entry: ManifestEntry) -> Utterance:
@@ -214,7 +216,7 @@ def _entry(row: dict[str, Any], location: str, names: Mapping[str, Sequence[str]
     start, duration = (
         number_field(row, column[0], location) if (column := names[field]) else None for field in ("offset", "duration")
     )
-    channel = next((index for name in _CHANNELS if (index := channel_field(row, name, location)) is not None), None)
+    channels = [channel_field(row, name, location) for name in _CHANNELS if name in row]
     return ManifestEntry(
         audio=audio,
         text=transcript,
@@ -224,7 +226,7 @@ def _entry(row: dict[str, Any], location: str, names: Mapping[str, Sequence[str]
         split=text_field(row, names["split"], location, is_name=True),
         start=start or 0.0,
         duration=duration or None,
-        channel=channel,
+        channel=next((channel for channel in channels if channel is not None), None),
         is_whole_file=start is None,
     )
 
@@ -233,7 +235,7 @@ def _refuse_other_audio(row: dict[str, Any], location: str, columns: Columns) ->
     """Refuse fields that would change the audio in a way that is not implemented; raises UserError."""
     if row.get("shard_id") is not None:
         raise UserError(f"{location} is of a NeMo tarred data set (it has a shard_id): {_UNPACK}")
-    if isinstance(row.get("supervisions"), list) or row.get("type") in _CUTS:
+    if isinstance(row.get("supervisions"), list) or str(row.get("type")) in _CUTS:
         raise UserError(
             f"{location} is a cut of lhotse: write recordings and supervisions with CutSet.decompose(output_dir=…) and "
             "set source.path to that folder"

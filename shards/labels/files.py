@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ MAX_ROWS_PER_BYTE = 4  # of a parquet file: keys limit how well rows compress
 GROWTH, ROOM = 200, 64 << 20  # bytes that a compressed file may unpack to: per byte of the file, and for any file
 LONG_LINE = 4096  # characters; a longer line of JSON is checked before pyarrow reads it
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+_AFTER_VALUE = re.compile(r"[}\]]\s*[^,}\]\s]")  # a second value on the line, or a text such as "[noise] yes"
 TEXTS = (*STRINGS, "id")
 _QUOTE, _LINE_ENDS = ord('"'), (ord("\n"), ord("\r"))
 
@@ -300,9 +302,10 @@ def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _read_json(file: BinaryIO, where: str) -> pa.Table:
-    for number, line in _lines(file, where):
-        if len(line) > LONG_LINE:  # pyarrow overflows the stack where values are nested very deeply
-            json_object(line, f"line {number} of {where}")
+    for number, line in _lines(file, where):  # pyarrow crashes at a first value null, and at values nested very deeply
+        text = line.strip(" \t\r\n")
+        if text and (text[0] != "{" or text[-1] != "}" or len(text) > LONG_LINE or _AFTER_VALUE.search(text)):
+            json_object(text, f"line {number} of {where}")
     try:
         table = _parse_json(file)
     except (pa.ArrowException, UnicodeDecodeError):

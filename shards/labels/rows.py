@@ -134,7 +134,7 @@ def json_object(line: str, where: str) -> dict[str, Any]:
         UserError: the line is no JSON object, names a field twice, or has half of a surrogate pair.
     """
     try:
-        tree = json.loads(line, object_pairs_hook=_unique)
+        tree = _DECODER.decode(line)
         if "\\u" in line:  # UTF-8 itself has none
             json.dumps(tree, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -155,6 +155,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is specified twice")
     return tree
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # json.loads would make one for each line
 
 
 def _surrogate(line: str) -> str:

@@ -32,25 +32,28 @@ def text_value(value: Any, name: str, where: str, *, is_name: bool = False) -> s
     """
     if value is None or (isinstance(value, float) and value != value):
         return None
+    text: str = value if isinstance(value, str) else _as_text(value, name, where, is_name)
+    if "\0" in text:
+        raise UserError(f"{name} in {where} has a NUL character: remove it")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{name} in {where} has half of a surrogate pair: correct that character") from None
+    return text
+
+
+def _as_text(value: Any, name: str, where: str, is_name: bool) -> str:
     if isinstance(value, bytes):
         try:
-            value = value.decode()
+            return value.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{name} in {where} is not UTF-8 ({error.reason}): correct or convert it") from None
     if is_name and isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT:
         value = int(value)
-    if is_name and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
+    if not is_name or not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{name} in {where} is {value!r:.80}, expected text")
-    if "\0" in value:
-        raise UserError(f"{name} in {where} has a NUL character: remove it")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{name} in {where} has half of a surrogate pair: correct that character") from None
-    return value
+    return str(value)
 
 
 def check_text_type(kind: pa.DataType, name: str, where: str, *, is_name: bool = False) -> None:

@@ -51,6 +51,7 @@ def test_read_yields_bytes_in_the_requested_order_and_an_exception_for_a_missing
     answers = list(source.read(uris))
     assert [uri for uri, _ in answers] == uris
     assert isinstance(answers[3][1], AudioError)
+    assert all(isinstance(data, Exception) for _, data in source.read(["a\0.flac", "x" * 300]))
     assert all(data == (tree / uri).read_bytes() for uri, data in answers if uri != uris[3])
 
 
