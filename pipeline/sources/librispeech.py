@@ -28,6 +28,7 @@ from pipeline.sources.base import (
     safe_name,
 )
 from shards.errors import UserError
+from shards.labels.text import text_value
 
 _NO_AUDIO = "transcript lines without audio"
 _NO_TEXT = "recordings without a transcript"
@@ -240,7 +241,7 @@ def _parse_transcript(data: bytes, location: str, known: dict[str, str]) -> dict
             raise UserError(
                 f"duplicate key '{identifier}' in line {number} of '{location}': keep one of its transcript lines"
             )
-        texts[identifier] = text.strip()
+        texts[identifier] = text_value(text.strip(), "the text", f"line {number} of '{location}'") or ""
     return texts
 
 

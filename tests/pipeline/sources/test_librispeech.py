@@ -226,3 +226,10 @@ def test_an_archive_with_a_false_number_in_its_headers_is_refused(tmp_path):
         tar.addfile(member)
     with pytest.raises(UserError, match=r"the archive .* is truncated or corrupt .*: download it again"):
         list(opened(path).utterances())
+
+
+def test_a_transcript_with_a_character_that_labels_cannot_have_is_refused_with_its_line(tmp_path):
+    tree = write_tree(tmp_path, librispeech_files(["dev-clean"]))
+    (tree / "dev-clean/1/100/1-100.trans.txt").write_bytes(b"1-100-0000 A\n1-100-0001 B\0\n")
+    with pytest.raises(UserError, match=r"the text in line 2 of .*1-100\.trans\.txt' has a NUL character"):
+        list(opened(tree).utterances())
