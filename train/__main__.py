@@ -1,4 +1,4 @@
-"""Command line of the training stage: ``python -m train fit|sweep|lr-range|evaluate|transcribe|export`` and more.
+"""Command line of the training stage: ``python -m train fit|sweep|lr-range|evaluate|score|transcribe|export`` etc.
 
 Each command takes a config or a run folder. ``fit`` writes a run folder with a trained projector, its metrics and a
 report. Each command imports the heavy libraries it needs, so that ``--help`` stays fast.
@@ -97,6 +97,18 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the metrics to FILE")
     overrides(evaluate)
 
+    score = add("score", "recompute error rates from stored texts, without a model", "score runs/demo --language hi")
+    score.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="run folder, or the folder of an evaluation in it (default: the newest run)",
+    )
+    score.add_argument(
+        "--language", metavar="CODE", help="language of all texts, such as hi (default: as in the evaluation)"
+    )
+    score.add_argument("--json", metavar="FILE", help="write the rates to FILE")
+
     transcribe = add("transcribe", "transcribe audio files", "transcribe runs/demo hello.wav")
     transcribe.add_argument("run", metavar="RUN", help="run folder")
     transcribe.add_argument(
@@ -142,6 +154,7 @@ def command(argv: Sequence[str]) -> int:
         "sweep": _sweep,
         "lr-range": _lr_range,
         "evaluate": _evaluate,
+        "score": _score,
         "transcribe": _transcribe,
         "export": _export,
         "needs": _needs,
@@ -220,6 +233,25 @@ def _evaluate(args: argparse.Namespace) -> int:
             if target is not None:
                 write_json(target, metrics)
             print(json.dumps(metrics, indent=1, ensure_ascii=False))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    target = _json_path(args.json)
+
+    from train.evaluation.score import score
+    from train.evaluation.utterance_table import UTTERANCES
+    from train.runs import folder as runs
+
+    if args.run is not None and (Path(args.run) / UTTERANCES).is_file():
+        folder = Path(args.run)
+    else:
+        folder = runs.find_run(args.run)
+    default = runs.run_config(folder).eval.language if (folder / "config.yaml").is_file() else None
+    rates = score(folder, args.language, default)
+    if target is not None:
+        runs.write_json(target, rates)
+    print(json.dumps(rates, indent=1, ensure_ascii=False))
     return 0
 
 
@@ -367,7 +399,9 @@ def _format_summary(summary: dict[str, Any]) -> str:
         ("  with silence", format_number(summary.get("val_loss_silent"))),
         ("  with text only", format_number(summary.get("val_loss_text_only"))),
         ("audio gain", f"{format_number(summary['audio_gain'])}{bounds}"),
-        ("WER / CER", f"{percent('wer')} / {percent('cer')}"),
+        ("WER / CER", f"{percent('wer')} / {percent('cer')}")
+        if summary["wer"] is not None or summary["cer"] is None
+        else ("CER (no WER: words have no spaces)", percent("cer")),
         ("retrieval accuracy", accuracy),
         ("hallucination rate on silence", percent("hallucination_rate") if "hallucination_rate" in summary else "–"),
         ("steps, seconds", f"{summary['steps']}, {summary['seconds']:.1f}"),

@@ -34,6 +34,7 @@ CHANGEABLE_KEYS = frozenset(
         "runs",
         "name",
         "device",
+        "eval",
         "eval_every",
         "eval_limit",
         "eval_batch_size",
@@ -89,6 +90,15 @@ class ValConfig(Config):
     def cache_labels(self) -> Sequence[str | None]:
         """The labels of each of ``caches``."""
         return _per_cache(self.labels, self.caches)
+
+
+class EvalKeys(Config):
+    """How decoded texts are scored."""
+
+    language: str | None = Field(default=None, pattern=r"^[A-Za-z][A-Za-z0-9 _-]*$")
+    """Language of the texts whose labels have no `language`, such as `hi` or `Hindi`. English is scored with Whisper's
+    English normalizer; others keep their marks, and those written without spaces, such as Chinese, have no WER. null:
+    English if nearly all letters of the texts are ASCII."""
 
 
 class BatchConfig(Config):
@@ -213,6 +223,7 @@ class TrainConfig(Config):
     """Number of utterances decoded in an evaluation during training."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Maximum number of generated tokens per utterance."""
+    eval: EvalKeys = EvalKeys()
     retrieval_limit: int = Field(default=32, ge=0)
     """Number of utterances in the final retrieval test, which matches audio to text in groups of 16. 0: off."""
     checkpoint_every: int | None = Field(default=500, ge=1)

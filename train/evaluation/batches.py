@@ -19,6 +19,7 @@ from train.config.model import TextConfig
 from train.data.caches import Utterances, pad
 from train.data.text import AS_STORED, apply_text_rules
 from train.distributed.group import ProcessGroup
+from train.evaluation.languages import text_languages
 from train.evaluation.utterance_table import cache_ids
 from train.model.prompt import PromptRow
 
@@ -33,8 +34,8 @@ class Stopped(Exception):
 class UtteranceReader:
     """Reads a set of utterances in batches.
 
-    ``keys``, ``texts``, ``tasks``, ``frames`` (counts) and ``rows`` (what selects the instructions) hold one entry per
-    utterance, in the order of ``utterances``.
+    ``keys``, ``texts``, ``tasks``, ``languages`` (codes), ``frames`` (counts) and ``rows`` (what selects the
+    instructions) hold one entry per utterance, in the order of ``utterances``.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class UtteranceReader:
         stop: Callable[[], bool],
         group: ProcessGroup,
         text: TextConfig = AS_STORED,
+        language: str | None = None,
     ) -> None:
-        columns = utterances.columns("key", "text", "frames", "task", "prompt")
+        columns = utterances.columns("key", "text", "frames", "task", "prompt", "language")
         self.keys, self.frames, self.tasks = columns["key"], columns["frames"], columns["task"]
         self.rows = list(map(PromptRow, self.keys, self.tasks, columns["prompt"]))
         self.texts = [apply_text_rules(each, text) for each in columns["text"]]
+        self.languages = text_languages(columns["language"], self.texts, language)
         self.index_of_row = {int(row): index for index, row in enumerate(utterances.rows)}
         self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
         self.stop, self.group = stop, group

@@ -1,15 +1,19 @@
 """Word and character errors of decoded text, by kind, after normalization.
 
 Takes the reference and the hypothesis of an utterance; returns a :class:`Sample` with counts of insertions, deletions
-and substitutions (jiwer's alignment). Whisper's English normalizer is applied to both texts. Rates are corpus rates:
-all errors divided by all reference words. A reference that is empty after normalization has no counts and is excluded.
+and substitutions (jiwer's alignment). Both texts are normalized by the rules of their language (``languages.py``);
+where words are not separated by spaces, only characters are counted. Rates are corpus rates: all errors divided by all
+reference words. A reference that is empty after normalization has no counts and is excluded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from train.evaluation import languages
+from train.evaluation.languages import ENGLISH
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,10 @@ class Edits:
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded utterance; ``words`` and ``characters`` are None if the normalized reference is empty."""
+    """One decoded utterance.
+
+    ``characters`` is None if the normalized reference is empty, ``words`` also if its language does not separate words.
+    """
 
     key: str
     reference: str
@@ -40,7 +47,7 @@ class Sample:
 
     @property
     def wer(self) -> float | None:
-        """Word error rate of this utterance; None if its normalized reference is empty."""
+        """Word error rate of this utterance; None if it has none."""
         return None if self.words is None else self.words.rate
 
     def record(self) -> dict[str, Any]:
@@ -49,16 +56,15 @@ class Sample:
         return {"key": self.key, **task, "reference": self.reference, "hypothesis": self.hypothesis, "wer": self.wer}
 
 
-def make_sample(key: str, reference: str, hypothesis: str, task: str = "") -> Sample:
-    """Count the errors of ``hypothesis``; both texts are normalized first."""
+def make_sample(key: str, reference: str, hypothesis: str, task: str = "", language: str = ENGLISH) -> Sample:
+    """Count the errors of ``hypothesis``; both texts are normalized first, by the rules of ``language`` (a code)."""
     import jiwer
 
-    normalize = normalizer()
-    ref, hyp = normalize(reference), normalize(hypothesis)
+    ref, hyp = (languages.normalize_text(text, language) for text in (reference, hypothesis))
     if not has_words(ref):
         return Sample(key, reference, hypothesis, None, None, task)
-    words, characters = jiwer.process_words(ref, hyp), jiwer.process_characters(ref, hyp)
-    return Sample(key, reference, hypothesis, _edits(words), _edits(characters), task)
+    words = _edits(jiwer.process_words(ref, hyp)) if languages.separates_words(language) else None
+    return Sample(key, reference, hypothesis, words, _edits(jiwer.process_characters(ref, hyp)), task)
 
 
 def has_words(normalized: str) -> bool:
@@ -96,15 +102,3 @@ def _edits(output: Any) -> Edits:
     """Counts of jiwer's alignment of one pair."""
     length = output.hits + output.substitutions + output.deletions
     return Edits(length, output.insertions, output.deletions, output.substitutions)
-
-
-_NORMALIZER: list[Callable[[str], str]] = []
-
-
-def normalizer() -> Callable[[str], str]:
-    """Return Whisper's English text normalizer; it is built once, because it loads a table of spellings."""
-    if not _NORMALIZER:
-        from whisper_normalizer.english import EnglishTextNormalizer
-
-        _NORMALIZER.append(EnglishTextNormalizer())
-    return _NORMALIZER[0]

@@ -9,6 +9,7 @@ utterances. Every metric is defined in the module of ``train/evaluation/`` that 
 | ``val_loss_shuffled`` | loss with another utterance's audio, of the same task and with another text | 1 |
 | ``audio_gain`` | shuffled minus matched: what the model gains from the audio | |
 | ``wer``, ``cer`` | corpus error rates of greedy decoding, with insertions, deletions, substitutions | decoding |
+| ``languages`` | number of decoded texts by language, unless all are English; see ``languages.py`` | |
 | ``projector_rms_ratio`` | RMS of the soft tokens over RMS of the LM's embeddings | |
 | *complete:* ``val_loss_silent``, ``silent_gain`` | loss with silence; silent minus matched | 1, and the encoder once |
 | ``val_loss_text_only``, ``text_only_gain`` | loss without soft tokens; text only minus matched | less than 1 |
@@ -45,6 +46,7 @@ from train.evaluation.bootstrap import Interval, accuracy, table_intervals
 from train.evaluation.embedding_space import measure_embedding_space, write_embedding_space
 from train.evaluation.error_rates import Edits, Sample, corpus_edits, edit_columns, make_sample
 from train.evaluation.held_out_loss import HeldOutLosses, held_out_losses, text_only_losses
+from train.evaluation.languages import language_metrics
 from train.evaluation.retrieval import retrieve
 from train.evaluation.silence import encode_silence, measure_hallucination
 from train.evaluation.utterance_table import cache_ids, utterance_table, write_utterances
@@ -68,6 +70,7 @@ class EvalConfig:
     complete: bool = False  # include silence, text only, retrieval and the embedding space
     retrieval_limit: int = 0  # maximum number of utterances in retrieval; 0: no retrieval
     text: TextConfig = AS_STORED  # form of the references
+    language: str | None = None  # of texts whose labels name none; see ``languages.py``
 
     @classmethod
     def during_training(cls, config: TrainConfig) -> EvalConfig:
@@ -79,6 +82,7 @@ class EvalConfig:
             decode_limit=config.decode_samples,
             max_new_tokens=config.max_new_tokens,
             text=config.text,
+            language=config.eval.language,
         )
 
     @classmethod
@@ -92,6 +96,7 @@ class EvalConfig:
             complete=True,
             retrieval_limit=config.retrieval_limit,
             text=config.text,
+            language=config.eval.language,
         )
 
 
@@ -196,7 +201,13 @@ def evaluate_models(
     count = len(models.models)
     with _evaluation_mode(models.models):
         reader = UtteranceReader(
-            utterances, config.batch_size, config.max_frames, stop, group or ProcessGroup(), config.text
+            utterances,
+            config.batch_size,
+            config.max_frames,
+            stop,
+            group or ProcessGroup(),
+            config.text,
+            config.language,
         )
         matched = held_out_losses(models, reader, range(len(reader)))
         other = other_audio(reader)
@@ -239,7 +250,10 @@ def _decode(models: ModelList, reader: UtteranceReader, config: EvalConfig) -> l
     batches = reader.map_batches(wanted, wanted, decode_batch)
     found = [dict(pair for batch in own for pair in batch) for own in zip(*batches, strict=True)]
     return [
-        {i: make_sample(reader.keys[i], reader.texts[i], texts[i].strip(), reader.tasks[i]) for i in wanted}
+        {
+            i: make_sample(reader.keys[i], reader.texts[i], texts[i].strip(), reader.tasks[i], reader.languages[i])
+            for i in wanted
+        }
         for texts in found
     ]
 
@@ -303,6 +317,7 @@ def _evaluation(
             "heard": [None if i is None else reader.keys[i] for i in other],
             "task": reader.tasks,
             "prompt": [row.prompt for row in reader.rows],
+            "language": reader.languages,
             **edit_columns([decoded.get(i) for i in range(len(reader))]),
             **extras.columns,
         }
@@ -316,12 +331,17 @@ def _evaluation(
         projector_rms_ratio=matched.soft_rms / model.lm.embedding_rms,
         n_val=len(table),
         n_decoded=len(samples),
-        n_without_reference=sum(sample.wer is None for sample in samples),
+        n_without_reference=sum(sample.characters is None for sample in samples),
         eval_seconds=seconds,
         table=table,
         samples=samples,
         intervals=table_intervals(table),
-        extra_metrics={"word_edits": _counts(words), "character_edits": _counts(characters), **extras.metrics},
+        extra_metrics={
+            "word_edits": _counts(words),
+            "character_edits": _counts(characters),
+            **language_metrics([reader.languages[i] for i in decoded]),
+            **extras.metrics,
+        },
         embedding_space=extras.embedding_space,
         tasks=_by_task(table, reader.tasks),
     )

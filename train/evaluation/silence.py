@@ -23,7 +23,8 @@ from shards.format.codec import CodecError
 from train.data.caches import Utterances
 from train.distributed.group import ProcessGroup
 from train.evaluation.batches import Features, UtteranceReader
-from train.evaluation.error_rates import has_words, normalizer
+from train.evaluation.error_rates import has_words
+from train.evaluation.languages import normalize_text
 from train.model.audio_lm import ModelList
 
 if TYPE_CHECKING:
@@ -122,12 +123,13 @@ def measure_hallucination(
     batches = reader.map_batches(
         chosen, chosen, decode_batch, lambda index: silence.features_of_length(reader.frames[index])
     )
-    return [_hallucination([text.strip() for batch in own for text in batch]) for own in zip(*batches, strict=True)]
+    language = max(sorted(set(reader.languages)), key=reader.languages.count)
+    texts = [[text.strip() for batch in own for text in batch] for own in zip(*batches, strict=True)]
+    return [_hallucination(own, language) for own in texts]
 
 
-def _hallucination(texts: list[str]) -> Hallucination:
-    normalize = normalizer()
-    counts = [sum(map(has_words, normalize(text).split())) for text in texts]
+def _hallucination(texts: list[str], language: str) -> Hallucination:
+    counts = [sum(map(has_words, normalize_text(text, language).split())) for text in texts]
     return Hallucination(
         rate=sum(count > 0 for count in counts) / len(counts),
         inputs=len(counts),

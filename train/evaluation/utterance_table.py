@@ -20,6 +20,7 @@ from shards.errors import UserError
 from shards.files import atomic_write, translate_os_errors
 from shards.format.schemas import parquet_bytes
 from train.data.caches import Utterances
+from train.evaluation.languages import ENGLISH
 
 UTTERANCES = "utterances.parquet"
 SCHEMA = pa.schema(
@@ -48,19 +49,24 @@ SCHEMA = pa.schema(
 
 
 LABEL_COLUMNS = [("task", pa.string()), ("prompt", pa.string())]  # only if one of them is not empty
-LABELLED_SCHEMA = pa.schema([*SCHEMA, *LABEL_COLUMNS])
+LANGUAGE_COLUMN = [("language", pa.string())]  # only if one is not English
+SCHEMAS = [
+    pa.schema([*SCHEMA, *labels, *language]) for labels in ([], LABEL_COLUMNS) for language in ([], LANGUAGE_COLUMN)
+]
+LABELLED_SCHEMA = SCHEMAS[2]
 
 
 def utterance_table(columns: Mapping[str, Any]) -> pa.Table:
-    """Return a table with SCHEMA, or LABELLED_SCHEMA; columns that are missing from ``columns`` are null.
+    """Return a table with one of SCHEMAS; columns that are missing from ``columns`` are null.
 
     Raises:
-        ValueError: ``columns`` has a name that is not in LABELLED_SCHEMA.
+        ValueError: ``columns`` has a name that is in none of them.
     """
     count = len(columns["key"])
     labelled = any(any(columns.get(name, ())) for name, _ in LABEL_COLUMNS)
-    schema = LABELLED_SCHEMA if labelled else SCHEMA
-    unknown = columns.keys() - set(LABELLED_SCHEMA.names)
+    foreign = any(code != ENGLISH for code in columns.get("language", ()))
+    schema = SCHEMAS[2 * labelled + foreign]
+    unknown = columns.keys() - set(SCHEMAS[-1].names)
     if unknown:
         raise ValueError(f"unknown columns: {sorted(unknown)}")
     arrays = [pa.array(columns.get(field.name, [None] * count), field.type) for field in schema]
@@ -89,7 +95,7 @@ def read_utterances(folder: Path) -> pa.Table:
         raise UserError(f"'{path}' does not exist: {hint}") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"'{path}' cannot be read ({type(error).__name__}): {hint}") from None
-    if not table.schema.equals(SCHEMA) and not table.schema.equals(LABELLED_SCHEMA):
+    if not any(table.schema.equals(schema) for schema in SCHEMAS):
         raise UserError(f"'{path}' has other columns than this version of earshard writes: {hint}")
     return table
 
