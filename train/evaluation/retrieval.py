@@ -113,7 +113,7 @@ def _mean_embeddings(model: AudioLM, reader: UtteranceReader, chosen: Sequence[i
     for index in chosen:
         soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
         audio.append(soft[mask].float().mean(0).cpu())
-        ids = torch.tensor(model.prompt.target_ids(reader.texts[index])[:-1] or [model.lm.tokenizer.eos])
+        ids = torch.tensor(model.prompt.target_ids(reader.texts[index])[:-1] or [model.prompt.end])
         text.append(model.lm.embed(ids.to(model.lm.device)).float().mean(0).cpu())
     clouds = torch.stack(audio), torch.stack(text)
     a, b = (torch.nn.functional.normalize(cloud - cloud.mean(0), dim=-1) for cloud in clouds)

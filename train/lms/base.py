@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -24,10 +26,19 @@ MAX_LOGITS = 2**25  # float32 values in memory at a time: 128 MiB, and as much a
 
 
 class Tokenizer(Protocol):
-    """Converts text to token ids and back."""
+    """Converts text to token ids and back.
+
+    Attributes:
+        eos: the token that ends a text.
+        ends: the tokens that end an answer, ``eos`` among them.
+        bos: the token that begins a text.
+        now: what a chat template shows as the date.
+    """
 
     eos: int
+    ends: frozenset[int]
     bos: int | None
+    now: datetime
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Return the ids of ``text``; with ``special`` (for prompts), special tokens in the text are recognized."""
@@ -41,6 +52,10 @@ class Tokenizer(Protocol):
         """Return the user turn ``user`` and the start of the answer in the model's chat template."""
         ...
 
+    def chat_end(self) -> int:
+        """Return the token with which the chat template ends an answer; ``eos`` if it does not end one."""
+        ...
+
 
 class LanguageModel(nn.Module):
     """Base class of language models. Frozen (``eval()``, no gradients) unless ``trainable``.
@@ -51,6 +66,7 @@ class LanguageModel(nn.Module):
 
     reference: str  # as the user wrote it
     identity: str  # recorded by a run; equal weights have equal identities
+    files: dict[str, str]  # sha256 of the configs and the tokenizer's files, by name
     tokenizer: Tokenizer
     width: int  # D
     vocab_size: int  # V, of the logits
@@ -143,12 +159,15 @@ class LanguageModel(nn.Module):
         suffix: Ids,
         max_new_tokens: int,
         on_token: Callable[[list[int]], None] = lambda tokens: None,
+        ends: frozenset[int] | None = None,
     ) -> list[list[int]]:
-        """Generate greedily until eos (not returned) or ``max_new_tokens``; return the ids of each row.
+        """Generate greedily until one of ``ends`` (not returned) or ``max_new_tokens``; return the ids of each row.
 
         This implementation computes whole rows in each step. ``on_token`` is called with the next token of each row,
-        eos for rows that have ended.
+        one of ``ends`` for rows that have ended. ``ends`` are by default those of the tokenizer.
         """
+        ends = ends or self.tokenizer.ends
+        end = min(ends)
         flat, lengths = soft[soft_mask], soft_mask.sum(1)
         rows, done = [list(ids) for ids in suffix], [False] * len(suffix)
         for _ in range(max_new_tokens):
@@ -160,10 +179,10 @@ class LanguageModel(nn.Module):
                 .tolist()
             )
             for i, token in enumerate(chosen):
-                done[i] = done[i] or token == self.tokenizer.eos
+                done[i] = done[i] or token in ends
                 if not done[i]:
                     rows[i].append(token)
-            on_token([self.tokenizer.eos if ended else row[-1] for row, ended in zip(rows, done, strict=True)])
+            on_token([end if ended else row[-1] for row, ended in zip(rows, done, strict=True)])
             if all(done):
                 break
         return [row[len(ids) :] for row, ids in zip(rows, suffix, strict=True)]
@@ -173,7 +192,8 @@ class LanguageModel(nn.Module):
 class LmRequest:
     """Input of a language model: rows [prefix | soft tokens | suffix | targets], one per utterance.
 
-    ``soft`` is [B, S, D], ``soft_mask`` bool [B, S]. Generation ignores ``targets``.
+    ``soft`` is [B, S, D], ``soft_mask`` bool [B, S]. Generation ignores ``targets``; only generation uses
+    ``ends``, see :meth:`LanguageModel.generate`.
     """
 
     soft: Tensor
@@ -181,6 +201,7 @@ class LmRequest:
     prefix: Ids
     suffix: Ids
     targets: Ids
+    ends: frozenset[int] | None = None
 
 
 class SeparatePasses:
@@ -195,7 +216,14 @@ class SeparatePasses:
 
     def generate(self, requests: Sequence[LmRequest], max_new_tokens: int) -> list[list[list[int]]]:
         """Return ``LanguageModel.generate`` of each request: the generated ids of each row."""
-        return [self.lm.generate(r.soft, r.soft_mask, r.prefix, r.suffix, max_new_tokens) for r in requests]
+        return [
+            self.lm.generate(r.soft, r.soft_mask, r.prefix, r.suffix, max_new_tokens, ends=r.ends) for r in requests
+        ]
+
+
+def until_end(rows: Ids, ends: frozenset[int]) -> list[list[int]]:
+    """Return each of ``rows`` up to, and without, its first id that is one of ``ends``."""
+    return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
 def sum_by_row(values_N: Tensor, packed: PackedInputs) -> Tensor:

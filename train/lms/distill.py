@@ -77,7 +77,8 @@ def distillation_losses(
 
 def _teacher_hidden(lm: LanguageModel, prefix: Ids, suffix: Ids, targets: Ids, soft: Tensor) -> Tensor:
     """Return the hidden states of the model that reads the transcripts, at the targets [N, D]."""
-    placeholder = [lm.tokenizer.bos or lm.tokenizer.eos]  # for an empty transcript in an empty prompt
+    bos = lm.tokenizer.bos
+    placeholder = [lm.tokenizer.eos if bos is None else bos]  # for an empty transcript in an empty prompt
     texts = [
         [*b, *ids[:-1]] if b or a or len(ids) > 1 else placeholder
         for b, a, ids in zip(prefix, suffix, targets, strict=True)

@@ -22,7 +22,7 @@ class BatchLoss:
     """The losses of one batch: one value per utterance, summed over its targets."""
 
     nll: Tensor  # [B] float32, negative log-likelihood in nats, with gradient
-    tokens: Tensor  # [B] int64 on the CPU, number of targets: the tokens of the text and eos
+    tokens: Tensor  # [B] int64 on the CPU, number of targets: the tokens of the text and its end
     soft_rms: Tensor  # scalar float32, RMS of the valid soft tokens; detached
     auxiliary: dict[str, Tensor] = field(default_factory=dict)  # [B] by their names in metrics.jsonl, with gradient
 
@@ -65,7 +65,7 @@ class AudioLM(nn.Module):
         soft, soft_mask = self.soft_tokens(features, mask)
         targets = [[]] * len(soft) if texts is None else [self.prompt.target_ids(text) for text in texts]
         prefix, suffix = self.prompt.ids(rows or [PromptRow()] * len(soft))
-        return LmRequest(soft, soft_mask, prefix, suffix, targets)
+        return LmRequest(soft, soft_mask, prefix, suffix, targets, self.prompt.ends)
 
     def nll(
         self, features: Tensor, mask: Tensor, texts: Sequence[str], rows: Sequence[PromptRow] | None = None
@@ -102,22 +102,24 @@ class AudioLM(nn.Module):
         on_token: Callable[[list[str]], None] | None = None,
         rows: Sequence[PromptRow] | None = None,
     ) -> list[str]:
-        """Decode each utterance greedily; the texts do not include eos.
+        """Decode each utterance greedily; the texts do not include the end.
 
         ``rows`` [B] select the instructions, as in :meth:`request`. ``on_token`` is called with the texts so far after
         every token.
         """
         if on_token is None:
             return ModelList([self]).generate(features, mask, max_new_tokens, rows)[0]
-        request, decode, eos = self.request(features, mask, None, rows), self.lm.tokenizer.decode, self.lm.tokenizer.eos
+        request, decode = self.request(features, mask, None, rows), self.lm.tokenizer.decode
         generated_ids: list[list[int]] = [[] for _ in request.soft]
 
         def step(tokens: list[int]) -> None:
             for ids, token in zip(generated_ids, tokens, strict=True):
-                ids += [token] if token != eos else []
+                ids += [token] if token not in self.prompt.ends else []
             on_token([decode(ids) for ids in generated_ids])
 
-        found = self.lm.generate(request.soft, request.soft_mask, request.prefix, request.suffix, max_new_tokens, step)
+        found = self.lm.generate(
+            request.soft, request.soft_mask, request.prefix, request.suffix, max_new_tokens, step, request.ends
+        )
         return [decode(ids) for ids in found]
 
 

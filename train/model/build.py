@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.data.instructions import Instructions, read_instructions
+from train.model.replay import replay_date, require_same_ids
 from train.runs.folder import read_cache_info, read_run_instructions
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def build_model(
     dtype: torch.dtype,
     lm: LanguageModel | None = None,
     instructions: Instructions | None = None,
+    run: Path | None = None,
 ) -> AudioLM:
     """Build the model of ``config`` with its initial weights on ``device``.
 
@@ -34,6 +36,10 @@ def build_model(
         dtype: dtype of activations and frozen weights.
         lm: the language model of ``config.lm``, if it is already loaded.
         instructions: the content of the file ``config.prompt.prompts``, if it is already read.
+        run: an existing run of ``config``, whose ids are replayed.
+
+    Raises:
+        UserError: the language model cannot be loaded, or makes other ids than ``run`` was trained with.
     """
     import torch
 
@@ -51,7 +57,11 @@ def build_model(
         projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
     if instructions is None and config.prompt.prompts is not None:
         instructions = read_instructions(config.prompt.prompts)
-    prompt = Prompt(config.prompt, lm.tokenizer, instructions, config.order_seed, config.val.seed)
+    record = None if run is None else replay_date(lm, run)
+    end = lm.tokenizer.eos if run is not None and record is None else None  # what older runs were taught
+    prompt = Prompt(config.prompt, lm.tokenizer, instructions, config.order_seed, config.val.seed, end)
+    if run is not None and record is not None:
+        require_same_ids(lm, prompt, record, run)
     return AudioLM(projector, lm, prompt).to(device)
 
 
@@ -70,7 +80,7 @@ def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torc
     if not weights.is_file():
         raise UserError(f"'{run}' has no trained projector yet: finish it with python -m train fit --resume {run}")
     channels = read_cache_info(run)["spec"].channels
-    model = build_model(config, channels, device, dtype, instructions=read_run_instructions(run))
+    model = build_model(config, channels, device, dtype, instructions=read_run_instructions(run), run=run)
     try:
         restore_parameters(model, load_file(weights), str(weights))
     except (SafetensorError, OSError) as error:

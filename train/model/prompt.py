@@ -1,7 +1,10 @@
 """Prompts: the text around the soft tokens, and the targets of the language model.
 
 From a ``PromptConfig`` and a tokenizer, a :class:`Prompt` makes token ids before and after the soft tokens, and the
-target ids of a text (text, then eos). Only targets count in the loss.
+target ids of a text (text, then the token that ends an answer). Only targets count in the loss. With ``chat`` that is
+the token with which the chat template ends an answer, such as Gemma's ``<end_of_turn>``; otherwise it is the
+tokenizer's end-of-sequence token. Decoding stops at it and at every end that the tokenizer or
+``generation_config.json`` names.
 
 ``{instruction}`` is the ``prompt`` of the row in the label set; if it is empty, one drawn from the file
 ``prompt.prompts``; and without that file, ``prompt.instruction``.
@@ -54,7 +57,8 @@ def prompt_rows(batch: Batch) -> list[PromptRow]:
 class Prompt:
     """Token ids of one template: those before and after the soft tokens, and ``target_ids(text)``.
 
-    ``text``, ``prefix`` and ``suffix`` are those of the instruction ``prompt.instruction``.
+    ``end`` is the token that ends an answer in the targets, ``ends`` are all at which decoding stops. ``text``,
+    ``prefix`` and ``suffix`` are those of the instruction ``prompt.instruction``.
     """
 
     def __init__(
@@ -64,12 +68,14 @@ class Prompt:
         instructions: Instructions | None = None,
         seed: int = 0,
         val_seed: int = 0,
+        end: int | None = None,
     ) -> None:
         """Tokenize ``config.template``.
 
         Args:
             instructions: the content of ``config.prompts``.
             seed, val_seed: seeds of the instructions drawn in training and in an evaluation.
+            end: see above; None: that of the template.
 
         Raises:
             UserError: the template does not contain ``<|audio|>`` exactly once, or it is ``chat`` and the tokenizer has
@@ -80,7 +86,10 @@ class Prompt:
         self.text = self._fill(config.instruction)  # with the placeholder, as a report shows it
         self._parts = lru_cache(MAX_KEPT)(self._tokenize)  # rows with one instruction share their lists
         self.prefix, self.suffix = self._parts(config.instruction)
-        self._targets = lru_cache(MAX_KEPT)(lambda text: array("i", [*tokenizer.encode(text), tokenizer.eos]))
+        template_end = tokenizer.chat_end() if config.template == "chat" else tokenizer.eos
+        self.end = template_end if end is None else end
+        self.ends = tokenizer.ends | {self.end, template_end}
+        self._targets = lru_cache(MAX_KEPT)(lambda text: array("i", [*tokenizer.encode(text), self.end]))
 
     def instruction(self, row: PromptRow) -> str:
         """Return what replaces ``{instruction}`` for ``row``."""
@@ -118,5 +127,5 @@ class Prompt:
         return encode(prefix, special=True) if prefix else [], encode(suffix, special=True) if suffix else []
 
     def target_ids(self, text: str) -> list[int]:
-        """Return the ids of ``text``, then eos. Those of the last ``MAX_KEPT`` texts are cached (4 bytes per id)."""
+        """Return the ids of ``text``, then ``end``. Those of the last ``MAX_KEPT`` texts are cached."""
         return self._targets(text).tolist()

@@ -33,6 +33,7 @@ from train.evaluation.evaluate import Evaluation, Stopped
 from train.lms.base import LanguageModel, SeparatePasses
 from train.lms.load import load_lm
 from train.model.build import build_model
+from train.model.replay import replay_date, write_lm_record
 from train.runs import folder as runs
 from train.runs.metrics_log import format_losses, format_number
 from train.sweeps.lm_batching import LmBatcher
@@ -152,6 +153,8 @@ class LockstepTrainer:
         first = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
         data = open_data(configs[0], *(runs.read_pins(first) if first is not None else ()))
         print_notes(data.notes)
+        if first is not None:
+            replay_date(lm, first)
         device = choose_device(configs[0].device)
         dtype = choose_dtype(configs[0].dtype, device)
         self.stream: Any = None
@@ -161,7 +164,9 @@ class LockstepTrainer:
             if (run / "config.yaml").is_file():
                 require_resumable(config, run)
                 existing.append(run)
-            model = build_model(config, data.caches[0].spec.channels, device, dtype, lm)
+            model = build_model(
+                config, data.caches[0].spec.channels, device, dtype, lm, run=run if run in existing else None
+            )
             state = RunState(config, data, model, dtype, run, ProcessGroup(), self.stream)
             self.stream = state.stream
             self.experiments.append(Experiment(Trainer(config, state, device, stop, quiet=True)))
@@ -170,6 +175,7 @@ class LockstepTrainer:
             if run not in existing:
                 instructions = experiment.trainer.model.prompt.instructions
                 runs.create_run_folder(run, experiment.trainer.config, data, instructions, latest=False)
+                write_lm_record(run, experiment.trainer.model.lm, experiment.trainer.model.prompt)
             elif any((run / "checkpoints").iterdir()):
                 experiment.trainer.state.restore()
 

@@ -40,6 +40,7 @@ class _Row:
     prefix: Sequence[int]
     suffix: Sequence[int]
     target: Sequence[int]
+    ends: frozenset[int] | None = None
     nll: Any = None  # scalar
     grad: Any = None  # gradient of nll with respect to soft, [S, D]
     ids: Any = None
@@ -74,7 +75,10 @@ class LmBatcher(SeparatePasses):
         rows = _rows(requests)
         ordered = _unique_rows(rows)
         size = min(MAX_CPU_ROWS if self._cpu else MAX_GPU_ROWS, -(-len(ordered) // self._threads.num_threads))
-        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        batches = []
+        for ends in dict.fromkeys(row.ends for row in ordered):  # templates of one model may end differently
+            same = [row for row in ordered if row.ends == ends]
+            batches += [same[start : start + size] for start in range(0, len(same), size)]
         self._run_batches(lambda batch: self._generate(batch, max_new_tokens), batches)
         self.seconds["decoding"] += time.perf_counter() - began
         return [[row.ids for row in own] for own in rows]
@@ -142,10 +146,13 @@ def _rows(requests: Sequence[LmRequest]) -> list[list[_Row]]:
     without_audio: dict[Any, _Row] = {}
     for request in requests:
         soft = [own[mask] for own, mask in zip(request.soft.detach(), request.soft_mask, strict=True)]
-        rows = [_Row(*row) for row in zip(soft, request.prefix, request.suffix, request.targets, strict=True)]
+        columns = zip(soft, request.prefix, request.suffix, request.targets, strict=True)
+        rows = [_Row(*row, request.ends) for row in columns]
         for i, row in enumerate(rows):
             if not len(row.soft):
-                rows[i] = without_audio.setdefault((tuple(row.prefix), tuple(row.suffix), tuple(row.target)), row)
+                rows[i] = without_audio.setdefault(
+                    (tuple(row.prefix), tuple(row.suffix), tuple(row.target), row.ends), row
+                )
         found.append(rows)
     return found
 
@@ -160,9 +167,8 @@ def _request(batch: list[_Row]) -> LmRequest:
     soft = pad_sequence([row.soft for row in batch], batch_first=True)
     lengths = torch.tensor([len(row.soft) for row in batch], device=soft.device)
     mask = torch.arange(soft.shape[1], device=soft.device) < lengths[:, None]
-    return LmRequest(
-        soft, mask, [row.prefix for row in batch], [row.suffix for row in batch], [row.target for row in batch]
-    )
+    prefix, suffix, targets = ([getattr(row, name) for row in batch] for name in ("prefix", "suffix", "target"))
+    return LmRequest(soft, mask, prefix, suffix, targets, batch[0].ends)
 
 
 def _gather_nll(request: LmRequest, rows: Sequence[_Row], gradient: bool) -> Tensor:

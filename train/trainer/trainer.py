@@ -36,6 +36,7 @@ from train.lms.base import SeparatePasses
 from train.model.audio_lm import ModelList
 from train.model.build import build_model
 from train.model.checkpoint import write_tensors
+from train.model.replay import lm_record, write_lm_record
 from train.runs import folder as runs
 from train.runs.metrics_log import MetricsLogger, NullLogger, StepMetrics
 from train.runs.trackers import open_trackers, require_trackers
@@ -83,15 +84,18 @@ def _fit(config: TrainConfig, resume: Path | None, group: ProcessGroup, held: Ex
         data = open_data(config, *(runs.read_pins(resume) if resume is not None else ()))
         if group.is_main_process:
             print_notes(data.notes)
-        model = build_model(config, data.caches[0].spec.channels, device, dtype)
+        model = build_model(config, data.caches[0].spec.channels, device, dtype, run=resume)
     run = Path(group.broadcast(str(run)))
     state = RunState(config, data, model, dtype, run, group)
     settings = flatten(config.model_dump(mode="json"))
-    group.assert_same({key: value for key, value in settings.items() if key not in PER_PROCESS_KEYS} | state.identity())
+    common = {key: value for key, value in settings.items() if key not in PER_PROCESS_KEYS}
+    ids = {name: value for name, value in lm_record(model.lm, model.prompt).items() if name != "date"}
+    group.assert_same(common | state.identity() | {"ids of the prompt": ids})
     if resume is None:
         with group.raise_on_all_ranks():
             if group.is_main_process:
                 runs.create_run_folder(run, config, data, model.prompt.instructions)
+                write_lm_record(run, model.lm, model.prompt)
         state.broadcast_initial_weights()
     else:
         state.restore()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,11 +110,11 @@ def test_decoding_multiplies_one_row_per_utterance_and_does_not_copy_the_output_
 def test_generation_ends_each_row_at_its_own_eos(lm):
     soft, mask = soft_batch()
     free = lm.generate(soft, mask, BEFORE, AFTER, 8)
-    eos, lm.tokenizer.eos = lm.tokenizer.eos, free[0][3]
+    ends, lm.tokenizer.ends = lm.tokenizer.ends, frozenset({free[0][3]})
     try:
         stopped = lm.generate(soft, mask, BEFORE, AFTER, 8)
     finally:
-        lm.tokenizer.eos = eos
+        lm.tokenizer.ends = ends
     for row, full in zip(stopped, free, strict=True):
         assert row == (full[: full.index(free[0][3])] if free[0][3] in full else full)
     assert lm.generate(soft, mask, BEFORE, AFTER, 0) == [[], [], []]
@@ -293,7 +295,10 @@ def test_a_tokenizer_without_eos_is_rejected(folder, tmp_path):
     other = tmp_path / "no-eos"
     shutil.copytree(folder, other)
     save_tiny_tokenizer(other, eos=None)
-    with pytest.raises(UserError, match="no end-of-sequence token"):
+    for name in ("config.json", "generation_config.json"):
+        tree = json.loads((other / name).read_text())
+        (other / name).write_text(json.dumps(tree | {"eos_token_id": None}))
+    with pytest.raises(UserError, match="has an end-of-sequence token"):
         load(other)
 
 

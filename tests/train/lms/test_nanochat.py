@@ -255,7 +255,7 @@ def test_cached_decoding_behind_audio_equals_uncached(generation, value, before,
     lm = shaken(config, generation=generation)
     lm.gpt.audio_value_embedding, lm.gpt.bos = value, 256
     soft, mask = soft_batch(lengths=(9, 1, 24))
-    lm.tokenizer.eos = -1  # every row decodes to the end: beyond the windows, each from a length of its own
+    lm.tokenizer.ends = frozenset({-1})  # every row decodes to the end: beyond the windows, from its own length
     expected = LanguageModel.generate(lm, soft, mask, before, after, 12)
     assert lm.generate(soft, mask, before, after, 12) == expected
     assert len({tuple(row) for row in expected}) == 3
@@ -278,11 +278,11 @@ def test_each_cached_step_gives_the_hidden_state_of_the_whole_row():
 def test_generation_ends_each_row_at_its_own_eos_and_may_be_empty(lm):
     soft, mask = soft_batch()
     free = lm.generate(soft, mask, BEFORE, AFTER, 8)
-    lm.tokenizer.eos = free[0][3]
+    lm.tokenizer.ends = frozenset({free[0][3]})
     try:
         stopped = lm.generate(soft, mask, BEFORE, AFTER, 8)
     finally:
-        lm.tokenizer.eos = 256
+        lm.tokenizer.ends = frozenset({256})
     for row, full in zip(stopped, free, strict=True):
         assert row == (full[: full.index(free[0][3])] if free[0][3] in full else full)
     assert lm.generate(soft, mask, BEFORE, AFTER, 0) == [[], [], []]

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,39 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from shards.errors import UserError
 from train.config.model import LmConfig
-from train.lms.base import LanguageModel
+from train.lms.base import LanguageModel, until_end
 from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
 from train.lms.hf.scales import Scales, find_scales
 from train.lms.packing import Ids, PackedInputs, pack_inputs
 
+_ANSWER = "earshard answer"  # marks the end of an answer in a rendered chat
+_CONFIG_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab"}
 _EMBEDDING_ROWS = 8192  # rows embedded at a time to compute their RMS: bounds memory for a vocabulary of 150,000
 
 
 class HfTokenizer:
     """A transformers tokenizer with the interface of ``train.lms.base.Tokenizer``.
 
+    ``ends`` are the tokenizer's end-of-sequence token and those that ``generation_config.json`` names, as in
+    transformers' ``generate``.
+
     Raises:
-        UserError: the tokenizer has no end-of-sequence token.
+        UserError: there is no such token.
     """
 
-    def __init__(self, tokenizer: Any, reference: str) -> None:
-        if tokenizer.eos_token_id is None:
+    def __init__(self, tokenizer: Any, reference: str, generation_ends: Sequence[int] = ()) -> None:
+        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        ends = [*own, *generation_ends]
+        if not ends:
             raise UserError(
-                f"the tokenizer of '{reference}' has no end-of-sequence token, so decoding would never stop: choose "
-                "another lm.model"
+                f"neither the tokenizer nor generation_config.json of '{reference}' has an end-of-sequence token, so "
+                "decoding would never stop: choose another lm.model"
             )
         self._tokenizer, self._reference = tokenizer, reference
-        self.eos: int = tokenizer.eos_token_id
+        self.eos: int = ends[0]
+        self.ends = frozenset(ends)
         self.bos: int | None = tokenizer.bos_token_id
+        self.now = datetime.now()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Return ids without added special tokens; those in ``text`` are recognized only with ``special``."""
@@ -62,8 +72,42 @@ class HfTokenizer:
         """
         if not self._tokenizer.chat_template:
             raise UserError(f"'{self._reference}' has no chat template: set prompt.template to plain or slam")
-        turn = [{"role": "user", "content": user}]
-        return str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return self._render([{"role": "user", "content": user}], add_generation_prompt=True)
+
+    def chat_end(self) -> int:
+        """Return the first special token after an answer in the model's chat template; ``eos`` if there is none."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self._render(turns)
+        except Exception:
+            return self.eos
+        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
+        after = self.encode(text.rpartition(_ANSWER)[2], special=True)
+        return next((token for token in after if token in special), self.eos)
+
+    def _render(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        """Return ``turns`` in the chat template, in which ``strftime_now`` shows ``now``."""
+        with _template_date(self.now):
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, **options))
+
+
+@contextmanager
+def _template_date(now: datetime) -> Iterator[None]:
+    """Make transformers' ``strftime_now`` return ``now``: it reads the clock, and takes no other from its caller."""
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return now
+
+    library: Any = chat_template_utils
+    clock = library.datetime
+    library.datetime = Day
+    try:
+        yield
+    finally:
+        library.datetime = clock
 
 
 class HfLanguageModel(LanguageModel):
@@ -80,6 +124,7 @@ class HfLanguageModel(LanguageModel):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.reference, self.identity, self.dtype = reference, identity, dtype
+        self.files: dict[str, str] = {}
         self.trainable = any(parameter.requires_grad for parameter in model.parameters())
         self.width = model.get_input_embeddings().embedding_dim
         self.vocab_size = model.get_output_embeddings().out_features
@@ -141,8 +186,11 @@ class HfLanguageModel(LanguageModel):
         suffix: Ids,
         max_new_tokens: int,
         on_token: Callable[[list[int]], None] = lambda tokens: None,
+        ends: frozenset[int] | None = None,
     ) -> list[list[int]]:
         """As ``LanguageModel.generate``, with a KV cache."""
+        ends = ends or self.tokenizer.ends
+        ending = torch.tensor(sorted(ends), device=self.device)
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left")
         inputs, mask, cache = self._embed_inputs(packed, soft[soft_mask]), packed.valid.long(), None
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -158,10 +206,10 @@ class HfLanguageModel(LanguageModel):
                     use_cache=True,
                 )
             # [B, D]: a product with [B, 1, D], sliced from longer rows, would copy the output matrix B times on a CPU
-            chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, self.tokenizer.eos)
+            chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, int(ending[0]))
             steps.append(chosen)
             on_token(chosen.tolist())
-            done |= chosen == self.tokenizer.eos
+            done |= torch.isin(chosen, ending)
             if bool(done.all()):
                 break
             cache = out.past_key_values
@@ -169,7 +217,7 @@ class HfLanguageModel(LanguageModel):
             mask = torch.cat([mask, mask.new_ones(len(prefix), 1)], 1)
             positions = positions[:, -1:] + 1
         columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
-        return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
+        return until_end(columns, ends)
 
     def compile_forward(self) -> None:
         """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
@@ -249,6 +297,12 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def generation_ends(model: Any) -> list[int]:
+    """Return the tokens with which transformers' ``generate`` ends a text, from the model's generation config."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return [int(token) for token in (found if isinstance(found, list | tuple) else [found]) if token is not None]
+
+
 def hash_weights(folder: Path) -> str:
     """Return ``sha256:…`` over the safetensors files of ``folder``.
 
@@ -260,6 +314,18 @@ def hash_weights(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def hash_configs(folder: Path) -> dict[str, str]:
+    """Return the sha256 of the files in ``folder`` that determine ids and the architecture, by their names."""
+    paths = [path for path in folder.iterdir() if path.is_file() and path.suffix in _CONFIG_SUFFIXES]
+    paths += folder.glob("*chat_templates/*.jinja")
+    found = {}
+    for path in sorted(paths):
+        if not path.name.endswith(".index.json"):  # of the weights
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def load_hf(
@@ -316,7 +382,8 @@ def load_hf(
         add_lora(model, options.lora, seed)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference), reference, identity, dtype)
+    lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference, generation_ends(model)), reference, identity, dtype)
+    lm.files = hash_configs(folder)
     lm.train(train)
     if options.compile:
         lm.compile_forward()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train.config.model import LmConfig
-from train.lms.base import LanguageModel, Tokenizer
+from train.lms.base import LanguageModel, Tokenizer, until_end
 from train.lms.nanochat.checkpoint import find_model, load_gpt, read_config
 from train.lms.nanochat.config import GPTConfig
 from train.lms.nanochat.gpt import GPT
@@ -37,6 +37,7 @@ class NanochatLanguageModel(LanguageModel):
         super().__init__()
         self.gpt, self.tokenizer = gpt, tokenizer
         self.reference, self.identity, self.dtype = reference, identity, dtype
+        self.files: dict[str, str] = {}  # ``identity`` covers the weights; ids are compared themselves
         self.vocab_size = gpt.config.vocab_size
         self.width, self.embedding_rms = gpt.config.n_embd, 1.0  # embeddings and audio are RMS-normed on entry
         self.trainable = train
@@ -66,8 +67,11 @@ class NanochatLanguageModel(LanguageModel):
         suffix: Ids,
         max_new_tokens: int,
         on_token: Callable[[list[int]], None] = lambda tokens: None,
+        ends: frozenset[int] | None = None,
     ) -> list[list[int]]:
         """As ``LanguageModel.generate``, with a KV cache."""
+        ends = ends or self.tokenizer.ends
+        ending = torch.tensor(sorted(ends), device=self.device)
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix)
         batch, width = packed.ids.shape
         cache = self.gpt.new_cache(batch, width + max_new_tokens, self.dtype)
@@ -76,15 +80,15 @@ class NanochatLanguageModel(LanguageModel):
         done = torch.zeros(batch, dtype=torch.bool, device=hidden.device)
         steps: list[Tensor] = []
         while len(steps) < max_new_tokens:
-            chosen = self.logits(hidden).argmax(-1).masked_fill(done, self.tokenizer.eos)
+            chosen = self.logits(hidden).argmax(-1).masked_fill(done, int(ending[0]))
             steps.append(chosen)
             on_token(chosen.tolist())
-            done |= chosen == self.tokenizer.eos
+            done |= torch.isin(chosen, ending)
             if bool(done.all()):
                 break
             hidden = self.gpt.decode_step(chosen, cache, self.dtype)
         columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
-        return [ids[: ids.index(self.tokenizer.eos)] if self.tokenizer.eos in ids else ids for ids in columns]
+        return until_end(columns, ends)
 
 
 def tensors_sha256(gpt: GPT) -> str:

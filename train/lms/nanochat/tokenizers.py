@@ -7,6 +7,7 @@ Unpickling can run any code. ``tokenizer.pkl`` is therefore read by an unpickler
 from __future__ import annotations
 
 import pickle
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ class ByteTokenizer:
 
     bos: int | None = 256
     eos: int = 256
+    ends = frozenset({256})
+    now = datetime(1970, 1, 1)  # nothing here shows a date
     vocab_size = 257
     _mark = "<|bos|>"
 
@@ -42,6 +45,10 @@ class ByteTokenizer:
         """Raise UserError: bytes have no chat template."""
         raise UserError("the byte tokenizer of nanochat has no chat template: set prompt.template to plain or slam")
 
+    def chat_end(self) -> int:
+        """Return ``eos``."""
+        return self.eos
+
 
 class TiktokenTokenizer:
     """nanochat's BPE tokenizer. A text ends with ``<|bos|>``, or in a chat model with ``<|assistant_end|>``.
@@ -58,7 +65,10 @@ class TiktokenTokenizer:
         self._special = set(special.values())
         self._has_chat_tokens = set(_CHAT_TOKENS) <= special.keys()
         self.bos: int | None = special["<|bos|>"]
+        self.now = datetime(1970, 1, 1)  # nothing here shows a date
         self.eos: int = special["<|assistant_end|>" if chat else "<|bos|>"]
+        self.ends = frozenset({self.eos, special["<|bos|>"]})  # as nanochat's own engine
+        self._chat_end: int = special.get("<|assistant_end|>", self.eos)
         self.vocab_size: int = encoding.n_vocab
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -82,6 +92,10 @@ class TiktokenTokenizer:
         if not self._has_chat_tokens:
             raise UserError(f"'{self._reference}' has no chat tokens: set prompt.template to plain or slam")
         return f"<|bos|><|user_start|>{user}<|user_end|><|assistant_start|>"
+
+    def chat_end(self) -> int:
+        """Return ``<|assistant_end|>``."""
+        return self._chat_end
 
 
 class _PickledState:

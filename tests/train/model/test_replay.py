@@ -1,0 +1,140 @@
+"""A run's ids are those of its training: another day is replayed, another file is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import datetime
+
+import pytest
+import torch
+import yaml
+from tiny_cache import make_cache
+from tiny_lm import CHAT, save_tiny_lm
+from tiny_run import make_config
+from tiny_sweep import make_sweep
+
+import train.lms.hf.model
+from shards.errors import UserError
+from train.evaluation.run import evaluate_run
+from train.model.build import build_model, load_model
+from train.model.prompt import PromptRow
+from train.model.replay import LM_RECORD, read_lm_record
+from train.runs.folder import run_config
+from train.sweeps.sweep import run_sweep
+from train.trainer.trainer import fit
+
+DATED = "{{ strftime_now('%d %B %Y') }}\n" + CHAT
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A finished run under a chat template that shows the date, and its language model."""
+    folder = tmp_path_factory.mktemp("replay")
+    lm = save_tiny_lm(folder / "lm")
+    (lm / "chat_template.jinja").write_text(DATED)
+    cache = make_cache(folder / "cache", 24, val_every=3)
+    config = make_config(folder, cache, f"path:{lm}", steps=2, prompt={"template": "chat"}, checkpoint_every=1)
+    return fit(config), lm
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """A copy of the run, whose settings name a copy of the language model."""
+    run, lm = world
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(lm, tmp_path / "lm")
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["lm"]["model"], config["runs"], config["name"] = f"path:{tmp_path / 'lm'}", str(tmp_path), "run"
+    path.write_text(yaml.safe_dump(config))
+    return tmp_path / "run", tmp_path / "lm"
+
+
+class Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime(2031, 1, 2, 3, 4)
+
+
+def test_a_template_with_a_date_shows_the_day_of_training_in_every_later_use(world, monkeypatch):
+    run, _ = world
+    monkeypatch.setattr(train.lms.hf.model, "datetime", Tomorrow)
+    record = read_lm_record(run)
+    model = load_model(run, run_config(run), CPU, torch.float32)
+    assert list(model.prompt.prefix) == record["prefix"]
+    assert "2031" not in model.prompt.text
+    summary = json.loads((run / "summary.json").read_text())
+    assert evaluate_run(run, run_config(run))["val_loss"] == summary["val_loss"]
+    rows = [PromptRow(prompt="Count the words.")]
+    assert "2031" not in model.lm.tokenizer.decode(model.prompt.ids(rows)[0][0])
+    fresh = build_model(run_config(run), 8, CPU, torch.float32)
+    assert "2031" in fresh.prompt.text
+
+
+def edit(path, **changed):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+CHANGES = {
+    "tokenizer.json": lambda lm: (lm / "tokenizer.json").write_text((lm / "tokenizer.json").read_text() + "\n"),
+    "config.json": lambda lm: edit(lm / "config.json", rms_norm_eps=0.1),
+    "generation_config.json": lambda lm: edit(lm / "generation_config.json", eos_token_id=[2, 7]),
+    "tokenizer_config.json": lambda lm: edit(lm / "tokenizer_config.json", eos_token="<|pad|>"),
+    "chat_template.jinja": lambda lm: (lm / "chat_template.jinja").write_text(CHAT),
+    "added_tokens.json is new": lambda lm: (lm / "added_tokens.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_changed_file_of_the_language_model_is_refused_by_its_name(copy, name):
+    run, lm = copy
+    CHANGES[name](lm)
+    with pytest.raises(UserError, match=name.partition(" ")[0]):
+        evaluate_run(run, run_config(run))
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match=name.partition(" ")[0]):
+        fit(run_config(run), run)  # resume
+
+
+def test_other_ids_from_the_same_files_are_refused_with_both(copy, monkeypatch):
+    from train.lms.hf.model import HfTokenizer
+
+    run, _ = copy
+    encode = HfTokenizer.encode
+    monkeypatch.setattr(HfTokenizer, "encode", lambda *a, **k: [7, *encode(*a, **k)])
+    with pytest.raises(UserError, match=r"tokenization of '.*' changed although the files .* got \[7, "):
+        load_model(run, run_config(run), CPU, torch.float32)
+
+
+def test_a_run_from_before_the_record_is_used_as_it_was_trained(copy):
+    run, lm = copy
+    before = json.loads((run / "summary.json").read_text())["val_loss"]
+    (run / LM_RECORD).unlink()
+    (lm / "chat_template.jinja").write_text((lm / "chat_template.jinja").read_text() + "{# another file #}")
+    model = load_model(run, run_config(run), CPU, torch.float32)
+    assert model.prompt.end == model.lm.tokenizer.eos
+    assert evaluate_run(run, run_config(run))["val_loss"] == pytest.approx(before, rel=0.2)
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"files": {}}', '{"date": 5}', "{"])
+def test_a_corrupt_record_is_refused_in_one_sentence(copy, damage):
+    run, _ = copy
+    (run / LM_RECORD).write_text(damage)
+    with pytest.raises(UserError, match=r"lm\.json"):
+        load_model(run, run_config(run), CPU, torch.float32)
+
+
+def test_a_sweep_records_the_ids_of_each_experiment(world, tmp_path, monkeypatch):
+    _, lm = world
+    cache = make_cache(tmp_path / "cache", 24, val_every=3)
+    experiments = [{"name": "chat", "prompt": {"template": "chat"}}, {"name": "slam", "prompt": {"template": "slam"}}]
+    sweep = make_sweep(tmp_path, cache, f"path:{lm}", {"steps": 2}, experiments=experiments)
+    folder = run_sweep(sweep)
+    monkeypatch.setattr(train.lms.hf.model, "datetime", Tomorrow)
+    for name in ("chat", "slam"):
+        run = folder / name
+        model = load_model(run, run_config(run), CPU, torch.float32)
+        assert list(model.prompt.suffix) == read_lm_record(run)["suffix"]
+        assert "2031" not in model.prompt.text
