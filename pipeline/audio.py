@@ -24,8 +24,10 @@ from pipeline.containers import (
     declared_length,
     own_errors,
     read_blocks,
+    require_inside,
     scan_length,
     sndfile_span,
+    sought_span,
 )
 
 __all__ = ["TOLERANCE", "AudioError"]
@@ -165,7 +167,7 @@ def read_segment(
     """Read a segment of a recording as a mono float32 WAV file at the recording's sampling rate.
 
     A segment without an end is read to the end of the recording, which must then be whole, as for :func:`decode`. One
-    with an end is sought in WAV and FLAC files; other files are decoded from their beginning.
+    with an end is sought, except in Matroska and in joined files, which are decoded from their beginning.
 
     Args:
         path: The audio file.
@@ -204,12 +206,15 @@ def _sought(path: str | os.PathLike[str], start: float, stop: float | None) -> I
     assert stop is not None
     with soundfile.SoundFile(os.fspath(path)) as file:
         first, last = round(start * file.samplerate), round(stop * file.samplerate)
-        _require_inside(first, last, file.frames, file.samplerate)
+        require_inside(first, last, file.frames, file.samplerate)
         yield from sndfile_span(file, first, min(last, file.frames))
 
 
 def _span(data: bytes, start: float, stop: float | None, max_hours: float) -> Iterator[Block]:
-    """Yield the blocks of a segment of a file that is decoded from its beginning."""
+    """Yield the blocks of a segment of a file that libsndfile does not seek in."""
+    if stop is not None and (sought := sought_span(data, start, stop)) is not None:
+        yield from sought
+        return
     done = first = last = 0
     rate = 1
     hours = max_hours + start / 3600
@@ -221,14 +226,7 @@ def _span(data: bytes, start: float, stop: float | None, max_hours: float) -> It
         done += len(block)
         if stop is not None and done >= last:
             return
-    _require_inside(first, last, done, rate)
-
-
-def _require_inside(first: int, last: int, frames: int, rate: int) -> None:
-    if first >= frames or last - frames > TOLERANCE * rate:
-        raise AudioError(
-            f"the segment ends after the end of the recording: {max(first, last) / rate:.2f} of {frames / rate:.2f} s"
-        )
+    require_inside(first, last, done, rate)
 
 
 def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[int, int]]:

@@ -37,7 +37,10 @@ _LENGTH_UNKNOWN = 0x7FFF0000  # programs that write WAV to a pipe set 0x7FFFF000
 _SNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, µ-law, extensible
 _W64_RIFF, _W64_DATA = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00", b"data\xf3\xac\xd3\x11"
 _FORMATS = "aac,aiff,amr,ape,asf,au,caf,flac,matroska,mov,mp3,nistsphere,ogg,tta,voc,w64,wav,wv"
+_SOUGHT = ("mp3", "ogg", "mov,mp4,m4a,3gp,3g2,mj2", "wav", "w64", "aiff")  # FFmpeg finds any sample in these
+_PREROLL = 1.0  # seconds that are decoded before a segment
 _FLAC_END = 2**18  # bytes that are searched for the last frame
+_FLAC_AHEAD = 2**14  # bytes; libFLAC reads 8 kB at a time
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _MP3_RATES = (44_100, 48_000, 32_000)
 
@@ -145,10 +148,10 @@ def _require_all(found: float, declared: float, tolerance: float = TOLERANCE) ->
 # ---------------------------------------------------------------------------------------------------------- libsndfile
 
 
-def _sndfile_blocks(data: bytes, max_hours: float) -> Iterator[Block]:
+def _sndfile_blocks(data: io.BytesIO, max_hours: float) -> Iterator[Block]:
     import soundfile
 
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
+    with soundfile.SoundFile(data) as file:
         _require_short(file.frames, file.samplerate, max_hours)
         yield from sndfile_span(file, 0, file.frames)
 
@@ -232,7 +235,7 @@ def _chunk_blocks(data: bytes, max_hours: float) -> Iterator[Block]:
     chunk = _audio_chunk(data, len(data))
     plain = chunk is not None and chunk.tag in _SNDFILE_TAGS and chunk.size > 0 and data[:4] == b"RIFF"
     frames, rate = 0, 1
-    for rate, block in _sndfile_blocks(data, max_hours) if plain else _av_blocks(data, max_hours):
+    for rate, block in _sndfile_blocks(io.BytesIO(data), max_hours) if plain else _av_blocks(data, max_hours):
         frames += len(block)
         yield rate, block
     if chunk is None or not frames:
@@ -275,14 +278,17 @@ def _flac_header(data: bytes, start: int) -> tuple[int, int]:
 
 def _flac_blocks(data: bytes, start: int, max_hours: float) -> Iterator[Block]:
     rate, total = _flac_header(data, start)
-    if total and data.find(b"fLaC", start + 4) < 0 and _last_flac_sample(data, start) < total:
-        frames = 0
-        for rate, block in _sndfile_blocks(data, max_hours):
-            frames += len(block)
-            yield rate, block
-        _require_all(frames / max(rate, 1), total / max(rate, 1), 0)
-    else:
+    if not total or _last_flac_sample(data, start) >= total:
         yield from _av_blocks(data, max_hours, total / rate if rate else None)
+        return
+    frames, file = 0, io.BytesIO(data)
+    for rate, block in _sndfile_blocks(file, max_hours):
+        frames += len(block)
+        yield rate, block
+    _require_all(frames / rate, total / rate, 0)
+    joined = data.find(b"fLaC", max(start + 4, file.tell() - _FLAC_AHEAD))
+    if joined >= 0:
+        yield from _av_blocks(data[joined:], max_hours)
 
 
 def _last_flac_sample(data: bytes, start: int) -> int:
@@ -424,7 +430,7 @@ def _ogg_blocks(data: bytes, max_hours: float) -> Iterator[Block]:
     ends = [*(link.start for link in links[1:]), len(data)]
     for number, link in enumerate(links):  # libsndfile reads the first link of a file
         found = 0.0
-        for rate, block in _sndfile_blocks(data[link.start : ends[number]], max_hours):
+        for rate, block in _sndfile_blocks(io.BytesIO(data[link.start : ends[number]]), max_hours):
             found += len(block) / rate
             yield rate, block
         _require_all(found, link.seconds)
@@ -536,6 +542,54 @@ def _av_blocks(data: bytes, max_hours: float, declared: float | None = None) -> 
     if lost > TOLERANCE:
         raise AudioError(f"{lost:.4f} s of the audio cannot be decoded, {found:.4f} s can")
     _require_all(found, declared or 0.0)
+
+
+def sought_span(data: bytes, start: float, stop: float) -> list[Block] | None:
+    """Return the blocks from ``start`` to ``stop`` seconds, decoded from a second before ``start``.
+
+    None: FFmpeg does not find the sample of a time in this file (Matroska, joined files, the first second).
+
+    Raises:
+        AudioError: The recording ends more than 0.1 s before ``stop``.
+    """
+    import av
+
+    if start < 2 * _PREROLL or (data[:4] == b"OggS" and len(_ogg_links(data)) != 1):
+        return None
+    found: list[Block] = []
+    with _av_open(data) as container:
+        stream = container.streams.audio[0]
+        name, codec = container.format.name, stream.codec_context.name
+        if name not in _SOUGHT or (name == "wav" and not codec.startswith("pcm")):
+            return None
+        zero, at = stream.start_time or 0, -1
+        container.seek(zero + int((start - _PREROLL) / stream.time_base), stream=stream)
+        for packet in _av_packets(container, len(data)):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                continue
+            for frame in frames:
+                rate, samples = frame.sample_rate, _float_samples(frame)
+                first, last = round(start * rate), round(stop * rate)
+                at = round(float((frame.pts - zero) * frame.time_base) * rate) if at < 0 else at
+                if at > first and not found:
+                    return None
+                if at + len(samples) > first:
+                    found.append((rate, samples[max(0, first - at) : last - at]))
+                at += len(samples)
+                if at >= last:
+                    return found
+        require_inside(first, last, at, rate)
+    return found
+
+
+def require_inside(first: int, last: int, frames: int, rate: int) -> None:
+    """Raise AudioError unless a segment of frames is inside a recording of ``frames``, up to 0.1 s."""
+    if first >= frames or last - frames > TOLERANCE * rate:
+        raise AudioError(
+            f"the segment ends after the end of the recording: {max(first, last) / rate:.2f} of {frames / rate:.2f} s"
+        )
 
 
 def _float_samples(frame: Any) -> npt.NDArray[np.float32]:

@@ -202,10 +202,11 @@ def test_a_segment_of_every_container_is_that_of_the_decoded_file(tmp_path):
     for name, data in WHOLE.items():
         path = tmp_path / name
         path.write_bytes(data)
-        with soundfile.SoundFile(io.BytesIO(read_segment(path, 1.0, 2.0))) as segment:
-            samples, rate = segment.read(dtype="float32"), segment.samplerate
-        blocks = np.concatenate([block for _, block in read_blocks(data, math.inf)])
-        np.testing.assert_array_equal(samples, blocks[rate : 2 * rate, 0], name)
+        blocks = np.concatenate([block for _, block in read_blocks(data, math.inf)])[:, 0]
+        for start in (0, 1, 2):
+            with soundfile.SoundFile(io.BytesIO(read_segment(path, start, start + 0.5))) as segment:
+                samples, rate = segment.read(dtype="float32"), segment.samplerate
+            np.testing.assert_allclose(samples, blocks[start * rate : round((start + 0.5) * rate)], 0, 1e-6, name)
         assert len(decode(read_segment(path, 1.0, None))) / RATE == pytest.approx(SECONDS - 1, abs=0.1)
         with pytest.raises(AudioError, match="ends after"):
             read_segment(path, 1.0, 3.5)
@@ -263,11 +264,11 @@ from test_containers import mutated
 from containers import whole_files
 seed, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-rng, files = random.Random(seed), list(whole_files(0.5).values())
+rng, files = random.Random(seed), list(whole_files(2.5).values())
 for number in range(count):
     data = mutated(rng.choice(files), rng, files)
     (folder / "last").write_bytes(data)
-    for read in (lambda: decode(data, 0.1), lambda: probe(data), lambda: read_segment(folder / "last", 0.1, 0.3)):
+    for read in (lambda: decode(data, 0.1), lambda: probe(data), lambda: read_segment(folder / "last", 2.1, 2.3)):
         try:
             read()
         except AudioError as error:
