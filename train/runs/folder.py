@@ -76,6 +76,8 @@ def hold(folder: Path) -> Iterator[None]:
     folder = folder.absolute()
     lock = folder.with_name(f".{folder.name}.lock")
     with ExitStack() as stack:
+        if not lock.parent.exists():
+            stack.callback(_remove_if_empty, lock.parent)
         with translate_os_errors("locking the run folder", folder):
             make_folder(lock.parent)
             held = stack.enter_context(file_lock(lock, wait=False))
@@ -85,6 +87,11 @@ def hold(folder: Path) -> Iterator[None]:
             raise UserError(f"{_holder(lock)} is training in '{folder}': wait until it ends, or choose another name=…")
         stack.callback(lock.unlink, missing_ok=True)
         yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _holder(lock: Path) -> str:

@@ -451,7 +451,8 @@ def change_labels(cache: Path, change) -> None:
     ("change", "told"),
     [
         (lambda tree: tree["sets"].pop(), "is not named by LABELS.json"),
-        (lambda tree: tree["sets"][-1].update(id="0" * 64), "has rows in another order or another id"),
+        (lambda tree: tree["sets"][-1].update(id="28c0e4c3" + "0" * 56), "has rows in another order or another id"),
+        (lambda tree: tree["sets"][-1].update(id="0" * 64), "is not a valid index of label sets"),
         (lambda tree: tree["sets"][-1].update(rows=7), "has other rows or columns than LABELS.json says"),
         (lambda tree: tree["sets"][-1]["file"].update(bytes=1), "bytes, not 1"),
         (lambda tree: tree["sets"][-1]["file"].update(sha256="0" * 64), "does not match its sha256"),
@@ -471,7 +472,7 @@ def test_labels_that_lie_with_a_whole_seal_are_found(cache, change, told):
 def test_the_id_of_a_large_label_set_is_checked_only_in_depth(cache, monkeypatch):
     for module in (label_check, label_store):
         monkeypatch.setattr(module, "IDENTIFIED", 1)
-    change_labels(cache, lambda tree: tree["sets"][-1].update(id="0" * 64))
+    change_labels(cache, lambda tree: tree["sets"][-1].update(id="28c0e4c3" + "0" * 56))
     assert verify(cache) == []
     assert [problem.file for problem in verify(cache, deep=True)] == ["labels/mine-28c0e4c3.parquet"]
 

@@ -250,7 +250,7 @@ def test_scratch_folders_go_with_their_process_and_those_of_killed_ones_go_at_th
     (left / "lock").touch()
     store = BucketStore(url, tmp_path)
     other = BucketStore(url, tmp_path)
-    assert {store.layout.path, other.layout.path} == set(tmp_path.glob("earshard-scratch-*"))
+    assert {store.layout.path.parent, other.layout.path.parent} == set(tmp_path.glob("earshard-scratch-*"))
     del store, other
     assert not list(tmp_path.glob("earshard-scratch-*"))
 
