@@ -6,8 +6,10 @@ import io
 import math
 import random
 import re
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -140,18 +142,43 @@ def test_a_pointer_of_git_lfs_is_named():
     assert probe(pointer) == 0
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n",
-        b"ffconcat version 1.0\nfile '{}'\n",
-        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
-    ],
-)
-def test_a_file_that_names_other_files_is_not_followed(data, tmp_path):
-    (tmp_path / "a.wav").write_bytes(WHOLE["wav"])
+def test_other_containers_that_ffmpeg_reads_are_refused():
+    for form in ("nut", "avi"):
+        refused(muxed(tone(1.0), form, "pcm_s16le"))
+
+
+def refused(data: bytes) -> None:
     with pytest.raises(AudioError):
-        decode(data.replace(b"{}", str(tmp_path / "a.wav").encode()))
+        decode(data)
+
+
+def test_a_file_that_names_addresses_is_not_followed():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
+        for text in (
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{address}\n#EXT-X-ENDLIST\n",
+            f"ffconcat version 1.0\nfile {address}\n",
+        ):
+            answer = threading.Thread(target=refused, args=(text.encode(),))
+            answer.start()
+            with pytest.raises(TimeoutError):
+                server.accept()
+            answer.join(10)
+            assert not answer.is_alive()
+
+
+@pytest.mark.parametrize("name", ["ogg", "opus"])
+def test_an_ogg_that_lacks_its_last_page_is_an_error(name):
+    with pytest.raises(AudioError, match="no end-of-stream page"):
+        decode(WHOLE[name][: WHOLE[name].rindex(b"OggS")])
+    with pytest.raises(AudioError, match="no end-of-stream page"):
+        decode(WHOLE[name][: WHOLE[name].rindex(b"OggS")] + WHOLE[name])
+
+
+def test_the_header_of_the_first_of_joined_mp3s_is_not_taken_for_the_length():
+    assert probe(WHOLE["mp3"] * 2) / RATE == pytest.approx(seconds(WHOLE["mp3"] * 2), abs=0.1)
+    assert seconds(WHOLE["mp3"] * 2) > 2 * SECONDS - 0.2
 
 
 def test_a_recording_longer_than_the_limit_is_an_error_before_it_is_decoded():
