@@ -309,6 +309,8 @@ class LmConfig(Config):
     """Compile the forward pass of training and evaluation with torch.compile. The first step takes minutes."""
     lora: LoraConfig | None = None
     """Train low-rank adapters (Hugging Face models only). null: off."""
+    exceed_context: bool = False
+    """Accept rows longer than the context that the LM was made for. Impossible for learned positions (GPT-2, OPT)."""
     bits: Literal[4, 8] | None = None
     """Quantize the frozen matrices to 4 or 8 bits with bitsandbytes. null: off."""
 

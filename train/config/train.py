@@ -30,6 +30,7 @@ CHANGEABLE_KEYS = frozenset(
     {
         "caches",  # a cache may move: checkpoints compare manifest ids instead
         "max_label_problems",
+        "max_lossy_texts",
         "extract",
         "runs",
         "name",
@@ -152,6 +153,9 @@ class TrainConfig(Config):
     max_label_problems: float = Field(default=0.01, ge=0)
     """Rows of a label file that may have no features, no text, or the key, task and prompt of another row. Below 1: a
     fraction of the rows."""
+    max_lossy_texts: float = Field(default=0.01, ge=0)
+    """Training texts that the LM's tokenizer cannot write, such as those of a script that it lacks. Below 1: a fraction
+    of the texts."""
     extract: Strings = Field(default_factory=list)
     """Extraction configs that create the caches: one for each cache in the same order, or one for all."""
     filter: str | None = None

@@ -73,6 +73,8 @@ class LanguageModel(nn.Module):
     embedding_rms: float  # RMS of the token embeddings; initial gain of a projector's output norm
     dtype: torch.dtype  # of the activations
     trainable: bool = False
+    max_positions: int | None = None  # that the model was made for; None: unknown, or any number
+    learned_positions: bool = False  # whether there are no embeddings of further positions
 
     @property
     def device(self) -> torch.device:

@@ -9,12 +9,15 @@ tokenizer's end-of-sequence token. Decoding stops at it and at every end that th
 ``{instruction}`` is the ``prompt`` of the row in the label set; if it is empty, one drawn from the file
 ``prompt.prompts``; and without that file, ``prompt.instruction``.
 
-| template | the model reads | source |
-|---|---|---|
-| ``plain`` | ``<|audio|>{text}`` | first stage of LLaVA; W1 |
-| ``slam`` | ``<|audio|> USER: {instruction} ASSISTANT: {text}`` | SLAM-LLM |
-| ``chat`` | the model's chat template with ``{instruction}`` and ``<|audio|>`` as user turn | Ultravox, tiny-audio |
-| any other text | the text with ``{instruction}`` filled in and the audio at ``<|audio|>`` | |
+| template | the model reads | BOS | source |
+|---|---|---|---|
+| ``plain`` | ``<|audio|>{text}`` | none | first stage of LLaVA; W1 |
+| ``slam`` | ``<|audio|> USER: {instruction} ASSISTANT: {text}`` | none | SLAM-LLM |
+| ``chat`` | the model's chat template, ``{instruction}`` and ``<|audio|>`` as user turn | the template's | Ultravox |
+| any other text | the text with ``{instruction}`` filled in and the audio at ``<|audio|>`` | the text's | |
+
+A tokenizer's habit of adding BOS does not apply: a BOS is read only where the text of the template contains the token,
+such as ``<s><|audio|>``.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from train.evaluation.evaluate import Evaluation, Stopped
 from train.lms.base import LanguageModel, SeparatePasses
 from train.lms.load import load_lm
 from train.model.build import build_model
+from train.model.proof import prove
 from train.model.replay import replay_date, write_lm_record
 from train.runs import folder as runs
 from train.runs.metrics_log import format_losses, format_number
@@ -173,6 +174,7 @@ class LockstepTrainer:
         for experiment in self.experiments:
             run = experiment.trainer.run
             if run not in existing:
+                print_notes(prove(experiment.trainer.model, data, experiment.trainer.config))
                 instructions = experiment.trainer.model.prompt.instructions
                 runs.create_run_folder(run, experiment.trainer.config, data, instructions, latest=False)
                 write_lm_record(run, experiment.trainer.model.lm, experiment.trainer.model.prompt)

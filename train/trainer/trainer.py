@@ -36,6 +36,7 @@ from train.lms.base import SeparatePasses
 from train.model.audio_lm import ModelList
 from train.model.build import build_model
 from train.model.checkpoint import write_tensors
+from train.model.proof import prove
 from train.model.replay import lm_record, write_lm_record
 from train.runs import folder as runs
 from train.runs.metrics_log import MetricsLogger, NullLogger, StepMetrics
@@ -93,7 +94,9 @@ def _fit(config: TrainConfig, resume: Path | None, group: ProcessGroup, held: Ex
     group.assert_same(common | state.identity() | {"ids of the prompt": ids})
     if resume is None:
         with group.raise_on_all_ranks():
+            notes = prove(model, data, config)
             if group.is_main_process:
+                print_notes(notes)
                 runs.create_run_folder(run, config, data, model.prompt.instructions)
                 write_lm_record(run, model.lm, model.prompt)
         state.broadcast_initial_weights()

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def world(tmp_path_factory):
     """A finished run under a chat template that shows the date, and its language model."""
     folder = tmp_path_factory.mktemp("replay")
-    lm = save_tiny_lm(folder / "lm")
+    lm = save_tiny_lm(folder / "lm", eos="<|pad|>")  # the template ends an answer with <|im_end|>
     (lm / "chat_template.jinja").write_text(DATED)
     cache = make_cache(folder / "cache", 24, val_every=3)
     config = make_config(folder, cache, f"path:{lm}", steps=2, prompt={"template": "chat"}, checkpoint_every=1)
@@ -81,7 +81,7 @@ CHANGES = {
     "tokenizer.json": lambda lm: (lm / "tokenizer.json").write_text((lm / "tokenizer.json").read_text() + "\n"),
     "config.json": lambda lm: edit(lm / "config.json", rms_norm_eps=0.1),
     "generation_config.json": lambda lm: edit(lm / "generation_config.json", eos_token_id=[2, 7]),
-    "tokenizer_config.json": lambda lm: edit(lm / "tokenizer_config.json", eos_token="<|pad|>"),
+    "tokenizer_config.json": lambda lm: edit(lm / "tokenizer_config.json", eos_token="<|im_start|>"),
     "chat_template.jinja": lambda lm: (lm / "chat_template.jinja").write_text(CHAT),
     "added_tokens.json is new": lambda lm: (lm / "added_tokens.json").write_text("{}"),
 }
@@ -110,12 +110,12 @@ def test_other_ids_from_the_same_files_are_refused_with_both(copy, monkeypatch):
 
 def test_a_run_from_before_the_record_is_used_as_it_was_trained(copy):
     run, lm = copy
-    before = json.loads((run / "summary.json").read_text())["val_loss"]
+    assert read_lm_record(run)["end"] == 2
     (run / LM_RECORD).unlink()
     (lm / "chat_template.jinja").write_text((lm / "chat_template.jinja").read_text() + "{# another file #}")
     model = load_model(run, run_config(run), CPU, torch.float32)
-    assert model.prompt.end == model.lm.tokenizer.eos
-    assert evaluate_run(run, run_config(run))["val_loss"] == pytest.approx(before, rel=0.2)
+    assert (model.prompt.end, model.prompt.ends) == (0, {0, 2})
+    evaluate_run(run, run_config(run))
 
 
 @pytest.mark.parametrize("damage", ["[]", '{"files": {}}', '{"date": 5}', "{"])

@@ -24,7 +24,7 @@ from shards.errors import UserError
 from train.config.model import LmConfig
 from train.lms.base import LanguageModel, until_end
 from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
-from train.lms.hf.scales import Scales, find_scales
+from train.lms.hf.scales import Scales, decoder, find_scales
 from train.lms.packing import Ids, PackedInputs, pack_inputs
 
 _ANSWER = "earshard answer"  # marks the end of an answer in a rendered chat
@@ -68,27 +68,45 @@ class HfTokenizer:
         """Return the user turn ``user`` in the model's chat template, up to the start of the answer.
 
         Raises:
-            UserError: the model has no chat template.
+            UserError: the model has no chat template, or one that cannot write a user turn.
         """
         if not self._tokenizer.chat_template:
             raise UserError(f"'{self._reference}' has no chat template: set prompt.template to plain or slam")
-        return self._render([{"role": "user", "content": user}], add_generation_prompt=True)
+        text, reason = self._render([("user", user)], add_generation_prompt=True)
+        if not text:
+            raise UserError(
+                f"the chat template of '{self._reference}' cannot write a user turn ({reason}): set prompt.template to "
+                "plain, slam or your own text"
+            )
+        return text
 
     def chat_end(self) -> int:
         """Return the first special token after an answer in the model's chat template; ``eos`` if there is none."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
-        try:
-            text = self._render(turns)
-        except Exception:
-            return self.eos
+        text, _ = self._render([("user", "question"), ("assistant", _ANSWER)])
         special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
         after = self.encode(text.rpartition(_ANSWER)[2], special=True)
         return next((token for token in after if token in special), self.eos)
 
-    def _render(self, turns: list[dict[str, Any]], **options: Any) -> str:
-        """Return ``turns`` in the chat template, in which ``strftime_now`` shows ``now``."""
-        with _template_date(self.now):
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    def _render(self, turns: Sequence[tuple[str, str]], **options: Any) -> tuple[str, str]:
+        """Return the turns (role, text) in the chat template, or "" and why it cannot write them.
+
+        The content of a turn is text, or a list of parts for a template that takes only these. ``strftime_now`` of the
+        template shows ``now``.
+        """
+        reason = "it leaves out the text"
+        for parts in (False, True):
+            chat = [
+                {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns
+            ]
+            try:
+                with _template_date(self.now):
+                    found = str(self._tokenizer.apply_chat_template(chat, tokenize=False, **options))
+            except Exception as error:  # a template raises what it likes
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+                continue
+            if all(text.strip() in found for _, text in turns):
+                return found, ""
+        return "", reason
 
 
 @contextmanager
@@ -130,11 +148,13 @@ class HfLanguageModel(LanguageModel):
         self.vocab_size = model.get_output_embeddings().out_features
         self._compiled: Callable[..., Any] | None = None
         self._scales = self._find_scales()
+        self._has_cache = self._find_cache()
+        self.max_positions, self.learned_positions = find_positions(model)
         self.embedding_rms = self._embedding_rms()
 
     def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
         with self._autocast():
-            out = (self._compiled or self.model.base_model)(
+            out = (self._compiled or decoder(self.model))(
                 inputs_embeds=self._embed_inputs(packed, soft_ND), use_cache=False
             )
         hidden: Tensor = out.last_hidden_state
@@ -158,8 +178,8 @@ class HfLanguageModel(LanguageModel):
 
         packed = pack_inputs(torch.tensor([len(soft_SD)], device=self.device), [prefix], [suffix])
         with self._autocast():
-            read = self.model.base_model(inputs_embeds=self._embed_inputs(packed, soft_SD), use_cache=True)
-        cache = read.past_key_values
+            read = decoder(self.model)(inputs_embeds=self._embed_inputs(packed, soft_SD), use_cache=True)
+        cache: Any = getattr(read, "past_key_values", None)
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         if not all(type(layer) in plain for layer in getattr(cache, "layers", [None])):
             return super().candidate_nll(soft_SD, prefix, suffix, candidates)  # a recurrent or family-specific cache
@@ -169,7 +189,7 @@ class HfLanguageModel(LanguageModel):
         states = read.last_hidden_state[:, -1:].expand(len(candidates), -1, -1)  # predicts the first token of each
         if targets.shape[1] > 1:
             with self._autocast():
-                rest = self.model.base_model(
+                rest = decoder(self.model)(
                     inputs_embeds=self._embed_ids(targets[:, :-1]), past_key_values=cache, use_cache=True
                 )
             states = torch.cat([states, rest.last_hidden_state], 1)  # right padding, which no target attends to
@@ -188,7 +208,9 @@ class HfLanguageModel(LanguageModel):
         on_token: Callable[[list[int]], None] = lambda tokens: None,
         ends: frozenset[int] | None = None,
     ) -> list[list[int]]:
-        """As ``LanguageModel.generate``, with a KV cache."""
+        """As ``LanguageModel.generate``, with a KV cache if the model has one; others compute whole rows."""
+        if not self._has_cache:
+            return super().generate(soft, soft_mask, prefix, suffix, max_new_tokens, on_token, ends)
         ends = ends or self.tokenizer.ends
         ending = torch.tensor(sorted(ends), device=self.device)
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left")
@@ -198,7 +220,7 @@ class HfLanguageModel(LanguageModel):
         done = torch.zeros(len(prefix), dtype=torch.bool, device=mask.device)
         for _ in range(max_new_tokens):
             with self._autocast():
-                out = self.model.base_model(
+                out = decoder(self.model)(
                     inputs_embeds=inputs,
                     attention_mask=mask,
                     position_ids=positions,
@@ -221,7 +243,7 @@ class HfLanguageModel(LanguageModel):
 
     def compile_forward(self) -> None:
         """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
-        self._compiled = torch.compile(self.model.base_model.__call__, dynamic=True)
+        self._compiled = torch.compile(decoder(self.model).__call__, dynamic=True)
 
     def _embed_ids(self, ids: Tensor) -> Tensor:
         """Map ids of any shape to their rows of ``inputs_embeds`` [..., D]."""
@@ -244,6 +266,14 @@ class HfLanguageModel(LanguageModel):
             ids = torch.arange(start, min(start + _EMBEDDING_ROWS, rows), device=self.device)
             total += float(self._embed_ids(ids).float().square().sum())
         return math.sqrt(total / (rows * self.width))
+
+    @torch.no_grad()
+    def _find_cache(self) -> bool:
+        """Return whether the model returns a cache; Mamba, RWKV and RecurrentGemma keep their state elsewhere."""
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with self._autocast():
+            out = decoder(self.model)(inputs_embeds=self._embed_ids(ids), use_cache=True)
+        return getattr(out, "past_key_values", None) is not None
 
     def _find_scales(self) -> Scales:
         """Return the factors of the model family, or raise UserError if ``scales.py`` does not find them."""
@@ -301,6 +331,32 @@ def generation_ends(model: Any) -> list[int]:
     """Return the tokens with which transformers' ``generate`` ends a text, from the model's generation config."""
     found = getattr(model.generation_config, "eos_token_id", None)
     return [int(token) for token in (found if isinstance(found, list | tuple) else [found]) if token is not None]
+
+
+def find_positions(model: Any) -> tuple[int | None, bool]:
+    """Return the number of positions that ``model`` was made for (None: unknown), and whether each has an embedding."""
+    config = model.config.get_text_config()
+    found = getattr(config, "max_position_embeddings", None)
+    names = (name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, torch.nn.Embedding))
+    learned = any(name == "wpe" or "position" in name for name in names)
+    return (found if isinstance(found, int) and found > 0 else None), learned
+
+
+def require_usable(model: Any, tokenizer: Any, reference: str) -> None:
+    """Refuse a model whose embeddings do not cover the tokenizer, or whose weights are not finite.
+
+    Raises:
+        UserError: names the sizes, or the tensor.
+    """
+    rows, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if tokens > rows:
+        raise UserError(
+            f"the tokenizer of '{reference}' has {tokens} tokens and its embeddings only {rows}: put the tokenizer "
+            "beside the model that it was trained with, or resize the model's embeddings"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum(dtype=torch.float32))):
+            raise UserError(f"'{reference}' holds NaN or infinite values in the tensor {name}: copy it again")
 
 
 def hash_weights(folder: Path) -> str:
@@ -375,6 +431,7 @@ def load_hf(
         model.to(device)
     else:  # device_map placed it there, and quantized matrices cannot be moved
         disable_bf16_packing(model)
+    require_usable(model, tokenizer, reference)
     model.requires_grad_(train).eval()
     if dtype == torch.bfloat16 and not train and model.device.type == "cpu":
         _attend_in_float32(model)

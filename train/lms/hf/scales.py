@@ -42,6 +42,12 @@ class Scales:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def decoder(model: Any) -> Any:
+    """Return the module below the output matrix, which maps embeddings to hidden states."""
+    base = model.base_model
+    return getattr(model, "model", base) if base is model else base  # Llama 4's text model names no base model
+
+
 @torch.no_grad()
 def find_scales(model: Any) -> Scales | None:
     """Return the factors that reproduce the logits of ``model`` for four tokens, or None if there are none."""
@@ -53,7 +59,7 @@ def find_scales(model: Any) -> Scales | None:
     for embedding, logits in product(_embedding_factors(config), _logit_factors(config)):
         scales = Scales(embedding, logits, softcap)
         rows = model.get_input_embeddings()(ids) * embedding
-        states = model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state[0]
+        states = decoder(model)(inputs_embeds=rows, use_cache=False).last_hidden_state[0]
         ours = scales.to_logits(model.get_output_embeddings()(states))
         found.append((float((ours - theirs).abs().max()), scales))
     error, best = min(found, key=lambda each: each[0])
