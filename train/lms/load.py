@@ -42,10 +42,14 @@ def load_lm(
             f"lm.audio_value_embedding={options.audio_value_embedding} is only for nanochat models, and '{reference}' "
             "is not one: remove it"
         )
-    from pipeline.weights.resolve import resolve_weights
+    from pipeline.weights.resolve import read_model_json, resolve_weights
+    from pipeline.weights.tensors import refuse_quantized, stored_tensors
     from train.lms.hf.model import hash_weights, load_hf
 
     weights = resolve_weights(reference, role="lm")
+    if not read_model_json(weights.folder / "config.json").get("quantization_config"):  # which transformers applies
+        matrices = {name: each for name, each in stored_tensors(weights.folder).items() if name.endswith(".weight")}
+        refuse_quantized(weights.folder, {}, matrices)
     lm: LanguageModel = load_hf(
         weights.folder,
         reference=reference,

@@ -17,6 +17,7 @@ from shards.errors import UserError
 from train.config.model import PromptConfig
 from train.lms.base import LanguageModel
 from train.lms.hf.model import load_hf
+from train.lms.load import load_lm
 from train.model.prompt import Prompt
 from train.model.proof import lossy_texts
 from train.trainer.trainer import fit
@@ -81,6 +82,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"NaN or infinite values in the tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         load(folder)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_weights_that_are_codes_without_a_quantization_config_are_refused(tmp_path, dtype, stored):
+    folder = write(tmp_path, "Llama", ATTENTION)
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"the tensor {name} as {stored}, so the weights are quantized"):
+        load_lm(f"path:{folder}", device="cpu", dtype=torch.float32)
 
 
 RAISES = "{{ raise_exception('roles must alternate') }}"
