@@ -293,6 +293,16 @@ def test_lhotse_files_that_do_not_match_are_refused(lhotse_folder):
         ("m.jsonl", '{"audio": "a.wav", "text": "x", "start": 1}\n', "line 1 of '{path}' has the field 'start'"),
         ("m.csv", "audio,text,end\na.wav,x,2\n", "line 2 of '{path}' has the field 'end'"),
         ("m.jsonl", '{"id": "c", "type": "MonoCut", "features": {}}\n', "line 1 of '{path}' is a cut of lhotse"),
+        (
+            "m.jsonl",
+            f'{{"audio": "a.wav", "text": "x", "offset": {"9" * 400}}}\n',
+            "offset in line 1 of '{path}' is 999",
+        ),
+        (
+            "m.jsonl",
+            f'{{"audio": "a.wav", "text": "x", "channel": {"9" * 400}}}\n',
+            "channel in line 1 of '{path}' is 9",
+        ),
         ("m.txt", "a.wav x\n", "the manifest '{path}' has an unknown suffix"),
     ],
 )
