@@ -67,11 +67,14 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
     def interval(name: str, unit: str, scale: float = 1) -> str:
         return f"{format_interval(metrics, name, scale, 2 if scale == 1 else 1)} {unit}".lstrip()
 
+    rates = [("word", "wer"), ("character", "cer")]  # no words where they are not spaced
     return [
         ("audio gain", format_number(metrics.get("audio_gain"), 2), interval("audio_gain", "nats per token")),
         ("held-out loss", format_number(metrics.get("val_loss"), 3), interval("val_loss", "nats per token")),
-        ("word error rate", percent(metrics.get("wer")), interval("wer", "%", 100)),
-        ("character error rate", percent(metrics.get("cer")), interval("cer", "%", 100)),
+        *(
+            (f"{unit} error rate", percent(metrics.get(name)), interval(name, "%", 100))
+            for unit, name in rates[metrics.get("wer") is None and metrics.get("cer") is not None :]
+        ),
         ("hallucination rate", percent(metrics.get("hallucination_rate"), 0), "of silent inputs"),
         ("steps", f"{metrics.get('steps', 0):,}", duration(metrics.get("seconds", 0.0))),
     ]

@@ -76,12 +76,13 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
 
 def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[tuple[str, str, str]]:
     metrics = {} if best is None else best.metrics
-    wers = [(float(run.metrics["wer"]), run.name) for run in runs if run.metrics.get("wer") is not None]
-    low, name = min(wers, default=(None, "–"))
+    rate = "wer" if any(run.metrics.get("wer") is not None for run in runs) else "cer"
+    rates = [(float(run.metrics[rate]), run.name) for run in runs if run.metrics.get(rate) is not None]
+    low, name = min(rates, default=(None, "–"))
     return [
         ("lowest held-out loss", format_number(metrics.get("val_loss"), 3), "–" if best is None else best.name),
         ("its audio gain", format_number(metrics.get("audio_gain"), 2), "nats per token"),
-        ("lowest word error rate", percent(low), name),
+        (f"lowest {'word' if rate == 'wer' else 'character'} error rate", percent(low), name),
         ("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
     ]
 

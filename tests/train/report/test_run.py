@@ -135,3 +135,12 @@ def test_no_string_of_a_run_or_of_a_sweep_becomes_markup(text):
 def test_an_undefined_template_variable_is_an_error():
     with pytest.raises(UndefinedError, match="'title' is undefined"):
         render("page.html.j2")
+
+
+@pytest.mark.parametrize(("rates", "shown"), [({"wer": 0.5, "cer": 0.2}, True), ({"cer": 0.2}, False), ({}, True)])
+def test_where_words_are_not_spaced_only_the_character_error_rate_is_shown(run, rates, shown):
+    evaluation = {"step": 29, "val_loss": 2.0, "audio_gain": 2.5, **rates}
+    (run / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
+    text = write_report(run).read_text(encoding="utf-8")
+    assert ("word error rate" in text) == shown
+    assert "character error rate" in text
