@@ -207,7 +207,7 @@ def check_stored_tensors(folder: Path, family: str) -> None:
     refuse_quantized(folder, read_model_json(folder / "config.json"), own)
     try:
         with torch.device("meta"):
-            model = model_class(model_class.config_class.from_pretrained(folder, local_files_only=True))
+            model = model_class(load_pretrained(model_class.config_class, folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{folder / 'config.json'}' is not a config of {family} ({reason}): copy it again") from None

@@ -82,7 +82,9 @@ def test_batches_are_filled_across_recordings_and_across_the_windows_of_long_one
         sizes.append(len(batch))
         return [{2: np.zeros((-(-len(clip) // HOP), 1), np.float32)} for clip in batch]
 
-    encoder = SimpleNamespace(sampling_rate=16_000, hop=HOP, window_samples=WINDOW, batch_size=4, encode=encode)
+    encoder = SimpleNamespace(
+        sampling_rate=16_000, hop=HOP, window_samples=WINDOW, batch_size=4, encode=encode, was_checked=True
+    )
     target = SimpleNamespace(layer=2)
     plan = SimpleNamespace(shard=np.zeros(len(rows), int), shard_rows=lambda shard: rows)
     job = SimpleNamespace(
