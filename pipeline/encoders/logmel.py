@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 MEL_FLOOR = 1e-10
+_MAX_SETTING = 2**20
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class MelSettings:
             "feature_size": "n_mels",
             **{key: key for key in ("n_fft", "hop_length", "chunk_length", "sampling_rate")},
         }
+        for key in names.keys() & tree.keys():
+            if type(tree[key]) is not int or not 0 < tree[key] < _MAX_SETTING:
+                raise UserError(
+                    f"'{path}' sets {key} to {tree[key]!r:.40}, not a positive integer: copy the file again"
+                )
+        if tree.get("sampling_rate", 16_000) != 16_000:
+            raise UserError(f"expected 16000 Hz in '{path}', got {tree['sampling_rate']} Hz: copy the file again")
         settings = cls(**{"n_mels": n_mels, **{names[key]: tree[key] for key in names if key in tree}})
         if settings.n_mels != n_mels:
             raise UserError(

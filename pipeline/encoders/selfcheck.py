@@ -65,7 +65,7 @@ def check_features(encoder: Encoder, features: Mapping[int, np.ndarray]) -> None
                 f"layer {layer} of the encoder '{encoder.name}' returned NaN or infinite values in {encoder.dtype} for "
                 "the first audio: set encoder.dtype=float32, or name another model if that does not help"
             )
-        change = _rms(frames - frames.mean(0))
+        change = _rms(frames - frames.mean(0, dtype=np.float64))
         if not MIN_RMS <= rms <= MAX_RMS or change < MIN_CHANGE * rms:
             found = f"have an RMS of {rms:.3g}" if change >= MIN_CHANGE * rms else "do not depend on the audio"
             raise UserError(

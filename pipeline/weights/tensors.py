@@ -6,7 +6,6 @@ Everything here reads headers; no tensor is read. Used by the encoders and, for 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -33,18 +32,21 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a checked folder by name, from the headers of its weight files.
 
     Raises:
-        UserError: a PyTorch file cannot be read without running code, or holds no tensors.
+        UserError: a PyTorch file cannot be read without running code or holds no tensors, or a file is corrupt.
     """
+    from safetensors import SafetensorError, safe_open
+
     found: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
-            with path.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            found.update(
-                (name, StoredTensor(entry["dtype"], tuple(entry["shape"])))
-                for name, entry in header.items()
-                if name != "__metadata__"
-            )
+            try:
+                with safe_open(path, framework="np") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a mapping
+                        tensor = file.get_slice(name)
+                        found[name] = StoredTensor(tensor.get_dtype(), tuple(tensor.get_shape()))
+            except SafetensorError as error:
+                reason = " ".join(str(error).split())[:100]
+                raise UserError(f"'{path}' cannot be read ({reason}): copy it again") from None
         else:
             found.update(
                 (name, StoredTensor(str(value.dtype).removeprefix("torch."), tuple(value.shape)))
