@@ -133,13 +133,15 @@ def find_new(
     new = np.ones(len(keys), dtype=bool)
     if not len(planned):
         return new, 0
-    at = pc.index_in(keys, value_set=planned["key"].combine_chunks())
-    known = at.is_valid().to_numpy()
-    mine = id_words(audio_ids)[known]
-    theirs = id_words(planned["audio_id"].combine_chunks())[at.drop_null().to_numpy()]
-    changed = np.any(mine != theirs, axis=1) & np.any(mine != 0, axis=1)
-    new[np.flatnonzero(known)] = changed
-    return new, int(changed.sum())
+    rows = pc.index_in(planned["key"], value_set=keys.combine_chunks()).fill_null(-1).to_numpy()
+    ids, start, changed = id_words(audio_ids), 0, 0
+    for chunk in planned["audio_id"].chunks:  # no copies of all ids, which are most of the memory
+        listed = rows[start : start + len(chunk)]
+        known, start = listed >= 0, start + len(chunk)
+        mine, theirs = ids[listed[known]], id_words(chunk)[known]
+        new[listed[known]] = np.any(mine != theirs, axis=1) & np.any(mine != 0, axis=1)
+        changed += int(new[listed[known]].sum())
+    return new, changed
 
 
 def id_words(ids: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint64]:

@@ -153,7 +153,8 @@ class Plan:
 
     def columns(self, *names: str) -> pa.Table:
         """Return columns of all rows."""
-        return pq.read_table(self.path, columns=list(names), use_threads=False).replace_schema_metadata(None)
+        table = pq.read_table(self.path, columns=list(names), use_threads=False, memory_map=True, pre_buffer=False)
+        return table.replace_schema_metadata(None)
 
 
 def read_plan(path: Path, name: str | None = None) -> Plan:
