@@ -580,6 +580,8 @@ def sought_span(data: bytes, start: float, stop: float) -> list[Block] | None:
                 at += len(samples)
                 if at >= last:
                     return found
+        if at < 0:  # no frame was decoded: reading all of the file says why
+            return None
         require_inside(first, last, at, rate)
     return found
 

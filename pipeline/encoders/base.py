@@ -44,6 +44,7 @@ class Encoder(Protocol):
         batch_size: Number of clips per call that keeps the device busy; lowered when memory runs out.
         dtype: Precision of the computation, one of ``DTYPES``.
         device: Name of the torch device.
+        was_checked: Whether its first features were found plausible, see ``selfcheck.py``; set there.
     """
 
     family: str
@@ -60,6 +61,7 @@ class Encoder(Protocol):
     batch_size: int
     dtype: str
     device: str
+    was_checked: bool
 
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"

@@ -61,6 +61,7 @@ class LazyEncoder:
     frontend: dict[str, int | float | str | bool | None]
     dtype: str
     device: str
+    was_checked: bool = False
 
     def __init__(
         self, attributes: dict[str, Any], load: Callable[[], Encoder], memo: Path | None, encoder: Encoder | None = None

@@ -85,6 +85,7 @@ class SelfSupervisedEncoder:
         tensors = _checkpoint_state_dict(model.state_dict())
         refuse_corrupt_values(weights.folder, tensors)
         self.tensors = tensors_hash(tensors)
+        self.was_checked = False
         self.dtype, self.device = dtype, device
         self._extractor: Any = None
         if family == "wav2vec2-bert":

@@ -46,7 +46,7 @@ def clip_to_check(encoder: Encoder, clips: Sequence[np.ndarray]) -> np.ndarray |
 
     None if the encoder was checked, or if all clips are silent, short or not finite: they are left for a later call.
     """
-    if getattr(encoder, "was_checked", False):
+    if encoder.was_checked:
         return None
     shortest = AUDIBLE_FRAMES * encoder.hop
     return next((each for each in clips if len(each) >= shortest and AUDIBLE_RMS < _rms(each) < math.inf), None)
@@ -72,7 +72,7 @@ def check_features(encoder: Encoder, features: Mapping[int, np.ndarray]) -> None
                 f"the features of layer {layer} of the encoder '{encoder.name}' {found}, so its weights are not those "
                 "of a trained model: copy them again or name another model"
             )
-    encoder.was_checked = True  # type: ignore[attr-defined]
+    encoder.was_checked = True
 
 
 def _rms(values: np.ndarray) -> float:

@@ -87,6 +87,7 @@ class WhisperEncoder:
         self.window, self.margin = window, margin
         self.tensors = tensors_hash(tensors)
         self.frontend = mel.frontend()
+        self.was_checked = False
         self.dtype = dtype
         self.device = device
         self._pool = ThreadPool(torch.get_num_threads()) if device == "cpu" else None

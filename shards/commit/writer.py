@@ -28,7 +28,6 @@ from shards.files import (
     TEMPORARY_INFIX,
     atomic_write,
     create_file,
-    fsync_folder,
     rename_durably,
     temporary_path,
     write_all,
@@ -326,11 +325,6 @@ def npy_parts(array: Array) -> list[Buffer]:
     return [buffer.getvalue(), values.reshape(-1).view(np.uint8).data]
 
 
-def npy_bytes(array: Array) -> bytes:
-    """Return ``array`` as a version 1.0 ``.npy`` file."""
-    return b"".join(npy_parts(array))
-
-
 def crc32(parts: Iterable[Buffer], before: int = 0) -> int:
     """Return zlib's crc32 over ``parts``, continuing from ``before``."""
     for part in parts:
@@ -344,11 +338,3 @@ def remove_stray_shard_files(layout: Layout, shard: int) -> None:
     for path in list(layout.shards.iterdir()):
         if path.name.startswith(prefix) and TEMPORARY_INFIX in path.name:
             path.unlink(missing_ok=True)
-
-
-def remove_shard(layout: Layout, shard: int) -> None:
-    """Remove a shard. Its record is removed first and durably, so that no record is ever seen without its tar."""
-    layout.record(shard).unlink(missing_ok=True)
-    fsync_folder(layout.shards)
-    for path in (layout.rows(shard), layout.tar(shard)):
-        path.unlink(missing_ok=True)

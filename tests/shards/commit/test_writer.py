@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny_cache import make_cache, make_spec, plan_row
 
 from shards.commit.finalize import commit_record, stray_files, write_plan
-from shards.commit.writer import CommitError, ShardWriter, StoredMembers, remove_shard, remove_stray_shard_files
+from shards.commit.writer import CommitError, ShardWriter, StoredMembers, remove_stray_shard_files
 from shards.errors import WorkFailed
 from shards.files import TEMPORARY_INFIX
 from shards.format.codec import CodecError, decode
@@ -350,18 +350,6 @@ def test_cleaning_removes_what_dead_owners_left_of_this_shard_alone(tmp_path):
         (layout.shards / name).touch()
     remove_stray_shard_files(layout, 1)
     assert sorted(files(layout.shards)) == sorted(others)
-
-
-def test_taking_a_shard_back_removes_its_record_durably_first(tmp_path, monkeypatch):
-    layout = Layout(make_cache(tmp_path / "c", n=4, shards=2))
-    order = []
-    unlink, fsync = os.unlink, os.fsync
-    monkeypatch.setattr(os, "unlink", lambda path, **more: (order.append(Path(path).name), unlink(path, **more)))
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
-    remove_shard(layout, 1)
-    assert order == ["000001.json", "fsync", "000001.parquet", "000001.tar"]
-    remove_shard(layout, 1)
-    assert not list(layout.shards.glob("000001.*"))
 
 
 def test_the_tars_of_a_cache_never_change_between_versions(tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_faults import make_small_cache
 
-from shards.commit.writer import npy_bytes
+from shards.commit.writer import npy_parts
 from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.format.npy import NpyError, parse_npy_header
@@ -80,7 +80,7 @@ def fuzz_tar(layout: Layout, cases: int) -> None:
 def fuzz_npy(layout: Layout, cases: int) -> None:
     import numpy as np
 
-    honest = npy_bytes(np.ones((7, 4), np.float16))
+    honest = b"".join(npy_parts(np.ones((7, 4), np.float16)))
     head = st.builds(
         lambda d, f, s: f"{{'descr': '{d}', 'fortran_order': {f}, 'shape': {s}, }}".ljust(117).encode() + b"\n",
         st.sampled_from(["<f2", "<f4", "|O", "<U9", "|V8", "<u2"]),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.commit.writer import npy_bytes
+from shards.commit.writer import npy_parts
 from shards.format.npy import DTYPES, NpyError, parse_npy_header
 
 
@@ -20,7 +20,7 @@ def header(text: str, body: bytes = b"") -> bytes:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 40), min_size=1, max_size=2))
 def test_every_array_of_a_shard_is_read_as_numpy_reads_it(text, shape):
-    data = npy_bytes(np.ones(shape, dtype=text))
+    data = b"".join(npy_parts(np.ones(shape, dtype=text)))
     dtype, found, start = parse_npy_header(memoryview(data))
     theirs = np.load(io.BytesIO(data), allow_pickle=False)
     assert (dtype, found) == (theirs.dtype, theirs.shape)
