@@ -88,7 +88,7 @@ def measure(cache: str, labels: str) -> dict[str, float]:
     seconds, cpu = time.perf_counter() - since, time.process_time() - used
     held = status_mb("VmRSS") - before
     assert len(opened) == len(opened.labels.table)
-    return {"seconds": seconds, "cpu": cpu, "peak": order_scale.peak_mb() - before, "held": held}
+    return {"seconds": seconds, "cpu": cpu, "peak": status_mb("VmHWM") - before, "held": held}
 
 
 def status_mb(name: str) -> float:

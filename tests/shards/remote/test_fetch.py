@@ -117,9 +117,8 @@ def test_a_password_in_a_url_is_refused_and_not_shown():
     assert "secret" not in str(told.value)
 
 
-@contextmanager
-def https_redirect(target: str, folder):
-    """The URL of an encrypted server that redirects to ``target``, and the file of its certificate."""
+def redirecting(target: str) -> type[BaseHTTPRequestHandler]:
+    """A handler that redirects every request to ``target``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -130,6 +129,13 @@ def https_redirect(target: str, folder):
 
         def log_message(self, *words: object) -> None:
             pass
+
+    return Handler
+
+
+@contextmanager
+def https_redirect(target: str, folder):
+    """The URL of an encrypted server that redirects to ``target``, and the file of its certificate."""
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"certificate of {folder.name}")])
@@ -149,7 +155,7 @@ def https_redirect(target: str, folder):
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with HTTPServer(("127.0.0.1", 0), redirecting(target)) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
@@ -174,17 +180,7 @@ def test_a_redirect_is_followed_but_not_from_https_to_http(folder, tmp_path, mon
 
 @pytest.mark.parametrize("target", ["https://127.0.0.1:1", "ftp://127.0.0.1:1", "file://", "data:,x", "gopher://x"])
 def test_a_redirect_never_changes_the_scheme(tmp_path, target):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(302)
-            self.send_header("Location", target + self.path)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *words: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with HTTPServer(("127.0.0.1", 0), redirecting(target)) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             with pytest.raises(UserError, match=f"redirects from http to {target.partition(':')[0]}: use another URL"):
