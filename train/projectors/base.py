@@ -158,7 +158,7 @@ class Projector(nn.Module):
         """Set all weights from ``generator``, so that the same seed produces the same projector."""
 
     def soft_frames(self, frames: int) -> int:
-        """Return the number of soft tokens of an utterance of ``frames`` frames."""
+        """Return the number of soft tokens of an utterance of ``frames`` frames; the most, if its content decides."""
         raise NotImplementedError
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +173,19 @@ class Projector(nn.Module):
             ``soft_frames`` of them, come first. They must not depend on padding frames or on other rows of the batch.
         """
         raise NotImplementedError
+
+    def ctc_head(self) -> nn.Module | None:
+        """Return the CTC head that the projector itself has and needs for its soft tokens; None for most projectors."""
+        return None
+
+    def token_vectors(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vectors [B, S, D] that stage 1 compares with token embeddings, and their mask, bool [B, S].
+
+        These are the soft tokens, except for a projector that makes soft tokens of them (``posterior``). Arguments as
+        in :meth:`forward`.
+        """
+        soft, soft_mask = self(features, mask)
+        return soft, soft_mask
 
     def summary(self) -> dict[str, Any]:
         """Return facts about the weights for ``summary.json``, as JSON values; empty for most projectors."""

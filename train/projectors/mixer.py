@@ -68,6 +68,14 @@ class MixedProjector(Projector):
     def soft_frames(self, frames: int) -> int:
         return self.projector.soft_frames(frames)
 
+    def ctc_head(self) -> nn.Module | None:
+        """As for the projector."""
+        return self.projector.ctc_head()
+
+    def token_vectors(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As for the projector, of mixed features."""
+        return self.projector.token_vectors(self._mixed(features), mask)
+
     def take_losses(self) -> dict[str, Tensor]:
         return self.projector.take_losses()
 
@@ -80,6 +88,9 @@ class MixedProjector(Projector):
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map features [B, T, L·C], mask [B, T] bool to soft [B, S, D], soft_mask [B, S] bool."""
-        layers = features.chunk(len(self.mixer.logits), -1)
-        soft, soft_mask = self.projector(self.mixer(layers), mask)
+        soft, soft_mask = self.projector(self._mixed(features), mask)
         return soft, soft_mask
+
+    def _mixed(self, features: Tensor) -> Tensor:
+        mixed: Tensor = self.mixer(features.chunk(len(self.mixer.logits), -1))
+        return mixed
