@@ -85,6 +85,21 @@ def parser() -> argparse.ArgumentParser:
     lr_range.add_argument("--json", metavar="FILE", help="write the losses and the suggestion to FILE")
     overrides(lr_range)
 
+    pretrain = add(
+        "pretrain",
+        "train stage 1 of a run, without the language model",
+        "pretrain --config configs/train/librispeech.yaml",
+    )
+    pretrain.add_argument("--config", metavar="FILE", help="YAML file with pretrain.steps (see configs/train/)")
+    pretrain.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="resume a run (default: the run of --config, or the newest)",
+    )
+    overrides(pretrain)
+
     evaluate = add("evaluate", "evaluate a trained run", "evaluate runs/demo --json metrics.json")
     evaluate.add_argument(
         "run", nargs="?", metavar="RUN", help="run folder (default: the run of --config, or the newest run)"
@@ -151,6 +166,7 @@ def command(argv: Sequence[str]) -> int:
     args = parse_args(parser(), argv)
     handlers = {
         "fit": _fit,
+        "pretrain": _pretrain,
         "sweep": _sweep,
         "lr-range": _lr_range,
         "evaluate": _evaluate,
@@ -165,26 +181,36 @@ def command(argv: Sequence[str]) -> int:
     return handlers[args.command](args)
 
 
-def _fit(args: argparse.Namespace) -> int:
+def _pretrain(args: argparse.Namespace) -> int:
+    return _fit(args, stage_one_only=True)
+
+
+def _fit(args: argparse.Namespace, stage_one_only: bool = False) -> int:
     from train.distributed.group import open_process_group
 
     with open_process_group() as group:
         with group.raise_on_all_ranks():
             config, resume = _fit_config(args)
+            if stage_one_only and not config.pretrain.steps:
+                raise UserError("there is no stage 1 without pretrain.steps: set it to a number of steps")
 
         from train.trainer.trainer import Interrupted, fit
 
         try:
-            run = fit(config, resume, group)
+            run = fit(config, resume, group, stage_one_only=stage_one_only)
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             return 130
         if group.is_main_process:
+            from train.config.train import STAGE_ONE
             from train.report import REPORT
             from train.runs.folder import read_json
 
-            print(_format_summary(read_json(run / "summary.json")))
-            print(f"report: {run / REPORT}", flush=True)
+            shown = run / STAGE_ONE if stage_one_only else run
+            print(_format_summary(read_json(shown / "summary.json")))
+            print(f"report: {shown / REPORT}", flush=True)
+            if stage_one_only:
+                print(f"stage 2 starts from it: python -m train fit --resume {run}", flush=True)
     return 0
 
 

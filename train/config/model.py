@@ -204,6 +204,28 @@ class TransformerConfig(KindConfig):
         return self
 
 
+class PosteriorConfig(KindConfig):
+    """Distributions over the LM's tokens, as soft tokens: one per token that the audio says (LegoSLM).
+
+    Convolutions -> a CTC head over the tokens of the labels -> softmax(scores / `temperature`) times the LM's input
+    embeddings; blanks are dropped and repeats merged. Train it with stage 1 (`pretrain`).
+    """
+
+    kind: Literal["posterior"] = "posterior"
+    hidden: int = Field(default=384, ge=1)
+    """Channels of the convolutions."""
+    layers: int = Field(default=3, ge=2)
+    """Convolutions: the first has stride 2, so that a time step is two frames."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Dropout probability in front of each layer."""
+    spelling: float = Field(default=0.5, ge=0)
+    """Weight of a CTC loss over the bytes of the text at the second convolution, in stage 1 and with `ctc.weight` in
+    stage 2. Few labels name a token often enough, and many name its letters. 0: off."""
+    temperature: float = Field(default=0.33, gt=0)
+    """Temperature of the softmax. Flat averages of embeddings are noise to an LM; below 1 they are sharper. Evaluation
+    may change it."""
+
+
 class CustomConfig(Config):
     """A projector class of your own, derived from `train.Projector`."""
 
@@ -228,6 +250,7 @@ KINDS: dict[str, type[KindConfig]] = {
     "moe": MoeConfig,
     "pool": PoolConfig,
     "transformer": TransformerConfig,
+    "posterior": PosteriorConfig,
 }
 
 
@@ -251,6 +274,7 @@ ProjectorConfig = Annotated[
     | Annotated[MoeConfig, Tag("moe")]
     | Annotated[PoolConfig, Tag("pool")]
     | Annotated[TransformerConfig, Tag("transformer")]
+    | Annotated[PosteriorConfig, Tag("posterior")]
     | Annotated[CustomConfig, Tag(CUSTOM_KIND)],
     Discriminator(_kind),
 ]
@@ -285,6 +309,69 @@ class ContrastiveConfig(Config):
     """Weight of the loss, added to the others. 0: off."""
     temperature: float = Field(default=0.07, gt=0)
     """Temperature: cosine similarities are divided by it."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Steps over which the weight falls linearly to 0. null: it does not fall."""
+
+
+class CtcConfig(Config):
+    """CTC loss of the soft tokens over the LM's tokens (`train/model/ctc.py`), in stage 2."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss per target token, added to the others. 0: off."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Steps over which the weight falls linearly to 0. null: it does not fall."""
+
+
+class AugmentConfig(Config):
+    """Changes of the cached features in training: speed, then noise (`noise_std`), then masks.
+
+    The masks are those of SpecAugment (arXiv 1904.08779), here on features: a masked value becomes the mean of its
+    channel over the utterance.
+    """
+
+    speed: float = Field(default=0.0, ge=0, le=0.5)
+    """Largest relative change of the time axis, in both directions: 0.1 draws from 0.9 to 1.1 for each utterance."""
+    time_masks: int = Field(default=0, ge=0)
+    """Spans of frames that are masked in each utterance."""
+    time_mask_frames: int = Field(default=25, ge=1)
+    """Longest span, in frames. Spans have at least a fifth of it."""
+    channel_masks: int = Field(default=0, ge=0)
+    """Bands of neighbouring channels that are masked in each utterance."""
+    channel_mask_size: int = Field(default=32, ge=1)
+    """Channels in each band."""
+
+
+class PretrainConfig(Config):
+    """Stage 1: the projector alone learns from cache and labels, by CTC over the LM's tokens and without the LM.
+
+    It is a run of its own in `pretrain/` of the run folder, with the keys below instead of the run's; stage 2 starts
+    from its weights (`train/model/ctc.py`).
+    """
+
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps. 0: no stage 1."""
+    start: str | None = None
+    """Folder of a run whose stage 1 is used instead of training one."""
+    negatives: int = Field(default=0, ge=0)
+    """Tokens of the CTC head besides those of the labels: the most frequent of the LM that have the same characters."""
+    lr: float = Field(default=2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup: float = Field(default=0.1, ge=0)
+    """Linear warmup: below 1 a fraction of `steps`, otherwise a number of steps. Then half a cosine."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Weight decay of AdamW."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """As the key of the run."""
+    frame_mask_prob: float = Field(default=0.0, ge=0, lt=1)
+    """As the key of the run."""
+    noise_std: float = Field(default=0.0, ge=0)
+    """As the key of the run."""
+    augment: AugmentConfig = AugmentConfig(time_masks=6, channel_masks=1)
+    """As the key of the run."""
+    eval_every: int | None = Field(default=None, ge=0)
+    """Steps between evaluations: held-out loss, and the error rates of the likeliest path. null: only at the end."""
+    patience: int | None = Field(default=None, ge=1)
+    """Early stopping, as the key of the run."""
 
 
 class LmConfig(Config):

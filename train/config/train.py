@@ -16,14 +16,20 @@ from pydantic import BeforeValidator, Field, model_validator
 from shards.config.base import Config, flatten
 from shards.stream.sampler import SamplerConfig, Weight
 from train.config.model import (
+    AugmentConfig,
     ContrastiveConfig,
+    CtcConfig,
     DistillConfig,
     LmConfig,
     MlpConfig,
+    PretrainConfig,
     ProjectorConfig,
     PromptConfig,
     TextConfig,
 )
+
+CTC = "ctc:"  # of lm.model: stage 1, see train/model/ctc.py
+STAGE_ONE = "pretrain"  # name of its run folder, in that of the run
 
 # Keys that do not affect the losses of a run: a resumed run may change them.
 CHANGEABLE_KEYS = frozenset(
@@ -176,6 +182,9 @@ class TrainConfig(Config):
 
     distill: DistillConfig = DistillConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
+    ctc: CtcConfig = CtcConfig()
+
+    pretrain: PretrainConfig = PretrainConfig()
 
     steps: int = Field(default=1000, ge=1)
     """Number of optimizer steps."""
@@ -199,6 +208,7 @@ class TrainConfig(Config):
     """Probability with which each frame is set to zero in training. 0.1 works well."""
     noise_std: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise on features in training, relative to that of each channel."""
+    augment: AugmentConfig = AugmentConfig()
 
     batch: BatchConfig = BatchConfig()
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -262,6 +272,12 @@ class TrainConfig(Config):
             raise ValueError("normalise_layers=true needs several layers: set caches=[[…-L4-…, …-L6-…]]")
         if self.distill.weight and (self.lm.train or self.lm.lora):
             raise ValueError("distill needs a frozen LM: set distill.weight=0, or remove lm.train and lm.lora")
+        if self.lm.model.startswith(CTC) and (self.pretrain.steps or self.distill.weight or self.contrastive.weight):
+            raise ValueError(f"lm.model={self.lm.model} is stage 1: remove pretrain, distill and contrastive")
+        if self.pretrain.steps and self.pretrain.start:
+            raise ValueError("pretrain.start uses the stage 1 of another run: set pretrain.steps=0")
+        if self.pretrain.patience is not None and not self.pretrain.eval_every:
+            raise ValueError("pretrain.patience counts evaluations: set pretrain.eval_every to a number of steps")
         if self.name == "latest":
             raise ValueError("name=latest is reserved for the link to the newest run: choose another name")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -272,6 +288,29 @@ class TrainConfig(Config):
     def cache_labels(self) -> Sequence[str | None]:
         """The labels of each of ``caches``."""
         return _per_cache(self.labels, self.caches)
+
+    @property
+    def is_stage_one(self) -> bool:
+        """Whether this is stage 1, which has a CTC head instead of a language model."""
+        return self.lm.model.startswith(CTC)
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the projector starts from a stage 1."""
+        return bool(self.pretrain.steps or self.pretrain.start)
+
+    def stage_one(self, run: str) -> TrainConfig:
+        """Return the settings of stage 1 of the run in the folder ``run``."""
+        own = self.pretrain
+        lm = LmConfig(model=f"{CTC}{self.lm.model}")
+        same = {name: getattr(own, name) for name in _STAGE_ONE_KEYS}
+        return TrainConfig.model_construct(
+            **{name: getattr(self, name) for name in TrainConfig.model_fields if name not in _RESET_KEYS}
+            | same
+            | {"lm": lm, "runs": run, "name": STAGE_ONE, "retrieval_limit": 0, "eval_limit": None}
+            | {"decode_samples": self.decode_limit}  # free: the likeliest path
+            | {"pretrain": PretrainConfig(negatives=own.negatives), "min_lr": 0.0, "schedule": "cosine"}
+        )
 
     @property
     def layers(self) -> int:
@@ -298,6 +337,14 @@ class TrainConfig(Config):
             # a file of labels may move: checkpoints compare label ids instead
             if key not in ("labels", "val.labels") or not (_is_file(mine.get(key)) and _is_file(theirs.get(key)))
         ]
+
+
+# of stage 1: those of the block ``pretrain``, and those that are the defaults whatever the run has
+_STAGE_ONE_KEYS = (
+    *("steps", "lr", "warmup", "weight_decay", "ema_decay", "frame_mask_prob", "noise_std", "augment"),
+    *("eval_every", "patience"),
+)
+_RESET_KEYS = frozenset({"prompt", "distill", "contrastive", "ctc", "gradient_accumulation_steps", "min_loss_drop"})
 
 
 def _is_file(labels: Any) -> bool:

@@ -1,7 +1,7 @@
 """The batches of this rank: a ``FeatureStream`` over the caches of a run with the channels of all layers.
 
 :func:`open_stream` returns the stream that a training loop iterates and whose state a checkpoint stores.
-:func:`augment` masks frames and adds Gaussian noise.
+:func:`augment` stretches, masks and adds noise.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from shards.stream.batch import Batch
 from shards.stream.iterable_dataset import FeatureStream
+from train.config.model import AugmentConfig
 from train.config.train import TrainConfig
 from train.data.caches import TrainData
 from train.data.layers import LayeredCaches
 from train.distributed.device import choose_device
 from train.distributed.group import ProcessGroup
 
+UNCHANGED = AugmentConfig()
 PREFETCH = 2  # batches whose other layers are read while the training loop runs
 
 
@@ -81,26 +86,66 @@ def open_stream(config: TrainConfig, data: TrainData, group: ProcessGroup) -> St
     return stream if data.layers is None else LayeredStream(stream, data.layers)
 
 
-def augment(batch: Batch, seed: int, frame_mask_prob: float, noise_std: float) -> Batch:
-    """Return ``batch`` with Gaussian noise added, and then each frame set to zero with probability ``frame_mask_prob``.
+def augment(
+    batch: Batch, seed: int, frame_mask_prob: float, noise_std: float, changes: AugmentConfig = UNCHANGED
+) -> Batch:
+    """Return ``batch`` with the changes of a training step; ``batch`` itself does not change.
 
-    ``noise_std`` is the standard deviation of the noise relative to that of each channel over the utterance: a few
-    channels of a speech encoder are a hundred times larger than the others. ``batch`` itself does not change. The noise
-    of an utterance depends only on the seed, the index of the global batch and the row, so it is the same for any world
-    size.
+    In this order: the time axis of each utterance is stretched (``changes.speed``), Gaussian noise is added, spans of
+    frames and bands of channels become the mean of their channel over the utterance, and each frame becomes zero with
+    probability ``frame_mask_prob``. ``noise_std`` is the standard deviation of the noise relative to that of each
+    channel over the utterance: a few channels of a speech encoder are a hundred times larger than the others.
+
+    What happens to an utterance depends only on the seed, the index of the global batch and the row, so it is the same
+    for any world size.
     """
-    if not (frame_mask_prob or noise_std):
+    if not (frame_mask_prob or noise_std or changes.speed or changes.time_masks or changes.channel_masks):
         return batch
-    batch = replace(batch, features=batch.features.clone())
+    utterances = []
     for features, frames, row in zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True):
         generator = torch.Generator().manual_seed(_seed(seed, batch.index, row))
-        valid = features[:frames]
-        if noise_std and frames > 1:
+        valid = _stretched(features[:frames], changes.speed, generator)
+        if noise_std and len(valid) > 1:
             noise = torch.randn(valid.shape, generator=generator)
             valid += (noise_std * valid.float().std(0, unbiased=False) * noise).to(valid.dtype)
+        _mask(valid, changes, generator)
         if frame_mask_prob:
-            valid[torch.rand(frames, generator=generator) < frame_mask_prob] = 0
-    return batch
+            valid[torch.rand(len(valid), generator=generator) < frame_mask_prob] = 0
+        utterances.append(valid)
+    if not utterances:
+        return batch
+    lengths = torch.tensor([len(valid) for valid in utterances])
+    return replace(batch, features=pad_sequence(utterances, batch_first=True), lengths=lengths)
+
+
+def _stretched(features: Tensor, speed: float, generator: torch.Generator) -> Tensor:
+    """Return a copy of [T, C] at 1 ± ``speed`` times the speed, linearly interpolated."""
+    if not speed or len(features) < 2:
+        return features.clone()
+    rate = 1 + speed * (2 * float(torch.rand((), generator=generator)) - 1)
+    size = max(1, round(len(features) / rate))
+    stretched = F.interpolate(features.T[None].float(), size=size, mode="linear", align_corners=False)
+    return stretched[0].T.contiguous().to(features.dtype)
+
+
+def _mask(features: Tensor, changes: AugmentConfig, generator: torch.Generator) -> None:
+    """Set spans and bands of [T, C] to the mean of their channels."""
+    frames, channels = features.shape
+    if not (changes.time_masks or changes.channel_masks):
+        return
+    mean = features.float().mean(0).to(features.dtype)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, max(low, high) + 1, (), generator=generator))
+
+    shortest = max(1, changes.time_mask_frames // 5)
+    for _ in range(changes.time_masks):
+        width, start = draw(shortest, changes.time_mask_frames), draw(0, frames - 1)
+        features[start : start + width] = mean
+    for _ in range(changes.channel_masks):
+        start = draw(0, channels - changes.channel_mask_size)
+        band = slice(start, start + changes.channel_mask_size)
+        features[:, band] = mean[band]
 
 
 def _seed(*numbers: int) -> int:

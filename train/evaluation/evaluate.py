@@ -93,7 +93,7 @@ class EvalConfig:
             max_frames=config.batch.max_frames,
             decode_limit=config.decode_limit,
             max_new_tokens=config.max_new_tokens,
-            complete=True,
+            complete=not config.is_stage_one,  # the others ask what a language model makes of the audio
             retrieval_limit=config.retrieval_limit,
             text=config.text,
             language=config.eval.language,

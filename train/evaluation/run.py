@@ -44,7 +44,12 @@ from train.evaluation.evaluate import EvalConfig, Evaluation, evaluate
 from train.model.build import load_model
 from train.runs import folder as runs
 
-EVALUATION_KEYS = ("val.limit", "dtype", "eval.")  # may differ from training, like CHANGEABLE_KEYS
+EVALUATION_KEYS = (
+    "val.limit",
+    "dtype",
+    "eval.",
+    "projector.temperature",
+)  # may differ from training, like CHANGEABLE_KEYS
 
 
 def evaluate_run(

@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from train.config.model import CustomConfig, LmConfig, ProjectorConfig, PromptCo
 from train.config.train import TrainConfig
 from train.data.instructions import Instructions
 from train.model.build import load_model
+from train.model.ctc import MAX_TOKENS, read_tokens
 from train.runs.folder import read_cache_info, read_json, run_config
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class ExportConfig(Config):
     feature_ids: list[str]
     manifest_ids: list[str]
     encoder: str | None  # encoder reference recorded by the run
+    tokens: list[int] = Field(default_factory=list, max_length=MAX_TOKENS)  # ids of the tokens of its CTC head
 
 
 def export(run: Path, folder: Path, kind: str | None = None) -> Path:
@@ -95,7 +98,8 @@ def export(run: Path, folder: Path, kind: str | None = None) -> Path:
         raise UserError(f"'{folder}' already exists: name another folder, or delete it")
     config, cache_info = run_config(run, projector=kind), read_cache_info(run)
     model = load_model(run, config, torch.device("cpu"), torch.float32)
-    settings = make_settings(config, cache_info, model.lm, model.projector, model.prompt.instructions)
+    tokens = read_tokens(run) if model.projector.ctc_head() is not None else []
+    settings = make_settings(config, cache_info, model.lm, model.projector, model.prompt.instructions, tokens)
     write_projector(folder, settings, model.projector)
     trained = trained_parameters(model.lm)
     if trained:
@@ -135,6 +139,7 @@ def make_settings(
     lm: LanguageModel,
     projector: Projector,
     instructions: Instructions | None = None,
+    tokens: Sequence[int] = (),
 ) -> ExportConfig:
     """Return ``config.json`` of an export of a run with these settings, ``caches.json``, LM and trained projector."""
     from shards.format.spec import FeatureSpec
@@ -160,6 +165,7 @@ def make_settings(
         feature_ids=[FeatureSpec.parse(spec, "caches.json").feature_id for spec in specs],
         manifest_ids=[cache["manifest_id"] for cache in cache_info["caches"]],
         encoder=cache_info.get("encoder"),
+        tokens=list(tokens),
     )
 
 
@@ -230,6 +236,7 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
         UserError: the folder is not an export, has another format version, or is corrupt; or it holds a custom
             projector and ``kind`` is not given.
     """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -245,7 +252,10 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
                 f"{MODEL_CARD} shows"
             )
         config = validate_config(CustomConfig, {"kind": kind, "settings": config.settings}, "kind")
-    projector = build_projector(config, settings.channels, settings.width, settings.embedding_rms)
+    rows = torch.zeros(len(settings.tokens), settings.width)  # their values are among the weights
+    projector = build_projector(
+        config, settings.channels, settings.width, settings.embedding_rms, token_embeddings=rows
+    )
     if settings.layers > 1:
         projector = MixedProjector(LayerMixer(settings.layers, settings.normalise_layers), projector)
     weights = Path(folder) / WEIGHTS

@@ -77,6 +77,16 @@ class LanguageModel(nn.Module):
     learned_positions: bool = False  # whether there are no embeddings of further positions
 
     @property
+    def soft_width(self) -> int:
+        """D of the vectors that a projector makes for this model."""
+        return self.width
+
+    @property
+    def soft_rms(self) -> float:
+        """RMS at which they start, if the projector has an output norm."""
+        return self.embedding_rms
+
+    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device

@@ -29,6 +29,7 @@ class TokenEmbeddings:
 
     reference: str
     identity: str  # as that of the language model
+    files: dict[str, str]  # sha256 of the configs and the tokenizer's files, by name
     tokenizer: Tokenizer
     width: int  # D
     count: int  # rows of the embedding matrix
@@ -57,7 +58,7 @@ def read_embeddings(reference: str, options: LmConfig, seed: int = 0) -> TokenEm
         lm = load_nanochat(reference, device="cpu", dtype=torch.float32, train=False, seed=seed, options=options)
         weight = lm.embed(torch.arange(lm.gpt.transformer.wte.num_embeddings)).float()
         return TokenEmbeddings(
-            reference, lm.identity, lm.tokenizer, lm.width, len(weight), lambda ids: weight[torch.tensor(list(ids))]
+            reference, lm.identity, {}, lm.tokenizer, lm.width, len(weight), lambda ids: weight[torch.tensor(list(ids))]
         )
     from pipeline.weights.resolve import resolve_weights
 
@@ -67,7 +68,7 @@ def read_embeddings(reference: str, options: LmConfig, seed: int = 0) -> TokenEm
 
 def _from_folder(folder: Path, reference: str) -> TokenEmbeddings:
     from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
-    from train.lms.hf.model import HfTokenizer, generation_ends, hash_weights
+    from train.lms.hf.model import HfTokenizer, generation_ends, hash_configs, hash_weights
 
     forbid_hub_kernels()  # before the first import of transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -75,7 +76,7 @@ def _from_folder(folder: Path, reference: str) -> TokenEmbeddings:
     try:
         config = load_pretrained(AutoConfig, folder)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         tokenizer = load_pretrained(AutoTokenizer, folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -98,7 +99,8 @@ def _from_folder(folder: Path, reference: str) -> TokenEmbeddings:
         return torch.empty(0, width) if found is None else found * factor
 
     ends = generation_ends(model) if getattr(model, "generation_config", None) else []
-    return TokenEmbeddings(reference, hash_weights(folder), HfTokenizer(tokenizer, reference, ends), width, count, rows)
+    own = HfTokenizer(tokenizer, reference, ends)
+    return TokenEmbeddings(reference, hash_weights(folder), hash_configs(folder), own, width, count, rows)
 
 
 def _find_rows(folder: Path, name: str, shape: tuple[int, int], reference: str) -> tuple[Path, str]:

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from train.lms.base import LanguageModel, LmRequest, SeparatePasses
+from train.lms.base import LanguageModel, LmRequest, SeparatePasses, Tokenizer
 from train.model.prompt import Prompt, PromptRow
 from train.projectors import Projector
+from train.projectors.ctc import ctc_nll
+
+Scores = dict[str, tuple[Tensor, Tensor]]  # see ``Projector.take_scores``
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,23 @@ def batch_loss(request: LmRequest, nll: Tensor, auxiliary: dict[str, Tensor] | N
 class AudioLM(nn.Module):
     """A projector, a language model and a prompt. Use ``nll`` to train and evaluate, ``generate`` to decode."""
 
-    def __init__(self, projector: Projector, lm: LanguageModel, prompt: Prompt) -> None:
+    def __init__(
+        self,
+        projector: Projector,
+        lm: LanguageModel,
+        prompt: Prompt,
+        ctc_head: nn.Module | None = None,
+        ctc_tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            ctc_head: scores tokens of the LM for an auxiliary CTC loss; it may be the projector's.
+            ctc_tokenizer: the classes of ``ctc_head``.
+        """
         super().__init__()
         self.projector, self.lm, self.prompt = projector, lm, prompt
+        self.ctc_head, self.ctc_tokenizer = ctc_head, ctc_tokenizer
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map features [B, T, C] of any float dtype and mask [B, T] bool to soft tokens.
@@ -72,6 +89,16 @@ class AudioLM(nn.Module):
     ) -> BatchLoss:
         """Return the loss of ``texts`` [B] given the audio. Padding and other rows of the batch do not affect a row."""
         return ModelList([self]).nll(features, mask, texts, rows)[0]
+
+    def ctc_nll(self, request: LmRequest, scores: Scores, texts: Sequence[str]) -> Tensor:
+        """Return the CTC loss of ``texts`` [B] in nats, float32 [B], for the soft tokens of ``request``.
+
+        ``scores`` are those that the projector kept, if it merges time steps to soft tokens.
+        """
+        if self.ctc_head is None or self.ctc_tokenizer is None:
+            raise ValueError("the model has no CTC head: set ctc.weight")
+        own, mask = scores.get("tokens") or (self.ctc_head(request.soft), request.soft_mask)
+        return ctc_nll(own, mask, [self.ctc_tokenizer.encode(text) for text in texts])
 
     @torch.no_grad()
     def candidate_nll(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
     from train.model.audio_lm import AudioLM
 
 
+def load_run_lm(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None = None
+) -> LanguageModel:
+    """Load the language model of ``config``, or for stage 1 what takes its place.
+
+    Args:
+        tokens: those of the CTC head, for stage 1.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from train.lms.load import load_lm
+
+    options = config.lm
+    if config.is_stage_one:
+        from train.model.ctc import load_ctc
+
+        return load_ctc(config, tokens or [], device)
+    return load_lm(options.model, device=device, dtype=dtype, train=options.train, seed=config.seed, options=options)
+
+
 def build_model(
     config: TrainConfig,
     channels: int,
@@ -26,6 +48,7 @@ def build_model(
     lm: LanguageModel | None = None,
     instructions: Instructions | None = None,
     run: Path | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> AudioLM:
     """Build the model of ``config`` with its initial weights on ``device``.
 
@@ -37,24 +60,31 @@ def build_model(
         lm: the language model of ``config.lm``, if it is already loaded.
         instructions: the content of the file ``config.prompt.prompts``, if it is already read.
         run: an existing run of ``config``, whose ids are replayed.
+        tokens: ids of the tokens of a CTC head; None: those of ``run``, if the model has a head.
 
     Raises:
         UserError: the language model cannot be loaded, or makes other ids than ``run`` was trained with.
     """
     import torch
 
-    from train.lms.load import load_lm
     from train.model.audio_lm import AudioLM
+    from train.model.ctc import CtcTokenizer, ScoringProjector, ctc_head, head_embeddings, read_tokens, uses_tokens
     from train.model.prompt import Prompt
     from train.projectors import LayerMixer, MixedProjector, build_projector
 
     torch.manual_seed(config.seed)  # dropout draws from the global generator
+    if tokens is None and run is not None and uses_tokens(config):
+        tokens = read_tokens(run)
     if lm is None:
-        options = config.lm
-        lm = load_lm(options.model, device=device, dtype=dtype, train=options.train, seed=config.seed, options=options)
-    projector = build_projector(config.projector, channels, lm.width, lm.embedding_rms, seed=config.seed)
+        lm = load_run_lm(config, device, dtype, tokens)
+    embeddings = None if tokens is None else head_embeddings(lm, tokens)
+    width, rms = lm.soft_width, lm.soft_rms
+    projector = build_projector(config.projector, channels, width, rms, seed=config.seed, token_embeddings=embeddings)
     if config.layers > 1:
         projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
+    head = None if embeddings is None or not config.ctc.weight else ctc_head(projector, embeddings)
+    if config.is_stage_one and embeddings is not None:
+        projector = ScoringProjector(projector, embeddings)
     if instructions is None and config.prompt.prompts is not None:
         instructions = read_instructions(config.prompt.prompts)
     record = None if run is None else replay_date(lm, run)
@@ -62,7 +92,8 @@ def build_model(
     prompt = Prompt(config.prompt, lm.tokenizer, instructions, config.order_seed, config.val.seed, end)
     if run is not None and record is not None:
         require_same_ids(lm, prompt, record, run)
-    return AudioLM(projector, lm, prompt).to(device)
+    classes = None if head is None else CtcTokenizer(lm.tokenizer, tokens or [])
+    return AudioLM(projector, lm, prompt, head, classes).to(device)
 
 
 def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> AudioLM:

@@ -25,6 +25,7 @@ from train.projectors.conv import ConvProjector
 from train.projectors.mixer import LayerMixer, MixedProjector
 from train.projectors.mlp import LinearProjector, MlpProjector, PoolProjector, ResidualProjector, SwigluProjector
 from train.projectors.moe import make_moe
+from train.projectors.posterior import PosteriorProjector
 from train.projectors.qformer import QformerProjector
 from train.projectors.transformer import TransformerProjector
 
@@ -41,16 +42,26 @@ REGISTRY: dict[str, Callable[..., Projector]] = {
     "moe": make_moe,
     "pool": PoolProjector,
     "transformer": TransformerProjector,
+    "posterior": PosteriorProjector,
 }
 
 
 def build_projector(
-    config: ProjectorConfig, channels: int, width: int, embedding_rms: float, *, seed: int = 0
+    config: ProjectorConfig,
+    channels: int,
+    width: int,
+    embedding_rms: float,
+    *,
+    seed: int = 0,
+    token_embeddings: torch.Tensor | None = None,
 ) -> Projector:
     """Build the projector of ``config`` from ``channels`` to ``width``.
 
     The gain of an output norm starts at ``embedding_rms``. Initial weights are drawn from a separate generator: the
     same seed always produces the same bytes.
+
+    Args:
+        token_embeddings: [V, D], embeddings of the tokens of a CTC head; ``posterior`` needs them.
 
     Raises:
         UserError: a size is invalid, or a user's class cannot be imported or constructed.
@@ -64,8 +75,13 @@ def build_projector(
         projector = _build_custom(config, channels, width, embedding_rms, seed)
         projector.init_weights(generator)
         return projector
+    own: tuple[torch.Tensor, ...] = ()
+    if config.kind == "posterior":
+        if token_embeddings is None:
+            raise ValueError("projector.kind=posterior needs the embeddings of the tokens of its head")
+        own = (token_embeddings,)
     try:
-        projector = REGISTRY[config.kind](config, channels, width, embedding_rms)
+        projector = REGISTRY[config.kind](config, channels, width, embedding_rms, *own)
     except ValueError as error:
         raise UserError(f"projector.kind={config.kind}: {error}") from None
     projector.init_weights(generator)

@@ -152,6 +152,7 @@ class Projector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._losses: dict[str, Tensor] = {}
+        self._scores: dict[str, tuple[Tensor, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -199,6 +200,14 @@ class Projector(nn.Module):
         """
         losses, self._losses = self._losses, {}
         return losses
+
+    def take_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the scores of the projector's CTC heads in the last forward pass in training, once; empty for most.
+
+        ``tokens``: [B, S, 1 + V] and their mask [B, S]; ``bytes``: [B, S, 257], of the bytes of the text.
+        """
+        scores, self._scores = self._scores, {}
+        return scores
 
     def take_metrics(self) -> dict[str, Tensor]:
         """Return other metrics for ``metrics.jsonl`` by name: scalars without gradient, returned once."""

@@ -2,7 +2,7 @@
 
 A CTC head compares vectors [.., D] of the LM's width with the input embeddings of V tokens, and scores a blank with a
 vector of its own (Graves et al. 2006: the blank separates repeated tokens and fills the time between them). The tokens
-are those of the labels (``train/pretrain/vocabulary.py``); their embeddings do not train.
+are those of the labels (``train/model/ctc.py``); their embeddings do not train.
 
 Letters: B utterances, S time steps, D the LM's width, V tokens of the head.
 """

@@ -76,6 +76,10 @@ class MixedProjector(Projector):
         """As for the projector, of mixed features."""
         return self.projector.token_vectors(self._mixed(features), mask)
 
+    def take_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """As for the projector."""
+        return self.projector.take_scores()
+
     def take_losses(self) -> dict[str, Tensor]:
         return self.projector.take_losses()
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from safetensors.torch import load_file
 
 from .base import Projector, under_autocast
@@ -26,7 +27,9 @@ def load(folder: str | Path) -> Projector:
     if module == "own":
         projector = under_autocast(projector_class)(*sizes, **config["projector"]["settings"])
     else:
-        projector = projector_class(SimpleNamespace(**config["projector"]), *sizes)
+        tokens = config.get("tokens")
+        rows = [torch.zeros(len(tokens), config["width"])] if tokens else []  # their values are among the weights
+        projector = projector_class(SimpleNamespace(**config["projector"]), *sizes, *rows)
     if config["layers"] > 1:
         projector = MixedProjector(LayerMixer(config["layers"], config["normalise_layers"]), projector)
     projector.load_state_dict(load_file(Path(folder) / "projector.safetensors"))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from train.data.layers import LayeredCaches
 
 LATEST = "latest"
+SUMMARY = "summary.json"  # written last: the run is finished
 MAX_LISTED = 8  # number of runs listed in an error message
 PROMPTS_FILE = "prompts.json"  # the instructions to draw from
 EMBEDDING_SPACE_FILE = "space.json"  # soft tokens relative to the LM's embeddings
@@ -117,13 +118,18 @@ def create_run_folder(
         tasks = {"tasks": list(data.tasks)} if len(data.tasks) > 1 else {}
         write_json(folder / "caches.json", describe_caches(data.caches, data.layers) | val | tasks)
         if instructions is not None:
-            write_json(folder / PROMPTS_FILE, {task: list(own) for task, own in instructions.by_task.items()})
+            write_instructions(folder, instructions)
         if latest:
             link = folder.parent / f".{LATEST}-{os.getpid()}"
             link.unlink(missing_ok=True)
             link.symlink_to(folder.name)
             os.replace(link, folder.parent / LATEST)
         fsync_folder(folder.parent)
+
+
+def write_instructions(run: Path, instructions: Instructions) -> None:
+    """Write ``prompts.json``."""
+    write_json(run / PROMPTS_FILE, {task: list(own) for task, own in instructions.by_task.items()})
 
 
 def describe_caches(caches: Sequence[Cache], layers: LayeredCaches | None = None) -> dict[str, Any]:

@@ -24,23 +24,30 @@ import torch
 
 from shards.errors import WorkFailed
 from shards.stream.batch import Batch
-from train.config.train import TrainConfig
+from train.config.train import STAGE_ONE, TrainConfig
 from train.data.caches import open_data, print_notes
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
 from train.distributed.signals import StopRequest
 from train.evaluation.evaluate import Evaluation, Stopped
 from train.lms.base import LanguageModel, SeparatePasses
-from train.lms.load import load_lm
-from train.model.build import build_model
+from train.model.build import build_model, load_run_lm
+from train.model.checkpoint import checkpoints
+from train.model.ctc import (
+    alignment_note,
+    run_tokens,
+    stage_one_weights,
+    start_from_stage_one,
+    uses_tokens,
+)
 from train.model.proof import prove
-from train.model.replay import replay_date, write_lm_record
+from train.model.replay import replay_date
 from train.runs import folder as runs
 from train.runs.metrics_log import format_losses, format_number
 from train.sweeps.lm_batching import LmBatcher
 from train.trainer.state import RunState
 from train.trainer.step import next_batches, optimizer_step
-from train.trainer.trainer import Interrupted, Trainer, evaluate_together, require_resumable
+from train.trainer.trainer import Interrupted, Trainer, create_folder, evaluate_together, require_resumable
 
 DROPPED = "dropped.json"  # in the folder of an experiment that failed or was pruned
 LOG_LINES = 10  # number of lines with all losses printed over a whole group
@@ -59,7 +66,8 @@ class Experiment:
     @property
     def name(self) -> str:
         """The name of the run folder."""
-        return self.trainer.run.name
+        run = self.trainer.run
+        return f"{run.parent.name}, stage 1" if self.trainer.config.is_stage_one else run.name
 
     @property
     def step(self) -> int:
@@ -85,7 +93,8 @@ def lm_key(config: TrainConfig) -> str:
 def group_key(config: TrainConfig) -> str:
     """Return a key that is equal for two experiments that can run in lockstep."""
     tree = config.model_dump(mode="json")
-    return json.dumps([lm_key(config), config.order_seed, *(tree[key] for key in GROUP_KEYS)])
+    tokens = [tree["text"], config.pretrain.negatives] if config.is_stage_one else []
+    return json.dumps([lm_key(config), config.order_seed, *(tree[key] for key in GROUP_KEYS), *tokens])
 
 
 def group_experiments(configs: Sequence[TrainConfig], max_size: int | None) -> list[list[TrainConfig]]:
@@ -103,21 +112,17 @@ class LmCache:
     def __init__(self) -> None:
         self._key, self._lm = "", None  # type: tuple[str, LanguageModel | None]
 
-    def get(self, config: TrainConfig) -> LanguageModel:
-        """Return the language model of ``config``, in evaluation mode unless it is trained."""
-        key = lm_key(config)
+    def get(self, config: TrainConfig, tokens: Sequence[int] | None = None) -> LanguageModel:
+        """Return the language model of ``config``, in evaluation mode unless it is trained.
+
+        ``tokens``: those of a CTC head, for stage 1.
+        """
+        key = f"{lm_key(config)} {tokens if config.is_stage_one else ''}"
         if self._lm is None or key != self._key:
             self._lm = None  # free its memory before loading the next one
             device = choose_device(config.device)
             torch.manual_seed(config.seed)
-            self._lm = load_lm(
-                config.lm.model,
-                device=device,
-                dtype=choose_dtype(config.dtype, device),
-                train=config.lm.train,
-                seed=config.seed,
-                options=config.lm,
-            )
+            self._lm = load_run_lm(config, device, choose_dtype(config.dtype, device), tokens)
             self._key = key
         return self._lm
 
@@ -146,13 +151,17 @@ class LockstepTrainer:
         on_evaluation: Callable[[str, int, float], str | None] = lambda name, step, loss: None,
     ) -> None:
         self.stop, self.log, self.on_evaluation = stop, log, on_evaluation
-        lm = lm_cache.get(configs[0])
-        self.batcher = LmBatcher(lm) if mode == "batched" and len(configs) > 1 else None
-        self.passes = self.batcher or SeparatePasses(lm)
-        self.experiments: list[Experiment] = []
         folders = [Path(config.runs) / str(config.name) for config in configs]
         first = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
         data = open_data(configs[0], *(runs.read_pins(first) if first is not None else ()))
+        tokens = [
+            run_tokens(config, data, folder) if uses_tokens(config) else None
+            for config, folder in zip(configs, folders, strict=True)
+        ]
+        lm = lm_cache.get(configs[0], tokens[0])
+        self.batcher = LmBatcher(lm) if mode == "batched" and len(configs) > 1 else None
+        self.passes = self.batcher or SeparatePasses(lm)
+        self.experiments: list[Experiment] = []
         print_notes(data.notes)
         if first is not None:
             replay_date(lm, first)
@@ -160,24 +169,26 @@ class LockstepTrainer:
         dtype = choose_dtype(configs[0].dtype, device)
         self.stream: Any = None
         existing = []
-        for config in configs:
-            run = Path(config.runs) / str(config.name)
+        for config, run, own in zip(configs, folders, tokens, strict=True):
             if (run / "config.yaml").is_file():
                 require_resumable(config, run)
                 existing.append(run)
             model = build_model(
-                config, data.caches[0].spec.channels, device, dtype, lm, run=run if run in existing else None
-            )
+                config, data.caches[0].spec.channels, device, dtype, lm,
+                run=run if run in existing else None, tokens=own,
+            )  # fmt: skip
+            if config.is_pretrained and not checkpoints(run / "checkpoints"):
+                start_from_stage_one(model, stage_one_weights(config, run))
             state = RunState(config, data, model, dtype, run, ProcessGroup(), self.stream)
             self.stream = state.stream
             self.experiments.append(Experiment(Trainer(config, state, device, stop, quiet=True)))
-        for experiment in self.experiments:
-            run = experiment.trainer.run
+        for experiment, own in zip(self.experiments, tokens, strict=True):
+            run, config, model = experiment.trainer.run, experiment.trainer.config, experiment.trainer.model
             if run not in existing:
-                print_notes(prove(experiment.trainer.model, data, experiment.trainer.config))
-                instructions = experiment.trainer.model.prompt.instructions
-                runs.create_run_folder(run, experiment.trainer.config, data, instructions, latest=False)
-                write_lm_record(run, experiment.trainer.model.lm, experiment.trainer.model.prompt)
+                if config.is_stage_one:
+                    print_notes(alignment_note(model.projector, data, config, model.lm.tokenizer))
+                print_notes(prove(model, data, config))
+                create_folder(run, config, data, model, own, latest=False)
             elif any((run / "checkpoints").iterdir()):
                 experiment.trainer.state.restore()
 
@@ -295,6 +306,44 @@ class LockstepTrainer:
     def _check_stop(self) -> None:
         if self.stop.requested:
             raise Stopped
+
+
+def train_group(
+    configs: Sequence[TrainConfig],
+    lm_cache: LmCache,
+    mode: LockstepMode,
+    stop: StopRequest,
+    log: Callable[[str], None] = print,
+    on_evaluation: Callable[[str, int, float], str | None] = lambda name, step, loss: None,
+) -> dict[str, float]:
+    """Train one group: stage 1 of all experiments that have one, in lockstep, then the experiments.
+
+    Arguments as of :class:`LockstepTrainer`. An experiment whose stage 1 fails is dropped.
+
+    Returns:
+        The seconds in shared passes of the language model, by purpose.
+
+    Raises:
+        Interrupted: a signal arrived; all experiments are saved.
+    """
+    folders = {str(config.name): Path(config.runs) / str(config.name) for config in configs}
+    stages = [config.stage_one(str(folders[str(config.name)])) for config in configs if config.pretrain.steps]
+    if stages and mode == "none":
+        parts = [[stage] for stage in unfinished(stages)]
+    else:
+        parts = group_experiments(unfinished(stages), None)
+    for part in parts:
+        LockstepTrainer(part, lm_cache, mode, stop, log).run()
+    for stage in stages:
+        if (Path(stage.runs) / STAGE_ONE / DROPPED).is_file():
+            reason = runs.read_json(Path(stage.runs) / STAGE_ONE / DROPPED)["reason"]
+            runs.write_json(Path(stage.runs) / DROPPED, {"state": "failed", "step": 0, "reason": f"stage 1: {reason}"})
+    remaining = unfinished(configs)
+    if not remaining:
+        return {}
+    lockstep = LockstepTrainer(remaining, lm_cache, mode, stop, log, on_evaluation)
+    lockstep.run()
+    return lockstep.lm_seconds
 
 
 def unfinished(configs: Sequence[TrainConfig]) -> list[TrainConfig]:

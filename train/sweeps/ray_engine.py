@@ -92,7 +92,7 @@ def _run_group(settings: list[dict[str, Any]], mode: LockstepMode, mailbox: Any,
     """
     import ray
 
-    from train.sweeps.group import LmCache, LockstepTrainer, unfinished
+    from train.sweeps.group import LmCache, train_group, unfinished
 
     sent: list[Any] = []
 
@@ -105,7 +105,7 @@ def _run_group(settings: list[dict[str, Any]], mode: LockstepMode, mailbox: Any,
         if configs:
             from train.distributed.signals import StopRequest
 
-            LockstepTrainer(configs, LmCache(), mode, StopRequest(), send).run()
+            train_group(configs, LmCache(), mode, StopRequest(), send)
     except UserError as error:
         return str(error)
     finally:

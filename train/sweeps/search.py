@@ -18,7 +18,7 @@ from train.distributed.signals import StopRequest
 from train.runs import folder as runs
 from train.runs.metrics_log import EVALUATIONS, read_jsonl
 from train.sweeps.config import Choices, SearchConfig, SweepConfig, experiment_config
-from train.sweeps.group import DROPPED, LmCache, LockstepTrainer, group_experiments, log, resume_hint, unfinished
+from train.sweeps.group import DROPPED, LmCache, group_experiments, log, resume_hint, train_group, unfinished
 from train.trainer.trainer import Interrupted
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _run(
     for part in group_experiments(unfinished(round_configs), 1 if config.lockstep == "none" else None):
         log(f"trials: {', '.join(str(each.name) for each in part)}")
         try:
-            LockstepTrainer(part, lm_cache, config.lockstep, stop, log, report).run()
+            train_group(part, lm_cache, config.lockstep, stop, log, report)
         except Interrupted as stopped:
             raise Interrupted(f"{stopped}; {resume_hint(config.folder)}") from None
 

@@ -31,10 +31,10 @@ from train.sweeps.group import (
     DROPPED,
     LmCache,
     LockstepMode,
-    LockstepTrainer,
     group_experiments,
     log,
     resume_hint,
+    train_group,
     unfinished,
 )
 from train.sweeps.results import sweep_state, write_state
@@ -148,10 +148,8 @@ def run_local(parts: Sequence[list[TrainConfig]], mode: LockstepMode, folder: Pa
     with StopRequest() as stop:
         for number, part in enumerate(parts, 1):
             log(f"group {number} of {len(parts)}: {', '.join(str(config.name) for config in part)}")
-            lockstep = LockstepTrainer(part, lm_cache, mode, stop, log)
             try:
-                lockstep.run()
+                seconds.update(train_group(part, lm_cache, mode, stop, log))
             except Interrupted as stopped:
                 raise Interrupted(f"{stopped}; {resume_hint(folder)}") from None
-            seconds.update(lockstep.lm_seconds)
     return dict(seconds)

@@ -2,11 +2,13 @@
 
 The loss of a step is
 
-    ((1 - d) · nll + d · divergence) / target tokens + c · contrastive / utterances
+    ((1 - d) · nll + d · divergence + a · ctc + b · spelling) / target tokens + c · contrastive / utterances
 
-with d = ``distill.weight`` (1 uses the divergence alone, as Ultravox does) and c = ``contrastive.weight``. Every sum is
-over all batches and ranks of the step. ``metrics.jsonl`` holds ``loss`` (always the cross-entropy), ``distill`` (nats
-per target token) and ``contrastive`` (nats per utterance).
+with d = ``distill.weight`` (1 uses the divergence alone, as Ultravox does), a = ``ctc.weight`` and c =
+``contrastive.weight``, which may both fall to 0 over ``decay_steps``, and b = ``projector.spelling`` in stage 1, times
+a in stage 2. Every sum is over all batches and ranks of the step. ``metrics.jsonl`` holds ``loss`` (always the
+cross-entropy), ``distill`` and ``ctc`` (nats per target token), ``spelling`` (nats per byte) and ``contrastive`` (nats
+per utterance).
 
 The contrastive term is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) from audio to text. The query is the mean
 of an utterance's soft tokens as the LM receives them, the keys are the mean token embeddings of the texts of the global
@@ -22,24 +24,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.config.model import ContrastiveConfig, DistillConfig
+from train.config.model import ContrastiveConfig, CtcConfig, DistillConfig
+from train.config.train import TrainConfig
 from train.lms.base import LmRequest
 from train.lms.distill import distillation_losses
+from train.lms.packing import Ids
 from train.model.audio_lm import AudioLM, BatchLoss, batch_loss
+from train.projectors.ctc import ctc_nll
 
-DISTILL, CONTRASTIVE = "distill", "contrastive"
+DISTILL, CONTRASTIVE, CTC_TERM, SPELLING = "distill", "contrastive", "ctc", "spelling"
 
 
 class Objectives:
     """The loss terms enabled by the settings of a run."""
 
-    def __init__(self, distill: DistillConfig | None = None, contrastive: ContrastiveConfig | None = None) -> None:
+    def __init__(
+        self,
+        distill: DistillConfig | None = None,
+        contrastive: ContrastiveConfig | None = None,
+        ctc: CtcConfig | None = None,
+        step: int = 0,
+        spelling: float = 0.0,
+    ) -> None:
+        """Compute the weights of a step.
+
+        Args:
+            step: number of completed steps.
+            spelling: weight of the CTC loss over bytes, for a projector that scores them.
+        """
         self.distill, self.contrastive = distill or DistillConfig(), contrastive or ContrastiveConfig()
+        self.contrastive_weight = decayed(self.contrastive, step)
+        self.ctc_weight = decayed(ctc or CtcConfig(), step)
+        self.spelling_weight = spelling
+
+    @classmethod
+    def of_step(cls, config: TrainConfig, step: int) -> Objectives:
+        """Return the terms of a run after ``step`` steps."""
+        own = getattr(config.projector, "spelling", 0.0)
+        share = 1.0 if config.is_stage_one else decayed(config.ctc, step)
+        return cls(config.distill, config.contrastive, config.ctc, step, own * share)
 
     @property
     def names(self) -> list[str]:
         """Names of the enabled terms other than the cross-entropy."""
-        weights = {DISTILL: self.distill.weight, CONTRASTIVE: self.contrastive.weight}
+        weights = {DISTILL: self.distill.weight, CONTRASTIVE: self.contrastive_weight, CTC_TERM: self.ctc_weight}
+        weights |= {SPELLING: self.spelling_weight}
         return [name for name, weight in weights.items() if weight]
 
     def batch_loss(
@@ -59,7 +88,12 @@ class Objectives:
                 model.lm, request.soft, request.soft_mask, request.prefix, request.suffix, request.targets,
                 temperature=self.distill.temperature,
             )  # fmt: skip
-        if self.contrastive.weight:
+        scores = model.projector.take_scores()
+        if self.ctc_weight:
+            auxiliary[CTC_TERM] = model.ctc_nll(request, scores, texts)
+        if self.spelling_weight:
+            auxiliary[SPELLING] = spelling_loss(*scores["bytes"], texts, request.targets)
+        if self.contrastive_weight:
             auxiliary[CONTRASTIVE] = contrastive_loss(
                 model, request.soft, request.soft_mask, texts, negatives, self.contrastive.temperature
             )
@@ -67,18 +101,42 @@ class Objectives:
 
     def step_loss(self, out: BatchLoss, tokens: float, utterances: float) -> Tensor:
         """Return the contribution of a batch to the loss of a step with ``tokens`` target tokens and ``utterances``."""
-        d, c = self.distill.weight, self.contrastive.weight
+        d, c = self.distill.weight, self.contrastive_weight
         loss = out.nll.sum() / tokens
         if d:
             loss = (1 - d) * loss + d * out.auxiliary[DISTILL].sum() / tokens
+        if self.ctc_weight:
+            loss = loss + self.ctc_weight * out.auxiliary[CTC_TERM].sum() / tokens
+        if self.spelling_weight:
+            loss = loss + self.spelling_weight * out.auxiliary[SPELLING].sum() / tokens
         if c:
             loss = loss + c * out.auxiliary[CONTRASTIVE].sum() / utterances
         return loss
 
     def means(self, sums: Sequence[float], tokens: float, utterances: float) -> dict[str, float]:
         """Turn ``sums`` over the step, in the order of ``names``, into the means logged in ``metrics.jsonl``."""
-        per = {DISTILL: tokens, CONTRASTIVE: utterances}
+        per = {DISTILL: tokens, CONTRASTIVE: utterances, CTC_TERM: tokens, SPELLING: tokens}
         return {name: total / per[name] for name, total in zip(self.names, sums, strict=True)}
+
+
+def decayed(config: ContrastiveConfig | CtcConfig, step: int) -> float:
+    """Return the weight of a term after ``step`` steps."""
+    left = 1.0 if config.decay_steps is None else max(0.0, 1 - step / config.decay_steps)
+    return config.weight * left
+
+
+def spelling_loss(scores: Tensor, mask: Tensor, texts: Sequence[str], targets: Ids) -> Tensor:
+    """Return the CTC loss of the bytes of each text: nats per byte times the number of its targets, float32 [B].
+
+    Args:
+        scores: [B, S, 257], the blank and 256 bytes.
+        mask: bool [B, S].
+        texts: [B].
+        targets: [B], target ids, by whose number all losses of a step are divided.
+    """
+    classes = [[1 + byte for byte in text.encode()] for text in texts]
+    shares = [len(ids) / max(1, len(row)) for ids, row in zip(targets, classes, strict=True)]
+    return ctc_nll(scores, mask, classes) * scores.new_tensor(shares)
 
 
 def contrastive_loss(

@@ -40,7 +40,7 @@ class Counters:
     utterances: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
-    evaluated: int = 0  # the step of the last evaluation
+    evaluated: int = -1  # the step of the last evaluation; -1: none
 
     def add(self, step: StepMetrics) -> None:
         """Add the metrics of one step."""

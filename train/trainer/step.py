@@ -80,8 +80,9 @@ class TrainStep:
         self.config, self.model, self.optimizer, self.parameters = config, model, optimizer, parameters
         self.step, self.lr, self.group = step, lr, group
         batches = [with_text_rules(batch, config.text) for batch in batches]
-        self.batches = [augment(batch, config.seed, config.frame_mask_prob, config.noise_std) for batch in batches]
-        self.objectives = Objectives(config.distill, config.contrastive)
+        changes = config.frame_mask_prob, config.noise_std, config.augment
+        self.batches = [augment(batch, config.seed, *changes) for batch in batches]
+        self.objectives = Objectives.of_step(config, step)
         counts = [
             sum(len(model.prompt.target_ids(text)) for batch in batches for text in batch.texts),
             sum(int(batch.lengths.sum()) for batch in batches),
@@ -136,7 +137,7 @@ class TrainStep:
                 self._task_sums[task] = total + nll_, tokens + count
         for name, term in out.auxiliary.items():
             self._auxiliary[name] += float(term.detach().double().sum())
-        self._soft[index] = sum(map(self.model.projector.soft_frames, batch.lengths.tolist()))
+        self._soft[index] = int(request.soft_mask.sum())
         self._squares[index] = self._soft[index] * float(out.soft_rms) ** 2
         self._request = None
 

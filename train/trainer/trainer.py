@@ -25,17 +25,26 @@ from shards.config.base import flatten
 from shards.errors import UserError, WorkFailed
 from shards.stream.batch import Batch
 from train import report
-from train.config.train import TrainConfig
-from train.data.caches import Utterances, open_data, print_notes
+from train.config.train import STAGE_ONE, TrainConfig
+from train.data.caches import TrainData, Utterances, open_data, print_notes
 from train.data.text import emptied_texts
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup, RankLost
 from train.distributed.signals import StopRequest
 from train.evaluation.evaluate import EvalConfig, Evaluation, Stopped, evaluate_models
 from train.lms.base import SeparatePasses
-from train.model.audio_lm import ModelList
+from train.model.audio_lm import AudioLM, ModelList
 from train.model.build import build_model
-from train.model.checkpoint import write_tensors
+from train.model.checkpoint import checkpoints, write_tensors
+from train.model.ctc import (
+    alignment_note,
+    run_tokens,
+    stage_one_folder,
+    stage_one_weights,
+    start_from_stage_one,
+    uses_tokens,
+    write_tokens,
+)
 from train.model.proof import prove
 from train.model.replay import lm_record, write_lm_record
 from train.runs import folder as runs
@@ -55,10 +64,15 @@ class Interrupted(Exception):
     """A signal interrupted the run after it was saved; the message says how to resume."""
 
 
-def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | None = None) -> Path:
+def fit(
+    config: TrainConfig, resume: Path | None = None, group: ProcessGroup | None = None, *, stage_one_only: bool = False
+) -> Path:
     """Train a run with the settings ``config``, or resume the run at ``resume``; return the run folder.
 
     Every process of ``group`` calls this. Rank 0 raises the errors that all ranks share; the others raise SystemExit.
+
+    Args:
+        stage_one_only: stop after stage 1; the run then waits to be resumed.
 
     Raises:
         UserError: the settings or the data are invalid, or the settings or caches of a resumed run changed.
@@ -66,11 +80,12 @@ def fit(config: TrainConfig, resume: Path | None = None, group: ProcessGroup | N
         Interrupted: the process received SIGINT or SIGTERM; the run is saved.
     """
     with ExitStack() as held:
-        return _fit(config, resume, group or ProcessGroup(), held)
+        return _fit(config, resume, group or ProcessGroup(), held, stage_one_only)
 
 
-def _fit(config: TrainConfig, resume: Path | None, group: ProcessGroup, held: ExitStack) -> Path:
+def _fit(config: TrainConfig, resume: Path | None, group: ProcessGroup, held: ExitStack, stage_one_only: bool) -> Path:
     run = resume
+    tokens: list[int] | None = None
     with group.raise_on_all_ranks():
         require_trackers(config)
         if group.is_main_process:
@@ -85,25 +100,112 @@ def _fit(config: TrainConfig, resume: Path | None, group: ProcessGroup, held: Ex
         data = open_data(config, *(runs.read_pins(resume) if resume is not None else ()))
         if group.is_main_process:
             print_notes(data.notes)
-        model = build_model(config, data.caches[0].spec.channels, device, dtype, run=resume)
     run = Path(group.broadcast(str(run)))
+    with group.raise_on_all_ranks():
+        if uses_tokens(config) or config.is_pretrained:
+            tokens = run_tokens(config, data, run)
+    begun = resume is not None
+    if config.is_pretrained:
+        with group.raise_on_all_ranks():
+            if group.is_main_process and resume is None:
+                runs.create_run_folder(run, config, data)
+                write_tokens(run, tokens or [])
+        fit_stage_one(config, run, data, tokens or [], group, device)
+        if stage_one_only:
+            return run
+        begun = bool(checkpoints(run / "checkpoints"))
+    _fit_stage_two(config, run, data, tokens, group, device, dtype, begun)
+    return run
+
+
+def _fit_stage_two(
+    config: TrainConfig,
+    run: Path,
+    data: TrainData,
+    tokens: list[int] | None,
+    group: ProcessGroup,
+    device: torch.device,
+    dtype: torch.dtype,
+    begun: bool,
+) -> None:
+    """Train with the language model, from the checkpoint of a run that has ``begun``."""
+    with group.raise_on_all_ranks():
+        channels = data.caches[0].spec.channels
+        model = build_model(config, channels, device, dtype, run=run if begun else None, tokens=tokens)
+        if config.is_pretrained and not begun:
+            start_from_stage_one(model, stage_one_weights(config, run))
     state = RunState(config, data, model, dtype, run, group)
     settings = flatten(config.model_dump(mode="json"))
     common = {key: value for key, value in settings.items() if key not in PER_PROCESS_KEYS}
     ids = {name: value for name, value in lm_record(model.lm, model.prompt).items() if name != "date"}
     group.assert_same(common | state.identity() | {"ids of the prompt": ids})
-    if resume is None:
+    if not begun:
         with group.raise_on_all_ranks():
             notes = prove(model, data, config)
             if group.is_main_process:
                 print_notes(notes)
-                runs.create_run_folder(run, config, data, model.prompt.instructions)
-                write_lm_record(run, model.lm, model.prompt)
+                create_folder(run, config, data, model, tokens)
         state.broadcast_initial_weights()
     else:
         state.restore()
     Trainer(config, state, device).train()
-    return run
+
+
+def create_folder(
+    run: Path,
+    config: TrainConfig,
+    data: TrainData,
+    model: AudioLM,
+    tokens: Sequence[int] | None = None,
+    latest: bool = True,
+) -> None:
+    """Write what a run records before its first step; a folder that only has a stage 1 is completed.
+
+    Args:
+        tokens: those of a CTC head.
+        latest: see :func:`~train.runs.folder.create_run_folder`.
+    """
+    instructions = model.prompt.instructions
+    if not (run / "config.yaml").is_file():
+        runs.create_run_folder(run, config, data, instructions, latest=latest)
+    elif instructions is not None:
+        runs.write_instructions(run, instructions)
+    if tokens is not None:
+        write_tokens(run, tokens)
+    write_lm_record(run, model.lm, model.prompt)
+
+
+def fit_stage_one(
+    config: TrainConfig, run: Path, data: TrainData, tokens: list[int], group: ProcessGroup, device: torch.device
+) -> None:
+    """Train or resume stage 1 of ``run``, unless it is finished or ``pretrain.start`` names another.
+
+    Raises:
+        UserError: the texts cannot be aligned with the audio, or the other stage 1 does not fit.
+    """
+    if config.pretrain.start is not None:
+        with group.raise_on_all_ranks():
+            stage_one_weights(config, run)
+        return
+    folder, stage = run / STAGE_ONE, config.stage_one(str(run))
+    if group.broadcast((folder / runs.SUMMARY).is_file()):
+        return
+    with group.raise_on_all_ranks():
+        begun = bool(checkpoints(folder / "checkpoints"))
+        dtype = torch.float32
+        model = build_model(stage, data.caches[0].spec.channels, device, dtype, tokens=tokens)
+    state = RunState(stage, data, model, dtype, folder, group)
+    group.assert_same({"tokens": tokens} | state.identity())
+    if begun:
+        state.restore()
+    else:
+        with group.raise_on_all_ranks():
+            notes = alignment_note(model.projector, data, stage, model.lm.tokenizer) + prove(model, data, stage)
+            if group.is_main_process:
+                print_notes(notes)
+                create_folder(folder, stage, data, model, tokens, latest=False)
+        state.broadcast_initial_weights()
+    Trainer(stage, state, device).train()
 
 
 class Trainer:
@@ -268,8 +370,9 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether an evaluation is due: once every ``eval_every`` steps."""
-        return self._is_due(self.config.eval_every) and self.state.counters.evaluated < self.state.step
+        """Whether an evaluation is due: once every ``eval_every`` steps, and after stage 1 before the first step."""
+        due = self._is_due(self.config.eval_every) or (self.config.is_pretrained and self.state.step == 0)
+        return bool(self.config.eval_every) and due and self.state.counters.evaluated < self.state.step
 
     @property
     def needs_last_evaluation(self) -> bool:
@@ -307,7 +410,7 @@ class Trainer:
         self.state.counters.evaluated = self.state.step
         if not final:
             self.state.early_stopping.update(result.val_loss, self.state.step, self.state.named_parameters)
-            self.logger.log_evaluation(self.state.step, result.record())
+            self.logger.log_evaluation(self.state.step, self._record(result))
 
     def finish(self, final: Evaluation | None) -> None:
         """Write the final evaluation, the weights, ``summary.json`` and the report.
@@ -317,13 +420,13 @@ class Trainer:
         """
         if self.group.is_main_process:
             if final is not None:
-                self.logger.log_evaluation(self.state.step, final.record())
+                self.logger.log_evaluation(self.state.step, self._record(final))
                 final.write(self.run)
             with self.state.final_weights():
                 trained = {name: parameter.detach() for name, parameter in self.state.named_parameters.items()}
                 metadata = {"feature_id": self.data.caches[0].feature_id}
                 write_tensors(self.run / "projector.safetensors", trained, metadata)
-            runs.write_json(self.run / "summary.json", self._summary(final))
+            runs.write_json(self.run / runs.SUMMARY, self._summary(final))
             report.write_report(self.run)
         first, last, drop = self.state.counters.first_loss, self.state.counters.last_loss, self.config.min_loss_drop
         if drop is not None and first is not None and last is not None and first - last < drop:
@@ -331,6 +434,18 @@ class Trainer:
                 f"the training loss went from {first:.4f} to {last:.4f}: it fell by less than min_loss_drop={drop}"
             )
             self.group.abort(failure, 1)
+
+    def _record(self, result: Evaluation) -> dict[str, Any]:
+        """Return the record of an evaluation with the seconds of training and evaluation so far, stage 1 included."""
+        return {**result.record(), "seconds": round(self.state.counters.seconds + self.stage_one_seconds, 3)}
+
+    @property
+    def stage_one_seconds(self) -> float:
+        """Seconds of the stage 1 that this run started from; 0 if there was none."""
+        if not self.config.is_pretrained:
+            return 0.0
+        folder = stage_one_folder(self.config, self.run)
+        return float(runs.read_json(folder / runs.SUMMARY).get("seconds") or 0.0)
 
     def _summary(self, final: Evaluation | None) -> dict[str, Any]:
         keys = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio")
@@ -362,10 +477,16 @@ class Trainer:
             raise Stopped
 
     def _progress_text(self) -> str:
-        return f"step {self.state.step} of {self.config.steps}"
+        stage = " of stage 1" if self._is_nested else ""
+        return f"step {self.state.step} of {self.config.steps}{stage}"
 
     def _resume_command(self) -> str:
-        return f"python -m train fit --resume {self.run}"
+        return f"python -m train fit --resume {self.run.parent if self._is_nested else self.run}"
+
+    @property
+    def _is_nested(self) -> bool:
+        """Whether this is stage 1 inside the folder of a run."""
+        return self.config.is_stage_one and self.run.name == STAGE_ONE
 
 
 def evaluate_together(trainers: Sequence[Trainer], passes: SeparatePasses, final: bool = False) -> list[Evaluation]:
@@ -401,7 +522,7 @@ def evaluate_together(trainers: Sequence[Trainer], passes: SeparatePasses, final
 
 def require_resumable(config: TrainConfig, run: Path) -> None:
     """Raise UserError if ``run`` is finished, or if ``config`` changes a setting that affects its results."""
-    if (run / "summary.json").is_file():
+    if (run / runs.SUMMARY).is_file():
         raise UserError(f"'{run}' is finished: evaluate it with `python -m train evaluate {run}`, or train a new run")
     changed = runs.saved_config(run).differences(config)
     if changed:

@@ -1,0 +1,175 @@
+"""Stage 1: a projector trained by CTC without the language model, and the stage 2 that starts from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_cache import make_cache
+from tiny_lm import save_tiny_lm
+from tiny_run import forget_after, losses, make_config, write_config
+from tiny_sweep import make_sweep, same_run
+
+from shards.errors import UserError
+from train.__main__ import command
+from train.config.model import LmConfig
+from train.data.caches import open_data
+from train.lms.embeddings import read_embeddings
+from train.lms.load import load_lm
+from train.model.build import build_model
+from train.model.ctc import TOKENS_FILE, label_tokens, read_tokens, start_from_stage_one
+from train.runs.folder import read_json
+from train.sweeps.config import experiments
+from train.sweeps.sweep import run_sweep
+from train.trainer.trainer import fit
+
+POSTERIOR = {"kind": "posterior", "hidden": 12, "dropout": 0.1}
+STAGE = {"steps": 6, "eval_every": 3, "augment": {"time_masks": 1, "time_mask_frames": 5}}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("stages") / "cache", 24, val_every=6, min_frames=90, max_frames=140)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return f"path:{save_tiny_lm(tmp_path_factory.mktemp('stages') / 'lm')}"
+
+
+def settings(folder, cache, lm, **keys):
+    return make_config(folder, cache, lm, **{"pretrain": STAGE, "checkpoint_every": 2, "eval_every": 4, **keys})
+
+
+@pytest.fixture(
+    scope="module", params=[POSTERIOR, {"kind": "mlp", "stack": 2, "norm": "rms"}], ids=["posterior", "mlp"]
+)
+def whole(request, tmp_path_factory, cache, lm):
+    config = settings(tmp_path_factory.mktemp("whole"), cache, lm, projector=request.param, ctc={"weight": 0.2})
+    return config, fit(config)
+
+
+def test_the_embeddings_read_without_the_model_are_those_that_it_looks_up(lm):
+    model = load_lm(lm, device="cpu", dtype=torch.float32)
+    found = read_embeddings(lm, LmConfig(model=lm))
+    ids = [0, 3, 17, found.count - 1]
+    assert torch.equal(found.rows(ids), model.embed(torch.tensor(ids)))
+    assert (found.identity, found.width, found.files) == (model.identity, model.width, model.files)
+    assert found.rms() == pytest.approx(model.embedding_rms, rel=0.05)
+    assert found.tokenizer.encode("turn left") == model.tokenizer.encode("turn left")
+
+
+def test_stage_two_starts_from_the_weights_of_stage_one(whole):
+    config, run = whole
+    first = read_json(run / "pretrain" / "summary.json")
+    assert first["steps"] == 6
+    assert first["wer"] is not None
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 4, 8]
+    assert lines[0]["seconds"] >= first["seconds"]
+    assert "ctc" in json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    model = build_model(config, 8, torch.device("cpu"), torch.float32, tokens=read_tokens(run))
+    start_from_stage_one(model, run / "pretrain" / "projector.safetensors")
+    stage = load_file(run / "pretrain" / "projector.safetensors")
+    copied = {name: value for name, value in model.named_parameters() if name.startswith("projector.")}
+    assert copied
+    assert all(torch.equal(value, stage[f"projector.{name}"]) for name, value in copied.items())
+
+
+@pytest.mark.parametrize("stage_one", [True, False], ids=["in stage 1", "in stage 2"])
+def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, whole, stage_one):
+    config, run = whole
+    halved = tmp_path / "runs" / "halved"
+    shutil.copytree(run, halved)
+    forget_after(halved, 0 if stage_one else 4)
+    if stage_one:
+        forget_after(halved / "pretrain", 4)
+        shutil.rmtree(halved / "checkpoints")
+        (halved / "checkpoints").mkdir()
+        (halved / "metrics.jsonl").unlink()
+    fit(config.model_copy(update={"name": "halved", "runs": str(tmp_path / "runs")}), halved)
+    assert losses(halved / "pretrain") == losses(run / "pretrain")
+    assert losses(halved) == losses(run)
+    one, two = (load_file(each / "projector.safetensors") for each in (halved, run))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_a_sweep_trains_its_stages_in_lockstep_like_single_runs(tmp_path, cache, lm):
+    listed = [
+        {"name": "posterior", "projector": POSTERIOR, "pretrain": STAGE},
+        {"name": "slow", "projector": {"kind": "mlp", "stack": 2}, "pretrain": {**STAGE, "lr": 1e-3, "steps": 4}},
+        {"name": "plain"},
+    ]
+    config = make_sweep(tmp_path, cache, lm, experiments=listed)
+    folder = run_sweep(config)
+    for each in experiments(config):
+        alone = fit(each.model_copy(update={"runs": str(tmp_path / "alone")}))
+        same_run(folder / str(each.name), alone)
+        if each.pretrain.steps:
+            same_run(folder / str(each.name) / "pretrain", alone / "pretrain")
+
+
+def test_pretrain_stops_after_stage_one_and_fit_goes_on(tmp_path, cache, lm, capsys):
+    config = write_config(tmp_path / "run.yaml", settings(tmp_path, cache, lm, projector=POSTERIOR))
+    assert command(["pretrain", "--config", str(config)]) == 0
+    run = tmp_path / "runs" / "run"
+    assert "stage 2 starts from it: python -m train fit --resume" in capsys.readouterr().out
+    assert (run / "pretrain" / "report.html").is_file()
+    assert not (run / "summary.json").exists()
+    assert command(["fit", "--resume", str(run)]) == 0
+    assert (run / "summary.json").is_file()
+
+
+def test_another_run_starts_from_a_finished_stage_one(tmp_path, whole, cache):
+    config, run = whole
+    other = config.model_copy(
+        update={
+            "name": "other",
+            "runs": str(tmp_path),
+            "steps": 1,
+            "pretrain": config.pretrain.model_copy(update={"steps": 0, "start": str(run)}),
+        }
+    )
+    fit(other)
+    assert losses(tmp_path / "other")[0] == losses(run)[0]
+    with pytest.raises(UserError, match="has no finished stage 1"):
+        fit(other.model_copy(update={"name": "third", "pretrain": other.pretrain.model_copy(update={"start": "none"})}))
+
+
+def test_texts_with_more_tokens_than_time_steps_are_told_and_most_of_them_refused(tmp_path, cache, lm):
+    config = settings(tmp_path, cache, lm, projector={"kind": "mlp", "stack": 60})
+    with pytest.raises(UserError, match="CTC cannot align them: stack fewer frames"):
+        fit(config)
+
+
+def test_a_file_of_tokens_that_is_no_list_of_ids_is_refused(tmp_path):
+    for wrong in ([], [3, 2], [1, 1], [-1], ["1"], [True], [2**40], {"a": 1}, None):
+        (tmp_path / TOKENS_FILE).write_text(json.dumps({"tokens": wrong}))
+        with pytest.raises(UserError, match="does not list token ids"):
+            read_tokens(tmp_path)
+
+
+class Pieces:
+    """Letters, and longer pieces that this tokenizer does not choose."""
+
+    pieces = (*"abcdefghijklmnopqrstuvwxyz ", "re", "QU", "gre", "zz", "left")
+
+    def encode(self, text, special=False):
+        return [self.pieces.index(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(self.pieces[each] for each in ids)
+
+
+def test_negatives_are_further_tokens_of_the_same_characters(tmp_path, cache, lm):
+    found = {}
+    for count in (0, 2, 9):
+        config = settings(tmp_path, cache, lm, pretrain={**STAGE, "negatives": count})
+        tokens = label_tokens(open_data(config), config, Pieces(), len(Pieces.pieces))
+        found[count] = [Pieces().decode([each]) for each in tokens]
+    assert "z" not in found[0]
+    assert found[2] == [*found[0], "re", "gre"]
+    assert found[9] == [*found[0], "re", "gre", "left"]

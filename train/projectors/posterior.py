@@ -1,0 +1,116 @@
+"""``posterior``: distributions over the LM's tokens, as soft tokens (LegoSLM, arXiv 2505.11352).
+
+Letters as in ``base.py``; V tokens of the CTC head, N soft tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Conv1d, LayerNorm, Linear, Projector, init_linear_layers, make_norm
+from .ctc import BLANK, CtcHead
+
+if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
+    from train.config.model import PosteriorConfig
+
+STRIDE = 2  # frames per time step
+
+
+class PosteriorProjector(Projector):
+    """LayerNorm -> Conv1d (5, stride 2) -> Conv1d (5) -> Conv1d (3) … -> fc [D] -> CTC head -> soft tokens.
+
+    Each convolution is followed by GELU. The likeliest class of each time step cuts an utterance into runs; each run of
+    a token becomes one soft token, softmax(mean score / temperature) times the embeddings of the V tokens. Blanks are
+    dropped. So there are about as many soft tokens as the text has tokens, and each lies among the LM's embeddings. An
+    utterance of blanks becomes one learned vector, which starts at zero: the LM needs an input, and can learn that it
+    says nothing.
+
+    Args:
+        embeddings: [V, D], the input embeddings of the tokens.
+    """
+
+    formula = (
+        "2·C + (5·C + 1)·H + (5·H + 1)·H + (3·H + 1)·H·(L - 2) + (H + 1)·D + 2·D + 2 + 257·(H + 1) "
+        "[without spelling no 257·(H + 1); norm: rms + D, layer + 2·D]"
+    )
+
+    def __init__(
+        self, config: PosteriorConfig, channels: int, width: int, embedding_rms: float, embeddings: Tensor
+    ) -> None:
+        super().__init__()
+        hidden = config.hidden
+        self.temperature, self.dropout = config.temperature, config.dropout
+        self.input_norm = LayerNorm(channels)
+        self.convs = nn.ModuleList(
+            [Conv1d(channels, hidden, 5, stride=STRIDE, padding=2), Conv1d(hidden, hidden, 5, padding=2)]
+            + [Conv1d(hidden, hidden, 3, padding=1) for _ in range(config.layers - 2)]
+        )
+        self.fc = Linear(hidden, width)
+        self.spelling = Linear(hidden, 1 + 256) if config.spelling else None
+        self.head = CtcHead(embeddings)
+        self.silence = nn.Parameter(torch.zeros(width))
+        self.norm = make_norm(config.norm, width, embedding_rms)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        init_linear_layers(self, "torch", generator)
+
+    def soft_frames(self, frames: int) -> int:
+        """Return the most soft tokens, one per time step; the audio decides how many there are."""
+        return -(-frames // STRIDE)
+
+    def ctc_head(self) -> nn.Module:
+        return self.head
+
+    def token_vectors(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Map [B, T, C], [B, T] to the vectors in front of the CTC head [B, S, D], [B, S]."""
+        x = self.input_norm(features)
+        for i, conv in enumerate(self.convs):
+            x = F.dropout(x.masked_fill(~mask[..., None], 0), self.dropout, self.training)
+            x = F.gelu(conv(x))
+            mask = mask[:, :: STRIDE if i == 0 else 1]
+            if i == 1 and self.spelling is not None and self.training:
+                self._scores["bytes"] = self.spelling(x).float(), mask
+        return self.fc(F.dropout(x, self.dropout, self.training)), mask
+
+    def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        vectors, mask = self.token_vectors(features, mask)
+        scores = self.head(vectors)
+        if self.training:
+            self._scores["tokens"] = scores, mask
+        mean, soft_mask = merge_runs(scores, mask)
+        soft = (mean[..., 1:] / self.temperature).softmax(-1) @ self.head.embeddings
+        empty = ~soft_mask.any(1)
+        soft = torch.where(empty[:, None, None], self.silence, soft)
+        soft_mask[:, 0] |= empty
+        return self.norm(soft).to(features.dtype), soft_mask
+
+
+def merge_runs(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Average the scores of each run of equal likeliest classes; runs of blanks are left out.
+
+    Differentiable in ``scores``, with the runs held fixed.
+
+    Args:
+        scores: [B, S, 1 + V].
+        mask: bool [B, S]; the valid steps of a row come first.
+
+    Returns:
+        mean scores [B, N, 1 + V], N at least 1, and the mask of the runs [B, N].
+    """
+    best = scores.argmax(-1).masked_fill(~mask, BLANK)
+    says = best != BLANK
+    starts = says & (best != F.pad(best, (1, 0), value=BLANK)[:, :-1])
+    counts = starts.sum(1)
+    width = max(1, int(counts.max()))
+    run = (starts.cumsum(1) - 1).clamp(min=0)
+    row = torch.arange(len(scores), device=scores.device)[:, None] * width
+    sums = scores.new_zeros(len(scores) * width, scores.shape[-1])
+    index = (run + row)[says]
+    sums = sums.index_add(0, index, scores[says])
+    lengths = torch.bincount(index, minlength=len(sums)).clamp(min=1)
+    mean = (sums / lengths[:, None]).reshape(len(scores), width, -1)
+    return mean, torch.arange(width, device=scores.device) < counts[:, None]
