@@ -425,6 +425,7 @@ def _format_summary(summary: dict[str, Any]) -> str:
         ("  with silence", format_number(summary.get("val_loss_silent"))),
         ("  with text only", format_number(summary.get("val_loss_text_only"))),
         ("audio gain", f"{format_number(summary['audio_gain'])}{bounds}"),
+        ("time to listening", _listening(summary.get("listening"))),
         ("WER / CER", f"{percent('wer')} / {percent('cer')}")
         if summary["wer"] is not None or summary["cer"] is None
         else ("CER (no WER: words have no spaces)", percent("cer")),
@@ -436,6 +437,13 @@ def _format_summary(summary: dict[str, Any]) -> str:
         *((f"task {name or '(none)'}: loss", task_line(each)) for name, each in summary.get("tasks", {}).items()),
     ]
     return "\n".join(f"{name:<30} {value}" for name, value in lines)
+
+
+def _listening(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "– (audio gain of 1 nat, interval above 0.5)"
+    seconds = f", {found['seconds']:,.0f} s" if "seconds" in found else ""
+    return f"{found['steps']:,} steps of the LM{seconds}"
 
 
 def console() -> None:

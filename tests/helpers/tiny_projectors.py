@@ -50,8 +50,8 @@ class Holder(Config):
     projector: ProjectorConfig = MlpConfig()
 
 
-def build(config, channels=6, width=8, seed=0, token_embeddings=None):
-    return build_projector(config, channels, width, 0.136, seed=seed, token_embeddings=token_embeddings)
+def build(config, channels=6, width=8, seed=0, head_tokens=None):
+    return build_projector(config, channels, width, 0.136, seed=seed, head_tokens=head_tokens)
 
 
 def shake(projector):

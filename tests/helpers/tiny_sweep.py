@@ -17,7 +17,7 @@ from train.sweeps.config import SweepConfig
 DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout": 0.2}
 
 
-TIMED = {"seconds", "data_wait_fraction", "frames_per_second", "eval_seconds"}
+TIMED = {"seconds", "elapsed", "data_wait_fraction", "frames_per_second", "eval_seconds"}
 
 
 # They differ in everything that experiments of a group may differ in: projector, prompt, optimizer, length, averages,

@@ -236,11 +236,11 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
         UserError: the folder is not an export, has another format version, or is corrupt; or it holds a custom
             projector and ``kind`` is not given.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from train.projectors import LayerMixer, MixedProjector, build_projector
+    from train.projectors.ctc import HeadTokens
 
     settings = read_settings(Path(folder))
     config = settings.projector
@@ -252,10 +252,8 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
                 f"{MODEL_CARD} shows"
             )
         config = validate_config(CustomConfig, {"kind": kind, "settings": config.settings}, "kind")
-    rows = torch.zeros(len(settings.tokens), settings.width)  # their values are among the weights
-    projector = build_projector(
-        config, settings.channels, settings.width, settings.embedding_rms, token_embeddings=rows
-    )
+    tokens = HeadTokens.placeholder(len(settings.tokens), settings.width)
+    projector = build_projector(config, settings.channels, settings.width, settings.embedding_rms, head_tokens=tokens)
     if settings.layers > 1:
         projector = MixedProjector(LayerMixer(settings.layers, settings.normalise_layers), projector)
     weights = Path(folder) / WEIGHTS

@@ -68,7 +68,7 @@ def build_model(
     import torch
 
     from train.model.audio_lm import AudioLM
-    from train.model.ctc import CtcTokenizer, ScoringProjector, ctc_head, head_embeddings, read_tokens, uses_tokens
+    from train.model.ctc import CtcTokenizer, ScoringProjector, ctc_head, find_head_tokens, read_tokens, uses_tokens
     from train.model.prompt import Prompt
     from train.projectors import LayerMixer, MixedProjector, build_projector
 
@@ -77,14 +77,14 @@ def build_model(
         tokens = read_tokens(run)
     if lm is None:
         lm = load_run_lm(config, device, dtype, tokens)
-    embeddings = None if tokens is None else head_embeddings(lm, tokens)
+    head_tokens = None if tokens is None else find_head_tokens(lm, tokens)
     width, rms = lm.soft_width, lm.soft_rms
-    projector = build_projector(config.projector, channels, width, rms, seed=config.seed, token_embeddings=embeddings)
+    projector = build_projector(config.projector, channels, width, rms, seed=config.seed, head_tokens=head_tokens)
     if config.layers > 1:
         projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
-    head = None if embeddings is None or not config.ctc.weight else ctc_head(projector, embeddings)
-    if config.is_stage_one and embeddings is not None:
-        projector = ScoringProjector(projector, embeddings)
+    head = None if head_tokens is None or not config.ctc.weight else ctc_head(projector, head_tokens)
+    if config.is_stage_one and head_tokens is not None:
+        projector = ScoringProjector(projector, head_tokens)
     if instructions is None and config.prompt.prompts is not None:
         instructions = read_instructions(config.prompt.prompts)
     record = None if run is None else replay_date(lm, run)

@@ -39,7 +39,7 @@ from train.lms.embeddings import TokenEmbeddings, read_embeddings
 from train.lms.packing import Ids
 from train.model.audio_lm import AudioLM
 from train.projectors import Projector
-from train.projectors.ctc import BLANK, CtcHead, best_path, ctc_nll, needed_steps
+from train.projectors.ctc import BLANK, CtcHead, HeadTokens, best_path, ctc_nll, needed_steps, spellings
 from train.runs.folder import SUMMARY, read_json, write_json
 
 TOKENS_FILE = "tokens.json"
@@ -236,10 +236,10 @@ class CtcLanguageModel(LanguageModel):
 class ScoringProjector(Projector):
     """A projector and a CTC head, which is the projector's own if it has one: features -> scores [B, S, 1 + V]."""
 
-    def __init__(self, projector: Projector, embeddings: Tensor) -> None:
+    def __init__(self, projector: Projector, tokens: HeadTokens) -> None:
         super().__init__()
         self.projector = projector
-        self.head = None if projector.ctc_head() is not None else CtcHead(embeddings)
+        self.head = None if projector.ctc_head() is not None else CtcHead(tokens)
 
     def soft_frames(self, frames: int) -> int:
         return self.projector.soft_frames(frames)
@@ -274,25 +274,30 @@ def load_ctc(config: TrainConfig, tokens: Sequence[int], device: torch.device) -
 
 
 @torch.no_grad()
-def head_embeddings(lm: LanguageModel, tokens: Sequence[int]) -> Tensor:
-    """Return the embeddings of ``tokens`` float32 [V, D], with which a CTC head compares.
+def find_head_tokens(lm: LanguageModel, tokens: Sequence[int]) -> HeadTokens:
+    """Return embeddings and spellings of ``tokens``, with which a CTC head compares.
 
     Raises:
         UserError: the language model has fewer tokens.
     """
     if isinstance(lm, CtcLanguageModel):
-        return lm.token_embeddings
+        return HeadTokens(lm.token_embeddings, _spellings(lm.tokenizer, range(1, lm.width), lm.device))
     if tokens[-1] >= lm.vocab_size:
         raise UserError(
             f"{TOKENS_FILE} names the token {tokens[-1]} and '{lm.reference}' has {lm.vocab_size}: restore the "
             "language model that the run was trained with"
         )
-    return lm.embed(torch.tensor(tokens, device=lm.device)).float()
+    rows = lm.embed(torch.tensor(tokens, device=lm.device)).float()
+    return HeadTokens(rows, _spellings(lm.tokenizer, tokens, lm.device))
 
 
-def ctc_head(projector: Projector, embeddings: Tensor) -> nn.Module:
+def _spellings(tokenizer: Tokenizer, ids: Sequence[int], device: torch.device) -> Tensor:
+    return spellings([tokenizer.decode([each]) for each in ids]).to(device)
+
+
+def ctc_head(projector: Projector, tokens: HeadTokens) -> nn.Module:
     """Return the CTC head of ``projector``, or a new one."""
-    return projector.ctc_head() or CtcHead(embeddings)
+    return projector.ctc_head() or CtcHead(tokens)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from shards.errors import UserError
 from train.config.model import CustomConfig, ProjectorConfig
 from train.projectors.base import Projector, init_linear_layers, under_autocast
 from train.projectors.conv import ConvProjector
+from train.projectors.ctc import HeadTokens
 from train.projectors.mixer import LayerMixer, MixedProjector
 from train.projectors.mlp import LinearProjector, MlpProjector, PoolProjector, ResidualProjector, SwigluProjector
 from train.projectors.moe import make_moe
@@ -53,7 +54,7 @@ def build_projector(
     embedding_rms: float,
     *,
     seed: int = 0,
-    token_embeddings: torch.Tensor | None = None,
+    head_tokens: HeadTokens | None = None,
 ) -> Projector:
     """Build the projector of ``config`` from ``channels`` to ``width``.
 
@@ -61,7 +62,7 @@ def build_projector(
     same seed always produces the same bytes.
 
     Args:
-        token_embeddings: [V, D], embeddings of the tokens of a CTC head; ``posterior`` needs them.
+        head_tokens: the tokens of a CTC head; ``posterior`` needs them.
 
     Raises:
         UserError: a size is invalid, or a user's class cannot be imported or constructed.
@@ -75,11 +76,11 @@ def build_projector(
         projector = _build_custom(config, channels, width, embedding_rms, seed)
         projector.init_weights(generator)
         return projector
-    own: tuple[torch.Tensor, ...] = ()
+    own: tuple[HeadTokens, ...] = ()
     if config.kind == "posterior":
-        if token_embeddings is None:
-            raise ValueError("projector.kind=posterior needs the embeddings of the tokens of its head")
-        own = (token_embeddings,)
+        if head_tokens is None:
+            raise ValueError("projector.kind=posterior needs the tokens of its head")
+        own = (head_tokens,)
     try:
         projector = REGISTRY[config.kind](config, channels, width, embedding_rms, *own)
     except ValueError as error:

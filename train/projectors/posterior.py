@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Conv1d, LayerNorm, Linear, Projector, init_linear_layers, make_norm
-from .ctc import BLANK, CtcHead
+from .ctc import BLANK, CtcHead, HeadTokens
 
 if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import PosteriorConfig
@@ -30,16 +30,17 @@ class PosteriorProjector(Projector):
     says nothing.
 
     Args:
-        embeddings: [V, D], the input embeddings of the tokens.
+        tokens: those of the CTC head.
     """
 
     formula = (
-        "2·C + (5·C + 1)·H + (5·H + 1)·H + (3·H + 1)·H·(L - 2) + (H + 1)·D + 2·D + 2 + 257·(H + 1) "
+        "2·C + (5·C + 1)·H + (5·H + 1)·H + (3·H + 1)·H·(L - 2) + (H + 1)·D + 2·D + 2 "
+        "+ (D + 16·257 + 1)·256 + 257·(H + 1) "
         "[without spelling no 257·(H + 1); norm: rms + D, layer + 2·D]"
     )
 
     def __init__(
-        self, config: PosteriorConfig, channels: int, width: int, embedding_rms: float, embeddings: Tensor
+        self, config: PosteriorConfig, channels: int, width: int, embedding_rms: float, tokens: HeadTokens
     ) -> None:
         super().__init__()
         hidden = config.hidden
@@ -51,12 +52,13 @@ class PosteriorProjector(Projector):
         )
         self.fc = Linear(hidden, width)
         self.spelling = Linear(hidden, 1 + 256) if config.spelling else None
-        self.head = CtcHead(embeddings)
+        self.head = CtcHead(tokens)
         self.silence = nn.Parameter(torch.zeros(width))
         self.norm = make_norm(config.norm, width, embedding_rms)
 
     def init_weights(self, generator: torch.Generator) -> None:
         init_linear_layers(self, "torch", generator)
+        self.head.init_weights(generator)
 
     def soft_frames(self, frames: int) -> int:
         """Return the most soft tokens, one per time step; the audio decides how many there are."""

@@ -11,10 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from safetensors.torch import load_file
 
 from .base import Projector, under_autocast
+from .ctc import HeadTokens
 from .mixer import LayerMixer, MixedProjector
 
 
@@ -28,8 +28,8 @@ def load(folder: str | Path) -> Projector:
         projector = under_autocast(projector_class)(*sizes, **config["projector"]["settings"])
     else:
         tokens = config.get("tokens")
-        rows = [torch.zeros(len(tokens), config["width"])] if tokens else []  # their values are among the weights
-        projector = projector_class(SimpleNamespace(**config["projector"]), *sizes, *rows)
+        own = [HeadTokens.placeholder(len(tokens), config["width"])] if tokens else []
+        projector = projector_class(SimpleNamespace(**config["projector"]), *sizes, *own)
     if config["layers"] > 1:
         projector = MixedProjector(LayerMixer(config["layers"], config["normalise_layers"]), projector)
     projector.load_state_dict(load_file(Path(folder) / "projector.safetensors"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from train.config.train import STAGE_ONE
 from train.report.audio import recordings
 from train.report.charts import Curve, chart, smooth
 from train.report.embedding_plot import nearest_tokens, pca_charts
@@ -44,6 +45,7 @@ def render_run(folder: Path) -> str:
         listens=gain is not None and gain >= MIN_AUDIO_GAIN,
         summary=_tiles(metrics),
         loss_chart=loss_chart(run),
+        stage_one=_stage_one(folder),
         losses_by_input=_losses_by_input(metrics),
         tasks=_tasks(metrics),
         retrieval=_retrieval(metrics.get("retrieval")),
@@ -75,9 +77,32 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
             (f"{unit} error rate", percent(metrics.get(name)), interval(name, "%", 100))
             for unit, name in rates[metrics.get("wer") is None and metrics.get("cer") is not None :]
         ),
+        ("time to listening", *_listening(metrics.get("listening"))),
         ("hallucination rate", percent(metrics.get("hallucination_rate"), 0), "of silent inputs"),
         ("steps", f"{metrics.get('steps', 0):,}", duration(metrics.get("seconds", 0.0))),
     ]
+
+
+def _listening(found: Metrics | None) -> tuple[str, str]:
+    """What the tile shows: steps of the language model, and seconds with stage 1."""
+    if found is None:
+        return "–", "audio gain of 1 nat"
+    return f"{found['steps']:,} steps", duration(found["seconds"]) if "seconds" in found else ""
+
+
+def _stage_one(folder: Path) -> dict[str, Any] | None:
+    """Return figures and chart of the stage 1 in the folder of a run; None without one."""
+    stage = RunFiles(folder / STAGE_ONE)
+    if not (folder / STAGE_ONE / "caches.json").is_file():
+        return None
+    metrics = stage.metrics
+    rows = {
+        "held-out CTC loss": f"{format_number(metrics.get('val_loss'), 3)} nats per token",
+        "word / character error rate": f"{percent(metrics.get('wer'))} / {percent(metrics.get('cer'))}",
+        "steps": f"{metrics.get('steps', 0):,}, {duration(metrics.get('seconds', 0.0))}",
+        "frames per second": f"{metrics.get('frames_per_second', 0.0):,.0f}",
+    }
+    return {"rows": rows, "chart": loss_chart(stage)}
 
 
 def loss_chart(run: RunFiles) -> Markup:

@@ -61,6 +61,7 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
         experiments=_experiments(found, baseline, states),
         held_out_chart=_curves(found, held_out=True),
         training_chart=_curves(found, held_out=False),
+        gain_chart=_gain_curves(found),
         differences=_differences(found),
         no_audio=no_audio,
         samples=samples,
@@ -98,12 +99,20 @@ def _experiments(runs: Sequence[RunFiles], baseline: RunFiles | None, states: di
                 format_number(metrics.get("val_loss"), 3),
                 _difference(run, baseline, NATS, TOKENS, 1, 3),
                 format_number(metrics.get("audio_gain"), 2),
+                _listening(metrics.get("listening")),
                 percent(metrics.get("wer")),
                 _difference(run, baseline, WORD_ERRORS, WORDS, 100, 1),
                 f"{metrics['trained_parameters']:,}" if metrics.get("trained_parameters") else "–",
             )
         )
     return rows
+
+
+def _listening(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    seconds = f"{found['seconds']:,.0f} s" if "seconds" in found else ""
+    return DIV.format(WITH_SMALL.format(f"{found['steps']:,} steps", seconds))
 
 
 def _difference(
@@ -134,6 +143,15 @@ def _curves(runs: Sequence[RunFiles], held_out: bool) -> Markup:
         curves.append(Curve(run.name, f"c{number % NUM_COLORS}", line, dots=held_out))
     metric = "Held-out loss" if held_out else "Training loss, smoothed"
     return chart(curves, f"{metric} of every experiment, by step", y_label=f"{metric.lower()}, nats per token")
+
+
+def _gain_curves(runs: Sequence[RunFiles]) -> Markup:
+    curves = [
+        Curve(run.name, f"c{number % NUM_COLORS}", metric_points(run.evaluations, "audio_gain"), dots=True)
+        for number, run in enumerate(runs)
+    ]
+    title = "Audio gain of every experiment, by step of the language model"
+    return chart(curves, title, y_label="audio gain, nats per token")
 
 
 def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:

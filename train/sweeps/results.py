@@ -28,6 +28,7 @@ SUMMARY_KEYS = (
     "val_loss",
     "val_loss_shuffled",
     "audio_gain",
+    "listening",
     "wer",
     "cer",
     "train_loss_last",
@@ -79,7 +80,10 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 def format_table(state: dict[str, Any]) -> str:
     """Format the experiments as a table, sorted by held-out loss."""
     rows = [
-        ("experiment", "held-out loss", "minus baseline [95% CI]", "audio gain", "WER", "minus baseline [95% CI]", "")
+        (
+            *("experiment", "held-out loss", "minus baseline [95% CI]", "audio gain", "listening", "WER"),
+            *("minus baseline [95% CI]", ""),
+        )
     ]
     evaluated = [each for each in state["experiments"] if each.get("val_loss") is not None]
     others = [each for each in state["experiments"] if each.get("val_loss") is None]
@@ -91,6 +95,7 @@ def format_table(state: dict[str, Any]) -> str:
                 format_number(each.get("val_loss")),
                 "baseline" if first else _format_interval(each.get("difference"), 1, 4),
                 format_number(each.get("audio_gain"), 3),
+                format_listening(each.get("listening")),
                 "–" if each.get("wer") is None else f"{100 * each['wer']:.1f}%",
                 "baseline" if first else _format_interval(each.get("wer_difference"), 100, 1),
                 each["state"] if each["state"] != "finished" else "",
@@ -127,6 +132,13 @@ def _difference(table: pa.Table, baseline: pa.Table, **columns: Any) -> list[flo
     except UserError:
         return None
     return [interval.mean, interval.low, interval.high]
+
+
+def format_listening(found: dict[str, float] | None) -> str:
+    """Format ``listening`` of a summary: steps of the LM and seconds."""
+    if found is None:
+        return "–"
+    return f"{found['steps']:,} steps" + (f", {found['seconds']:,.0f} s" if "seconds" in found else "")
 
 
 def _format_interval(interval: list[float] | None, scale: float, digits: int) -> str:

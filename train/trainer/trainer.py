@@ -32,6 +32,7 @@ from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup, RankLost
 from train.distributed.signals import StopRequest
 from train.evaluation.evaluate import EvalConfig, Evaluation, Stopped, evaluate_models
+from train.evaluation.listening import time_to_listening
 from train.lms.base import SeparatePasses
 from train.model.audio_lm import AudioLM, ModelList
 from train.model.build import build_model
@@ -48,7 +49,7 @@ from train.model.ctc import (
 from train.model.proof import prove
 from train.model.replay import lm_record, write_lm_record
 from train.runs import folder as runs
-from train.runs.metrics_log import MetricsLogger, NullLogger, StepMetrics
+from train.runs.metrics_log import EVALUATIONS, MetricsLogger, NullLogger, StepMetrics, read_jsonl
 from train.runs.trackers import open_trackers, require_trackers
 from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
@@ -437,7 +438,7 @@ class Trainer:
 
     def _record(self, result: Evaluation) -> dict[str, Any]:
         """Return the record of an evaluation with the seconds of training and evaluation so far, stage 1 included."""
-        return {**result.record(), "seconds": round(self.state.counters.seconds + self.stage_one_seconds, 3)}
+        return {**result.record(), "elapsed": round(self.state.counters.seconds + self.stage_one_seconds, 3)}
 
     @property
     def stage_one_seconds(self) -> float:
@@ -451,6 +452,7 @@ class Trainer:
         keys = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio")
         return {
             **(dict.fromkeys(keys) if final is None else final.metrics()),
+            "listening": time_to_listening(read_jsonl(self.run / EVALUATIONS)),
             "steps": self.state.step,
             "best_step": self.state.early_stopping.best_step,
             **self.state.counters.summary(),

@@ -11,15 +11,16 @@ from tiny_projectors import mask_of, shake
 
 from train.config.model import PosteriorConfig
 from train.projectors import build_projector
-from train.projectors.ctc import BLANK, CtcHead, best_path, ctc_nll, needed_steps
+from train.projectors.ctc import BLANK, CtcHead, HeadTokens, best_path, ctc_nll, needed_steps, spellings
 from train.projectors.posterior import PosteriorProjector, merge_runs
 
+PIECES = ["A", " A", "AB", "B", "C"]
 EMBEDDINGS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
 
 def build(**keys) -> PosteriorProjector:
     config = PosteriorConfig(hidden=16, **keys)
-    projector = build_projector(config, 6, 8, 0.136, token_embeddings=EMBEDDINGS)
+    projector = build_projector(config, 6, 8, 0.136, head_tokens=HeadTokens(EMBEDDINGS, spellings(PIECES)))
     assert isinstance(projector, PosteriorProjector)
     return shake(projector).eval()
 
@@ -53,13 +54,37 @@ def test_the_best_path_merges_repeats_and_drops_blanks_and_padding():
     assert best_path(torch.nn.functional.one_hot(path).float(), mask_of([6, 4], 6)) == [[1, 1, 2], [2]]
 
 
+def silent_spellings(head: CtcHead) -> CtcHead:
+    with torch.no_grad():
+        head.bytes.zero_()
+    return head
+
+
 def test_the_head_scores_the_direction_of_an_embedding_and_not_its_length():
-    head = CtcHead(EMBEDDINGS)
+    head = silent_spellings(CtcHead(HeadTokens(EMBEDDINGS, spellings(PIECES))))
     scores = head(3.0 * EMBEDDINGS)
     assert scores.shape == (5, 6)
     assert scores[:, 1:].argmax(-1).tolist() == [0, 1, 2, 3, 4]
     assert scores[:, 1:].diagonal().tolist() == pytest.approx([20.0] * 5, rel=1e-5)
-    assert torch.equal(CtcHead(2 * EMBEDDINGS)(EMBEDDINGS), head(EMBEDDINGS))
+    longer = silent_spellings(CtcHead(HeadTokens(2 * EMBEDDINGS, spellings(PIECES))))
+    assert torch.equal(longer(EMBEDDINGS), head(EMBEDDINGS))
+
+
+def test_a_spelling_holds_the_bytes_from_both_ends():
+    found = spellings([" A", "naïvely long", ""])
+    assert found.shape == (3, 16)
+    assert found[0].tolist() == [33, 66, 0, 0, 0, 0, 0, 0, 66, 33, 0, 0, 0, 0, 0, 0]
+    assert found[1].tolist() == [1 + b for b in "naïvely".encode()] + [1 + b for b in b"gnol yle"]
+    assert not found[2].any()
+
+
+def test_tokens_of_the_same_letters_share_what_their_spellings_score():
+    head = CtcHead(HeadTokens(torch.zeros(5, 8), spellings(PIECES)))
+    scores = head(torch.randn(3, 8))
+    assert torch.isfinite(scores).all()  # embeddings of zeros have no direction
+    spelled = head._spelled()
+    assert torch.allclose(spelled[0] * 2**0.5, head.bytes[0, 66] + head.bytes[8, 66])
+    assert torch.allclose(spelled[2] * 2, head.bytes[0, 66] + head.bytes[1, 67] + head.bytes[8, 67] + head.bytes[9, 66])
 
 
 def test_runs_of_a_token_become_their_mean_and_blanks_disappear():
@@ -111,7 +136,16 @@ def test_rows_depend_neither_on_padding_nor_on_each_other():
 def test_parameters_are_those_of_the_formula():
     for keys, extra in (({}, 257 * 17), ({"spelling": 0}, 0), ({"layers": 4, "spelling": 0}, 49 * 16)):
         c, h, d = 6, 16, 8
-        base = 2 * c + (5 * c + 1) * h + (5 * h + 1) * h + (3 * h + 1) * h + (h + 1) * d + 2 * d + 2
+        base = (
+            2 * c
+            + (5 * c + 1) * h
+            + (5 * h + 1) * h
+            + (3 * h + 1) * h
+            + (h + 1) * d
+            + 2 * d
+            + 2
+            + (d + 16 * 257 + 1) * 256
+        )
         assert sum(p.numel() for p in build(**keys).parameters()) == base + extra
 
 

@@ -12,10 +12,12 @@ from shards.config.base import load_config
 from shards.errors import UserError
 from train.config.model import KINDS, LinearConfig, MoeConfig
 from train.projectors import LayerMixer, MixedProjector, Projector
+from train.projectors.ctc import HeadTokens, spellings
 
 OWN = """
 import torch
 from torch import nn
+from train.projectors.ctc import HeadTokens, spellings
 from train.projectors import Projector
 
 class Mine(Projector):
@@ -111,7 +113,7 @@ def test_a_mixer_rejects_another_number_of_layers():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixer_works_with_any_projector(kind):
-    inner = build(KINDS[kind](), token_embeddings=torch.randn(4, 8)).eval()
+    inner = build(KINDS[kind](), head_tokens=HeadTokens(torch.randn(4, 8), spellings([*"abcd"]))).eval()
     mixed, layers, mask = MixedProjector(LayerMixer(2), inner), torch.randn(2, 2, 9, 6), mask_of([9, 5], 9)
     mixed.eval()
     soft, soft_mask = mixed(torch.cat([*layers], -1), mask)
