@@ -323,7 +323,7 @@ class CtcConfig(Config):
 
 
 class AugmentConfig(Config):
-    """Changes of the cached features in training: speed, then noise (`noise_std`), then masks.
+    """Changes of the cached features in training: silence, speed, then noise (`noise_std`), then masks.
 
     The masks are those of SpecAugment (arXiv 1904.08779), here on features: a masked value becomes the mean of its
     channel over the utterance.
@@ -339,6 +339,9 @@ class AugmentConfig(Config):
     """Bands of neighbouring channels that are masked in each utterance."""
     channel_mask_size: int = Field(default=32, ge=1)
     """Channels in each band."""
+    silence: float = Field(default=0.0, ge=0, lt=1)
+    """Share of utterances that become a pause or noise with an empty text, so that a model learns to answer nothing.
+    They are made of the cached frames: those at both ends of the utterance, or all of them, in random order."""
 
 
 class PretrainConfig(Config):

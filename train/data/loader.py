@@ -28,6 +28,7 @@ from train.distributed.device import choose_device
 from train.distributed.group import ProcessGroup
 
 UNCHANGED = AugmentConfig()
+EDGE_FRAMES = 5  # at each end of an utterance, 0.1 s of Whisper: before the first sound and after the last
 PREFETCH = 2  # batches whose other layers are read while the training loop runs
 
 
@@ -91,20 +92,25 @@ def augment(
 ) -> Batch:
     """Return ``batch`` with the changes of a training step; ``batch`` itself does not change.
 
-    In this order: the time axis of each utterance is stretched (``changes.speed``), Gaussian noise is added, spans of
-    frames and bands of channels become the mean of their channel over the utterance, and each frame becomes zero with
-    probability ``frame_mask_prob``. ``noise_std`` is the standard deviation of the noise relative to that of each
+    In this order: a share ``changes.silence`` of the utterances become frames in random order with an empty text, the
+    time axis of each utterance is stretched (``changes.speed``), Gaussian noise is added, spans of frames and bands of
+    channels become the mean of their channel over the utterance, and each frame becomes zero with probability
+    ``frame_mask_prob``. ``noise_std`` is the standard deviation of the noise relative to that of each
     channel over the utterance: a few channels of a speech encoder are a hundred times larger than the others.
 
     What happens to an utterance depends only on the seed, the index of the global batch and the row, so it is the same
     for any world size.
     """
-    if not (frame_mask_prob or noise_std or changes.speed or changes.time_masks or changes.channel_masks):
+    is_changed = changes.silence or changes.speed or changes.time_masks or changes.channel_masks
+    if not (frame_mask_prob or noise_std or is_changed):
         return batch
-    utterances = []
-    for features, frames, row in zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True):
+    utterances, texts = [], list(batch.texts)
+    for i, (features, frames, row) in enumerate(zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True)):
         generator = torch.Generator().manual_seed(_seed(seed, batch.index, row))
-        valid = _stretched(features[:frames], changes.speed, generator)
+        spoken = features[:frames]
+        if changes.silence and float(torch.rand((), generator=generator)) < changes.silence:
+            spoken, texts[i] = _without_speech(spoken, generator), ""
+        valid = _stretched(spoken, changes.speed, generator)
         if noise_std and len(valid) > 1:
             noise = torch.randn(valid.shape, generator=generator)
             valid += (noise_std * valid.float().std(0, unbiased=False) * noise).to(valid.dtype)
@@ -115,7 +121,15 @@ def augment(
     if not utterances:
         return batch
     lengths = torch.tensor([len(valid) for valid in utterances])
-    return replace(batch, features=pad_sequence(utterances, batch_first=True), lengths=lengths)
+    return replace(batch, features=pad_sequence(utterances, batch_first=True), lengths=lengths, texts=texts)
+
+
+def _without_speech(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Return frames [T, C] of [T, C] in random order: those at its ends, or all."""
+    frames = len(features)
+    ends = bool(torch.rand((), generator=generator) < 0.5)
+    pool = torch.cat([features[:EDGE_FRAMES], features[-EDGE_FRAMES:]]) if ends else features
+    return pool[torch.randint(0, len(pool), (frames,), generator=generator)]
 
 
 def _stretched(features: Tensor, speed: float, generator: torch.Generator) -> Tensor:

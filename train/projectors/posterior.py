@@ -35,7 +35,7 @@ class PosteriorProjector(Projector):
 
     formula = (
         "2·C + (5·C + 1)·H + (5·H + 1)·H + (3·H + 1)·H·(L - 2) + (H + 1)·D + 2·D + 2 "
-        "+ (D + 16·257 + 1)·256 + 257·(H + 1) "
+        "+ (D + 16·257 + 1)·128 + 257·(H + 1) "
         "[without spelling no 257·(H + 1); norm: rms + D, layer + 2·D]"
     )
 

@@ -81,7 +81,7 @@ class TrainStep:
         self.step, self.lr, self.group = step, lr, group
         batches = [with_text_rules(batch, config.text) for batch in batches]
         changes = config.frame_mask_prob, config.noise_std, config.augment
-        self.batches = [augment(batch, config.seed, *changes) for batch in batches]
+        self.batches = batches = [augment(batch, config.seed, *changes) for batch in batches]
         self.objectives = Objectives.of_step(config, step)
         counts = [
             sum(len(model.prompt.target_ids(text)) for batch in batches for text in batch.texts),

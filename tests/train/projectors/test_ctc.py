@@ -144,7 +144,7 @@ def test_parameters_are_those_of_the_formula():
             + (h + 1) * d
             + 2 * d
             + 2
-            + (d + 16 * 257 + 1) * 256
+            + (d + 16 * 257 + 1) * 128
         )
         assert sum(p.numel() for p in build(**keys).parameters()) == base + extra
 
