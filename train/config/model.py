@@ -215,11 +215,11 @@ class PosteriorConfig(KindConfig):
     hidden: int = Field(default=384, ge=1)
     """Channels of the convolutions."""
     layers: int = Field(default=3, ge=2)
-    """Convolutions: the first has stride 2, so that a time step is two frames."""
+    """Convolutions: the first two have stride 2, so that a time step is four frames, 80 ms of Whisper."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Dropout probability in front of each layer."""
     spelling: float = Field(default=0.5, ge=0)
-    """Weight of a CTC loss over the bytes of the text at the second convolution, in stage 1 and with `ctc.weight` in
+    """Weight of a CTC loss over the bytes of the text after the first convolution, in stage 1 and with `ctc.weight` in
     stage 2. Few labels name a token often enough, and many name its letters. 0: off."""
     temperature: float = Field(default=0.33, gt=0)
     """Temperature of the softmax. Flat averages of embeddings are noise to an LM; below 1 they are sharper. Evaluation

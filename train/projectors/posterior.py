@@ -17,11 +17,11 @@ from .ctc import BLANK, CtcHead, HeadTokens
 if TYPE_CHECKING:  # an export contains a copy of this file, which must work without earshard
     from train.config.model import PosteriorConfig
 
-STRIDE = 2  # frames per time step
+STRIDE = 2  # of the first two convolutions
 
 
 class PosteriorProjector(Projector):
-    """LayerNorm -> Conv1d (5, stride 2) -> Conv1d (5) -> Conv1d (3) … -> fc [D] -> CTC head -> soft tokens.
+    """LayerNorm -> Conv1d (5, stride 2) -> Conv1d (5, stride 2) -> Conv1d (3) … -> fc [D] -> CTC head -> soft tokens.
 
     Each convolution is followed by GELU. The likeliest class of each time step cuts an utterance into runs; each run of
     a token becomes one soft token, softmax(mean score / temperature) times the embeddings of the V tokens. Blanks are
@@ -47,7 +47,10 @@ class PosteriorProjector(Projector):
         self.temperature, self.dropout = config.temperature, config.dropout
         self.input_norm = LayerNorm(channels)
         self.convs = nn.ModuleList(
-            [Conv1d(channels, hidden, 5, stride=STRIDE, padding=2), Conv1d(hidden, hidden, 5, padding=2)]
+            [
+                Conv1d(channels, hidden, 5, stride=STRIDE, padding=2),
+                Conv1d(hidden, hidden, 5, stride=STRIDE, padding=2),
+            ]
             + [Conv1d(hidden, hidden, 3, padding=1) for _ in range(config.layers - 2)]
         )
         self.fc = Linear(hidden, width)
@@ -62,7 +65,7 @@ class PosteriorProjector(Projector):
 
     def soft_frames(self, frames: int) -> int:
         """Return the most soft tokens, one per time step; the audio decides how many there are."""
-        return -(-frames // STRIDE)
+        return -(-frames // STRIDE**2)
 
     def ctc_head(self) -> nn.Module:
         return self.head
@@ -73,8 +76,8 @@ class PosteriorProjector(Projector):
         for i, conv in enumerate(self.convs):
             x = F.dropout(x.masked_fill(~mask[..., None], 0), self.dropout, self.training)
             x = F.gelu(conv(x))
-            mask = mask[:, :: STRIDE if i == 0 else 1]
-            if i == 1 and self.spelling is not None and self.training:
+            mask = mask[:, :: STRIDE if i < 2 else 1]
+            if i == 0 and self.spelling is not None and self.training:
                 self._scores["bytes"] = self.spelling(x).float(), mask
         return self.fc(F.dropout(x, self.dropout, self.training)), mask
 
