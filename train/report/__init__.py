@@ -71,7 +71,10 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, text: str) -> Path:
+    from train.runs.folder import remove_abandoned_files
+
     path = folder / REPORT
+    remove_abandoned_files(folder)
     with translate_os_errors("writing the report", path):
         atomic_write(path, text.encode(errors="replace"), str(os.getpid()))  # texts may contain lone surrogates
     return path
