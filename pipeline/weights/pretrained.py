@@ -31,9 +31,7 @@ def load_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
         if key.endswith("_implementation") and "/" in value:
             raise ValueError(f"its config.json asks for the kernels of '{value}', which are code: remove {key}")
         if key == "transformers_weights":
-            raise ValueError(
-                f"its config.json names '{value[:100]}' as its weights: remove {key}"
-            )
+            raise ValueError(f"its config.json names '{value[:100]}' as its weights: remove {key}")
     if (folder / ADAPTER).exists():
         raise ValueError(f"it has an adapter, which depends on installed packages: merge it, or remove {ADAPTER}")
     forbid_hub_kernels()
