@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.weights.resolve import read_model_json
 
+ADAPTER = "adapter_config.json"
 KERNELS = "USE_HUB_KERNELS"  # read by transformers when it is imported
 
 
@@ -21,13 +22,18 @@ def load_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     """Return ``loader.from_pretrained(folder, **options)``; ``loader`` is a class of transformers.
 
     Raises:
-        ValueError: ``config.json`` asks for kernels of a hub.
+        ValueError: ``config.json`` asks for kernels of a hub or for other files of weights, or there is an adapter,
+            which transformers applies if peft is installed, and else ignores.
         Exception: what transformers raises, for a folder that needs its own code a ValueError.
     """
     config = folder / "config.json"
     for key, value in _texts(read_model_json(config) if config.is_file() else {}):
         if key.endswith("_implementation") and "/" in value:
             raise ValueError(f"its config.json asks for the kernels of '{value}', which are code: remove {key}")
+        if key == "transformers_weights":
+            raise ValueError(f"its config.json names '{value[:100]}' as its weights: remove {key}")
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"it has an adapter, which depends on installed packages: merge it, or remove {ADAPTER}")
     forbid_hub_kernels()
     return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from shards.errors import UserError
 from shards.files import read_json
 
 ENCODERS = ("whisper", "hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
+_SHARD = re.compile(r"\w[\w.+-]{0,199}")  # a name without a path: a folder's index comes from a stranger
 SCHEMES = ("path", "hf", "modelscope", "wheel")
 
 
@@ -162,7 +164,7 @@ def weight_files(folder: Path) -> list[Path]:
     else PyTorch files.
 
     Raises:
-        UserError: There are none, or a file named in the index is missing.
+        UserError: There are none, or a file that the index names is missing or outside of the folder.
     """
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).is_file():
@@ -170,14 +172,18 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{whole}.index.json"
         if index.is_file():
             weight_map = read_model_json(index).get("weight_map")
-            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing or not names:
-                raise UserError(
-                    f"'{index}' names {f'{missing[0]}, which does not exist' if missing else 'no files'}: "
-                    "copy the folder again"
-                )
-            return [folder / name for name in names]
+            names = list(dict.fromkeys(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+            problem = "" if names else "names no files"
+            for name in names:
+                if not _SHARD.fullmatch(name) or not name.endswith(Path(whole).suffix):
+                    problem = f"names {name[:100]!r}, which is not the name of a weight file in this folder"
+                elif not (folder / name).is_file():
+                    problem = f"names {name}, which does not exist"
+                if problem:
+                    break
+            if problem:
+                raise UserError(f"'{index}' {problem}: copy the folder again")
+            return [folder / name for name in sorted(names)]
     raise UserError(
         f"'{folder}' contains no model.safetensors and no pytorch_model.bin: name a folder of transformers weights"
     )

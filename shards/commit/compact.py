@@ -103,8 +103,8 @@ def compact(path: Path, folder: Path, progress: Callable[[int, int], None] = lam
     return Compacted(
         utterances=counts["utterances"],
         superseded=old.superseded,
-        unlabeled=old.info.counts["utterances"] - old.superseded - counts["utterances"],
-        freed=old.info.counts["bytes"] - counts["bytes"],
+        unlabeled=old.utterances - old.superseded - counts["utterances"],
+        freed=old.bytes - counts["bytes"],
     )
 
 
@@ -113,7 +113,9 @@ class _Old:
 
     Attributes:
         sets: the current label set of each name, oldest first.
+        utterances: number of rows of all manifests.
         superseded: number of superseded rows.
+        bytes: size of all tars.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -130,7 +132,7 @@ class _Old:
         self._failures = [self._table(layout.failures(n), FAILURE_SCHEMA, files[n].failures) for n in numbers]
         manifests = [self._table(layout.manifest(n), MANIFEST_SCHEMA, files[n].manifest) for n in numbers]
         current = np.concatenate(current_rows([each["key"] for each in manifests], [t["key"] for t in self._failures]))
-        self.superseded = int((~current).sum())
+        self.utterances, self.superseded, self.bytes = len(current), int((~current).sum()), 0
         self._manifest = pa.concat_tables(manifests).filter(pa.array(current)).combine_chunks()
         index = read_index(layout.path)
         self.sets: list[LabelEntry] = [entry for entry in index.sets if index.current(entry.name) is entry]
@@ -190,9 +192,10 @@ class _Old:
         sizes[stored] += self._manifest["scale_length"].to_numpy()[rows[stored]]
         tars = map(self.layout.tar, range(self.info.counts["shards"]))
         try:
-            largest = max((tar.stat().st_size for tar in tars), default=1)
+            tar_sizes = [tar.stat().st_size for tar in tars]
         except OSError as error:
             raise self._corrupt(str(error)) from None
+        self.bytes, largest = sum(tar_sizes), max(tar_sizes, default=1)
         total = int(sizes.sum())
         starts = np.cumsum(sizes) - sizes
         places = starts * max(round(total / largest), 1) // max(total, 1)

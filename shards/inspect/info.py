@@ -5,15 +5,20 @@ Takes a cache folder or its URL, complete or not; returns a JSON-serializable ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from shards.commit.finalize import COUNTS
 from shards.errors import UserError, first_validation_error
 from shards.format.layout import Layout, read_plan
-from shards.format.records import CacheInfo, RecordError, ShardRecord, unseal
+from shards.format.records import CacheInfo, Generation, RecordError, ShardRecord, unseal
+from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, check_parquet, read_parquet
 from shards.format.spec import FeatureSpec
 from shards.inspect.snapshot import snapshot
 from shards.labels.store import read_index
@@ -29,19 +34,21 @@ def describe_cache(cache: str | Path) -> dict[str, Any]:
         ``generations``, ``labels`` (the label sets, oldest first), ``hours``, ``bytes_per_audio_hour``,
         ``bits_per_value`` (bits of all tars divided by the number of values), ``codec_error``, ``seconds`` (spent
         extracting all shards) and ``encode_seconds`` (the part spent in the encoder; 0 if it was not recorded).
-        Superseded rows are counted in all of them.
+        Superseded rows are counted in all of them. The counts of a local cache are compared with its tables and tars.
         ``unfinished`` is None, or number and counts of the first generation that ``CACHE.json`` does not list yet.
 
     Raises:
-        UserError: there is no cache, it has another format, or its CACHE.json, LABELS.json or a plan is corrupt.
+        UserError: there is no cache, it has another format, its CACHE.json, LABELS.json or a plan is corrupt, or
+            CACHE.json counts what is not there.
     """
     if is_url(cache):
         with snapshot(str(cache), tables=False) as copy:
-            return _describe(Layout(copy), str(cache))
-    return _describe(Layout(Path(cache)), str(cache))
+            return _describe(Layout(copy), str(cache), lambda number, entry: {})
+    layout = Layout(Path(cache))
+    return _describe(layout, str(cache), lambda number, entry: _count(layout, number, entry))
 
 
-def _describe(layout: Layout, name: str) -> dict[str, Any]:
+def _describe(layout: Layout, name: str, count: Callable[[int, Generation], dict[str, int]]) -> dict[str, Any]:
     where = f"'{name}/{layout.cache.name}'"
     try:
         info = unseal(layout.cache)
@@ -52,6 +59,7 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
     spec = FeatureSpec.parse(info.get("spec"), where)
     try:
         parsed = CacheInfo.model_validate(info)
+        _require_counts(parsed, count)
         counts, newest, raw = parsed.counts, parsed.generations[-1], info["generations"]
         hours = counts["samples"] / spec.sampling_rate / 3600
         values = counts["frames"] * spec.channels
@@ -85,7 +93,7 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
                 for number, entry in enumerate(parsed.generations)
             ],
         }
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, RecordError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         what = first_validation_error(error) if isinstance(error, ValidationError) else error
         raise UserError(
             f"{where} has missing or invalid fields ({what}): run `python -m shards verify {name}`"
@@ -96,6 +104,36 @@ def _describe(layout: Layout, name: str) -> dict[str, Any]:
         for entry in index.sets
     ]
     return {**about, "unfinished": _unfinished(layout, name, about["generation"] + 1)}
+
+
+def _require_counts(info: CacheInfo, count: Callable[[int, Generation], dict[str, int]]) -> None:
+    """Require that each generation counts what ``count`` finds of it, and the cache the sum of its generations."""
+    for number, entry in enumerate(info.generations):
+        for name, value in count(number, entry).items():
+            if entry.counts.get(name) != value:
+                raise ValueError(f"{entry.counts.get(name)} {name} in generation {number}, found {value}")
+    for name in COUNTS:
+        total = sum(entry.counts[name] for entry in info.generations)
+        if info.counts.get(name) != total:
+            raise ValueError(f"{info.counts.get(name)} {name}, the generations have {total}")
+    if not 0 <= info.counts.get("superseded", 0) <= (info.counts["utterances"] if len(info.generations) > 1 else 0):
+        raise ValueError(f"{info.counts['superseded']} superseded rows")
+
+
+def _count(layout: Layout, number: int, entry: Generation) -> dict[str, int]:
+    """Count rows, frames, samples and bytes of a generation in its tables and tars."""
+    columns = ["frames", "samples"]
+    check_parquet(layout.manifest(number), MANIFEST_SCHEMA)
+    check_parquet(layout.plan(number), PLAN_SCHEMA)
+    manifest = pq.read_table(layout.manifest(number), columns=columns)
+    shards = range(entry.first_shard, entry.first_shard + entry.shards)
+    return {
+        "planned": pq.read_metadata(layout.plan(number)).num_rows,
+        "utterances": len(manifest),
+        "failures": len(read_parquet(layout.failures(number), FAILURE_SCHEMA)),
+        **{name: pc.sum(manifest[name]).as_py() or 0 for name in columns},
+        "bytes": sum(layout.tar(shard).stat().st_size for shard in shards),
+    }
 
 
 def _codec_error(entries: list[dict[str, Any]]) -> dict[str, float]:

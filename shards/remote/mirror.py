@@ -50,6 +50,7 @@ from shards.format.records import (
 from shards.format.spec import FeatureSpec
 from shards.remote.client import Remote, TransientError
 
+CLOCK_SKEW = 60_000_000_000  # nanoseconds between the clocks of this machine and of a file server
 BUDGET_GB = 50.0
 FETCHERS = 4  # concurrent background fetches per process
 POLL = 0.02  # seconds between checks for space
@@ -380,14 +381,19 @@ def _budget() -> int:
 
 
 def _mirrored_shards(root: Path) -> list[tuple[int, int, Path]]:
-    """Return (time of last use in ns, bytes, path) of all shards, complete or not, least recently used first."""
-    found = []
+    """Return (time of last use in ns, bytes, path) of all shards, complete or not, least recently used first.
+
+    A time in the future is of a clock that was set back since, and counts as long ago: else what is in use would make
+    room for it.
+    """
+    found, latest = [], time.time_ns() + CLOCK_SKEW
     for path in root.glob("*/shards/*"):
         # A .part file that disappeared since the listing has probably become the tar.
         for name in {".tar": [path], ".part": [path, path.with_suffix(".tar")]}.get(path.suffix, []):
             with suppress(FileNotFoundError):
                 stat = name.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, name))
+                used = stat.st_mtime_ns
+                found.append((used if used <= latest else 0, stat.st_size, name))
                 break
     return sorted(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from typing import Any
 
 VALUES = [
@@ -36,7 +37,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
     return [place for key, value in list(pairs) for place in ((tree, key), *places(value))]
 
 
-def damage(tree: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+def damage(tree: dict[str, Any], rng: random.Random, values: Sequence[Any] = VALUES) -> dict[str, Any]:
     """Return a copy with one to three values replaced, removed, moved or added."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.randint(1, 3)):
@@ -47,13 +48,13 @@ def damage(tree: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         other, name = rng.choice(all_places)
         how = rng.random()
         if how < 0.6:
-            container[key] = copy.deepcopy(rng.choice(VALUES))
+            container[key] = copy.deepcopy(rng.choice(values))
         elif how < 0.75:
             del container[key]
         elif how < 0.9:
             container[key] = copy.deepcopy(other[name])
         elif isinstance(container, dict):
-            container[rng.choice(["x", "files", "schema_version", "../x"])] = rng.choice(VALUES)
+            container[rng.choice(["x", "files", "schema_version", "../x"])] = rng.choice(values)
         else:
             container.append(copy.deepcopy(container[key]))
     return tree

@@ -13,11 +13,14 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+
+from shards.errors import run_command
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -41,12 +44,13 @@ def start(
     log: Path | None = None,
     count: Path | None = None,
     before: Callable[[], object] | None = None,
+    package: str = "pipeline",
 ) -> Any:
-    """Start ``python -m pipeline <argv>``; write its output to ``log`` and its number of file operations to ``count``.
+    """Start ``python -m <package> <argv>``; write its output to ``log`` and its number of file operations to ``count``.
 
     ``before`` (a module-level function, or a partial of one) is called first in the new process.
     """
-    process = _context.Process(target=_child, args=(argv, kill, log, count, before))
+    process = _context.Process(target=_child, args=(argv, kill, log, count, before, package))
     process.start()
     return process
 
@@ -60,7 +64,12 @@ def run(argv: list[str], *args: Any, **kwargs: Any) -> int:
 
 
 def _child(
-    argv: list[str], kill: Kill | None, log: Path | None, count: Path | None, before: Callable[[], object] | None
+    argv: list[str],
+    kill: Kill | None,
+    log: Path | None,
+    count: Path | None,
+    before: Callable[[], object] | None,
+    package: str,
 ) -> None:
     os.setsid()
     out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -71,10 +80,9 @@ def _child(
     done = [0]
     for name in OPERATIONS:
         setattr(os, name, _counted(name, getattr(os, name), done, kill))
-    from pipeline.__main__ import main
-
+    command = import_module(f"{package}.__main__").command
     try:
-        code = main(argv)
+        code = run_command(command, argv)
     except SystemExit as stop:
         code = int(stop.code or 0)
     if count is not None:

@@ -22,6 +22,7 @@ NATS, TOKENS = ("nats",), "tokens"
 WORD_ERRORS, WORDS = ("word_insertions", "word_deletions", "word_substitutions"), "words"
 CHARACTER_ERRORS = ("character_insertions", "character_deletions", "character_substitutions")
 CHARACTERS = "characters"
+_QUIET = np.errstate(invalid="ignore", over="ignore", divide="ignore")  # NaN and infinite nats of a run that diverged
 _CHUNK = 2**22  # counts drawn at a time: 32 MiB
 
 Array = npt.NDArray[Any]  # float64 or int64
@@ -58,6 +59,7 @@ def ratio_difference(a: Array, weights_a: Array, b: Array, weights_b: Array, see
     return _interval([(a, weights_a), (b, weights_b)], seed)
 
 
+@_QUIET
 def paired_difference(
     a: pa.Table, b: pa.Table, seed: int = 0, *, counts: Sequence[str] = NATS, per: str = TOKENS
 ) -> Interval:
@@ -84,6 +86,7 @@ def paired_difference(
     return ratio_difference(left[:, :-1].sum(1), left[:, -1], right[:, :-1].sum(1), right[:, -1], seed)
 
 
+@_QUIET
 def table_intervals(table: pa.Table) -> dict[str, Interval]:
     """Intervals of the metrics that a run's table has counts for, keyed by their names in ``summary.json``."""
     metrics = {  # name: (numerator, denominator, subtracted from the numerator)
@@ -122,6 +125,7 @@ def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[tuple[str, ..
     yield from zip(rows, *columns[len(identity) :], strict=True)
 
 
+@_QUIET
 def _interval(pairs: Sequence[tuple[Array, Array]], seed: int) -> Interval:
     """Interval of the first pair's ratio, minus the second pair's ratio if there are two pairs."""
     sums = np.stack([np.asarray(column, float) for pair in pairs for column in pair], 1)  # [n, 2 or 4]
@@ -133,10 +137,10 @@ def _interval(pairs: Sequence[tuple[Array, Array]], seed: int) -> Interval:
     for start in range(0, NUM_RESAMPLES, size):
         times_drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(size, NUM_RESAMPLES - start))  # [draws, n]
         draws.append(times_drawn @ sums)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = _metric(np.concatenate(draws))
+    values = _metric(np.concatenate(draws))
     values = values[np.isfinite(values)]  # the weights of a resample may sum to 0
-    low, high = np.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    bounds = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
+    low, high = np.quantile(values, bounds) if len(values) else (np.nan, np.nan)
     return Interval(float(_metric(sums.sum(0)[None])[0]), float(low), float(high))
 
 

@@ -2,17 +2,20 @@
 
     python -m train export runs/demo exported/demo
 
-    exported/demo/   projector.safetensors  config.json  README.md  projector/*.py  [lm.safetensors]
+    exported/demo/   projector.safetensors  config.json  lm.json  README.md  projector/*.py  [lm.safetensors]
 
 Reads a finished run; writes that folder, which depends on neither the run nor its caches. ``lm.safetensors`` is written
-if the LM was trained. The package ``projector`` in the folder loads the export with only torch and safetensors
-installed: ``from projector import load``. :func:`load_projector` does the same with earshard's code and runs no code
-from the folder.
+if the LM was trained. ``lm.json`` holds what identifies the LM, and the ids of the prompt, as in a run. The folder
+appears when it is complete; what a killed export left behind is removed by the next one beside it.
+
+The package ``projector`` in the folder loads the export with only torch and safetensors installed: ``from projector
+import load``. :func:`load_projector` does the same with earshard's code and runs no code from the folder.
 """
 
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
 import json
 import os
@@ -30,12 +33,13 @@ from pydantic import Field
 from shards import files as disk
 from shards.config.base import Config, validate_config
 from shards.errors import UserError
-from shards.files import atomic_write, translate_os_errors
+from shards.files import atomic_write, fsync_folder, make_folder, scratch_folder, translate_os_errors
 from train.config.model import CustomConfig, LmConfig, ProjectorConfig, PromptConfig
 from train.config.train import TrainConfig
 from train.data.instructions import Instructions
 from train.model.build import load_model
 from train.model.ctc import MAX_TOKENS, read_tokens
+from train.model.replay import write_lm_record
 from train.runs.folder import read_cache_info, read_json, run_config
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 WEIGHTS, SETTINGS, MODEL_CARD, LM_WEIGHTS = "projector.safetensors", "config.json", "README.md", "lm.safetensors"
 PACKAGE = "projector"
+SCRATCH = ".earshard-export-"  # how the name of a folder begins in which an export is written
 CUSTOM_MODULE = "own"  # module name of a custom projector in the package
 IMPORT_CHECK = """
 import sys
@@ -95,20 +100,34 @@ def export(run: Path, folder: Path, kind: str | None = None) -> Path:
     from train.model.checkpoint import trained_parameters, write_tensors
 
     if folder.exists():
-        raise UserError(f"'{folder}' already exists: name another folder, or delete it")
+        raise _exists(folder)
     config, cache_info = run_config(run, projector=kind), read_cache_info(run)
     model = load_model(run, config, torch.device("cpu"), torch.float32)
     tokens = read_tokens(run) if model.projector.ctc_head() is not None else []
     settings = make_settings(config, cache_info, model.lm, model.projector, model.prompt.instructions, tokens)
-    write_projector(folder, settings, model.projector)
-    trained = trained_parameters(model.lm)
-    if trained:
-        tensors = {name: parameter.detach() for name, parameter in trained.items()}
-        write_tensors(folder / LM_WEIGHTS, tensors, {"feature_id": settings.feature_ids[0]})
+    trained = {name: parameter.detach() for name, parameter in trained_parameters(model.lm).items()}
     text = model_card(settings, read_json(run / "summary.json"), folder.name, bool(trained))
     with translate_os_errors("exporting", folder):
-        atomic_write(folder / MODEL_CARD, text.encode(), str(os.getpid()))
+        make_folder(folder.parent)
+        with scratch_folder(SCRATCH, folder.parent) as scratch:
+            partial = scratch / folder.name
+            write_projector(partial, settings, model.projector)
+            if trained:
+                write_tensors(partial / LM_WEIGHTS, trained, {"feature_id": settings.feature_ids[0]})
+            write_lm_record(partial, model.lm, model.prompt)
+            atomic_write(partial / MODEL_CARD, text.encode(), str(os.getpid()))
+            try:
+                os.rename(partial, folder)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # of another export at the same time
+                    raise _exists(folder) from None
+                raise
+        fsync_folder(folder.parent)
     return folder
+
+
+def _exists(folder: Path) -> UserError:
+    return UserError(f"'{folder}' already exists: name another folder, or delete it")
 
 
 def write_projector(folder: Path, settings: ExportConfig, projector: Projector) -> None:
@@ -222,7 +241,7 @@ def _check_custom(folder: Path, kind: str) -> None:
         )
 
 
-def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
+def load_projector(folder: str | Path, kind: str | None = None, lm: str | Path | None = None) -> Projector:
     """Load the projector of an export, in evaluation mode, float32 on the CPU; see :class:`train.Projector`.
 
     No code in ``folder`` is run.
@@ -231,18 +250,25 @@ def load_projector(folder: str | Path, kind: str | None = None) -> Projector:
         folder: an export, as :func:`export` writes it.
         kind: import path ``my_module:MyProjector`` of the class, required for a custom projector. The class named in
             the export is never imported unless you pass it here.
+        lm: the folder of the language model that will read the soft tokens, to be compared with ``lm.json``.
 
     Raises:
         UserError: the folder is not an export, has another format version, or is corrupt; or it holds a custom
-            projector and ``kind`` is not given.
+            projector and ``kind`` is not given; or a file of ``lm`` is not that of the training, which is then named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from train.projectors import LayerMixer, MixedProjector, build_projector
     from train.projectors.ctc import HeadTokens
+    from train.projectors.standalone import require_same_lm
 
     settings = read_settings(Path(folder))
+    if lm is not None:
+        try:
+            require_same_lm(Path(folder), Path(lm))
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from None
     config = settings.projector
     if isinstance(config, CustomConfig):
         if kind is None:
@@ -329,6 +355,10 @@ import sys; sys.path.insert(0, "{name}")  # this folder
 from projector import load
 soft, soft_mask = load("{name}")(features, mask)
 ```
+
+`lm.json` identifies the language model by hashes of its configs, its tokenizer's files and its weights. With
+`load("{name}", lm="FOLDER")`, a model in FOLDER that differs is refused. It also holds the ids of the prompt in
+training: `prefix` before the soft tokens, `suffix` after them, and `ends`, which end an answer.
 
 `projector/` is the source code of the projector at the time of export. It is part of earshard (MIT license){exception}.
 With earshard installed, `train.load_projector("{name}")` loads the projector without running code from this folder.

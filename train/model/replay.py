@@ -1,4 +1,4 @@
-"""What makes a language model's ids besides its weights: ``lm.json`` in a run folder.
+"""What makes a language model's ids besides its weights: ``lm.json`` in a run folder and in an export.
 
 The ids of a prompt and of a text depend on the tokenizer's files, on the model's configs, on the version of the
 library, and with a chat template that shows the date on the day. A run records all of that before its first step.
@@ -78,10 +78,10 @@ def replay_date(lm: LanguageModel, run: Path) -> dict[str, Any] | None:
 
 
 def require_same_ids(lm: LanguageModel, prompt: Prompt, record: dict[str, Any], run: Path) -> None:
-    """Require that ``lm`` and ``prompt`` make the ids that the run was trained with.
+    """Require that ``lm`` is the one that the run was trained with, and makes with ``prompt`` the same ids.
 
     Raises:
-        UserError: names the file that changed, or what of the ids.
+        UserError: names the file that changed, or what of the ids; or says that the weights changed.
     """
     now, restore = lm_record(lm, prompt), "restore it, or train a new run"
     for name in sorted(now["files"].keys() | record["files"].keys()):
@@ -91,6 +91,10 @@ def require_same_ids(lm: LanguageModel, prompt: Prompt, record: dict[str, Any], 
                 f"{name} of the language model '{lm.reference}' {change} since '{run}' was trained, so its ids or "
                 f"logits would be others: {restore}"
             )
+    if now["language_model"] != record.get("language_model"):
+        raise UserError(
+            f"the weights of the language model '{lm.reference}' changed since '{run}' was trained: {restore}"
+        )
     for name, what in _IDS:
         if now[name] != record[name]:
             raise UserError(

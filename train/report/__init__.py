@@ -65,13 +65,18 @@ def experiment_folders(folder: Path) -> list[Path]:
 
 def _state(folder: Path) -> dict[str, Any]:
     """Content of ``sweep.json``; empty if it does not exist."""
+    from train.report.shapes import SweepState, require
     from train.runs.folder import read_json
 
-    return read_json(folder / SWEEP_STATE) if (folder / SWEEP_STATE).is_file() else {}
+    path = folder / SWEEP_STATE
+    return require(SweepState, read_json(path), path) if path.is_file() else {}
 
 
 def _write(folder: Path, text: str) -> Path:
+    from train.runs.folder import remove_abandoned_files
+
     path = folder / REPORT
+    remove_abandoned_files(folder)
     with translate_os_errors("writing the report", path):
         atomic_write(path, text.encode(errors="replace"), str(os.getpid()))  # texts may contain lone surrogates
     return path

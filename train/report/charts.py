@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 
 from markupsafe import Markup
@@ -114,7 +114,11 @@ def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: s
 
 
 def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 440) -> Markup:
-    """Draw clouds on shared axes, the first at the back; a note instead of a chart if there are no points."""
+    """Draw clouds on shared axes, the first at the back, without points that are not finite.
+
+    Returns a note instead of a chart if there are no points.
+    """
+    clouds = [_finite_cloud(cloud) for cloud in clouds]
     xs = [x for cloud in clouds for x, _ in cloud.points]
     ys = [y for cloud in clouds for _, y in cloud.points]
     if not xs:
@@ -123,8 +127,7 @@ def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, hei
     frame = Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1], height)
     layers = []
     for cloud in clouds:
-        texts = list(cloud.texts) or [cloud.name] * len(cloud.points)
-        marks = [_mark(cloud, *frame.at(*point), text) for point, text in zip(cloud.points, texts, strict=True)]
+        marks = [_mark(cloud, *frame.at(*point), text) for point, text in zip(cloud.points, cloud.texts, strict=True)]
         layers.append(Layer(cloud.name, marks, key=_mark(cloud, 16, 5, cloud.name)))
     return _render_chart(title, frame, x_ticks, y_ticks, layers, x_label, y_label)
 
@@ -197,6 +200,12 @@ def _render_chart(
         x_label=x_label,
         y_label=y_label,
     )
+
+
+def _finite_cloud(cloud: Cloud) -> Cloud:
+    texts = list(cloud.texts) or [cloud.name] * len(cloud.points)
+    kept = [(point, text) for point, text in zip(cloud.points, texts, strict=True) if all(map(math.isfinite, point))]
+    return replace(cloud, points=[point for point, _ in kept], texts=[text for _, text in kept])
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

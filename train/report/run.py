@@ -61,7 +61,7 @@ def render_run(folder: Path) -> str:
         speed_charts=_speed_charts(run.step_metrics),
         features=identity(run.cache_info, metrics),
         changed=[(key, value, "–" if default is None else default) for key, value, default in run.changed_settings()],
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
 
 
@@ -199,9 +199,9 @@ def _silence(metrics: Metrics) -> dict[str, str]:
     if not found:
         return {}
     examples = "; ".join(f"“{text}”" for text in found["texts"] if text)
-    share = percent(metrics["hallucination_rate"], 0)
+    share = percent(metrics.get("hallucination_rate"), 0)
     answered = f"{share} of {found['inputs']} silent inputs, {found['words']:.1f} words on average"
-    rows = {"answered with words": answered, "silent input": metrics["silence"]}
+    rows = {"answered with words": answered, "silent input": str(metrics.get("silence", "–"))}
     return rows | ({"output": examples} if examples else {})
 
 
@@ -224,8 +224,8 @@ def _samples(run: RunFiles) -> tuple[str, list[Row]]:
 
 def _other_evaluations(evaluations: list[Metrics]) -> list[Row]:
     return [
-        (", ".join(each["judged_on"]), f"{each['n_val']:,}", format_number(each["val_loss"], 3),
-         format_number(each["audio_gain"], 2), percent(each["wer"]), percent(each["hallucination_rate"], 0))
+        (", ".join(each["judged_on"]), f"{each.get('n_val', 0):,}", format_number(each.get("val_loss"), 3),
+         format_number(each.get("audio_gain"), 2), percent(each.get("wer")), percent(each.get("hallucination_rate"), 0))
         for each in evaluations
     ]  # fmt: skip
 
@@ -255,7 +255,7 @@ def identity(cache_info: dict[str, Any], metrics: Metrics) -> dict[str, str]:
     for number, cache in enumerate(cache_info.get("caches", []), 1):
         rows[f"cache {number}"] = f"{cache['path']} · {cache['utterances']:,} utterances · {cache['manifest_id']}"
         if labels := cache.get("labels"):
-            rows[f"labels {number}"] = f"{labels['name']} · {labels['id']} · generation {cache['generation']}"
+            rows[f"labels {number}"] = f"{labels['name']} · {labels['id']} · generation {cache.get('generation')}"
     return rows
 
 

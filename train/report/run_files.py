@@ -18,6 +18,15 @@ from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.data.caches import find_cache
 from train.evaluation.utterance_table import read_utterances
+from train.report.shapes import (
+    CacheInfo,
+    EmbeddingSpace,
+    Evaluation,
+    OtherEvaluation,
+    Shape,
+    Step,
+    require,
+)
 from train.runs.folder import EMBEDDING_SPACE_FILE, EVALUATION_FILE, OTHER_EVALUATIONS, read_json, saved_config
 from train.runs.metrics_log import EVALUATIONS, METRICS, read_jsonl
 
@@ -38,29 +47,28 @@ class RunFiles:
     @cached_property
     def step_metrics(self) -> list[Metrics]:
         """``metrics.jsonl``: one entry per step."""
-        return read_jsonl(self.folder / METRICS)
+        return self._lines(METRICS, Step)
 
     @cached_property
     def evaluations(self) -> list[Metrics]:
         """``evaluations.jsonl``: one entry per evaluation."""
-        return read_jsonl(self.folder / EVALUATIONS)
+        return self._lines(EVALUATIONS, Evaluation)
 
     @cached_property
     def summary(self) -> Metrics:
         """``summary.json``; empty while the run is not finished."""
-        path = self.folder / "summary.json"
-        return read_json(path) if path.is_file() else {}
+        return self._optional("summary.json", Evaluation)
 
     @cached_property
     def cache_info(self) -> Metrics:
         """``caches.json``: identity of the caches."""
-        return read_json(self.folder / "caches.json")
+        path = self.folder / "caches.json"
+        return require(CacheInfo, read_json(path), path)
 
     @cached_property
     def embedding_space(self) -> Metrics:
         """``space.json``: soft tokens among the LM's embeddings; empty while the run is not finished."""
-        path = self.folder / EMBEDDING_SPACE_FILE
-        return read_json(path) if path.is_file() else {}
+        return self._optional(EMBEDDING_SPACE_FILE, EmbeddingSpace)
 
     @cached_property
     def config(self) -> TrainConfig | None:
@@ -81,8 +89,7 @@ class RunFiles:
     @cached_property
     def metrics(self) -> Metrics:
         """Latest metrics: progress, last evaluation, summary, `train evaluate`; later ones replace earlier ones."""
-        path = self.folder / EVALUATION_FILE
-        reevaluated = read_json(path) if path.is_file() else {}
+        reevaluated = self._optional(EVALUATION_FILE, Evaluation)
         last = self.evaluations[-1] if self.evaluations else {}
         return {**_progress(self.step_metrics), **last, **self.summary, **reevaluated}
 
@@ -95,12 +102,22 @@ class RunFiles:
     @property
     def other_evaluations(self) -> list[Metrics]:
         """Metrics of the evaluations on other caches."""
-        return [read_json(path) for path in sorted((self.folder / OTHER_EVALUATIONS).glob(f"*/{EVALUATION_FILE}"))]
+        paths = sorted((self.folder / OTHER_EVALUATIONS).glob(f"*/{EVALUATION_FILE}"))
+        return [require(OtherEvaluation, read_json(path), path) for path in paths]
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings as flat keys and values; empty if ``config`` is None."""
         return {} if self.config is None else flatten(self.config.model_dump(mode="json"))
+
+    def _lines(self, name: str, shape: type[Shape]) -> list[Metrics]:
+        path = self.folder / name
+        return [require(shape, line, path) for line in read_jsonl(path)]
+
+    def _optional(self, name: str, shape: type[Shape]) -> Metrics:
+        """Content of a file; empty if it does not exist."""
+        path = self.folder / name
+        return require(shape, read_json(path), path) if path.is_file() else {}
 
     def changed_settings(self) -> list[tuple[str, Any, Any]]:
         """Return (key, value, default) of every key that differs from its default; a projector's depend on its kind."""

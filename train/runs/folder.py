@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ import yaml
 from shards import files as disk
 from shards.config.base import load_config, parse_overrides
 from shards.errors import UserError
-from shards.files import atomic_write, file_lock, fsync_folder, make_folder, translate_os_errors
+from shards.files import TEMPORARY_INFIX, atomic_write, file_lock, fsync_folder, make_folder, translate_os_errors
 from shards.format.spec import FeatureSpec
 from train.config.model import CustomConfig
 from train.config.train import TrainConfig
@@ -45,6 +46,7 @@ PROMPTS_FILE = "prompts.json"  # the instructions to draw from
 EMBEDDING_SPACE_FILE = "space.json"  # soft tokens relative to the LM's embeddings
 EVALUATION_FILE = "figures.json"  # metrics of `python -m train evaluate`
 TYPED = "projector.kind={kind} (for transcribe and export: --projector {kind})"
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_INFIX)}([1-9]\d{{0,9}})-[0-9a-f]{{12}}$")  # the writer is a process id
 OTHER_EVALUATIONS = "judged"  # folder of the evaluations on other caches than the run's own
 
 
@@ -87,7 +89,28 @@ def hold(folder: Path) -> Iterator[None]:
         if not held:
             raise UserError(f"{_holder(lock)} is training in '{folder}': wait until it ends, or choose another name=…")
         stack.callback(lock.unlink, missing_ok=True)
+        remove_abandoned_files(folder)
         yield
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove the temporary files below a run or sweep folder that processes of this machine left when they died."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            found = _TEMPORARY.search(name)
+            if found and not _is_alive(int(found[1])):
+                with suppress(OSError):
+                    os.unlink(os.path.join(parent, name))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _remove_if_empty(folder: Path) -> None:

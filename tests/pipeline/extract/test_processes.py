@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -29,6 +30,20 @@ def undisturbed(tmp_path_factory, corpus, whisper) -> Path:
     root = tmp_path_factory.mktemp("undisturbed")
     assert run(words(root, corpus, whisper)) == 0
     return root
+
+
+def jump_a_day() -> None:
+    """Let the wall clock of this process jump a day forwards or backwards each time that it is read."""
+    days, now, now_ns = itertools.cycle((0, 1, -1)), time.time, time.time_ns
+    time.time = lambda: now() + 86_400 * next(days)
+    time.time_ns = lambda: now_ns() + 86_400 * 10**9 * next(days)
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(["processes=2"], marks=pytest.mark.slow)])
+def test_a_clock_that_jumps_a_day_changes_nothing(undisturbed, tmp_path, corpus, whisper, more):
+    for _ in range(2):  # the second finds nothing to do
+        assert run(words(tmp_path, corpus, whisper, *more), before=jump_a_day) == 0
+        assert snapshot(tmp_path) == snapshot(undisturbed)
 
 
 def children(pid: int) -> set[int]:

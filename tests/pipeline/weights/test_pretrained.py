@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_lm import save_tiny_lm
 
 from pipeline.weights.pretrained import KERNELS, forbid_hub_kernels
+from shards.errors import UserError
+from train.lms.load import load_lm
 
 ROOT = Path(__file__).parents[3]
 EVIL = """
@@ -125,6 +128,18 @@ def test_no_kernels_of_a_hub_are_loaded(folder, tmp_path, key):
     status, told = load(LOAD_LM, folder, PYTHONPATH=f"{ROOT}:{tmp_path / 'lib'}")
     assert status == 2, told
     assert "asks for the kernels of 'someone/kernels'" in told
+
+
+def test_weights_that_are_not_those_of_the_folder_are_refused(folder, tmp_path):
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    change(folder / "config.json", transformers_weights="other.safetensors")
+    with pytest.raises(UserError, match=r"config\.json names 'other\.safetensors' as its weights"):
+        load_lm(f"path:{folder}", device="cpu", dtype=torch.float32)
+    change(folder / "config.json", transformers_weights=None)
+    load_lm(f"path:{folder}", device="cpu", dtype=torch.float32)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path), "r": 1}))
+    with pytest.raises(UserError, match=r"it has an adapter.*: merge it, or remove adapter_config\.json"):
+        load_lm(f"path:{folder}", device="cpu", dtype=torch.float32)
 
 
 def test_transformers_is_told_to_load_no_kernels_before_and_after_its_import(monkeypatch):

@@ -248,6 +248,40 @@ def test_a_folder_with_missing_short_or_foreign_files_is_refused(tiny, tmp_path)
         resolve_weights(f"path:{folder}", role="encoder")
 
 
+NAMES = ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", ".x.safetensors", "a\0.safetensors",
+         "x" * 300 + ".safetensors", "model.bin", 5, None, ["x"], {"x": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_index_names_weight_files_of_its_own_folder_alone(tiny, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "sub").mkdir()
+    for place in ("x.safetensors", "model/sub/x.safetensors", "model/.x.safetensors", "model/model.bin"):
+        shutil.copy(folder / "model.safetensors", tmp_path / place)
+    (folder / "model.safetensors").unlink()
+    for weight_map in ({"a": name}, {"a": "model-1.safetensors", "b": name}, {"a": name, "b": 1}):
+        shutil.copy(tmp_path / "x.safetensors", folder / "model-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        for role in ("encoder", "lm"):
+            with pytest.raises(UserError, match=r"index\.json' names .* not the name of a weight file in this folder"):
+                resolve_weights(f"path:{folder}", role=role)
+
+
+@pytest.mark.parametrize("scheme", ["hf", "modelscope"])
+def test_a_download_whose_index_names_a_file_elsewhere_removes_nothing(hub, tiny, tmp_path, scheme):
+    other = tmp_path / "precious.safetensors"
+    other.write_bytes(b"precious")
+    hub.folder = tmp_path / "hub"
+    shutil.copytree(tiny, hub.folder)
+    (hub.folder / "model.safetensors").rename(hub.folder / "model-1-of-1.safetensors")
+    index = {"weight_map": {"a": "model-1-of-1.safetensors", "b": str(other)}}
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    answer, _ = resolve_apart(f"{scheme}:a/b", tmp_path, HF_ENDPOINT=hub.url, MODELSCOPE_ENDPOINT=hub.url)
+    assert "not the name of a weight file in this folder" in answer["error"]
+    assert other.read_bytes() == b"precious"
+
+
 @pytest.fixture
 def toy_wheel(tmp_path, monkeypatch):
     """An installed distribution ``toy-weights`` of one file, registered as wheel ``toy``; the folder that it is in."""

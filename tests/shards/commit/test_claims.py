@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -166,6 +167,34 @@ def test_a_clock_that_is_off_neither_keeps_a_dead_claim_nor_loses_a_live_one(pat
         assert not mine.acquire(path)
         clock.now += 61
         assert mine.acquire(path)
+
+
+def test_a_clock_that_jumps_a_day_forwards_and_backwards_loses_no_live_claim_and_keeps_no_dead_one(path, clock):
+    foreign(path)
+    with Claims("me", lease=60) as mine:
+        for day in (0, 1, -1, 2, 0):
+            os.utime(path, (time.time() + day * 86400, time.time() + day * 86400))
+            assert not mine.acquire(path)
+            clock.now += 59
+        clock.now += 2
+        assert mine.acquire(path)
+
+
+WALL_CLOCK = {  # dates that are shown, and times that are compared with those of files
+    "pipeline/encoders/lazy.py",
+    "pipeline/extract/listing.py",
+    "pipeline/extract/loop.py",
+    "shards/labels/store.py",
+    "shards/remote/mirror.py",
+    "train/lms/hf/model.py",
+    "train/runs/folder.py",
+}
+
+
+def test_durations_are_not_measured_with_the_wall_clock():
+    root, clocks = Path(__file__).parents[3], re.compile(r"\btime\.(time|time_ns|strftime)\(|\bdatetime\.(now|today)\(")
+    files = [path for room in ("shards", "pipeline", "train") for path in (root / room).rglob("*.py")]
+    assert {str(path.relative_to(root)) for path in files if clocks.search(path.read_text())} == WALL_CLOCK
 
 
 def test_the_owner_sends_heartbeats_automatically(path, clock):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from tiny_cache import append, flip, grow, make_cache, make_spec, original, plan_row
+from tiny_faults import reseal
 
 from shards.commit import compact as module
 from shards.commit.claims import Claims
@@ -52,6 +53,12 @@ def contents(cache: Cache) -> dict[str, tuple]:
 
 def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_what_a_copy_has_freed_and_left_out_is_counted_and_not_taken_from_the_cache(grown, tmp_path):
+    true = compact(grown, tmp_path / "true")
+    reseal(Layout(grown).cache, lambda tree: tree["counts"].update(utterances=10**15, bytes=10**15, superseded=10**9))
+    assert compact(grown, tmp_path / "new") == true
 
 
 def test_a_compacted_cache_has_the_same_items_in_one_generation_and_is_valid(grown, tmp_path):

@@ -96,3 +96,36 @@ def test_a_stranger_cannot_control_the_terminal(cache):
     evil = {"source": {"name": "x\x1b[2J"}, "finished": "\x1b[31m"}
     reseal(Layout(cache).cache, lambda tree: [entry.update(provenance=evil) for entry in tree["generations"]])
     assert "\x1b" not in lines(describe_cache(cache))
+
+
+@pytest.mark.parametrize("name", ["planned", "utterances", "failures", "frames", "samples", "bytes"])
+@pytest.mark.parametrize("value", [0, 10**15])
+def test_counts_that_lie_are_refused_with_both_figures(cache, capsys, name, value):
+    found = unseal(Layout(cache).cache)["generations"][0]["counts"][name]
+    assert found
+
+    def lie(tree):
+        for counts in (tree["generations"][0]["counts"], tree["counts"]):
+            counts[name] += value - found
+
+    reseal(Layout(cache).cache, lie)
+    with pytest.raises(
+        UserError, match=rf"\({value} {name} in generation 0, found {found}\): run `python -m shards verify"
+    ):
+        describe_cache(cache)
+
+
+@pytest.mark.parametrize("change", [{"frames": 7}, {"superseded": 10**9}, {"superseded": -1}])
+def test_totals_that_are_not_the_sum_of_the_generations_are_refused_at_a_path_and_at_a_url(cache, change):
+    reseal(Layout(cache).cache, lambda tree: tree["counts"].update(change))
+    with serve(cache) as server:
+        for place in (cache, server.url):
+            with pytest.raises(UserError, match=rf"{next(iter(change.values()))} (frames, the gen|superseded rows)"):
+                describe_cache(place)
+
+
+def test_a_missing_tar_or_table_is_named(cache):
+    for path in (Layout(cache).tar(1), Layout(cache).manifest(0)):
+        path.unlink()
+        with pytest.raises(UserError, match=rf"{path.name}.*: run `python -m shards verify"):
+            describe_cache(cache)

@@ -21,10 +21,14 @@ from shards.format.codec import relative_rms
 from shards.format.layout import Layout
 from shards.format.records import seal, unseal
 from shards.format.schemas import parquet_bytes
+from shards.inspect.info import describe_cache
+from shards.inspect.verify import verify
 from shards.labels.table import LabelSet, canonical_labels, label_id
 from shards.read import features as reader
 from shards.read import index
 from shards.read.cache import Cache
+from shards.stream.iterable_dataset import FeatureStream
+from shards.stream.sampler import SamplerConfig
 
 
 def rewrite_manifest(path: Path, **columns) -> None:
@@ -417,3 +421,23 @@ def test_a_shard_that_is_truncated_under_its_reader_is_an_error_and_no_bus_error
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done
     assert done.stdout.count("shards/000000.tar was truncated while it was read") == 2
+
+
+@pytest.mark.slow
+def test_a_cache_of_many_shards_is_read_and_verified_in_bounded_memory_and_descriptors(tmp_path):
+    path = make_cache(tmp_path / "many", n=4000, shards=2000)
+
+    def used() -> tuple[int, int]:
+        resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(resident.split()[1]) >> 10, len(os.listdir("/proc/self/fd"))
+
+    memory, descriptors = used()
+    cache = Cache.open(path)
+    assert sum(len(batch.keys) for batch in FeatureStream([cache], SamplerConfig(batch_size=16), 0, epochs=1)) == 4000
+    for row in np.random.default_rng(0).permutation(len(cache)):
+        cache.features(int(row))
+    assert describe_cache(path)["counts"]["shards"] == 2000
+    assert verify(path, deep=True) == []
+    now = used()
+    assert now[0] - memory < 200
+    assert now[1] - descriptors < 200

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from itertools import chain, pairwise
 from pathlib import Path
@@ -249,6 +250,20 @@ def test_the_longest_unused_shard_makes_room_and_a_mapped_one_does_not(near, roo
         for shard in (5, 6, 7):
             mirror.fetch(shard)
         assert "000000.tar" not in shards_in(root)
+
+
+def test_after_a_clock_was_set_back_a_day_the_shards_in_use_stay(near, root):
+    layout = Layout(near)
+    three = sum(layout.tar(shard).stat().st_size for shard in range(4))
+    with serve(near) as server:
+        mirror = Mirror.open(server.url, budget=three)
+        for shard in (0, 1, 2):
+            mirror.fetch(shard)
+            tomorrow = time.time() + 86_400
+            os.utime(mirror.layout.tar(shard), (tomorrow, tomorrow))
+        for shard in (3, 4):
+            mirror.fetch(shard)
+        assert {"000003.tar", "000004.tar"} <= set(shards_in(root))
 
 
 def test_what_is_needed_waits_for_the_room_of_a_fetch_that_is_under_way(near, root):

@@ -13,11 +13,13 @@ from tiny_labels import write_labels
 from tiny_lm import save_tiny_lm
 from tiny_run import make_config
 
+from shards.errors import UserError
 from shards.read.cache import Cache
 from train.__main__ import command
 from train.evaluation.error_rates import error_rates, make_sample
 from train.evaluation.languages import language_code, normalize_text, text_languages
-from train.evaluation.utterance_table import read_utterances, write_utterances
+from train.evaluation.score import score
+from train.evaluation.utterance_table import read_utterances, utterance_table, write_utterances
 from train.trainer.trainer import fit
 
 HINDI = "हिन्दी में लिखी हुई किताबें"
@@ -169,3 +171,22 @@ def test_an_older_run_without_languages_is_scored_and_the_summary_shows_cer_alon
     path = run / "utterances.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["language"]), path)
     assert command(["score", str(run)]) == 0
+
+
+def test_stored_texts_are_scored_by_task_with_intervals_and_without_those_that_were_not_decoded(tmp_path):
+    columns = {
+        "key": ["a", "b", "c"],
+        "cache": ["x"] * 3,
+        "reference": ["red blue", "turn left", "stop"],
+        "hypothesis": ["red blue", "turn right", None],
+        "task": ["say", "spell", "say"],
+    }
+    write_utterances(tmp_path, utterance_table(columns))
+    found = score(tmp_path)
+    assert (found["n_decoded"], found["wer"]) == (2, 0.25)
+    assert {name: rates["wer"] for name, rates in found["tasks"].items()} == {"say": 0.0, "spell": 0.5}
+    assert found["intervals"]["wer"][0] <= 0.25 <= found["intervals"]["wer"][1]
+    assert score(tmp_path, default="zh")["wer"] is None
+    write_utterances(tmp_path, utterance_table({**columns, "hypothesis": [None] * 3}))
+    with pytest.raises(UserError, match="has no decoded texts: run"):
+        score(tmp_path)

@@ -188,7 +188,7 @@ def test_the_three_lines_of_the_model_card_compute_the_soft_tokens_of_the_run(ru
     folder = tmp_path / "demo"
     assert run_command(command, ["export", str(run[0]), str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "config.json", "projector", "projector.safetensors",
+        "README.md", "config.json", "lm.json", "projector", "projector.safetensors",
     ]  # fmt: skip
     model = load_model(run[0], run[1], torch.device("cpu"), torch.float32)
     x, mask = torch.randn(1, 9, 8), torch.ones(1, 9, dtype=torch.bool)

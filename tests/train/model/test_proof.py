@@ -15,11 +15,13 @@ from tiny_run import make_config
 
 from shards.errors import UserError
 from train.config.model import PromptConfig
+from train.data.caches import open_data
 from train.lms.base import LanguageModel
 from train.lms.hf.model import load_hf
 from train.lms.load import load_lm
+from train.model.build import build_model
 from train.model.prompt import Prompt
-from train.model.proof import lossy_texts
+from train.model.proof import lossy_texts, prove
 from train.trainer.trainer import fit
 
 STATE = {
@@ -175,6 +177,35 @@ def test_a_model_that_cannot_decode_is_refused_before_a_run_exists(cache, tmp_pa
     with pytest.raises(UserError, match=r"cannot decode soft tokens \(AttributeError: no attribute 'past_key_values'"):
         fit(make_config(tmp_path, cache, model, steps=1))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_nan_before_training_is_refused_before_a_run_exists(cache, tmp_path, monkeypatch):
+    from train.lms.hf.model import HfLanguageModel
+
+    model = f"path:{write(tmp_path / 'lm', 'Llama', ATTENTION)}"
+    nll = HfLanguageModel.target_nll
+    monkeypatch.setattr(HfLanguageModel, "target_nll", lambda *args, **kwargs: nll(*args, **kwargs) * float("nan"))
+    with pytest.raises(UserError, match=r"the loss of '.*' is nan before training"):
+        fit(make_config(tmp_path, cache, model, steps=1))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_proof_leaves_every_module_in_its_mode(cache, tmp_path):
+    config = make_config(tmp_path, cache, f"path:{write(tmp_path / 'lm', 'Llama', ATTENTION)}")
+    model = build_model(config, 8, torch.device("cpu"), torch.float32)
+    model.train()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert set(before.values()) == {True, False}
+    prove(model, open_data(config), config)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_language_model_of_pickles_is_refused(tmp_path):
+    folder = write(tmp_path, "Llama", ATTENTION)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot be loaded as a causal language model: .*safetensors"):
+        load_lm(f"path:{folder}", device="cpu", dtype=torch.float32)
 
 
 class Letters:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from datetime import datetime
+from importlib import import_module
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_cache import make_cache
 from tiny_lm import CHAT, save_tiny_lm
 from tiny_run import make_config
@@ -16,7 +19,9 @@ from tiny_sweep import make_sweep
 
 import train.lms.hf.model
 from shards.errors import UserError
+from train import Projector
 from train.evaluation.run import evaluate_run
+from train.inference.export import export, load_projector
 from train.model.build import build_model, load_model
 from train.model.prompt import PromptRow
 from train.model.replay import LM_RECORD, read_lm_record
@@ -96,6 +101,54 @@ def test_a_changed_file_of_the_language_model_is_refused_by_its_name(copy, name)
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match=name.partition(" ")[0]):
         fit(run_config(run), run)  # resume
+
+
+def change_weights(lm):
+    tensors = load_file(lm / "model.safetensors")
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name] + 1}, lm / "model.safetensors", {"format": "pt"})
+
+
+def test_changed_weights_of_the_language_model_are_refused(copy):
+    run, lm = copy
+    change_weights(lm)
+    with pytest.raises(UserError, match=r"the weights of the language model '.*' changed since"):
+        evaluate_run(run, run_config(run))
+
+
+def test_an_export_holds_the_ids_of_its_run_on_any_day(world, tmp_path, monkeypatch):
+    run, lm = world
+    monkeypatch.setattr(train.lms.hf.model, "datetime", Tomorrow)
+    folder = export(run, tmp_path / "exported")
+    assert read_lm_record(folder) == read_lm_record(run)
+    assert isinstance(load_projector(folder, lm=lm), Projector)
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "the weights"])
+def test_an_export_refuses_another_language_model_by_the_name_of_what_changed(world, copy, tmp_path, monkeypatch, name):
+    lm = copy[1]
+    folder = export(world[0], tmp_path / "exported")
+    {**CHANGES, "the weights": change_weights}[name](lm)
+    wanted = f"^{name.partition(' is')[0]} .*{'is new' if name.endswith('new') else 'differs|are not those'}"
+    with pytest.raises(UserError, match=wanted):
+        load_projector(folder, lm=lm)
+    monkeypatch.syspath_prepend(folder)
+    with pytest.raises(ValueError, match=wanted):
+        import_module("projector").load(folder, lm=lm)
+    for module in [each for each in sys.modules if each.partition(".")[0] == "projector"]:
+        del sys.modules[module]
+
+
+def test_an_export_that_cannot_know_its_language_model_says_so(world, tmp_path):
+    run, lm = world
+    folder = export(run, tmp_path / "exported")
+    with pytest.raises(UserError, match="'nowhere' is not a folder"):
+        load_projector(folder, lm="nowhere")
+    corrupt = '{"files": 5, "language_model": ""}'
+    for damage, words in [(corrupt, "is corrupt"), ("[", "is corrupt"), (None, r"no lm\.json")]:
+        (folder / LM_RECORD).unlink() if damage is None else (folder / LM_RECORD).write_text(damage)
+        with pytest.raises(UserError, match=words):
+            load_projector(folder, lm=lm)
 
 
 def test_other_ids_from_the_same_files_are_refused_with_both(copy, monkeypatch):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +35,17 @@ DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout":
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("loop") / "cache", 24, val_every=6)
+
+
+def test_a_clock_that_jumps_a_day_changes_no_training(cache, lm, tmp_path, monkeypatch):
+    still = fit(make_config(tmp_path / "still", cache, lm, steps=4, checkpoint_every=2, eval_every=2))
+    now, days = time.time, itertools.cycle((0, 1, -1))
+    monkeypatch.setattr(time, "time", lambda: now() + 86_400 * next(days))
+    jumped = make_config(tmp_path / "jumped", cache, lm, steps=4, checkpoint_every=2, eval_every=2)
+    run = fit(jumped)
+    forget_after(run, 2)
+    assert losses(fit(jumped, run)) == losses(still)
+    assert all(0 <= json.loads(line)["seconds"] < 60 for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
 @pytest.fixture(scope="module")
