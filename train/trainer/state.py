@@ -110,7 +110,8 @@ class RunState:
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        trained = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, fused=True)
         self.stream = stream or open_stream(config, data, group)
         self.ema = Ema(self.named_parameters, config.ema_decay)
         self.early_stopping = EarlyStopping(config.patience)
