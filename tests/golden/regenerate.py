@@ -84,7 +84,7 @@ COMPUTED = {
     *(f"generations.{name}" for name in ("plan_id", "manifest_id", "codec_error", "files")),
 }
 COMPUTED_COLUMNS = {"crc32", "error"}
-TIMES = {"seconds", "data_wait", "eval_seconds"}  # of metrics.jsonl and evaluations.jsonl
+TIMES = {"seconds", "data_wait", "eval_seconds", "elapsed"}  # of metrics.jsonl and evaluations.jsonl
 MESSAGES = {"silence"}  # of evaluations.jsonl
 
 CODECS = ("f16", "bf16", "int8", "fp8")

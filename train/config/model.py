@@ -221,9 +221,8 @@ class PosteriorConfig(KindConfig):
     spelling: float = Field(default=0.5, ge=0)
     """Weight of a CTC loss over the bytes of the text after the first convolution, in stage 1 and with `ctc.weight` in
     stage 2. Few labels name a token often enough, and many name its letters. 0: off."""
-    temperature: float = Field(default=0.33, gt=0)
-    """Temperature of the softmax. Flat averages of embeddings are noise to an LM; below 1 they are sharper. Evaluation
-    may change it."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the softmax: below 1, soft tokens are nearer to single embeddings. Evaluation may change it."""
 
 
 class CustomConfig(Config):

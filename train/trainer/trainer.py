@@ -452,7 +452,7 @@ class Trainer:
         keys = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio")
         return {
             **(dict.fromkeys(keys) if final is None else final.metrics()),
-            "listening": time_to_listening(read_jsonl(self.run / EVALUATIONS)),
+            "listening": None if self.config.is_stage_one else time_to_listening(read_jsonl(self.run / EVALUATIONS)),
             "steps": self.state.step,
             "best_step": self.state.early_stopping.best_step,
             **self.state.counters.summary(),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import forget_after, losses, make_config, write_config
@@ -17,9 +20,10 @@ from shards.errors import UserError
 from train.__main__ import command
 from train.config.model import LmConfig
 from train.data.caches import open_data
+from train.inference.export import export, load_projector
 from train.lms.embeddings import read_embeddings
 from train.lms.load import load_lm
-from train.model.build import build_model
+from train.model.build import build_model, load_model
 from train.model.ctc import TOKENS_FILE, label_tokens, read_tokens, start_from_stage_one
 from train.runs.folder import read_json
 from train.sweeps.config import experiments
@@ -137,6 +141,56 @@ def test_another_run_starts_from_a_finished_stage_one(tmp_path, whole, cache):
     assert losses(tmp_path / "other")[0] == losses(run)[0]
     with pytest.raises(UserError, match="has no finished stage 1"):
         fit(other.model_copy(update={"name": "third", "pretrain": other.pretrain.model_copy(update={"start": "none"})}))
+
+
+STANDALONE = """
+import sys
+sys.modules.update(dict.fromkeys(("train", "pipeline", "shards")))
+sys.path.insert(0, sys.argv[1])
+import torch
+from safetensors.torch import load_file, save_file
+from projector import load
+x = load_file(sys.argv[2])["x"].clone()
+soft, mask = load(sys.argv[1])(x, torch.ones(x.shape[:2], dtype=torch.bool))
+save_file({"soft": soft.detach().contiguous(), "mask": mask}, sys.argv[3])
+"""
+
+
+def test_an_export_of_a_posterior_makes_the_soft_tokens_of_the_run(tmp_path, whole):
+    config, run = whole
+    folder = export(run, tmp_path / "export")
+    features = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 60, dtype=torch.bool)
+    save_file({"x": features}, tmp_path / "x")
+    model = load_model(run, config, torch.device("cpu"), torch.float32)
+    expected, expected_mask = model.projector(load_file(tmp_path / "x")["x"].clone(), mask)
+    loaded = load_projector(folder)(load_file(tmp_path / "x")["x"].clone(), mask)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", STANDALONE, folder, tmp_path / "x", tmp_path / "out"],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        check=False,
+    )
+    assert done.returncode == 0
+    alone = load_file(tmp_path / "out")
+    for soft, soft_mask in (loaded, (alone["soft"], alone["mask"])):
+        assert torch.equal(soft_mask, expected_mask)
+        assert torch.equal(soft[soft_mask], expected[expected_mask])
+
+
+def test_stage_one_alone_is_evaluated_and_transcribes_without_the_language_model(whole, capsys):
+    _, run = whole
+    assert command(["evaluate", str(run / "pretrain")]) == 0
+    found = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    assert found["wer"] == pytest.approx(read_json(run / "pretrain" / "summary.json")["wer"])
+
+
+def test_the_temperature_may_change_in_an_evaluation(whole, capsys):
+    config, run = whole
+    if config.projector.kind == "posterior":
+        assert command(["evaluate", str(run), "projector.temperature=2.0"]) == 0
+    else:
+        with pytest.raises(UserError):
+            command(["evaluate", str(run), "projector.temperature=2.0"])
 
 
 def test_texts_with_more_tokens_than_time_steps_are_told_and_most_of_them_refused(tmp_path, cache, lm):
