@@ -25,16 +25,17 @@ class PosteriorProjector(Projector):
 
     Each convolution is followed by GELU. The likeliest class of each time step cuts an utterance into runs; each run of
     a token becomes one soft token, softmax(mean score / temperature) times the embeddings of the V tokens. Blanks are
-    dropped. So there are about as many soft tokens as the text has tokens, and each lies among the LM's embeddings. An
-    utterance of blanks becomes one learned vector, which starts at zero: the LM needs an input, and can learn that it
-    says nothing.
+    dropped. So there are about as many soft tokens as the text has tokens, and each lies among the LM's embeddings. A
+    linear map of the run's mean hidden vector is added to it. The map starts at zero: a sharp softmax passes hardly any
+    gradient, so it is here that stage 2 learns what else the LM should know. An utterance of blanks becomes one learned
+    vector, which starts at zero: the LM needs an input, and can learn that it says nothing.
 
     Args:
         tokens: those of the CTC head.
     """
 
     formula = (
-        "2·C + (5·C + 1)·H + (5·H + 1)·H + (3·H + 1)·H·(L - 2) + (H + 1)·D + 2·D + 2 "
+        "2·C + (5·C + 1)·H + (5·H + 1)·H + (3·H + 1)·H·(L - 2) + 2·(H + 1)·D + 2·D + 2 "
         "+ (D + 16·257 + 1)·128 + 257·(H + 1) "
         "[without spelling no 257·(H + 1); norm: rms + D, layer + 2·D]"
     )
@@ -56,12 +57,17 @@ class PosteriorProjector(Projector):
         self.fc = Linear(hidden, width)
         self.spelling = Linear(hidden, 1 + 256) if config.spelling else None
         self.head = CtcHead(tokens)
+        self.residual = Linear(hidden, width)
         self.silence = nn.Parameter(torch.zeros(width))
         self.norm = make_norm(config.norm, width, embedding_rms)
 
     def init_weights(self, generator: torch.Generator) -> None:
         init_linear_layers(self, "torch", generator)
         self.head.init_weights(generator)
+        with torch.no_grad():
+            self.residual.weight.zero_()
+            if self.residual.bias is not None:
+                self.residual.bias.zero_()
 
     def soft_frames(self, frames: int) -> int:
         """Return the most soft tokens, one per time step; the audio decides how many there are."""
@@ -72,6 +78,11 @@ class PosteriorProjector(Projector):
 
     def token_vectors(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map [B, T, C], [B, T] to the vectors in front of the CTC head [B, S, D], [B, S]."""
+        hidden, mask = self._hidden(features, mask)
+        return self.fc(hidden), mask
+
+    def _hidden(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Map [B, T, C], [B, T] to [B, S, H], [B, S]."""
         x = self.input_norm(features)
         for i, conv in enumerate(self.convs):
             x = F.dropout(x.masked_fill(~mask[..., None], 0), self.dropout, self.training)
@@ -79,32 +90,34 @@ class PosteriorProjector(Projector):
             mask = mask[:, :: STRIDE if i < 2 else 1]
             if i == 0 and self.spelling is not None and self.training:
                 self._scores["bytes"] = self.spelling(x).float(), mask
-        return self.fc(F.dropout(x, self.dropout, self.training)), mask
+        return F.dropout(x, self.dropout, self.training), mask
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        vectors, mask = self.token_vectors(features, mask)
-        scores = self.head(vectors)
+        hidden, mask = self._hidden(features, mask)
+        scores = self.head(self.fc(hidden))
         if self.training:
             self._scores["tokens"] = scores, mask
-        mean, soft_mask = merge_runs(scores, mask)
-        soft = (mean[..., 1:] / self.temperature).softmax(-1) @ self.head.embeddings
+        mean, soft_mask = merge_runs(scores, mask, torch.cat([scores, hidden.float()], -1))
+        said, heard = mean[..., : scores.shape[-1]], mean[..., scores.shape[-1] :]
+        soft = (said[..., 1:] / self.temperature).softmax(-1) @ self.head.embeddings + self.residual(heard)
         empty = ~soft_mask.any(1)
         soft = torch.where(empty[:, None, None], self.silence, soft)
         soft_mask[:, 0] |= empty
         return self.norm(soft).to(features.dtype), soft_mask
 
 
-def merge_runs(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Average the scores of each run of equal likeliest classes; runs of blanks are left out.
+def merge_runs(scores: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Average ``values`` over each run of equal likeliest classes; runs of blanks are left out.
 
-    Differentiable in ``scores``, with the runs held fixed.
+    Differentiable in ``values``, with the runs held fixed.
 
     Args:
         scores: [B, S, 1 + V].
         mask: bool [B, S]; the valid steps of a row come first.
+        values: [B, S, X].
 
     Returns:
-        mean scores [B, N, 1 + V], N at least 1, and the mask of the runs [B, N].
+        means [B, N, X], N at least 1, and the mask of the runs [B, N].
     """
     best = scores.argmax(-1).masked_fill(~mask, BLANK)
     says = best != BLANK
@@ -113,9 +126,9 @@ def merge_runs(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     width = max(1, int(counts.max()))
     run = (starts.cumsum(1) - 1).clamp(min=0)
     row = torch.arange(len(scores), device=scores.device)[:, None] * width
-    sums = scores.new_zeros(len(scores) * width, scores.shape[-1])
+    sums = values.new_zeros(len(scores) * width, values.shape[-1])
     index = (run + row)[says]
-    sums = sums.index_add(0, index, scores[says])
+    sums = sums.index_add(0, index, values[says])
     lengths = torch.bincount(index, minlength=len(sums)).clamp(min=1)
     mean = (sums / lengths[:, None]).reshape(len(scores), width, -1)
     return mean, torch.arange(width, device=scores.device) < counts[:, None]

@@ -10,7 +10,7 @@ import torch
 from tiny_projectors import mask_of, shake
 
 from train.config.model import PosteriorConfig
-from train.projectors import build_projector
+from train.projectors import LayerMixer, MixedProjector, build_projector
 from train.projectors.ctc import BLANK, CtcHead, HeadTokens, best_path, ctc_nll, needed_steps, spellings
 from train.projectors.posterior import PosteriorProjector, merge_runs
 
@@ -18,11 +18,21 @@ PIECES = ["A", " A", "AB", "B", "C"]
 EMBEDDINGS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """Random inputs do not depend on which tests ran before in the same process."""
+    torch.manual_seed(0)
+
+
 def build(**keys) -> PosteriorProjector:
     config = PosteriorConfig(hidden=16, **keys)
     projector = build_projector(config, 6, 8, 0.136, head_tokens=HeadTokens(EMBEDDINGS, spellings(PIECES)))
     assert isinstance(projector, PosteriorProjector)
-    return shake(projector).eval()
+    shake(projector)
+    with torch.no_grad():  # as after stage 1
+        projector.residual.weight.zero_()
+        projector.residual.bias.zero_()
+    return projector.eval()
 
 
 def collapse(path: tuple[int, ...]) -> list[int]:
@@ -91,7 +101,7 @@ def test_runs_of_a_token_become_their_mean_and_blanks_disappear():
     path = torch.tensor([[0, 2, 2, 0, 2, 1], [0, 0, 0, 0, 1, 1]])
     scores = torch.nn.functional.one_hot(path, 3).float() * torch.arange(1.0, 7.0)[None, :, None]
     scores.requires_grad_()
-    mean, mask = merge_runs(scores, mask_of([6, 4], 6))
+    mean, mask = merge_runs(scores, mask_of([6, 4], 6), scores)
     assert mask.tolist() == [[True, True, True], [False, False, False]]  # the second row's token is padding
     assert mean[0].tolist() == [[0, 0, 2.5], [0, 0, 5], [0, 6, 0]]
     mean[0].sum().backward()
@@ -141,12 +151,31 @@ def test_parameters_are_those_of_the_formula():
             + (5 * c + 1) * h
             + (5 * h + 1) * h
             + (3 * h + 1) * h
-            + (h + 1) * d
+            + 2 * (h + 1) * d
             + 2 * d
             + 2
             + (d + 16 * 257 + 1) * 128
         )
         assert sum(p.numel() for p in build(**keys).parameters()) == base + extra
+
+
+def test_a_mixer_in_front_of_it_has_its_soft_tokens_its_head_and_gradients():
+    inner = build()
+    mixed, layers = MixedProjector(LayerMixer(2), inner), torch.randn(2, 1, 30, 6)
+    mask = torch.ones(1, 30, dtype=torch.bool)
+    soft, soft_mask = mixed(torch.cat([*layers], -1), mask)
+    expected, expected_mask = inner(layers.mean(0), mask)
+    assert soft_mask.sum() > 1
+    torch.testing.assert_close(soft, expected)
+    assert torch.equal(soft_mask, expected_mask)
+    assert mixed.ctc_head() is inner.head
+    mixed.train()
+    vectors, steps = mixed.token_vectors(torch.cat([*layers], -1), mask)
+    assert vectors.shape == (1, 8, 8)
+    assert steps.all()
+    vectors.sum().backward()
+    assert mixed.mixer.logits.grad.abs().sum() > 0
+    assert mixed.take_scores().keys() == {"bytes"}
 
 
 def test_scores_are_kept_in_training_alone_and_taken_once():

@@ -12,12 +12,10 @@ from shards.config.base import load_config
 from shards.errors import UserError
 from train.config.model import KINDS, LinearConfig, MoeConfig
 from train.projectors import LayerMixer, MixedProjector, Projector
-from train.projectors.ctc import HeadTokens, spellings
 
 OWN = """
 import torch
 from torch import nn
-from train.projectors.ctc import HeadTokens, spellings
 from train.projectors import Projector
 
 class Mine(Projector):
@@ -111,9 +109,9 @@ def test_a_mixer_rejects_another_number_of_layers():
         LayerMixer(0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "posterior"])  # see test_ctc.py
 def test_a_mixer_works_with_any_projector(kind):
-    inner = build(KINDS[kind](), head_tokens=HeadTokens(torch.randn(4, 8), spellings([*"abcd"]))).eval()
+    inner = build(KINDS[kind]()).eval()
     mixed, layers, mask = MixedProjector(LayerMixer(2), inner), torch.randn(2, 2, 9, 6), mask_of([9, 5], 9)
     mixed.eval()
     soft, soft_mask = mixed(torch.cat([*layers], -1), mask)
