@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"kind": "linear", "stack": 5, "norm": "rms"},
@@ -35,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 FORMS = ("plain", "contrastive", "stage 1")
 
 
-def experiments(recipe: dict[str, Any], kind: str, seed: int, steps: int, forms: list[str]) -> list[dict[str, Any]]:
+def experiments(kind: str, seed: int, steps: int, forms: list[str]) -> list[dict[str, Any]]:
     """Return the experiments of one kind and seed."""
     from_start = {"pretrain": {"steps": 0}, "ctc": {"weight": 0.0}, "steps": steps, "lr": 2e-3, "warmup": 30}
     changes: dict[str, dict[str, Any]] = {
@@ -50,13 +49,13 @@ def experiments(recipe: dict[str, Any], kind: str, seed: int, steps: int, forms:
 def run_sweep(folder: Path, recipe: dict[str, Any], listed: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Train ``listed`` and return the summaries, in their order."""
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump({"base": recipe, "experiments": listed, "runs": str(folder), "name": name}))
+    file.write_text(json.dumps({"base": recipe, "experiments": listed, "runs": str(folder), "name": name}))  # is YAML
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-m", "train", "sweep", "--config", str(file)], cwd=root, check=True)
     return [json.loads((folder / name / each["name"] / "summary.json").read_text()) for each in listed]
 
 
-def row(form: str, kind: str, seed: int, found: dict[str, Any], folder: Path) -> dict[str, Any]:
+def row(form: str, kind: str, seed: int, found: dict[str, Any]) -> dict[str, Any]:
     """Return one line of the table."""
     listening = found["listening"] or {}
     low, high = found["intervals"].get("audio_gain", (None, None))
@@ -75,14 +74,15 @@ def row(form: str, kind: str, seed: int, found: dict[str, Any], folder: Path) ->
 
 
 def format_row(kind: str, form: str, rows: list[dict[str, Any]]) -> str:
-    """Return the medians over seeds, and every seed where they differ in kind."""
-    heard = [each for each in rows if each["lm_steps"] is not None]
+    """Return the medians over the seeds that have a figure, and of every seed the steps until the run listens."""
+
+    def median(name: str, form: str) -> str:
+        values = [each[name] for each in rows if each[name] is not None]
+        return format(statistics.median(values), form) if values else "–"
+
     steps = ", ".join("–" if each["lm_steps"] is None else str(each["lm_steps"]) for each in rows)
-    seconds = "–" if not heard else f"{statistics.median(each['seconds'] for each in heard):.0f}"
-    gain = statistics.median(each["audio_gain"] for each in rows)
-    wer = statistics.median(each["wer"] for each in rows)
-    retrieval = statistics.median(each["retrieval"] for each in rows)
-    return f"| {kind} | {form} | {steps} | {seconds} | {gain:.2f} | {100 * wer:.1f} % | {100 * retrieval:.0f} % |"
+    figures = [median("seconds", ".0f"), median("audio_gain", ".2f"), median("wer", ".1%"), median("retrieval", ".0%")]
+    return f"| {kind} | {form} | {steps} | {' | '.join(figures)} |"
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="steps of the runs without stage 1")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from shards.config.base import load_config
     from train.config.train import TrainConfig
@@ -111,15 +111,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for kind in arguments.kinds:
             for seed in arguments.seeds:
-                listed = experiments(recipe, kind, seed, arguments.steps, arguments.forms)
+                listed = experiments(kind, seed, arguments.steps, arguments.forms)
                 name = f"{kind}-{seed}"
                 found = run_sweep(Path(temporary), recipe, listed, name)
-                rows += [
-                    row(*each)
-                    for each in (
-                        (f, kind, seed, s, Path(temporary)) for f, s in zip(arguments.forms, found, strict=True)
-                    )
-                ]
+                rows += [row(form, kind, seed, each) for form, each in zip(arguments.forms, found, strict=True)]
                 if arguments.json:
                     arguments.json.write_text(json.dumps(rows, indent=1))
             for form in arguments.forms:
