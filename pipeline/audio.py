@@ -23,6 +23,7 @@ from pipeline.containers import (
     Block,
     declared_length,
     own_errors,
+    read_at_once,
     read_blocks,
     require_inside,
     scan_length,
@@ -53,7 +54,8 @@ def decode(data: bytes, max_hours: float = MAX_HOURS) -> np.ndarray:
             exception leaves this function, whatever the file contains.
     """
     with own_errors():
-        return _to_16k(*_mixed(read_blocks(data, max_hours)))
+        plain = read_at_once(data, max_hours)
+        return _to_16k(*_mixed(read_blocks(data, max_hours) if plain is None else [plain]))
 
 
 def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
