@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from train.config.train import STAGE_ONE
+from train.evaluation.listening import time_to_listening
 from train.report.audio import recordings
 from train.report.charts import Curve, chart, smooth
 from train.report.embedding_plot import nearest_tokens, pca_charts
@@ -33,7 +34,7 @@ MAX_AUDIO_SAMPLES = 6  # samples with a player
 def render_run(folder: Path) -> str:
     """Return the page as HTML."""
     run = RunFiles(folder)
-    metrics = run.metrics
+    metrics = {**_listening_so_far(run), **run.metrics}
     gain = metrics.get("audio_gain")
     config = folder / "config.yaml"
     no_audio, samples = _samples(run)
@@ -81,6 +82,13 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
         ("hallucination rate", percent(metrics.get("hallucination_rate"), 0), "of silent inputs"),
         ("steps", f"{metrics.get('steps', 0):,}", duration(metrics.get("seconds", 0.0))),
     ]
+
+
+def _listening_so_far(run: RunFiles) -> Metrics:
+    """The key ``listening`` of a run that is not finished; stage 1 has no language model that could listen."""
+    if run.config is None or run.config.is_stage_one:
+        return {}
+    return {"listening": time_to_listening(run.evaluations)}
 
 
 def _listening(found: Metrics | None) -> tuple[str, str]:

@@ -125,6 +125,7 @@ class Evaluation(Rates):
     steps: Count = 0
     step: Count = 0
     seconds: Finite = 0
+    elapsed: Finite = 0
     frames_per_second: Number = 0
     data_wait_fraction: Number | None = None
     padding_fraction: Number | None = None
