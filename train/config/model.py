@@ -368,7 +368,7 @@ class PretrainConfig(Config):
     """As the key of the run."""
     noise_std: float = Field(default=0.0, ge=0)
     """As the key of the run."""
-    augment: AugmentConfig = AugmentConfig(time_masks=6, channel_masks=1)
+    augment: AugmentConfig = AugmentConfig()
     """As the key of the run."""
     eval_every: int | None = Field(default=None, ge=0)
     """Steps between evaluations: held-out loss, and the error rates of the likeliest path. null: only at the end."""

@@ -272,7 +272,7 @@ class TrainConfig(Config):
             raise ValueError("normalise_layers=true needs several layers: set caches=[[…-L4-…, …-L6-…]]")
         if self.distill.weight and (self.lm.train or self.lm.lora):
             raise ValueError("distill needs a frozen LM: set distill.weight=0, or remove lm.train and lm.lora")
-        if self.lm.model.startswith(CTC) and (self.pretrain.steps or self.distill.weight or self.contrastive.weight):
+        if self.is_stage_one and (self.is_pretrained or self.distill.weight or self.contrastive.weight):
             raise ValueError(f"lm.model={self.lm.model} is stage 1: remove pretrain, distill and contrastive")
         if self.pretrain.steps and self.pretrain.start:
             raise ValueError("pretrain.start uses the stage 1 of another run: set pretrain.steps=0")

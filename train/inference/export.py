@@ -102,6 +102,10 @@ def export(run: Path, folder: Path, kind: str | None = None) -> Path:
     if folder.exists():
         raise _exists(folder)
     config, cache_info = run_config(run, projector=kind), read_cache_info(run)
+    if config.is_stage_one:
+        raise UserError(
+            f"'{run}' is a stage 1, whose projector makes scores and no soft tokens: export the run around it"
+        )
     model = load_model(run, config, torch.device("cpu"), torch.float32)
     tokens = read_tokens(run) if model.projector.ctc_head() is not None else []
     settings = make_settings(config, cache_info, model.lm, model.projector, model.prompt.instructions, tokens)

@@ -19,6 +19,7 @@ from torch import Tensor
 from shards.errors import UserError
 from train.config.model import LmConfig
 from train.lms.base import Tokenizer
+from train.lms.load import resolve_lm
 
 _RMS_ROWS = 4096  # evenly spaced rows over which the RMS is computed
 
@@ -60,29 +61,21 @@ def read_embeddings(reference: str, options: LmConfig, seed: int = 0) -> TokenEm
         return TokenEmbeddings(
             reference, lm.identity, {}, lm.tokenizer, lm.width, len(weight), lambda ids: weight[torch.tensor(list(ids))]
         )
-    from pipeline.weights.resolve import resolve_weights
-
-    folder = resolve_weights(reference, role="lm").folder
-    return _from_folder(folder, reference)
+    return _from_folder(resolve_lm(reference), reference)
 
 
 def _from_folder(folder: Path, reference: str) -> TokenEmbeddings:
     from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
-    from train.lms.hf.model import HfTokenizer, generation_ends, hash_configs, hash_weights
+    from train.lms.hf.model import HfTokenizer, generation_ends, hash_configs, hash_weights, loading_errors
 
     forbid_hub_kernels()  # before the first import of transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with loading_errors(folder, reference):
         config = load_pretrained(AutoConfig, folder)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call] # as in the library
         tokenizer = load_pretrained(AutoTokenizer, folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"'{reference}' (folder {folder}) cannot be loaded as a causal language model: {reason}"
-        ) from None
     module = model.get_input_embeddings()
     count, width = module.num_embeddings, module.embedding_dim
     name = next(name for name, each in model.named_parameters() if each is module.weight)
@@ -96,7 +89,11 @@ def _from_folder(folder: Path, reference: str) -> TokenEmbeddings:
         with safe_open(path, framework="pt") as file:
             matrix = file.get_slice(stored)
             found = torch.cat([matrix[int(i) : int(i) + 1].float() for i in wanted]) if len(wanted) else None
-        return torch.empty(0, width) if found is None else found * factor
+        if found is None:
+            return torch.empty(0, width)
+        if not bool(torch.isfinite(found).all()):
+            raise UserError(f"'{reference}' holds NaN or infinite values in the tensor {stored}: copy it again")
+        return found * factor
 
     ends = generation_ends(model) if getattr(model, "generation_config", None) else []
     own = HfTokenizer(tokenizer, reference, ends)

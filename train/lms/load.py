@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from shards.errors import UserError
@@ -42,18 +44,13 @@ def load_lm(
             f"lm.audio_value_embedding={options.audio_value_embedding} is only for nanochat models, and '{reference}' "
             "is not one: remove it"
         )
-    from pipeline.weights.resolve import read_model_json, resolve_weights
-    from pipeline.weights.tensors import refuse_quantized, stored_tensors
     from train.lms.hf.model import hash_weights, load_hf
 
-    weights = resolve_weights(reference, role="lm")
-    if not read_model_json(weights.folder / "config.json").get("quantization_config"):  # which transformers applies
-        matrices = {name: each for name, each in stored_tensors(weights.folder).items() if name.endswith(".weight")}
-        refuse_quantized(weights.folder, {}, matrices)
+    folder = resolve_lm(reference)
     lm: LanguageModel = load_hf(
-        weights.folder,
+        folder,
         reference=reference,
-        identity=hash_weights(weights.folder),
+        identity=hash_weights(folder),
         device=device,
         dtype=dtype,
         train=train,
@@ -61,3 +58,19 @@ def load_lm(
         options=options,
     )
     return lm
+
+
+def resolve_lm(reference: str) -> Path:
+    """Return the folder of a Hugging Face model, whose matrices are numbers and not codes.
+
+    Raises:
+        UserError: the reference cannot be resolved, or a matrix is quantized and the config does not say how.
+    """
+    from pipeline.weights.resolve import read_model_json, resolve_weights
+    from pipeline.weights.tensors import refuse_quantized, stored_tensors
+
+    folder = resolve_weights(reference, role="lm").folder
+    if not read_model_json(folder / "config.json").get("quantization_config"):  # which transformers applies
+        matrices = {name: each for name, each in stored_tensors(folder).items() if name.endswith(".weight")}
+        refuse_quantized(folder, {}, matrices)
+    return folder

@@ -121,8 +121,13 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``tensors`` to the trained parameters of the same names; error messages name ``source``.
+def restore_parameters(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    reason: str = "the run's config.yaml was changed after training",
+) -> None:
+    """Copy ``tensors`` to the trained parameters of the same names; error messages name ``source`` and a ``reason``.
 
     Raises:
         UserError: a parameter is missing or has another shape.
@@ -133,8 +138,8 @@ def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor], source: 
             if saved is None or saved.shape != parameter.shape:
                 found = "is missing" if saved is None else f"has shape {list(saved.shape)}"
                 raise UserError(
-                    f"'{name}' {found} in '{source}', expected shape {list(parameter.shape)}: the run's config.yaml "
-                    "was changed after training; restore it or train again"
+                    f"'{name}' {found} in '{source}', expected shape {list(parameter.shape)}: {reason}; restore it "
+                    "or train again"
                 )
             parameter.copy_(saved)
 

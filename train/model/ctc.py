@@ -38,6 +38,7 @@ from train.lms.base import LanguageModel, Tokenizer
 from train.lms.embeddings import TokenEmbeddings, read_embeddings
 from train.lms.packing import Ids
 from train.model.audio_lm import AudioLM
+from train.model.checkpoint import restore_parameters
 from train.projectors import Projector
 from train.projectors.ctc import BLANK, CtcHead, HeadTokens, best_path, ctc_nll, needed_steps, spellings
 from train.runs.folder import SUMMARY, read_json, write_json
@@ -126,11 +127,6 @@ def stage_one_folder(config: TrainConfig, run: Path) -> Path:
     raise UserError(
         f"pretrain.start: '{named}' has no finished stage 1: name a run with pretrain.steps, or remove the key"
     )
-
-
-def stage_one_weights(config: TrainConfig, run: Path) -> Path:
-    """Return the file with the weights of :func:`stage_one_folder`."""
-    return stage_one_folder(config, run) / "projector.safetensors"
 
 
 def rows_of(embeddings: TokenEmbeddings, tokens: Sequence[int], run: Path | None = None) -> Tensor:
@@ -300,13 +296,16 @@ def ctc_head(projector: Projector, tokens: HeadTokens) -> nn.Module:
     return projector.ctc_head() or CtcHead(tokens)
 
 
-@torch.no_grad()
-def start_from_stage_one(model: AudioLM, weights: Path) -> None:
-    """Copy the projector and the CTC head of a finished stage 1 to ``model``.
+def start_from_stage_one(model: AudioLM, folder: Path) -> float:
+    """Copy the projector and the CTC head of the finished stage 1 in ``folder`` to ``model``; return its seconds.
 
     Raises:
-        UserError: the file cannot be read, or holds another projector or tokens.
+        UserError: a file cannot be read, or holds another projector or tokens.
     """
+    weights = folder / "projector.safetensors"
+    seconds: Any = read_json(folder / SUMMARY).get("seconds")
+    if type(seconds) not in (int, float):
+        raise UserError(f"'{folder / SUMMARY}' does not say how many seconds stage 1 took: copy the folder again")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -314,19 +313,13 @@ def start_from_stage_one(model: AudioLM, weights: Path) -> None:
         stored = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise UserError(f"'{weights}' cannot be read ({error}): train stage 1 again") from None
-    for name, parameter in model.named_parameters():
-        if not name.startswith(("projector.", "ctc_head.")):
-            continue
-        found = stored.get(
-            name.replace("ctc_head.", "projector.head.") if name.startswith("ctc_head.") else f"projector.{name}"
-        )
-        if found is None or found.shape != parameter.shape:
-            has = "is missing" if found is None else f"has shape {list(found.shape)}"
-            raise UserError(
-                f"'{name}' {has} in '{weights}', expected shape {list(parameter.shape)}: stage 1 was trained with "
-                "another projector or other tokens; train it again"
-            )
-        parameter.copy_(found)
+    parts = nn.ModuleDict({"projector": model.projector})
+    if model.ctc_head is not None:
+        parts["ctc_head"] = model.ctc_head
+    renamed = {name.replace("projector.head.", "ctc_head."): value for name, value in stored.items()}
+    renamed |= {name.removeprefix("projector."): value for name, value in stored.items()}
+    restore_parameters(parts, renamed, str(weights), "stage 1 was trained with another projector or other tokens")
+    return float(seconds)
 
 
 def alignment_note(projector: Projector, data: TrainData, config: TrainConfig, tokenizer: Tokenizer) -> list[str]:

@@ -134,7 +134,7 @@ def create_run_folder(
     """
     named = config.model_copy(update={"name": folder.name})
     with translate_os_errors("creating the run folder", folder):
-        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # a killed process may have left it
         text = yaml.safe_dump(named.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text.encode(), str(os.getpid()))
         val = {"val_caches": _records(data.held_out)} if config.val.caches else {}

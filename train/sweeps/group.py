@@ -36,7 +36,7 @@ from train.model.checkpoint import checkpoints
 from train.model.ctc import (
     alignment_note,
     run_tokens,
-    stage_one_weights,
+    stage_one_folder,
     start_from_stage_one,
     uses_tokens,
 )
@@ -177,9 +177,9 @@ class LockstepTrainer:
                 config, data.caches[0].spec.channels, device, dtype, lm,
                 run=run if run in existing else None, tokens=own,
             )  # fmt: skip
-            if config.is_pretrained and not checkpoints(run / "checkpoints"):
-                start_from_stage_one(model, stage_one_weights(config, run))
             state = RunState(config, data, model, dtype, run, ProcessGroup(), self.stream)
+            if config.is_pretrained and not checkpoints(run / "checkpoints"):
+                state.counters.stage_one_seconds = start_from_stage_one(model, stage_one_folder(config, run))
             self.stream = state.stream
             self.experiments.append(Experiment(Trainer(config, state, device, stop, quiet=True)))
         for experiment, own in zip(self.experiments, tokens, strict=True):

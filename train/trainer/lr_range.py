@@ -25,7 +25,7 @@ from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
 from train.lms.base import SeparatePasses
 from train.model.build import build_model
-from train.model.ctc import run_tokens, stage_one_weights, start_from_stage_one, uses_tokens
+from train.model.ctc import run_tokens, stage_one_folder, start_from_stage_one, uses_tokens
 from train.trainer.state import RunState
 from train.trainer.step import TrainStep, next_batches, optimizer_step
 
@@ -73,7 +73,7 @@ def lr_range(config: TrainConfig, low: float, high: float, steps: int) -> list[L
     tokens = run_tokens(config, data) if uses_tokens(config) else None
     model = build_model(config, data.caches[0].spec.channels, device, dtype, tokens=tokens)
     if config.pretrain.start is not None:
-        start_from_stage_one(model, stage_one_weights(config, Path(config.runs)))
+        start_from_stage_one(model, stage_one_folder(config, Path(config.runs)))
     state = RunState(config, data, model, dtype, Path(config.runs), group)  # writes nothing until `save`
     model.eval()
     model.projector.train()

@@ -41,6 +41,7 @@ class Counters:
     first_loss: float | None = None
     last_loss: float | None = None
     evaluated: int = -1  # the step of the last evaluation; -1: none
+    stage_one_seconds: float = 0.0  # of the stage 1 that the run started from
 
     def add(self, step: StepMetrics) -> None:
         """Add the metrics of one step."""

@@ -41,7 +41,6 @@ from train.model.ctc import (
     alignment_note,
     run_tokens,
     stage_one_folder,
-    stage_one_weights,
     start_from_stage_one,
     uses_tokens,
     write_tokens,
@@ -107,14 +106,11 @@ def _fit(config: TrainConfig, resume: Path | None, group: ProcessGroup, held: Ex
             tokens = run_tokens(config, data, run)
     begun = resume is not None
     if config.is_pretrained:
-        with group.raise_on_all_ranks():
-            if group.is_main_process and resume is None:
-                runs.create_run_folder(run, config, data)
-                write_tokens(run, tokens or [])
-        fit_stage_one(config, run, data, tokens or [], group, device)
+        begun = group.broadcast(bool(checkpoints(run / "checkpoints")))
+        if config.pretrain.steps and not begun:
+            _fit_stage_one(config, run, data, tokens or [], group, device)
         if stage_one_only:
             return run
-        begun = bool(checkpoints(run / "checkpoints"))
     _fit_stage_two(config, run, data, tokens, group, device, dtype, begun)
     return run
 
@@ -133,9 +129,10 @@ def _fit_stage_two(
     with group.raise_on_all_ranks():
         channels = data.caches[0].spec.channels
         model = build_model(config, channels, device, dtype, run=run if begun else None, tokens=tokens)
-        if config.is_pretrained and not begun:
-            start_from_stage_one(model, stage_one_weights(config, run))
     state = RunState(config, data, model, dtype, run, group)
+    if config.is_pretrained and not begun:
+        with group.raise_on_all_ranks():
+            state.counters.stage_one_seconds = start_from_stage_one(model, stage_one_folder(config, run))
     settings = flatten(config.model_dump(mode="json"))
     common = {key: value for key, value in settings.items() if key not in PER_PROCESS_KEYS}
     ids = {name: value for name, value in lm_record(model.lm, model.prompt).items() if name != "date"}
@@ -176,24 +173,19 @@ def create_folder(
     write_lm_record(run, model.lm, model.prompt)
 
 
-def fit_stage_one(
+def _fit_stage_one(
     config: TrainConfig, run: Path, data: TrainData, tokens: list[int], group: ProcessGroup, device: torch.device
 ) -> None:
-    """Train or resume stage 1 of ``run``, unless it is finished or ``pretrain.start`` names another.
+    """Train or resume stage 1 of ``run``, unless it is finished. All ranks return after rank 0 has written its files.
 
     Raises:
-        UserError: the texts cannot be aligned with the audio, or the other stage 1 does not fit.
+        UserError: the texts cannot be aligned with the audio.
     """
-    if config.pretrain.start is not None:
-        with group.raise_on_all_ranks():
-            stage_one_weights(config, run)
-        return
     folder, stage = run / STAGE_ONE, config.stage_one(str(run))
     if group.broadcast((folder / runs.SUMMARY).is_file()):
         return
+    begun, dtype = group.broadcast(bool(checkpoints(folder / "checkpoints"))), torch.float32
     with group.raise_on_all_ranks():
-        begun = bool(checkpoints(folder / "checkpoints"))
-        dtype = torch.float32
         model = build_model(stage, data.caches[0].spec.channels, device, dtype, tokens=tokens)
     state = RunState(stage, data, model, dtype, folder, group)
     group.assert_same({"tokens": tokens} | state.identity())
@@ -204,9 +196,13 @@ def fit_stage_one(
             notes = alignment_note(model.projector, data, stage, model.lm.tokenizer) + prove(model, data, stage)
             if group.is_main_process:
                 print_notes(notes)
+                if not (run / "config.yaml").is_file():
+                    runs.create_run_folder(run, config, data)
+                    write_tokens(run, tokens)
                 create_folder(folder, stage, data, model, tokens, latest=False)
         state.broadcast_initial_weights()
     Trainer(stage, state, device).train()
+    group.broadcast(None)  # stage 2 reads what rank 0 writes last
 
 
 class Trainer:
@@ -438,15 +434,8 @@ class Trainer:
 
     def _record(self, result: Evaluation) -> dict[str, Any]:
         """Return the record of an evaluation with the seconds of training and evaluation so far, stage 1 included."""
-        return {**result.record(), "elapsed": round(self.state.counters.seconds + self.stage_one_seconds, 3)}
-
-    @property
-    def stage_one_seconds(self) -> float:
-        """Seconds of the stage 1 that this run started from; 0 if there was none."""
-        if not self.config.is_pretrained:
-            return 0.0
-        folder = stage_one_folder(self.config, self.run)
-        return float(runs.read_json(folder / runs.SUMMARY).get("seconds") or 0.0)
+        counters = self.state.counters
+        return {**result.record(), "elapsed": round(counters.seconds + counters.stage_one_seconds, 3)}
 
     def _summary(self, final: Evaluation | None) -> dict[str, Any]:
         keys = ("val_loss", "val_loss_shuffled", "audio_gain", "wer", "cer", "projector_rms_ratio")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from launch import finish, torchrun
 from safetensors.torch import load_file, save_file
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
@@ -23,7 +24,9 @@ from train.data.caches import open_data
 from train.inference.export import export, load_projector
 from train.lms.embeddings import read_embeddings
 from train.lms.load import load_lm
+from train.model.audio_lm import AudioLM
 from train.model.build import build_model, load_model
+from train.model.checkpoint import checkpoints
 from train.model.ctc import TOKENS_FILE, label_tokens, read_tokens, start_from_stage_one
 from train.runs.folder import read_json
 from train.sweeps.config import experiments
@@ -45,7 +48,7 @@ def lm(tmp_path_factory):
 
 
 def settings(folder, cache, lm, **keys):
-    return make_config(folder, cache, lm, **{"pretrain": STAGE, "checkpoint_every": 2, "eval_every": 4, **keys})
+    return make_config(folder, cache, lm, **{"pretrain": STAGE, "checkpoint_every": 4, "eval_every": 4, **keys})
 
 
 @pytest.fixture(
@@ -76,7 +79,7 @@ def test_stage_two_starts_from_the_weights_of_stage_one(whole):
     assert lines[0]["elapsed"] >= first["seconds"]
     assert "ctc" in json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     model = build_model(config, 8, torch.device("cpu"), torch.float32, tokens=read_tokens(run))
-    start_from_stage_one(model, run / "pretrain" / "projector.safetensors")
+    start_from_stage_one(model, run / "pretrain")
     stage = load_file(run / "pretrain" / "projector.safetensors")
     copied = {name: value for name, value in model.named_parameters() if name.startswith("projector.")}
     assert copied
@@ -89,6 +92,7 @@ def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, whole, st
     halved = tmp_path / "runs" / "halved"
     shutil.copytree(run, halved)
     forget_after(halved, 0 if stage_one else 4)
+    assert bool(checkpoints(halved / "checkpoints")) != stage_one
     if stage_one:
         forget_after(halved / "pretrain", 4)
         shutil.rmtree(halved / "checkpoints")
@@ -139,6 +143,11 @@ def test_another_run_starts_from_a_finished_stage_one(tmp_path, whole, cache):
     )
     fit(other)
     assert losses(tmp_path / "other")[0] == losses(run)[0]
+    log = tmp_path / "other" / "evaluations.jsonl"
+    assert (
+        json.loads(log.read_text().splitlines()[0])["elapsed"]
+        >= read_json(run / "pretrain" / "summary.json")["seconds"]
+    )
     with pytest.raises(UserError, match="has no finished stage 1"):
         fit(other.model_copy(update={"name": "third", "pretrain": other.pretrain.model_copy(update={"start": "none"})}))
 
@@ -177,7 +186,64 @@ def test_an_export_of_a_posterior_makes_the_soft_tokens_of_the_run(tmp_path, who
         assert torch.equal(soft[soft_mask], expected[expected_mask])
 
 
-def test_stage_one_alone_is_evaluated_and_transcribes_without_the_language_model(whole, capsys):
+def test_a_run_needs_the_stage_one_of_another_only_until_it_began(tmp_path, whole):
+    config, run = whole
+    stage = tmp_path / "stage"
+    shutil.copytree(run / "pretrain", stage)
+    other = config.model_copy(
+        update={
+            "name": "other",
+            "runs": str(tmp_path),
+            "pretrain": config.pretrain.model_copy(update={"steps": 0, "start": str(stage)}),
+        }
+    )
+    whole_run = fit(other)
+    shutil.copytree(whole_run, tmp_path / "halved")
+    forget_after(tmp_path / "halved", 4)
+    assert checkpoints(tmp_path / "halved" / "checkpoints")
+    shutil.rmtree(stage)
+    fit(other.model_copy(update={"name": "halved"}), tmp_path / "halved")
+    assert losses(tmp_path / "halved") == losses(whole_run)
+
+
+def test_a_stage_one_that_does_not_say_how_long_it_took_is_refused(tmp_path, whole):
+    _, run = whole
+    shutil.copytree(run / "pretrain", tmp_path / "stage")
+    for wrong in ("12", [1], None):
+        (tmp_path / "stage" / "summary.json").write_text(json.dumps({"seconds": wrong}))
+        with pytest.raises(UserError, match="does not say how many seconds"):
+            start_from_stage_one(AudioLM.__new__(AudioLM), tmp_path / "stage")
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_stages_as_one_does(tmp_path, cache, lm):
+    keys = {"projector": {"kind": "mlp", "stack": 2, "norm": "rms"}, "eval_every": 0, "batch": {"size": 4}}
+    alone = fit(settings(tmp_path / "alone", cache, lm, **keys))
+    config = settings(tmp_path, cache, lm, **keys)
+    finish(torchrun(2, "--config", write_config(tmp_path / "c.yaml", config)))
+    run = tmp_path / "runs" / "run"
+    assert losses(run / "pretrain") == pytest.approx(losses(alone / "pretrain"), rel=1e-3)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-3)
+
+
+def test_embeddings_that_are_codes_are_refused(tmp_path, lm):
+    folder = tmp_path / "codes"
+    shutil.copytree(lm.removeprefix("path:"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "embed_tokens" in name)
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError):
+        read_embeddings(f"path:{folder}", LmConfig(model=f"path:{folder}"))
+
+
+def test_a_stage_one_is_not_exported(tmp_path, whole):
+    _, run = whole
+    with pytest.raises(UserError, match="export the run around it"):
+        export(run / "pretrain", tmp_path / "export")
+
+
+def test_stage_one_alone_is_evaluated_without_the_language_model(whole, capsys):
     _, run = whole
     assert command(["evaluate", str(run / "pretrain")]) == 0
     found = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
@@ -197,6 +263,7 @@ def test_texts_with_more_tokens_than_time_steps_are_told_and_most_of_them_refuse
     config = settings(tmp_path, cache, lm, projector={"kind": "mlp", "stack": 60})
     with pytest.raises(UserError, match="CTC cannot align them: stack fewer frames"):
         fit(config)
+    assert not (tmp_path / "runs" / "run").exists()  # the corrected command may use the same name
 
 
 def test_a_file_of_tokens_that_is_no_list_of_ids_is_refused(tmp_path):

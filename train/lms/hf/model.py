@@ -313,6 +313,18 @@ def _attend_in_float32(model: Any) -> None:
 
 
 @contextmanager
+def loading_errors(folder: Path, reference: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder that holds no causal LM into a :class:`UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"'{reference}' (folder {folder}) cannot be loaded as a causal language model: {reason}"
+        ) from None
+
+
+@contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Hide transformers' progress bar for loading: it ends at once, and every process would show one."""
     from transformers.utils import logging as library
@@ -418,15 +430,10 @@ def load_hf(
     forbid_hub_kernels()  # before the first import of transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with loading_errors(folder, reference):
         with _no_progress_bar():
             model: Any = load_pretrained(AutoModelForCausalLM, folder, use_safetensors=True, **loading)
         tokenizer = load_pretrained(AutoTokenizer, folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"'{reference}' (folder {folder}) cannot be loaded as a causal language model: {reason}"
-        ) from None
     if options.bits is None:
         model.to(device)
     else:  # device_map placed it there, and quantized matrices cannot be moved
