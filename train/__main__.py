@@ -54,16 +54,21 @@ def parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key=value", help="override a config key; the value is parsed as YAML"
         )
 
-    fit = add("fit", "train a projector", "fit --config configs/train/demo.yaml steps=100 lr=1e-3")
-    fit.add_argument("--config", metavar="FILE", help="YAML file (see configs/train/)")
-    fit.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="resume a run (default: the run of --config, or the newest run)",
-    )
-    overrides(fit)
+    stages = {
+        "fit": ("train a projector", "configs/train/demo.yaml steps=100 lr=1e-3"),
+        "pretrain": ("train stage 1 of a run, without the language model", "configs/train/librispeech.yaml"),
+    }
+    for name, (summary, example) in stages.items():
+        stage = add(name, summary, f"{name} --config {example}")
+        stage.add_argument("--config", metavar="FILE", help="YAML file (see configs/train/)")
+        stage.add_argument(
+            "--resume",
+            nargs="?",
+            const="",
+            metavar="RUN",
+            help="resume a run (default: the run of --config, or the newest run)",
+        )
+        overrides(stage)
 
     sweep = add("sweep", "train several projectors in lockstep", "sweep --config configs/sweep/projectors.yaml")
     sweep.add_argument("--config", metavar="FILE", help="YAML file (see configs/sweep/)")
@@ -84,21 +89,6 @@ def parser() -> argparse.ArgumentParser:
     lr_range.add_argument("--steps", type=int, default=100, help="maximum number of steps (default: 100)")
     lr_range.add_argument("--json", metavar="FILE", help="write the losses and the suggestion to FILE")
     overrides(lr_range)
-
-    pretrain = add(
-        "pretrain",
-        "train stage 1 of a run, without the language model",
-        "pretrain --config configs/train/librispeech.yaml",
-    )
-    pretrain.add_argument("--config", metavar="FILE", help="YAML file with pretrain.steps (see configs/train/)")
-    pretrain.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="resume a run (default: the run of --config, or the newest)",
-    )
-    overrides(pretrain)
 
     evaluate = add("evaluate", "evaluate a trained run", "evaluate runs/demo --json metrics.json")
     evaluate.add_argument(
@@ -194,7 +184,8 @@ def _fit(args: argparse.Namespace, stage_one_only: bool = False) -> int:
             if stage_one_only and not config.pretrain.steps:
                 raise UserError("there is no stage 1 without pretrain.steps: set it to a number of steps")
 
-        from train.trainer.trainer import Interrupted, fit
+        from train.trainer.fit import fit
+        from train.trainer.trainer import Interrupted
 
         try:
             run = fit(config, resume, group, stage_one_only=stage_one_only)

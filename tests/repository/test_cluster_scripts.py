@@ -14,7 +14,7 @@ from extraction import run, snapshot, words
 from tiny_cache import make_cache
 from tiny_run import losses, make_config, write_config
 
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 CLUSTER = Path(__file__).parent.parent.parent / "configs" / "cluster"
 SECONDS = 300

@@ -23,7 +23,7 @@ from train.__main__ import command
 from train.inference.export import export
 from train.runs.folder import hold
 from train.sweeps.sweep import run_sweep
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 EVERY = [None, pytest.param(7, marks=pytest.mark.slow)]  # file operations between two kills
 

@@ -13,7 +13,7 @@ from shards.config.base import validate_config
 from shards.errors import run_command
 from train.__main__ import command
 from train.sweeps.config import SweepConfig
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 EVIL = """
 from pathlib import Path

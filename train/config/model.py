@@ -321,6 +321,22 @@ class CtcConfig(Config):
     """Steps over which the weight falls linearly to 0. null: it does not fall."""
 
 
+class DecodeConfig(Config):
+    """How text is decoded: greedily by the LM, or by the LM and the CTC head together.
+
+    See `train/model/joint_decoding.py`. A head is there with `projector.kind: posterior`, and with `ctc.weight`.
+    """
+
+    ctc_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the CTC head's log-probability; that of the LM's is 1 - ctc_weight. 0: greedy decoding by the LM."""
+    beam_size: int = Field(default=6, ge=1)
+    """Hypotheses of each utterance."""
+    context: str | None = Field(default=None, min_length=1)
+    """Text that the LM continues in decoding with the head, in place of the prompt with the soft tokens: a few lines in
+    the form of the labels, the last with the line break that ends a text. The LM then adds what it knows of the
+    language, and the audio is heard by the head alone. null: the prompt of the run."""
+
+
 class AugmentConfig(Config):
     """Changes of the cached features in training: silence, speed, then noise (`noise_std`), then masks.
 

@@ -19,6 +19,7 @@ from train.config.model import (
     AugmentConfig,
     ContrastiveConfig,
     CtcConfig,
+    DecodeConfig,
     DistillConfig,
     LmConfig,
     MlpConfig,
@@ -48,6 +49,7 @@ CHANGEABLE_KEYS = frozenset(
         "decode_limit",
         "decode_samples",
         "max_new_tokens",
+        "decode",
         "retrieval_limit",
         "checkpoint_every",
         "min_loss_drop",
@@ -237,6 +239,7 @@ class TrainConfig(Config):
     """Number of utterances decoded in an evaluation during training."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Maximum number of generated tokens per utterance."""
+    decode: DecodeConfig = DecodeConfig()
     eval: EvalKeys = EvalKeys()
     retrieval_limit: int = Field(default=32, ge=0)
     """Number of utterances in the final retrieval test, which matches audio to text in groups of 16. 0: off."""
@@ -258,6 +261,8 @@ class TrainConfig(Config):
             raise ValueError(f"warmup={self.warmup} is neither a whole number of steps nor a fraction below 1")
         if self.patience is not None and not self.eval_every:
             raise ValueError("patience counts evaluations during training: set eval_every to a number of steps")
+        if self.decode.ctc_weight and not (self.ctc.weight or self.projector.kind == "posterior"):
+            raise ValueError("decode.ctc_weight needs a CTC head: set ctc.weight, or projector.kind=posterior")
         layers = {1 if isinstance(entry, str) else len(entry) for entry in [*self.caches, *self.val.caches]}
         if len(layers) > 1:
             found = " and ".join(map(str, sorted(layers)))
@@ -344,7 +349,9 @@ _STAGE_ONE_KEYS = (
     *("steps", "lr", "warmup", "weight_decay", "ema_decay", "frame_mask_prob", "noise_std", "augment"),
     *("eval_every", "patience"),
 )
-_RESET_KEYS = frozenset({"prompt", "distill", "contrastive", "ctc", "gradient_accumulation_steps", "min_loss_drop"})
+_RESET_KEYS = frozenset(
+    {"prompt", "distill", "contrastive", "ctc", "decode", "gradient_accumulation_steps", "min_loss_drop"}
+)
 
 
 def _is_file(labels: Any) -> bool:

@@ -57,11 +57,48 @@ class Tokenizer(Protocol):
         ...
 
 
+class Decoding:
+    """Rows that grow by one token at a time.
+
+    Attributes:
+        logits: float32 [R, V], scores of the next token of each row.
+    """
+
+    logits: Tensor
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
+        """Append ``tokens``, int64 [R'], to rows: the new row i continues row ``parents[i]`` (None: row i)."""
+        raise NotImplementedError
+
+
+class WholeRows(Decoding):
+    """Rows of a language model that keeps no state: each token computes them again."""
+
+    def __init__(self, lm: LanguageModel, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids) -> None:
+        self._lm, self._soft, self._soft_mask, self._prefix = lm, soft, soft_mask, list(prefix)
+        self._rows = [list(ids) for ids in suffix]
+        self._read()
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
+        if parents is not None:
+            self._soft, self._soft_mask = self._soft[parents], self._soft_mask[parents]
+            kept = parents.tolist()
+            self._prefix, self._rows = [self._prefix[i] for i in kept], [self._rows[i] for i in kept]
+        self._rows = [[*row, token] for row, token in zip(self._rows, tokens.tolist(), strict=True)]
+        self._read()
+
+    def _read(self) -> None:
+        packed = pack_inputs(self._soft_mask.sum(1), self._prefix, self._rows)
+        hidden = self._lm.hidden(packed, self._soft[self._soft_mask])
+        self.logits = self._lm.logits(hidden[torch.arange(len(hidden), device=hidden.device), packed.last_positions])
+
+
 class LanguageModel(nn.Module):
     """Base class of language models. Frozen (``eval()``, no gradients) unless ``trainable``.
 
-    A subclass implements ``hidden``, ``logits`` and ``embed``; this class packs inputs, selects target positions and
-    sums their losses. A frozen model does not run under ``no_grad``, because the projector's gradient flows through it.
+    A subclass implements ``hidden``, ``logits`` and ``embed``, and ``decoding`` if it keeps state between tokens; this
+    class packs inputs, selects target positions and sums their losses. A frozen model does not run under ``no_grad``,
+    because the projector's gradient flows through it.
     """
 
     reference: str  # as the user wrote it
@@ -162,6 +199,13 @@ class LanguageModel(nn.Module):
         pieces = [(hidden_ND[i : i + rows], targets_N[i : i + rows]) for i in starts]
         return torch.cat([recompute(nll, hidden, targets, use_reentrant=False) for hidden, targets in pieces])
 
+    def decoding(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, max_new_tokens: int) -> Decoding:
+        """Return the state of rows [prefix | soft tokens | suffix] that are continued by up to ``max_new_tokens``.
+
+        Args are those of :meth:`target_nll`. This implementation computes whole rows for each token.
+        """
+        return WholeRows(self, soft, soft_mask, prefix, suffix)
+
     @torch.no_grad()
     def generate(
         self,
@@ -175,29 +219,23 @@ class LanguageModel(nn.Module):
     ) -> list[list[int]]:
         """Generate greedily until one of ``ends`` (not returned) or ``max_new_tokens``; return the ids of each row.
 
-        This implementation computes whole rows in each step. ``on_token`` is called with the next token of each row,
-        one of ``ends`` for rows that have ended. ``ends`` are by default those of the tokenizer.
+        ``on_token`` is called with the next token of each row, one of ``ends`` for rows that have ended. By default,
+        ``ends`` are those of the tokenizer.
         """
         ends = ends or self.tokenizer.ends
-        end = min(ends)
-        flat, lengths = soft[soft_mask], soft_mask.sum(1)
-        rows, done = [list(ids) for ids in suffix], [False] * len(suffix)
-        for _ in range(max_new_tokens):
-            packed = pack_inputs(lengths, prefix, rows)
-            hidden = self.hidden(packed, flat)
-            chosen = (
-                self.logits(hidden[torch.arange(len(rows), device=hidden.device), packed.last_positions])
-                .argmax(-1)
-                .tolist()
-            )
-            for i, token in enumerate(chosen):
-                done[i] = done[i] or token in ends
-                if not done[i]:
-                    rows[i].append(token)
-            on_token([end if ended else row[-1] for row, ended in zip(rows, done, strict=True)])
-            if all(done):
+        steps: list[list[int]] = []
+        done = [False] * len(prefix)
+        decoding = self.decoding(soft, soft_mask, prefix, suffix, max_new_tokens) if max_new_tokens else None
+        while decoding is not None:
+            chosen = decoding.logits.argmax(-1)
+            tokens = [min(ends) if ended else token for token, ended in zip(chosen.tolist(), done, strict=True)]
+            steps.append(tokens)
+            on_token(tokens)
+            done = [token in ends for token in tokens]
+            if all(done) or len(steps) == max_new_tokens:
                 break
-        return [row[len(ids) :] for row, ids in zip(rows, suffix, strict=True)]
+            decoding.extend(chosen)
+        return until_end(list(zip(*steps, strict=True)) if steps else [[] for _ in prefix], ends)
 
 
 @dataclass(frozen=True, slots=True)

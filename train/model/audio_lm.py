@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from train.lms.base import LanguageModel, LmRequest, SeparatePasses, Tokenizer
+from train.config.model import DecodeConfig
+from train.lms.base import LanguageModel, LmRequest, SeparatePasses
+from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
 from train.model.prompt import Prompt, PromptRow
 from train.projectors import Projector
 from train.projectors.ctc import ctc_nll
+
+if TYPE_CHECKING:
+    from train.model.ctc import CtcTokenizer
 
 Scores = dict[str, tuple[Tensor, Tensor]]  # see ``Projector.take_scores``
 
@@ -46,17 +52,20 @@ class AudioLM(nn.Module):
         lm: LanguageModel,
         prompt: Prompt,
         ctc_head: nn.Module | None = None,
-        ctc_tokenizer: Tokenizer | None = None,
+        ctc_tokenizer: CtcTokenizer | None = None,
+        decode: DecodeConfig | None = None,
     ) -> None:
         """Join the parts.
 
         Args:
-            ctc_head: scores tokens of the LM for an auxiliary CTC loss; it may be the projector's.
+            ctc_head: scores tokens of the LM for an auxiliary CTC loss and for decoding; it may be the projector's.
             ctc_tokenizer: the classes of ``ctc_head``.
+            decode: whether the head takes part in decoding.
         """
         super().__init__()
         self.projector, self.lm, self.prompt = projector, lm, prompt
         self.ctc_head, self.ctc_tokenizer = ctc_head, ctc_tokenizer
+        self.decode = decode or DecodeConfig()
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map features [B, T, C] of any float dtype and mask [B, T] bool to soft tokens.
@@ -95,10 +104,19 @@ class AudioLM(nn.Module):
 
         ``scores`` are those that the projector kept, if it merges time steps to soft tokens.
         """
-        if self.ctc_head is None or self.ctc_tokenizer is None:
+        classes = [self._classes().encode(text) for text in texts]
+        return ctc_nll(*self._ctc_scores(request, scores), classes)
+
+    def _classes(self) -> CtcTokenizer:
+        if self.ctc_tokenizer is None:
             raise ValueError("the model has no CTC head: set ctc.weight")
-        own, mask = scores.get("tokens") or (self.ctc_head(request.soft), request.soft_mask)
-        return ctc_nll(own, mask, [self.ctc_tokenizer.encode(text) for text in texts])
+        return self.ctc_tokenizer
+
+    def _ctc_scores(self, request: LmRequest, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Return the scores of the CTC head [B, S, 1 + V] and their mask [B, S]."""
+        if self.ctc_head is None:
+            raise ValueError("the model has no CTC head: set ctc.weight")
+        return scores.get("tokens") or (self.ctc_head(request.soft), request.soft_mask)
 
     @torch.no_grad()
     def candidate_nll(
@@ -129,11 +147,15 @@ class AudioLM(nn.Module):
         on_token: Callable[[list[str]], None] | None = None,
         rows: Sequence[PromptRow] | None = None,
     ) -> list[str]:
-        """Decode each utterance greedily; the texts do not include the end.
+        """Decode each utterance as ``decode`` says; the texts do not include the end.
 
         ``rows`` [B] select the instructions, as in :meth:`request`. ``on_token`` is called with the texts so far after
-        every token.
+        every token; with a CTC head in decoding, once.
         """
+        if self.decode.ctc_weight:
+            texts = self._decode_jointly(self.request(features, mask, None, rows), max_new_tokens)
+            (on_token or (lambda texts: None))(texts)
+            return texts
         if on_token is None:
             return ModelList([self]).generate(features, mask, max_new_tokens, rows)[0]
         request, decode = self.request(features, mask, None, rows), self.lm.tokenizer.decode
@@ -148,6 +170,24 @@ class AudioLM(nn.Module):
             request.soft, request.soft_mask, request.prefix, request.suffix, max_new_tokens, step, request.ends
         )
         return [decode(ids) for ids in found]
+
+    def _decode_jointly(self, request: LmRequest, max_new_tokens: int) -> list[str]:
+        scores, mask = self._ctc_scores(request, self.projector.take_scores())
+        tokens, size = self._classes().tokens, max_utterances(self.decode, self.lm.device)
+        ends = request.ends or self.lm.tokenizer.ends
+        if self.decode.context is not None:
+            ids, rows = self.lm.tokenizer.encode(self.decode.context), len(mask)
+            ends = ends | {ids[-1]}
+            request = LmRequest(request.soft[:, :0], request.soft_mask[:, :0], [ids] * rows, [[]] * rows, [], ends)
+        texts: list[str] = []
+        for start in range(0, len(mask), size):
+            part = slice(start, start + size)
+            prompt = request.prefix[part], request.suffix[part]
+            decoding = self.lm.decoding(request.soft[part], request.soft_mask[part], *prompt, max_new_tokens)
+            prefixes = CtcPrefixes(scores[part], mask[part])
+            found = joint_decode(decoding, prefixes, tokens, ends, self.decode, max_new_tokens)
+            texts += [self.lm.tokenizer.decode(ids) for ids in found]
+        return texts
 
 
 class ModelList:
@@ -169,6 +209,8 @@ class ModelList:
         self, features: Tensor, mask: Tensor, max_new_tokens: int, rows: Sequence[PromptRow] | None = None
     ) -> list[list[str]]:
         """As :meth:`AudioLM.generate`, for each model."""
+        if any(model.decode.ctc_weight for model in self.models):
+            return [model.generate(features, mask, max_new_tokens, rows=rows) for model in self.models]
         requests = [model.request(features, mask, None, rows) for model in self.models]
         found = self.passes.generate(requests, max_new_tokens)
         return [[model.lm.tokenizer.decode(ids) for ids in own] for model, own in zip(self.models, found, strict=True)]

@@ -82,7 +82,8 @@ def build_model(
     projector = build_projector(config.projector, channels, width, rms, seed=config.seed, head_tokens=head_tokens)
     if config.layers > 1:
         projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
-    head = None if head_tokens is None or not config.ctc.weight else ctc_head(projector, head_tokens)
+    has_head = config.ctc.weight or config.decode.ctc_weight
+    head = ctc_head(projector, head_tokens) if head_tokens is not None and has_head else None
     if config.is_stage_one and head_tokens is not None:
         projector = ScoringProjector(projector, head_tokens)
     if instructions is None and config.prompt.prompts is not None:
@@ -93,7 +94,7 @@ def build_model(
     if run is not None and record is not None:
         require_same_ids(lm, prompt, record, run)
     classes = None if head is None else CtcTokenizer(lm.tokenizer, tokens or [])
-    return AudioLM(projector, lm, prompt, head, classes).to(device)
+    return AudioLM(projector, lm, prompt, head, classes, config.decode).to(device)
 
 
 def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> AudioLM:

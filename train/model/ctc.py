@@ -144,10 +144,13 @@ class CtcTokenizer:
     """The language model's tokenizer with classes of a CTC head instead of ids; the end of a text is the blank.
 
     Tokens that the head does not have are left out of a text: they can only be in held-out texts.
+
+    Attributes:
+        tokens: id of each class, from 1.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
-        self._tokenizer, self._tokens = tokenizer, list(tokens)
+        self._tokenizer, self.tokens = tokenizer, list(tokens)
         self._classes = {token: index + 1 for index, token in enumerate(tokens)}
         self.eos, self.ends = BLANK, frozenset({BLANK})
         self.bos: int | None = None
@@ -160,7 +163,7 @@ class CtcTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of classes."""
-        return self._tokenizer.decode([self._tokens[each - 1] for each in ids if each != BLANK])
+        return self._tokenizer.decode([self.tokens[each - 1] for each in ids if each != BLANK])
 
     def chat(self, user: str) -> str:
         """Stage 1 has no prompt."""

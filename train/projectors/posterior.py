@@ -95,8 +95,7 @@ class PosteriorProjector(Projector):
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         hidden, mask = self._hidden(features, mask)
         scores = self.head(self.fc(hidden))
-        if self.training:
-            self._scores["tokens"] = scores, mask
+        self._scores["tokens"] = scores, mask
         mean, soft_mask = merge_runs(scores, mask, torch.cat([scores, hidden.float()], -1))
         said, heard = mean[..., : scores.shape[-1]], mean[..., scores.shape[-1] :]
         soft = (said[..., 1:] / self.temperature).softmax(-1) @ self.head.embeddings + self.residual(heard)

@@ -45,9 +45,10 @@ from train.model.replay import replay_date
 from train.runs import folder as runs
 from train.runs.metrics_log import format_losses, format_number
 from train.sweeps.lm_batching import LmBatcher
+from train.trainer.fit import create_folder, require_resumable
 from train.trainer.state import RunState
 from train.trainer.step import next_batches, optimizer_step
-from train.trainer.trainer import Interrupted, Trainer, create_folder, evaluate_together, require_resumable
+from train.trainer.trainer import Interrupted, Trainer, evaluate_together
 
 DROPPED = "dropped.json"  # in the folder of an experiment that failed or was pruned
 LOG_LINES = 10  # number of lines with all losses printed over a whole group

@@ -22,7 +22,7 @@ from train.data.loader import LayeredStream
 from train.evaluation.run import evaluate_run
 from train.model.build import load_model
 from train.runs.folder import run_config
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 KEYS = {"projector": {"kind": "mlp", "stack": 4, "norm": "rms"}, "checkpoint_every": 4}
 

@@ -19,7 +19,7 @@ from train.data.caches import open_data
 from train.evaluation.run import evaluate_run
 from train.evaluation.utterance_table import read_utterances
 from train.runs.folder import read_pins
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 
 @pytest.fixture(scope="module")

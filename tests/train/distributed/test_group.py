@@ -22,7 +22,7 @@ from train.evaluation.run import evaluate_run
 from train.model.checkpoint import checkpoints
 from train.runs.folder import run_config
 from train.runs.metrics_log import read_jsonl
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 # 9 training rows in batches of at most 2: in one batch of an epoch, one of two processes has nothing to do
 KEYS: dict[str, Any] = {

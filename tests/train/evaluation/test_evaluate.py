@@ -18,7 +18,7 @@ from train.evaluation.error_rates import error_rates, make_sample
 from train.evaluation.evaluate import EvalConfig, Stopped, evaluate
 from train.evaluation.run import evaluate_run
 from train.model.build import build_model
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from train.evaluation.error_rates import error_rates, make_sample
 from train.evaluation.languages import language_code, normalize_text, text_languages
 from train.evaluation.score import score
 from train.evaluation.utterance_table import read_utterances, utterance_table, write_utterances
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 HINDI = "हिन्दी में लिखी हुई किताबें"
 MARKLESS = "हनद म लख हई कतब"  # the same without vowel signs and viramas, as Whisper's English normalizer leaves it

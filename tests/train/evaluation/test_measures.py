@@ -22,7 +22,7 @@ from train.evaluation.utterance_table import read_utterances
 from train.model.audio_lm import ModelList
 from train.model.build import build_model
 from train.report import write_report
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 
 @pytest.fixture(scope="module")

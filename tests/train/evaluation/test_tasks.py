@@ -28,7 +28,7 @@ from train.model.build import build_model, load_model
 from train.model.prompt import PromptRow
 from train.report import write_report
 from train.runs.folder import read_cache_info
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from train.config.model import CustomConfig, MlpConfig
 from train.inference.export import export, load_projector, make_settings, write_projector
 from train.model.build import load_model
 from train.projectors import LayerMixer, MixedProjector, build_projector
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 CUSTOM_SOURCE = """
 import torch

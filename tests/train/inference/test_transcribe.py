@@ -21,7 +21,7 @@ from train.data.caches import open_data
 from train.data.live import encode_features, feature_specs, require_one_encoder
 from train.inference.transcribe import Recording, TokenWriter, transcribe
 from train.runs.folder import read_cache_info, run_config
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last one spans two windows
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from soft_tokens import AFTER, BEFORE, soft_batch
+from soft_tokens import AFTER, BEFORE, generate_whole_rows, soft_batch
 from tiny_lm import save_tiny_lm
 
 from train.config.model import MlpConfig, PromptConfig
-from train.lms.base import LanguageModel, LmRequest, SeparatePasses
+from train.lms.base import LmRequest, SeparatePasses
 from train.lms.hf.model import load_hf
 from train.lms.packing import pack_inputs
 from train.model.audio_lm import AudioLM
@@ -69,7 +69,7 @@ def test_decoding_stops_at_every_end_of_the_generation_config_as_transformers_do
     got = lm.generate(soft, mask, BEFORE, AFTER, 9)
     assert got == theirs(lm, soft, mask, None, 9)  # theirs come from generation_config.json
     assert [len(ids) for ids in got][:2] != [9, 9]
-    assert got == LanguageModel.generate(lm, soft, mask, BEFORE, AFTER, 9)
+    assert got == generate_whole_rows(lm, soft, mask, BEFORE, AFTER, 9)
 
 
 def test_an_end_that_only_the_generation_config_names_is_enough(tmp_path):

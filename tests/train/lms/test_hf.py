@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from soft_tokens import AFTER, BEFORE, TARGETS, soft_batch
+from soft_tokens import AFTER, BEFORE, TARGETS, continued, generate_whole_rows, soft_batch
 from tiny_lm import save_tiny_lm, save_tiny_tokenizer
 
 from shards.errors import UserError
-from train.lms.base import LanguageModel
 from train.lms.hf.model import load_hf
 from train.lms.load import load_lm
 from train.lms.packing import pack_inputs
@@ -96,6 +95,11 @@ def test_cached_batched_generation_equals_uncached_argmax_of_single_rows(lm):
             ids.append(token)
         assert got[i] == ids
     assert any(got)
+
+
+def test_rows_that_continue_others_are_those_of_whole_rows(lm):
+    for own, whole in zip(continued(lm), continued(lm, whole=True), strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_multiplies_one_row_per_utterance_and_does_not_copy_the_output_matrix(lm):
@@ -220,7 +224,7 @@ def test_an_output_norm_starts_at_the_rms_of_the_scaled_embeddings(scaled):
 
 def test_cached_generation_of_a_sliding_window_family_equals_uncached(scaled):
     soft, mask = soft_batch(lengths=(9, 1, 6))
-    assert scaled.generate(soft, mask, BEFORE, AFTER, 8) == LanguageModel.generate(scaled, soft, mask, BEFORE, AFTER, 8)
+    assert scaled.generate(soft, mask, BEFORE, AFTER, 8) == generate_whole_rows(scaled, soft, mask, BEFORE, AFTER, 8)
 
 
 def assert_candidates_cost_as_much_as_alone(lm):
@@ -274,7 +278,7 @@ def test_a_family_that_scales_logits_or_embeddings_keeps_its_own_logits(tmp_path
         table = lm.model.get_input_embeddings().weight
         assert lm.embedding_rms == pytest.approx(6 * table.square().mean().sqrt().item(), rel=1e-4)
     soft, mask = soft_batch()
-    assert lm.generate(soft, mask, BEFORE, AFTER, 4) == LanguageModel.generate(lm, soft, mask, BEFORE, AFTER, 4)
+    assert lm.generate(soft, mask, BEFORE, AFTER, 4) == generate_whole_rows(lm, soft, mask, BEFORE, AFTER, 4)
     assert_candidates_cost_as_much_as_alone(lm)  # FalconH1 has a recurrent state
 
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from soft_tokens import continued, generate_whole_rows
 
 from shards.errors import UserError
 from train.config.model import LmConfig
-from train.lms.base import LanguageModel
 from train.lms.load import load_lm
 from train.lms.nanochat.config import EARLY_MARCH, FIRST, TODAY, Generation, GPTConfig
 from train.lms.nanochat.gpt import GPT
@@ -256,9 +256,11 @@ def test_cached_decoding_behind_audio_equals_uncached(generation, value, before,
     lm.gpt.audio_value_embedding, lm.gpt.bos = value, 256
     soft, mask = soft_batch(lengths=(9, 1, 24))
     lm.tokenizer.ends = frozenset({-1})  # every row decodes to the end: beyond the windows, from its own length
-    expected = LanguageModel.generate(lm, soft, mask, before, after, 12)
+    expected = generate_whole_rows(lm, soft, mask, before, after, 12)
     assert lm.generate(soft, mask, before, after, 12) == expected
     assert len({tuple(row) for row in expected}) == 3
+    for own, whole in zip(continued(lm), continued(lm, whole=True), strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_each_cached_step_gives_the_hidden_state_of_the_whole_row():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from soft_tokens import AFTER, BEFORE, TARGETS, soft_batch
+from soft_tokens import AFTER, BEFORE, TARGETS, continued, generate_whole_rows, soft_batch
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import make_config
@@ -22,7 +22,7 @@ from train.lms.load import load_lm
 from train.model.build import build_model
 from train.model.prompt import Prompt
 from train.model.proof import lossy_texts, prove
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 STATE = {
     "vocab_size": 259,
@@ -66,7 +66,9 @@ def test_state_space_models_and_llama_4_decode_and_score_candidates_as_whole_row
     lm = load(write(tmp_path, family, FAMILIES[family]))
     soft, mask = soft_batch()
     got = lm.generate(soft, mask, BEFORE, AFTER, 5)
-    assert got == LanguageModel.generate(lm, soft, mask, BEFORE, AFTER, 5)
+    assert got == generate_whole_rows(lm, soft, mask, BEFORE, AFTER, 5)
+    for own, expected in zip(continued(lm), continued(lm, whole=True), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
     row = soft[0], BEFORE[0], AFTER[0], TARGETS
     torch.testing.assert_close(lm.candidate_nll(*row), LanguageModel.candidate_nll(lm, *row), rtol=1e-3, atol=1e-3)
 

@@ -27,7 +27,7 @@ from train.model.prompt import PromptRow
 from train.model.replay import LM_RECORD, read_lm_record
 from train.runs.folder import run_config
 from train.sweeps.sweep import run_sweep
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 DATED = "{{ strftime_now('%d %B %Y') }}\n" + CHAT
 CPU = torch.device("cpu")

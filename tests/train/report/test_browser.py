@@ -13,7 +13,7 @@ from tiny_run import make_config
 
 from train.evaluation.run import evaluate_run
 from train.report import experiment_folders, write_report, write_sweep_report
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path (Debian: apt install chromium)")
 

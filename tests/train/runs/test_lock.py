@@ -18,7 +18,7 @@ from train.runs.folder import hold
 from train.sweeps.config import SweepConfig
 from train.sweeps.sweep import run_sweep
 from train.trainer import trainer
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 HOLDER = """
 import sys

@@ -13,7 +13,7 @@ from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.runs import trackers
 from train.runs.trackers import Trackers, require_trackers, wandb_project
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 KEYS = {"checkpoint_every": 4, "eval_every": 4, "decode_samples": 0}
 
@@ -73,7 +73,7 @@ def test_a_tracker_that_fails_is_reported_and_the_run_and_the_others_continue(tm
 
     bad, good = Fake("wandb", 3), Fake("tensorboard", None)
     monkeypatch.setattr(trackers, "require_trackers", lambda config: None)
-    monkeypatch.setattr("train.trainer.trainer.require_trackers", lambda config: None)
+    monkeypatch.setattr("train.trainer.fit.require_trackers", lambda config: None)
     monkeypatch.setattr("train.trainer.trainer.open_trackers", lambda *_: Trackers([bad, good]))
     run = fit(make_config(tmp_path, cache, "nanochat:d1", eval_every=0, trackers=["wandb", "tensorboard"]))
     assert len(losses(run)) == 8
@@ -103,7 +103,7 @@ def test_a_tracker_that_fails_to_start_says_how_to_resume(tmp_path, cache, monke
         raise RuntimeError("no API key")
 
     monkeypatch.setattr(trackers, "require_trackers", lambda config: None)
-    monkeypatch.setattr("train.trainer.trainer.require_trackers", lambda config: None)
+    monkeypatch.setattr("train.trainer.fit.require_trackers", lambda config: None)
     monkeypatch.setattr(trackers, "Wandb", fails)
     config = make_config(tmp_path, cache, "nanochat:d1", eval_every=0, trackers=["wandb"])
     with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline.*--resume .* 'trackers=\[\]'"):

@@ -27,7 +27,8 @@ from train.runs.metrics_log import read_jsonl
 from train.sweeps.config import SweepConfig, experiments
 from train.sweeps.group import group_experiments
 from train.sweeps.sweep import run_sweep
-from train.trainer.trainer import Interrupted, fit
+from train.trainer.fit import fit
+from train.trainer.trainer import Interrupted
 
 
 @pytest.fixture(scope="module")

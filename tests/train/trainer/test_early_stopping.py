@@ -12,7 +12,7 @@ from torch import nn
 
 from train.runs.metrics_log import read_jsonl
 from train.trainer.early_stopping import EarlyStopping
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 
 def test_the_best_weights_are_kept_and_two_worse_evaluations_end_it():

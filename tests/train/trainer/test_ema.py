@@ -10,8 +10,8 @@ from tiny_lm import save_tiny_lm
 from tiny_run import make_config
 from torch import nn
 
+from train.trainer.fit import fit
 from train.trainer.optim import Ema, swapped_parameters
-from train.trainer.trainer import fit
 
 
 def test_the_average_forgets_its_start_and_then_decays_as_configured():

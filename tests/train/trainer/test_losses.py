@@ -23,8 +23,8 @@ from train.lms.load import load_lm
 from train.model.audio_lm import AudioLM
 from train.model.prompt import Prompt
 from train.projectors import build_projector
+from train.trainer.fit import fit
 from train.trainer.losses import contrastive_loss
-from train.trainer.trainer import fit
 
 BOTH = {"distill": {"weight": 0.5}, "contrastive": {"weight": 0.3}}
 

@@ -31,7 +31,7 @@ from train.model.ctc import TOKENS_FILE, label_tokens, read_tokens, start_from_s
 from train.runs.folder import read_json
 from train.sweeps.config import experiments
 from train.sweeps.sweep import run_sweep
-from train.trainer.trainer import fit
+from train.trainer.fit import fit
 
 POSTERIOR = {"kind": "posterior", "hidden": 12, "dropout": 0.1}
 STAGE = {"steps": 6, "eval_every": 3, "augment": {"time_masks": 1, "time_mask_frames": 5}}

@@ -18,8 +18,8 @@ from train.model.prompt import Prompt
 from train.projectors import build_projector
 from train.runs.folder import run_config
 from train.runs.metrics_log import read_jsonl
+from train.trainer.fit import fit
 from train.trainer.step import sum_by_name
-from train.trainer.trainer import fit
 
 
 def router_gradient(batches, **keys):

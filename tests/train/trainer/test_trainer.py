@@ -23,10 +23,11 @@ from train.data.caches import open_data, pad
 from train.distributed.group import ProcessGroup
 from train.model.build import build_model
 from train.runs.folder import create_run_folder, new_run_folder
+from train.trainer.fit import fit
 from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
 from train.trainer.step import next_batches
-from train.trainer.trainer import Trainer, fit
+from train.trainer.trainer import Trainer
 
 CPU = torch.device("cpu")
 DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout": 0.2}

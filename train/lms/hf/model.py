@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from shards.errors import UserError
 from train.config.model import LmConfig
-from train.lms.base import LanguageModel, until_end
+from train.lms.base import Decoding, LanguageModel
 from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
 from train.lms.hf.scales import Scales, decoder, find_scales
 from train.lms.packing import Ids, PackedInputs, pack_inputs
@@ -197,49 +197,11 @@ class HfLanguageModel(LanguageModel):
         nll_N = self._token_nll(states[target_mask], targets[target_mask])
         return nll_N.new_zeros(target_mask.shape).masked_scatter(target_mask, nll_N).sum(1)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        soft: Tensor,
-        soft_mask: Tensor,
-        prefix: Ids,
-        suffix: Ids,
-        max_new_tokens: int,
-        on_token: Callable[[list[int]], None] = lambda tokens: None,
-        ends: frozenset[int] | None = None,
-    ) -> list[list[int]]:
-        """As ``LanguageModel.generate``, with a KV cache if the model has one; others compute whole rows."""
+    def decoding(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, max_new_tokens: int) -> Decoding:
+        """As ``LanguageModel.decoding``, with a KV cache if the model has one."""
         if not self._has_cache:
-            return super().generate(soft, soft_mask, prefix, suffix, max_new_tokens, on_token, ends)
-        ends = ends or self.tokenizer.ends
-        ending = torch.tensor(sorted(ends), device=self.device)
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left")
-        inputs, mask, cache = self._embed_inputs(packed, soft[soft_mask]), packed.valid.long(), None
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        steps: list[Tensor] = []
-        done = torch.zeros(len(prefix), dtype=torch.bool, device=mask.device)
-        for _ in range(max_new_tokens):
-            with self._autocast():
-                out = decoder(self.model)(
-                    inputs_embeds=inputs,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            # [B, D]: a product with [B, 1, D], sliced from longer rows, would copy the output matrix B times on a CPU
-            chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, int(ending[0]))
-            steps.append(chosen)
-            on_token(chosen.tolist())
-            done |= torch.isin(chosen, ending)
-            if bool(done.all()):
-                break
-            cache = out.past_key_values
-            inputs = self._embed_ids(chosen[:, None])
-            mask = torch.cat([mask, mask.new_ones(len(prefix), 1)], 1)
-            positions = positions[:, -1:] + 1
-        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
-        return until_end(columns, ends)
+            return super().decoding(soft, soft_mask, prefix, suffix, max_new_tokens)
+        return _CachedRows(self, pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left"), soft[soft_mask])
 
     def compile_forward(self) -> None:
         """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
@@ -285,6 +247,36 @@ class HfLanguageModel(LanguageModel):
                 "and output matrix alone, and earshard does not support that yet: choose another lm.model"
             )
         return scales
+
+
+class _CachedRows(Decoding):
+    """Rows of a model with a KV cache, padded on the left."""
+
+    def __init__(self, lm: HfLanguageModel, packed: PackedInputs, soft_ND: Tensor) -> None:
+        self._lm, self._mask, self._cache = lm, packed.valid.long(), None
+        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        self._read(lm._embed_inputs(packed, soft_ND))
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
+        if parents is not None:
+            self._cache.reorder_cache(parents)  # type: ignore[attr-defined]
+            self._mask, self._positions = self._mask[parents], self._positions[parents]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+        self._positions = self._positions[:, -1:] + 1
+        self._read(self._lm._embed_ids(tokens[:, None]))
+
+    def _read(self, inputs: Tensor) -> None:
+        with self._lm._autocast():
+            out = decoder(self._lm.model)(
+                inputs_embeds=inputs,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        self._cache = out.past_key_values
+        # [R, D]: a product with [R, 1, D], sliced from longer rows, would copy the output matrix R times on a CPU
+        self.logits = self._lm.logits(out.last_hidden_state[:, -1])
 
 
 def _attend_in_float32(model: Any) -> None:

@@ -80,6 +80,12 @@ class KvCache:
     max_length: int  # the longest of them; 0 if the cache is empty
     previous_embedding: Tensor  # [B, D]: embedding of the last text token before the smear; 0 if there is none
 
+    def reorder(self, parents: Tensor) -> None:
+        """Let row i be what row ``parents[i]`` was."""
+        self.keys = [keys[parents] for keys in self.keys]
+        self.values = [values[parents] for values in self.values]
+        self.lengths, self.previous_embedding = self.lengths[parents], self.previous_embedding[parents]
+
 
 class Attention(nn.Module):
     """Causal attention in a left window, with q and k normed after the rotation and a gated value embedding in v."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train.config.model import LmConfig
-from train.lms.base import LanguageModel, Tokenizer, until_end
+from train.lms.base import Decoding, LanguageModel, Tokenizer
 from train.lms.nanochat.checkpoint import find_model, load_gpt, read_config
 from train.lms.nanochat.config import GPTConfig
 from train.lms.nanochat.gpt import GPT
@@ -58,37 +57,24 @@ class NanochatLanguageModel(LanguageModel):
     def to_input_embeddings(self, soft: Tensor) -> Tensor:
         return norm(soft)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        soft: Tensor,
-        soft_mask: Tensor,
-        prefix: Ids,
-        suffix: Ids,
-        max_new_tokens: int,
-        on_token: Callable[[list[int]], None] = lambda tokens: None,
-        ends: frozenset[int] | None = None,
-    ) -> list[list[int]]:
-        """As ``LanguageModel.generate``, with a KV cache."""
-        ends = ends or self.tokenizer.ends
-        ending = torch.tensor(sorted(ends), device=self.device)
+    def decoding(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, max_new_tokens: int) -> Decoding:
+        """As ``LanguageModel.decoding``, with a KV cache."""
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix)
-        batch, width = packed.ids.shape
-        cache = self.gpt.new_cache(batch, width + max_new_tokens, self.dtype)
-        hidden = self.gpt(packed, soft[soft_mask], self.dtype, cache)
-        hidden = hidden[torch.arange(batch, device=hidden.device), packed.last_positions]
-        done = torch.zeros(batch, dtype=torch.bool, device=hidden.device)
-        steps: list[Tensor] = []
-        while len(steps) < max_new_tokens:
-            chosen = self.logits(hidden).argmax(-1).masked_fill(done, int(ending[0]))
-            steps.append(chosen)
-            on_token(chosen.tolist())
-            done |= torch.isin(chosen, ending)
-            if bool(done.all()):
-                break
-            hidden = self.gpt.decode_step(chosen, cache, self.dtype)
-        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
-        return until_end(columns, ends)
+        return _CachedRows(self, packed, soft[soft_mask], packed.ids.shape[1] + max_new_tokens)
+
+
+class _CachedRows(Decoding):
+    """Rows with a KV cache of ``positions`` positions."""
+
+    def __init__(self, lm: NanochatLanguageModel, packed: PackedInputs, soft_ND: Tensor, positions: int) -> None:
+        self._lm, self._cache = lm, lm.gpt.new_cache(len(packed.ids), positions, lm.dtype)
+        hidden = lm.gpt(packed, soft_ND, lm.dtype, self._cache)
+        self.logits = lm.logits(hidden[torch.arange(len(hidden), device=hidden.device), packed.last_positions])
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
+        if parents is not None:
+            self._cache.reorder(parents)
+        self.logits = self._lm.logits(self._lm.gpt.decode_step(tokens, self._cache, self._lm.dtype))
 
 
 def tensors_sha256(gpt: GPT) -> str:

@@ -1,0 +1,154 @@
+"""Decoding by the language model and a CTC head together, in one beam search over tokens.
+
+The score of a text that has begun is
+
+    w · log p(audio says a text that begins so) + (1 - w) · log p(language model writes these tokens)
+
+with w = ``decode.ctc_weight``. The first probability sums all paths of the CTC head; where both end a text, it is that
+of the whole text (Hori et al. 2017, arXiv 1706.02737; Watanabe et al. 2017, doi 10.1109/JSTSP.2017.2763455). A language
+model alone may loop, invent or answer; a CTC head alone spells by ear. Hypotheses consist of the head's tokens.
+The language model reads the prompt with the soft tokens, or ``decode.context`` instead: a model that copies what it
+reads repeats the errors of soft tokens that come from the same head, and one that reads text alone corrects them.
+
+Letters: B utterances, K hypotheses of each, S time steps, V tokens of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.config.model import DecodeConfig
+from train.lms.base import Decoding
+
+IMPOSSIBLE = -1e30  # log-probability: finite, so that differences of it are no NaN
+MAX_CPU_ROWS, MAX_GPU_ROWS = 36, 512  # hypotheses decoded together: the key-value cache is copied at each token
+SMALLEST = 1e-37  # relative probability below which a next token counts as that unlikely
+
+
+class CtcPrefixes:
+    """Log-probabilities of hypotheses under the scores of a CTC head; at first one of each utterance, the empty text.
+
+    Args:
+        scores: [B, S, 1 + V]; class 0 is the blank.
+        mask: bool [B, S]; the valid steps of a row come first.
+    """
+
+    def __init__(self, scores: Tensor, mask: Tensor) -> None:
+        silent = scores.new_full(scores.shape[-1:], IMPOSSIBLE)
+        silent[0] = 0.0  # a padding step is a blank
+        self._log = torch.where(mask[..., None], F.log_softmax(scores.float(), -1), silent)
+        # paths through the first s steps, s = 0 … S, that say the hypothesis and end in its last token, or in a blank
+        self._blank = F.pad(self._log[..., 0].double().cumsum(1), (1, 0))[:, None]
+        self._token = torch.full_like(self._blank, IMPOSSIBLE)
+        self._last: Tensor | None = None  # class of each hypothesis' last token, int64 [B, K]
+
+    def whole(self) -> Tensor:
+        """Return the log-probability that the audio says exactly each hypothesis, float64 [B, K]."""
+        return torch.logaddexp(self._blank, self._token)[..., -1]
+
+    def begun(self) -> Tensor:
+        """Return the log-probability of texts that begin with each hypothesis and token, float64 [B, K, V]."""
+        before = torch.logaddexp(self._blank, self._token)[..., :-1]  # [B, K, S], paths before step s
+        largest = before.max(-1, keepdim=True).values
+        found = (before - largest).exp().float() @ self._log[..., 1:].exp()
+        log = found.clamp(min=SMALLEST).log().double() + largest
+        if self._last is not None:  # a token follows itself only after a blank
+            again = torch.logsumexp(self._blank[..., :-1] + self._of(self._last), -1)
+            log.scatter_(2, self._last[..., None] - 1, again[..., None])
+        return log
+
+    def extend(self, parents: Tensor, classes: Tensor) -> None:
+        """Let hypotheses be those of ``parents`` [B, K], each followed by a token: ``classes`` [B, K], from 1."""
+        index = parents[..., None].expand(-1, -1, self._blank.shape[-1])
+        blank, token = self._blank.gather(1, index), self._token.gather(1, index)
+        before = torch.logaddexp(blank, token)
+        if self._last is not None:
+            before = torch.where((self._last.gather(1, parents) == classes)[..., None], blank, before)
+        self._token = _sums(before, self._of(classes))
+        self._blank = _sums(self._token, self._log[:, None, :, 0].double())
+        self._last = classes
+
+    def _of(self, classes: Tensor) -> Tensor:
+        """Return the log-probability of ``classes`` [B, K] at each step, float64 [B, K, S]."""
+        index = classes[:, None].expand(-1, self._log.shape[1], -1)
+        return self._log.gather(2, index).transpose(1, 2).double()
+
+
+def _sums(before: Tensor, step: Tensor) -> Tensor:
+    """Return r [.., S + 1] with r[0] = 0 probability and r[s] = (r[s - 1] + before[s - 1]) · step[s], all in logs.
+
+    With sums of ``step`` it is one cumulative sum: r[s] = step[1 … s] + log sum over u < s of before[u] / step[1 … u].
+    Float64 [.., S + 1] and [.., S].
+    """
+    total = step.cumsum(-1)
+    start = F.pad(total, (1, 0))[..., :-1]
+    found = total + torch.logcumsumexp(before[..., :-1] - start, -1)
+    return F.pad(found.clamp(min=IMPOSSIBLE), (1, 0), value=IMPOSSIBLE)
+
+
+def max_utterances(config: DecodeConfig, device: torch.device) -> int:
+    """Return how many utterances are decoded together on ``device``."""
+    return max(1, (MAX_CPU_ROWS if device.type == "cpu" else MAX_GPU_ROWS) // config.beam_size)
+
+
+@torch.no_grad()
+def joint_decode(
+    decoding: Decoding,
+    prefixes: CtcPrefixes,
+    tokens: Sequence[int],
+    ends: frozenset[int],
+    config: DecodeConfig,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Return the ids of the best text of each utterance, without its end.
+
+    The search is over when nothing that has begun scores higher than the best text that has ended: scores only fall.
+    A text of ``max_new_tokens`` may lack its end.
+
+    Args:
+        decoding: the state of the language model, a row for each utterance.
+        prefixes: the state of the CTC head.
+        tokens: id of each class of the head, from 1 [V].
+        ends: ids that end a text.
+        config: the weight and the number of hypotheses.
+        max_new_tokens: most tokens of a text.
+    """
+    device, rows = decoding.logits.device, len(decoding.logits)
+    ids, ending = torch.tensor(list(tokens), device=device), torch.tensor(sorted(ends), device=device)
+    w = config.ctc_weight
+    written = torch.zeros(rows, 1, dtype=torch.float64, device=device)  # log-probability by the language model
+    texts = torch.zeros(rows, 1, 0, dtype=torch.int64, device=device)
+    scores = torch.full_like(written, IMPOSSIBLE)
+    best = scores[:, 0]
+    best_texts: list[list[int]] = [[] for _ in range(rows)]
+    for _ in range(max_new_tokens):
+        log = decoding.logits.float().log_softmax(-1).double().reshape(rows, -1, decoding.logits.shape[-1])
+        ended = w * prefixes.whole() + (1 - w) * (written + log[..., ending].logsumexp(-1))
+        best = _keep(best, best_texts, ended, texts)
+        written_next = written[..., None] + log[..., ids]
+        begun = (w * prefixes.begun() + (1 - w) * written_next).flatten(1)
+        scores, index = begun.topk(min(config.beam_size, begun.shape[1]))
+        if bool((scores[:, 0] <= best).all()):
+            break
+        parents, chosen = index // len(ids), index % len(ids)
+        prefixes.extend(parents, chosen + 1)
+        written = written_next.flatten(1).gather(1, index)
+        texts = torch.cat([texts.gather(1, parents[..., None].expand(-1, -1, texts.shape[2])), chosen[..., None]], 2)
+        first = torch.arange(rows, device=device)[:, None] * log.shape[1]
+        decoding.extend(ids[chosen].flatten(), (parents + first).flatten())
+    else:
+        _keep(best, best_texts, scores, texts)
+    return [[tokens[each] for each in text] for text in best_texts]
+
+
+def _keep(best: Tensor, best_texts: list[list[int]], scores: Tensor, texts: Tensor) -> Tensor:
+    """Put texts [B, K, N] with scores [B, K] above ``best`` [B] into ``best_texts``; return the new best scores."""
+    top, k = scores.max(1)
+    better = (top > best).nonzero()[:, 0].tolist()
+    for row in better:
+        best_texts[row] = texts[row, k[row]].tolist()
+    return torch.maximum(best, top)
