@@ -36,7 +36,8 @@ FORMS = ("plain", "contrastive", "stage 1")
 
 def experiments(kind: str, seed: int, steps: int, forms: list[str]) -> list[dict[str, Any]]:
     """Return the experiments of one kind and seed."""
-    from_start = {"pretrain": {"steps": 0}, "ctc": {"weight": 0.0}, "steps": steps, "lr": 2e-3, "warmup": 30}
+    from_start: dict[str, Any] = {"pretrain": {"steps": 0}, "ctc": {"weight": 0.0}, "decode": {"ctc_weight": 0.0}}
+    from_start |= {"steps": steps, "lr": 2e-3, "warmup": 30}
     changes: dict[str, dict[str, Any]] = {
         "plain": from_start,
         "contrastive": {**from_start, "contrastive": {"weight": 3.0}},

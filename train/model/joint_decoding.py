@@ -24,6 +24,7 @@ from torch import Tensor
 from train.config.model import DecodeConfig
 from train.lms.base import Decoding
 
+NOTHING = -1  # after the last class of a text
 IMPOSSIBLE = -1e30  # log-probability: finite, so that differences of it are no NaN
 MAX_CPU_ROWS, MAX_GPU_ROWS = 36, 512  # hypotheses decoded together: the key-value cache is copied at each token
 SMALLEST = 1e-37  # relative probability below which a next token counts as that unlikely
@@ -118,18 +119,18 @@ def joint_decode(
         max_new_tokens: most tokens of a text.
     """
     device, rows = decoding.logits.device, len(decoding.logits)
-    ids, ending = torch.tensor(list(tokens), device=device), torch.tensor(sorted(ends), device=device)
+    ids, of_interest = torch.tensor(list(tokens)).to(device), torch.tensor([*tokens, *sorted(ends)]).to(device)
     w = config.ctc_weight
     written = torch.zeros(rows, 1, dtype=torch.float64, device=device)  # log-probability by the language model
     texts = torch.zeros(rows, 1, 0, dtype=torch.int64, device=device)
     scores = torch.full_like(written, IMPOSSIBLE)
-    best = scores[:, 0]
-    best_texts: list[list[int]] = [[] for _ in range(rows)]
+    best, best_texts = scores[:, 0], texts.new_full((rows, max_new_tokens), NOTHING)
     for _ in range(max_new_tokens):
-        log = decoding.logits.float().log_softmax(-1).double().reshape(rows, -1, decoding.logits.shape[-1])
-        ended = w * prefixes.whole() + (1 - w) * (written + log[..., ending].logsumexp(-1))
-        best = _keep(best, best_texts, ended, texts)
-        written_next = written[..., None] + log[..., ids]
+        logits = decoding.logits.float()
+        log = (logits[:, of_interest] - logits.logsumexp(-1, keepdim=True)).double().reshape(rows, -1, len(of_interest))
+        ended = w * prefixes.whole() + (1 - w) * (written + log[..., len(ids) :].logsumexp(-1))
+        best = _keep_best(best, best_texts, ended, texts)
+        written_next = written[..., None] + log[..., : len(ids)]
         begun = (w * prefixes.begun() + (1 - w) * written_next).flatten(1)
         scores, index = begun.topk(min(config.beam_size, begun.shape[1]))
         if bool((scores[:, 0] <= best).all()):
@@ -141,14 +142,18 @@ def joint_decode(
         first = torch.arange(rows, device=device)[:, None] * log.shape[1]
         decoding.extend(ids[chosen].flatten(), (parents + first).flatten())
     else:
-        _keep(best, best_texts, scores, texts)
-    return [[tokens[each] for each in text] for text in best_texts]
+        _keep_best(best, best_texts, scores, texts)
+    return [[tokens[each] for each in text if each != NOTHING] for text in best_texts.tolist()]
 
 
-def _keep(best: Tensor, best_texts: list[list[int]], scores: Tensor, texts: Tensor) -> Tensor:
-    """Put texts [B, K, N] with scores [B, K] above ``best`` [B] into ``best_texts``; return the new best scores."""
+def _keep_best(best: Tensor, best_texts: Tensor, scores: Tensor, texts: Tensor) -> Tensor:
+    """Write texts [B, K, N] with scores [B, K] above ``best`` [B] over shorter ones in ``best_texts`` [B, longest].
+
+    Returns:
+        the new best scores [B].
+    """
     top, k = scores.max(1)
-    better = (top > best).nonzero()[:, 0].tolist()
-    for row in better:
-        best_texts[row] = texts[row, k[row]].tolist()
+    own = texts.gather(1, k[:, None, None].expand(-1, 1, texts.shape[2]))[:, 0]
+    kept = best_texts[:, : texts.shape[2]]
+    kept.copy_(torch.where((top > best)[:, None], own, kept))
     return torch.maximum(best, top)
