@@ -347,6 +347,11 @@ def _make_device(torch: Any) -> type:
                 return func(*args, **(kwargs or {}))
 
     reads = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}
+    no_such_kernel = {  # of the CPU
+        getattr(packet, name)
+        for packet in (aten._use_cudnn_ctc_loss, aten._use_miopen_ctc_loss)
+        for name in packet.overloads()
+    }
     sized_by_values = {
         aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
         aten.repeat_interleave.Tensor, aten.bincount.default, aten.masked_scatter_backward.default,
@@ -435,6 +440,8 @@ def _make_device(torch: Any) -> type:
         device = kwargs.get("device")
         to_cuda = device is not None and torch.device(device).type == "cuda"
         any_on_cuda = any(map(on_cuda, tensors))
+        if func in no_such_kernel:
+            return False
         if func is aten._pin_memory.default:
             return pin(args[0].clone())
         if func is aten.is_pinned.default:

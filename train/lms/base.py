@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute  # this package has a module of that name
 
-from train.lms.packing import Ids, PackedInputs, pack_inputs
+from train.lms.packing import Ids, PackedInputs, pack_inputs, valid_soft
 
 MAX_LOGITS = 2**25  # float32 values in memory at a time: 128 MiB, and as much again for their gradient
 
@@ -122,7 +122,7 @@ class LanguageModel(nn.Module):
 
         Args:
             soft: [B, S, D].
-            soft_mask: bool [B, S]; other soft tokens are not read.
+            soft_mask: bool [B, S], on the CPU; other soft tokens are not read.
             prefix: ids before the soft tokens, per row.
             suffix: ids after the soft tokens, per row.
             targets: ids to predict after the suffix, per row.
@@ -130,9 +130,9 @@ class LanguageModel(nn.Module):
         Returns:
             nats, float32 [B].
         """
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets)
-        nll_N = self._token_nll(self.hidden(packed, soft[soft_mask])[packed.predicts_target], packed.targets)
-        return sum_by_row(nll_N, packed)
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets, device=soft.device)
+        hidden_BTD = self.hidden(packed, valid_soft(soft, soft_mask))
+        return packed.sum_by_row(self._token_nll(packed.at_targets(hidden_BTD), packed.targets))
 
     def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
         """Return ``target_nll`` of each of ``candidates`` after the same soft tokens [S, D] and prompt.
@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
             nats, float32 [len(candidates)].
         """
         rows = len(candidates)
-        soft, mask = soft_SD.expand(rows, -1, -1), soft_SD.new_ones(rows, len(soft_SD), dtype=torch.bool)
+        soft, mask = soft_SD.expand(rows, -1, -1), torch.ones(rows, len(soft_SD), dtype=torch.bool)
         return self.target_nll(soft, mask, [prefix] * rows, [suffix] * rows, candidates)
 
     def _token_nll(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -180,10 +180,10 @@ class LanguageModel(nn.Module):
         """
         ends = ends or self.tokenizer.ends
         end = min(ends)
-        flat, lengths = soft[soft_mask], soft_mask.sum(1)
+        flat, lengths = valid_soft(soft, soft_mask), soft_mask.sum(1)
         rows, done = [list(ids) for ids in suffix], [False] * len(suffix)
         for _ in range(max_new_tokens):
-            packed = pack_inputs(lengths, prefix, rows)
+            packed = pack_inputs(lengths, prefix, rows, device=soft.device)
             hidden = self.hidden(packed, flat)
             chosen = (
                 self.logits(hidden[torch.arange(len(rows), device=hidden.device), packed.last_positions])
@@ -204,8 +204,8 @@ class LanguageModel(nn.Module):
 class LmRequest:
     """Input of a language model: rows [prefix | soft tokens | suffix | targets], one per utterance.
 
-    ``soft`` is [B, S, D], ``soft_mask`` bool [B, S]. Generation ignores ``targets``; only generation uses
-    ``ends``, see :meth:`LanguageModel.generate`.
+    ``soft`` is [B, S, D]; ``soft_mask`` is bool [B, S] on the CPU, so that no size has to be asked of a GPU. Generation
+    ignores ``targets``; only generation uses ``ends``, see :meth:`LanguageModel.generate`.
     """
 
     soft: Tensor
@@ -236,10 +236,3 @@ class SeparatePasses:
 def until_end(rows: Ids, ends: frozenset[int]) -> list[list[int]]:
     """Return each of ``rows`` up to, and without, its first id that is one of ``ends``."""
     return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
-
-
-def sum_by_row(values_N: Tensor, packed: PackedInputs) -> Tensor:
-    """Sum values of the target positions of ``packed`` [N] over each row -> [B]."""
-    counts = packed.predicts_target.sum(1)
-    slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-    return values_N.new_zeros(slots.shape).masked_scatter(slots, values_N).sum(1)

@@ -22,10 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from shards.errors import UserError
 from train.config.model import LmConfig
+from train.distributed.device import all_to_device
 from train.lms.base import LanguageModel, until_end
 from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
+from train.lms.hf.masks import one_sequence_a_row
 from train.lms.hf.scales import Scales, decoder, find_scales
-from train.lms.packing import Ids, PackedInputs, pack_inputs
+from train.lms.packing import Ids, PackedInputs, pack_inputs, places, valid_soft
 
 _ANSWER = "earshard answer"  # marks the end of an answer in a rendered chat
 _CONFIG_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab"}
@@ -153,7 +155,7 @@ class HfLanguageModel(LanguageModel):
         self.embedding_rms = self._embedding_rms()
 
     def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
-        with self._autocast():
+        with self._autocast(), one_sequence_a_row():
             out = (self._compiled or decoder(self.model))(
                 inputs_embeds=self._embed_inputs(packed, soft_ND), use_cache=False
             )
@@ -176,26 +178,26 @@ class HfLanguageModel(LanguageModel):
         """
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        packed = pack_inputs(torch.tensor([len(soft_SD)], device=self.device), [prefix], [suffix])
-        with self._autocast():
+        packed = pack_inputs(torch.tensor([len(soft_SD)]), [prefix], [suffix], device=self.device)
+        with self._autocast(), one_sequence_a_row():
             read = decoder(self.model)(inputs_embeds=self._embed_inputs(packed, soft_SD), use_cache=True)
         cache: Any = getattr(read, "past_key_values", None)
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         if not all(type(layer) in plain for layer in getattr(cache, "layers", [None])):
             return super().candidate_nll(soft_SD, prefix, suffix, candidates)  # a recurrent or family-specific cache
         cache.batch_repeat_interleave(len(candidates))
-        targets = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True).to(self.device)
-        lengths = torch.tensor([len(ids) for ids in candidates], device=self.device)
+        targets = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True)
+        target_mask = torch.arange(targets.shape[1]) < torch.tensor([len(ids) for ids in candidates])[:, None]
+        index, wanted, targets = all_to_device([places(target_mask), targets[target_mask], targets], self.device)
         states = read.last_hidden_state[:, -1:].expand(len(candidates), -1, -1)  # predicts the first token of each
         if targets.shape[1] > 1:
-            with self._autocast():
+            with self._autocast(), one_sequence_a_row():
                 rest = decoder(self.model)(
                     inputs_embeds=self._embed_ids(targets[:, :-1]), past_key_values=cache, use_cache=True
                 )
             states = torch.cat([states, rest.last_hidden_state], 1)  # right padding, which no target attends to
-        target_mask = torch.arange(targets.shape[1], device=self.device) < lengths[:, None]
-        nll_N = self._token_nll(states[target_mask], targets[target_mask])
-        return nll_N.new_zeros(target_mask.shape).masked_scatter(target_mask, nll_N).sum(1)
+        nll_N = self._token_nll(states.flatten(0, 1).index_select(0, index), wanted)
+        return nll_N.new_zeros(targets.numel()).index_copy(0, index, nll_N).view(targets.shape).sum(1)
 
     @torch.no_grad()
     def generate(
@@ -212,14 +214,14 @@ class HfLanguageModel(LanguageModel):
         if not self._has_cache:
             return super().generate(soft, soft_mask, prefix, suffix, max_new_tokens, on_token, ends)
         ends = ends or self.tokenizer.ends
-        ending = torch.tensor(sorted(ends), device=self.device)
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left")
-        inputs, mask, cache = self._embed_inputs(packed, soft[soft_mask]), packed.valid.long(), None
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left", device=self.device)
+        ending, mask = all_to_device([torch.tensor(sorted(ends)), packed.valid.long()], self.device)
+        inputs, cache = self._embed_inputs(packed, valid_soft(soft, soft_mask)), None
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        steps: list[Tensor] = []
+        steps: list[list[int]] = []
         done = torch.zeros(len(prefix), dtype=torch.bool, device=mask.device)
         for _ in range(max_new_tokens):
-            with self._autocast():
+            with self._autocast(), one_sequence_a_row():
                 out = decoder(self.model)(
                     inputs_embeds=inputs,
                     attention_mask=mask,
@@ -228,18 +230,17 @@ class HfLanguageModel(LanguageModel):
                     use_cache=True,
                 )
             # [B, D]: a product with [B, 1, D], sliced from longer rows, would copy the output matrix B times on a CPU
-            chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, int(ending[0]))
-            steps.append(chosen)
-            on_token(chosen.tolist())
-            done |= torch.isin(chosen, ending)
-            if bool(done.all()):
+            chosen = self.logits(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, min(ends))
+            steps.append(chosen.tolist())
+            on_token(steps[-1])
+            if ends.issuperset(steps[-1]):
                 break
+            done |= torch.isin(chosen, ending)
             cache = out.past_key_values
             inputs = self._embed_ids(chosen[:, None])
             mask = torch.cat([mask, mask.new_ones(len(prefix), 1)], 1)
             positions = positions[:, -1:] + 1
-        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
-        return until_end(columns, ends)
+        return until_end(list(zip(*steps, strict=True)) or [[] for _ in prefix], ends)
 
     def compile_forward(self) -> None:
         """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
@@ -252,7 +253,8 @@ class HfLanguageModel(LanguageModel):
 
     def _embed_inputs(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
         x_BTD = self._embed_ids(packed.ids)
-        return x_BTD.masked_scatter(packed.is_soft[..., None], soft_ND.to(x_BTD.dtype))
+        x_ND = x_BTD.flatten(0, 1).index_copy(0, packed.soft_index, soft_ND.to(x_BTD.dtype))
+        return x_ND.view(x_BTD.shape)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Return autocast for float32 weights that train in a smaller dtype; frozen weights already have that dtype."""

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train.config.model import LmConfig
+from train.distributed.device import to_device
 from train.lms.base import LanguageModel, Tokenizer, until_end
 from train.lms.nanochat.checkpoint import find_model, load_gpt, read_config
 from train.lms.nanochat.config import GPTConfig
 from train.lms.nanochat.gpt import GPT
 from train.lms.nanochat.layers import norm
 from train.lms.nanochat.tokenizers import ByteTokenizer, TiktokenTokenizer, find_tokenizer, read_encoding
-from train.lms.packing import Ids, PackedInputs, pack_inputs
+from train.lms.packing import Ids, PackedInputs, pack_inputs, valid_soft
 
 _REFERENCE = re.compile(r"nanochat:d([1-9]\d?)(?:-h(\d+))?")
 
@@ -71,24 +72,23 @@ class NanochatLanguageModel(LanguageModel):
     ) -> list[list[int]]:
         """As ``LanguageModel.generate``, with a KV cache."""
         ends = ends or self.tokenizer.ends
-        ending = torch.tensor(sorted(ends), device=self.device)
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix)
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, device=self.device)
         batch, width = packed.ids.shape
         cache = self.gpt.new_cache(batch, width + max_new_tokens, self.dtype)
-        hidden = self.gpt(packed, soft[soft_mask], self.dtype, cache)
+        hidden = self.gpt(packed, valid_soft(soft, soft_mask), self.dtype, cache)
         hidden = hidden[torch.arange(batch, device=hidden.device), packed.last_positions]
+        ending = to_device(torch.tensor(sorted(ends)), hidden.device)
         done = torch.zeros(batch, dtype=torch.bool, device=hidden.device)
-        steps: list[Tensor] = []
+        steps: list[list[int]] = []
         while len(steps) < max_new_tokens:
-            chosen = self.logits(hidden).argmax(-1).masked_fill(done, int(ending[0]))
-            steps.append(chosen)
-            on_token(chosen.tolist())
-            done |= torch.isin(chosen, ending)
-            if bool(done.all()):
+            chosen = self.logits(hidden).argmax(-1).masked_fill(done, min(ends))
+            steps.append(chosen.tolist())
+            on_token(steps[-1])
+            if ends.issuperset(steps[-1]):
                 break
+            done |= torch.isin(chosen, ending)
             hidden = self.gpt.decode_step(chosen, cache, self.dtype)
-        columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
-        return until_end(columns, ends)
+        return until_end(list(zip(*steps, strict=True)) or [[] for _ in prefix], ends)
 
 
 def tensors_sha256(gpt: GPT) -> str:
