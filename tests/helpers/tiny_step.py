@@ -18,6 +18,6 @@ def step_metrics(number: int) -> StepMetrics:
 
 def one_step(model, parameters, batches, group=None, **keys):
     """Return the metrics of a step that changes no weight and keeps its gradient."""
-    config, optimizer = TrainConfig(caches=["a"], clip=1e9, **keys), torch.optim.SGD(parameters, lr=0.0)
+    config, optimizer = TrainConfig(caches=["a"], clip=1e9, **keys), torch.optim.SGD(parameters, lr=0.0, fused=True)
     step = TrainStep(config, model, optimizer, parameters, batches, step=0, lr=0.0, group=group or ProcessGroup())
     return optimizer_step([step], SeparatePasses(model.lm))[0]

@@ -1,4 +1,4 @@
-"""Resolves the ``device`` and ``dtype`` keys of a run to a ``torch.device`` and a ``torch.dtype``.
+"""Resolves the ``device`` and ``dtype`` keys of a run to a ``torch.device`` and a ``torch.dtype``; copies to a device.
 
 ``device: auto`` selects a GPU if there is one. ``dtype: auto`` selects bfloat16 if the hardware multiplies it natively;
 elsewhere bfloat16 is slower than float32.
@@ -6,7 +6,10 @@ elsewhere bfloat16 is slower than float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from shards.errors import UserError
 
@@ -41,3 +44,26 @@ def _cpu_multiplies_bf16() -> bool:
     """Whether the CPU has AMX tiles or AVX-512 BF16; without either, torch emulates bfloat16 products in software."""
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(probe()) for name in probes if (probe := getattr(torch.cpu, name, None)) is not None)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``. The host does not wait for a copy to a GPU.
+
+    A pinned ``tensor`` must not change until the GPU has read it; of others, a pinned copy is made.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if not tensor.is_pinned():
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
+
+
+def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """As :func:`to_device`, with one copy for ``tensors`` of one dtype on the CPU."""
+    if device.type == "cpu":
+        return list(tensors)
+    sizes = [tensor.numel() for tensor in tensors]
+    block = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=device.type == "cuda")
+    torch.cat([tensor.flatten() for tensor in tensors], out=block)
+    parts = torch.split(to_device(block, device), sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -71,8 +71,13 @@ class ProcessGroup:
         """Return whether ``flag`` is True on any rank."""
         return self.all_reduce_sum([float(flag)])[0] > 0
 
-    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace each ``grad`` by its sum over the ranks; it stays None if no rank has one."""
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+        """Replace each ``grad`` by its sum over the ranks; it stays None if no rank has one.
+
+        Returns:
+            The sum of the scalar ``loss`` over the ranks, in the dtype of the gradients if there are several.
+        """
+        return loss
 
     def raise_if_rank_lost(self) -> None:
         """Raise RankLost if a rank is known to have exited."""
@@ -177,20 +182,20 @@ class DistributedProcessGroup(ProcessGroup):
             dist.all_reduce(sums, group=self._control)
         return sums.tolist()
 
-    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """All-reduce one flat buffer: the gradients, then one flag per parameter for whether a gradient exists."""
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+        """All-reduce one flat buffer of the gradients and the loss; the host does not wait for a GPU."""
         import torch
         import torch.distributed as dist
 
+        anywhere = self.all_reduce_sum([float(p.grad is not None) for p in parameters])
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        has = torch.tensor([float(p.grad is not None) for p in parameters], device=parts[0].device)
-        flat = torch.cat([*(part.flatten() for part in parts), has])
+        flat = torch.cat([*(part.flatten() for part in parts), loss.to(parts[0].dtype)[None]])
         with self._rank_loss_detected():
             dist.all_reduce(flat)
-            *sums, has = torch.split(flat, [*(p.numel() for p in parameters), len(parameters)])
-            anywhere = (has > 0).tolist()
-        for parameter, gradient, exists in zip(parameters, sums, anywhere, strict=True):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if exists else None
+        *sums, loss = torch.split(flat, [*(p.numel() for p in parameters), 1])
+        for parameter, gradient, ranks in zip(parameters, sums, anywhere, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if ranks else None
+        return loss[0]
 
     def raise_if_rank_lost(self) -> None:
         if self._liveness_monitor is not None and self._liveness_monitor.lost is not None:

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from shards.files import atomic_write, translate_os_errors
 from train.data.caches import pad
+from train.distributed.device import to_device
 from train.evaluation.batches import UtteranceReader
+from train.lms.packing import valid_soft
 from train.model.audio_lm import AudioLM
 from train.runs.folder import EMBEDDING_SPACE_FILE
 
@@ -59,15 +61,15 @@ def measure_embedding_space(model: AudioLM, reader: UtteranceReader, seed: int =
 def nearest_tokens(model: AudioLM, soft: Tensor) -> list[tuple[str, float]]:
     """Return (text, cosine) of the vocabulary token with the highest cosine to each row of ``soft`` [S, D]."""
     directions = F.normalize(soft.float(), dim=-1)
-    best = torch.full((len(soft),), -2.0)
-    chosen = torch.zeros(len(soft), dtype=torch.int64)
+    best = torch.full((len(soft),), -2.0, device=soft.device)
+    chosen = torch.zeros(len(soft), dtype=torch.int64, device=soft.device)
     for start in range(0, model.lm.vocab_size, _CHUNK):
-        ids = torch.arange(start, min(start + _CHUNK, model.lm.vocab_size), device=model.lm.device)
+        ids = torch.arange(start, min(start + _CHUNK, model.lm.vocab_size), device=soft.device)
         rows = F.normalize(model.lm.embed(ids).float(), dim=-1)
         cosine, index = (directions @ rows.T).max(1)
-        better = cosine.cpu() > best
-        best = torch.where(better, cosine.cpu(), best)
-        chosen = torch.where(better, index.cpu() + start, chosen)
+        better = cosine > best
+        best = torch.where(better, cosine, best)
+        chosen = torch.where(better, index + start, chosen)
     texts = [model.lm.tokenizer.decode([token]) for token in chosen.tolist()]
     return [(text, round(cosine, 4)) for text, cosine in zip(texts, best.tolist(), strict=True)]
 
@@ -82,7 +84,7 @@ def write_embedding_space(folder: Path, tree: dict[str, Any]) -> None:
 def _soft_tokens(model: AudioLM, reader: UtteranceReader, index: int) -> Tensor:
     """Soft tokens [S, D] of one utterance, as input embeddings of the LM."""
     soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
-    return model.lm.to_input_embeddings(soft[mask])
+    return model.lm.to_input_embeddings(valid_soft(soft, mask))
 
 
 def _pca_plane(
@@ -91,7 +93,7 @@ def _pca_plane(
     """PCA of the soft tokens and an equal number of vocabulary embeddings, in float64."""
     thinned = [rows[np.linspace(0, len(rows) - 1, min(_MAX_SOFT_TOKENS, len(rows))).astype(int)] for rows in soft]
     ids = _vocabulary(model, [reader.texts[index] for index in chosen], sum(map(len, thinned)), seed)
-    words = model.lm.embed(torch.tensor(ids, device=model.lm.device))
+    words = model.lm.embed(to_device(torch.tensor(ids), model.lm.device))
     cloud = torch.cat([*thinned, words]).double().cpu()
     cloud = cloud - cloud.mean(0)
     _, scales, axes = torch.linalg.svd(cloud, full_matrices=False)

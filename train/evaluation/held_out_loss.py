@@ -57,7 +57,11 @@ def held_out_losses(
 
     def compute_losses(indices: list[int], features: Tensor, mask: Tensor) -> list[Any]:
         found = models.nll(features, mask, [reader.texts[i] for i in indices], [reader.rows[i] for i in indices])
-        return [_by_utterance(indices, out.nll, out.tokens.tolist(), float(out.soft_rms)) for out in found]
+        read = torch.stack([torch.cat([out.nll.double(), out.soft_rms.double()[None]]) for out in found]).tolist()
+        return [
+            _by_utterance(indices, nll, out.tokens.tolist(), soft_rms)
+            for out, (*nll, soft_rms) in zip(found, read, strict=True)
+        ]
 
     texts = range(len(reader)) if text_indices is None else text_indices
     batches = reader.map_batches(audio_indices, texts, compute_losses, get_features)
@@ -72,7 +76,7 @@ def text_only_losses(models: ModelList, reader: UtteranceReader) -> list[HeldOut
     def compute_losses(batch: list[int]) -> list[Any]:
         texts, rows = [reader.texts[i] for i in batch], [reader.rows[i] for i in batch]
         requests = [_without_audio(model, texts, rows) for model in models.models]
-        found = zip(requests, models.passes.nll(requests), strict=True)
+        found = zip(requests, torch.stack(models.passes.nll(requests)).double().tolist(), strict=True)
         return [_by_utterance(batch, nll, [len(ids) for ids in request.targets], 0.0) for request, nll in found]
 
     shares = reader.map_items(batches, compute_losses)
@@ -90,12 +94,12 @@ def _without_audio(model: AudioLM, texts: Sequence[str], rows: Sequence[PromptRo
     start = [lm.tokenizer.eos if lm.tokenizer.bos is None else lm.tokenizer.bos]
     prefix = [before if before or after else start for before, after in zip(prefix, suffix, strict=True)]
     soft = torch.zeros(len(rows), 0, lm.width, dtype=lm.dtype, device=lm.device)
-    mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=lm.device)
+    mask = torch.zeros(len(rows), 0, dtype=torch.bool)
     return LmRequest(soft, mask, prefix, suffix, [model.prompt.target_ids(text) for text in texts])
 
 
-def _by_utterance(utterances: list[int], nll: Tensor, tokens: list[int], soft_rms: float) -> list[list[Any]]:
-    return [[*row, soft_rms] for row in zip(utterances, nll.double().tolist(), tokens, strict=True)]
+def _by_utterance(utterances: list[int], nll: list[float], tokens: list[int], soft_rms: float) -> list[list[Any]]:
+    return [[*row, soft_rms] for row in zip(utterances, nll, tokens, strict=True)]
 
 
 def _make_losses(rows: Sequence[Sequence[Any]]) -> HeldOutLosses:

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from train.data.caches import pad
+from train.distributed.device import to_device
 from train.evaluation.batches import UtteranceReader
 from train.evaluation.bootstrap import Interval, ratio
+from train.lms.packing import valid_soft
 from train.model.audio_lm import AudioLM
 
 CANDIDATES = 16
@@ -112,9 +114,9 @@ def _mean_embeddings(model: AudioLM, reader: UtteranceReader, chosen: Sequence[i
     audio, text = [], []
     for index in chosen:
         soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
-        audio.append(soft[mask].float().mean(0).cpu())
+        audio.append(valid_soft(soft, mask).float().mean(0))
         ids = torch.tensor(model.prompt.target_ids(reader.texts[index])[:-1] or [model.prompt.end])
-        text.append(model.lm.embed(ids.to(model.lm.device)).float().mean(0).cpu())
-    clouds = torch.stack(audio), torch.stack(text)
+        text.append(model.lm.embed(to_device(ids, model.lm.device)).float().mean(0))
+    clouds = torch.stack(audio).cpu(), torch.stack(text).cpu()
     a, b = (torch.nn.functional.normalize(cloud - cloud.mean(0), dim=-1) for cloud in clouds)
     return a, b

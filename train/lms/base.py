@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute  # this package has a module of that name
 
-from train.lms.packing import Ids, PackedInputs, pack_inputs
+from train.lms.packing import Ids, PackedInputs, pack_inputs, valid_soft
 
 MAX_LOGITS = 2**25  # float32 values in memory at a time: 128 MiB, and as much again for their gradient
 
@@ -81,15 +81,15 @@ class WholeRows(Decoding):
 
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
         if parents is not None:
-            self._soft, self._soft_mask = self._soft[parents], self._soft_mask[parents]
             kept = parents.tolist()
+            self._soft, self._soft_mask = self._soft[parents], self._soft_mask[kept]
             self._prefix, self._rows = [self._prefix[i] for i in kept], [self._rows[i] for i in kept]
         self._rows = [[*row, token] for row, token in zip(self._rows, tokens.tolist(), strict=True)]
         self._read()
 
     def _read(self) -> None:
-        packed = pack_inputs(self._soft_mask.sum(1), self._prefix, self._rows)
-        hidden = self._lm.hidden(packed, self._soft[self._soft_mask])
+        packed = pack_inputs(self._soft_mask.sum(1), self._prefix, self._rows, device=self._soft.device)
+        hidden = self._lm.hidden(packed, valid_soft(self._soft, self._soft_mask))
         self.logits = self._lm.logits(hidden[torch.arange(len(hidden), device=hidden.device), packed.last_positions])
 
 
@@ -159,7 +159,7 @@ class LanguageModel(nn.Module):
 
         Args:
             soft: [B, S, D].
-            soft_mask: bool [B, S]; other soft tokens are not read.
+            soft_mask: bool [B, S], on the CPU; other soft tokens are not read.
             prefix: ids before the soft tokens, per row.
             suffix: ids after the soft tokens, per row.
             targets: ids to predict after the suffix, per row.
@@ -167,9 +167,9 @@ class LanguageModel(nn.Module):
         Returns:
             nats, float32 [B].
         """
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets)
-        nll_N = self._token_nll(self.hidden(packed, soft[soft_mask])[packed.predicts_target], packed.targets)
-        return sum_by_row(nll_N, packed)
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets, device=soft.device)
+        hidden_BTD = self.hidden(packed, valid_soft(soft, soft_mask))
+        return packed.sum_by_row(self._token_nll(packed.at_targets(hidden_BTD), packed.targets))
 
     def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
         """Return ``target_nll`` of each of ``candidates`` after the same soft tokens [S, D] and prompt.
@@ -180,7 +180,7 @@ class LanguageModel(nn.Module):
             nats, float32 [len(candidates)].
         """
         rows = len(candidates)
-        soft, mask = soft_SD.expand(rows, -1, -1), soft_SD.new_ones(rows, len(soft_SD), dtype=torch.bool)
+        soft, mask = soft_SD.expand(rows, -1, -1), torch.ones(rows, len(soft_SD), dtype=torch.bool)
         return self.target_nll(soft, mask, [prefix] * rows, [suffix] * rows, candidates)
 
     def _token_nll(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -242,8 +242,8 @@ class LanguageModel(nn.Module):
 class LmRequest:
     """Input of a language model: rows [prefix | soft tokens | suffix | targets], one per utterance.
 
-    ``soft`` is [B, S, D], ``soft_mask`` bool [B, S]. Generation ignores ``targets``; only generation uses
-    ``ends``, see :meth:`LanguageModel.generate`.
+    ``soft`` is [B, S, D]; ``soft_mask`` is bool [B, S] on the CPU, so that no size has to be asked of a GPU. Generation
+    ignores ``targets``; only generation uses ``ends``, see :meth:`LanguageModel.generate`.
     """
 
     soft: Tensor
@@ -274,10 +274,3 @@ class SeparatePasses:
 def until_end(rows: Ids, ends: frozenset[int]) -> list[list[int]]:
     """Return each of ``rows`` up to, and without, its first id that is one of ``ends``."""
     return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
-
-
-def sum_by_row(values_N: Tensor, packed: PackedInputs) -> Tensor:
-    """Sum values of the target positions of ``packed`` [N] over each row -> [B]."""
-    counts = packed.predicts_target.sum(1)
-    slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-    return values_N.new_zeros(slots.shape).masked_scatter(slots, values_N).sum(1)

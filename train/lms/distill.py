@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 import train.lms.base
-from train.lms.base import LanguageModel, sum_by_row
-from train.lms.packing import Ids, pack_inputs
+from train.lms.base import LanguageModel
+from train.lms.packing import Ids, pack_inputs, valid_soft
 
 TABLES = 4  # tensors [targets, V] in memory for a piece: logits and log-probabilities of both
 
@@ -42,7 +42,7 @@ def distillation_losses(
     Args:
         lm: the language model, as student and teacher.
         soft: [B, S, D].
-        soft_mask: bool [B, S].
+        soft_mask: bool [B, S], on the CPU.
         prefix: ids before the soft tokens, per row.
         suffix: ids after the soft tokens, per row.
         targets: ids of the transcript and one that ends it, per row.
@@ -51,8 +51,8 @@ def distillation_losses(
     Returns:
         (cross-entropy, KL divergence) in nats, float32 [B] each, summed over the targets of a row.
     """
-    packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets)
-    student_ND = lm.hidden(packed, soft[soft_mask])[packed.predicts_target]
+    packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets, device=soft.device)
+    student_ND = packed.at_targets(lm.hidden(packed, valid_soft(soft, soft_mask)))
     with torch.no_grad():
         teacher_ND = _teacher_hidden(lm, prefix, suffix, targets, soft)
 
@@ -72,7 +72,7 @@ def distillation_losses(
     else:
         results = [recompute(losses, *piece, use_reentrant=False) for piece in pieces]
     nll, divergence = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return sum_by_row(nll, packed), sum_by_row(divergence, packed)
+    return packed.sum_by_row(nll), packed.sum_by_row(divergence)
 
 
 def _teacher_hidden(lm: LanguageModel, prefix: Ids, suffix: Ids, targets: Ids, soft: Tensor) -> Tensor:
@@ -83,5 +83,5 @@ def _teacher_hidden(lm: LanguageModel, prefix: Ids, suffix: Ids, targets: Ids, s
         [*b, *ids[:-1]] if b or a or len(ids) > 1 else placeholder
         for b, a, ids in zip(prefix, suffix, targets, strict=True)
     ]
-    packed = pack_inputs(torch.zeros(len(texts), dtype=torch.int64, device=soft.device), texts, suffix, targets)
-    return lm.hidden(packed, soft.new_zeros(0, soft.shape[-1]))[packed.predicts_target]
+    packed = pack_inputs(torch.zeros(len(texts), dtype=torch.int64), texts, suffix, targets, device=soft.device)
+    return packed.at_targets(lm.hidden(packed, soft.new_zeros(0, soft.shape[-1])))

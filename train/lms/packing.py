@@ -1,10 +1,12 @@
 """Packing of the language model's inputs: rows [prefix | soft tokens | suffix | targets], one per utterance.
 
 :func:`pack_inputs` takes the number of soft tokens and the token ids of each row, and returns :class:`PackedInputs`:
-ids and masks of rows without gaps, padded on one side. The number of tensor operations does not depend on the number of
-rows.
+ids, masks and indices of rows without gaps, padded on one side. They are made on the CPU, where all sizes are known,
+and cross to a GPU in one copy for which the host does not wait; the model then selects and writes positions by their
+indices, because a mask would make the host wait for its number of True values. The number of tensor operations does
+not depend on the number of rows.
 
-Letters: B rows, T positions, N target tokens of the whole batch.
+Letters: B rows, S soft tokens, T positions, N target tokens of the whole batch, D the LM's width.
 """
 
 from __future__ import annotations
@@ -17,61 +19,98 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from train.distributed.device import all_to_device, to_device
+
 Ids = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """The positions of one batch. Values for the True positions of a mask are in row-major order."""
+    """The positions of one batch: masks on the CPU, the rest on the LM's device. Positions are in row-major order."""
 
+    is_text: Tensor  # [B, T] bool, on the CPU
+    is_soft: Tensor  # [B, T] bool, on the CPU
+    predicts_target: Tensor  # [B, T] bool, on the CPU: the output at this position predicts a target
     ids: Tensor  # [B, T] int64; 0 at soft tokens and padding
-    is_text: Tensor  # [B, T] bool
-    is_soft: Tensor  # [B, T] bool
-    predicts_target: Tensor  # [B, T] bool: the output at this position predicts a target
     targets: Tensor  # [N] int64, in the order of ``predicts_target``
     last_positions: Tensor  # [B] int64: column of each row's last input
+    text_index: Tensor  # int64: flat positions, in [B·T], of ``is_text``
+    soft_index: Tensor  # int64, of ``is_soft``
+    target_index: Tensor  # [N] int64, of ``predicts_target``
+    target_slots: Tensor  # [N] int64: flat places in [B, most targets of a row]
 
     @property
     def valid(self) -> Tensor:
-        """bool [B, T]: text or soft token, not padding."""
+        """bool [B, T] on the CPU: text or soft token, not padding."""
         return self.is_text | self.is_soft
+
+    def at_targets(self, x_BTD: Tensor) -> Tensor:
+        """Select the positions that predict targets -> [N, D]."""
+        return x_BTD.flatten(0, 1).index_select(0, self.target_index)
+
+    def sum_by_row(self, values_N: Tensor) -> Tensor:
+        """Sum values of the targets [N] over each row -> [B]."""
+        counts = self.predicts_target.sum(1)
+        shape = len(counts), int(counts.max())
+        return values_N.new_zeros(shape).flatten().index_copy(0, self.target_slots, values_N).view(shape).sum(1)
 
 
 def pack_inputs(
-    soft_lengths: Tensor, prefix: Ids, suffix: Ids, targets: Ids | None = None, pad: Literal["left", "right"] = "right"
+    soft_lengths: Tensor,
+    prefix: Ids,
+    suffix: Ids,
+    targets: Ids | None = None,
+    pad: Literal["left", "right"] = "right",
+    device: torch.device | None = None,
 ) -> PackedInputs:
     """Lay out ``soft_lengths`` [B] int64 soft tokens between ``prefix`` and ``suffix``, followed by ``targets``.
 
     The last target is predicted but is not an input. Without ``targets``, a row ends with ``suffix``.
 
+    Args:
+        device: of the result; by default that of ``soft_lengths``, which should be on the CPU.
+
     Raises:
         ValueError: a row has neither soft tokens nor a prompt.
     """
-    device, batch = soft_lengths.device, len(prefix)
+    device, soft_lengths, batch = device or soft_lengths.device, soft_lengths.cpu(), len(prefix)
     wanted = targets if targets is not None else [[] for _ in range(batch)]
     parts = list(zip(prefix, suffix, wanted, strict=True))
     text = chain.from_iterable([*b, *a, *t[:-1]] for b, a, t in parts)
-    sizes = torch.tensor([[len(b), len(a), len(t)] for b, a, t in parts]).to(device)
-    n_prefix, n_suffix, n_targets = sizes.unbind(1)
+    n_prefix, n_suffix, n_targets = torch.tensor([[len(b), len(a), len(t)] for b, a, t in parts]).unbind(1)
     prompt_lengths = n_prefix + soft_lengths + n_suffix
     lengths = prompt_lengths + (n_targets - 1).clamp(min=0)
     if int(prompt_lengths.min()) < 1:
         raise ValueError("a row without soft tokens and prompt has nothing to predict its first token from")
     width = int(lengths.max())
     start = width - lengths if pad == "left" else torch.zeros_like(lengths)
-    position = torch.arange(width, device=device) - start[:, None]  # [B, T], 0 at the first input of a row
+    position = torch.arange(width) - start[:, None]  # [B, T], 0 at the first input of a row
 
     def between(low: Tensor, high: Tensor) -> Tensor:
         return (position >= low[:, None]) & (position < high[:, None])
 
     is_soft = between(n_prefix, n_prefix + soft_lengths)
     is_text = between(torch.zeros_like(lengths), lengths) & ~is_soft
-    flat = torch.tensor(list(text), dtype=torch.int64).to(device)
-    return PackedInputs(
-        ids=torch.zeros(batch, width, dtype=torch.int64, device=device).masked_scatter(is_text, flat),
-        is_text=is_text,
-        is_soft=is_soft,
-        predicts_target=between(prompt_lengths - 1, prompt_lengths - 1 + n_targets),
-        targets=torch.tensor(list(chain.from_iterable(wanted)), dtype=torch.int64).to(device),
-        last_positions=start + lengths - 1,
+    predicts_target = between(prompt_lengths - 1, prompt_lengths - 1 + n_targets)
+    flat = torch.tensor(list(text), dtype=torch.int64)
+    on_device = all_to_device(
+        [
+            torch.zeros(batch, width, dtype=torch.int64).masked_scatter(is_text, flat),
+            torch.tensor(list(chain.from_iterable(wanted)), dtype=torch.int64),
+            start + lengths - 1,
+            *map(places, (is_text, is_soft, predicts_target)),
+            places(torch.arange(int(n_targets.max())) < n_targets[:, None]),
+        ],
+        device,
     )
+    return PackedInputs(is_text, is_soft, predicts_target, *on_device)
+
+
+def places(mask: Tensor) -> Tensor:
+    """Return the flat indices of the True values of ``mask``, int64."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def valid_soft(soft: Tensor, soft_mask: Tensor) -> Tensor:
+    """Return the soft tokens [B, S, D] where ``soft_mask`` (bool [B, S], on the CPU) is True -> [their number, D]."""
+    return soft.flatten(0, 1).index_select(0, to_device(places(soft_mask), soft.device))

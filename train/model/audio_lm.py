@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from train.config.model import DecodeConfig
+from train.distributed.device import to_device
 from train.lms.base import LanguageModel, LmRequest, SeparatePasses
+from train.lms.packing import valid_soft
 from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
 from train.model.prompt import Prompt, PromptRow
 from train.projectors import Projector
@@ -39,7 +41,7 @@ class BatchLoss:
 def batch_loss(request: LmRequest, nll: Tensor, auxiliary: dict[str, Tensor] | None = None) -> BatchLoss:
     """Return the loss of ``request``, whose rows have the negative log-likelihoods ``nll`` [B]."""
     tokens = torch.tensor([len(ids) for ids in request.targets])
-    soft_rms = request.soft.detach()[request.soft_mask].float().square().mean().sqrt()
+    soft_rms = valid_soft(request.soft.detach(), request.soft_mask).float().square().mean().sqrt()
     return BatchLoss(nll, tokens, soft_rms, auxiliary or {})
 
 
@@ -68,14 +70,22 @@ class AudioLM(nn.Module):
         self.decode = decode or DecodeConfig()
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features [B, T, C] of any float dtype and mask [B, T] bool to soft tokens.
+        """Map features [B, T, C] of any float dtype and mask [B, T] bool, both on the CPU, to soft tokens.
 
         Returns:
-            soft [B, S, D] in the LM's dtype and soft_mask [B, S] bool, on the LM's device.
+            soft [B, S, D] in the LM's dtype on the LM's device, and soft_mask [B, S] bool on the CPU.
         """
-        features = features.to(self.lm.device).to(self.lm.dtype)  # in this order: the device casts faster than the CPU
-        soft, soft_mask = self.projector(features, mask.to(self.lm.device))
-        return soft.to(self.lm.dtype), soft_mask
+        device, dtype = self.lm.device, self.lm.dtype
+        features = to_device(features, device).to(dtype)  # in this order: the device casts faster than the CPU
+        soft, soft_mask = self.projector(features, to_device(mask, device))
+        if device.type != "cpu":
+            soft_mask = soft_mask.cpu() if self.projector.content_decides else self._soft_mask(mask, soft.shape[1])
+        return soft.to(dtype), soft_mask
+
+    def _soft_mask(self, mask: Tensor, width: int) -> Tensor:
+        """Return the mask of the soft tokens, bool [B, ``width``] on the CPU, from that of the frames."""
+        lengths = torch.tensor([self.projector.soft_frames(frames) for frames in mask.sum(1).tolist()])
+        return torch.arange(width) < lengths[:, None]
 
     def request(
         self,
@@ -136,7 +146,7 @@ class AudioLM(nn.Module):
         soft, soft_mask = self.soft_tokens(features, mask)
         targets = [self.prompt.target_ids(text) for text in texts]
         (prefix,), (suffix,) = self.prompt.ids([row or PromptRow()])
-        return self.lm.candidate_nll(soft[soft_mask], prefix, suffix, targets)
+        return self.lm.candidate_nll(valid_soft(soft, soft_mask), prefix, suffix, targets)
 
     @torch.no_grad()
     def generate(

@@ -34,6 +34,7 @@ from shards.errors import UserError
 from train.config.train import CTC, STAGE_ONE, TrainConfig
 from train.data.caches import TrainData, Utterances
 from train.data.text import apply_text_rules
+from train.distributed.device import to_device
 from train.lms.base import LanguageModel, Tokenizer
 from train.lms.embeddings import TokenEmbeddings, read_embeddings
 from train.lms.packing import Ids
@@ -213,8 +214,9 @@ class CtcLanguageModel(LanguageModel):
         A text that does not fit its time steps costs log(1 + V) a token, that of guessing, and has no gradient.
         """
         classes = [[each for each in row if each != BLANK] for row in targets]
-        guess = soft.new_tensor([len(row) * math.log(self.vocab_size) for row in classes])
-        fits = soft.new_tensor([needed_steps(row) for row in classes]) <= soft_mask.sum(1)
+        steps = torch.tensor([needed_steps(row) for row in classes])
+        guess = to_device(torch.tensor([len(row) * math.log(self.vocab_size) for row in classes]), soft.device)
+        fits = to_device(steps <= soft_mask.sum(1), soft.device)
         return torch.where(fits, ctc_nll(soft, soft_mask, classes), guess)
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class CtcPrefixes:
     def __init__(self, scores: Tensor, mask: Tensor) -> None:
         silent = scores.new_full(scores.shape[-1:], IMPOSSIBLE)
         silent[0] = 0.0  # a padding step is a blank
-        self._log = torch.where(mask[..., None], F.log_softmax(scores.float(), -1), silent)
+        self._log = torch.where(mask.to(scores.device)[..., None], F.log_softmax(scores.float(), -1), silent)
         # paths through the first s steps, s = 0 … S, that say the hypothesis and end in its last token, or in a blank
         self._blank = F.pad(self._log[..., 0].double().cumsum(1), (1, 0))[:, None]
         self._token = torch.full_like(self._blank, IMPOSSIBLE)

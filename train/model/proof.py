@@ -107,7 +107,8 @@ def decode_one(model: AudioLM, utterances: Utterances, config: TrainConfig) -> N
     """Compute the loss of the first utterance and decode it for three tokens.
 
     Raises:
-        UserError: the loss is NaN or infinite, or the language model fails.
+        UserError: the loss is NaN or infinite, the language model fails, or the projector makes another number of soft
+            tokens than it says.
     """
     first = Utterances(utterances.caches, utterances.rows[:1], utterances.layers)
     columns: dict[str, Any] = first.columns("key", "task", "prompt", "text")
@@ -118,6 +119,7 @@ def decode_one(model: AudioLM, utterances: Utterances, config: TrainConfig) -> N
     try:
         with torch.inference_mode():
             features, mask = pad([first.features(0)])
+            require_soft_frames(model, features, mask)
             loss = float(model.nll(features, mask, text, row).nll.sum())
             model.generate(features, mask, PROOF_TOKENS, rows=row)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -132,4 +134,20 @@ def decode_one(model: AudioLM, utterances: Utterances, config: TrainConfig) -> N
     if not np.isfinite(loss):
         raise UserError(
             f"the loss of '{columns['key'][0]}' is {loss} before training: set dtype=float32 or another lm.model"
+        )
+
+
+def require_soft_frames(model: AudioLM, features: torch.Tensor, mask: torch.Tensor) -> None:
+    """Require that the number of soft tokens of one utterance is that of ``Projector.soft_frames``, which a GPU uses.
+
+    Raises:
+        UserError: it is another, and the projector does not say that the content decides.
+    """
+    projector, device = model.projector, model.lm.device
+    _, soft_mask = projector(features.to(device).to(model.lm.dtype), mask.to(device))
+    frames, found = features.shape[1], int(soft_mask.sum())
+    if not projector.content_decides and found != projector.soft_frames(frames):
+        raise UserError(
+            f"the projector {type(projector).__name__} makes {found} soft tokens of {frames} frames, and its "
+            f"soft_frames says {projector.soft_frames(frames)}: correct it, or set content_decides = True in the class"
         )

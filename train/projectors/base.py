@@ -145,9 +145,11 @@ class Projector(nn.Module):
 
     A subclass implements ``forward`` and ``soft_frames`` and may set its initial weights in ``init_weights``. Weights
     are float32. ``formula`` is the parameter count in the letters above, followed in brackets by what options change.
+    ``content_decides`` is True if the number of soft tokens depends on the frames and not only on how many there are.
     """
 
     formula: str = ""
+    content_decides: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,13 +110,14 @@ def ctc_nll(scores: Tensor, mask: Tensor, targets: Sequence[Sequence[int]]) -> T
 
     Args:
         scores: [B, S, 1 + V].
-        mask: bool [B, S]; the valid steps of a row come first.
+        mask: bool [B, S]; the valid steps of a row come first. The host waits for one on a GPU.
         targets: classes of each row, from 1.
     """
-    lengths = torch.tensor([len(row) for row in targets], device=scores.device)
-    flat = torch.tensor([each for row in targets for each in row], dtype=torch.int64, device=scores.device)
+    flat = torch.tensor([each for row in targets for each in row], dtype=torch.int64)  # torch asks for it on the CPU
     logs = F.log_softmax(scores.float(), -1).transpose(0, 1)
-    return F.ctc_loss(logs, flat, mask.sum(1), lengths, BLANK, reduction="none", zero_infinity=True)
+    steps: Any = tuple(mask.sum(1).tolist())
+    sizes: Any = tuple(map(len, targets))
+    return F.ctc_loss(logs, flat, steps, sizes, BLANK, reduction="none", zero_infinity=True)
 
 
 def needed_steps(classes: Sequence[int]) -> int:
@@ -126,5 +127,5 @@ def needed_steps(classes: Sequence[int]) -> int:
 
 def best_path(scores: Tensor, mask: Tensor) -> list[list[int]]:
     """Return the classes of each row's likeliest path [B], repeats merged and blanks dropped."""
-    best = scores.argmax(-1).masked_fill(~mask, BLANK)
+    best = scores.argmax(-1).cpu().masked_fill(~mask.cpu(), BLANK)
     return [[each for each in torch.unique_consecutive(row).tolist() if each != BLANK] for row in best]

@@ -60,6 +60,7 @@ class MixedProjector(Projector):
     def __init__(self, mixer: LayerMixer, projector: Projector) -> None:
         super().__init__()
         self.mixer, self.projector = mixer, projector
+        self.content_decides = projector.content_decides
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialize the projector; the mixer always starts at the mean."""

@@ -113,7 +113,13 @@ class TopKMoeProjector(FrameStackProjector):
             expert.fc2.weight.normal_(0, 0.01, generator=generator)
 
     def project(self, x_BSK: Tensor, mask_BS: Tensor) -> Tensor:
-        x_NK = self.input_norm(x_BSK[mask_BS])  # padding is not routed, because it would count in the losses
+        """As in the base class. Padding is not routed: it would count in the losses.
+
+        On a GPU the host would wait for the number of rows that are left, and for those of each expert. There all rows
+        pass through all experts, most with weight 0.
+        """
+        valid_N = mask_BS.flatten() if x_BSK.is_cuda else None
+        x_NK = self.input_norm(x_BSK[mask_BS] if valid_N is None else x_BSK.flatten(0, 1))
         logits_NE = self.router(x_NK).float()
         if self.training and self.jitter_noise:
             logits_NE = logits_NE * torch.empty_like(logits_NE).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
@@ -122,17 +128,29 @@ class TopKMoeProjector(FrameStackProjector):
         weights = torch.zeros_like(probabilities_NE).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
         total = self.shared(x_NK)
         for i, expert in enumerate(self.experts):  # also experts without tokens, so that their gradient is 0, not None
-            rows = (chosen == i).any(-1).nonzero()[:, 0]
-            total = total.index_add(0, rows, (weights[rows, i, None] * expert(x_NK[rows])).to(total.dtype))
+            if valid_N is None:
+                rows = (chosen == i).any(-1).nonzero()[:, 0]
+                total = total.index_add(0, rows, (weights[rows, i, None] * expert(x_NK[rows])).to(total.dtype))
+            else:
+                total = total + (weights[:, i, None] * expert(x_NK)).to(total.dtype)
         if self.training:
-            spread = probabilities_NE.mean(0) - 1 / len(self.experts)
+            spread = _mean(probabilities_NE, valid_N) - 1 / len(self.experts)
             self._losses = {
                 "balance": self.aux_loss_coef * len(self.experts) * spread.square().mean(),
-                "router_z": self.z_loss_coef * logits_NE.logsumexp(-1).square().mean(),
+                "router_z": self.z_loss_coef * _mean(logits_NE.logsumexp(-1).square(), valid_N),
             }
-            self._metrics = _expert_use((weights.detach() > 0).float().mean(0) / _TOP_K)
+            self._metrics = _expert_use(_mean((weights.detach() > 0).float(), valid_N) / _TOP_K)
         soft_ND: Tensor = self.norm(total)
+        if valid_N is not None:
+            return soft_ND.masked_fill(~valid_N[:, None], 0).view(*mask_BS.shape, -1)
         return soft_ND.new_zeros(*mask_BS.shape, soft_ND.shape[-1]).masked_scatter(mask_BS[..., None], soft_ND)
+
+
+def _mean(values: Tensor, valid_N: Tensor | None) -> Tensor:
+    """Return the mean of ``values`` [N, …] over the valid rows; None: all are valid."""
+    if valid_N is None:
+        return values.mean(0)
+    return values.masked_fill(~valid_N.view(-1, *[1] * (values.dim() - 1)), 0).sum(0) / valid_N.sum()
 
 
 def _expert_use(shares: Tensor) -> dict[str, Tensor]:

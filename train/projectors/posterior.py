@@ -39,6 +39,7 @@ class PosteriorProjector(Projector):
         "+ (D + 16·257 + 1)·128 + 257·(H + 1) "
         "[without spelling no 257·(H + 1); norm: rms + D, layer + 2·D]"
     )
+    content_decides = True
 
     def __init__(
         self, config: PosteriorConfig, channels: int, width: int, embedding_rms: float, tokens: HeadTokens

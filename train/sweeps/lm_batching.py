@@ -145,7 +145,8 @@ def _rows(requests: Sequence[LmRequest]) -> list[list[_Row]]:
     found: list[list[_Row]] = []
     without_audio: dict[Any, _Row] = {}
     for request in requests:
-        soft = [own[mask] for own, mask in zip(request.soft.detach(), request.soft_mask, strict=True)]
+        lengths = request.soft_mask.sum(1).tolist()
+        soft = [own[:length] for own, length in zip(request.soft.detach(), lengths, strict=True)]
         columns = zip(soft, request.prefix, request.suffix, request.targets, strict=True)
         rows = [_Row(*row, request.ends) for row in columns]
         for i, row in enumerate(rows):
@@ -165,8 +166,7 @@ def _unique_rows(rows: Sequence[Sequence[_Row]]) -> list[_Row]:
 def _request(batch: list[_Row]) -> LmRequest:
     """Combine rows into one request: soft [B, S, D], zero-padded, and its mask [B, S]."""
     soft = pad_sequence([row.soft for row in batch], batch_first=True)
-    lengths = torch.tensor([len(row.soft) for row in batch], device=soft.device)
-    mask = torch.arange(soft.shape[1], device=soft.device) < lengths[:, None]
+    mask = torch.arange(soft.shape[1]) < torch.tensor([len(row.soft) for row in batch])[:, None]
     prefix, suffix, targets = ([getattr(row, name) for row in batch] for name in ("prefix", "suffix", "target"))
     return LmRequest(soft, mask, prefix, suffix, targets, batch[0].ends)
 
@@ -177,6 +177,7 @@ def _gather_nll(request: LmRequest, rows: Sequence[_Row], gradient: bool) -> Ten
     if not gradient:
         return nll
     grad = torch.zeros_like(request.soft)
-    grad[request.soft_mask] = torch.cat([row.grad for row in rows])
+    for own, row in zip(grad, rows, strict=True):
+        own[: len(row.grad)] = row.grad
     differentiable: Tensor = _PrecomputedGradient.apply(request.soft, nll, grad)  # type: ignore[no-untyped-call]
     return differentiable

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from train.config.model import ContrastiveConfig, CtcConfig, DistillConfig
 from train.config.train import TrainConfig
+from train.distributed.device import all_to_device, to_device
 from train.lms.base import LmRequest
 from train.lms.distill import distillation_losses
 from train.lms.packing import Ids
@@ -136,7 +137,7 @@ def spelling_loss(scores: Tensor, mask: Tensor, texts: Sequence[str], targets: I
     """
     classes = [[1 + byte for byte in text.encode()] for text in texts]
     shares = [len(ids) / max(1, len(row)) for ids, row in zip(targets, classes, strict=True)]
-    return ctc_nll(scores, mask, classes) * scores.new_tensor(shares)
+    return ctc_nll(scores, mask, classes) * to_device(torch.tensor(shares, dtype=scores.dtype), scores.device)
 
 
 def contrastive_loss(
@@ -153,21 +154,25 @@ def contrastive_loss(
 
     Args:
         soft: [B, S, D] soft tokens.
-        soft_mask: [B, S] bool, True at valid soft tokens.
+        soft_mask: [B, S] bool on the CPU, True at valid soft tokens.
         texts: [B], the text of each utterance.
         negatives: further texts; those equal to one of ``texts`` count once.
         temperature: divisor of the cosine similarities.
     """
     candidates = list(dict.fromkeys([*negatives, *texts]))
+    chosen = torch.tensor([candidates.index(text) for text in texts])
+    targets, lengths = all_to_device([chosen, soft_mask.sum(1, keepdim=True)], soft.device)
+    padding = to_device(~soft_mask, soft.device)
     with torch.no_grad():
-        pooled_VD = F.normalize(torch.stack([_mean_text_embedding(model, text) for text in candidates]), dim=-1)
-    embedded = model.lm.to_input_embeddings(soft).float().masked_fill(~soft_mask[..., None], 0)
-    pooled_BD = F.normalize(embedded.sum(1) / soft_mask.sum(1, keepdim=True), dim=-1)
-    targets = torch.tensor([candidates.index(text) for text in texts], device=soft.device)
+        pooled_VD = F.normalize(_mean_text_embeddings(model, candidates), dim=-1)
+    embedded = model.lm.to_input_embeddings(soft).float().masked_fill(padding[..., None], 0)
+    pooled_BD = F.normalize(embedded.sum(1) / lengths, dim=-1)
     return F.cross_entropy(pooled_BD @ pooled_VD.T / temperature, targets, reduction="none")
 
 
-def _mean_text_embedding(model: AudioLM, text: str) -> Tensor:
-    """Mean embedding [D] float32 of a text's tokens without the end token; of the end token for an empty text."""
-    ids = model.prompt.target_ids(text)
-    return model.lm.embed(torch.tensor(ids[:-1] or ids, device=model.lm.device)).float().mean(0)
+def _mean_text_embeddings(model: AudioLM, texts: Sequence[str]) -> Tensor:
+    """Mean embedding of the tokens of each text without its end; of the end for an empty text: float32 [V, D]."""
+    ids = [(found[:-1] or found) for found in map(model.prompt.target_ids, texts)]
+    flat = to_device(torch.tensor([each for row in ids for each in row]), model.lm.device)
+    parts = torch.split(model.lm.embed(flat).float(), [len(row) for row in ids])
+    return torch.stack([part.mean(0) for part in parts])

@@ -122,11 +122,10 @@ class RunState:
         """Yield the batches of this rank from the current position; close it to stop the prefetch threads."""
         yield from self.stream
 
-    def count_step(self, metrics: StepMetrics) -> None:
-        """Advance by one step."""
+    def advance(self) -> None:
+        """Advance by one step, which the device may not have finished."""
         self.step += 1
         self.ema.update(self.step)
-        self.counters.add(metrics)
         # Kept for `save`: a step that fails midway has already taken batches from the stream.
         self.stream_state = self.stream.state_dict()
 

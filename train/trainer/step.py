@@ -10,6 +10,10 @@ the ranks' means. Projector losses (such as those of a router) and the auxiliary
 (``train/trainer/losses.py``) contribute to the gradient but not to the logged ``loss``; each is logged under its own
 name.
 
+On a GPU, no part of a step waits for the device: sizes and indices are known on the host, and what is logged is read
+later, together (:meth:`TrainStep.metrics`). The device itself leaves the weights alone if the loss or the gradient is
+not finite.
+
 A step has three parts, so that several experiments can share the forward passes of one language model
 (``train/sweeps/``):
 
@@ -24,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +42,7 @@ from train.lms.base import LmRequest, SeparatePasses
 from train.model.audio_lm import AudioLM
 from train.model.prompt import prompt_rows
 from train.runs.metrics_log import StepMetrics
+from train.trainer.deferred import DeferredValues
 from train.trainer.losses import CONTRASTIVE, DISTILL, Objectives
 
 
@@ -49,6 +54,8 @@ def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], flo
 
 class TrainStep:
     """One step of one experiment: call :meth:`forward` and :meth:`backward` for each batch, then :meth:`update`.
+
+    :meth:`metrics` returns what it did. The step must be kept until then: the GPU may still read its batches.
 
     Attributes:
         batches: this rank's part of each global batch, augmented. A part may be empty; its rank still participates.
@@ -96,16 +103,15 @@ class TrainStep:
         contrastive = CONTRASTIVE in self.objectives.names
         self._negatives = _gather_texts(batches, group) if contrastive else [batch.texts for batch in batches]
         self._request: LmRequest | None = None
-        self._nll = 0.0
         self._tasks = tasks if len(tasks) > 1 else ()
-        self._task_sums = dict.fromkeys(self._tasks, (0.0, 0))  # nll and number of targets
+        self._rows: list[tuple[str, int]] = []  # task and number of targets of each utterance
         self._soft = [0] * len(batches)  # number of soft tokens of each batch
-        self._squares = [0.0] * len(batches)  # their mean square, multiplied by their number
-        self._auxiliary = dict.fromkeys(self.objectives.names, 0.0)
-        self._projector_losses: dict[str, float] = {}
-        self._projector_metrics: dict[str, float] = {}
+        self._shares: list[float] = []  # of the step's target tokens, of each batch that is not empty
+        self._projector_names: dict[str, list[str]] = {"losses": [], "metrics": []}
+        self._values = DeferredValues()
         for group_options in optimizer.param_groups:
             group_options["lr"] = lr
+        self._nll = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
         optimizer.zero_grad(set_to_none=True)
 
     def forward(self, index: int) -> LmRequest | None:
@@ -126,39 +132,48 @@ class TrainStep:
             return
         out = self.objectives.batch_loss(self.model, request, nll, batch.texts, self._negatives[index])
         loss = self.objectives.step_loss(out, self.tokens, self._utterances)
-        loss = self._add_projector_losses(loss, int(out.tokens.sum()) / self.tokens)
+        self._shares.append(int(out.tokens.sum()) / self.tokens)
+        loss = self._add_projector_losses(loss, self._shares[-1])
         loss.backward()  # type: ignore[no-untyped-call]
-        self._nll += float(out.nll.detach().double().sum())
+        self._nll += out.nll.detach().double().sum()
         if self._tasks:
-            for task, nll_, count in zip(
-                batch.tasks, out.nll.detach().double().tolist(), out.tokens.tolist(), strict=True
-            ):
-                total, tokens = self._task_sums[task]
-                self._task_sums[task] = total + nll_, tokens + count
+            self._values.add("rows", out.nll)
+            self._rows += zip(batch.tasks, out.tokens.tolist(), strict=True)
         for name, term in out.auxiliary.items():
-            self._auxiliary[name] += float(term.detach().double().sum())
+            self._values.add(f"auxiliary {name}", term.detach().double().sum())
         self._soft[index] = int(request.soft_mask.sum())
-        self._squares[index] = self._soft[index] * float(out.soft_rms) ** 2
+        self._values.add(f"rms {index}", out.soft_rms)
         self._request = None
 
-    def update(self) -> StepMetrics:
+    def update(self) -> None:
         """Sum the gradient over the ranks and update the parameters, unless the loss or the gradient is not finite."""
-        group, count = self.group, len(self.batches)
-        group.all_reduce_gradients(self.parameters)
-        by_task = [value for pair in self._task_sums.values() for value in pair]
-        own = [self._nll, *by_task, *self._soft, *self._squares, *self._auxiliary.values()]
+        nll = self.group.all_reduce_gradients(self.parameters, self._nll)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        finite = torch.isfinite(nll) & torch.isfinite(norm)
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW then does nothing
+        self.optimizer.step()
+        self._values.add("nll", self._nll)
+        self._values.add("norm", norm)
+        self._values.send()
+
+    def metrics(self, since: float = 0.0) -> StepMetrics:
+        """Wait for the step and return its metrics, over all ranks.
+
+        Args:
+            since: ``time.perf_counter()`` when the metrics of the step before were read; ``seconds`` count from there.
+        """
+        group, count, read = self.group, len(self.batches), self._values.read()
+        squares = [soft * sum(read[f"rms {i}"]) ** 2 for i, soft in enumerate(self._soft)]
+        auxiliary = [sum(read[f"auxiliary {name}"]) for name in self.objectives.names]
+        own = [*read["nll"], *self._task_sums(read["rows"]), *self._soft, *squares, *auxiliary]
         nll, *sums = group.all_reduce_sum(own)
-        by_task, sums = sums[: len(by_task)], sums[len(by_task) :]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        by_task, sums = sums[: 2 * len(self._tasks)], sums[2 * len(self._tasks) :]
         pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
         soft_rms = sum(math.sqrt(square / number) for number, square in pairs) / count
-        projectors = group.all_gather((self._projector_losses, self._projector_metrics))
-        loss = nll / self.tokens
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
+        projectors = group.all_gather((self._projector_sums("losses", read), self._projector_sums("metrics", read)))
         return StepMetrics(
             step=self.step + 1,
-            loss=loss,
+            loss=nll / self.tokens,
             auxiliary_losses={
                 **self.objectives.means(sums[2 * count :], self.tokens, self._utterances),
                 **sum_by_name([losses for losses, _ in projectors]),
@@ -170,9 +185,9 @@ class TrainStep:
             },
             projector_metrics=sum_by_name([metrics for _, metrics in projectors]),
             lr=self.lr,
-            grad_norm=norm,
+            grad_norm=read["norm"][0],
             projector_rms_ratio=soft_rms / self.model.lm.embedding_rms,
-            seconds=time.perf_counter() - self._began,
+            seconds=time.perf_counter() - max(self._began, since),
             data_wait=self._data_wait,
             frames=self._frames,
             padded_frames=self._padded_frames,
@@ -180,17 +195,35 @@ class TrainStep:
             utterances=self._utterances,
         )
 
+    def _task_sums(self, nlls: Sequence[float]) -> list[float]:
+        """Return the nll and the number of targets of each task, one after the other."""
+        sums = {task: [0.0, 0] for task in self._tasks}
+        for (task, tokens), nll in zip(self._rows, nlls, strict=True):
+            sums[task][0] += nll
+            sums[task][1] += tokens
+        return [value for pair in sums.values() for value in pair]
+
+    def _projector_sums(self, kind: str, read: Mapping[str, list[float]]) -> dict[str, float]:
+        """Return the sums over the batches, each weighted by its share of the step's target tokens."""
+        found = {name: read[f"{kind} {name}"] for name in self._projector_names[kind]}
+        return {
+            name: sum(value * share for value, share in zip(values, self._shares, strict=True))
+            for name, values in found.items()
+        }
+
     def _add_projector_losses(self, loss: Tensor, share: float) -> Tensor:
         """Add the projector's own losses for its last batch, which holds ``share`` of the step's target tokens."""
-        for name, value in self.model.projector.take_losses().items():
+        losses = self.model.projector.take_losses()
+        for value in losses.values():
             loss = loss + value * share
-            self._projector_losses[name] = self._projector_losses.get(name, 0.0) + float(value.detach()) * share
-        for name, metric in self.model.projector.take_metrics().items():
-            self._projector_metrics[name] = self._projector_metrics.get(name, 0.0) + float(metric) * share
+        for kind, found in (("losses", losses), ("metrics", self.model.projector.take_metrics())):
+            for name, value in found.items():
+                self._projector_names[kind].append(name)
+                self._values.add(f"{kind} {name}", value)
         return loss
 
 
-def optimizer_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> list[StepMetrics]:
+def run_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> None:
     """Run one step of each experiment, all with the same number of batches; ``passes`` computes the nll of all rows."""
     alone = len(steps) == 1
     random_states: list[list[Tensor]] = [[] for _ in steps]
@@ -204,7 +237,14 @@ def optimizer_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> list[S
         nlls = iter(passes.nll([request for request in requests if request is not None]))
         for step, request in zip(steps, requests, strict=True):
             step.backward(index, None if request is None else next(nlls))
-    return [step.update() for step in steps]
+    for step in steps:
+        step.update()
+
+
+def optimizer_step(steps: Sequence[TrainStep], passes: SeparatePasses) -> list[StepMetrics]:
+    """As :func:`run_step`; wait for the steps and return their metrics."""
+    run_step(steps, passes)
+    return [step.metrics() for step in steps]
 
 
 def sum_by_name(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:

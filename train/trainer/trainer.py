@@ -34,7 +34,7 @@ from train.runs.metrics_log import EVALUATIONS, MetricsLogger, NullLogger, StepM
 from train.runs.trackers import open_trackers
 from train.trainer.optim import learning_rate
 from train.trainer.state import RunState
-from train.trainer.step import TrainStep, next_batches, optimizer_step
+from train.trainer.step import TrainStep, next_batches, run_step
 
 
 class Interrupted(Exception):
@@ -68,6 +68,10 @@ class Trainer:
         self.logger: MetricsLogger = NullLogger()
         self.passes = SeparatePasses(state.model.lm)
         self.metrics: StepMetrics | None = None  # of the last step
+        # A GPU works on a step while the host prepares the next one. Several ranks compare their metrics at once.
+        self._reads_late = device.type == "cuda" and state.group.world_size == 1
+        self._unread: TrainStep | None = None
+        self._last_read = 0.0  # time.perf_counter()
 
     def __enter__(self) -> Trainer:
         """Open the log files, drop their lines past the checkpoint, and save the initial weights of a new run."""
@@ -106,11 +110,11 @@ class Trainer:
                     self._check_stop()
                     self.train_step(*next_batches(batches, self.config.gradient_accumulation_steps))
                     self.save_if_due()
-                self.state.save()
+                self.save()
                 self._check_stop()
                 final = self.final_evaluation()
             except Stopped:
-                self.state.save()
+                self.save()
                 self.group.abort(
                     Interrupted(
                         f"Interrupted at {self._progress_text()}; the run is saved. "
@@ -138,10 +142,28 @@ class Trainer:
     def train_step(self, batches: Sequence[Batch], data_wait: float) -> None:
         """Run one step on ``batches``, which took ``data_wait`` seconds to load; ``batches`` are not modified.
 
+        On a GPU the metrics of a step are logged during the next one, or by :meth:`settle`.
+
         Raises:
             WorkFailed: the loss or the gradient is not finite; no weight was changed.
         """
-        self.end_step(*optimizer_step([self.begin_step(batches, data_wait)], self.passes))
+        step = self.begin_step(batches, data_wait)
+        run_step([step], self.passes)
+        if self._reads_late:
+            self.state.advance()
+            self.settle()
+            self._unread = step
+        else:
+            self.end_step(step.metrics())
+
+    def settle(self) -> None:
+        """Wait for the last step and log it, if that has not been done; raises the errors of :meth:`train_step`."""
+        if self._unread is None:
+            return
+        step, self._unread = self._unread, None
+        metrics = step.metrics(self._last_read)
+        self._last_read = time.perf_counter()
+        self.end_step(metrics, advance=False)
 
     def begin_step(self, batches: Sequence[Batch], data_wait: float) -> TrainStep:
         """Build the next step, to be run by :func:`~train.trainer.step.optimizer_step`."""
@@ -157,12 +179,12 @@ class Trainer:
             data_wait=data_wait,
             tasks=self.data.tasks,
         )
-        if self.state.counters.first_loss is None:
+        if self.state.counters.first_loss is None and self._unread is None:
             self._log_shapes(batches[0].features, step.tokens)
         return step
 
-    def end_step(self, metrics: StepMetrics) -> None:
-        """Record and log a step; raises the errors of :meth:`train_step`."""
+    def end_step(self, metrics: StepMetrics, advance: bool = True) -> None:
+        """Advance by a step, unless that is done, and log its metrics; raises the errors of :meth:`train_step`."""
         if not metrics.finite:
             what = "gradient" if math.isfinite(metrics.loss) else "loss"
             failure = WorkFailed(
@@ -170,14 +192,21 @@ class Trainer:
                 f"checkpoint is in '{self.run / 'checkpoints'}'"
             )
             self.group.abort(failure, 1)
+        if advance:
+            self.state.advance()
         self.metrics = metrics
-        self.state.count_step(metrics)
+        self.state.counters.add(metrics)
         self.logger.log_step(metrics, self.state.counters.frames_per_second)
 
     def save_if_due(self) -> None:
         """Save a checkpoint every ``checkpoint_every`` steps, except after the last step, which the caller saves."""
         if self._is_due(self.config.checkpoint_every) and self.state.step < self.config.steps:
-            self.state.save()
+            self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint; raises the errors of :meth:`train_step`."""
+        self.settle()
+        self.state.save()
 
     def _log_shapes(self, features: torch.Tensor, tokens: int) -> None:
         batch, frames, channels = features.shape
@@ -223,6 +252,7 @@ class Trainer:
             Stopped: a signal arrived.
         """
         if self.evaluation_due:
+            self.settle()
             evaluate_together([self], self.passes)
 
     def final_evaluation(self) -> Evaluation | None:

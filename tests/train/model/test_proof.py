@@ -192,6 +192,18 @@ def test_a_loss_that_is_nan_before_training_is_refused_before_a_run_exists(cache
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_projector_with_another_number_of_soft_tokens_than_it_says_is_refused(cache, tmp_path, monkeypatch):
+    from train.projectors.mlp import MlpProjector
+
+    model = f"path:{write(tmp_path / 'lm', 'Llama', ATTENTION)}"
+    monkeypatch.setattr(MlpProjector, "soft_frames", lambda self, frames: frames)
+    with pytest.raises(UserError, match=r"MlpProjector makes \d+ soft tokens of (\d+) frames, .* says \1"):
+        fit(make_config(tmp_path, cache, model, steps=1))
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(MlpProjector, "content_decides", True)
+    fit(make_config(tmp_path, cache, model, steps=1, eval_every=0))
+
+
 def test_the_proof_leaves_every_module_in_its_mode(cache, tmp_path):
     config = make_config(tmp_path, cache, f"path:{write(tmp_path / 'lm', 'Llama', ATTENTION)}")
     model = build_model(config, 8, torch.device("cpu"), torch.float32)

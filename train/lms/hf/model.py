@@ -22,10 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from shards.errors import UserError
 from train.config.model import LmConfig
+from train.distributed.device import all_to_device
 from train.lms.base import Decoding, LanguageModel
 from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
+from train.lms.hf.masks import one_sequence_a_row
 from train.lms.hf.scales import Scales, decoder, find_scales
-from train.lms.packing import Ids, PackedInputs, pack_inputs
+from train.lms.packing import Ids, PackedInputs, pack_inputs, places, valid_soft
 
 _ANSWER = "earshard answer"  # marks the end of an answer in a rendered chat
 _CONFIG_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab"}
@@ -153,7 +155,7 @@ class HfLanguageModel(LanguageModel):
         self.embedding_rms = self._embedding_rms()
 
     def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
-        with self._autocast():
+        with self._autocast(), one_sequence_a_row():
             out = (self._compiled or decoder(self.model))(
                 inputs_embeds=self._embed_inputs(packed, soft_ND), use_cache=False
             )
@@ -176,32 +178,33 @@ class HfLanguageModel(LanguageModel):
         """
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        packed = pack_inputs(torch.tensor([len(soft_SD)], device=self.device), [prefix], [suffix])
-        with self._autocast():
+        packed = pack_inputs(torch.tensor([len(soft_SD)]), [prefix], [suffix], device=self.device)
+        with self._autocast(), one_sequence_a_row():
             read = decoder(self.model)(inputs_embeds=self._embed_inputs(packed, soft_SD), use_cache=True)
         cache: Any = getattr(read, "past_key_values", None)
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         if not all(type(layer) in plain for layer in getattr(cache, "layers", [None])):
             return super().candidate_nll(soft_SD, prefix, suffix, candidates)  # a recurrent or family-specific cache
         cache.batch_repeat_interleave(len(candidates))
-        targets = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True).to(self.device)
-        lengths = torch.tensor([len(ids) for ids in candidates], device=self.device)
+        targets = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True)
+        target_mask = torch.arange(targets.shape[1]) < torch.tensor([len(ids) for ids in candidates])[:, None]
+        index, wanted, targets = all_to_device([places(target_mask), targets[target_mask], targets], self.device)
         states = read.last_hidden_state[:, -1:].expand(len(candidates), -1, -1)  # predicts the first token of each
         if targets.shape[1] > 1:
-            with self._autocast():
+            with self._autocast(), one_sequence_a_row():
                 rest = decoder(self.model)(
                     inputs_embeds=self._embed_ids(targets[:, :-1]), past_key_values=cache, use_cache=True
                 )
             states = torch.cat([states, rest.last_hidden_state], 1)  # right padding, which no target attends to
-        target_mask = torch.arange(targets.shape[1], device=self.device) < lengths[:, None]
-        nll_N = self._token_nll(states[target_mask], targets[target_mask])
-        return nll_N.new_zeros(target_mask.shape).masked_scatter(target_mask, nll_N).sum(1)
+        nll_N = self._token_nll(states.flatten(0, 1).index_select(0, index), wanted)
+        return nll_N.new_zeros(targets.numel()).index_copy(0, index, nll_N).view(targets.shape).sum(1)
 
     def decoding(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, max_new_tokens: int) -> Decoding:
         """As ``LanguageModel.decoding``, with a KV cache if the model has one."""
         if not self._has_cache:
             return super().decoding(soft, soft_mask, prefix, suffix, max_new_tokens)
-        return _CachedRows(self, pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left"), soft[soft_mask])
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left", device=self.device)
+        return _CachedRows(self, packed, valid_soft(soft, soft_mask))
 
     def compile_forward(self) -> None:
         """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
@@ -214,7 +217,8 @@ class HfLanguageModel(LanguageModel):
 
     def _embed_inputs(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
         x_BTD = self._embed_ids(packed.ids)
-        return x_BTD.masked_scatter(packed.is_soft[..., None], soft_ND.to(x_BTD.dtype))
+        x_ND = x_BTD.flatten(0, 1).index_copy(0, packed.soft_index, soft_ND.to(x_BTD.dtype))
+        return x_ND.view(x_BTD.shape)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Return autocast for float32 weights that train in a smaller dtype; frozen weights already have that dtype."""
@@ -253,7 +257,8 @@ class _CachedRows(Decoding):
     """Rows of a model with a KV cache, padded on the left."""
 
     def __init__(self, lm: HfLanguageModel, packed: PackedInputs, soft_ND: Tensor) -> None:
-        self._lm, self._mask, self._cache = lm, packed.valid.long(), None
+        self._lm, self._cache = lm, None
+        (self._mask,) = all_to_device([packed.valid.long()], lm.device)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._read(lm._embed_inputs(packed, soft_ND))
 
@@ -266,7 +271,7 @@ class _CachedRows(Decoding):
         self._read(self._lm._embed_ids(tokens[:, None]))
 
     def _read(self, inputs: Tensor) -> None:
-        with self._lm._autocast():
+        with self._lm._autocast(), one_sequence_a_row():
             out = decoder(self._lm.model)(
                 inputs_embeds=inputs,
                 attention_mask=self._mask,

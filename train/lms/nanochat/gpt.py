@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shards.errors import UserError
 from train.config.model import AudioValue
+from train.distributed.device import all_to_device
 from train.lms.nanochat.config import TODAY, Generation, GPTConfig
 from train.lms.nanochat.layers import Block, Embedding, KvCache, Linear, Transformer, norm
 from train.lms.packing import PackedInputs
@@ -111,21 +112,22 @@ class GPT(nn.Module):
         if width > len(self.cos):
             raise self._too_long(width)
         plain_ND, text_ND = self._smear(packed, dtype)
-        x = text_ND.new_zeros(*packed.ids.shape, self.config.n_embd)
-        x = x.masked_scatter(packed.is_text[..., None], text_ND)
-        x = x.masked_scatter(packed.is_soft[..., None], norm(audio_features.to(dtype)))
+        x_ND = text_ND.new_zeros(packed.ids.numel(), self.config.n_embd).index_copy(0, packed.text_index, text_ND)
+        x_ND = x_ND.index_copy(0, packed.soft_index, norm(audio_features.to(dtype)))
+        x = x_ND.view(*packed.ids.shape, -1)
         ids, value_mask = packed.ids, None
         if self.audio_value_embedding == "bos":
-            ids = ids.masked_fill(packed.is_soft, self.bos)
+            ids = ids.flatten().index_fill(0, packed.soft_index, self.bos).view_as(ids)
         elif self.audio_value_embedding == "zero":
-            value_mask = ~packed.is_soft
+            everywhere = torch.ones_like(ids, dtype=torch.bool).flatten()
+            value_mask = everywhere.index_fill(0, packed.soft_index, False).view_as(ids)
         hidden = self._trunk(x, ids, value_mask, self.cos[:width], self.sin[:width], cache)
         if cache is not None:
             last = packed.is_text.sum(1).cumsum(0) - 1  # index of each row's last text token among all text tokens
-            none = ~packed.is_text.any(1)
-            padded_ND = torch.cat([plain_ND, x.new_zeros(1, x.shape[-1])])  # a batch can lack text tokens
-            cache.previous_embedding = padded_ND[last.clamp(min=0)].masked_fill(none[:, None], 0)
-            cache.lengths, cache.max_length = packed.valid.sum(1), width
+            last = last.masked_fill(~packed.is_text.any(1), len(plain_ND))  # of none: the zeros at the end
+            last, cache.lengths = all_to_device([last, packed.valid.sum(1)], x.device)
+            cache.previous_embedding = torch.cat([plain_ND, x.new_zeros(1, x.shape[-1])]).index_select(0, last)
+            cache.max_length = width
         return hidden
 
     def new_cache(self, batch: int, positions: int, dtype: torch.dtype) -> KvCache:
@@ -188,9 +190,9 @@ class GPT(nn.Module):
         The smear adds a gated part of the previous text token of the row. Both are [text tokens of the batch, D], in
         row-major order.
         """
-        text_ids = packed.ids[packed.is_text]
+        text_ids = packed.ids.flatten().index_select(0, packed.text_index)
         x = norm(self.transformer.wte(text_ids).to(dtype))
-        row = packed.is_text.nonzero()[:, 0]
+        row = packed.text_index // packed.ids.shape[1]
         follows = torch.zeros_like(row, dtype=torch.bool)
         follows[1:] = row[1:] == row[:-1]
         return x, x + torch.where(follows[:, None], self._gate(x) * x.roll(1, 0), 0)

@@ -22,7 +22,7 @@ from train.lms.nanochat.config import GPTConfig
 from train.lms.nanochat.gpt import GPT
 from train.lms.nanochat.layers import norm
 from train.lms.nanochat.tokenizers import ByteTokenizer, TiktokenTokenizer, find_tokenizer, read_encoding
-from train.lms.packing import Ids, PackedInputs, pack_inputs
+from train.lms.packing import Ids, PackedInputs, pack_inputs, valid_soft
 
 _REFERENCE = re.compile(r"nanochat:d([1-9]\d?)(?:-h(\d+))?")
 
@@ -59,8 +59,8 @@ class NanochatLanguageModel(LanguageModel):
 
     def decoding(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, max_new_tokens: int) -> Decoding:
         """As ``LanguageModel.decoding``, with a KV cache."""
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix)
-        return _CachedRows(self, packed, soft[soft_mask], packed.ids.shape[1] + max_new_tokens)
+        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, device=self.device)
+        return _CachedRows(self, packed, valid_soft(soft, soft_mask), packed.ids.shape[1] + max_new_tokens)
 
 
 class _CachedRows(Decoding):

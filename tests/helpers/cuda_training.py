@@ -1,0 +1,124 @@
+"""Training runs on a pretended CUDA device, and the waits of their steps."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretended_cuda import counts
+from tiny_run import forget_after, losses, make_config
+
+
+def marks(device: Any, owner: Any, name: str) -> list[int]:
+    """Note the number of waits at each call of ``owner.name`` and at its end, in turn."""
+    found: list[int] = []
+    function = inspect.unwrap(getattr(owner, name))
+
+    def noted(*arguments: Any, **keys: Any) -> Any:
+        found.append(len(device.waits))
+        try:
+            return function(*arguments, **keys)
+        finally:
+            found.append(len(device.waits))
+
+    setattr(owner, name, functools.wraps(function)(noted))
+    return found
+
+
+def train(device: Any, root: str, lm: str, cache: str, keys: dict[str, Any], forget: int = 0) -> dict[str, Any]:
+    """Train a run; return its losses, the waits of its second to last step and those of its last evaluation.
+
+    Args:
+        forget: the step from which the run is resumed after it is finished; 0: it is not.
+    """
+    import train.trainer.fit as fit
+    import train.trainer.trainer as trainer
+
+    steps, evaluations = marks(device, trainer, "next_batches"), marks(device, trainer, "evaluate_together")
+    config = make_config(Path(root), cache, lm, **{"device": "cuda", **keys})
+    run = fit.fit(config)
+    found = {"losses": losses(run), "summary": json.loads((run / "summary.json").read_text())}
+    found["waits"] = counts(device.waits[steps[-4] : steps[-2]])
+    found["evaluation"] = counts(device.waits[slice(*evaluations[-2:])]) if evaluations else {}
+    if forget:
+        forget_after(run, forget)
+        fit.fit(config, resume=run)
+        found["resumed"] = losses(run)
+    return found
+
+
+def train_each(device: Any, root: str, lm: str, cache: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Train a run of each of ``cases``, its keys by its name, in one process: most of its time it imports modules."""
+    found = {}
+    for name, keys in cases.items():
+        try:
+            found[name] = train(device, f"{root}/{name}", lm, cache, keys)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()[-3000:]}
+    return found
+
+
+def sweep(device: Any, root: str, lm: str, cache: str, keys: list[dict[str, Any]]) -> dict[str, Any]:
+    """Train experiments in lockstep; return the losses of each and the waits of the second to last step of all."""
+    import train.sweeps.group as group
+    from train.distributed.signals import StopRequest
+
+    steps = marks(device, group, "next_batches")
+    configs = [make_config(Path(root), cache, lm, **{"device": "cuda", **own}) for own in keys]
+    group.LockstepTrainer(configs, group.LmCache(), "batched", StopRequest(), log=lambda line: None).run()
+    return {
+        "losses": [losses(Path(root) / "runs" / own["name"]) for own in keys],
+        "waits": counts(device.waits[steps[-4] : steps[-2]]),
+    }
+
+
+def diverge(device: Any, root: str, lm: str, cache: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Train a run that fails; return its error and whether weights and optimizer are finite nevertheless."""
+    import torch
+
+    import train.trainer.fit as fit
+    from shards.errors import WorkFailed
+
+    states: list[Any] = []
+    remember: Callable[..., Any] = fit.RunState
+
+    def state(*arguments: Any) -> Any:
+        states.append(remember(*arguments))
+        return states[-1]
+
+    fit.RunState = state  # type: ignore[assignment,misc]
+    with pytest.raises(WorkFailed) as error:
+        fit.fit(make_config(Path(root), cache, lm, **{"device": "cuda", **keys}))
+    kept = [*states[0].parameters, *(each for own in states[0].optimizer.state.values() for each in own.values())]
+    return {"error": str(error.value), "finite": [bool(torch.isfinite(each).all()) for each in kept]}
+
+
+def launched(device: Any, root: str, lm: str, cache: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """As :func:`train`, started by a launcher as the only process; gloo adds what NCCL would."""
+    import torch.distributed as dist
+
+    from train.distributed.group import open_process_group
+    from train.trainer import fit, trainer
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    start, add = dist.init_process_group, dist.all_reduce
+    calls: list[str] = []
+
+    def all_reduce(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(tensor.device.type)
+        return add(getattr(tensor, "_host", tensor), *arguments, **options)
+
+    dist.init_process_group = lambda backend, **options: start("gloo", **options)
+    dist.all_reduce = all_reduce
+    steps = marks(device, trainer, "next_batches")
+    with open_process_group() as group:
+        run = fit.fit(make_config(Path(root), cache, lm, **{"device": "auto", **keys}), group=group)
+    waits = counts(device.waits[steps[-4] : steps[-2]])
+    return {"losses": losses(run), "waits": waits, "nccl": calls.count("cuda")}
