@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.errors import UserError
-from shards.format.codec import decode
+from shards.format.codec import STORED_DTYPE, decode
 from shards.read.cache import Cache
 from shards.remote.mirror import Mirror, require_space
 from shards.stream.batch import Batch
@@ -42,6 +42,7 @@ from shards.stream.prefetch import BufferPool, prefetch_batches
 from shards.stream.sampler import BatchSampler, Rows, SamplerConfig, SamplerState
 
 STATE_VERSION = 3  # changes with the order of batches and with what identifies a stream
+_TORCH_DTYPE = {"f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 Step = tuple[Rows, SamplerState, SamplerState]  # rows of a batch, its state, the next state
 
 
@@ -61,6 +62,7 @@ class FeatureStream(IterableDataset[Batch]):
         prefetch: number of batches read ahead; 0 reads in the calling thread.
         threads: number of reader threads.
         pinned: use page-locked buffers, for batches that this process copies to a GPU.
+        encoded: leave features as they are stored: float16, bfloat16, int8 or float8_e4m3fn, with ``batch.scales``.
 
     Raises:
         UserError: the specs differ, no utterance is left, an utterance is longer than ``max_frames``, or the weights do
@@ -81,6 +83,7 @@ class FeatureStream(IterableDataset[Batch]):
         prefetch: int = 4,
         threads: int = 2,
         pinned: bool = False,
+        encoded: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is out of range for world_size {world_size}")
@@ -124,7 +127,7 @@ class FeatureStream(IterableDataset[Batch]):
         }
         self._sampler_state, self._ended = SamplerState(), False
         self._origin: int | None = None  # in a DataLoader worker: index of worker 0's first batch
-        self._pool = BufferPool(prefetch + 2, pinned)
+        self._pool, self.encoded = BufferPool(prefetch + 2, pinned), encoded
 
     def _groups(self, rows: ArrayLike | None) -> Rows | None:
         """Return, for each joined row, the position of its weight in ``sampler.weights``; None without weights."""
@@ -249,14 +252,19 @@ class FeatureStream(IterableDataset[Batch]):
         longest = int((frames if len(mine) else self.concat_cache.frames[rows]).max())
         codec, channels = self.concat_cache.spec.codec, self.concat_cache.spec.channels
         dtype = np.dtype(np.float16 if codec == "f16" else np.float32)
-        features = self._pool.acquire((len(mine), longest, channels), dtype)
+        features = self._pool.acquire((len(mine), longest, channels), STORED_DTYPE[codec] if self.encoded else dtype)
         for slot, row, end in zip(features, stored, frames.tolist(), strict=True):
-            decode(codec, row.payload, row.scale, slot[:end])
+            if self.encoded:
+                slot[:end] = row.payload
+            else:
+                decode(codec, row.payload, row.scale, slot[:end])
             if end < longest:
                 slot[end:] = 0
+        scales = [row.scale for row in stored if row.scale is not None] if self.encoded else []
+        tensor = torch.from_numpy(features)
         columns = {name: self.concat_cache.strings(name, mine) for name in self._columns}
         return Batch(
-            features=torch.from_numpy(features),
+            features=tensor.view(_TORCH_DTYPE[codec]) if self.encoded else tensor,
             lengths=torch.from_numpy(frames.astype(np.int64)),
             keys=[row.key for row in stored],
             texts=[row.text for row in stored],
@@ -266,6 +274,7 @@ class FeatureStream(IterableDataset[Batch]):
             epoch=here.epoch,
             index=here.count,
             state=self._state(after),
+            scales=torch.from_numpy(np.stack(scales)) if scales else None,
         )
 
     def _state(self, at: SamplerState) -> dict[str, Any]:

@@ -49,11 +49,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nanochat-bos": {"lm": {"model": "nanochat:d2", "audio_value_embedding": "bos"}},
     "nanochat-zero": {"lm": {"model": "nanochat:d2", "audio_value_embedding": "zero"}},
 }
-QUICK = ["mlp", "moe-top2", "transformer", "posterior", "distill-contrastive", "ctc", "accumulate-ema", "nanochat-zero"]
+QUICK = [
+    *("mlp", "moe-top2", "transformer", "posterior"),
+    *("distill-contrastive", "ctc", "accumulate-ema", "nanochat-zero", "stored-int8"),
+]
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"projector": keys} for name, keys in PROJECTORS.items()},
     **OPTIONS,
     "bfloat16": {"dtype": "bfloat16"},
+    **{f"stored-{codec}": {"caches": codec} for codec in ("bf16", "int8", "fp8")},
 }
 OTHERS = [name for name in CASES if name not in QUICK]
 
@@ -61,13 +65,18 @@ OTHERS = [name for name in CASES if name not in QUICK]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
-    cache = make_cache(folder / "cache", n=24, channels=8, val_every=4, min_frames=30, max_frames=60)
-    return f"path:{save_tiny_lm(folder / 'lm')}", str(cache)
+    for codec in ("f16", "bf16", "int8", "fp8"):
+        make_cache(folder / codec, n=24, channels=8, val_every=4, min_frames=30, max_frames=60, codec=codec)
+    return f"path:{save_tiny_lm(folder / 'lm')}", str(folder / "f16")
 
 
-def settings(name: str, lm: str) -> dict[str, Any]:
+def settings(name: str, lm: str, cache: str) -> dict[str, Any]:
     keys = {"dtype": "float32", **STEPS, **CASES[name]}
-    return keys | ({"lm": {"model": lm, **keys["lm"]}} if "lm" in keys else {})
+    if "lm" in keys:
+        keys["lm"] = {"model": lm, **keys["lm"]}
+    if "caches" in keys:
+        keys["caches"] = [str(Path(cache).with_name(keys["caches"]))]
+    return keys
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,7 @@ def trained(pretended_cuda, inputs, tmp_path_factory):
     def run(name: str) -> Any:
         if name not in found:
             names = QUICK if name in QUICK else OTHERS
-            cases = {each: settings(each, lm) for each in names}
+            cases = {each: settings(each, lm, cache) for each in names}
             call = {"root": str(tmp_path_factory.mktemp("cuda")), "lm": lm, "cache": cache, "cases": cases}
             found.update(pretended_cuda("cuda_training:train_each", call))
         assert "error" not in found[name], found[name]["error"]
@@ -95,7 +104,7 @@ def test_a_run_has_the_losses_of_the_cpu_and_its_step_the_waits_of_the_list(trai
     if name == "lora":
         pytest.importorskip("peft")
     lm, cache = inputs
-    expected = losses(fit(make_config(tmp_path, cache, lm, **settings(name, lm))))
+    expected = losses(fit(make_config(tmp_path, cache, lm, **settings(name, lm, cache))))
     found = trained(name)
     assert found["losses"] == pytest.approx(expected, rel=0.01 if name == "bfloat16" else 1e-5)
     assert found["waits"] == WAITS.get(name, ONE_WAIT)

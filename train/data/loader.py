@@ -74,7 +74,12 @@ Stream = FeatureStream | LayeredStream
 
 
 def open_stream(config: TrainConfig, data: TrainData, group: ProcessGroup) -> Stream:
-    """Return the stream of this rank's batches, with all layers of the run."""
+    """Return the stream of this rank's batches, with all layers of the run.
+
+    Features for a GPU stay encoded, unless the host changes them first.
+    """
+    on_gpu = data.layers is None and choose_device(config.device).type == "cuda"
+    changes = config.frame_mask_prob, config.noise_std, config.augment
     stream = FeatureStream(
         data.caches,
         config.batch.sampler_config(),
@@ -82,7 +87,8 @@ def open_stream(config: TrainConfig, data: TrainData, group: ProcessGroup) -> St
         rows=data.train_rows,
         rank=group.rank,
         world_size=group.world_size,
-        pinned=data.layers is None and choose_device(config.device).type == "cuda",
+        pinned=on_gpu,
+        encoded=on_gpu and not _changes_anything(*changes),
     )
     return stream if data.layers is None else LayeredStream(stream, data.layers)
 
@@ -101,9 +107,9 @@ def augment(
     What happens to an utterance depends only on the seed, the index of the global batch and the row, so it is the same
     for any world size.
     """
-    is_changed = changes.silence or changes.speed or changes.time_masks or changes.channel_masks
-    if not (frame_mask_prob or noise_std or is_changed):
+    if not _changes_anything(frame_mask_prob, noise_std, changes):
         return batch
+    batch = batch.decoded()
     utterances, texts = [], list(batch.texts)
     for i, (features, frames, row) in enumerate(zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True)):
         generator = torch.Generator().manual_seed(_seed(seed, batch.index, row))
@@ -122,6 +128,11 @@ def augment(
         return batch
     lengths = torch.tensor([len(valid) for valid in utterances])
     return replace(batch, features=pad_sequence(utterances, batch_first=True), lengths=lengths, texts=texts)
+
+
+def _changes_anything(frame_mask_prob: float, noise_std: float, changes: AugmentConfig) -> bool:
+    named = changes.silence, changes.speed, changes.time_masks, changes.channel_masks
+    return any((frame_mask_prob, noise_std, *named))
 
 
 def _without_speech(features: Tensor, generator: torch.Generator) -> Tensor:

@@ -37,6 +37,7 @@ from shards.stream.batch import Batch
 from train.config.train import TrainConfig
 from train.data.loader import augment
 from train.data.text import with_text_rules
+from train.distributed.device import to_device
 from train.distributed.group import ProcessGroup
 from train.lms.base import LmRequest, SeparatePasses
 from train.model.audio_lm import AudioLM
@@ -122,7 +123,9 @@ class TrainStep:
         self._request = None
         if not batch.texts:  # the global batch has fewer utterances than ranks
             return None
-        self._request = self.model.request(batch.features, batch.mask(), batch.texts, prompt_rows(batch))
+        device = self.model.lm.device
+        features = batch.map_tensors(lambda tensor: to_device(tensor, device)).decoded().features
+        self._request = self.model.request(features, batch.mask(), batch.texts, prompt_rows(batch))
         return None if DISTILL in self.objectives.names else self._request
 
     def backward(self, index: int, nll: Tensor | None) -> None:

@@ -88,6 +88,19 @@ def test_chosen_rows_alone_are_read(caches):
     assert flat(rows_of(stream(caches, epochs=1, rows=chosen))) == chosen.tolist()
 
 
+@pytest.mark.parametrize("codec", ["f16", "bf16", "int8", "fp8"])
+def test_an_encoded_batch_holds_what_is_stored_and_decodes_to_the_features_of_a_plain_one(tmp_path, codec):
+    caches = [Cache.open(make_cache(tmp_path, codec=codec))]
+    streams = [
+        FeatureStream(caches, SamplerConfig(batch_size=4), 0, epochs=1, encoded=encoded) for encoded in (False, True)
+    ]
+    for plain, batch in zip(*streams, strict=True):
+        assert batch.features.element_size() == {"f16": 2, "bf16": 2, "int8": 1, "fp8": 1}[codec]
+        assert (batch.scales is None) == (codec in ("f16", "bf16"))
+        assert torch.equal(batch.decoded().features, plain.features)
+        assert batch.decoded().scales is None
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int8", "fp8"])
 def test_other_codecs_come_as_float32(tmp_path, codec):
     cache = Cache.open(make_cache(tmp_path / "cache", n=6, codec=codec))

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_cache import make_cache
+from tiny_run import make_config
 
 from shards.read.cache import Cache
 from shards.stream.iterable_dataset import FeatureStream
 from shards.stream.sampler import SamplerConfig
 from train.config.model import AugmentConfig
-from train.data.loader import augment
+from train.data.caches import open_data
+from train.data.loader import augment, open_stream
+from train.distributed.group import ProcessGroup
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,31 @@ def test_augmentation_is_the_same_for_any_world_size_and_differs_between_epochs(
 def test_noise_on_an_utterance_of_one_frame_is_not_nan(tmp_path):
     short = Cache.open(make_cache(tmp_path / "cache", 3, min_frames=1, max_frames=1))
     assert all(np.isfinite(features).all() for features in utterances(short, noise_std=0.5).values())
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "fp8"])
+def test_an_encoded_batch_changes_as_a_decoded_one(tmp_path, codec):
+    caches = [Cache.open(make_cache(tmp_path, codec=codec))]
+    batches = [
+        next(iter(FeatureStream(caches, SamplerConfig(batch_size=4), 0, encoded=encoded))) for encoded in (False, True)
+    ]
+    plain, encoded = (augment(batch, 1, 0.3, 0.1, AugmentConfig(speed=0.1)) for batch in batches)
+    assert torch.equal(plain.features, encoded.features)
+    assert encoded.scales is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "encoded"),
+    [
+        ({}, "cuda", True),
+        ({}, "cpu", False),
+        ({"noise_std": 0.1}, "cuda", False),
+        ({"augment": {"speed": 0.1}}, "cuda", False),
+    ],
+)
+def test_features_for_a_gpu_stay_encoded_unless_the_host_changes_them(tmp_path, monkeypatch, keys, device, encoded):
+    monkeypatch.setattr("train.data.loader.choose_device", lambda name: torch.device(device))
+    config = make_config(tmp_path, make_cache(tmp_path / "cache"), "none", eval_every=0, **keys)
+    stream = open_stream(config, open_data(config), ProcessGroup())
+    assert isinstance(stream, FeatureStream)
+    assert stream.encoded == encoded
