@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,6 +37,21 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("some audio")
     write_corpus(folder, 24)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretended_cuda(tmp_path_factory) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
+    """Call a function of ``tests/helpers`` in a process with a pretended CUDA device (``pretended_cuda.py``)."""
+    from pretended_cuda import Server, build
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # shared by the workers
+    library = build(folder)
+    if library is None:
+        pytest.skip("the pretended CUDA device is built with g++, which is not installed")
+    with Server(library) as server:
+        yield server.call
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
