@@ -3,29 +3,34 @@
     python bench/host.py                                    # 320 FLAC clips of noise, 1 and 2 cores: 2 minutes
     python bench/host.py --corpus /data/LibriSpeech         # the first 320 utterances of at most 30 s
     python bench/host.py --audio speech --clips 400         # sentences that espeak-ng synthesizes during the run
-    python bench/host.py --json host.json
+    python bench/host.py --json host.json --before OTHER    # also with the code of another checkout, in the same rounds
 
-Reading, decoding, codec, tar, sha256, fsync, commit and manifest are those of ``python -m pipeline extract``; only the
-forward pass is missing. ``windows/s`` is therefore the rate above which a GPU would wait for the host, and the shares
+Reading, decoding, batches, tar, sha256, fsync, commit and manifest are those of ``python -m pipeline extract`` on a
+GPU; only the device is missing: a batch is there at once, encoded by the codec as the device leaves it in pinned
+memory, and is copied out. ``windows/s`` is therefore the rate above which a GPU would wait for the host, and the shares
 show which stage it would wait for. Frames have the shape of whisper-base ([1500, 512] per window of 30 s) or large-v3
 ([1500, 1280]) and are trimmed to the audio, as in an extraction. With ``decode`` off, the samples are already in memory
-and only storing is timed. Each measurement runs in a separate process restricted to its cores; measurements alternate,
-and the best round is reported.
+and only storing is timed. ``--codec-on cpu`` measures an encoder that returns float32 frames: an encoder on a CPU, long
+audio, and every checkout before the codec ran on the device. Each measurement runs in a separate process restricted to
+its cores; measurements alternate, and the best round is reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,21 +61,45 @@ class Figures:
 
 
 class NullEncoder:
-    """Replaces an encoder (``pipeline/encoders/base.py``); its random frames are prepared before timing starts."""
+    """Replaces an encoder (``pipeline/encoders/base.py``) on a GPU, or on a CPU with ``codec`` None.
+
+    Its random frames are prepared and encoded before timing starts.
+    """
 
     family, name, n_layers, hop, sampling_rate = "null", "null", 1, HOP, RATE
-    window_samples, margin, frontend, dtype, device = WINDOW, 0.0, dict[str, Any](), "float32", "cpu"
-    window, loaded = "full30", True
+    window_samples, margin, frontend, dtype = WINDOW, 0.0, dict[str, Any](), "float32"
+    window, loaded, was_checked = "full30", True, True
     tensors = "0" * 64
 
-    def __init__(self, channels: int, batch_size: int) -> None:
-        self.channels, self.batch_size = channels, batch_size
+    def __init__(self, channels: int, batch_size: int, codec: str | None) -> None:
+        from shards.format.codec import encode
+
+        self.channels, self.batch_size, self.device = channels, batch_size, "cuda" if codec else "cpu"
         self._frames = np.random.default_rng(0).standard_normal((WINDOW // HOP, channels)).astype(np.float32)
+        self._encoded = encode(codec, self._frames) if codec else None
+        self.batches = SimpleNamespace()  # receives how waits for the device are timed
+        self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
+
+    def load(self) -> NullEncoder:
+        return self
 
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
     ) -> list[dict[int, np.ndarray]]:
         return [dict.fromkeys(layers, self._frames[: -(-len(clip) // HOP)]) for clip in clips]
+
+    def prepare(self, clip: np.ndarray) -> np.ndarray:
+        return clip
+
+    def group(self, samples: int) -> int:
+        return WINDOW
+
+    def launch(self, windows: Sequence[np.ndarray], layers: Sequence[int], trim: str, codec: str | None) -> Any:
+        return self._collector.submit(lambda: [dict.fromkeys(layers, self._output(len(each))) for each in windows])
+
+    def _output(self, samples: int) -> Any:
+        assert self._encoded is not None
+        return replace(self._encoded, payload=self._encoded.payload[: -(-samples // HOP)].copy())
 
 
 class Ready:
@@ -96,12 +125,12 @@ def write_clips(folder: Path, clips: int) -> None:
             manifest.write(f"{i:05d}.flac,clip number {i}\n")
 
 
-def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int | None, found: Any) -> None:
-    """Extract with a null encoder on ``setting.cores`` cores; put the result into the queue ``found``."""
+def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int, on_device: bool) -> Figures:
+    """Extract with a null encoder on ``setting.cores`` cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.cores])
     from pipeline.audio import decode
     from pipeline.config import ExtractConfig
-    from pipeline.extract.job import Job, feature_spec, provenance, schedule
+    from pipeline.extract.job import Job, feature_spec, schedule
     from pipeline.extract.listing import list_source
     from pipeline.extract.loop import finish_caches, make_shards
     from pipeline.extract.plan import count_windows, make_plan
@@ -115,9 +144,9 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
     from shards.commit.store import open_store
     from shards.config.base import validate_config
 
-    encoder: Any = NullEncoder(CHANNELS[setting.shape], batch)
+    encoder: Any = NullEncoder(CHANNELS[setting.shape], batch, setting.codec if on_device else None)
     with tempfile.TemporaryDirectory() as root:
-        tree = {"root": root, "source": source, "codec": setting.codec, "workers": workers}
+        tree = {"root": root, "source": source, "codec": setting.codec, "decode_workers": workers}
         config = validate_config(ExtractConfig, tree, "bench/host.py")
         audio = open_source(config.source)
         listing = list_source(audio, Path(root))
@@ -142,7 +171,9 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
         schedule(job)
         uris = listing.table["audio"].to_pylist()
         ready = {} if setting.decode else {uri: decode(data) for uri, data in audio.read(uris)}  # type: ignore[arg-type]
-        recorded, stats = provenance(job), ExtractionStats()  # imports torch before timing starts
+        import torch  # noqa: F401 - before timing starts: an encoder has imported it
+
+        stats = ExtractionStats()
         since, used = time.perf_counter(), processor_seconds()
         with (
             job.hold_leases(),
@@ -150,19 +181,14 @@ def measure(setting: Setting, source: dict[str, Any], batch: int, workers: int |
             open_decoders(job, stats.stage_times) as decoders,
         ):
             make_shards(job, stats, decoders if setting.decode else Ready(ready), progress)  # type: ignore[arg-type]
-            finish_caches(job.targets, 0, plan, recorded, 0.0)
+            finish_caches(job.targets, 0, plan, {}, 0.0)
         stats.stage_times.wall_seconds = time.perf_counter() - since
         if stats.failures:
             raise SystemExit(f"{len(stats.failures)} utterances failed, the first: {stats.failures[0]}")
         windows = count_windows(plan.samples, encoder, config.overlap)
         spent = 1000 * (processor_seconds() - used) / windows
-        found.put(
-            Figures(
-                round(windows / stats.stage_times.wall_seconds, 1),
-                round(spent, 2),
-                stats.stage_times.utilization(job.decode_workers),
-            )
-        )
+        rate = windows / stats.stage_times.wall_seconds
+        return Figures(round(rate, 1), round(spent, 2), stats.stage_times.utilization(job.decode_workers))
 
 
 def processor_seconds() -> float:
@@ -171,17 +197,20 @@ def processor_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in found)
 
 
-def one_round(setting: Setting, source: dict[str, Any], args: argparse.Namespace) -> Figures:
-    """Measure ``setting`` in a separate process."""
-    context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    process = context.Process(target=measure, args=(setting, source, args.batch, args.workers, found))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"the measurement {setting} exited with status {process.exitcode}")
-    figures: Figures = found.get()
-    return figures
+def one_round(setting: Setting, source: dict[str, Any], args: argparse.Namespace, checkout: Path) -> Figures:
+    """Measure ``setting`` with the code of ``checkout`` in a separate process."""
+    # a checkout before the codec ran on the device takes float32 frames
+    on_device = args.codec_on == "device" and (checkout / "pipeline/encoders/device.py").exists()
+    one = json.dumps([asdict(setting), source, args.batch, args.workers, on_device])
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", one],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+    )
+    return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
@@ -190,7 +219,10 @@ def main() -> None:
     parser.add_argument("--audio", choices=("flac", "speech"), default="flac", help="speech: synthesized by espeak-ng")
     parser.add_argument("--clips", type=int, default=320)
     parser.add_argument("--batch", type=int, default=32, help="windows per pass")
-    parser.add_argument("--workers", type=int, help="decoding threads (default: that of the extraction)")
+    parser.add_argument("--workers", type=int, default=2, help="decoding threads")
+    parser.add_argument("--codec-on", choices=("device", "cpu"), default="device", help="where frames are encoded")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure the code of another checkout, too")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", choices=list(CHANNELS), default=list(CHANNELS))
     parser.add_argument("--codecs", nargs="+", default=["f16", "int8"])
@@ -198,29 +230,40 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args()
 
+    if args.one:
+        setting, source, batch, workers, on_device = json.loads(args.one)
+        print(json.dumps(asdict(measure(Setting(**setting), source, batch, workers, on_device))))
+        return
     settings = [
         Setting(shape, codec, decode, cores)
         for cores, shape, codec, decode in product(args.cores, args.shapes, args.codecs, (True, False))
     ]
+    checkouts = {"this": Path(__file__).resolve().parent.parent, **({"before": args.before} if args.before else {})}
     with tempfile.TemporaryDirectory() as scratch:
         if args.audio == "speech":
-            source: dict[str, Any] = {"kind": "speech", "n": args.clips}
+            source = {"kind": "speech", "n": args.clips}
         elif args.corpus:
             source = {"kind": "librispeech", "path": args.corpus, "limit": args.clips, "max_duration": 30}
         else:
             write_clips(Path(scratch), args.clips)
             source = {"kind": "manifest", "path": f"{scratch}/clips.csv"}
-        rounds = [[one_round(setting, source, args) for setting in settings] for _ in range(args.rounds)]
+        runs = list(product(settings, checkouts))
+        rounds = [
+            [one_round(setting, source, args, checkouts[name]) for setting, name in runs] for _ in range(args.rounds)
+        ]
     fastest = [max(found, key=lambda figures: figures.windows_per_s) for found in zip(*rounds, strict=True)]
 
     print(f"{args.clips} clips ({args.corpus or args.audio}), {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
-    print(f"{'shape':<13} {'codec':<5} {'decode':<6} {'cores':>5} {'windows/s':>9} {'CPU ms':>7}  busy")
-    for setting, figures in zip(settings, fastest, strict=True):
+    print(f"{'shape':<13} {'codec':<5} {'decode':<6} {'cores':>5} {'code':<6} {'windows/s':>9} {'CPU ms':>7}  busy")
+    for (setting, name), figures in zip(runs, fastest, strict=True):
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in figures.shares.items())
         words = f"{setting.shape:<13} {setting.codec:<5} {'on' if setting.decode else 'off':<6} {setting.cores:>5}"
-        print(f"{words} {figures.windows_per_s:>9.1f} {figures.cpu_ms:>7.2f}  {busy}")
+        print(f"{words} {name:<6} {figures.windows_per_s:>9.1f} {figures.cpu_ms:>7.2f}  {busy}")
     if args.json:
-        results = [{**asdict(setting), **asdict(figures)} for setting, figures in zip(settings, fastest, strict=True)]
+        results = [
+            {**asdict(setting), **asdict(figures), **({"code": name} if args.before else {})}
+            for (setting, name), figures in zip(runs, fastest, strict=True)
+        ]
         args.json.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
 
 

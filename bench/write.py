@@ -80,7 +80,7 @@ def ours(rows: list[tuple[dict[str, Any], np.ndarray]], codec: bool) -> Timed:
                     writer.add(about, x, samples=about["samples"], audio_id=bytes(32), labels=LABELS)
                 else:
                     writer.add_encoded(
-                        about, Encoded(x, None, 0.0), samples=about["samples"], audio_id=bytes(32), labels=LABELS
+                        about, Encoded(x, None, 0.0, 0.0), samples=about["samples"], audio_id=bytes(32), labels=LABELS
                     )
             added = time.perf_counter() - since
             writer.commit({})

@@ -3,9 +3,10 @@
 Blocks of work are timed where they run. The result is a table; ``--profile FILE`` writes it as JSON with an event per
 block, in the format that https://ui.perfetto.dev and chrome://tracing read.
 
-A stage is *busy* while it works. *Waiting* is the time that the main thread waits for another stage. ``encode`` runs in
-the main thread, ``read`` in one thread, ``decode`` in ``workers`` threads, ``codec`` and ``write`` in one thread, and
-``commit``, which completes a shard, in another.
+A stage is *busy* while it works. *Waiting* is the time that the main thread waits for another stage. ``read`` runs in
+one thread, ``decode`` in ``workers`` threads, and ``encode`` in the main thread; on a GPU the main thread's work is
+``launch``, and ``encode`` is the time in which another thread waits for the device. ``codec``, ``write`` and
+``commit``, which completes a shard, run in one thread per shard, so their sum may exceed the time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STAGE_ORDER = ("read", "decode", "encode", "codec", "write", "commit")
+STAGE_ORDER = ("read", "decode", "launch", "encode", "codec", "write", "commit")
 
 
 class StageTimes:

@@ -94,15 +94,23 @@ class BackgroundThread(Generic[T]):
 
     def put(self, item: T) -> None:
         """Queue ``item``; blocks while the queue is full."""
+        self.check()
+        self._items.put((item,))
+
+    def check(self) -> None:
+        """Raise the exception of ``function``, if any."""
         if self._error is not None:
             raise self._error
-        self._items.put((item,))
 
     def finish(self) -> None:
         """Wait until all items are processed; raises the exception of ``function``, if any."""
         self._end()
-        if self._error is not None:
-            raise self._error
+        self.check()
+
+    def stop(self) -> None:
+        """Discard the queued items and wait for the one under way."""
+        self._discarding = True
+        self._end()
 
     def _end(self) -> None:
         if self._thread.is_alive():

@@ -18,7 +18,11 @@ import numpy as np
 from shards.format.spec import WindowMode
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import torch
+
+    from pipeline.encoders.device import DeviceBatches, Window, WindowOutput
 
 DTYPES = ("float32", "bfloat16", "float16")
 CONTEXT_STEP_SECONDS = 5  # tight contexts last 5, 10, …, 30 s; part of the format (docs/format.md)
@@ -75,6 +79,46 @@ class Encoder(Protocol):
 
         Returns:
             One dict per clip: layer -> float32 [frames, channels]. Values are not checked for NaN or Inf.
+        """
+        ...
+
+
+class DeviceEncoder(Encoder, Protocol):
+    """An encoder on a GPU, which encodes without being waited for.
+
+    Attributes:
+        batches: Runs its batches.
+    """
+
+    batches: DeviceBatches
+
+    def fit_batch(self, num_layers: int) -> None:
+        """Set the batch size that fits into the free memory with ``num_layers`` layers, unless it was configured."""
+
+    def prepare(self, clip: np.ndarray) -> Window:
+        """Return ``clip``, float32 [samples], for :meth:`launch`; what is computed on the CPU is left to a thread."""
+        ...
+
+    def group(self, samples: int) -> int:
+        """Return a number that is equal for clips that can be in one batch."""
+        ...
+
+    def launch(
+        self, windows: Sequence[Window], layers: Sequence[int], trim: str, codec: str | None
+    ) -> Future[list[WindowOutput]]:
+        """Start to encode at most ``batch_size`` windows of one group, and encode the frames as a cache stores them.
+
+        Args:
+            windows: From :meth:`prepare`.
+            layers: As in :meth:`Encoder.encode`.
+            trim: As in :meth:`Encoder.encode`.
+            codec: See ``shards/format/codec.py``; None: float32 frames.
+
+        Returns:
+            To come: one dict per window, layer -> what the codec stores, or float32 [frames, channels].
+
+        Raises:
+            RuntimeError: memory ran out (see :func:`pipeline.encoders.batching.is_out_of_memory`).
         """
         ...
 

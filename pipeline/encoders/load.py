@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from tqdm import tqdm
 
-from pipeline.encoders.base import DTYPES, Encoder
+from pipeline.encoders.base import DTYPES, DeviceEncoder, Encoder
 from pipeline.encoders.compile import CompiledForward, has_compiler, should_compile
 from pipeline.weights.resolve import ENCODERS, Weights, read_model_json
 from shards.errors import UserError
@@ -84,12 +86,45 @@ def may_have_gpu() -> bool:
     return any(next(DEVICES.glob(pattern), None) is not None for pattern in patterns)
 
 
+def use_device(device: str) -> str:
+    """Make ``device`` the GPU of this process if it names one, so that nothing is kept on the first; return it."""
+    if device.startswith("cuda:"):
+        import torch
+
+        with suppress(RuntimeError, AssertionError, ValueError):  # load_encoder says that it is not available
+            torch.cuda.set_device(device)
+    return device
+
+
+def describe_gpu(device: str) -> dict[str, str | int | None]:
+    """Return the card that ``device`` names, its driver and libraries: between them the last bits may differ."""
+    import torch
+
+    try:
+        driver = re.search(r"\d+(?:\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        driver = None
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "driver": driver and driver[0],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }
+
+
+def fit_batch(encoder: Encoder, num_layers: int) -> None:
+    """Fit the batch size of an encoder on a GPU to ``num_layers`` layers; see :class:`DeviceEncoder`."""
+    if encoder.device.startswith("cuda"):
+        cast(DeviceEncoder, encoder).fit_batch(num_layers)
+
+
 def auto_dtype(device: str) -> str:
     """Return the dtype that ``auto`` stands for on ``device``. It depends on the hardware, not on the model."""
     if device.startswith("cuda"):
         import torch
 
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        with torch.cuda.device(device):
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     try:
         flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
     except OSError:
@@ -118,6 +153,7 @@ def compile_encoder(encoder: Encoder, setting: str, num_windows: int) -> None:
         compiler_found=compiler_found,
     )
     if use:
+        encoder.fix_addresses()
         encoder.forward = CompiledForward(encoder.forward, mode="reduce-overhead")  # with CUDA graphs
     elif note:
         tqdm.write(f"note: the encoder is {note}", file=sys.stderr)

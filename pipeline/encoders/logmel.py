@@ -110,6 +110,7 @@ class LogMel:
         self.settings = settings
         self.window = torch.hann_window(settings.n_fft, device=device)
         self.filters = torch.from_numpy(mel_filters(settings)).to(device, torch.float32)
+        self._silence = torch.tensor(MEL_FLOOR).log10().item()
 
     def __call__(self, audio: torch.Tensor, frames: int | None = None) -> torch.Tensor:
         """Compute the spectrogram of a batch.
@@ -137,7 +138,6 @@ class LogMel:
         )
         power = torch.view_as_real(spectrum).square().sum(-1)
         log_mel = (self.filters @ power).clamp(min=MEL_FLOOR).log10()
-        silence = log_mel.new_tensor(MEL_FLOOR).log10().item()
         loudest = log_mel.amax(dim=(1, 2), keepdim=True)
-        log_mel = F.pad(log_mel, (0, (frames or settings.frames) - audio_frames), value=silence)
+        log_mel = F.pad(log_mel, (0, (frames or settings.frames) - audio_frames), value=self._silence)
         return (torch.maximum(log_mel, loudest - 8.0) + 4.0) / 4.0

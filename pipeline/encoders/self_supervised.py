@@ -1,10 +1,10 @@
 """HuBERT, wav2vec 2.0, WavLM and w2v-BERT 2.0: encoders that take audio of any length.
 
 Maps float32 clips at 16 kHz to the hidden states of the requested layers, float32 [frames, channels] per clip and
-layer, with the modules of transformers. Each clip is encoded alone at its own length (``window: clip``), because these
-encoders were not trained on padding and the older ones normalize over it. Zeros are appended until the receptive field
-of the last frame is full, so that a clip has ceil(samples / hop) frames and every sample contributes; the hop and the
-receptive field come from the model's config.
+layer, with the modules of transformers. Each clip is encoded at its own length (``window: clip``), on a CPU alone and
+on a GPU together with clips of equal length, because these encoders were not trained on padding and the older ones
+normalize over it. Zeros are appended until the receptive field of the last frame is full, so that a clip has
+ceil(samples / hop) frames and every sample contributes; the hop and the receptive field come from the model's config.
 
 Layers above the highest requested one are not computed: a pre-hook of the next layer ends the forward pass.
 """
@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from pipeline.encoders.base import check_encode_args, encoder_name, tensors_hash
+from pipeline.encoders.batching import fitting_batch_size, output_bytes
+from pipeline.encoders.device import Batch, DeviceBatches, Window, WindowOutput, real_float32
 from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
@@ -41,6 +44,7 @@ MODEL_CLASSES = {  # config.json's model_type -> transformers' class
 WINDOW_SECONDS = 30  # as in Whisper: the cost of attention grows with the square of the length
 # w2v-BERT's log-mel frames, in samples (SeamlessM4TFeatureExtractor)
 FILTERBANK_HOP, FILTERBANK_LENGTH = 160, 400
+FRONTEND_THREADS = 2  # of normalization and filterbanks, before a GPU
 # used in training only, or applied after the last layer
 UNUSED_TENSOR_PREFIXES = ("masked_spec_embed", "adapter.", "intermediate_ffn.")
 
@@ -74,6 +78,7 @@ class SelfSupervisedEncoder:
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"cannot load '{weights.folder}' as a {family} model ({reason}): copy it again") from None
+        self.hop: int
         self.family = family
         self.name = encoder_name(weights.reference)
         self.n_layers: int = model.config.num_hidden_layers
@@ -91,7 +96,8 @@ class SelfSupervisedEncoder:
         if family == "wav2vec2-bert":
             self._extractor = transformers.SeamlessM4TFeatureExtractor(**tree)  # type: ignore[no-untyped-call]
             stride = self._extractor.stride
-            self.hop, self._receptive_field = FILTERBANK_HOP * stride, FILTERBANK_HOP * (stride - 1) + FILTERBANK_LENGTH
+            self.hop = FILTERBANK_HOP * stride
+            self._receptive_field = FILTERBANK_HOP * (stride - 1) + FILTERBANK_LENGTH
             self.frontend: dict[str, int | float | str | bool | None] = {
                 "type": "seamless-log-mel",
                 "n_mels": self._extractor.num_mel_bins,
@@ -113,10 +119,57 @@ class SelfSupervisedEncoder:
         self._torch_device = torch.device(device)
         self._model = model.to(self._torch_device, getattr(torch, dtype)).eval()
         self._captured = threading.local()
+        self._frontend: ThreadPoolExecutor | None = None
         for index, layer in enumerate(self._model.encoder.layers):
             layer.register_forward_pre_hook(self._capture_hook(index), with_kwargs=True)
         self._pool = ThreadPool(torch.get_num_threads()) if device == "cpu" else None
-        self.batch_size = (batch_size or 8) if self._pool is None else max(batch_size or 8, 4 * self._pool.num_threads)
+        self._fits = batch_size is None and self._torch_device.type == "cuda"
+        self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads if self._pool else 0)
+        self.batches = DeviceBatches(self._torch_device, dtype) if self._torch_device.type == "cuda" else None
+        self.fit_batch(1)
+
+    def fit_batch(self, num_layers: int) -> None:
+        """See :meth:`pipeline.encoders.base.DeviceEncoder.fit_batch`."""
+        import torch
+
+        if not self._fits:
+            return
+        config, frames = self._model.config, self.window_samples // self.hop
+        inner = 2 * 4 * frames * (6 * self.channels + 2 * config.intermediate_size)
+        # the first convolution has the most values; its output, normalized and activated, is kept three times
+        stem = 3 * 4 * (self.window_samples // config.conv_stride[0]) * config.conv_dim[0] if not self._extractor else 0
+        free = torch.cuda.mem_get_info(self._torch_device)[0]
+        self.batch_size = fitting_batch_size(free, stem + inner + output_bytes(num_layers, frames, self.channels))
+
+    def prepare(self, clip: np.ndarray) -> Window:
+        """See :meth:`pipeline.encoders.base.DeviceEncoder.prepare`."""
+        if self._frontend is None:
+            self._frontend = ThreadPoolExecutor(FRONTEND_THREADS, thread_name_prefix="frontend")
+        return Window(len(clip), self._frontend.submit(self._values, clip))
+
+    def group(self, samples: int) -> int:
+        """Return the number of frames: clips with as many are padded to the same length."""
+        return -(-samples // self.hop)
+
+    def launch(
+        self, windows: Sequence[Window], layers: Sequence[int], trim: str, codec: str | None
+    ) -> Future[list[WindowOutput]]:
+        """See :meth:`pipeline.encoders.base.DeviceEncoder.launch`. The batch has as many rows as there are windows."""
+        import torch
+
+        assert self.batches is not None
+        values = [window.result() for window in windows]
+        frames, dtype, wanted = self.group(windows[0].samples), getattr(torch, self.dtype), set(layers)
+
+        def fill(rows: np.ndarray) -> None:
+            for row, value in zip(rows, values, strict=True):
+                row[:] = value
+
+        def forward(rows: torch.Tensor) -> dict[int, torch.Tensor]:
+            return self._hidden(rows.to(dtype), wanted)
+
+        shape, counts = (len(values), *values[0].shape), [frames] * len(values)
+        return self.batches.launch(Batch(shape, fill, forward, frames, counts, self.channels, sorted(wanted), codec))
 
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
@@ -139,35 +192,36 @@ class SelfSupervisedEncoder:
     def _encode(self, clip: np.ndarray, layers: set[int]) -> dict[int, np.ndarray]:
         import torch
 
-        frames = -(-len(clip) // self.hop)
-        if not frames:
+        if not len(clip):
             return {layer: np.zeros((0, self.channels), np.float32) for layer in layers}
-        self._captured.layers, self._captured.found, self._captured.top = layers, {}, max(layers)
-        with torch.inference_mode():
-            try:
-                last = self._model(self._input(clip, frames)).last_hidden_state
-                if self.n_layers in layers:
-                    self._captured.found[self.n_layers] = last
-            except _StopForward:
-                pass
-        return {
-            layer: x_1TC[0].to("cpu", torch.float32).numpy().copy() for layer, x_1TC in self._captured.found.items()
-        }
+        with torch.inference_mode(), real_float32(self.dtype if self._pool is None else ""):
+            values = torch.from_numpy(self._values(clip)[None])
+            found = self._hidden(values.to(self._torch_device, getattr(torch, self.dtype)), layers)
+        return {layer: x_1TC[0].to("cpu", torch.float32).numpy().copy() for layer, x_1TC in found.items()}
 
-    def _input(self, clip: np.ndarray, frames: int) -> torch.Tensor:
-        """Return the model's input: [1, samples], or [1, frames, n_mels * stride] for w2v-BERT, in ``self.dtype``."""
-        import torch
+    def _hidden(self, values: torch.Tensor, layers: set[int]) -> dict[int, torch.Tensor]:
+        """Return layer -> [B, T, C] of the model's input [B, ...]."""
+        captured = self._captured
+        captured.layers, captured.found, captured.top = layers, {}, max(layers)
+        try:
+            last = self._model(values).last_hidden_state
+            if self.n_layers in layers:
+                captured.found[self.n_layers] = last
+        except _StopForward:
+            pass
+        found: dict[int, torch.Tensor] = captured.found
+        return found
 
-        length = (frames - 1) * self.hop + self._receptive_field
+    def _values(self, clip: np.ndarray) -> np.ndarray:
+        """Return the model's input, float32: [samples], or [frames, n_mels * stride] for w2v-BERT."""
+        length = (self.group(len(clip)) - 1) * self.hop + self._receptive_field
         if self._extractor is not None:
             padded = np.pad(clip, (0, length - len(clip)))
-            values = self._extractor(padded, sampling_rate=self.sampling_rate, return_tensors="pt").input_features
-        else:
-            if self._normalize:  # as Wav2Vec2FeatureExtractor does, before the padding
-                clip = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)
-            values = torch.from_numpy(np.pad(clip, (0, length - len(clip)))[None])
-        model_input: torch.Tensor = values.to(self._torch_device, getattr(torch, self.dtype))
-        return model_input
+            found = self._extractor(padded, sampling_rate=self.sampling_rate, return_tensors="np").input_features
+            return np.asarray(found[0], np.float32)
+        if self._normalize:  # as Wav2Vec2FeatureExtractor does, before the padding
+            clip = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)
+        return np.pad(clip, (0, length - len(clip)))
 
     def _capture_hook(self, index: int) -> Any:
         """Return a pre-hook for layer ``index`` + 1, whose input is hidden state ``index``."""

@@ -7,8 +7,9 @@ for the frames that are kept. bfloat16 on a CPU is faster than in transformers a
 
 On a CPU, each clip is encoded on one thread, and as many clips run in parallel as torch has threads. No thread waits at
 a barrier inside a layer, so a busy core slows down only its own clip, and a clip's features depend neither on the batch
-nor on the number of threads. On a GPU, clips are encoded in batches, and the kernel chosen for another batch size may
-round differently.
+nor on the number of threads. On a GPU, an extraction launches batches of one shape per context, filled with silence, so
+that the features of a clip do not depend on its companions (:meth:`WhisperEncoder.launch`).
+:meth:`WhisperEncoder.encode` takes batches of any size, and the kernel chosen for another size may round differently.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.encoders.base import CONTEXT_STEP_SECONDS, check_encode_args, context_samples, encoder_name, tensors_hash
-from pipeline.encoders.batching import fitting_batch_size
+from pipeline.encoders.batching import fitting_batch_size, output_bytes
 from pipeline.encoders.compile import Forward
+from pipeline.encoders.device import Batch, DeviceBatches, Window, WindowOutput, real_float32
 from pipeline.encoders.logmel import LogMel, MelSettings
 from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
@@ -102,13 +105,61 @@ class WhisperEncoder:
         layer = 2 * positions * channels * (4 * channels + 2 * inner) + 4 * positions**2 * channels
         self.flop_per_window: float = stem + self.n_layers * layer
         # memory per window: the stem's output and the residual stream in float32, the inner layer, q, k and v
-        window_bytes = positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
-        if self._pool:
-            self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads)
-        elif batch_size is None and self._torch_device.type == "cuda":
-            self.batch_size = fitting_batch_size(torch.cuda.mem_get_info(self._torch_device)[0], window_bytes)
-        else:
-            self.batch_size = batch_size or 8
+        self._pass_bytes = positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
+        self._fits = batch_size is None and self._torch_device.type == "cuda"
+        self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads if self._pool else 0)
+        self.fit_batch(1)
+        self.batches = DeviceBatches(self._torch_device, dtype) if self._torch_device.type == "cuda" else None
+
+    def fit_batch(self, num_layers: int) -> None:
+        """Set the batch size that fits into the device's free memory when ``num_layers`` layers are asked for.
+
+        Nothing changes on a CPU, or if the size was configured.
+        """
+        import torch
+
+        if self._fits:
+            free = torch.cuda.mem_get_info(self._torch_device)[0]
+            self.batch_size = fitting_batch_size(free, self.window_bytes(num_layers))
+
+    def window_bytes(self, num_layers: int) -> int:
+        """Return the bytes that a window takes on a GPU when ``num_layers`` layers are asked for: an estimate."""
+        return self._pass_bytes + output_bytes(num_layers, self.positions, self.channels)
+
+    def fix_addresses(self) -> None:
+        """Tell torch.compile that the weights stay where they are: CUDA graphs then read them in place."""
+        import torch._dynamo
+
+        for value in self._weights.values():
+            torch._dynamo.mark_static_address(value)
+
+    def prepare(self, clip: np.ndarray) -> Window:
+        """See :meth:`pipeline.encoders.base.DeviceEncoder.prepare`."""
+        return Window(len(clip), clip)
+
+    def group(self, samples: int) -> int:
+        """Return the context of a clip, in samples: windows of one context are launched together."""
+        return context_samples(samples, self)
+
+    def launch(
+        self, windows: Sequence[Window], layers: Sequence[int], trim: str, codec: str | None
+    ) -> Future[list[WindowOutput]]:
+        """See :meth:`pipeline.encoders.base.DeviceEncoder.launch`; the batch has ``batch_size`` rows in any case."""
+        assert self.batches is not None
+        context = self.group(windows[0].samples)
+        positions, wanted = context // self.hop, sorted(set(layers))
+
+        def fill(audio: np.ndarray) -> None:
+            for row, window in zip(audio, windows, strict=False):
+                row[: window.samples] = window.result()
+
+        def forward(audio: torch.Tensor) -> dict[int, torch.Tensor]:
+            return self.forward(self._log_mel(audio, 2 * positions), wanted, positions)
+
+        counts = [-(-window.samples // self.hop) if trim == "valid" else positions for window in windows]
+        return self.batches.launch(
+            Batch((self.batch_size, context), fill, forward, positions, counts, self.channels, wanted, codec)
+        )
 
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
@@ -122,7 +173,7 @@ class WhisperEncoder:
         def encode_batch(context: int, batch: Sequence[int]) -> None:
             positions = context // self.hop
             frames = [-(-len(clips[i]) // self.hop) if trim == "valid" else positions for i in batch]
-            with torch.inference_mode():
+            with torch.inference_mode(), real_float32(self.dtype if self._pool is None else ""):
                 mel = self._log_mel(self._pad([clips[i] for i in batch]), 2 * positions)
                 for layer, x_BTC in self._run_forward(mel, sorted(set(layers)), max(frames)).items():
                     values = x_BTC[: len(batch), : max(frames)].to("cpu", torch.float32).numpy()

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from pipeline.config import ExtractConfig
 from pipeline.encoders.base import Encoder
 from pipeline.encoders.lazy import LazyEncoder, open_encoder_lazily
-from pipeline.encoders.load import compile_encoder, load_encoder
+from pipeline.encoders.load import compile_encoder, describe_gpu, fit_batch, load_encoder, use_device
 from pipeline.extract.audio_ids import AudioIndex, find_audio_ids
 from pipeline.extract.audio_ids import record as record_audio_ids
 from pipeline.extract.listing import Listing, list_source
@@ -101,7 +101,9 @@ class Job:
         encoded = self.to_encode() & np.isin(self.plan.shard, self.todo)
         if encoded.any():
             windows = count_windows(self.plan.samples[encoded], self.encoder, self.config.overlap)
-            compile_encoder(self.encoder.load(), self.config.encoder.compile, windows)
+            encoder = self.encoder.load()
+            fit_batch(encoder, len(self.targets))
+            compile_encoder(encoder, self.config.encoder.compile, windows)
 
     def to_encode(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Return which planned utterances are encoded, bool [utterances]: those that a target cannot copy."""
@@ -335,7 +337,7 @@ def open_configured_encoder(config: ExtractConfig, device: str | None = None) ->
     def load() -> Encoder:
         return load_encoder(
             weights,
-            device=device or first_device(config),
+            device=use_device(device or first_device(config)),
             dtype=config.encoder.dtype,
             batch_size=config.encoder.batch_size,
             window=config.window,
@@ -456,6 +458,13 @@ def _check_disk_space(job: Job) -> None:
         )
 
 
+def _batches_and_card(job: Job) -> dict[str, Any]:
+    """Return the batch size as configured; on a GPU the one in use, and the card, on which the last bits depend."""
+    if not (job.encoder.loaded and job.encoder.device.startswith("cuda")):
+        return {"batch_size": job.config.encoder.batch_size}
+    return {"batch_size": job.encoder.batch_size, "gpu": describe_gpu(job.encoder.device)}
+
+
 def provenance(job: Job) -> dict[str, Any]:
     """Return where the features come from and what computes them; not part of any id."""
     from importlib import metadata
@@ -474,7 +483,7 @@ def provenance(job: Job) -> dict[str, Any]:
             "reference": job.weights.reference,
             "revision": job.weights.revision,
             "device": str(job.encoder.device),
-            "batch_size": job.config.encoder.batch_size,
+            **_batches_and_card(job),
         },
         "copied": {location: count for reuse in job.reuse for location, count in reuse.sources.items()},
         "config": job.config.model_dump(mode="json"),

@@ -9,8 +9,8 @@ cache, which is idempotent. :func:`pipeline.extract.local.run_local` starts the 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -18,14 +18,14 @@ from pipeline.decode import AudioDecoders
 from pipeline.extract.job import Extraction, Job
 from pipeline.extract.progress import ProgressListener
 from pipeline.extract.resources import Worker
-from pipeline.extract.shard import WrittenShard, encode_shard
+from pipeline.extract.shard import BatchesOnDemand, ShardStore, read_shard, release_shard
 from pipeline.extract.stats import ExtractionStats, check_failures
 from pipeline.extract.targets import Target
-from pipeline.profile import StageTimes
-from pipeline.threads import BackgroundThread
+from pipeline.extract.windows import BatchSizeReducedError
 from shards.commit.claims import new_owner
 from shards.format.layout import Plan
 
+MAX_SHARDS_IN_FLIGHT = 3  # job.py counts as many on a scratch disk
 POLL_INTERVAL = 0.5  # seconds between two checks on other processes
 
 
@@ -67,7 +67,8 @@ def make_shards(
 ) -> None:
     """Extract every shard that no other process holds, until all shards are committed.
 
-    A shard is committed while the next one is encoded, so the encoder does not wait for fsync and reading back.
+    A shard is stored and committed while the next ones are encoded, so the encoder does not wait for hashing, fsync and
+    reading back.
 
     Args:
         job: a scheduled job, within :meth:`pipeline.extract.job.Job.hold_leases`.
@@ -83,81 +84,106 @@ def make_shards(
         if shard not in todo:
             listener.on_shard_skipped(shard)
     pending = [shards[place] for place in (worker or Worker()).shard_order(len(shards)) if shards[place] in todo]
-    with CommitThread(stats.stage_times, listener) as commit_thread:
+    with ShardsInFlight(job, stats, decoders, listener) as in_flight:
         while pending:
-            encoded_here, held_by_others = [], []
-            for shard in pending:
-                before_each_shard()
-                targets = job.missing_targets(shard)
-                if not targets:
-                    listener.on_shard_skipped(shard)
-                    continue
-                acquired = acquire_shard(job, shard, targets)
-                if acquired:
-                    try:
-                        written_shard = encode_shard(
-                            job, shard, acquired, stats, decoders, partial(listener.on_utterances, shard)
-                        )
-                    except BaseException:
-                        release_shard(shard, acquired)
-                        raise
-                    encoded_here.append(shard)
-                    commit_thread.put(written_shard)
-                if len(acquired) < len(targets):
-                    held_by_others.append(shard)
-            commit_thread.finish()
+            encoded_here, held_by_others = set[int](), list[int]()
+            left = deque(pending)
+            while left or in_flight:
+                try:
+                    if not left:
+                        in_flight.finish()
+                        continue
+                    shard = left.popleft()
+                    before_each_shard()
+                    targets = job.missing_targets(shard)
+                    if not targets:
+                        listener.on_shard_skipped(shard)
+                        continue
+                    in_flight.make_room()
+                    acquired = acquire_shard(job, shard, targets)
+                    if len(acquired) < len(targets):
+                        held_by_others.append(shard)
+                    if acquired:
+                        encoded_here.add(shard)
+                        in_flight.encode(shard, acquired)
+                except BatchSizeReducedError:
+                    left.extendleft(reversed(in_flight.take_back()))
             # a shard encoded here that is still missing was taken over by another process while this one was suspended
-            taken_over = [shard for shard in encoded_here if shard not in held_by_others and job.missing_targets(shard)]
+            taken_over = [
+                shard
+                for shard in pending
+                if shard in encoded_here and shard not in held_by_others and job.missing_targets(shard)
+            ]
             pending = held_by_others + taken_over
             if pending:
                 listener.on_waiting(len(pending))
                 time.sleep(POLL_INTERVAL)
 
 
-class CommitThread:
-    """Commits shards in order in a background thread, reports each one and releases its claims.
+class ShardsInFlight:
+    """The shards that are being encoded, stored or committed, the oldest first; a context manager that aborts them.
 
-    At most one shard waits while another is committed.
+    Each is stored by its own thread, so that several are hashed at the same time.
     """
 
-    def __init__(self, stage_times: StageTimes, listener: ProgressListener) -> None:
-        self._stage_times, self._listener = stage_times, listener
-        self._uncommitted: list[WrittenShard] = []
+    def __init__(self, job: Job, stats: ExtractionStats, decoders: AudioDecoders, listener: ProgressListener) -> None:
+        self._job, self._stats, self._decoders, self._listener = job, stats, decoders, listener
+        self._batches = BatchesOnDemand(job, stats.stage_times)
+        self._stores = deque[ShardStore]()
 
-    def __enter__(self) -> CommitThread:
-        self._thread = BackgroundThread(self._commit, 1)
+    def __bool__(self) -> bool:
+        return bool(self._stores)
+
+    def __enter__(self) -> ShardsInFlight:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.__exit__(kind, error, trace)
-        for written_shard in list(self._uncommitted):  # dropped by an exception
-            self._release(written_shard)
+        self._abort()
 
-    def put(self, written_shard: WrittenShard) -> None:
-        """Queue ``written_shard`` for commit. Raises the exception of an earlier commit."""
-        self._uncommitted.append(written_shard)
-        with self._stage_times.timed_wait("commit"):
-            self._thread.put(written_shard)
+    def encode(self, shard: int, targets: Sequence[Target]) -> None:
+        """Encode ``shard`` for ``targets``, whose claims are held; it is stored and committed in the background."""
+        for store in self._stores:
+            store.check()
+        store = ShardStore(self._job, shard, targets, self._stats, self._listener, self._batches.queue)
+        self._stores.append(store)
+        read_shard(self._job, store, self._batches, self._stats.stage_times, self._decoders)
+
+    def make_room(self) -> None:
+        """Wait until another shard may begin. Raises the exception of a commit."""
+        while len(self._stores) >= MAX_SHARDS_IN_FLIGHT:
+            self._finish_oldest()
 
     def finish(self) -> None:
         """Wait until everything is committed. Raises the exception of a commit."""
-        if not self._uncommitted:
-            return
-        with self._stage_times.timed_wait("commit"):
-            self._thread.finish()
-        self._thread = BackgroundThread(self._commit, 1)
+        while self._stores:
+            self._finish_oldest()
 
-    def _commit(self, written_shard: WrittenShard) -> None:
-        written_shard.commit()
-        self._listener.on_shard_committed(written_shard.shard)
-        self._release(written_shard)
+    def take_back(self) -> list[int]:
+        """Abort the shards that are not committed and return them; their utterances no longer count."""
+        shards = []
+        for store in self._abort():
+            if store.aborted:
+                store.take_back()
+                shards.append(store.shard)
+        return shards
 
-    def _release(self, written_shard: WrittenShard) -> None:
-        written_shard.abort()
-        release_shard(written_shard.shard, written_shard.targets)
-        self._uncommitted.remove(written_shard)
+    def _finish_oldest(self) -> None:
+        store = self._stores[0]
+        if self._batches.opened is not None:
+            self._batches.opened.flush(store.shard)
+        store.wait()
+        self._stores.popleft()
+
+    def _abort(self) -> list[ShardStore]:
+        if self._batches.opened is not None:
+            self._batches.opened.cancel()
+        stores = list(self._stores)
+        self._stores.clear()
+        for store in stores:
+            store.abort()
+        return stores
 
 
 def cleanup(extraction: Extraction) -> None:
@@ -173,12 +199,6 @@ def acquire_shard(job: Job, shard: int, targets: list[Target]) -> list[Target]:
     already_committed = [t for t in acquired if t not in job.missing_targets(shard)]
     release_shard(shard, already_committed)
     return [t for t in acquired if t not in already_committed]
-
-
-def release_shard(shard: int, targets: Sequence[Target]) -> None:
-    """Release the claims on ``shard``."""
-    for target in targets:
-        target.store.release(shard)
 
 
 def count_committed_failures(job: Job, stats: ExtractionStats) -> None:

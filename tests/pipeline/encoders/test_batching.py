@@ -15,6 +15,8 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:118] data. DefaultCPUAllocator: not enough memory: you tried 3 bytes"
 )
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+CUDNN = RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
 
 
 class Small:
@@ -36,7 +38,7 @@ def encoder(whisper):
     return load_encoder(Weights(whisper, f"path:{whisper}", ""), device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("error", [GPU, CPU, MemoryError()])
+@pytest.mark.parametrize("error", [GPU, CPU, CUBLAS, CUDNN, MemoryError()])
 def test_a_batch_that_does_not_fit_is_halved_and_the_features_are_the_same_bytes(encoder, error, capsys):
     clips = [np.full(1000 + 300 * i, 0.01 * i, np.float32) for i in range(11)]
     small = Small(encoder, 3, error)

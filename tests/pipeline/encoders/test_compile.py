@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,7 @@ def test_a_failing_compiler_prints_a_note_and_the_plain_pass_continues(batched, 
 
 def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     assert auto_dtype("cuda:0") == "float16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert auto_dtype("cuda") == "bfloat16"

@@ -9,34 +9,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_corpus import wav
+from tiny_encoders import FAMILIES, write_tiny
 
 from pipeline.__main__ import command
 from pipeline.encoders.load import load_encoder
 from pipeline.weights.resolve import Weights, check_weights_folder
 from shards.errors import UserError, run_command
 from shards.read.cache import Cache
-
-FAMILIES = ["hubert", "wav2vec2", "wav2vec2-stable", "wavlm", "wav2vec2-bert"]
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 8}
-CONVOLUTIONS = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
-
-
-def write_tiny(folder: Path, family: str, seed: int = 0) -> Path:
-    """A transformers folder of ``family``, width 32, 2 layers."""
-    import transformers as hf
-
-    kind = family.removesuffix("-stable")
-    names = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2", "wavlm": "WavLM", "wav2vec2-bert": "Wav2Vec2Bert"}
-    more: dict = {} if kind == "wav2vec2-bert" else dict(CONVOLUTIONS)
-    if family.endswith("-stable"):
-        more |= {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
-    config = getattr(hf, f"{names[kind]}Config")(**SMALL, **more)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        getattr(hf, f"{names[kind]}Model")(config).save_pretrained(folder)
-    extractor = hf.SeamlessM4TFeatureExtractor() if kind == "wav2vec2-bert" else hf.Wav2Vec2FeatureExtractor()
-    extractor.save_pretrained(folder)
-    return folder
 
 
 def load(folder: Path, **settings):

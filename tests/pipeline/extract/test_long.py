@@ -12,7 +12,7 @@ from tiny_whisper import write_tiny_whisper
 
 from pipeline.audio import split_into_windows
 from pipeline.encoders.load import load_encoder
-from pipeline.extract.shard import _encode_utterances
+from pipeline.extract.shard import BatchesOnDemand, PendingUtterance, read_shard
 from pipeline.maintain.check import check
 from pipeline.profile import StageTimes
 from pipeline.weights.resolve import resolve_weights
@@ -83,18 +83,21 @@ def test_batches_are_filled_across_recordings_and_across_the_windows_of_long_one
         return [{2: np.zeros((-(-len(clip) // HOP), 1), np.float32)} for clip in batch]
 
     encoder = SimpleNamespace(
-        sampling_rate=16_000, hop=HOP, window_samples=WINDOW, batch_size=4, encode=encode, was_checked=True
-    )
+        sampling_rate=16_000, hop=HOP, window_samples=WINDOW, batch_size=4, encode=encode, was_checked=True,
+        device="cpu", loaded=True, load=lambda: encoder,
+    )  # fmt: skip
     target = SimpleNamespace(layer=2)
     plan = SimpleNamespace(shard=np.zeros(len(rows), int), shard_rows=lambda shard: rows)
     job = SimpleNamespace(
-        encoder=encoder, config=SimpleNamespace(overlap=2.0, trim="valid"), plan=plan, targets=[target],
+        encoder=encoder, config=SimpleNamespace(overlap=2.0, trim="valid", codec="f16"), plan=plan, targets=[target],
         reuse=[SimpleNamespace(copied=np.zeros(len(rows), bool))], labels=SimpleNamespace(find=lambda keys: [{}] * 10),
     )  # fmt: skip
     decoders = SimpleNamespace(read=lambda rows: zip(rows, [bytes([1] * 32)] * len(rows), clips, strict=True))
-    utterances = list(_encode_utterances(job, 0, [target], StageTimes(), decoders))
+    utterances: list[PendingUtterance] = []
+    store = SimpleNamespace(shard=0, targets=[target], put=utterances.append, complete=lambda timings: None)
+    read_shard(job, store, BatchesOnDemand(job, StageTimes()), StageTimes(), decoders)
     assert [each.row for each in utterances] == rows
-    assert [sum(len(part[2]) for part in each.window_outputs) for each in utterances] == [
+    assert [sum(len(part.result()[2]) for part in each.windows) for each in utterances] == [
         sum(-(-(stop - start) // HOP) for start, stop in each.spans) for each in utterances
     ]
     num_windows = sum(len(split_into_windows(n, WINDOW, OVERLAP)) for n in samples)

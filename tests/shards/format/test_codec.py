@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,23 @@ def test_every_value_comes_back_within_half_a_step(codec, x):
     zeroed = np.abs(x).max(axis=0) < 127 * np.finfo(np.float32).tiny if codec in SCALED else np.zeros(1, bool)
     bound = np.where(zeroed, np.abs(x.astype(np.float64)) * 1.0001, allowed_error(codec, x, stored.scale))
     assert (np.abs(back.astype(np.float64) - x) <= bound + np.finfo(np.float32).smallest_subnormal).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_bytes_are_those_of_numpy_without_torch(monkeypatch, codec):
+    """Every float16 and the float32 values around the middle of each pair, among them subnormal ones and zeros."""
+    half = np.arange(65536, dtype=np.uint16).view(np.float16)
+    values = half[np.isfinite(half)].astype(np.float32)
+    middle = (values[1:] / 2 + values[:-1] / 2).astype(np.float32)
+    around = [values, middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))]
+    x = np.concatenate([each[: len(middle) // 4 * 4] for each in around]).reshape(-1, 4)
+    mine = encode(codec, x)
+    monkeypatch.delitem(sys.modules, "torch")
+    theirs = encode(codec, x)
+    assert mine.payload.tobytes() == theirs.payload.tobytes()
+    assert mine.error == theirs.error
+    if codec == "f16":
+        assert mine.payload.tobytes() == x.astype(np.float16).tobytes()
 
 
 @pytest.mark.parametrize("codec", CODECS)
