@@ -420,6 +420,7 @@ def _format_summary(summary: dict[str, Any]) -> str:
         ("WER / CER", f"{percent('wer')} / {percent('cer')}")
         if summary["wer"] is not None or summary["cer"] is None
         else ("CER (no WER: words have no spaces)", percent("cer")),
+        *([("  decoded", summary["decoding"])] if "decoding" in summary else []),
         ("retrieval accuracy", accuracy),
         ("hallucination rate on silence", percent("hallucination_rate") if "hallucination_rate" in summary else "–"),
         ("steps, seconds", f"{summary['steps']}, {summary['seconds']:.1f}"),

@@ -336,6 +336,17 @@ class DecodeConfig(Config):
     the form of the labels, the last with the line break that ends a text. The LM then adds what it knows of the
     language, and the audio is heard by the head alone. null: the prompt of the run."""
 
+    @property
+    def description(self) -> str:
+        """How text is decoded, for people."""
+        if not self.ctc_weight:
+            return "greedily by the LM"
+        reads = "the prompt and the soft tokens" if self.context is None else "decode.context, without the audio"
+        return (
+            f"by the CTC head and the LM together (weights {self.ctc_weight:g} and {1 - self.ctc_weight:g}, "
+            f"{self.beam_size} hypotheses); the LM reads {reads}"
+        )
+
 
 class AugmentConfig(Config):
     """Changes of the cached features in training: silence, speed, then noise (`noise_std`), then masks.

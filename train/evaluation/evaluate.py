@@ -8,7 +8,8 @@ utterances. Every metric is defined in the module of ``train/evaluation/`` that 
 | ``val_loss`` | loss with the utterance's own audio | 1 |
 | ``val_loss_shuffled`` | loss with another utterance's audio, of the same task and with another text | 1 |
 | ``audio_gain`` | shuffled minus matched: what the model gains from the audio | |
-| ``wer``, ``cer`` | corpus error rates of greedy decoding, with insertions, deletions, substitutions | decoding |
+| ``wer``, ``cer`` | corpus error rates of decoded text, with insertions, deletions, substitutions | decoding |
+| ``decoding`` | how it was decoded, unless greedily by the LM | |
 | ``languages`` | number of decoded texts by language, unless all are English; see ``languages.py`` | |
 | ``projector_rms_ratio`` | RMS of the soft tokens over RMS of the LM's embeddings | |
 | *complete:* ``val_loss_silent``, ``silent_gain`` | loss with silence; silent minus matched | 1, and the encoder once |
@@ -238,7 +239,7 @@ def _evaluation_mode(models: Sequence[AudioLM]) -> Iterator[None]:
 
 
 def _decode(models: ModelList, reader: UtteranceReader, config: EvalConfig) -> list[dict[int, Sample]]:
-    """Decode up to ``decode_limit`` utterances greedily with each model; the samples are keyed by utterance index."""
+    """Decode up to ``decode_limit`` utterances with each model; the samples are keyed by utterance index."""
     if not config.decode_limit:
         return [{} for _ in models.models]
 
@@ -339,6 +340,7 @@ def _evaluation(
         extra_metrics={
             "word_edits": _counts(words),
             "character_edits": _counts(characters),
+            **({"decoding": model.decode.description} if model.decode.ctc_weight else {}),
             **language_metrics([reader.languages[i] for i in decoded]),
             **extras.metrics,
         },

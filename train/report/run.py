@@ -50,6 +50,7 @@ def render_run(folder: Path) -> str:
         losses_by_input=_losses_by_input(metrics),
         tasks=_tasks(metrics),
         retrieval=_retrieval(metrics.get("retrieval")),
+        decoding=_decoding(metrics),
         errors=_errors(metrics),
         silence=_silence(metrics),
         drawings=pca_charts(run.embedding_space, seconds_per_frame(run)),
@@ -190,6 +191,11 @@ def _retrieval(found: Metrics | None) -> dict[str, Any] | None:
     cells = [(what, percent(found[name], 0), format_interval(found, name, 100, 0)) for what, name in rows]
     cells.append(("chance", percent(found["chance"], 0), f"one of {found['candidates']}"))
     return {"utterances": found["utterances"], "rows": cells}
+
+
+def _decoding(metrics: Metrics) -> str:
+    found = metrics.get("decoding")
+    return f"Decoded {found}." if found else ""
 
 
 def _errors(metrics: Metrics) -> list[Row]:

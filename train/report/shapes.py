@@ -138,6 +138,7 @@ class Evaluation(Rates):
     retrieval: Retrieval | None = None
     word_edits: Edits | None = None
     character_edits: Edits | None = None
+    decoding: str | None = None
     hallucination: Hallucination | None = None
     listening: Listening | None = None
     samples: list[Sample] = []

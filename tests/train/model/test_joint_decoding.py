@@ -20,6 +20,7 @@ from train.model.build import build_model
 from train.model.ctc import read_tokens
 from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
 from train.projectors.ctc import BLANK, best_path, ctc_nll
+from train.runs.folder import read_json
 from train.trainer.fit import fit
 
 TOKENS = [40, 50, 60]  # ids of classes 1 to 3
@@ -125,7 +126,14 @@ def test_an_evaluation_of_a_run_may_decode_with_the_head_of_stage_one(tmp_path, 
     reference = f"path:{save_tiny_lm(tmp_path / 'lm')}"
     posterior = {"kind": "posterior", "hidden": 12}
     config = make_config(
-        tmp_path, cache, reference, projector=posterior, steps=1, pretrain={"steps": 4}, max_new_tokens=40
+        tmp_path,
+        cache,
+        reference,
+        projector=posterior,
+        steps=1,
+        pretrain={"steps": 4},
+        max_new_tokens=40,
+        decode={"ctc_weight": 0.5},
     )
     run = fit(config)
 
@@ -136,6 +144,9 @@ def test_an_evaluation_of_a_run_may_decode_with_the_head_of_stage_one(tmp_path, 
     model = build_model(config, 8, torch.device("cpu"), torch.float32, run=run)
     ids = set(read_tokens(run))
     greedy, heard = decoded(), decoded(ctc_weight=1)
+    found = read_json(run / "figures.json")["decoding"]
+    assert found.startswith("by the CTC head and the LM together (weights 1 and 0, 3 hypotheses)")
+    assert "(weights 0.5 and 0.5, 6 hypotheses); the LM reads the prompt" in (run / "report.html").read_text()
     assert greedy != heard
     assert all(set(model.lm.tokenizer.encode(text)) <= ids for text in heard)
     # the weight of the language model is 0: what it reads does not matter
