@@ -14,6 +14,7 @@ import pytest
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from train.distributed.signals import StopRequest
 from train.sweeps.group import LmCache, LockstepTrainer
@@ -57,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{name: {"projector": keys} for name, keys in PROJECTORS.items()},
     **OPTIONS,
     "bfloat16": {"dtype": "bfloat16"},
+    "sliding-window": {},
     **{f"stored-{codec}": {"caches": codec} for codec in ("bf16", "int8", "fp8")},
 }
 OTHERS = [name for name in CASES if name not in QUICK]
@@ -67,6 +69,9 @@ def inputs(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
     for codec in ("f16", "bf16", "int8", "fp8"):
         make_cache(folder / codec, n=24, channels=8, val_every=4, min_frames=30, max_frames=60, codec=codec)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16}
+    save_tiny_lm(folder / "gemma2", model=Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, pad_token_id=0)))
     return f"path:{save_tiny_lm(folder / 'lm')}", str(folder / "f16")
 
 
@@ -74,6 +79,8 @@ def settings(name: str, lm: str, cache: str) -> dict[str, Any]:
     keys = {"dtype": "float32", **STEPS, **CASES[name]}
     if "lm" in keys:
         keys["lm"] = {"model": lm, **keys["lm"]}
+    if "sliding" in name:
+        keys["lm"] = {"model": f"path:{Path(cache).with_name('gemma2')}"}
     if "caches" in keys:
         keys["caches"] = [str(Path(cache).with_name(keys["caches"]))]
     return keys
