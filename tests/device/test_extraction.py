@@ -150,3 +150,7 @@ def test_a_process_uses_its_own_card_and_records_it(extract):
 
 def test_a_batch_has_room_for_the_layers_asked_for(pretended_cuda, whisper):
     assert pretended_cuda("cuda_extraction:fitted", {"model": str(whisper), "free": 60_000_000}) == [8, 4]
+
+
+def test_a_slot_is_used_again_only_after_its_event(pretended_cuda, whisper):
+    assert pretended_cuda("cuda_extraction:slots", {"model": str(whisper)}) == [True, True, True]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,27 @@ def fitted(device: Any, model: str, free: int) -> list[int]:
         encoder.fit_batch(layers)
         sizes.append(encoder.batch_size)
     return sizes
+
+
+def slots(device: Any, model: str) -> list[bool]:
+    """Launch four batches while no wait for the device ends: whether the fourth waited, and whether all came out."""
+    from pipeline.encoders.load import load_encoder
+    from pipeline.weights.resolve import Weights
+
+    encoder: Any = load_encoder(Weights(Path(model), f"path:{model}", ""), device="cuda", dtype="float32", batch_size=1)
+    windows, goes_on = [encoder.prepare(np.full(4000, 0.1, np.float32))], threading.Event()
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        goes_on.wait(60)
+        yield
+
+    encoder.batches.timed = timed
+    launched = [encoder.launch(windows, [2], "valid", "f16") for _ in range(3)]
+    late = threading.Thread(target=lambda: launched.append(encoder.launch(windows, [2], "valid", "f16")))
+    late.start()
+    late.join(3)
+    waited = late.is_alive()
+    goes_on.set()
+    late.join(60)
+    return [waited, len({each.result()[0][2].payload.tobytes() for each in launched}) == 1, len(launched) == 4]
