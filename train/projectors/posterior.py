@@ -117,18 +117,16 @@ def merge_runs(scores: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Te
         values: [B, S, X].
 
     Returns:
-        means [B, N, X], N at least 1, and the mask of the runs [B, N].
+        means [B, N, X], N at least 1, and the mask of the runs [B, N]. N is the most runs of a row, on a GPU S.
     """
     best = scores.argmax(-1).masked_fill(~mask, BLANK)
     says = best != BLANK
     starts = says & (best != F.pad(best, (1, 0), value=BLANK)[:, :-1])
-    counts = starts.sum(1)
-    width = max(1, int(counts.max()))
-    run = (starts.cumsum(1) - 1).clamp(min=0)
-    row = torch.arange(len(scores), device=scores.device)[:, None] * width
-    sums = values.new_zeros(len(scores) * width, values.shape[-1])
-    index = (run + row)[says]
-    sums = sums.index_add(0, index, values[says])
-    lengths = torch.bincount(index, minlength=len(sums)).clamp(min=1)
-    mean = (sums / lengths[:, None]).reshape(len(scores), width, -1)
+    counts, rows = starts.sum(1), len(scores)
+    width = max(1, int(counts.max())) if scores.device.type == "cpu" else scores.shape[1]  # a GPU is not waited for
+    row = torch.arange(rows, device=scores.device)[:, None] * width
+    index = torch.where(says, starts.cumsum(1) - 1 + row, rows * width).flatten()  # blanks go to a slot of their own
+    sums = values.new_zeros(rows * width + 1, values.shape[-1]).index_add(0, index, values.flatten(0, 1))
+    lengths = torch.zeros_like(sums[:, 0]).index_add(0, index, torch.ones_like(index, dtype=sums.dtype)).clamp(min=1)
+    mean = (sums / lengths[:, None])[:-1].reshape(rows, width, -1)
     return mean, torch.arange(width, device=scores.device) < counts[:, None]

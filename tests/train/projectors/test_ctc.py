@@ -175,14 +175,14 @@ def test_a_mixer_in_front_of_it_has_its_soft_tokens_its_head_and_gradients():
     assert steps.all()
     vectors.sum().backward()
     assert mixed.mixer.logits.grad.abs().sum() > 0
-    assert mixed.take_scores().keys() == {"bytes"}
+    assert mixed.take_scores().keys() == {"tokens", "bytes"}
 
 
-def test_scores_are_kept_in_training_alone_and_taken_once():
+def test_scores_are_taken_once_and_those_of_bytes_kept_in_training_alone():
     projector = build()
     features, mask = torch.randn(1, 8, 6), torch.ones(1, 8, dtype=torch.bool)
     projector(features, mask)
-    assert projector.take_scores() == {}
+    assert projector.take_scores().keys() == {"tokens"}
     projector.train()(features, mask)
     kept = projector.take_scores()
     assert {name: tuple(scores.shape) for name, (scores, _) in kept.items()} == {
