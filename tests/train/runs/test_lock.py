@@ -17,7 +17,7 @@ from shards.errors import UserError
 from train.runs.folder import hold
 from train.sweeps.config import SweepConfig
 from train.sweeps.sweep import run_sweep
-from train.trainer import trainer
+from train.trainer import fit as fit_module
 from train.trainer.fit import fit
 
 HOLDER = """
@@ -55,7 +55,7 @@ def test_a_second_process_is_refused_in_one_sentence_before_the_model_loads(tmp_
     def build_model(*words, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(trainer, "build_model", build_model)
+    monkeypatch.setattr(fit_module, "build_model", build_model)
     by = f"process {holder.pid} on {socket.gethostname()} is training in '.*run': wait until it ends"
     with pytest.raises(UserError, match=by):
         fit(config(tmp_path, cache))
