@@ -248,23 +248,27 @@ def main() -> None:
             write_clips(Path(scratch), args.clips)
             source = {"kind": "manifest", "path": f"{scratch}/clips.csv"}
         runs = list(product(settings, checkouts))
-        rounds = [
-            [one_round(setting, source, args, checkouts[name]) for setting, name in runs] for _ in range(args.rounds)
-        ]
-    fastest = [max(found, key=lambda figures: figures.windows_per_s) for found in zip(*rounds, strict=True)]
+        fastest: dict[tuple[Setting, str], Figures] = {}
+        for _ in range(args.rounds):
+            for setting, name in runs:
+                found = one_round(setting, source, args, checkouts[name])
+                before = fastest.get((setting, name), found)
+                fastest[setting, name] = max(before, found, key=lambda figures: figures.windows_per_s)
+                if args.json:  # what was measured outlives an interruption
+                    write_results(args.json, fastest)
 
     print(f"{args.clips} clips ({args.corpus or args.audio}), {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     print(f"{'shape':<13} {'codec':<5} {'decode':<6} {'cores':>5} {'code':<6} {'windows/s':>9} {'CPU ms':>7}  busy")
-    for (setting, name), figures in zip(runs, fastest, strict=True):
+    for (setting, name), figures in fastest.items():
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in figures.shares.items())
         words = f"{setting.shape:<13} {setting.codec:<5} {'on' if setting.decode else 'off':<6} {setting.cores:>5}"
         print(f"{words} {name:<6} {figures.windows_per_s:>9.1f} {figures.cpu_ms:>7.2f}  {busy}")
-    if args.json:
-        results = [
-            {**asdict(setting), **asdict(figures), **({"code": name} if args.before else {})}
-            for (setting, name), figures in zip(runs, fastest, strict=True)
-        ]
-        args.json.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def write_results(path: Path, fastest: dict[tuple[Setting, str], Figures]) -> None:
+    """Write the best round of each measurement; ``code`` is the checkout, ``this`` or ``before``."""
+    results = [{**asdict(setting), **asdict(figures), "code": name} for (setting, name), figures in fastest.items()]
+    path.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
