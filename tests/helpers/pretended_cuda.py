@@ -558,6 +558,7 @@ def _serve(library: str) -> None:
     results, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     sys.path[:0] = [str(SOURCE.parent)]
     sys.modules["pretended_cuda"] = sys.modules["__main__"]
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # peft imports it where torch has CUDA: it has kernels
     device_class = _install(Path(library))
     for line in sys.stdin:
         function, arguments = json.loads(line)
