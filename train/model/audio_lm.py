@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,17 @@ from train.model.prompt import Prompt, PromptRow
 from train.projectors import Projector
 from train.projectors.ctc import ctc_nll
 
-if TYPE_CHECKING:
-    from train.model.ctc import CtcTokenizer
-
 Scores = dict[str, tuple[Tensor, Tensor]]  # see ``Projector.take_scores``
+
+
+class CtcClasses(Protocol):
+    """The classes of a CTC head; class c, from 1, is the token ``tokens[c - 1]``."""
+
+    tokens: list[int]
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Return the classes of ``text``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,7 @@ class AudioLM(nn.Module):
         lm: LanguageModel,
         prompt: Prompt,
         ctc_head: nn.Module | None = None,
-        ctc_tokenizer: CtcTokenizer | None = None,
+        ctc_tokenizer: CtcClasses | None = None,
         decode: DecodeConfig | None = None,
     ) -> None:
         """Join the parts.
@@ -117,7 +124,7 @@ class AudioLM(nn.Module):
         classes = [self._classes().encode(text) for text in texts]
         return ctc_nll(*self._ctc_scores(request, scores), classes)
 
-    def _classes(self) -> CtcTokenizer:
+    def _classes(self) -> CtcClasses:
         if self.ctc_tokenizer is None:
             raise ValueError("the model has no CTC head: set ctc.weight")
         return self.ctc_tokenizer
