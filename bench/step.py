@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,25 @@ from train.model.build import build_model
 from train.trainer.step import TrainStep, optimizer_step
 
 CHANNELS, LR = 512, 1e-4  # channels of whisper-base
-WORDS = "the of and to in a that he was it his is with as had for she her you at on not be this".split()  # noqa: SIM905
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "that",
+    "he",
+    "was",
+    "it",
+    "his",
+    "with",
+    "as",
+    "had",
+    "for",
+    "she",
+    "her",
+]
 KINDS = {  # of the operations of a profile, by a part of their names
     "attention": ("attention",),
     "matrix products": ("mm", "linear", "convolution", "bmm"),
@@ -173,7 +192,8 @@ def shares(step: Callable[[int, Batch], float], batch: Batch, device: torch.devi
 def measure(name: str, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Measure one shape."""
     shape = SHAPES[name]
-    changed = [f"lm.model={arguments.lm}", "contrastive.weight=0", "ctc.weight=0", "pretrain.steps=0", "caches=none"]
+    changed = [f"lm.model={arguments.lm}", "contrastive.weight=0", "ctc.weight=0", "pretrain.steps=0"]
+    changed += ["decode.ctc_weight=0", "caches=none"]
     read = load_config(TrainConfig, shape.config, changed)
     tree = {**read.model_dump(mode="json"), "projector": {"kind": "linear", "stack": 5, "norm": "rms"}, "augment": {}}
     config = TrainConfig.model_validate(tree)
@@ -187,7 +207,7 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device, dtyp
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(1, arguments.steps + 1):
         for loop, step in loops.items():
-            seconds[loop].append(timed(lambda step=step, number=number: step(number, batch), device))  # type: ignore[misc]
+            seconds[loop].append(timed(partial(step, number, batch), device))
     rate = matrix_rate(device, dtype)
     bound = counted_flop(loops["earshard"], batch) / rate
     medians = {loop: statistics.median(values) for loop, values in seconds.items()}

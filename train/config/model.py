@@ -336,6 +336,12 @@ class DecodeConfig(Config):
     the form of the labels, the last with the line break that ends a text. The LM then adds what it knows of the
     language, and the audio is heard by the head alone. null: the prompt of the run."""
 
+    @model_validator(mode="after")
+    def _ends_with_a_line(self) -> DecodeConfig:
+        if self.context is not None and not self.context.endswith("\n"):
+            raise ValueError("decode.context does not end with a line break, which ends a text: end it with one")
+        return self
+
     @property
     def description(self) -> str:
         """How text is decoded, for people."""

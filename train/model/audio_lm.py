@@ -193,8 +193,9 @@ class AudioLM(nn.Module):
         tokens, size = self._classes().tokens, max_utterances(self.decode, self.lm.device)
         ends = request.ends or self.lm.tokenizer.ends
         if self.decode.context is not None:
-            ids, rows = self.lm.tokenizer.encode(self.decode.context), len(mask)
-            ends = ends | {ids[-1]}
+            encode, rows = self.lm.tokenizer.encode, len(mask)
+            ids = encode(self.decode.context)
+            ends = ends | {ids[-1], encode("\n")[-1]}  # a tokenizer may join the line break with what precedes it
             request = LmRequest(request.soft[:, :0], request.soft_mask[:, :0], [ids] * rows, [[]] * rows, [], ends)
         texts: list[str] = []
         for start in range(0, len(mask), size):

@@ -166,6 +166,11 @@ def test_an_evaluation_of_a_run_may_decode_with_the_head_of_stage_one(tmp_path, 
     assert all(soft > 0 for soft, _, _ in starts)
 
 
+def test_a_context_without_a_line_break_at_its_end_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not end with a line break"):
+        make_config(tmp_path, tmp_path, "nanochat:d2", ctc={"weight": 1}, decode={"ctc_weight": 0.5, "context": "one"})
+
+
 def test_without_a_head_it_is_refused_with_what_mends_it(tmp_path):
     with pytest.raises(UserError, match=r"decode\.ctc_weight needs a CTC head: set ctc\.weight, or projector\.kind"):
         make_config(tmp_path, tmp_path, "nanochat:d2", decode={"ctc_weight": 0.5})

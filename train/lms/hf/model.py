@@ -257,14 +257,15 @@ class _CachedRows(Decoding):
     """Rows of a model with a KV cache, padded on the left."""
 
     def __init__(self, lm: HfLanguageModel, packed: PackedInputs, soft_ND: Tensor) -> None:
-        self._lm, self._cache = lm, None
+        self._lm = lm
+        self._cache: Any = None  # transformers has a class for each family
         (self._mask,) = all_to_device([packed.valid.long()], lm.device)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._read(lm._embed_inputs(packed, soft_ND))
 
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
         if parents is not None:
-            self._cache.reorder_cache(parents)  # type: ignore[attr-defined]
+            self._cache.reorder_cache(parents)
             self._mask, self._positions = self._mask[parents], self._positions[parents]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
         self._positions = self._positions[:, -1:] + 1
