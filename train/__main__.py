@@ -391,19 +391,23 @@ def _format_summary(summary: dict[str, Any]) -> str:
     from train.runs.metrics_log import format_number
 
     def percent(key: str) -> str:
-        return "–" if summary[key] is None else f"{100 * summary[key]:.1f}%"
+        return "–" if summary[key] is None else f"{100 * summary[key]:.1f} %"
+
+    def seconds(part: str) -> str:  # a run of an earlier version has their sum only
+        found = summary.get(f"{part}_seconds")
+        return "–" if found is None else f"{found:,.1f} s"
 
     low, high = (summary.get("intervals") or {}).get("audio_gain", (None, None))
-    bounds = "" if low is None else f"  [{low:.2f}, {high:.2f}] 95% CI"
+    bounds = "" if low is None else f"  [{low:.2f}, {high:.2f}] 95 % interval"
     retrieval, accuracy = summary.get("retrieval"), "–"
     if retrieval is not None:
-        accuracy = f"{100 * retrieval['by_likelihood']:.0f}% (chance: {100 * retrieval['chance']:.0f}%)"
+        accuracy = f"{100 * retrieval['by_likelihood']:.0f} % (chance: {100 * retrieval['chance']:.0f} %)"
 
     def task_line(metrics: dict[str, Any]) -> str:
         rates = [(name, metrics.get(name.lower())) for name in ("WER", "CER", "accuracy")]
         return (
             f"{format_number(metrics.get('val_loss'))}, audio gain {format_number(metrics.get('audio_gain'))}"
-            + "".join(f", {name} {100 * rate:.1f}%" for name, rate in rates if rate is not None)
+            + "".join(f", {name} {100 * rate:.1f} %" for name, rate in rates if rate is not None)
         )
 
     lines = [
@@ -423,7 +427,8 @@ def _format_summary(summary: dict[str, Any]) -> str:
         *([("  decoded", summary["decoding"])] if "decoding" in summary else []),
         ("retrieval accuracy", accuracy),
         ("hallucination rate on silence", percent("hallucination_rate") if "hallucination_rate" in summary else "–"),
-        ("steps, seconds", f"{summary['steps']}, {summary['seconds']:.1f}"),
+        ("steps", f"{summary['steps']:,}"),
+        ("training, evaluation", f"{seconds('training')}, {seconds('evaluation')}"),
         ("frames per second", f"{summary['frames_per_second']:,.0f}"),
         ("data wait, padding", f"{percent('data_wait_fraction')}, {percent('padding_fraction')}"),
         *((f"task {name or '(none)'}: loss", task_line(each)) for name, each in summary.get("tasks", {}).items()),

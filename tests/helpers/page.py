@@ -22,7 +22,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.fetched += [value for name, value in attrs if name in ("src", "href") or name.startswith("on")]
+        fetches = [value for name, value in attrs if name in ("src", "href") or name.startswith("on")]
+        self.fetched += [value for value in fetches if not value.startswith("#")]
         if tag not in VOID:
             self.open.append(tag)
 

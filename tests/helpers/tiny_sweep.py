@@ -18,6 +18,7 @@ DROPOUT = {"kind": "residual", "stack": 3, "blocks": 1, "hidden": 16, "dropout":
 
 
 TIMED = {"seconds", "elapsed", "data_wait_fraction", "frames_per_second", "eval_seconds"}
+TIMED |= {"training_seconds", "evaluation_seconds"}
 
 
 # They differ in everything that experiments of a group may differ in: projector, prompt, optimizer, length, averages,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from tqdm import tqdm
 
 from train.config.model import TextConfig
 from train.data.caches import Utterances, pad
@@ -66,6 +67,8 @@ class UtteranceReader:
         text_indices: Sequence[int],
         function: BatchFunction,
         get_features: Callable[[int], Features] | None = None,
+        *,
+        what: str = "held out",
     ) -> list[Any]:
         """Call ``function(text_indices, features, mask)`` for every batch; return the results in batch order.
 
@@ -77,6 +80,7 @@ class UtteranceReader:
             function: receives the batch's text indices (B of them), its features [B, T, C] and their mask [B, T]
                 (True = a frame). Its result must be JSON-serializable.
             get_features: returns the features [frames, channels] for an audio index; by default those of the utterance.
+            what: name on the progress bar.
 
         Raises:
             Stopped: ``stop()`` returned True on any rank.
@@ -86,10 +90,12 @@ class UtteranceReader:
         def run_batch(batch: list[int]) -> Any:
             return function([text_indices[i] for i in batch], *pad([read(audio_indices[i]) for i in batch]))
 
-        return self.map_items(self._batches(audio_indices), run_batch)
+        return self.map_items(self._batches(audio_indices), run_batch, what)
 
-    def map_items(self, items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
+    def map_items(self, items: Sequence[Any], function: Callable[[Any], Any], what: str) -> list[Any]:
         """Call ``function(item)`` for every item; return the results in the order of ``items``.
+
+        On a terminal, rank 0 shows a progress bar named ``what`` if it takes longer than a second.
 
         Each rank processes its share of the items; every rank gets all results, which must be JSON-serializable.
 
@@ -97,7 +103,9 @@ class UtteranceReader:
             Stopped: ``stop()`` returned True on any rank.
         """
         done, stopped = [], False
-        for item in items[self.group.rank :: self.group.world_size]:
+        hidden = None if self.group.rank == 0 else True  # None: on a terminal only
+        own = items[self.group.rank :: self.group.world_size]
+        for item in tqdm(own, f"evaluate: {what}", leave=False, delay=1, dynamic_ncols=True, disable=hidden):
             stopped = self.stop()
             if stopped:  # the other ranks learn of it in all_gather
                 break

@@ -214,7 +214,9 @@ def evaluate_models(
         other = other_audio(reader)
         paired = [i for i, audio in enumerate(other) if audio is not None]
         audio = [i for i in other if i is not None]
-        shuffled = held_out_losses(models, reader, audio, text_indices=paired) if paired else [None] * count
+        shuffled: Sequence[HeldOutLosses | None] = [None] * count
+        if paired:
+            shuffled = held_out_losses(models, reader, audio, text_indices=paired, what="other audio")
         decoded = _decode(models, reader, config)
         extras = _extras(models, reader, matched, config) if config.complete else [_Extras()] * count
     seconds = time.perf_counter() - began
@@ -248,7 +250,7 @@ def _decode(models: ModelList, reader: UtteranceReader, config: EvalConfig) -> l
         return [list(zip(text_indices, own, strict=True)) for own in texts]
 
     wanted = [reader.index_of_row[int(row)] for row in reader.utterances.subset(config.decode_limit).rows]
-    batches = reader.map_batches(wanted, wanted, decode_batch)
+    batches = reader.map_batches(wanted, wanted, decode_batch, what="decode")
     found = [dict(pair for batch in own for pair in batch) for own in zip(*batches, strict=True)]
     return [
         {
@@ -265,7 +267,11 @@ def _extras(
     """Compute, for each model, what evaluations during training omit."""
     silence = encode_silence(reader.utterances, str(models.models[0].lm.device), reader.group)
     silent = held_out_losses(
-        models, reader, range(len(reader)), lambda index: silence.features_of_length(reader.frames[index])
+        models,
+        reader,
+        range(len(reader)),
+        lambda index: silence.features_of_length(reader.frames[index]),
+        what="silence",
     )
     text_only = text_only_losses(models, reader)
     hallucinations = measure_hallucination(models, reader, silence, config.max_new_tokens)

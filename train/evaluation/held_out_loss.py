@@ -46,6 +46,7 @@ def held_out_losses(
     audio_indices: Sequence[int],
     get_features: Callable[[int], Features] | None = None,
     text_indices: Sequence[int] | None = None,
+    what: str = "held out",
 ) -> list[HeldOutLosses]:
     """Compute the loss of text ``text_indices[i]`` with the audio of utterance ``audio_indices[i]``, for each model.
 
@@ -53,6 +54,7 @@ def held_out_losses(
         audio_indices: one index per text.
         get_features: returns the features [frames, channels] for an audio index; by default those of the utterance.
         text_indices: ascending indices of utterances of ``reader``; None: all.
+        what: name on the progress bar.
     """
 
     def compute_losses(indices: list[int], features: Tensor, mask: Tensor) -> list[Any]:
@@ -64,7 +66,7 @@ def held_out_losses(
         ]
 
     texts = range(len(reader)) if text_indices is None else text_indices
-    batches = reader.map_batches(audio_indices, texts, compute_losses, get_features)
+    batches = reader.map_batches(audio_indices, texts, compute_losses, get_features, what=what)
     return [_make_losses(sorted(row for batch in own for row in batch)) for own in zip(*batches, strict=True)]
 
 
@@ -79,7 +81,7 @@ def text_only_losses(models: ModelList, reader: UtteranceReader) -> list[HeldOut
         found = zip(requests, torch.stack(models.passes.nll(requests)).double().tolist(), strict=True)
         return [_by_utterance(batch, nll, [len(ids) for ids in request.targets], 0.0) for request, nll in found]
 
-    shares = reader.map_items(batches, compute_losses)
+    shares = reader.map_items(batches, compute_losses, "text only")
     return [_make_losses([row for batch in own for row in batch]) for own in zip(*shares, strict=True)]
 
 

@@ -58,7 +58,7 @@ def retrieve(model: AudioLM, reader: UtteranceReader, chosen: Sequence[int]) -> 
     if not groups:
         return None
     pairs = [(index, group) for group in groups for index in group]
-    rows = reader.map_items(pairs, lambda pair: _text_nll(model, reader, *pair))  # [audio][candidate text]
+    rows = reader.map_items(pairs, lambda pair: _text_nll(model, reader, *pair), "retrieval")  # [audio][text]
     correct: list[list[bool]] = [[], [], []]
     start = 0
     audio, text = _mean_embeddings(model, reader, [index for group in groups for index in group])

@@ -121,7 +121,11 @@ def measure_hallucination(
         return models.generate(features, mask, max_new_tokens, [reader.rows[i] for i in text_indices])
 
     batches = reader.map_batches(
-        chosen, chosen, decode_batch, lambda index: silence.features_of_length(reader.frames[index])
+        chosen,
+        chosen,
+        decode_batch,
+        lambda index: silence.features_of_length(reader.frames[index]),
+        what="decode silence",
     )
     language = max(sorted(set(reader.languages)), key=reader.languages.count)
     texts = [[text.strip() for batch in own for text in batch] for own in zip(*batches, strict=True)]

@@ -19,7 +19,7 @@ from train.report.page import render
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 60, 14, 12, 34
 MAX_POINTS = 1200  # per curve; more would be indistinguishable
 TOOLTIPS = 60  # per curve without dots
-NO_DATA = Markup('<p class="note">No data yet.</p>')
+SMALL = 440  # width of a chart beside another
 
 Point = tuple[float, float]
 
@@ -71,17 +71,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Frame:
-    """Maps data values to a drawing that is ``WIDTH`` wide and ``height`` high."""
+    """Maps data values to a drawing that is ``width`` wide and ``height`` high."""
 
     x_low: float
     x_high: float
     y_low: float
     y_high: float
     height: int
+    width: int = WIDTH
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Return the position of a data point in SVG units."""
-        svg_x = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        svg_x = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (self.width - LEFT - RIGHT)
         svg_y = self.height - BOTTOM - (y - self.y_low) / (self.y_high - self.y_low) * (self.height - TOP - BOTTOM)
         return round(svg_x, 1), round(svg_y, 1)
 
@@ -89,12 +90,12 @@ class Frame:
 def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: str = "", height: int = 300) -> Markup:
     """Draw curves on shared axes that include 0; values that are not finite are omitted.
 
-    Returns a note instead of a chart if no curve has a point.
+    Returns nothing if no curve has a point.
     """
     curves = [Curve(c.name, c.style, _subsample(_finite(c.points)), c.dots) for c in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
-        return NO_DATA
+        return Markup()
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys), max(ys), max(2, height // 50))
@@ -113,18 +114,18 @@ def chart(curves: Sequence[Curve], title: str, x_label: str = "step", y_label: s
     return _render_chart(title, frame, [x for x in x_ticks if x <= frame.x_high], y_ticks, layers, x_label, y_label)
 
 
-def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 440) -> Markup:
-    """Draw clouds on shared axes, the first at the back, without points that are not finite.
+def scatter(clouds: Sequence[Cloud], title: str, x_label: str, y_label: str, height: int = 360) -> Markup:
+    """Draw clouds on shared axes, the first at the back, without points that are not finite; ``SMALL`` wide.
 
-    Returns a note instead of a chart if there are no points.
+    Returns nothing if there are no points.
     """
     clouds = [_finite_cloud(cloud) for cloud in clouds]
     xs = [x for cloud in clouds for x, _ in cloud.points]
     ys = [y for cloud in clouds for _, y in cloud.points]
     if not xs:
-        return NO_DATA
+        return Markup()
     x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
-    frame = Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1], height)
+    frame = Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1], height, SMALL)
     layers = []
     for cloud in clouds:
         marks = [_mark(cloud, *frame.at(*point), text) for point, text in zip(cloud.points, cloud.texts, strict=True)]
@@ -190,10 +191,10 @@ def _render_chart(
     return render(
         "chart.html.j2",
         title=title,
-        width=WIDTH,
+        width=frame.width,
         height=frame.height,
         left=LEFT,
-        right=WIDTH - RIGHT,
+        right=frame.width - RIGHT,
         x_ticks=[(frame.at(value, frame.y_low)[0], f"{value:,.10g}") for value in x_ticks],
         y_ticks=[(frame.at(frame.x_low, value)[1], f"{value:g}") for value in y_ticks],
         layers=layers,

@@ -27,6 +27,7 @@ WITH_SMALL = Markup("{} <small>{}</small>")
 DIV = Markup("<div>{}</div>")
 SPAN = Markup("<span>{}</span>")
 KEY = Markup('<span class="key">{}</span>')
+BAD = Markup('<span class="bad">{}</span>')
 NAME = Markup('<span class="name">{}</span>')
 PLAYER = Markup('<audio controls preload="metadata" src="{}"></audio>')
 DELETED, INSERTED = Markup("<del>{}</del>"), Markup("<ins>{}</ins>")
@@ -39,6 +40,7 @@ def environment() -> Environment:
     loader = PackageLoader("train.report")
     found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     style, _, _ = loader.get_source(found, "report.css")
+    found.filters |= {"headings": headings, "slug": slug}
     found.globals |= {"style": Markup(style), "style_hash": b64encode(sha256(style.encode()).digest()).decode()}
     return found
 
@@ -92,6 +94,29 @@ def format_interval(
     found = (metrics.get("intervals") or {}).get(name)
     sign = "+" if signed else ""
     return "" if found is None else f"[{scale * found[0]:{sign}.{digits}f}, {scale * found[1]:{sign}.{digits}f}]"
+
+
+def setting(value: Any) -> str:
+    """Format a setting without the punctuation of a programming language: lists by commas, layers side by side by +."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {setting(each)}" for key, each in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        parts = (" + ".join(map(setting, each)) if isinstance(each, list | tuple) else setting(each) for each in value)
+        return ", ".join(parts) or "–"
+    return "–" if value is None or value == "" else str(value)
+
+
+def headings(inside: Markup) -> list[tuple[str, Markup]]:
+    """Return (id, heading) of every section of a page, for its table of contents."""
+    found = re.finditer(r'<section id="([a-z0-9-]+)"><h2>([^<]*)</h2>', inside)
+    return [(each[1], Markup(each[2])) for each in found]
+
+
+def slug(heading: str) -> str:
+    """Return the id of a section."""
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from train.report.page import (
     mark_differences,
     percent,
     render,
+    setting,
     utterance,
 )
 from train.report.run_files import Metrics, RunFiles
+from train.report.verdict import Tile, verdict, warnings
 from train.runs.metrics_log import format_number
 
 MAX_SAMPLES = 24
-MIN_AUDIO_GAIN = 0.1  # nats per token; with less, the report says that the model does not listen
 MAX_AUDIO_SAMPLES = 6  # samples with a player
 
 
@@ -35,15 +37,13 @@ def render_run(folder: Path) -> str:
     """Return the page as HTML."""
     run = RunFiles(folder)
     metrics = {**_listening_so_far(run), **run.metrics}
-    gain = metrics.get("audio_gain")
     config = folder / "config.yaml"
     no_audio, samples = _samples(run)
     return render(
         "run.html.j2",
         title=run.name,
         finished=bool(run.summary),
-        gain=gain,
-        listens=gain is not None and gain >= MIN_AUDIO_GAIN,
+        verdict=verdict(metrics),
         summary=_tiles(metrics),
         loss_chart=loss_chart(run),
         stage_one=_stage_one(folder),
@@ -62,27 +62,40 @@ def render_run(folder: Path) -> str:
         throughput=throughput(metrics),
         speed_charts=_speed_charts(run.step_metrics),
         features=identity(run.cache_info, metrics),
-        changed=[(key, value, "–" if default is None else default) for key, value, default in run.changed_settings()],
+        changed=[(key, setting(value), setting(default)) for key, value, default in run.changed_settings()],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
 
 
-def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
+def _tiles(metrics: Metrics) -> list[Tile]:
+    bad = warnings(metrics)
+
     def interval(name: str, unit: str, scale: float = 1) -> str:
         return f"{format_interval(metrics, name, scale, 2 if scale == 1 else 1)} {unit}".lstrip()
 
+    def tile(label: str, name: str, value: str, unit: str, scale: float = 1) -> Tile:
+        return Tile(label, value, interval(name, unit, scale), bad.get(name, ""))
+
     rates = [("word", "wer"), ("character", "cer")]  # no words where they are not spaced
+    hallucinations = percent(metrics.get("hallucination_rate"), 0)
     return [
-        ("audio gain", format_number(metrics.get("audio_gain"), 2), interval("audio_gain", "nats per token")),
-        ("held-out loss", format_number(metrics.get("val_loss"), 3), interval("val_loss", "nats per token")),
+        tile("audio gain", "audio_gain", format_number(metrics.get("audio_gain"), 2), "nats per token"),
+        tile("held-out loss", "val_loss", format_number(metrics.get("val_loss"), 3), "nats per token"),
         *(
-            (f"{unit} error rate", percent(metrics.get(name)), interval(name, "%", 100))
+            tile(f"{unit} error rate", name, percent(metrics.get(name)), "%", 100)
             for unit, name in rates[metrics.get("wer") is None and metrics.get("cer") is not None :]
         ),
-        ("time to listening", *_listening(metrics.get("listening"))),
-        ("hallucination rate", percent(metrics.get("hallucination_rate"), 0), "of silent inputs"),
-        ("steps", f"{metrics.get('steps', 0):,}", duration(metrics.get("seconds", 0.0))),
+        Tile("time to listening", *_listening(metrics.get("listening"))),
+        Tile("hallucination rate", hallucinations, "of silent inputs", bad.get("hallucination_rate", "")),
+        Tile("steps", f"{metrics.get('steps', 0):,}", _time(metrics)),
     ]
+
+
+def _time(metrics: Metrics) -> str:
+    """Time of training and of evaluation; their sum in records of earlier versions."""
+    if "evaluation_seconds" not in metrics:
+        return duration(metrics.get("seconds", 0.0))
+    return f"{duration(metrics['training_seconds'])}, evaluation {duration(metrics['evaluation_seconds'])}"
 
 
 def _listening_so_far(run: RunFiles) -> Metrics:
@@ -212,7 +225,8 @@ def _silence(metrics: Metrics) -> dict[str, str]:
     found = metrics.get("hallucination")
     if not found:
         return {}
-    examples = "; ".join(f"“{text}”" for text in found["texts"] if text)
+    counts = Counter(text for text in found["texts"] if text)
+    examples = "; ".join(f"“{text}”" + f" × {count}" * (count > 1) for text, count in counts.most_common())
     share = percent(metrics.get("hallucination_rate"), 0)
     answered = f"{share} of {found['inputs']} silent inputs, {found['words']:.1f} words on average"
     rows = {"answered with words": answered, "silent input": str(metrics.get("silence", "–"))}

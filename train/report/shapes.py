@@ -126,6 +126,8 @@ class Evaluation(Rates):
     step: Count = 0
     seconds: Finite = 0
     elapsed: Finite = 0
+    training_seconds: Finite = 0
+    evaluation_seconds: Finite = 0
     frames_per_second: Number = 0
     data_wait_fraction: Number | None = None
     padding_fraction: Number | None = None

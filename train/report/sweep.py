@@ -18,19 +18,23 @@ from train.report.audio import recordings
 from train.report.charts import Curve, chart, smooth
 from train.report.embedding_plot import pca_charts
 from train.report.page import (
+    BAD,
     DIV,
     NUM_COLORS,
     SPAN,
     WITH_SMALL,
     Row,
     breakable,
+    format_interval,
     mark_differences,
     percent,
     render,
+    setting,
     utterance,
 )
-from train.report.run import MAX_AUDIO_SAMPLES, MIN_AUDIO_GAIN, identity, metric_points, seconds_per_frame
+from train.report.run import MAX_AUDIO_SAMPLES, identity, metric_points, seconds_per_frame
 from train.report.run_files import RunFiles
+from train.report.verdict import Tile, listens, warnings
 from train.runs.metrics_log import format_number
 
 MAX_SAMPLES = 8
@@ -44,7 +48,6 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
     best = min(evaluated, key=lambda run: float(run.metrics["val_loss"]), default=None)
     baseline = next((run for run in evaluated if run.name == state.get("baseline")), best)
     states = {each["name"]: each for each in state.get("experiments", [])}
-    gain = None if best is None else best.metrics.get("audio_gain")
     no_audio, samples = _samples(found)
     return render(
         "sweep.html.j2",
@@ -52,8 +55,10 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
         runs=len(found),
         finished=sum(bool(run.summary) for run in found),
         best=best and {
-            "name": best.name, "loss": best.metrics["val_loss"], "listens": gain is None or gain >= MIN_AUDIO_GAIN
+            "name": best.name, "loss": best.metrics["val_loss"],
+            "listens": best.metrics.get("audio_gain") is None or listens(best.metrics),
         },
+        disagreement=_disagreement(found, best),
         baseline="–" if baseline is None else baseline.name,
         difference=None if best is None or baseline is None or best is baseline
         else _paired_difference(best, baseline, NATS, TOKENS),
@@ -75,16 +80,32 @@ def render_sweep(folder: Path, runs: Sequence[Path], state: dict[str, Any]) -> s
     )  # fmt: skip
 
 
-def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[tuple[str, str, str]]:
-    metrics = {} if best is None else best.metrics
+def _lowest_rate(runs: Sequence[RunFiles]) -> tuple[str, float | None, str]:
+    """(its unit, the lowest error rate, name of the experiment)."""
     rate = "wer" if any(run.metrics.get("wer") is not None for run in runs) else "cer"
     rates = [(float(run.metrics[rate]), run.name) for run in runs if run.metrics.get(rate) is not None]
-    low, name = min(rates, default=(None, "–"))
+    return "word" if rate == "wer" else "character", *min(rates, default=(None, "–"))
+
+
+def _disagreement(runs: Sequence[RunFiles], best: RunFiles | None) -> str:
+    """A sentence, if another experiment than the one with the lowest loss has the lowest error rate."""
+    unit, low, name = _lowest_rate(runs)
+    rate = None if best is None else best.metrics.get("wer" if unit == "word" else "cer")
+    if rate is None or low is None or rate <= low:
+        return ""
+    return f"Loss and errors disagree: {name} has the lowest {unit} error rate, {percent(low)} against {percent(rate)}."
+
+
+def _tiles(runs: Sequence[RunFiles], best: RunFiles | None) -> list[Tile]:
+    metrics = {} if best is None else best.metrics
+    unit, low, name = _lowest_rate(runs)
+    bad = warnings(metrics)
+    loss, gain = format_number(metrics.get("val_loss"), 3), format_number(metrics.get("audio_gain"), 2)
     return [
-        ("lowest held-out loss", format_number(metrics.get("val_loss"), 3), "–" if best is None else best.name),
-        ("its audio gain", format_number(metrics.get("audio_gain"), 2), "nats per token"),
-        (f"lowest {'word' if rate == 'wer' else 'character'} error rate", percent(low), name),
-        ("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
+        Tile("lowest held-out loss", loss, "–" if best is None else best.name, bad.get("val_loss", "")),
+        Tile("its audio gain", gain, "nats per token", bad.get("audio_gain", "")),
+        Tile(f"lowest {unit} error rate", percent(low), name),
+        Tile("experiments", str(len(runs)), f"{sum(bool(run.summary) for run in runs)} finished"),
     ]
 
 
@@ -98,7 +119,7 @@ def _experiments(runs: Sequence[RunFiles], baseline: RunFiles | None, states: di
                 DIV.format(WITH_SMALL.format(breakable(run.name), status)),
                 format_number(metrics.get("val_loss"), 3),
                 _difference(run, baseline, NATS, TOKENS, 1, 3),
-                format_number(metrics.get("audio_gain"), 2),
+                _gain(metrics),
                 _listening(metrics.get("listening")),
                 percent(metrics.get("wer")),
                 _difference(run, baseline, WORD_ERRORS, WORDS, 100, 1),
@@ -106,6 +127,13 @@ def _experiments(runs: Sequence[RunFiles], baseline: RunFiles | None, states: di
             )
         )
     return rows
+
+
+def _gain(metrics: dict[str, Any]) -> str:
+    """Audio gain and interval, marked if it is no evidence of listening."""
+    gain = format_number(metrics.get("audio_gain"), 2)
+    bad = metrics.get("audio_gain") is not None and not listens(metrics)
+    return DIV.format(WITH_SMALL.format(BAD.format(gain) if bad else gain, format_interval(metrics, "audio_gain")))
 
 
 def _listening(found: dict[str, Any] | None) -> str:
@@ -158,7 +186,7 @@ def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:
     """Headings and rows of the settings that differ: one row per setting, or per experiment if they are many."""
     settings = [(run.name, run.settings) for run in runs if run.settings]
     values = {
-        key: [str(own.get(key, "–")) for _, own in settings]
+        key: [setting(own.get(key)) for _, own in settings]
         for key in dict.fromkeys(k for _, own in settings for k in own)
     }
     differ = {key: each for key, each in values.items() if len(set(each)) > 1 and key not in PER_RUN_KEYS}
@@ -167,7 +195,7 @@ def _differences(runs: Sequence[RunFiles]) -> tuple[Sequence[str], list[Row]]:
     if len(settings) <= 4:
         return ("setting", *(name for name, _ in settings)), [(key, *each) for key, each in differ.items()]
     return ("experiment", "settings"), [
-        (breakable(name), ", ".join(f"{key} {own[key]}" for key in differ if own.get(key) is not None))
+        (breakable(name), ", ".join(f"{key} {setting(own[key])}" for key in differ if own.get(key) is not None))
         for name, own in settings
     ]
 

@@ -28,6 +28,7 @@ SUMMARY_KEYS = (
     "val_loss",
     "val_loss_shuffled",
     "audio_gain",
+    "intervals",
     "listening",
     "wer",
     "cer",
@@ -81,8 +82,8 @@ def format_table(state: dict[str, Any]) -> str:
     """Format the experiments as a table, sorted by held-out loss."""
     rows = [
         (
-            *("experiment", "held-out loss", "minus baseline [95% CI]", "audio gain", "listening", "WER"),
-            *("minus baseline [95% CI]", ""),
+            *("experiment", "held-out loss", "minus baseline [95 %]", "audio gain [95 %]", "listening", "WER"),
+            *("minus baseline [95 %]", ""),
         )
     ]
     evaluated = [each for each in state["experiments"] if each.get("val_loss") is not None]
@@ -94,9 +95,9 @@ def format_table(state: dict[str, Any]) -> str:
                 each["name"],
                 format_number(each.get("val_loss")),
                 "baseline" if first else _format_interval(each.get("difference"), 1, 4),
-                format_number(each.get("audio_gain"), 3),
+                _gain(each),
                 format_listening(each.get("listening")),
-                "–" if each.get("wer") is None else f"{100 * each['wer']:.1f}%",
+                "–" if each.get("wer") is None else f"{100 * each['wer']:.1f} %",
                 "baseline" if first else _format_interval(each.get("wer_difference"), 100, 1),
                 each["state"] if each["state"] != "finished" else "",
             )
@@ -104,6 +105,12 @@ def format_table(state: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _gain(each: dict[str, Any]) -> str:
+    """Format the audio gain and its interval."""
+    low, high = (each.get("intervals") or {}).get("audio_gain") or (None, None)
+    return format_number(each.get("audio_gain"), 3) + ("" if low is None else f" [{low:+.3f}, {high:+.3f}]")
 
 
 def _experiment(run: Path, group: int, config: TrainConfig) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Counters:
         """Return totals, fractions and rates under their keys in ``summary.json``."""
         return {
             "seconds": round(self.seconds, 3),
+            "training_seconds": round(self.step_seconds, 3),
+            "evaluation_seconds": round(self.seconds - self.step_seconds, 3),
             "data_wait_fraction": self.wait_seconds / max(self.step_seconds, 1e-9),
             "padding_fraction": 1 - self.frames / max(self.padded_frames, 1),
             "train_loss_first": self.first_loss,

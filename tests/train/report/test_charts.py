@@ -26,7 +26,7 @@ def test_ticks_cover_the_range_in_a_few_round_steps(one, two):
 def test_charts_of_any_values_stay_inside_the_frame(points):
     drawing = chart([Curve("a <b>", "train", points, dots=True)], 'title "<&"')
     if not any(math.isfinite(y) for _, y in points):
-        assert "No data yet" in drawing
+        assert not drawing
         return
     root = ElementTree.fromstring(f"<div>{drawing}</div>")
     for circle in root.iter("circle"):

@@ -144,3 +144,25 @@ def test_where_words_are_not_spaced_only_the_character_error_rate_is_shown(run, 
     text = write_report(run).read_text(encoding="utf-8")
     assert ("word error rate" in text) == shown
     assert "character error rate" in text
+
+
+def test_equal_hallucinations_are_folded_with_their_number(run):
+    silence = {"inputs": 5, "words": 1.0, "texts": ["the end", "the end", "", "no"]}
+    evaluation = {"step": 29, "val_loss": 2.0, "audio_gain": 2.5, "hallucination": silence, "hallucination_rate": 0.8}
+    (run / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
+    assert "“the end” × 2; “no”" in Page(write_report(run).read_text()).shown
+
+
+def test_samples_and_curves_come_before_pictures_and_contents_link_to_every_section(run):
+    write_everything(run, "text")
+    text = write_report(run).read_text(encoding="utf-8")
+    headings = re.findall(r'<section id="([^"]*)"><h2>', text)
+    assert headings[:2] == ["decoded-held-out-utterances", "loss"]
+    assert headings.index("soft-tokens-and-vocabulary-embeddings") > headings.index("errors-and-hallucinations")
+    assert re.findall(r'<a href="#([^"]*)">', text) == headings
+
+
+def test_there_are_no_empty_charts(run):
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (run / name).unlink()
+    assert "svg" not in Page(write_report(run).read_text()).tags

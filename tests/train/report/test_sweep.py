@@ -63,10 +63,10 @@ def test_experiments_are_compared_with_the_best_over_the_same_utterances(sweep):
 
 
 def test_a_best_experiment_that_does_not_listen_is_marked_as_such(sweep):
-    assert "does not listen" not in Page(write_sweep_report(sweep).read_text()).shown
+    assert "no evidence" not in Page(write_sweep_report(sweep).read_text()).shown
     make_run(sweep / "deaf", [0.5, 0.5, 0.5, 0.5], gain=0.01)
     shown = Page(write_sweep_report(sweep).read_text()).shown
-    assert "deaf has the lowest held-out loss: 0.500 nats per token. It does not listen yet" in shown
+    assert "deaf has the lowest held-out loss: 0.500 nats per token. There is no evidence that it listens" in shown
     make_run(sweep / "lone", [0.4], gain=None)  # one held-out utterance alone has no shuffled loss
     assert (
         "lone has the lowest held-out loss: 0.400 nats per token." in Page(write_sweep_report(sweep).read_text()).shown
@@ -145,3 +145,13 @@ def test_marking_differences_neither_adds_nor_removes_words(reference, hypothesi
         plain = str(found).replace("<del>", "").replace("</del>", "").replace("<ins>", "").replace("</ins>", "")
         if text.split():
             assert unescape(plain).split() == text.split()
+
+
+def test_the_headline_says_when_lowest_loss_and_lowest_error_rate_disagree(sweep):
+    assert "disagree" not in Page(write_sweep_report(sweep).read_text()).shown
+    for name, loss, wer in (("quiet", 0.2, 0.9), ("wordy", 0.3, 0.1)):
+        make_run(sweep / name, [loss] * 4)
+        path = sweep / name / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "wer": wer}))
+    shown = Page(write_sweep_report(sweep).read_text()).shown
+    assert "Loss and errors disagree: wordy has the lowest word error rate, 10.0 % against 90.0 %." in shown
