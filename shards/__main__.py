@@ -1,5 +1,6 @@
 """Inspect, verify, label, compact, publish and download caches.
 
+    python -m shards find ROOT               caches below a folder, in a bucket, or of an owner: hf://OWNER/*
     python -m shards info CACHE              contents, size, codec error and provenance
     python -m shards ls CACHE --limit 20     one line per utterance
     python -m shards head CACHE --n 3        the first utterances with feature statistics
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = _command(commands, "info", "show the counts, size, codec error and provenance of a cache", "--json")
     info.add_argument("--json", action="store_true", help="print JSON")
+    _add_find(commands)
     ls = _command(commands, "ls", "list utterances, one per line: key, frames, seconds, speaker, text", "--limit 20")
     ls.add_argument("--limit", type=_count, default=None, metavar="N", help="stop after N utterances")
     _add_selection(ls)
@@ -104,9 +106,9 @@ def main(argv: Sequence[str]) -> int | None:
     args = parser().parse_args(argv)
     if args.command == "completion":
         return print_completion(parser(), SCRIPT, args.shell)
-    commands = (_info, _ls, _head, _verify, _labels, _label, _compact, _push, _pull)
-    next(command for command in commands if command.__name__ == f"_{args.command}")(args)
-    return None
+    commands = (_info, _find, _ls, _head, _verify, _labels, _label, _compact, _push, _pull)
+    status: int | None = next(command for command in commands if command.__name__ == f"_{args.command}")(args)
+    return status
 
 
 def _command(
@@ -125,6 +127,25 @@ def _command(
     )
     command.add_argument("cache", type=_path_or_url, metavar="CACHE", help="a cache folder or its URL")
     return command
+
+
+def _add_find(commands: Any) -> None:
+    summary = "list the caches below a folder, in a bucket, or in the datasets of an owner on the Hugging Face hub"
+    find = commands.add_parser(
+        "find",
+        help=summary,
+        description=f"{summary[:1].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python -m shards find caches --encoder whisper\n  python -m shards find 'hf://OWNER/*'",
+    )
+    find.add_argument(
+        "root", type=_path_or_url, nargs="?", default=Path("caches"), metavar="ROOT", help="a folder or URL (caches)"
+    )
+    find.add_argument("--encoder", default="", metavar="WORD", help="only caches whose encoder's name contains WORD")
+    find.add_argument("--corpus", default="", metavar="WORD", help="only caches whose corpus's name contains WORD")
+    find.add_argument("--feature-id", default="", metavar="ID", help="only caches whose feature id begins with ID")
+    find.add_argument("--labels", default="", metavar="NAME", help="only caches with a label set of this name")
+    find.add_argument("--json", action="store_true", help="print a JSON object per cache")
 
 
 def _add_selection(command: argparse.ArgumentParser) -> None:
@@ -159,6 +180,34 @@ def _info(args: argparse.Namespace) -> None:
 
     info = describe_cache(args.cache)
     print(json.dumps(info, indent=2, ensure_ascii=False) if args.json else "\n".join(format_info(info)))
+
+
+def _find(args: argparse.Namespace) -> int:
+    import json
+
+    from shards.inspect.find import find_caches
+
+    table = [("cache", "corpus", "encoder", "layer", "codec", "feature id", "utterances", "hours", "labels")]
+    wanted = {name: getattr(args, name) for name in ("encoder", "corpus", "feature_id", "labels")}
+    count = 0
+    for each in find_caches(args.root):
+        if not each.matches(**wanted):
+            continue
+        count += 1
+        if args.json:
+            print(json.dumps(each.to_json(), ensure_ascii=False), flush=True)
+        elif each.problem:
+            table.append((each.path, each.problem, *[""] * 7))
+        else:
+            sizes = f"{each.utterances:,}", f"{each.hours:.2f}"
+            names = each.path, each.corpus, each.encoder, str(each.layer), each.codec, each.feature_id[:8]
+            table.append((*names, *sizes, " ".join(each.labels)))
+    if not count:
+        print(f"no cache {'fits' if any(wanted.values()) else 'found'} below '{args.root}'", file=sys.stderr)
+        return 1
+    if not args.json:
+        _print_table(table)
+    return 0
 
 
 def _ls(args: argparse.Namespace) -> None:

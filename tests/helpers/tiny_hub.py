@@ -80,7 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(urllib.parse.unquote(self.path))
         file = re.fullmatch(rf"/datasets/{hub.name}/resolve/[^/]+/(.+)", url.path)
         tree = re.fullmatch(rf"/api/datasets/{hub.name}/tree/[^/]+/?(.*)", url.path)
-        if not hub.exists:
+        if url.path == "/api/datasets":
+            owners = urllib.parse.parse_qs(url.query).get("author", [])
+            self.answer([{"id": hub.name, "private": False, "tags": []}] if hub.name.split("/")[0] in owners else [])
+        elif not hub.exists:
             self.answer({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif file and file[1] in hub.files:
             self.answer_file(hub.files[file[1]])
