@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -264,6 +265,8 @@ def _print_outcome(outcome: Outcome, seconds: float) -> None:
     for cache in described:
         print(f"  {cache['path']}")
         print("\n".join(f"  {line}" for line in format_cost(cache)))
+    trained = shlex.quote("caches=[" + ", ".join(cache["path"] for cache in described[:1]) + "]")
+    print(f"next: python -m train fit --config configs/train/own.yaml {trained}")
 
 
 def _config(args: argparse.Namespace) -> int:

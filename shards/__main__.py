@@ -187,7 +187,9 @@ def _find(args: argparse.Namespace) -> int:
 
     from shards.inspect.find import find_caches
 
-    table = [("cache", "corpus", "encoder", "layer", "codec", "feature id", "utterances", "hours", "labels")]
+    table: list[Sequence[str]] = [
+        ("cache", "corpus", "encoder", "layer", "codec", "feature id", "utterances", "hours", "labels")
+    ]
     wanted = {name: getattr(args, name) for name in ("encoder", "corpus", "feature_id", "labels")}
     count = 0
     for each in find_caches(args.root):

@@ -103,6 +103,11 @@ class FilteredSource(Source):
                 f"all {len(keys)} utterances have one speaker: the split is by utterance, so train and val "
                 "share the speaker"
             )
+        elif chosen.sum() > 2 * max(1, round(self._val_fraction * len(keys))):
+            self._notes.append(
+                f"{chosen.sum():,} of {len(keys):,} utterances are held out, more than twice what source.val_fraction="
+                f"{self._val_fraction:g} asks for, because speakers are held out whole"
+            )
         return chosen
 
     def _key(self, utterance: Utterance, number: int) -> str:

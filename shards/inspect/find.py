@@ -4,8 +4,8 @@
     python -m shards find s3://bucket/caches --encoder whisper
     python -m shards find 'hf://OWNER/*' --feature-id 4e5f6a7b
 
-A cache is a folder with ``CACHE.json``, or with ``plans/000.parquet``, if its extraction is not finished. Folders inside
-a cache are not searched. What a hub or a bucket lists is read as names only.
+A cache is a folder with ``CACHE.json``, or with ``plans/000.parquet``, if its extraction is not finished. Folders
+inside a cache are not searched. What a hub or a bucket lists is read as names only.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ def _on_hub(url: str) -> Iterator[str]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    errors: tuple[type[Exception], ...] = (*bases, HFValidationError)
     api, folder = HfApi(), f"{match['folder']}/" if match["folder"] else ""
     try:
         if match["name"] == "*":
@@ -165,7 +166,7 @@ def _on_hub(url: str) -> Iterator[str]:
         else:
             names = [f"{match['owner']}/{match['name']}"]
         listed = {name: api.list_repo_files(name, repo_type="dataset") for name in names if DATASET_ID.fullmatch(name)}
-    except (*bases, HFValidationError) as error:
+    except errors as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"the datasets of '{url}' cannot be listed ({reason}): check the name, `hf auth login` and the connection"

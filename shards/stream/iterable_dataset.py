@@ -126,6 +126,7 @@ class FeatureStream(IterableDataset[Batch]):
             "rules": sampler.model_dump(mode="json"),
         }
         self._sampler_state, self._ended = SamplerState(), False
+        self._length: int | None = None
         self._origin: int | None = None  # in a DataLoader worker: index of worker 0's first batch
         self._pool, self.encoded = BufferPool(prefetch + 2, pinned), encoded
 
@@ -151,6 +152,18 @@ class FeatureStream(IterableDataset[Batch]):
         found = pc.index_in(tasks, value_set=pa.array(list(weights), pa.string()))
         groups: Rows = pc.fill_null(found, 0).to_numpy().astype(np.int64)  # 0: of rows that are not read
         return groups
+
+    def __len__(self) -> int:
+        """Return the number of batches of all epochs, from the first one on. The first call makes their order.
+
+        Raises:
+            TypeError: the number of epochs is not limited.
+        """
+        if self.epochs is None:
+            raise TypeError("a FeatureStream without a number of epochs has no length: set epochs, or count steps")
+        if self._length is None:
+            self._length = sum(1 for _ in self.batch_sampler.iter_batches(SamplerState(), self.epochs))
+        return self._length
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the loop (the next batch) and the identity of the stream; JSON-serializable."""

@@ -129,6 +129,7 @@ def open_data(config: TrainConfig, pins: Sequence[Pin] = (), val_pins: Sequence[
     masks = np.split(known, np.cumsum(list(map(len, caches)))[:-1])
     held = np.concatenate([held_out_mask(cache, config.val, own) for cache, own in zip(caches, masks, strict=True)])
     train_rows = np.flatnonzero(~held & known)
+    held_out_notes = [] if config.val.caches else _held_out_notes(caches, config.val, held)
     if not len(train_rows):
         raise UserError(
             f"no utterances are left to train on in {_names(caches)}, because all are held out: lower val.fraction or "
@@ -140,7 +141,7 @@ def open_data(config: TrainConfig, pins: Sequence[Pin] = (), val_pins: Sequence[
             raise UserError(
                 f"no training utterance of {_names(caches)} matches the filter '{config.filter}': relax filter"
             )
-    notes = cache_notes(caches, config.cache_labels, bool(pins))
+    notes = cache_notes(caches, config.cache_labels, bool(pins)) + held_out_notes
     if config.val.caches:
         held_out = open_utterances(config.val.caches, labels=config.val.cache_labels, pins=val_pins, **options)
         require_same_layers(held_out, caches, layers)
@@ -384,6 +385,20 @@ def held_out_mask(cache: Cache, val: ValConfig, usable: npt.NDArray[np.bool_] | 
         chosen[usable] = _held_out_mask(table.filter(pa.array(usable)), val)
         return chosen
     return _held_out_mask(table, val)
+
+
+def _held_out_notes(caches: Sequence[Cache], val: ValConfig, held: npt.NDArray[np.bool_]) -> list[str]:
+    """Return a note for each cache of which far more is held out than ``val.fraction``."""
+    notes = []
+    for cache, mask in zip(caches, np.split(held, np.cumsum([len(cache) for cache in caches])[:-1]), strict=True):
+        if val.fraction and mask.sum() > 2 * max(1, round(val.fraction * len(cache))):
+            by_label = VAL in cache.column("split").to_pylist()
+            reason = f"the labels put them into split '{VAL}'" if by_label else "speakers are held out whole"
+            notes.append(
+                f"{mask.sum():,} of {len(cache):,} utterances of '{cache.location}' are held out, more than twice what "
+                f"val.fraction={val.fraction:g} asks for, because {reason}"
+            )
+    return notes
 
 
 def _held_out_mask(table: pa.Table, val: ValConfig) -> npt.NDArray[np.bool_]:

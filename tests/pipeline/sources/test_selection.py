@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -169,3 +170,11 @@ def test_an_invalid_setting_is_a_one_sentence_error(words, message):
 def test_a_path_that_does_not_exist_is_an_error_that_names_it(kind, tmp_path):
     with pytest.raises(UserError, match="absent"):
         open_source(SourceConfig(kind=kind, path=str(Path(tmp_path) / "absent")))
+
+
+def test_more_held_out_than_asked_is_told():
+    source = FilteredSource(Listed([]), name="x", val_fraction=0.01)
+    keys, speakers = [f"utt-{i}" for i in range(100)], [f"speaker-{i % 2}" for i in range(100)]
+    assert source.validation_rows(pa.chunked_array([keys]), pa.chunked_array([speakers])).sum() == 50
+    (note,) = source.problems
+    assert note.startswith("50 of 100 utterances are held out, more than twice what source.val_fraction=0.01 asks for")

@@ -464,3 +464,17 @@ def test_a_stream_on_an_earlier_generation_of_a_grown_cache_is_the_stream_before
     assert rows_of(again) == rows_of(batches[2:])
     with pytest.raises(UserError, match="another stream: manifests is"):
         stream([Cache.open(tmp_path / "cache")]).load_state_dict(batches[1].state)
+
+
+def test_the_length_is_the_number_of_batches_of_all_epochs_also_in_a_data_loader(caches):
+    whole = stream(caches, epochs=2)
+    assert len(whole) == len(list(stream(caches, epochs=2))) == len(DataLoader(whole, batch_size=None))
+    before = len(whole)
+    next(iter(whole))
+    assert len(whole) == before
+
+
+def test_a_stream_without_an_end_has_no_length(caches):
+    with pytest.raises(TypeError, match="set epochs"):
+        len(stream(caches, epochs=None))
+    assert len(list(islice(stream(caches, epochs=None), 3))) == 3

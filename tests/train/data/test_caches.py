@@ -213,3 +213,14 @@ def test_pad_puts_zeros_behind_and_masks_them():
     assert features.shape == (2, 4, 3)
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
     assert features[0, 2:].abs().sum() == 0
+
+
+def test_more_held_out_than_asked_is_told_with_the_reason(marked, tmp_path):
+    two = make_cache(tmp_path / "two", 40)  # 40 utterances of 7 speakers
+    assert open_data(config(two, val={"fraction": 0.2})).notes == ()
+    (by_speaker,) = open_data(config(two, val={"fraction": 0.05})).notes
+    assert "5 of 40 utterances" in by_speaker
+    assert by_speaker.endswith("because speakers are held out whole")
+    (by_label,) = open_data(config(marked, val={"fraction": 0.05})).notes
+    assert "4 of 20 utterances" in by_label
+    assert "the labels put them into split 'val'" in by_label
