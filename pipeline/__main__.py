@@ -271,11 +271,11 @@ def _print_outcome(outcome: Outcome, seconds: float) -> None:
 
 def _config(args: argparse.Namespace) -> int:
     from pipeline.config import ExtractConfig
-    from shards.config.fields import names
+    from shards.config.fields import choices
 
     if args.command == "config":
         return show_config(ExtractConfig, args)
-    return print_completion(parser(), SCRIPT, args.shell, names(ExtractConfig))
+    return print_completion(parser(), SCRIPT, args.shell, choices(ExtractConfig))
 
 
 def _weights(references: Sequence[str]) -> int:

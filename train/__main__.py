@@ -356,10 +356,10 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _completion(args: argparse.Namespace) -> int:
-    from shards.config.fields import names
+    from shards.config.fields import choices
     from train.config.train import TrainConfig
 
-    return print_completion(parser(), SCRIPT, args.shell, names(TrainConfig))
+    return print_completion(parser(), SCRIPT, args.shell, choices(TrainConfig))
 
 
 def _typed_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:

@@ -9,7 +9,7 @@ Adds the subcommands to an argparse parser and runs them. Imports nothing heavy 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SHELLS = ("bash", "zsh")
@@ -66,10 +66,17 @@ def add_completion(commands: Any, script: str) -> None:
     completion.add_argument("shell", choices=SHELLS)
 
 
-def print_completion(parser: argparse.ArgumentParser, script: str, shell: str, keys: Sequence[str] = ()) -> int:
-    """Print the completion script of ``script`` for ``shell``; ``keys`` complete ``key=value`` arguments."""
+def print_completion(
+    parser: argparse.ArgumentParser, script: str, shell: str, keys: Mapping[str, Sequence[str]] | None = None
+) -> int:
+    """Print the completion script of ``script`` for ``shell``.
+
+    Args:
+        keys: complete ``key=value`` arguments: key -> its values, if they are known.
+    """
     import shtab
 
+    keys = keys or {}
     words = {
         "bash": f"_{_word(script)}_keys",
         "zsh": f"_{_word(script)}_keys",
@@ -99,12 +106,27 @@ def _word(script: str) -> str:
     return script.replace("-", "_")
 
 
-def _bash_keys(script: str, keys: Sequence[str]) -> str:
-    return f'_{_word(script)}_keys() {{ compgen -W "{" ".join(f"{key}=" for key in keys)}" -- "$1"; }}\n'
+def _bash_keys(script: str, keys: Mapping[str, Sequence[str]]) -> str:
+    """A function that completes keys and, since bash splits words at ``=``, values by the words before the cursor."""
+    named = {key: " ".join(values) for key, values in keys.items() if values}
+    cases = "".join(f'    {key}) compgen -W "{values}" -- "${{1#=}}";;\n' for key, values in named.items())
+    return (
+        f"_{_word(script)}_keys() {{\n"
+        "  local key=\n"
+        '  if [[ $1 == "=" ]]; then key=${COMP_WORDS[COMP_CWORD-1]}\n'
+        '  elif [[ ${COMP_WORDS[COMP_CWORD-1]} == "=" ]]; then key=${COMP_WORDS[COMP_CWORD-2]}; fi\n'
+        "  case $key in\n"
+        f'    "") compgen -W "{" ".join(f"{key}=" for key in keys)}" -- "$1";;\n'
+        f"{cases}  esac\n}}\n"
+    )
 
 
-def _zsh_keys(script: str, keys: Sequence[str]) -> str:
-    return f"_{_word(script)}_keys() {{ compadd -S = -- {' '.join(keys)} }}\n"
+def _zsh_keys(script: str, keys: Mapping[str, Sequence[str]]) -> str:
+    cases = "".join(f"      {key}) compadd -- {' '.join(values)};;\n" for key, values in keys.items() if values)
+    return (
+        f"_{_word(script)}_keys() {{\n  if compset -P '*='; then\n    case ${{IPREFIX%=}} in\n{cases}    esac\n"
+        f"  else\n    compadd -S = -- {' '.join(keys)}\n  fi\n}}\n"
+    )
 
 
 def _bash_no_space(script: str) -> str:

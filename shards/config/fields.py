@@ -141,6 +141,27 @@ def names(model: type[BaseModel]) -> list[str]:
     return sorted({key.name for group in groups(model) for key in group.keys})
 
 
+def choices(model: type[BaseModel]) -> dict[str, list[str]]:
+    """Return every key that ``key=value`` may set, sorted, with its values if they are few and named; else []."""
+    found: dict[str, list[str]] = {name: [] for name in names(model)}
+    for prefix, each in submodels(model):
+        for name, field in each.model_fields.items():
+            if prefix + name in found:
+                found[prefix + name] = list(dict.fromkeys([*found[prefix + name], *_named(field.annotation)]))
+    return found
+
+
+def _named(annotation: Any) -> list[str]:
+    if annotation is bool:
+        return ["true", "false"]
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return [str(part) for part in parts]
+    if origin in CHOICE:
+        return [value for part in parts[: 1 if origin is Annotated else None] for value in _named(part)]
+    return []
+
+
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"

@@ -114,6 +114,8 @@ def test_bash_completes_commands_options_and_keys():
         "lm.lora.target_modules=",
     }
     assert complete("pipeline", ["extract", "source.spl"]) == ["source.splits="]
+    assert complete("pipeline", ["extract", "codec", "=", "f"]) == ["f16", "fp8"]  # as bash splits codec=f
+    assert complete("train", ["fit", "lm.train", "="]) == ["true", "false"]
     assert complete("shards", ["ver"]) == ["verify"]
 
 
