@@ -14,7 +14,7 @@ READY_AUDIT := $(AUDIT)/.ready
 CACHES ?= $(wildcard caches/*/*)
 SKIPS := $(if $(CI),-rs)  # in CI, list the skipped tests and the reasons at the end
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup extract train sweep report smoke verify test test-all golden coverage bench lint docs audit clean
+.PHONY: help doctor setup extract train sweep report smoke verify test test-all golden coverage bench lint docs site audit clean
 
 extract: CONFIG ?= configs/extract/speech.yaml
 train: CONFIG ?= configs/train/demo.yaml
@@ -112,6 +112,9 @@ lint: setup ## check style and types
 docs: setup ## regenerate docs/config.md from the typed configuration models
 	@$(PY) docs/make_config.py
 
+site: $(READY_ALL) ## build the documentation site into site/
+	@NO_MKDOCS_2_WARNING=1 $(ALL)/bin/python -m mkdocs build --strict $(ARGS)
+
 audit: $(READY_AUDIT) ## check the locked packages for known vulnerabilities (needs a network)
 	@echo $(TORCH) > $(AUDIT)/torch.lock
 	@$(AUDIT)/bin/python .ci/audit.py $(AUDIT)/torch.lock requirements.lock requirements-test-all.lock requirements-bench.lock
@@ -122,4 +125,4 @@ $(READY_AUDIT): requirements-audit.lock
 	@touch $@
 
 clean: ## remove the environment and the caches of tools; keep caches/ and runs/
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

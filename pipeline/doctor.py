@@ -76,7 +76,7 @@ def doctor(hubs: bool = False) -> int:
         print(
             f"{'!' if finding.fix else ' '} {finding.subject:<9} {finding.message}{finding.fix and f': {finding.fix}'}"
         )
-    print(f"\nnext: {next_command(bool(installed.fix), Path('caches'), Path('runs'))}")
+    print(f"\nnext: {next_command(bool(installed.fix), Path('caches'), Path('runs'), LOCK_FILE.is_file())}")
     return 1 if any(finding.fix for finding in blocking) else 0
 
 
@@ -266,14 +266,23 @@ def hub(name: str, url: str) -> Finding:
     return Finding("hubs", f"{name} at {redact(address)} answers")
 
 
-def next_command(needs_setup: bool, cache_root: Path, run_root: Path) -> str:
-    """Return the command to run next, given the state of the setup, the caches and the runs."""
+def next_command(needs_setup: bool, cache_root: Path, run_root: Path, in_checkout: bool = True) -> str:
+    """Return the command to run next, given the state of the setup, the caches and the runs.
+
+    Without a checkout there is no Makefile: the command is then one of ``earshard``.
+    """
     complete, incomplete = _find_caches(cache_root)
     finished = _find_finished_runs(run_root)
     if needs_setup:
         return "make setup      (then the demo: make train)"
     if incomplete and not complete:
+        if not in_checkout:
+            return "earshard extract --config …    (the same words as before: resumes the interrupted extraction)"
         return "make extract    (resumes the interrupted extraction; use the same CONFIG=… and ARGS=…)"
+    if not in_checkout and not complete:
+        return "earshard extract --config speech    (the demo: synthesizes and encodes a corpus)"
+    if not in_checkout and not finished:
+        return "earshard train fit --config demo    (for your caches another FILE; for the demo this one)"
     if not complete:
         return "make train      (the demo: synthesizes a corpus, extracts, trains, writes a report)"
     if not finished:

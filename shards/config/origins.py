@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from shards.config.fields import rename_key, rename_keys
 from shards.errors import UserError
 
+BUILT_IN = Path(__file__).with_name("builtin")  # configs/, in a checkout by a link
 MAX_YAML = 1 << 20  # characters; parsing takes seconds and 100 times the memory
 
 
@@ -25,6 +27,17 @@ class _Loader(yaml.SafeLoader):
             problem = "anchors and aliases are not supported, write the value in full;"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
+
+
+def builtin_config(name: str, *kinds: str) -> str:
+    """Return ``configs/KIND/name.yaml`` if ``name`` is no file but the plain name of a built-in configuration.
+
+    Any other ``name`` is returned as it is. ``kinds`` are the folders of configs/ to look into, in this order.
+    """
+    if name == PurePath(name).stem and not Path(name).is_file():
+        found = (kind for kind in kinds if (BUILT_IN / kind / f"{name}.yaml").is_file())
+        name = next((f"configs/{kind}/{name}.yaml" for kind in found), name)
+    return name
 
 
 def parse_yaml(text: str) -> Any:
@@ -124,9 +137,17 @@ def _lines(path: str) -> Iterator[tuple[str, int]]:
     yield from walk(_Loader(_read(path)).get_single_node(), "")
 
 
+def _on_disk(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return ``path``, or the built-in file if ``path`` is ``configs/KIND/NAME.yaml`` and no file in this folder."""
+    top, *below = PurePath(path).parts or ("",)
+    built_in = BUILT_IN.joinpath(*below)
+    is_built_in = top == "configs" and len(below) == 2 and ".." not in below and built_in.is_file()
+    return built_in if is_built_in and not os.path.exists(path) else path
+
+
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(_on_disk(path), encoding="utf-8") as file:
             text = file.read(MAX_YAML + 1)
     except FileNotFoundError:
         raise UserError(

@@ -57,7 +57,8 @@ class FeatureStream(IterableDataset[Batch]):
         sampler: how rows become batches.
         seed: 0 … 2**64 - 1. With ``sampler``, the manifests and the labels, it determines every batch of every epoch.
         rows: the rows of the joined manifest to read; ``None`` means all.
-        rank, world_size: this process takes ``batch[rank::world_size]`` of each global batch.
+        rank: this process takes ``batch[rank::world_size]`` of each global batch.
+        world_size: number of processes that share the global batches.
         epochs: number of epochs; ``None`` is unlimited.
         prefetch: number of batches read ahead; 0 reads in the calling thread.
         threads: number of reader threads.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from docs_text import PAGES, ROOT, commands
 
+import earshard.__main__
 import pipeline.__main__
 import shards.__main__
 import train.__main__
@@ -17,7 +18,12 @@ from pipeline.config import ExtractConfig
 from shards.config.base import load_config
 from train.config.train import TrainConfig
 
-PARSERS = {"pipeline": pipeline.__main__.parser, "shards": shards.__main__.parser, "train": train.__main__.parser}
+PARSERS = {
+    "": earshard.__main__.parser,
+    "pipeline": pipeline.__main__.parser,
+    "shards": shards.__main__.parser,
+    "train": train.__main__.parser,
+}
 MODELS = {("pipeline", "extract"): ExtractConfig, ("pipeline", "config"): ExtractConfig}
 MODELS |= {("train", command): TrainConfig for command in ("fit", "config", "needs")}
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -69,5 +75,12 @@ def test_every_link_and_every_file_that_a_page_names_is_there(page):
 
 
 def test_commands_are_found_as_a_shell_would_cut_them():
-    text = "```\nX=1 python -m shards ls 'a b' --limit 3  # why\npython -m train fit \\\n  lr=1 || true\n```\n"
-    assert commands(text) == [("shards", ["ls", "a b", "--limit", "3"]), ("train", ["fit", "lr=1"])]
+    text = (
+        "```\nX=1 python -m shards ls 'a b' --limit 3  # why\nearshard extract --config own\n"
+        "python -m train fit \\\n  lr=1 || true\n```\n"
+    )
+    assert commands(text) == [
+        ("shards", ["ls", "a b", "--limit", "3"]),
+        ("pipeline", ["extract", "--config", "own"]),
+        ("train", ["fit", "lr=1"]),
+    ]

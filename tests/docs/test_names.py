@@ -8,8 +8,8 @@ import tomllib
 
 from docs_text import ROOT
 
-PATH = re.compile(r"(?<![\w./-])(?:shards|pipeline|train|tests|bench)(?:/\w+)*/\w+\.py\b")
-DOTTED = re.compile(r"(?<=[`~\"'])(?:shards|pipeline|train)(?:\.[A-Za-z_]\w*)+(?=[`\"'])")
+PATH = re.compile(r"(?<![\w./-])(?:earshard|shards|pipeline|train|tests|bench)(?:/\w+)*/\w+\.py\b")
+DOTTED = re.compile(r"(?<=[`~\"'])(?:earshard|shards|pipeline|train)(?:\.[A-Za-z_]\w*)+(?=[`\"'])")
 
 FILES = ("train.parquet", "train.yaml")
 
@@ -39,10 +39,10 @@ def test_every_module_that_is_named_exists():
 
 def test_the_rooms_page_names_every_module_in_the_row_of_its_folder():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `((?:shards|pipeline|train)/[\w/]*)` \|.*\| (.*) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `((?:earshard|shards|pipeline|train)/[\w/]*)` \|.*\| (.*) \|$", page, re.MULTILINE)
     named = {f"{folder}{name}.py" for folder, text in rows for name in re.findall(r"`([a-z_0-9]+)`", text)}
-    listed = subprocess.run(["git", "ls-files", "shards/*.py", "pipeline/*.py", "train/*.py"], cwd=ROOT, text=True,
-                            capture_output=True, check=True)  # fmt: skip
+    patterns = ["earshard/*.py", "shards/*.py", "pipeline/*.py", "train/*.py"]
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, text=True, capture_output=True, check=True)
     modules = {file for file in listed.stdout.split() if not file.endswith("/__init__.py") and (ROOT / file).is_file()}
     assert modules - named == set()
     assert named - modules == set()

@@ -6,13 +6,15 @@ import re
 import shlex
 from pathlib import Path
 
+from earshard.__main__ import route
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [
     ROOT / "README.md",
     *(page for page in (ROOT / "CONTRIBUTING.md",) if page.exists()),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-OURS = re.compile(r"(?:python -m |torchrun .*-m |earshard-)(pipeline|extract|shards|train)\b ?(.*)")
+OURS = re.compile(r"(?:python -m |torchrun .*-m )(pipeline|shards|train)\b ?(.*)|(?:^|\s)earshard ((?:[a-z]).*)")
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
@@ -28,13 +30,12 @@ def sections(text: str) -> dict[str, str]:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """Return (package, words) of every earshard command in the blocks of ``text``, split as a shell would."""
+    """Return (package, words) of every command of earshard in the blocks of ``text``, split as a shell would."""
     found = []
     for block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
             code = re.split(r"\s#\s|\s{2,}#|\s\|\|\s|\s&&\s|\s\|\s|\s&$|;\s|\s>\s", line)
             for part in code:
                 if match := OURS.search(part):
-                    package = {"extract": "pipeline"}.get(match[1], match[1])
-                    found.append((package, shlex.split(match[2])))
+                    found.append((match[1], shlex.split(match[2])) if match[1] else route(shlex.split(match[3])))
     return found

@@ -98,11 +98,14 @@ def test_the_next_command_depends_on_the_caches_and_runs(here):
     caches, runs = here / "caches", here / "runs"
     assert doctor.next_command(True, caches, runs).startswith("make setup")
     assert doctor.next_command(False, caches, runs).startswith("make train")
+    assert doctor.next_command(False, caches, runs, in_checkout=False).startswith("earshard extract --config speech")
     make(caches / "speech-1" / "whisper" / "plans" / "000.parquet")
     assert doctor.next_command(False, caches, runs).startswith("make extract")
+    assert doctor.next_command(False, caches, runs, in_checkout=False).startswith("earshard extract --config …")
     assert [finding.subject for finding in doctor.caches(caches) if finding.fix] == ["caches"]
     make(caches / "speech-1" / "whisper" / "CACHE.json")
     assert doctor.next_command(False, caches, runs).startswith("make train")
+    assert doctor.next_command(False, caches, runs, in_checkout=False).startswith("earshard train fit --config demo")
     assert [finding.fix for finding in doctor.caches(caches)] == [""]
     make(runs / "demo" / "summary.json")
     (runs / "latest").symlink_to("demo")

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+import earshard
 import shards
 import train
 
 
-@pytest.mark.parametrize("package", [shards, train])
+@pytest.mark.parametrize("package", [earshard, shards, train])
 def test_every_public_name_is_there_from_the_top(package):
     for name in package.__all__:
         assert getattr(package, name) is not None
@@ -20,6 +21,8 @@ def test_every_public_name_is_there_from_the_top(package):
 
 
 def test_importing_the_packages_loads_neither_torch_nor_pyarrow():
-    code = "import sys, shards, pipeline, train; print(sorted({'torch', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, earshard, shards, pipeline, train; print(sorted({'torch', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

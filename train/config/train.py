@@ -245,7 +245,7 @@ class TrainConfig(Config):
     """Number of utterances in the final retrieval test, which matches audio to text in groups of 16. 0: off."""
     checkpoint_every: int | None = Field(default=500, ge=1)
     """Steps between checkpoints. null: only at the end."""
-    trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
+    trackers: list[Literal["wandb", "tensorboard", "mlflow", "trackio"]] = Field(default_factory=list)
     """Experiment trackers that receive the metrics in addition to `metrics.jsonl`."""
     wandb_project: str | None = None
     """wandb project. null: `nanochat-omni-audio` for a nanochat LM, else `earshard`."""

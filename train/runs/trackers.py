@@ -1,10 +1,11 @@
-"""Experiment trackers: send metrics to Weights & Biases and TensorBoard in addition to ``metrics.jsonl``.
+"""Experiment trackers: Weights & Biases, TensorBoard, MLflow and Trackio, in addition to ``metrics.jsonl``.
 
-``trackers: [wandb, tensorboard]`` enables them. The id of the wandb run is stored in ``wandb-id`` in the run folder, so
-that a resumed run continues the same wandb run; TensorBoard event files are written to ``tensorboard/`` in the run
-folder. Each library is imported only if enabled. wandb works offline with ``WANDB_MODE=offline`` (upload later with
-``wandb sync RUN/wandb/offline-run-…``). A tracker that fails during training is reported once and disabled; the run and
-the other trackers continue.
+``trackers: [wandb, tensorboard]`` enables them. The id that a run has at a tracker is stored in the run folder
+(``wandb-id``, ``mlflow-id``, ``trackio-id``), so that a resumed run continues the same one; TensorBoard event files are
+written to ``tensorboard/`` in the run folder. MLflow writes to ``MLFLOW_TRACKING_URI``, Trackio to ``TRACKIO_DIR`` or
+what else its variables name. Each library is imported only if enabled. wandb works offline with
+``WANDB_MODE=offline`` (upload later with ``wandb sync RUN/wandb/offline-run-…``). A tracker that fails during training
+is reported once and disabled; the run and the other trackers continue.
 
     python -m train fit --config configs/train/demo.yaml 'trackers=[tensorboard]'
     tensorboard --logdir runs
@@ -14,9 +15,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +32,12 @@ from shards.errors import UserError, missing_package
 from shards.files import atomic_write, translate_os_errors
 from train.config.train import TrainConfig
 
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # tracker -> module to import
-WANDB_ID = "wandb-id"
+NAMES = ("wandb", "tensorboard", "mlflow", "trackio")  # also the modules to import
+FIXES = {
+    "wandb": "log in with `wandb login`, set WANDB_MODE=offline, or",
+    "mlflow": "set MLFLOW_TRACKING_URI to a server, install all of mlflow for a local store, or",
+}
+MAX_PARAMS, MAX_METRICS, MAX_VALUE = 100, 1000, 500  # of one request to MLflow; characters of a parameter
 
 
 class Tracker(Protocol):
@@ -77,7 +86,7 @@ class Trackers:
 def require_trackers(config: TrainConfig) -> None:
     """Raise UserError if a library that ``config.trackers`` needs is not installed."""
     for name in config.trackers:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise missing_package(f"trackers=[{name}]", name, "trackers")
 
 
@@ -91,6 +100,8 @@ def open_trackers(config: TrainConfig, run: Path, step: int) -> Trackers:
     makers: dict[str, Callable[[], Tracker]] = {
         "wandb": lambda: Wandb(config, run),
         "tensorboard": lambda: TensorBoard(run, step),
+        "mlflow": lambda: MLflow(config, run),
+        "trackio": lambda: Trackio(config, run),
     }
     trackers = []
     for name in config.trackers:
@@ -100,7 +111,7 @@ def open_trackers(config: TrainConfig, run: Path, step: int) -> Trackers:
             raise
         except Exception as error:  # a third-party library may raise anything
             reason = " ".join(str(error).split())[:200]
-            fix = "log in with `wandb login`, set WANDB_MODE=offline, or" if name == "wandb" else "fix the cause, or"
+            fix = FIXES.get(name, "fix the cause, or")
             raise UserError(
                 f"{name} failed to start ({type(error).__name__}: {reason}): {fix} resume without trackers: "
                 f"python -m train fit --resume {run} 'trackers=[]'"
@@ -116,15 +127,11 @@ class Wandb:
     def __init__(self, config: TrainConfig, run: Path) -> None:
         import wandb
 
-        id_file = run / WANDB_ID
-        if not id_file.is_file():
-            with translate_os_errors("storing the id of the wandb run", id_file):
-                atomic_write(id_file, secrets.token_hex(4).encode(), str(os.getpid()))
         settings: Any = wandb.Settings(console="off", silent=True)
         self._run: Any = wandb.init(
             project=wandb_project(config),
             name=run.name,
-            id=id_file.read_text().strip(),
+            id=stored_id(run, self.name, lambda: secrets.token_hex(4)),
             resume="allow",
             dir=str(run),
             config=flatten(config.model_dump(mode="json")),
@@ -158,6 +165,82 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class MLflow:
+    """A run of MLflow in the experiment :func:`wandb_project`; continues the one whose id is in ``mlflow-id``."""
+
+    name = "mlflow"
+
+    def __init__(self, config: TrainConfig, run: Path) -> None:
+        from mlflow import MlflowClient
+
+        self._client: Any = MlflowClient()
+        self._run = stored_id(run, self.name, lambda: self._start(config, run))
+        self._client.update_run(self._run, status="RUNNING")
+
+    def _start(self, config: TrainConfig, run: Path) -> str:
+        from mlflow.entities import Param
+
+        project = wandb_project(config)
+        experiment = self._client.get_experiment_by_name(project)
+        home = experiment.experiment_id if experiment is not None else self._client.create_experiment(project)
+        started: str = self._client.create_run(home, run_name=run.name).info.run_id
+        settings = flatten(config.model_dump(mode="json")).items()
+        params = [Param(_mlflow_name(key), str(value)[:MAX_VALUE]) for key, value in settings]
+        for first in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(started, params=params[first : first + MAX_PARAMS])
+        return started
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        entries = [Metric(_mlflow_name(name), value, now, step) for name, value in metrics.items()]
+        for first in range(0, len(entries), MAX_METRICS):
+            self._client.log_batch(self._run, metrics=entries[first : first + MAX_METRICS])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class Trackio:
+    """A run of Trackio in the project :func:`wandb_project`; its name, ``run-hex``, is stored in ``trackio-id``."""
+
+    name = "trackio"
+
+    def __init__(self, config: TrainConfig, run: Path) -> None:
+        import trackio
+
+        name = stored_id(run, self.name, lambda: f"{run.name}-{secrets.token_hex(4)}")
+        settings = flatten(config.model_dump(mode="json"))
+        options: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        # in a context of its own: a second run in this process (a sweep's) would end the first one
+        with redirect_stdout(sys.stderr):
+            self._run: Any = Context().run(
+                trackio.init, wandb_project(config), name, config=settings, resume="allow", **options
+            )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
+def stored_id(run: Path, tracker: str, make: Callable[[], str]) -> str:
+    """Return the id of ``run`` at ``tracker``; the first call stores what ``make`` returns in the run folder."""
+    file = run / f"{tracker}-id"
+    if not file.is_file():
+        made = make()
+        with translate_os_errors(f"storing the id of the {tracker} run", file):
+            atomic_write(file, made.encode(), str(os.getpid()))
+    return file.read_text().strip()
+
+
+def _mlflow_name(name: str) -> str:
+    return re.sub(r"[^\w./ :-]", "_", name)
 
 
 def wandb_project(config: TrainConfig) -> str:

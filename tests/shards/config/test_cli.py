@@ -1,4 +1,4 @@
-"""What holds for all three command lines: quick help with examples that parse, completion, the resolved settings."""
+"""What holds for all command lines: quick help with examples that parse, completion, the resolved settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+import earshard.__main__
 import pipeline.__main__
 import shards.__main__
 import train.__main__
 from pipeline.config import ExtractConfig
 from shards.config import cli as commandline
 from shards.config.base import load_config
+from shards.config.origins import builtin_config
+from shards.errors import UserError
 from train.config.train import TrainConfig
 
 MODULES = {"pipeline": pipeline.__main__, "shards": shards.__main__, "train": train.__main__}
@@ -59,9 +62,6 @@ def test_help_imports_no_library(name):
 @pytest.mark.parametrize(("name", "command"), EACH)
 def test_every_command_shows_an_example_that_parses(name, command):
     text = subcommands(name)[command].epilog or ""
-    if command == "completion":
-        assert f"source <(earshard-{'extract' if name == 'pipeline' else name} completion bash)" in text
-        return
     shown = [words for module, words in examples(text) if module == name and words[0] == command]
     assert shown, text
     for words in shown:
@@ -87,14 +87,13 @@ def test_overrides_may_stand_before_and_behind_options(capsys):
     assert "unrecognized arguments: lr=1" in capsys.readouterr().err
 
 
-def complete(name: str, words: list[str]) -> list[str]:
+def complete(*words: str) -> list[str]:
     """What bash offers for the last of ``words``."""
-    script = {"pipeline": "earshard-extract"}.get(name, f"earshard-{name}")
     printed = subprocess.run(
-        [sys.executable, "-m", name, "completion", "bash"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "earshard", "completion", "bash"], capture_output=True, text=True, check=True
     ).stdout
-    line = " ".join(shlex.quote(word) for word in [script, *words])
-    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _{script.replace('-', '_')} {script} ''\n"
+    line = " ".join(shlex.quote(word) for word in ["earshard", *words])
+    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _earshard earshard ''\n"
     done = subprocess.run(
         ["bash", "--norc", "-c", f"{printed}\n{ask}" + 'printf "%s\\n" "${COMPREPLY[@]}"'],
         capture_output=True,
@@ -106,25 +105,61 @@ def complete(name: str, words: list[str]) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_commands_options_and_keys():
-    assert complete("train", ["ev"]) == ["evaluate"]
-    assert "--resume" in complete("train", ["fit", "--"])
-    assert set(complete("train", ["fit", "--config", "x.yaml", "lm.lora."])) == {
+    assert complete("tr") == ["train"]
+    assert complete("train", "ev") == ["evaluate"]
+    assert "--resume" in complete("train", "fit", "--")
+    assert set(complete("train", "fit", "--config", "x.yaml", "lm.lora.")) == {
         "lm.lora.rank=",
         "lm.lora.alpha=",
         "lm.lora.target_modules=",
     }
-    assert complete("pipeline", ["extract", "source.spl"]) == ["source.splits="]
-    assert complete("pipeline", ["extract", "codec", "=", "f"]) == ["f16", "fp8"]  # as bash splits codec=f
-    assert complete("train", ["fit", "lm.train", "="]) == ["true", "false"]
-    assert complete("shards", ["ver"]) == ["verify"]
+    assert complete("extract", "--config", "x.yaml", "source.spl") == ["source.splits="]
+    assert complete("extract", "codec", "=", "f") == ["f16", "fp8"]  # as bash splits codec=f
+    assert complete("train", "fit", "lm.train", "=") == ["true", "false"]
+    assert complete("shards", "ver") == ["verify"]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_zsh_gets_a_script_for_the_console_command(name):
-    done = subprocess.run([sys.executable, "-m", name, "completion", "zsh"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"#compdef earshard-{'extract' if name == 'pipeline' else name}\n")
+def test_zsh_gets_a_script_for_the_console_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "earshard", "completion", "zsh"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("#compdef earshard\n")
     if zsh := shutil.which("zsh"):
         subprocess.run([zsh, "-n"], input=done.stdout, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "passed"),
+    [
+        (["extract", "--config", "tones", "limit=3"], "pipeline", ["extract", "--config", "tones", "limit=3"]),
+        (["extract", "check", "CACHE"], "pipeline", ["check", "CACHE"]),
+        (["train", "report"], "train", ["report"]),
+        (["shards", "ls", "CACHE"], "shards", ["ls", "CACHE"]),
+        (["doctor", "--hubs"], "pipeline", ["doctor", "--hubs"]),
+    ],
+)
+def test_earshard_hands_the_words_to_the_command_line_of_the_package(words, module, passed, monkeypatch):
+    got = []
+    monkeypatch.setattr(MODULES[module], "main" if module == "shards" else "command", got.append)
+    earshard.__main__.command(words)
+    assert got == [passed]
+
+
+def test_a_built_in_configuration_is_named_without_its_folder_and_the_users_files_go_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    speech = load_config(ExtractConfig, CONFIGS / "extract" / "speech.yaml")
+    assert builtin_config("speech", "extract") == "configs/extract/speech.yaml"
+    assert builtin_config("lr", "train", "sweep") == "configs/sweep/lr.yaml"
+    assert builtin_config("lr", "train") == "lr"
+    assert load_config(ExtractConfig, "configs/extract/speech.yaml") == speech
+    for outside in ("configs/../configs/extract/speech.yaml", "configs/cluster/slurm-train.sh/x", "speech.yaml", ""):
+        with pytest.raises(UserError, match="does not exist"):
+            load_config(ExtractConfig, outside)
+    (tmp_path / "speech").write_text("source: {kind: tones}\nlimit: 1\n")
+    (tmp_path / "configs" / "extract").mkdir(parents=True)
+    (tmp_path / "configs" / "extract" / "speech.yaml").write_text("source: {kind: tones}\nlimit: 2\n")
+    assert load_config(ExtractConfig, builtin_config("speech", "extract")).limit == 1
+    assert load_config(ExtractConfig, "configs/extract/speech.yaml").limit == 2
 
 
 def test_config_prints_what_is_set_or_every_key_and_checks_them(tmp_path, capsys):

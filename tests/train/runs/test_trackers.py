@@ -1,13 +1,16 @@
-"""Trackers: wandb offline and TensorBoard, checked with the files that the libraries write."""
+"""Trackers: wandb offline, TensorBoard, MLflow and Trackio, checked with the files that the libraries write."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tiny_cache import make_cache
-from tiny_run import forget_after, losses, make_config
+from tiny_run import forget_after, losses, make_config, write_config
 
 from shards.errors import UserError
 from train.config.train import TrainConfig
@@ -58,6 +61,50 @@ def test_wandb_works_offline_and_a_resumed_run_keeps_its_id(tmp_path, cache, mon
     assert "note:" not in capsys.readouterr().err
 
 
+def test_mlflow_has_settings_and_metrics_and_a_resumed_run_continues_the_same_one(tmp_path, cache, monkeypatch, capsys):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs all of mlflow
+    config = make_config(tmp_path, cache, "nanochat:d1", **KEYS, trackers=["mlflow"])
+    run = fit(config)
+    forget_after(run, 4)
+    fit(config, run)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("nanochat-omni-audio")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.run_id == (run / "mlflow-id").read_text()
+    assert (found.info.run_name, found.info.status) == (run.name, "FINISHED")
+    assert found.data.params["lm.model"] == "nanochat:d1"
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert {entry.step: entry.value for entry in history} == pytest.approx(dict(enumerate(losses(run), 1)), rel=1e-6)
+    assert "held_out/audio_gain" in found.data.metrics
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_trackio_has_every_step_and_a_resumed_run_continues_the_same_one(tmp_path, cache):
+    pytest.importorskip("trackio")
+    config = make_config(tmp_path, cache, "nanochat:d1", **KEYS, trackers=["trackio"])
+    code = (  # a process of its own: trackio reads TRACKIO_DIR when it is imported
+        "import sys\nfrom pathlib import Path\nfrom shards.config.base import load_config\n"
+        "from tiny_run import forget_after\nfrom train.config.train import TrainConfig\n"
+        "from train.trainer.fit import fit\n"
+        "config = load_config(TrainConfig, sys.argv[1])\nrun = fit(config)\nforget_after(run, 4)\nfit(config, run)\n"
+        "import json\nfrom trackio.sqlite_storage import SQLiteStorage\n"
+        "(name,) = SQLiteStorage.get_runs('nanochat-omni-audio')\n"
+        "rows = SQLiteStorage.get_logs('nanochat-omni-audio', name)\n"
+        "print(json.dumps([name, [[row['step'], row['train/loss']] for row in rows if 'train/loss' in row]]))\n"
+    )
+    file = write_config(tmp_path / "config.yaml", config)
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, file], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").glob("run*")
+    name, steps = json.loads(done.stdout.splitlines()[-1])
+    assert name == (run / "trackio-id").read_text()
+    assert dict(steps) == pytest.approx(dict(enumerate(losses(run), 1)), rel=1e-6)
+    assert "note:" not in done.stderr
+
+
 def test_a_tracker_that_fails_is_reported_and_the_run_and_the_others_continue(tmp_path, cache, monkeypatch, capsys):
     class Fake:
         def __init__(self, name, breaks):
@@ -88,7 +135,7 @@ def test_a_tracker_that_fails_is_reported_and_the_run_and_the_others_continue(tm
 
 def test_a_missing_library_is_reported_before_a_folder_is_created(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    for name in ("wandb", "tensorboard"):
+    for name in trackers.NAMES:
         config = make_config(tmp_path, cache, "nanochat:d1", trackers=[name])
         with pytest.raises(
             UserError, match=rf"package {name}, which is not installed: run `.* 'earshard\[trackers\]'`"
