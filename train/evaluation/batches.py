@@ -16,7 +16,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from train.config.model import TextConfig
-from train.data.caches import Utterances, pad
+from train.data.caches import Utterances
+from train.data.padding import pad
 from train.data.text import AS_STORED, apply_text_rules
 from train.distributed.group import ProcessGroup
 from train.evaluation.languages import text_languages
