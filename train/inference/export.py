@@ -39,6 +39,7 @@ from shards import files as disk
 from shards.config.base import Config, validate_config
 from shards.errors import UserError
 from shards.files import atomic_write, fsync_folder, make_folder, scratch_folder, translate_os_errors
+from shards.share.publish import Publication
 from train.config.model import CustomConfig, DecodeConfig, LmConfig, ProjectorConfig, PromptConfig
 from train.config.train import TrainConfig
 from train.data.instructions import Instructions
@@ -407,6 +408,33 @@ print(model.transcribe("speech.wav"))
 The text is that of `python -m train transcribe`, and on the same processor and libraries the soft tokens have the same
 bits.
 """
+
+
+def describe_export(folder: Path) -> Publication:
+    """Return what a push of the export in ``folder`` would publish.
+
+    Raises:
+        UserError: ``folder`` is not an export.
+    """
+    from shards.share.transfer import ABSOLUTE_PATH
+
+    tree = read_settings(folder).model_dump(mode="json")
+    names = {"encoder": tree["encoder"], "lm": tree["lm"]["model"], "prompt.prompts": tree["prompt"]["prompts"]}
+    paths = [f"{key} '{text}'" for key, text in names.items() if text and ABSOLUTE_PATH.match(text)]
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return Publication(files, [("local paths", "; ".join(paths) or "none")])
+
+
+def push_export(folder: Path, url: str, private: bool = False) -> None:
+    """Publish the export in ``folder`` as the model ``hf://OWNER/NAME``.
+
+    Raises:
+        UserError: ``folder`` is not an export; or see :func:`shards.share.hub.push_model`.
+    """
+    from shards.share.hub import push_model
+
+    read_settings(folder)
+    push_model(folder, url, private)
 
 
 def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_lm: bool, problem: str = "") -> str:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_encoders import write_tiny
+from tiny_hub import serve_hub
 from tiny_lm import save_tiny_lm
 from tiny_run import make_config
 from tiny_whisper import write_tiny_whisper
@@ -23,6 +24,7 @@ from pipeline.__main__ import command as pipeline_command
 from pipeline.audio import decode, encode_wav
 from pipeline.encoders.recording import open_encoder
 from shards.errors import run_command
+from train.__main__ import command
 from train.data.live import encode_features, feature_specs
 from train.data.padding import pad
 from train.inference.export import export, load_projector
@@ -34,6 +36,7 @@ from train.trainer.fit import fit
 SAMPLES = {"short": 4000, "middle": 20_001, "long": 33 * 16_000}  # the last one spans two windows
 RATES = {"middle": 22_050}
 
+ROOT = Path(__file__).parents[3]
 OWN_SOURCE = """
 from torch import nn
 from train import Projector
@@ -76,11 +79,16 @@ def noise(samples: int, seed: int) -> np.ndarray:
     return (np.random.RandomState(seed).uniform(-0.3, 0.3, samples) * 32767).astype(np.int16)
 
 
-def receive(folder: Path, codes: dict[str, str]) -> tuple[dict[str, Any], str]:
+def receive(folder: Path, codes: dict[str, str], **variables: str) -> tuple[dict[str, Any], str]:
     """Run each of ``codes`` in one process in ``folder``; return its results or errors by name, and what it printed."""
     hidden = {"PYTHONPATH", "PYTEST_CURRENT_TEST"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
     words = [sys.executable, "-P", "-c", RECEIVER, json.dumps(codes), *SAMPLES]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -206,3 +214,27 @@ def test_the_card_has_three_lines_and_earshard_reads_the_same_folder(world):
 def test_an_encoder_or_a_language_model_that_is_not_that_of_the_training_is_refused(world, name, reason):
     assert isinstance(world[2][name], str)
     assert re.search(reason, world[2][name])
+
+
+@pytest.mark.slow
+def test_an_export_is_pushed_to_a_hub_and_loaded_by_its_name(world, tmp_path, capsys):
+    folder, _, results, _ = world
+    target, url = folder / "export-plain", "hf://someone/demo"
+    assert run_command(command, ["push", str(target), url, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert f"would push to {url}, a public repository:" in told
+    assert f"encoder 'path:{folder / 'encoder'}'" in told
+    assert run_command(command, ["push", str(target), url]) == 2
+    assert "would become public: add --yes" in capsys.readouterr().err
+    with serve_hub("someone/demo", {}, "model") as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token"}
+        environment |= {"HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        words = [sys.executable, "-m", "train", "push", str(target), url, "--private"]
+        assert subprocess.run(words, env={**os.environ, **environment}, cwd=ROOT, check=False).returncode == 0
+        assert hub.private
+        assert set(hub.files) == {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+        code = (
+            card_lines(target).replace("ENCODER", "encoder").replace('"LM"', '"lm"').replace("speech.wav", "short.wav")
+        )
+        found, _ = receive(folder, {"hub": code.replace('"export-plain"', '"someone/demo"')}, **environment)
+    assert found["hub"] == results["plain"]
