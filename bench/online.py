@@ -67,7 +67,7 @@ def measure(path: str, arguments: argparse.Namespace, extraction: float) -> None
     from shards.stream.iterable_dataset import FeatureStream
     from shards.stream.sampler import SamplerConfig
     from train.config.train import TrainConfig
-    from train.data.caches import pad
+    from train.data.padding import pad
     from train.distributed.device import choose_device, choose_dtype
     from train.model.build import build_model
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import WorkFailed, run_command
 from shards.remote.client import is_url
+from shards.share.publish import add_options
 
 if TYPE_CHECKING:
     from shards.inspect.findings import Problem
@@ -87,10 +88,11 @@ def parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--licence", metavar="ID", help="license named in the dataset card, such as cc-by-4.0 (required by a hub)"
     )
+    add_options(push)
     pull = _command(
         commands,
         "pull",
-        "download a remote cache into a folder and verify it",
+        "copy a cache from a URL or a folder into a folder and verify it",
         "shared/name",
         "hf://datasets/OWNER/NAME",
     )
@@ -334,7 +336,9 @@ def _compact(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     from shards.errors import UserError
-    from shards.share.transfer import push
+    from shards.share.hub import parse_dataset_url
+    from shards.share.publish import is_agreed
+    from shards.share.transfer import describe_push, push
 
     if is_url(args.cache):
         raise UserError(f"'{args.cache}' is a URL: download it with `python -m shards pull`, then push that folder")
@@ -342,19 +346,20 @@ def _push(args: argparse.Namespace) -> None:
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if args.url.startswith("hf://") and not args.dry_run:
+        parse_dataset_url(args.url, args.licence)
+    if not is_agreed(args, args.url, describe_push(args.cache)):
+        return
     with _progress_bar("push", "B") as progress:
-        push(args.cache, args.url, args.licence, progress, log)
+        push(args.cache, args.url, args.licence, progress, log, args.private)
     print(f"pushed: {args.url} (records, tables and sizes verified at the destination)")
 
 
 def _pull(args: argparse.Namespace) -> None:
-    from shards.errors import UserError
     from shards.share.transfer import pull
 
-    if not is_url(args.cache):
-        raise UserError(f"'{args.cache}' is not a URL: pass one such as hf://datasets/OWNER/NAME")
     with _progress_bar("pull", "B") as progress:
-        pull(args.cache, args.folder, progress)
+        pull(str(args.cache), args.folder, progress)
     print(f"pulled: {args.folder} (every byte of every shard verified)")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.config.cli import add_config, config_file, parse_args, show_config
 from shards.errors import UserError, run_command
+from shards.share.publish import add_options
 
 if TYPE_CHECKING:
     from train.config.train import TrainConfig
@@ -139,6 +140,11 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="DIR", help="new folder for the weights, settings, source and model card")
     export.add_argument("--projector", metavar="MODULE:CLASS", help=OWN_PROJECTOR)
 
+    push = add("push", "publish an export as a model on a hub", "push exported/demo hf://OWNER/NAME --private")
+    push.add_argument("folder", type=Path, metavar="DIR", help="an export")
+    push.add_argument("url", metavar="URL", help="hf://OWNER/NAME")
+    add_options(push)
+
     needs = add(
         "needs", "list the extraction configs whose caches are missing", "needs --config configs/train/demo.yaml"
     )
@@ -170,6 +176,7 @@ def command(argv: Sequence[str]) -> int:
         "score": _score,
         "transcribe": _transcribe,
         "export": _export,
+        "push": _push,
         "needs": _needs,
         "report": _report,
         "config": _config,
@@ -324,6 +331,16 @@ def _export(args: argparse.Namespace) -> int:
     from train.runs.folder import find_run
 
     print(f"exported: {export(find_run(args.run), Path(args.folder), args.projector)}")
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from shards.share.publish import is_agreed
+    from train.inference.export import describe_export, push_export
+
+    if is_agreed(args, args.url, describe_export(args.folder)):
+        push_export(args.folder, args.url, args.private)
+        print(f"pushed: {args.url}")
     return 0
 
 

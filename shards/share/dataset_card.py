@@ -7,9 +7,15 @@ YAML header.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+from urllib.parse import quote
 
 import yaml
+
+from shards.format.records import CacheInfo
+
+LIST_MARK = "<!-- list of caches, written by earshard -->"
 
 
 def dataset_card(description: dict[str, Any], url: str, license_id: str, folder: str, base_url: str) -> str:
@@ -28,7 +34,7 @@ def dataset_card(description: dict[str, Any], url: str, license_id: str, folder:
     title = f"{spec['family']} layer {spec['layer']} features of {corpus}"
     tars = f"{folder}/shards/*.tar" if folder else "shards/*.tar"
     return f"""---
-{_header(title, license_id, tars)}
+{_header(title, license_id, [{"config_name": "default", "data_files": tars}])}
 ---
 
 # {title}
@@ -55,14 +61,52 @@ also apply to them.
 """
 
 
-def _header(title: str, license_id: str, tars: str) -> str:
+def list_card(caches: dict[str, CacheInfo], url: str, license_id: str) -> str:
+    """Return the card at the root of a repository whose folders are ``caches``; each is a subset of the hub's viewer.
+
+    Arguments as in :func:`dataset_card`; the license is that of the newest cache.
+    """
+    configs = [{"config_name": _config_name(folder), "data_files": f"{folder}/shards/*.tar"} for folder in caches]
+    rows = "\n".join(
+        f"| [`{folder}`]({quote(folder)}/README.md) | {info.spec['family']}, layer {info.spec['layer']}, "
+        f"{info.spec['codec']} | {info.counts['utterances']:,} | `{info.feature_id[:16]}` |"
+        for folder, info in caches.items()
+    )
+    name = url.rpartition("/")[2].partition("@")[0]
+    return f"""---
+{_header(name, license_id, configs)}
+---
+{LIST_MARK}
+
+# {name}
+
+Speech features and transcripts, ready for training an audio projector or any other model. Each folder is one cache,
+with a card of its own:
+
+| cache | features | utterances | feature id |
+|---|---|---|---|
+{rows}
+
+```python
+import shards
+
+data = shards.open("{url}/{next(iter(caches))}")
+```
+"""
+
+
+def _config_name(folder: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", folder)
+
+
+def _header(title: str, license_id: str, configs: list[dict[str, str]]) -> str:
     """Return the metadata of the card as YAML."""
     tree = {
         "license": license_id,
         "pretty_name": title,
         "task_categories": ["automatic-speech-recognition", "feature-extraction"],
         "tags": ["audio", "speech", "webdataset", "earshard"],
-        "configs": [{"config_name": "default", "data_files": tars}],
+        "configs": configs,
     }
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()
 

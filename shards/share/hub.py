@@ -1,23 +1,36 @@
-"""Uploads a cache to a dataset repository on a Hugging Face hub, with a dataset card.
+"""Uploads a cache to a dataset repository on a Hugging Face hub, with a dataset card; or a folder to a model's.
 
 Takes a complete cache folder and ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``; creates the dataset if it does not
 exist. Records are committed after their files; ``CACHE.json``, ``LABELS.json`` and the card are the last commit. Files
 that are already there with the same content are not sent again, so an interrupted push resumes. Uses the token of
 huggingface_hub (``hf auth login``).
+
+The hub reads the card at the root of a repository. If the caches of a repository are in folders, that card lists them;
+a card that somebody else wrote is left alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 from shards.format.layout import Layout
+from shards.format.records import MAX_JSON, CacheInfo
 from shards.inspect.info import describe_cache
 from shards.labels.store import INDEX
-from shards.share.dataset_card import dataset_card
+from shards.remote.client import Remote
+from shards.remote.mirror import fetch_info
+from shards.share.dataset_card import LIST_MARK, dataset_card, list_card
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 DATASET_URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
+MODEL_URL = re.compile(r"hf://(?!datasets/|spaces/|models/)(?P<repo>[^/@]+/[^/@]+)")
 COMMIT_PATTERNS = (
     ["plans/*.parquet", "shards/*.tar", "shards/*.parquet"],
     ["shards/*.json", "manifests/*.parquet", "failures/*.parquet"],
@@ -39,7 +52,13 @@ def parse_dataset_url(url: str, license_id: str | None) -> re.Match[str]:
 
 
 def push_to_hub(
-    layout: Layout, url: str, license_id: str, label_files: Sequence[str], labels: bytes, check: Callable[[], None]
+    layout: Layout,
+    url: str,
+    license_id: str,
+    label_files: Sequence[str],
+    labels: bytes,
+    check: Callable[[], None],
+    private: bool = False,
 ) -> None:
     """Upload a valid cache to a dataset repository.
 
@@ -48,23 +67,20 @@ def push_to_hub(
         labels: content of ``LABELS.json``.
         check: called before the last commit; raises UserError if the cache there is no longer as it was. A commit of
             another process after that makes the last commit fail.
+        private: whether the repository must be private.
 
     Raises:
-        UserError: the hub refused the request, or the upload failed.
+        UserError: the repository is public and must not be; or the hub refused the request, or the upload failed.
     """
     match = parse_dataset_url(url, license_id)
     repo, folder, revision = match["repo"], match["folder"] or "", match["revision"]
 
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # Rejections and, by their base classes, all errors of the HTTP client. A failed upload thread raises RuntimeError.
-    bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
-    errors: tuple[type[Exception], ...] = (*bases, HFValidationError, RuntimeError)
     api, base_url = HfApi(), f"https://huggingface.co/datasets/{repo}/resolve/{revision or 'main'}"
     text = dataset_card(describe_cache(layout.path), url, license_id, folder, base_url)
-    try:
-        api.create_repo(repo, repo_type="dataset", exist_ok=True)
+    with _hub_errors(url):
+        _open_repository(api, repo, "dataset", private, url)
         for patterns in (*COMMIT_PATTERNS, [f"labels/{name}" for name in label_files]):
             if not patterns:
                 continue
@@ -78,19 +94,74 @@ def push_to_hub(
                 commit_message=", ".join(patterns),
             )
         check()
-        last = (
-            (f"labels/{INDEX}", labels),
-            ("CACHE.json", layout.cache.read_bytes()),
-            ("README.md", text.encode()),
-        )
+        last = [
+            (f"{folder}/{name}".lstrip("/"), data)
+            for name, data in (
+                (f"labels/{INDEX}", labels),
+                ("CACHE.json", layout.cache.read_bytes()),
+                ("README.md", text.encode()),
+            )
+        ]
+        if folder and (listed := _root_card(api, match, layout, license_id)):
+            last.append(("README.md", listed))
         api.create_commit(
             repo,
-            [CommitOperationAdd(f"{folder}/{name}".lstrip("/"), data) for name, data in last],
+            [CommitOperationAdd(name, data) for name, data in last],
             commit_message="CACHE.json",
             repo_type="dataset",
             revision=revision,
             parent_commit=uploaded.oid,
         )
+
+
+def push_model(folder: Path, url: str, private: bool = False) -> None:
+    """Upload the files of ``folder`` as one commit to the model repository ``hf://OWNER/NAME``; create it if need be.
+
+    Raises:
+        UserError: the URL is none of a model, the repository is public and must not be, or the hub refused.
+    """
+    match = MODEL_URL.fullmatch(url)
+    if match is None:
+        raise UserError(f"'{url}' is not the URL of a model: write hf://OWNER/NAME")
+
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _hub_errors(url):
+        _open_repository(api, match["repo"], "model", private, url)
+        api.upload_folder(repo_id=match["repo"], folder_path=folder, ignore_patterns=["*__pycache__*"])
+
+
+def _open_repository(api: HfApi, repo: str, kind: str, private: bool, url: str) -> None:
+    """Create the repository if it does not exist; UserError if it is public and must be private."""
+    api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+    if private and not api.repo_info(repo, repo_type=kind).private:
+        raise UserError(f"'{url}' is already public: make it private on the hub, or push without --private")
+
+
+def _root_card(api: HfApi, match: re.Match[str], layout: Layout, license_id: str) -> bytes | None:
+    """Return the card that lists the caches of a repository; None if somebody else wrote the one that is there."""
+    revision = match["revision"]
+    root = f"hf://datasets/{match['repo']}" + (f"@{revision}" if revision else "")
+    before = Remote(root).read_if_exists("README.md", MAX_JSON)
+    files = api.list_repo_files(match["repo"], repo_type="dataset", revision=revision)
+    folders = {name.removesuffix("/CACHE.json") for name in files if name.endswith("/CACHE.json")} - {match["folder"]}
+    if "CACHE.json" in files or (before is not None and LIST_MARK.encode() not in before):
+        return None
+    caches = {folder: fetch_info(Remote(f"{root}/{folder}"))[1] for folder in sorted(folders)}
+    caches[match["folder"]] = CacheInfo.model_validate_json(layout.cache.read_bytes())
+    return list_card(dict(sorted(caches.items())), root, license_id).encode()
+
+
+@contextmanager
+def _hub_errors(url: str) -> Iterator[None]:
+    """Turn rejections and, by their base classes, all errors of the HTTP client into a :class:`UserError`."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    errors: tuple[type[Exception], ...] = (*bases, HFValidationError, RuntimeError)  # the last of an upload thread
+    try:
+        yield
     except errors as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -50,11 +50,13 @@ from shards.inspect.findings import Problem
 from shards.inspect.verify import verify
 from shards.labels.remote import fetch_label_index
 from shards.labels.store import INDEX, LabelIndex, read_index
-from shards.remote.client import Remote
+from shards.read.cache import Cache
+from shards.remote.client import Remote, is_url
 from shards.remote.mirror import extends, fetch_info, fetch_record
 from shards.remote.object_store import SCHEMES
 from shards.share.hub import ProgressCallback, parse_dataset_url, push_to_hub
 from shards.share.merge import index_bytes, merge_labels
+from shards.share.publish import Publication
 
 TRANSFERS = 4  # concurrent shard transfers
 PULL = "pull-"  # begins the owner tag of a pull
@@ -83,6 +85,7 @@ def push(
     license_id: str | None = None,
     progress: ProgressCallback | None = None,
     log: Callable[[str], None] = lambda line: None,
+    private: bool = False,
 ) -> None:
     """Copy the cache at ``path`` to ``url``. Skips files that are already there; never replaces another cache.
 
@@ -90,6 +93,7 @@ def push(
         license_id: license named in the dataset card; required by a hub.
         progress: called with (bytes done, total bytes).
         log: called before the transfer with a line that lists the local paths to be published, if there are any.
+        private: whether the repository of a hub must be private.
 
     Raises:
         UserError: ``path`` is not a complete cache, ``url`` is not writable, or another cache or a newer state of this
@@ -111,10 +115,42 @@ def push(
         log(f"note: the cache contains paths of this machine, which will be published: {paths}")
     found = _inspect(layout, info, labels, remote)
     if license_id is not None and url.startswith("hf://"):
-        push_to_hub(layout, url, license_id, *_new_labels(labels, found), lambda: _require_same(remote, found))
+        push_to_hub(layout, url, license_id, *_new_labels(labels, found), lambda: _require_same(remote, found), private)
     else:
         _push_files(layout, info, labels, remote, found, progress)
     _require_valid(verify(url), url)
+
+
+def describe_push(path: Path) -> Publication:
+    """Return what a push of the cache at ``path`` would publish.
+
+    Raises:
+        UserError: ``path`` is not a complete cache.
+    """
+    layout = Layout(path)
+    if not layout.cache.exists():
+        raise UserError(f"'{path}' is not a complete cache (no CACHE.json): finish its extraction first")
+    cache, labels = Cache.open(path), read_index(path)
+    info, rows = CacheInfo.model_validate(unseal(layout.cache)), range(len(cache))
+    texts = sum(1 for text in cache.strings("text", rows) if text)
+    speakers = set(cache.strings("speaker", rows)) if cache.has_column("speaker") else set()
+    paths = "; ".join(f"{key} '{text}'" for key, text in local_paths(info, labels))
+    facts = [
+        ("utterances", f"{info.counts['utterances']:,}"),
+        ("texts", f"{texts:,} (and those of {max(0, len(labels.sets) - 1)} other label sets)"),
+        ("speakers", f"{len(speakers - {''}):,}"),
+        ("local paths", paths or "none"),
+    ]
+    return Publication(_files(layout, info, [entry.file.name for entry in labels.sets]), facts)
+
+
+def _files(layout: Layout, info: CacheInfo, label_files: Iterable[str]) -> list[Path]:
+    """Return the files of a cache, of which it has all but some tables."""
+    numbers, shards = range(len(info.generations)), range(info.counts["shards"])
+    tables = [table(number) for number in numbers for table in (layout.plan, layout.manifest, layout.failures)]
+    files = [file(shard) for shard in shards for file in (layout.tar, layout.rows, layout.record)]
+    listed = [*tables, *files, layout.cache, layout.labels / INDEX, *(layout.labels / name for name in label_files)]
+    return [path for path in listed if path.exists()]
 
 
 def local_paths(info: CacheInfo, labels: LabelIndex) -> list[tuple[str, str]]:
@@ -214,11 +250,7 @@ def _push_files(
             yield send(layout.failures(number), there=number < found.listed)
         yield replace(layout.cache, layout.cache.read_bytes(), found.cache)
 
-    kinds = (layout.plan, layout.manifest, layout.failures)
-    tables = [table(number) for number in generations for table in kinds]
-    shards = [file for shard in range(info.counts["shards"]) for file in (layout.rows(shard), layout.record(shard))]
-    files = [*tables, *shards, layout.cache, layout.labels / INDEX, *(layout.labels / name for name in label_files)]
-    total = info.counts["bytes"] + sum(path.stat().st_size for path in files if path.exists())
+    total = sum(path.stat().st_size for path in _files(layout, info, label_files))
     with ThreadPoolExecutor(TRANSFERS) as pool:
         _track_progress(steps(pool), total, progress)
 
@@ -257,7 +289,7 @@ def _track_progress(sizes: Iterable[int], total: int, progress: ProgressCallback
 
 
 def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None:
-    """Copy the complete cache at ``url`` into the folder ``path`` and verify every byte.
+    """Copy the complete cache at ``url``, or in a folder, into the folder ``path`` and verify every byte.
 
     Label sets that only the folder has are kept.
 
@@ -269,7 +301,7 @@ def pull(url: str, path: Path, progress: ProgressCallback | None = None) -> None
             another process is pulling into it.
         WorkFailed: the copy is not valid. Corrupt files are removed, so that another pull downloads them again.
     """
-    remote = Remote(url)
+    remote = Remote(url if is_url(url) else Path(url).absolute().as_uri())
     data, info = fetch_info(remote)
     with translate_os_errors("pulling a cache", path):
         make_folder(path)

@@ -30,13 +30,17 @@ class Hub(ThreadingHTTPServer):
         parents: the commit that each commit must follow, None if any.
         fail_at: commits from this one on are answered 403; None never.
         xet: a folder that Xet's own library writes chunks to in place of its server; None: uploads are LFS's.
+        kind: ``dataset`` or ``model``.
+        private: whether it is private.
         senders: a folder that holds what is uploaded by Xet, by which a sha256 is known; the bytes come from ``xet``.
     """
 
     daemon_threads = True
 
-    def __init__(self, name: str, files: dict[str, bytes]) -> None:
+    def __init__(self, name: str, files: dict[str, bytes], kind: str = "dataset") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.kind, self.private = kind, False
+        self.web, self.api = f"/datasets/{name}" if kind == "dataset" else f"/{name}", f"/api/{kind}s/{name}"
         self.name, self.files, self.exists = name, files, bool(files)
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
@@ -48,7 +52,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def is_large(self, path: str) -> bool:
-        return path.endswith((".tar", ".parquet"))
+        return path.endswith((".tar", ".parquet", ".safetensors"))
 
     def content(self, oid: str) -> bytes:
         """Return the content that was uploaded with this sha256."""
@@ -78,8 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server
         hub.requests.append(f"{self.command} {self.path}")
         url = urllib.parse.urlsplit(urllib.parse.unquote(self.path))
-        file = re.fullmatch(rf"/datasets/{hub.name}/resolve/[^/]+/(.+)", url.path)
-        tree = re.fullmatch(rf"/api/datasets/{hub.name}/tree/[^/]+/?(.*)", url.path)
+        file = re.fullmatch(rf"{hub.web}/resolve/[^/]+/(.+)", url.path)
+        tree = re.fullmatch(rf"{hub.api}/tree/[^/]+/?(.*)", url.path)
         if url.path == "/api/datasets":
             owners = urllib.parse.parse_qs(url.query).get("author", [])
             self.answer([{"id": hub.name, "private": False, "tags": []}] if hub.name.split("/")[0] in owners else [])
@@ -87,11 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif file and file[1] in hub.files:
             self.answer_file(hub.files[file[1]])
-        elif hub.xet and re.fullmatch(rf"/api/datasets/{hub.name}/xet-write-token/[^/]+", url.path):
+        elif hub.xet and re.fullmatch(rf"{hub.api}/xet-write-token/[^/]+", url.path):
             self.answer({"casUrl": f"local://{hub.xet}", "accessToken": "token", "exp": 4102444800})
-        elif re.fullmatch(rf"/api/datasets/{hub.name}(/revision/[^/]+)?", url.path):
+        elif re.fullmatch(rf"{hub.api}(/revision/[^/]+)?", url.path):
             siblings = [{"rfilename": path} for path in hub.files]
-            self.answer({"id": hub.name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+            self.answer({"id": hub.name, "sha": COMMIT, "private": hub.private, "tags": [], "siblings": siblings})
         elif tree and (entries := self.entries_below(tree[1], "recursive=" in url.query.lower())):
             self.answer_page(entries, url)
         elif tree and not tree[1]:
@@ -110,20 +114,20 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             self.create(json.loads(body))
         elif path == "/api/validate-yaml":
-            told = json.loads(body)["content"].startswith("---\nlicense: ")
+            told = hub.kind == "model" or json.loads(body)["content"].startswith("---\nlicense: ")
             self.answer({"errors": [] if told else [{"message": "no licence"}], "warnings": []})
         elif not hub.exists:
             self.answer({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        elif re.fullmatch(rf"/api/datasets/{hub.name}/paths-info/[^/]+", path):
+        elif re.fullmatch(rf"{hub.api}/paths-info/[^/]+", path):
             text = body.decode()
             asked = json.loads(text)["paths"] if text.startswith("{") else urllib.parse.parse_qs(text)["paths"]
             asked = [asked] if isinstance(asked, str) else asked
             self.answer([entry for entry in self.entries_below("", True) if entry["path"] in asked])
-        elif re.fullmatch(rf"/api/datasets/{hub.name}/preupload/[^/]+", path):
+        elif re.fullmatch(rf"{hub.api}/preupload/[^/]+", path):
             self.answer({"files": [self.mode_of(file["path"]) for file in json.loads(body)["files"]]})
-        elif path == f"/datasets/{hub.name}.git/info/lfs/objects/batch":
+        elif path == f"{hub.web}.git/info/lfs/objects/batch":
             self.answer_lfs({"objects": [self.place_of(entry) for entry in json.loads(body)["objects"]]})
-        elif re.fullmatch(rf"/api/datasets/{hub.name}/commit/[^/]+", path):
+        elif re.fullmatch(rf"{hub.api}/commit/[^/]+", path):
             self.commit([json.loads(line) for line in body.splitlines()])
         else:
             self.answer({"error": "not found"}, 404)
@@ -140,15 +144,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self, asked: dict) -> None:
         hub = self.server
-        if asked["type"] != "dataset" or f"{asked['organization']}/{asked['name']}" != hub.name:
+        if asked.get("type", "model") != hub.kind or f"{asked['organization']}/{asked['name']}" != hub.name:
             self.answer({"error": "You don't have the rights to create a dataset under this namespace"}, 403)
         elif hub.exists:
-            self.answer(
-                {"error": "You already created this dataset repo", "url": f"{hub.url}/datasets/{hub.name}"}, 409
-            )
+            self.answer({"error": "You already created this dataset repo", "url": f"{hub.url}{hub.web}"}, 409)
         else:
-            hub.exists = True
-            self.answer({"url": f"{hub.url}/datasets/{hub.name}"})
+            hub.exists, hub.private = True, asked.get("visibility") == "private" or bool(asked.get("private"))
+            self.answer({"url": f"{hub.url}{hub.web}"})
 
     def mode_of(self, path: str) -> dict:
         entry = self.entry(path, "file", 0) if path in self.server.files else {}
@@ -177,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.files.update(added)
         hub.commits.append(list(added))
         hub.parents.append(next(line["value"] for line in lines if line["key"] == "header").get("parentCommit"))
-        self.answer({"commitUrl": f"{hub.url}/datasets/{hub.name}/commit/{COMMIT}", "commitOid": COMMIT})
+        self.answer({"commitUrl": f"{hub.url}{hub.web}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def entries_below(self, folder: str, recursive: bool) -> list[dict]:
         prefix, files = f"{folder}/" if folder else "", self.server.files
@@ -241,9 +243,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve_hub(name: str, files: dict[str, bytes]) -> Iterator[Hub]:
-    """Serve one dataset repository until the end of the block; without files it does not exist yet."""
-    with Hub(name, files) as hub:
+def serve_hub(name: str, files: dict[str, bytes], kind: str = "dataset") -> Iterator[Hub]:
+    """Serve one repository until the end of the block; without files it does not exist yet."""
+    with Hub(name, files, kind) as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:

@@ -189,10 +189,9 @@ def test_bad_words_end_with_2(words, capsys):
     ("words", "sentence"),
     [
         (["push", "https://host/cache", "s3://bucket/cache"], "'https://host/cache' is a URL: download it with"),
-        (["pull", "some/folder", "other/folder"], "'some/folder' is not a URL: pass one such as hf://"),
     ],
 )
-def test_push_and_pull_the_wrong_way_round_are_reported(words, sentence, capsys):
+def test_a_push_of_a_url_is_reported(words, sentence, capsys):
     assert run_command(main, words) == 2
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,6 @@ from train.config.model import AUDIO_PLACEHOLDER, INSTRUCTION, PromptConfig
 from train.config.train import TrainConfig, ValConfig
 from train.data.layers import LayeredCaches
 from train.data.pins import Pin, growth_note, open_pinned
-
-if TYPE_CHECKING:
-    import torch
 
 Rows = npt.NDArray[np.int64]
 VAL = "val"  # the split name that an extraction gives to held-out rows
@@ -333,18 +330,6 @@ def find_cache(pattern: str) -> str | None:
     if len(found) > 1:
         raise UserError(f"'{pattern}' matches {len(found)} caches ({', '.join(found)}): name one, or delete the others")
     return found[0] if found else None
-
-
-def pad(arrays: Sequence[npt.NDArray[Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad arrays [T_i, C] with zeros to one tensor [B, T, C]; return it and its mask, bool [B, T], True at frames."""
-    import torch
-
-    features = np.zeros((len(arrays), max(map(len, arrays)), arrays[0].shape[1]), dtype=arrays[0].dtype)
-    mask = np.zeros(features.shape[:2], dtype=bool)
-    for row, array in enumerate(arrays):
-        features[row, : len(array)] = array
-        mask[row, : len(array)] = True
-    return torch.from_numpy(features), torch.from_numpy(mask)
 
 
 def missing_extractions(config: TrainConfig) -> list[str]:

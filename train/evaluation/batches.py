@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.config.model import TextConfig
-from train.data.caches import Utterances, pad
+from train.data.caches import Utterances
+from train.data.padding import pad
 from train.data.text import AS_STORED, apply_text_rules
 from train.distributed.group import ProcessGroup
 from train.evaluation.languages import text_languages

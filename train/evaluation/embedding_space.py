@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.files import atomic_write, translate_os_errors
-from train.data.caches import pad
+from train.data.padding import pad
 from train.distributed.device import to_device
 from train.evaluation.batches import UtteranceReader
 from train.lms.packing import valid_soft

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.data.caches import pad
+from train.data.padding import pad
 from train.distributed.device import to_device
 from train.evaluation.batches import UtteranceReader
 from train.evaluation.bootstrap import Interval, ratio

@@ -3,6 +3,7 @@
     python -m train export runs/demo exported/demo
 
     exported/demo/   projector.safetensors  config.json  lm.json  README.md  projector/*.py  [lm.safetensors]
+                     [modeling_earshard.py  earshard_*.py]
 
 Reads a finished run; writes that folder, which depends on neither the run nor its caches. ``lm.safetensors`` is written
 if the LM was trained. ``lm.json`` holds what identifies the LM, and the ids of the prompt, as in a run. The folder
@@ -10,6 +11,10 @@ appears when it is complete; what a killed export left behind is removed by the 
 
 The package ``projector`` in the folder loads the export with only torch and safetensors installed: ``from projector
 import load``. :func:`load_projector` does the same with earshard's code and runs no code from the folder.
+
+``modeling_earshard.py`` and the files that it imports are the code of ``transcribe``, with which transformers loads the
+export: ``AutoModel.from_pretrained("exported/demo", trust_remote_code=True).transcribe("speech.wav")``. They are left
+out where :func:`not_runnable` says why.
 """
 
 from __future__ import annotations
@@ -34,9 +39,11 @@ from shards import files as disk
 from shards.config.base import Config, validate_config
 from shards.errors import UserError
 from shards.files import atomic_write, fsync_folder, make_folder, scratch_folder, translate_os_errors
-from train.config.model import CustomConfig, LmConfig, ProjectorConfig, PromptConfig
+from shards.share.publish import Publication
+from train.config.model import CustomConfig, DecodeConfig, LmConfig, ProjectorConfig, PromptConfig
 from train.config.train import TrainConfig
 from train.data.instructions import Instructions
+from train.inference.flatten import flatten
 from train.model.build import load_model
 from train.model.ctc import MAX_TOKENS, read_tokens
 from train.model.replay import write_lm_record
@@ -50,6 +57,8 @@ FORMAT = 1
 WEIGHTS, SETTINGS, MODEL_CARD, LM_WEIGHTS = "projector.safetensors", "config.json", "README.md", "lm.safetensors"
 PACKAGE = "projector"
 SCRATCH = ".earshard-export-"  # how the name of a folder begins in which an export is written
+RECEIVER = "train.inference.receiver"
+HUBS = ("hf:", "modelscope:")
 CUSTOM_MODULE = "own"  # module name of a custom projector in the package
 IMPORT_CHECK = """
 import sys
@@ -58,6 +67,16 @@ sys.path.insert(0, sys.argv[1])
 from projector import load
 load(sys.argv[1])
 """
+
+
+class InferenceConfig(Config):
+    """What ``transcribe`` needs of a run's settings besides those of the model."""
+
+    dtype: str
+    max_new_tokens: int
+    decode: DecodeConfig
+    order_seed: int
+    val_seed: int
 
 
 class ExportConfig(Config):
@@ -82,6 +101,10 @@ class ExportConfig(Config):
     manifest_ids: list[str]
     encoder: str | None  # encoder reference recorded by the run
     tokens: list[int] = Field(default_factory=list, max_length=MAX_TOKENS)  # ids of the tokens of its CTC head
+    inference: InferenceConfig | None = None  # None, and the next three empty: transformers does not load the export
+    model_type: str = ""
+    architectures: list[str] = Field(default_factory=list)
+    auto_map: dict[str, str] = Field(default_factory=dict)
 
 
 def export(run: Path, folder: Path, kind: str | None = None) -> Path:
@@ -109,8 +132,11 @@ def export(run: Path, folder: Path, kind: str | None = None) -> Path:
     model = load_model(run, config, torch.device("cpu"), torch.float32)
     tokens = read_tokens(run) if model.projector.ctc_head() is not None else []
     settings = make_settings(config, cache_info, model.lm, model.projector, model.prompt.instructions, tokens)
+    problem = not_runnable(settings, config, model.lm)
+    if not problem:
+        settings = settings.model_copy(update=_transformers_keys(config))
     trained = {name: parameter.detach() for name, parameter in trained_parameters(model.lm).items()}
-    text = model_card(settings, read_json(run / "summary.json"), folder.name, bool(trained))
+    text = model_card(settings, read_json(run / "summary.json"), folder.name, bool(trained), problem)
     with translate_os_errors("exporting", folder):
         make_folder(folder.parent)
         with scratch_folder(SCRATCH, folder.parent) as scratch:
@@ -119,6 +145,8 @@ def export(run: Path, folder: Path, kind: str | None = None) -> Path:
             if trained:
                 write_tensors(partial / LM_WEIGHTS, trained, {"feature_id": settings.feature_ids[0]})
             write_lm_record(partial, model.lm, model.prompt)
+            for name, source in ({} if problem else _receiver_sources(settings)).items():
+                atomic_write(partial / name, source.encode(), str(os.getpid()))
             atomic_write(partial / MODEL_CARD, text.encode(), str(os.getpid()))
             try:
                 os.rename(partial, folder)
@@ -128,6 +156,50 @@ def export(run: Path, folder: Path, kind: str | None = None) -> Path:
                 raise
         fsync_folder(folder.parent)
     return folder
+
+
+def not_runnable(settings: ExportConfig, config: TrainConfig, lm: LanguageModel) -> str:
+    """Return why transformers cannot load an export of this run; "" if it can."""
+    from shards.format.spec import FeatureSpec
+    from train.data.live import require_one_encoder
+
+    if not lm.files:
+        return f"its language model, `{settings.lm.model}`, is no model of transformers"
+    try:
+        require_one_encoder([FeatureSpec.parse(spec, "caches.json") for spec in settings.specs])
+    except UserError:
+        return "it reads features of several encoders"
+    if config.decode.ctc_weight and settings.projector.kind != "posterior":
+        return "it decodes with a CTC head that is not part of the projector"
+    return ""
+
+
+def _transformers_keys(config: TrainConfig) -> dict[str, Any]:
+    """Return what ``config.json`` holds for transformers and for ``modeling_earshard.py``."""
+    return {
+        "inference": InferenceConfig(
+            dtype=config.dtype,
+            max_new_tokens=config.max_new_tokens,
+            decode=config.decode,
+            order_seed=config.order_seed,
+            val_seed=config.val.seed,
+        ),
+        "model_type": "earshard",
+        "architectures": ["EarshardModel"],
+        "auto_map": {
+            "AutoConfig": "modeling_earshard.EarshardConfig",
+            "AutoModel": "modeling_earshard.EarshardModel",
+        },
+    }
+
+
+def _receiver_sources(settings: ExportConfig) -> dict[str, str]:
+    """File names and contents of the code with which transformers loads the export."""
+    module, name = settings.source.split(":")
+    replaced = {f"{RECEIVER}.projector_class": f"from train.projectors.{module} import {name} as ProjectorClass\n"}
+    if isinstance(settings.projector, CustomConfig):
+        replaced[f"train.projectors.{CUSTOM_MODULE}"] = _read_source(settings.projector.kind.split(":")[0])
+    return flatten(f"{RECEIVER}.modeling_earshard", replaced)
 
 
 def _exists(folder: Path) -> UserError:
@@ -221,14 +293,17 @@ def _custom_source(module: str) -> str:
     Raises:
         UserError: the source cannot be read.
     """
+    local = re.compile(r"^(\s*)from train(?:\.projectors(\.\w+)?)? import\b", re.MULTILINE)
+    return local.sub(lambda found: f"{found[1]}from {found[2] or '.'} import", _read_source(module))
+
+
+def _read_source(module: str) -> str:
     try:
-        text = inspect.getsource(sys.modules[module])
+        return inspect.getsource(sys.modules[module])
     except (OSError, TypeError) as error:
         raise UserError(
             f"the source of '{module}', which an export includes, cannot be read ({error}): define it in a .py file"
         ) from None
-    local = re.compile(r"^(\s*)from train(?:\.projectors(\.\w+)?)? import\b", re.MULTILINE)
-    return local.sub(lambda found: f"{found[1]}from {found[2] or '.'} import", text)
 
 
 def _check_custom(folder: Path, kind: str) -> None:
@@ -306,14 +381,78 @@ def read_settings(folder: Path) -> ExportConfig:
     return validate_config(ExportConfig, tree, f"'{path}'")
 
 
-def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_lm: bool) -> str:
-    """Return the text of ``README.md`` of an export; ``has_lm``: the export includes the trained LM."""
+def _how_to_run(settings: ExportConfig, name: str, problem: str, has_lm: bool) -> str:
+    """Return the section of the model card about transformers."""
+    if problem:
+        return f"transformers does not load this export, because {problem}.\n"
+    given = {"encoder": settings.encoder or "", "lm": settings.lm.model}
+    missing = [key for key, reference in given.items() if not reference.startswith(HUBS)]
+    arguments = "".join(f', {key}="{key.upper()}"' for key in missing)
+    needs = "torch, transformers, safetensors, soundfile and soxr (and av for MP3 and MP4)"
+    packages = f"{needs}, and peft" if has_lm and settings.lm.lora else needs
+    own = "".join(
+        f" `{key.upper()}` is the folder or the name on the hub of the {what} (recorded: `{given[key] or None}`)."
+        for key, what in (("encoder", "encoder"), ("lm", "language model"))
+        if key in missing
+    )
+    return f"""\
+This code requires {packages}. It runs the code of this folder.{own} An encoder or a language model other than those of
+the training is refused.
+
+```python
+from transformers import AutoModel
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True{arguments})
+print(model.transcribe("speech.wav"))
+```
+
+The text is that of `python -m train transcribe`, and on the same processor and libraries the soft tokens have the same
+bits.
+"""
+
+
+def describe_export(folder: Path) -> Publication:
+    """Return what a push of the export in ``folder`` would publish.
+
+    Raises:
+        UserError: ``folder`` is not an export.
+    """
+    from shards.share.transfer import ABSOLUTE_PATH
+
+    tree = read_settings(folder).model_dump(mode="json")
+    names = {"encoder": tree["encoder"], "lm": tree["lm"]["model"], "prompt.prompts": tree["prompt"]["prompts"]}
+    paths = [f"{key} '{text}'" for key, text in names.items() if text and ABSOLUTE_PATH.match(text)]
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return Publication(files, [("local paths", "; ".join(paths) or "none")])
+
+
+def push_export(folder: Path, url: str, private: bool = False) -> None:
+    """Publish the export in ``folder`` as the model ``hf://OWNER/NAME``.
+
+    Raises:
+        UserError: ``folder`` is not an export; or see :func:`shards.share.hub.push_model`.
+    """
+    from shards.share.hub import push_model
+
+    read_settings(folder)
+    push_model(folder, url, private)
+
+
+def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_lm: bool, problem: str = "") -> str:
+    """Return the text of ``README.md`` of an export.
+
+    Args:
+        settings: ``config.json``.
+        summary: ``summary.json`` of the run.
+        name: name of the export.
+        has_lm: whether the export includes the trained LM.
+        problem: why transformers cannot load it, see :func:`not_runnable`.
+    """
     spec = settings.specs[0]
     channels = settings.layers * settings.channels
     source = f"`{settings.encoder}`" if settings.encoder else "an encoder whose reference was not recorded"
     is_custom = isinstance(settings.projector, CustomConfig)
     requirements = ", and what `projector/own.py` imports" if is_custom else ""
-    exception = ", except for `projector/own.py`, which belongs to its author" if is_custom else ""
+    exception = ", except for `own.py`, which belongs to its author" if is_custom else ""
     layers = ", ".join(str(each["layer"]) for each in settings.specs)
     rows = [
         ("encoder", f"{source}, {spec['family']}, layer {layers}, window {spec['window']}, {spec['dtype']}"),
@@ -331,10 +470,11 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
         *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    keys = "" if problem else "\npipeline_tag: automatic-speech-recognition"
     return f"""\
 ---
-library_name: earshard
-tags: [audio, speech, projector]
+library_name: {"earshard" if problem else "transformers"}{keys}
+tags: [audio, speech, projector, earshard]
 ---
 
 # {name}
@@ -350,6 +490,9 @@ The projector works only with features of this encoder, layer, window and codec:
 
 ## Use
 
+{_how_to_run(settings, name, problem, has_lm)}
+### The projector alone
+
 `features` are float32 [B, frames, {channels}]; `mask` is bool [B, frames], True for valid frames. The result is
 `soft` [B, soft tokens, {settings.width}] and its mask. The valid soft tokens replace `<|audio|>` in the prompt. This
 code requires torch and safetensors{requirements}:
@@ -364,7 +507,7 @@ soft, soft_mask = load("{name}")(features, mask)
 `load("{name}", lm="FOLDER")`, a model in FOLDER that differs is refused. It also holds the ids of the prompt in
 training: `prefix` before the soft tokens, `suffix` after them, and `ends`, which end an answer.
 
-`projector/` is the source code of the projector at the time of export. It is part of earshard (MIT license){exception}.
+The `.py` files are source code at the time of export. They are part of earshard (MIT license){exception}.
 With earshard installed, `train.load_projector("{name}")` loads the projector without running code from this folder.
 """
 

@@ -30,8 +30,8 @@ from shards.errors import UserError
 from shards.format import codec
 from train.config.model import INSTRUCTION
 from train.config.train import TrainConfig
-from train.data.caches import pad
 from train.data.live import Features, encode_features, feature_specs, require_one_encoder
+from train.data.padding import pad
 from train.distributed.device import choose_device, choose_dtype
 from train.model.build import load_model
 from train.model.prompt import PromptRow

@@ -19,7 +19,7 @@ from train.lms.base import LanguageModel, LmRequest, SeparatePasses
 from train.lms.packing import valid_soft
 from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
 from train.model.prompt import Prompt, PromptRow
-from train.projectors import Projector
+from train.projectors.base import Projector
 from train.projectors.ctc import ctc_nll
 
 Scores = dict[str, tuple[Tensor, Tensor]]  # see ``Projector.take_scores``

@@ -16,7 +16,8 @@ import torch
 
 from shards.errors import UserError
 from train.config.train import TrainConfig
-from train.data.caches import TrainData, Utterances, pad
+from train.data.caches import TrainData, Utterances
+from train.data.padding import pad
 from train.data.text import apply_text_rules
 from train.lms.base import Tokenizer
 from train.model.audio_lm import AudioLM

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from train.runs.folder import read_json, write_json
 
 if TYPE_CHECKING:
     from train.lms.base import LanguageModel
@@ -41,6 +40,8 @@ def lm_record(lm: LanguageModel, prompt: Prompt) -> dict[str, Any]:
 
 def write_lm_record(run: Path, lm: LanguageModel, prompt: Prompt) -> None:
     """Write ``lm.json`` into the folder of a new run."""
+    from train.runs.folder import write_json
+
     write_json(run / LM_RECORD, lm_record(lm, prompt))
 
 
@@ -50,6 +51,8 @@ def read_lm_record(run: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is corrupt.
     """
+    from train.runs.folder import read_json
+
     path = run / LM_RECORD
     if not path.is_file():
         return None

@@ -11,6 +11,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -21,12 +22,13 @@ from .mixer import LayerMixer, MixedProjector
 CONFIG_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab"}
 
 
-def load(folder: str | Path, lm: str | Path | None = None) -> Projector:
+def load(folder: str | Path, lm: str | Path | None = None, projector_class: Any = None) -> Projector:
     """Load the projector of the export ``folder`` on the CPU, in evaluation mode, with float32 weights.
 
     Args:
         folder: the export.
         lm: the folder of the language model that will read the soft tokens.
+        projector_class: the class of the projector; None: the one in this package that ``config.json`` names.
 
     Raises:
         ValueError: ``lm`` is not the language model of the training.
@@ -35,7 +37,8 @@ def load(folder: str | Path, lm: str | Path | None = None) -> Projector:
         require_same_lm(Path(folder), Path(lm))
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     module, name = config["source"].split(":")
-    projector_class = getattr(import_module(f".{module}", __package__), name)
+    if projector_class is None:
+        projector_class = getattr(import_module(f".{module}", __package__), name)
     sizes = config["channels"], config["width"], config["embedding_rms"]
     if module == "own":
         projector = under_autocast(projector_class)(*sizes, **config["projector"]["settings"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from tiny_objects import MemoryObjects
 from tiny_objects import memory as objects_in_memory
 from tiny_server import serve
 
-from shards.__main__ import main
+from shards.__main__ import main, parser
 from shards.commit.finalize import file_info
 from shards.commit.folder import add_labels
 from shards.errors import UserError, WorkFailed, run_command
@@ -35,7 +36,8 @@ from shards.labels.store import read_index
 from shards.read.cache import Cache
 from shards.remote import client as storage
 from shards.share import transfer
-from shards.share.transfer import pull, push
+from shards.share.publish import is_agreed
+from shards.share.transfer import describe_push, pull, push
 
 PROGRAM = """
 import json, sys
@@ -49,7 +51,7 @@ for words in json.loads(sys.argv[1]):
 """
 NAME = "someone/features"
 URL = f"hf://datasets/{NAME}"
-LICENCE = ["--licence", "cc-by-4.0"]
+LICENCE = ["--licence", "cc-by-4.0", "--yes"]
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,82 @@ def test_a_hub_push_names_its_licence_a_dataset_and_no_place_of_another_cache(ne
     assert "is not a dataset URL: write hf://datasets/OWNER/NAME" in told
     assert "You don't have the rights" in told
     assert "another cache exists at" in told
+
+
+def test_a_dry_run_tells_what_a_push_would_publish_and_sends_nothing(near, tmp_path):
+    with serve_hub(NAME, {}) as hub:
+        statuses, told = client(hub.url, tmp_path, ["push", str(near), URL, "--dry-run"])
+    assert statuses == [0], told
+    assert hub.requests == []
+    files = contents(near)
+    lines = [line.split(maxsplit=1) for line in told.splitlines() if line.startswith("  ")]
+    facts = {" ".join(words[:-1]): words[-1] for words in lines if len(words) == 2}
+    assert facts["files"] == f"{len(files):,}"
+    assert facts["bytes"] == f"{sum(map(len, files.values())):,}"
+    assert facts["utterances"] == "12"
+    assert facts["texts"].startswith("12 ")
+    assert facts["speakers"] == f"{len({*Cache.open(near).strings('speaker', range(12))} - {''})}"
+    assert "local paths" in told
+
+
+def test_nothing_becomes_public_before_a_yes(near, tmp_path, monkeypatch, capsys):
+    with serve_hub(NAME, {}) as hub:
+        statuses, told = client(hub.url, tmp_path, ["push", str(near), URL, *LICENCE[:2]])
+    assert statuses == [2]
+    assert hub.requests == []
+    assert "would become public: add --yes to publish it, --private for a private repository" in told
+    args = parser().parse_args(["push", str(near), URL])
+    for answer, agreed in (("y\n", True), ("\n", False), ("", False)):
+        monkeypatch.setattr("sys.stdin", Terminal(answer))
+        if agreed:
+            assert is_agreed(args, URL, describe_push(near))
+        else:
+            with pytest.raises(UserError, match="nothing was published"):
+                is_agreed(args, URL, describe_push(near))
+    assert "Anyone can then download it. Publish? [y/N]" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_private_push_makes_a_private_repository_and_refuses_a_public_one(near, tmp_path):
+    words = ["push", str(near), URL, "--licence", "cc-by-4.0", "--private"]
+    with serve_hub(NAME, {}) as hub:
+        statuses, told = client(hub.url, tmp_path, words)
+        assert (statuses, hub.private) == ([0], True), told
+    with serve_hub(NAME, {"README.md": b"mine"}) as hub:
+        statuses, told = client(hub.url, tmp_path / "again", words, [*words[:2], "memory://x/y", "--private"])
+    assert statuses == [2, 2]
+    assert "is already public: make it private on the hub" in told
+    assert "--private is for repositories of a hub" in told
+    assert hub.commits == []
+
+
+def test_the_card_at_the_root_lists_the_caches_of_all_folders_unless_somebody_wrote_another(near, tmp_path):
+    other = make_cache(tmp_path / "other", n=4, shards=1, seed=9)
+    pushes = [["push", str(near), f"{URL}/layer 4", *LICENCE], ["push", str(other), f"{URL}/more/b", *LICENCE]]
+    with serve_hub(NAME, {}) as hub:
+        statuses, told = client(hub.url, tmp_path, *pushes)
+        assert statuses == [0, 0], told
+        _, header, text = hub.files["README.md"].decode().split("---\n", 2)
+        assert yaml.safe_load(header)["configs"] == [
+            {"config_name": "layer-4", "data_files": "layer 4/shards/*.tar"},
+            {"config_name": "more-b", "data_files": "more/b/shards/*.tar"},
+        ]
+        for folder, link in (("layer 4", "layer%204"), ("more/b", "more/b")):
+            assert f"| [`{folder}`]({link}/README.md) |" in text
+        hub.files["README.md"] = b"# written by hand"
+        assert client(hub.url, tmp_path, pushes[0])[0] == [0]
+        assert hub.files["README.md"] == b"# written by hand"
+
+
+def test_a_cache_is_pulled_from_a_folder(near, tmp_path, capsys):
+    assert run_command(main, ["pull", str(near), str(tmp_path / "a copy")]) == 0
+    assert contents(tmp_path / "a copy") == contents(near)
+    assert run_command(main, ["pull", str(tmp_path / "nothing"), str(tmp_path / "b")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from train.data.caches import (
     missing_extractions,
     open_corpora,
     open_data,
-    pad,
 )
+from train.data.padding import pad
 from train.evaluation.run import evaluation_utterances
 from train.runs.folder import describe_caches
 

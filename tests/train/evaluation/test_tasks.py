@@ -15,7 +15,8 @@ from tiny_run import forget_after, losses, make_config
 from shards.errors import UserError
 from shards.read.cache import Cache
 from train.__main__ import _format_summary
-from train.data.caches import open_data, pad
+from train.data.caches import open_data
+from train.data.padding import pad
 from train.distributed.group import ProcessGroup
 from train.evaluation.batches import UtteranceReader, other_audio
 from train.evaluation.bootstrap import paired_difference

@@ -19,7 +19,8 @@ from tiny_run import forget_after, losses, make_config, write_config
 
 from shards.errors import UserError, WorkFailed
 from train.config.train import TrainConfig
-from train.data.caches import open_data, pad
+from train.data.caches import open_data
+from train.data.padding import pad
 from train.distributed.group import ProcessGroup
 from train.model.build import build_model
 from train.runs.folder import create_run_folder, new_run_folder
