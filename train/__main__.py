@@ -1,4 +1,4 @@
-"""Command line of the training stage: ``python -m train fit|sweep|lr-range|evaluate|score|transcribe|export`` etc.
+"""Command line of the training stage: ``python -m train fit|sweep|lr-range|evaluate|score|transcribe|probe`` etc.
 
 Each command takes a config or a run folder. ``fit`` writes a run folder with a trained projector, its metrics and a
 report. Each command imports the heavy libraries it needs, so that ``--help`` stays fast.
@@ -160,6 +160,20 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", "rewrite report.html of a run or a sweep", "report runs/demo")
     report.add_argument("run", nargs="?", metavar="RUN", help="folder of a run or a sweep (default: the newest run)")
 
+    probe = add("probe", "tell what each layer carries, from caches alone", "probe caches/speech-1800/whisper-base-L*")
+    probe.add_argument("caches", nargs="+", metavar="CACHE", help="caches of one corpus, one per layer")
+    probe.add_argument("--labels", metavar="LABELS", help="label set or file (default: the source's)")
+    probe.add_argument("--columns", metavar="A,B", help="label columns to probe (default: all of the label set)")
+    probe.add_argument("--no-words", action="store_true", help="leave out the probe for words, which takes longest")
+    probe.add_argument(
+        "--by", choices=("speaker", "utterance"), default="speaker", help="what is held out (default: speaker)"
+    )
+    probe.add_argument("--pool", type=int, default=1, help="frames averaged before the probe for words (default: 1)")
+    probe.add_argument("--steps", type=int, default=300, help="steps of the probe for words (default: 300)")
+    probe.add_argument("--limit", type=int, default=2000, help="the most utterances (default: 2000)")
+    probe.add_argument("--seed", type=int, default=0, help="of folds, sample and intervals (default: 0)")
+    probe.add_argument("--out", metavar="DIR", default="runs/probe", help="folder to write to (default: runs/probe)")
+
     add_config(commands, "train", "--config configs/train/demo.yaml lr=5e-4", "train")
     return top
 
@@ -179,6 +193,7 @@ def command(argv: Sequence[str]) -> int:
         "push": _push,
         "needs": _needs,
         "report": _report,
+        "probe": _probe,
         "config": _config,
     }
     return handlers[args.command](args)
@@ -369,6 +384,23 @@ def _report(args: argparse.Namespace) -> int:
         print(f"report: {write_sweep_report(Path(args.run))}")
     else:
         print(f"report: {write_report(find_run(args.run))}")
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    for name in ("pool", "steps", "limit"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give a number of at least 1")
+
+    from train.probes.run import PAGE, probe, table
+
+    columns = None if args.columns is None else [name.strip() for name in args.columns.split(",")]
+    options = {name: getattr(args, name) for name in ("labels", "by", "pool", "steps", "limit", "seed")}
+    found = probe(args.caches, Path(args.out), columns=columns, words=not args.no_words, **options)
+    for note in found["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    print(table(found))
+    print(f"picture: {Path(args.out) / PAGE}")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Linear probes: what each layer of an encoder carries, told from caches alone."""
