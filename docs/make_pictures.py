@@ -21,7 +21,7 @@ LIMIT = 150_000  # bytes
 
 
 def main(argv: list[str]) -> None:
-    sys.path.append(str(DOCS.parent / "tests"))  # the browser that the tests of the report open it with
+    sys.path.append(str(DOCS.parent / "tests" / "helpers"))  # the browser that the tests of the report open it with
     from browser import Browser, find_browser
 
     from train.report import write_report

@@ -101,11 +101,8 @@ class WhisperEncoder:
         self._weights = self._prepare_weights(tensors)
         self.forward: Forward = self._forward  # replaced by a compiled one in pipeline/encoders/load.py
         positions, channels = self.positions, self.channels
-        stem = 6 * positions * channels * (2 * mel.n_mels + channels)
-        layer = 2 * positions * channels * (4 * channels + 2 * inner) + 4 * positions**2 * channels
-        self.flop_per_window: float = stem + self.n_layers * layer
-        # memory per window: the stem's output and the residual stream in float32, the inner layer, q, k and v
-        self._pass_bytes = positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
+        self.flop_per_window: float = window_flop(positions, channels, inner, mel.n_mels, self.n_layers)
+        self._pass_bytes = pass_bytes(positions, channels, inner)
         self._fits = batch_size is None and self._torch_device.type == "cuda"
         self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads if self._pool else 0)
         self.fit_batch(1)
@@ -305,6 +302,21 @@ class WhisperEncoder:
         if layers[-1] == self.n_layers:
             hidden[self.n_layers] = norm(x, "layer_norm")
         return {layer: hidden[layer] for layer in layers}
+
+
+def window_flop(positions: int, channels: int, inner: int, n_mels: int, n_layers: int) -> int:
+    """Return the floating-point operations of a window's products, convolutions and attention, all layers."""
+    stem = 6 * positions * channels * (2 * n_mels + channels)
+    layer = 2 * positions * channels * (4 * channels + 2 * inner) + 4 * positions**2 * channels
+    return stem + n_layers * layer
+
+
+def pass_bytes(positions: int, channels: int, inner: int) -> int:
+    """Return the bytes that a window takes during a pass: an estimate, which ``bench/sizes.py`` compares with a count.
+
+    They are the stem's output and the residual stream in float32, the inner layer, q, k and v in 16 bits.
+    """
+    return positions * (4 * 6 * channels + 2 * (2 * inner + 4 * channels))
 
 
 def self_attention(qkv: torch.Tensor, n_heads: int, num_queries: int | None = None) -> torch.Tensor:
