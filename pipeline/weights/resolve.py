@@ -28,7 +28,12 @@ from typing import Any, Literal
 from shards.errors import UserError
 from shards.files import read_json
 
-ENCODERS = ("whisper", "hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
+SELF_SUPERVISED = ("hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
+TOWERS = (  # models with an audio encoder inside
+    *("qwen2_audio", "voxtral", "audioflamingo3", "glmasr", "moonshine"),
+    *("parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"),
+)
+ENCODERS = ("whisper", *SELF_SUPERVISED, *TOWERS)
 _SHARD = re.compile(r"\w[\w.+-]{0,199}")  # a name without a path: a folder's index comes from a stranger
 SCHEMES = ("path", "hf", "modelscope", "wheel")
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -207,6 +207,7 @@ def test_bfloat16_runs_under_autocast_near_float32(own):
     assert 0 < np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.05
 
 
+@pytest.mark.slow
 def test_on_a_gpu_each_clip_is_encoded_in_turn_to_the_frames_of_a_cpu(own, tmp_path, pretended_cuda):
     assert extract(tmp_path) == 0
     argv = {"argv": words(tmp_path, device="cuda"), "folder": str(tmp_path)}
