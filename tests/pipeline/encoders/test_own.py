@@ -254,6 +254,8 @@ def test_a_run_trains_on_it_and_transcribes_only_with_the_typed_class(own, tmp_p
     config = make_config(tmp_path, only_cache(tmp_path), lm, steps=2, val={"fraction": 0.3})
     assert run_command(train, ["fit", "--config", str(write_config(tmp_path / "run.json", config))]) == 0
     assert own not in sys.modules
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert summary["silence"].startswith(f"zeros: {own}:Mine is an encoder class")
     capsys.readouterr()
     words = ["transcribe", str(tmp_path / "runs" / "run"), str(tmp_path / "clip0.wav")]
     assert run_command(train, words) == 2
