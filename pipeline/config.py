@@ -18,7 +18,8 @@ class EncoderConfig(Config):
 
     model: str | list[str] | None = None
     """Model reference, or a list of references that are tried in order: `path:/folder`, `hf:owner/name[@revision]`,
-    `modelscope:owner/name[@revision]` or `wheel:whisper-base`. null: `modelscope:$WHISPER_MS_ID` if that is set, then
+    `modelscope:owner/name[@revision]`, `wheel:whisper-base`, or a class of your own, `my_module:MyEncoder`
+    (`docs/encoders.md`). null: `modelscope:$WHISPER_MS_ID` if that is set, then
     `hf:openai/whisper-base`, then `wheel:whisper-base`."""
     layers: list[int] | None = None
     """Layers to store, one cache per layer. 0 is the input of the first layer; negative numbers count from the end.

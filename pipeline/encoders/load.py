@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pipeline.encoders.base import DTYPES, DeviceEncoder, Encoder
 from pipeline.encoders.compile import CompiledForward, has_compiler, should_compile
-from pipeline.weights.resolve import ENCODERS, Weights, read_model_json
+from pipeline.weights.resolve import SELF_SUPERVISED, TOWERS, Weights, is_own, read_model_json
 from shards.errors import UserError
 from shards.format.spec import WindowMode
 
@@ -31,12 +31,13 @@ def load_encoder(
     """Load the encoder in ``weights`` onto ``device``.
 
     Args:
-        weights: A checked folder, see :func:`pipeline.weights.resolve.resolve_weights`.
+        weights: A checked folder or a typed class, see :func:`pipeline.weights.resolve.resolve_weights`.
         device: ``auto`` is ``cuda`` if available, else ``cpu``.
         dtype: ``auto`` is bfloat16 if the device supports it natively, else float16 on a GPU and float32 on a CPU.
         batch_size: Maximum number of clips per forward pass on a GPU. None: as many as fit into memory, see
             ``pipeline/encoders/batching.py``.
-        window: See :class:`Encoder`. None: ``full30`` for Whisper encoders, ``clip`` for others.
+        window: See :class:`Encoder`. None: ``full30`` for Whisper encoders and towers that know 30 s only,
+            ``clip`` for others.
         margin: See :class:`Encoder`.
 
     Raises:
@@ -59,8 +60,16 @@ def load_encoder(
         dtype = auto_dtype(device)
     if dtype not in DTYPES:
         raise UserError(f"expected encoder.dtype auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got '{dtype}'")
+    if is_own(weights.reference):
+        from pipeline.encoders.own import load_own
+
+        if window not in (None, "clip"):
+            raise UserError(
+                f"window={window} is only for Whisper encoders; {weights.reference} is not padded: set window=clip"
+            )
+        return load_own(weights.reference, device=device, dtype=dtype, batch_size=batch_size)
     family = read_model_json(weights.folder / "config.json").get("model_type")
-    if family in ENCODERS[1:]:
+    if family in SELF_SUPERVISED:
         from pipeline.encoders.self_supervised import SelfSupervisedEncoder
 
         if window not in (None, "clip"):
@@ -68,6 +77,12 @@ def load_encoder(
                 f"window={window} is only for Whisper encoders; a {family} encoder is not padded: set window=clip"
             )
         return SelfSupervisedEncoder(weights, family, device=device, dtype=dtype, batch_size=batch_size)
+    if family in TOWERS:
+        from pipeline.encoders.towers import FAMILIES, TowerEncoder
+
+        if window not in (None, FAMILIES[family].window):
+            raise UserError(f"window={window} is not for {family} encoders: set window={FAMILIES[family].window}")
+        return TowerEncoder(weights, family, device=device, dtype=dtype, batch_size=batch_size)
     from pipeline.encoders.whisper import WhisperEncoder
 
     if window == "clip":
@@ -114,7 +129,7 @@ def describe_gpu(device: str) -> dict[str, str | int | None]:
 
 def fit_batch(encoder: Encoder, num_layers: int) -> None:
     """Fit the batch size of an encoder on a GPU to ``num_layers`` layers; see :class:`DeviceEncoder`."""
-    if encoder.device.startswith("cuda"):
+    if hasattr(encoder, "fit_batch") and encoder.device.startswith("cuda"):
         cast(DeviceEncoder, encoder).fit_batch(num_layers)
 
 

@@ -79,16 +79,23 @@ def encode_recording(
     return join_windows(outputs, spans, layers, encoder.hop)
 
 
-def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto") -> Encoder:
+def open_encoder(spec: FeatureSpec, recorded: str | None, device: str = "auto", *, typed: str | None = None) -> Encoder:
     """Load the encoder that ``spec`` was extracted with.
 
+    Args:
+        spec: Of the features.
+        recorded: The reference that a cache or a run holds; a class that it names is not imported.
+        device: See :func:`load_encoder`.
+        typed: The reference that the user wrote in this command, which is used instead.
+
     Raises:
-        UserError: ``reference`` is empty or names a different encoder.
+        UserError: The reference is missing, names a class that the user did not type, or a different encoder.
     """
+    reference = typed or recorded
     if not reference:
         raise UserError("the encoder of these features is not recorded: name it with --encoder")
     encoder = load_encoder(
-        resolve_weights(reference, role="encoder"),
+        resolve_weights(reference, role="encoder", typed=typed is not None),
         device=device,
         dtype=spec.dtype,
         window=spec.window,
@@ -99,6 +106,8 @@ def open_encoder(spec: FeatureSpec, reference: str | None, device: str = "auto")
         ("weights (sha256 of the tensors)", spec.tensors, encoder.tensors),
         ("spectrogram settings", spec.frontend, encoder.frontend),
         ("channels", spec.channels, encoder.channels),
+        ("samples per frame", spec.hop, encoder.hop),
+        ("layer", spec.layer, min(spec.layer, encoder.n_layers)),
     ):
         if expected != actual:
             raise UserError(

@@ -40,7 +40,7 @@ from pipeline.extract.resources import count_gpus, first_device, num_decode_work
 from pipeline.extract.reuse import Donor, Reuse, find_donors, open_extra
 from pipeline.extract.targets import LABEL_COLUMNS, LabelLookup, Target, failed_attempts, held_keys, planned_audio
 from pipeline.sources import Source, open_source
-from pipeline.weights.resolve import Weights, resolve_weights
+from pipeline.weights.resolve import Weights, is_own, resolve_weights
 from shards.commit.claims import new_owner
 from shards.commit.store import open_store
 from shards.errors import UserError
@@ -331,7 +331,7 @@ def open_configured_encoder(config: ExtractConfig, device: str | None = None) ->
     Args:
         device: the device of this process; None is the first one that ``config`` allows.
     """
-    weights = resolve_weights(config.encoder.model, role="encoder")
+    weights = resolve_weights(config.encoder.model, role="encoder", typed=True)
     margin = config.margin if config.window == "tight" else 0.0
 
     def load() -> Encoder:
@@ -351,7 +351,7 @@ def open_configured_encoder(config: ExtractConfig, device: str | None = None) ->
         dtype=config.encoder.dtype,
         window=config.window,
         margin=margin,
-        memo=state_folder(config.root) / "encoders",
+        memo=None if is_own(weights.reference) else state_folder(config.root) / "encoders",
     )
 
 

@@ -1,9 +1,10 @@
 """Windows on their way through the encoder: they wait until a batch is full, then their outputs are to come.
 
-On a CPU a batch is encoded at once, by the calling thread. On a GPU it is launched, and the calling thread goes on. A
-Whisper's batches have one shape per context, so that the features of a window do not depend on its companions: windows
-of several shards share a batch, and silence fills the last ones. Encoders without padding batch windows of equal
-length; there the shape depends on how many there are, so their batches end with the shard.
+On a CPU, and by an encoder of the user's own, a batch is encoded at once, by the calling thread. On a GPU it is
+launched, and the calling thread goes on. A Whisper's batches have one shape per context, so that the features of a
+window do not depend on its companions: windows of several shards share a batch, and silence fills the last ones.
+Encoders without padding batch windows of equal length; there the shape depends on how many there are, so their batches
+end with the shard.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class WindowBatches(Protocol):
 
 def open_batches(encoder: Encoder, trim: str, codec: str, stage_times: StageTimes) -> WindowBatches:
     """Return the batches of a loaded ``encoder``."""
-    if encoder.device.startswith("cuda"):
+    if hasattr(encoder, "launch") and encoder.device.startswith("cuda"):
         return _DeviceBatches(cast(DeviceEncoder, encoder), trim, codec, stage_times)
     return _HostBatches(encoder, trim, stage_times)
 

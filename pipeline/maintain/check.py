@@ -64,7 +64,8 @@ def check(
     """
     config = recorded_config(cache.provenance, cache.path, source)
     audio = open_source(config.source)
-    model = open_encoder(cache.spec, encoder or cache.provenance["encoder"].get("reference"), config.encoder.device)
+    recorded = cache.provenance["encoder"].get("reference")
+    model = open_encoder(cache.spec, recorded, config.encoder.device, typed=encoder)
     indices = sorted(random.Random(seed).sample(range(len(cache)), min(n, len(cache))))
     rows = [cache.row(index) for index in indices]
     limit = tolerance(cache)

