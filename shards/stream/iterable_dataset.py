@@ -166,6 +166,9 @@ class FeatureStream(IterableDataset[Batch]):
             self._length = sum(1 for _ in self.batch_sampler.iter_batches(SamplerState(), self.epochs))
         return self._length
 
+    def __bool__(self) -> bool:  # otherwise a stream without an end, which has no length, would have no truth value
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the loop (the next batch) and the identity of the stream; JSON-serializable."""
         state = self._state(self._sampler_state)

@@ -115,7 +115,7 @@ class RunState:
         ]
         trained = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, fused=True)
-        self.stream = stream or open_stream(config, data, group)
+        self.stream = open_stream(config, data, group) if stream is None else stream
         self.ema = Ema(self.named_parameters, config.ema_decay)
         self.early_stopping = EarlyStopping(config.patience)
         self.stream_state = self.stream.state_dict()

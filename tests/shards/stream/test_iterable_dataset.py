@@ -478,3 +478,4 @@ def test_a_stream_without_an_end_has_no_length(caches):
     with pytest.raises(TypeError, match="set epochs"):
         len(stream(caches, epochs=None))
     assert len(list(islice(stream(caches, epochs=None), 3))) == 3
+    assert stream(caches, epochs=None)
