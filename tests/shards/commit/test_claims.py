@@ -188,6 +188,7 @@ WALL_CLOCK = {  # dates that are shown, and times that are compared with those o
     "shards/remote/mirror.py",
     "train/lms/hf/model.py",
     "train/runs/folder.py",
+    "train/runs/trackers.py",
 }
 
 
