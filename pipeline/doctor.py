@@ -119,7 +119,8 @@ def torch_build() -> Finding:
     """Report torch's version and build from its files, because importing it takes seconds."""
     build = _torch_version_file()
     if build is None:
-        return Finding("torch", "not installed", "run `make setup`")
+        fix = "run `make setup`" if LOCK_FILE.is_file() else "run `python -m pip install earshard`, which brings it"
+        return Finding("torch", "not installed", fix)
     version, cuda = build
     return Finding("torch", f"{version}, built for {f'CUDA {cuda}' if cuda else 'CPUs'}")
 
@@ -274,6 +275,8 @@ def next_command(needs_setup: bool, cache_root: Path, run_root: Path, in_checkou
     complete, incomplete = _find_caches(cache_root)
     finished = _find_finished_runs(run_root)
     if needs_setup:
+        if not in_checkout:
+            return "python -m pip install --upgrade earshard    (what is marked with ! is missing)"
         return "make setup      (then the demo: make train)"
     if incomplete and not complete:
         if not in_checkout:

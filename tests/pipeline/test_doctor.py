@@ -97,6 +97,7 @@ def test_weights_of_wheels_and_hub_caches_are_found(here):
 def test_the_next_command_depends_on_the_caches_and_runs(here):
     caches, runs = here / "caches", here / "runs"
     assert doctor.next_command(True, caches, runs).startswith("make setup")
+    assert doctor.next_command(True, caches, runs, in_checkout=False).startswith("python -m pip install")
     assert doctor.next_command(False, caches, runs).startswith("make train")
     assert doctor.next_command(False, caches, runs, in_checkout=False).startswith("earshard extract --config speech")
     make(caches / "speech-1" / "whisper" / "plans" / "000.parquet")
