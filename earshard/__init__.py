@@ -7,9 +7,9 @@ What user code needs, under one name::
     run = earshard.fit("demo", caches=str(cache), steps=50)  # a run folder, as `earshard train fit` makes it
     texts = earshard.transcribe(run, ["hello.wav"])
 
-``Cache``, ``FeatureStream``, ``SamplerConfig``, ``open``, ``as_webdataset`` and ``collate`` are those of ``shards``;
-``Projector`` and ``load_projector`` are those of ``train``. A configuration is a YAML file, or the name of a built-in
-one (the files in ``configs/``, which are part of the package).
+``Cache``, ``FeatureStream``, ``SamplerConfig``, ``open``, ``as_webdataset`` and ``collate`` are those of ``shards``,
+``OwnEncoder`` is that of ``pipeline``, ``Projector`` and ``load_projector`` are those of ``train``. A configuration is
+a YAML file, or the name of a built-in one (the files in ``configs/``, which are part of the package).
 
 Names are imported on first use: ``import earshard`` loads neither torch nor pyarrow.
 """
@@ -23,12 +23,14 @@ from shards import VERSION as __version__
 
 if TYPE_CHECKING:
     from earshard.api import extract, fit, transcribe
+    from pipeline import OwnEncoder
     from shards import Cache, FeatureStream, SamplerConfig, as_webdataset, collate, open
     from train import Projector, load_projector
 
 __all__ = [
     "Cache",
     "FeatureStream",
+    "OwnEncoder",
     "Projector",
     "SamplerConfig",
     "__version__",
@@ -43,6 +45,7 @@ __all__ = [
 
 _PACKAGES = {
     "shards": ("Cache", "FeatureStream", "SamplerConfig", "as_webdataset", "collate", "open"),
+    "pipeline": ("OwnEncoder",),
     "train": ("Projector", "load_projector"),
     "earshard.api": ("extract", "fit", "transcribe"),
 }

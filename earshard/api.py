@@ -56,8 +56,15 @@ def fit(config: str | os.PathLike[str] | None = None, **settings: Any) -> Path:
     return run(typed)
 
 
-def transcribe(run: str | os.PathLike[str], audio: Sequence[str | os.PathLike[str]]) -> list[str]:
+def transcribe(
+    run: str | os.PathLike[str], audio: Sequence[str | os.PathLike[str]], *, encoder: str | None = None
+) -> list[str]:
     """Return what a trained run hears in each of the audio files ``audio``, one line of text per file, in their order.
+
+    Args:
+        run: a run folder.
+        audio: audio files.
+        encoder: new reference of the run's encoder; required if that is a class of your own, ``module:Class``.
 
     Raises:
         shards.errors.UserError: a file cannot be read, or the run's encoder is not available.
@@ -68,7 +75,7 @@ def transcribe(run: str | os.PathLike[str], audio: Sequence[str | os.PathLike[st
 
     folder = find_run(os.fspath(run))
     recordings = find_recordings([os.fspath(file) for file in audio])
-    return [text for _, text in decode(folder, run_config(folder), recordings)]
+    return [text for _, text in decode(folder, run_config(folder), recordings, encoder)]
 
 
 def _file(config: str | os.PathLike[str] | None, kind: str) -> str | None:

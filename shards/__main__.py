@@ -29,8 +29,8 @@ from shards.remote.client import is_url
 from shards.share.publish import add_options
 
 if TYPE_CHECKING:
-    from shards.inspect.findings import Problem
     from shards.labels.table import LabelSet
+    from shards.share.findings import Problem
 
 RECORDED_FOLDER = ""  # `--source` without a folder
 MAX_LISTED = 40  # problems that `verify` prints without --all
@@ -181,7 +181,7 @@ def _info(args: argparse.Namespace) -> None:
 def _find(args: argparse.Namespace) -> int:
     import json
 
-    from shards.inspect.find import find_caches
+    from shards.share.find import find_caches
 
     table: list[Sequence[str]] = [
         ("cache", "corpus", "encoder", "layer", "codec", "feature id", "utterances", "hours", "labels")

@@ -12,7 +12,6 @@ Layers above the highest requested one are not computed: a pre-hook of the next 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from pipeline.encoders.base import check_encode_args, encoder_name, tensors_hash
 from pipeline.encoders.batching import fitting_batch_size, output_bytes
+from pipeline.encoders.capture import LayerCapture
 from pipeline.encoders.device import Batch, DeviceBatches, Window, WindowOutput, real_float32
 from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
@@ -47,10 +47,6 @@ FILTERBANK_HOP, FILTERBANK_LENGTH = 160, 400
 FRONTEND_THREADS = 2  # of normalization and filterbanks, before a GPU
 # used in training only, or applied after the last layer
 UNUSED_TENSOR_PREFIXES = ("masked_spec_embed", "adapter.", "intermediate_ffn.")
-
-
-class _StopForward(Exception):
-    """Raised to end the forward pass once the highest requested layer is captured."""
 
 
 class SelfSupervisedEncoder:
@@ -118,10 +114,8 @@ class SelfSupervisedEncoder:
                 setattr(model, name, None)
         self._torch_device = torch.device(device)
         self._model = model.to(self._torch_device, getattr(torch, dtype)).eval()
-        self._captured = threading.local()
         self._frontend: ThreadPoolExecutor | None = None
-        for index, layer in enumerate(self._model.encoder.layers):
-            layer.register_forward_pre_hook(self._capture_hook(index), with_kwargs=True)
+        self._capture = LayerCapture(self._model, self._model.encoder.layers)
         self._pool = ThreadPool(torch.get_num_threads()) if device == "cpu" else None
         self._fits = batch_size is None and self._torch_device.type == "cuda"
         self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads if self._pool else 0)
@@ -166,7 +160,7 @@ class SelfSupervisedEncoder:
                 row[:] = value
 
         def forward(rows: torch.Tensor) -> dict[int, torch.Tensor]:
-            return self._hidden(rows.to(dtype), wanted)
+            return self._capture.run(wanted, rows.to(dtype))
 
         shape, counts = (len(values), *values[0].shape), [frames] * len(values)
         return self.batches.launch(Batch(shape, fill, forward, frames, counts, self.channels, sorted(wanted), codec))
@@ -196,21 +190,8 @@ class SelfSupervisedEncoder:
             return {layer: np.zeros((0, self.channels), np.float32) for layer in layers}
         with torch.inference_mode(), real_float32(self.dtype if self._pool is None else ""):
             values = torch.from_numpy(self._values(clip)[None])
-            found = self._hidden(values.to(self._torch_device, getattr(torch, self.dtype)), layers)
+            found = self._capture.run(layers, values.to(self._torch_device, getattr(torch, self.dtype)))
         return {layer: x_1TC[0].to("cpu", torch.float32).numpy().copy() for layer, x_1TC in found.items()}
-
-    def _hidden(self, values: torch.Tensor, layers: set[int]) -> dict[int, torch.Tensor]:
-        """Return layer -> [B, T, C] of the model's input [B, ...]."""
-        captured = self._captured
-        captured.layers, captured.found, captured.top = layers, {}, max(layers)
-        try:
-            last = self._model(values).last_hidden_state
-            if self.n_layers in layers:
-                captured.found[self.n_layers] = last
-        except _StopForward:
-            pass
-        found: dict[int, torch.Tensor] = captured.found
-        return found
 
     def _values(self, clip: np.ndarray) -> np.ndarray:
         """Return the model's input, float32: [samples], or [frames, n_mels * stride] for w2v-BERT."""
@@ -222,17 +203,6 @@ class SelfSupervisedEncoder:
         if self._normalize:  # as Wav2Vec2FeatureExtractor does, before the padding
             clip = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)
         return np.pad(clip, (0, length - len(clip)))
-
-    def _capture_hook(self, index: int) -> Any:
-        """Return a pre-hook for layer ``index`` + 1, whose input is hidden state ``index``."""
-
-        def hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if index in self._captured.layers:
-                self._captured.found[index] = args[0] if args else kwargs["hidden_states"]
-            if index == self._captured.top:
-                raise _StopForward
-
-        return hook
 
 
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:

@@ -11,7 +11,6 @@ the last frame would lack samples, so that a clip has ceil(samples / hop) frames
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.encoders.base import check_encode_args, encoder_name, tensors_hash
+from pipeline.encoders.capture import LayerCapture
 from pipeline.encoders.device import real_float32
 from pipeline.encoders.logmel import MelSettings
 from pipeline.encoders.self_supervised import receptive_field
 from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
-from pipeline.weights.resolve import Weights, read_model_json, weight_files
-from pipeline.weights.tensors import read_torch_file, refuse_quantized, require_tensors, select_prefix, stored_tensors
+from pipeline.weights.resolve import Weights, read_model_json
+from pipeline.weights.tensors import read_tensors, refuse_quantized, require_tensors, select_prefix, stored_tensors
 from shards.errors import UserError
 from shards.format.spec import WindowMode
 
@@ -84,10 +84,6 @@ FAMILIES = {  # config.json's model_type
 }
 
 
-class _StopForward(Exception):
-    """Raised to end the forward pass once the highest requested layer is captured."""
-
-
 class TowerEncoder:
     """An encoder of ``FAMILIES``; see :class:`pipeline.encoders.base.Encoder`.
 
@@ -111,11 +107,9 @@ class TowerEncoder:
         self.dtype, self.device, self.was_checked = dtype, device, False
         self.frontend: dict[str, int | float | str | bool | None] = {}
         self._extractor = self._make_extractor(weights.folder, getattr(model.config, "num_mel_bins", 0))
-        self._captured = threading.local()
-        for index, layer in enumerate(model.layers):
-            layer.register_forward_pre_hook(self._capture_hook(index), with_kwargs=True)
         self._torch_device = torch.device(device)
         self._model = model.to(self._torch_device, getattr(torch, dtype)).eval()
+        self._capture = LayerCapture(self._model, self._model.layers)
         self._pool = ThreadPool(torch.get_num_threads()) if device == "cpu" else None
         self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads if self._pool else 0)
 
@@ -145,18 +139,9 @@ class TowerEncoder:
         frames = self.window_samples // self.hop if padded else -(-len(clip) // self.hop)
         if not frames:
             return {layer: np.zeros((0, self.channels), np.float32) for layer in layers}
-        captured = self._captured
-        captured.layers, captured.found, captured.top = layers, {}, max(layers)
         with torch.inference_mode(), real_float32(self.dtype if self._pool is None else ""):
-            inputs = self._inputs(clip)
-            try:
-                last = self._model(**inputs).last_hidden_state
-                if self.n_layers in layers:
-                    captured.found[self.n_layers] = last
-            except _StopForward:
-                pass
             found = {}
-            for layer, x_1TC in captured.found.items():
+            for layer, x_1TC in self._capture.run(layers, **self._inputs(clip)).items():
                 if self._tower.pools and layer < self.n_layers:
                     x_1TC = F.avg_pool1d(x_1TC.transpose(1, 2), 2).transpose(1, 2)
                 found[layer] = x_1TC[0, :frames].to("cpu", torch.float32).numpy().copy()
@@ -226,17 +211,6 @@ class TowerEncoder:
         self.frontend = {"type": kind, **wanted}
         return module.ParakeetFeatureExtractor(feature_size=n_mels) if kind == "parakeet" else None
 
-    def _capture_hook(self, index: int) -> Any:
-        """Return a pre-hook for layer ``index`` + 1, whose input is hidden state ``index``."""
-
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if index in self._captured.layers:
-                self._captured.found[index] = args[0] if args else kwargs["hidden_states"]
-            if index == self._captured.top:
-                raise _StopForward
-
-        return hook
-
 
 def load_tower(folder: Path, family: str) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return the encoder of ``folder`` in float32 on the CPU, and its tensors by their names in the encoder.
@@ -267,7 +241,7 @@ def load_tower(folder: Path, family: str) -> tuple[Any, dict[str, torch.Tensor]]
         raise UserError(f"'{folder / 'config.json'}' is not a config of {family} ({reason}): copy it again") from None
     shapes = {name: tuple(each.shape) for name, each in expected.items() if not name.endswith(COUNTER)}
     require_tensors(folder, own, shapes, f"{family} encoder", prefix)
-    tensors = _read(folder, prefix, set(own))
+    tensors = read_tensors(folder, prefix, own)
     refuse_corrupt_values(folder, tensors)
     sizes = getattr(config, tower.part) if tower.part else config
     for name, value in (("max_source_positions", 1500), ("subsampling_factor", 8)):
@@ -286,19 +260,3 @@ def _encoder_class(tower: Tower) -> Any:
     package = tower.config.removesuffix("Config").removesuffix("CTC").removesuffix("RNNT").removesuffix("TDT")
     name = {"Qwen2Audio": "qwen2_audio"}.get(package, package.lower())
     return getattr(import_module(f"transformers.models.{name}.modeling_{name}"), tower.model)
-
-
-def _read(folder: Path, prefix: str, names: set[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors ``names`` below ``prefix`` of a checked folder."""
-    from safetensors import safe_open
-
-    wanted, found = {f"{prefix}{name}" for name in names}, dict[str, "torch.Tensor"]()
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                here = wanted & set(file.keys())
-                found.update((name.removeprefix(prefix), file.get_tensor(name)) for name in here)
-        else:
-            state = read_torch_file(path)
-            found.update((name.removeprefix(prefix), state[name]) for name in wanted & state.keys())
-    return found

@@ -30,10 +30,10 @@ from pipeline.encoders.device import Batch, DeviceBatches, Window, WindowOutput,
 from pipeline.encoders.logmel import LogMel, MelSettings
 from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
-from pipeline.weights.resolve import Weights, read_model_json, weight_files
+from pipeline.weights.resolve import Weights, read_model_json
 from pipeline.weights.tensors import (
     StoredTensor,
-    read_torch_file,
+    read_tensors,
     refuse_quantized,
     require_tensors,
     select_prefix,
@@ -378,22 +378,12 @@ def read_encoder_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, t
     Raises:
         UserError: they are not exactly those of the encoder that ``config`` describes, quantized, or not finite.
     """
-    from safetensors import safe_open
-
     stored = stored_tensors(folder)
     prefix = select_prefix(folder, stored, PREFIXES, "Whisper encoder")
     own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
     refuse_quantized(folder, config, own)
     require_tensors(folder, own, encoder_shapes(folder, config, own), "Whisper encoder", prefix)
-    found: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
-                found.update((name.removeprefix(prefix), file.get_tensor(name)) for name in names)
-        else:
-            state = read_torch_file(path)
-            found.update((name.removeprefix(prefix), state[name]) for name in state if name.startswith(prefix))
+    found: dict[str, torch.Tensor] = read_tensors(folder, prefix, own)
     refuse_corrupt_values(folder, found)
     return found
 

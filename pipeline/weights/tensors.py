@@ -1,7 +1,8 @@
 """The tensors that a folder of weights holds: names, shapes and dtypes against those of an architecture.
 
 A checkpoint that is quantized, or of another architecture, loads without an error in most libraries and computes noise.
-Everything here reads headers; no tensor is read. Used by the encoders and, for quantization, by the language models.
+Everything here but :func:`read_tensors` reads headers alone. Used by the encoders and, for quantization, by the
+language models.
 """
 
 from __future__ import annotations
@@ -73,6 +74,22 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"'{path}' does not map names to tensors: use safetensors of the model")
     return state
+
+
+def read_tensors(folder: Path, prefix: str, names: Collection[str]) -> dict[str, Any]:
+    """Return the tensors ``names`` below ``prefix`` of a checked folder: as stored, on the CPU, without the prefix."""
+    from safetensors import safe_open
+
+    wanted, found = {f"{prefix}{name}" for name in names}, dict[str, Any]()
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                here = wanted & set(file.keys())
+                found.update((name.removeprefix(prefix), file.get_tensor(name)) for name in here)
+        else:
+            state = read_torch_file(path)
+            found.update((name.removeprefix(prefix), state[name]) for name in wanted & state.keys())
+    return found
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:

@@ -79,7 +79,7 @@ def push_to_hub(
 
     api, base_url = HfApi(), f"https://huggingface.co/datasets/{repo}/resolve/{revision or 'main'}"
     text = dataset_card(describe_cache(layout.path), url, license_id, folder, base_url)
-    with _hub_errors(url):
+    with _refusals(url):
         _open_repository(api, repo, "dataset", private, url)
         for patterns in (*COMMIT_PATTERNS, [f"labels/{name}" for name in label_files]):
             if not patterns:
@@ -127,7 +127,7 @@ def push_model(folder: Path, url: str, private: bool = False) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _hub_errors(url):
+    with _refusals(url):
         _open_repository(api, match["repo"], "model", private, url)
         api.upload_folder(repo_id=match["repo"], folder_path=folder, ignore_patterns=["*__pycache__*"])
 
@@ -153,13 +153,17 @@ def _root_card(api: HfApi, match: re.Match[str], layout: Layout, license_id: str
     return list_card(dict(sorted(caches.items())), root, license_id).encode()
 
 
-@contextmanager
-def _hub_errors(url: str) -> Iterator[None]:
-    """Turn rejections and, by their base classes, all errors of the HTTP client into a :class:`UserError`."""
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of the hub's library: rejections and, by their base classes, all of its HTTP client."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
-    errors: tuple[type[Exception], ...] = (*bases, HFValidationError, RuntimeError)  # the last of an upload thread
+    return (*(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)), HFValidationError)
+
+
+@contextmanager
+def _refusals(url: str) -> Iterator[None]:
+    """Turn what an upload raises into a :class:`UserError`."""
+    errors: tuple[type[Exception], ...] = (*hub_errors(), RuntimeError)  # the last of an upload thread
     try:
         yield
     except errors as error:

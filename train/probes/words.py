@@ -31,6 +31,8 @@ def character_errors(
         texts: one per row.
         pool: this many neighbouring frames are averaged first.
     """
+    import jiwer
+
     characters = sorted({letter for row in train for letter in texts[row]})
     number = {letter: index + 1 for index, letter in enumerate(characters)}  # 0 is the blank
 
@@ -66,23 +68,15 @@ def character_errors(
     with torch.no_grad():
         for row in test:
             best = torch.unique_consecutive(head((frames(row) - mean) * scale).argmax(dim=-1)).tolist()
-            wrong.append(edits(texts[row], "".join(characters[index - 1] for index in best if index)))
+            heard = "".join(characters[index - 1] for index in best if index)
+            output = jiwer.process_characters(texts[row], heard)
+            wrong.append(output.substitutions + output.deletions + output.insertions)
     return np.array(wrong, dtype=np.int64)
 
 
 def pooled(x: Tensor, size: int) -> Tensor:
     """Return the means of ``size`` neighbouring frames [ceil(T / size), C]; the last mean may be of fewer."""
     return x if size == 1 else torch.stack([x[at : at + size].mean(dim=0) for at in range(0, len(x), size)])
-
-
-def edits(reference: str, hypothesis: str) -> int:
-    """Return the least number of characters to insert, delete or replace."""
-    row = list(range(len(hypothesis) + 1))
-    for index, letter in enumerate(reference, 1):
-        left, row[0] = row[0], index
-        for place, other in enumerate(hypothesis, 1):
-            left, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, left + (letter != other))
-    return row[-1]
 
 
 def _batch(rows: Sequence[int], step: int) -> list[int]:

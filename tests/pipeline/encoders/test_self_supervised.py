@@ -9,22 +9,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_corpus import wav
-from tiny_encoders import FAMILIES, write_tiny
+from tiny_encoders import FAMILIES, load, noise, write_tiny
 
 from pipeline.__main__ import command
-from pipeline.encoders.load import load_encoder
-from pipeline.weights.resolve import Weights, check_weights_folder
+from pipeline.weights.resolve import check_weights_folder
 from shards.errors import UserError, run_command
 from shards.read.cache import Cache
-
-
-def load(folder: Path, **settings):
-    return load_encoder(Weights(folder, f"path:{folder}", ""), **{"device": "cpu", "dtype": "float32", **settings})
-
-
-def noise(*samples: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(1)
-    return [rng.normal(0, 0.1, n).astype(np.float32) for n in samples]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

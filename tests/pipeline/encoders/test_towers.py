@@ -9,27 +9,18 @@ import numpy as np
 import pytest
 import torch
 from extraction import only_cache, words, write_corpus
+from tiny_encoders import load, noise
 from tiny_towers import CLASSES, FAMILIES, write_tiny_tower
 
 from pipeline.__main__ import command
-from pipeline.encoders.load import load_encoder
 from pipeline.encoders.towers import FAMILIES as TABLE
-from pipeline.weights.resolve import TOWERS, Weights, check_weights_folder
+from pipeline.weights.resolve import TOWERS, check_weights_folder
 from shards.errors import UserError, run_command
 from shards.read.cache import Cache
 
 
 class Done(Exception):
     pass
-
-
-def load(folder: Path, **settings):
-    return load_encoder(Weights(folder, f"path:{folder}", ""), **{"device": "cpu", "dtype": "float32", **settings})
-
-
-def noise(*samples: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(1)
-    return [rng.normal(0, 0.1, n).astype(np.float32) for n in samples]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -15,8 +15,8 @@ from tiny_hub import serve_hub
 from shards.__main__ import main
 from shards.errors import UserError, run_command
 from shards.format.layout import Layout
-from shards.inspect.find import Found, find_caches
 from shards.read.cache import Cache
+from shards.share.find import Found, find_caches
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@
     python -m shards find s3://bucket/caches --encoder whisper
     python -m shards find 'hf://OWNER/*' --feature-id 4e5f6a7b
 
-A cache is a folder with ``CACHE.json``, or with ``plans/000.parquet``, if its extraction is not finished. Folders
-inside a cache are not searched. What a hub or a bucket lists is read as names only.
+A cache is a folder with ``CACHE.json``, or with ``plans/000.parquet``, if its extraction is not finished; on a hub
+only complete ones are found. Folders inside a cache are not searched. What a hub or a bucket
+lists is read as names only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from shards.format.layout import Layout
 from shards.inspect.info import describe_cache
 from shards.remote.client import Remote, is_url
 from shards.remote.object_store import SCHEMES, connect, translate_errors
+from shards.share.hub import hub_errors
 
 MAX_DEPTH = 8  # levels below the root that are searched
 HUB_URL = re.compile(r"hf://(?:datasets/)?(?P<owner>[\w.-]+)/(?P<name>[\w.-]+|\*)(?:/(?P<folder>[^@]+))?")
@@ -155,10 +157,7 @@ def _on_hub(url: str) -> Iterator[str]:
         raise UserError(f"'{url}' names no owner or dataset: write hf://OWNER/*, or hf://datasets/OWNER/NAME")
 
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
-    errors: tuple[type[Exception], ...] = (*bases, HFValidationError)
     api, folder = HfApi(), f"{match['folder']}/" if match["folder"] else ""
     try:
         if match["name"] == "*":
@@ -166,7 +165,7 @@ def _on_hub(url: str) -> Iterator[str]:
         else:
             names = [f"{match['owner']}/{match['name']}"]
         listed = {name: api.list_repo_files(name, repo_type="dataset") for name in names if DATASET_ID.fullmatch(name)}
-    except errors as error:
+    except hub_errors() as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"the datasets of '{url}' cannot be listed ({reason}): check the name, `hf auth login` and the connection"
