@@ -8,6 +8,8 @@ import tomllib
 
 from docs_text import ROOT
 
+import earshard
+
 PATH = re.compile(r"(?<![\w./-])(?:earshard|shards|pipeline|train|tests|bench)(?:/\w+)*/\w+\.py\b")
 DOTTED = re.compile(r"(?<=[`~\"'])(?:earshard|shards|pipeline|train)(?:\.[A-Za-z_]\w*)+(?=[`\"'])")
 
@@ -64,3 +66,9 @@ def test_a_name_that_is_gone_is_noticed():
     assert is_stale("shards.nobody")
     assert is_stale("shards/nobody.py")
     assert not is_stale("shards.remote.mirror.Mirror")
+
+
+def test_the_page_of_the_public_api_explains_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    explained = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    assert set(earshard.__all__) - explained == {"__version__", "open"}  # `open` is told in words
