@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.sources import SourceConfig
+from pipeline.variants import VariantsConfig
 from shards.commit.claims import LEASE
 from shards.config.base import Config
 from shards.format.spec import Codec, WindowMode
@@ -64,6 +65,7 @@ class ExtractConfig(Config):
     """valid: store only the frames of the audio. none: store the whole padded window."""
     codec: Codec = "f16"
     """Storage format of the features (`docs/format.md`). int8 needs half the disk space of f16."""
+    augment: VariantsConfig = VariantsConfig()
     shard_mb: float = Field(default=256, gt=0)
     """Target size of a shard, in megabytes."""
     decode_workers: int | None = Field(default=None, ge=1)

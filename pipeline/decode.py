@@ -1,7 +1,7 @@
 """Decode the audio files of a shard in threads, in order and slightly ahead of the encoder.
 
 ```
-one thread: source.read -> bytes -> n threads: sha256, decode, resample -> samples -> caller of AudioDecoders.read
+one thread: source.read -> bytes -> n threads: sha256, decode, resample, vary -> samples -> caller of AudioDecoders.read
 ```
 
 Threads suffice: libsndfile, soxr, sha256 and espeak-ng release the GIL, and threads do not copy samples between
@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,9 +28,11 @@ import numpy.typing as npt
 from pipeline.audio import MAX_HOURS, SAMPLING_RATE, TOLERANCE, AudioError, decode
 from pipeline.profile import StageTimes
 from pipeline.sources import Source
+from pipeline.variants import VariantsConfig, apply_change, draw_change
 from shards.files import file_sha256
-from shards.format.audio_id import audio_id
+from shards.format.audio_id import audio_id, variant_id
 from shards.format.schemas import UNKNOWN_AUDIO
+from shards.format.variants import split_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class AudioDecoders:
         prefetch: recordings that may be read ahead of the caller.
         stage_times: receives the time spent in ``read`` and ``decode``.
         max_hours: longer recordings are failures.
+        variants: how the variants among the rows are made.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class AudioDecoders:
         prefetch: int,
         stage_times: StageTimes,
         max_hours: float = MAX_HOURS,
+        variants: VariantsConfig | None = None,
     ) -> None:
         self._source, self._prefetch, self._stage_times = source, prefetch, stage_times
-        self._max_hours = max_hours
+        self._max_hours, self._variants = max_hours, variants or VariantsConfig()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
@@ -85,7 +90,7 @@ class AudioDecoders:
         Samples are float32 of shape [num_samples], mono at 16 kHz. The audio id is 32 bytes, zeros if the audio could
         not be read.
         """
-        audio = self._source.read([row["audio"] for row in rows])
+        audio = _read_once(self._source, [row["audio"] for row in rows])
         waiting: deque[tuple[dict[str, Any], Future[Future[Decoded]]]] = deque()
 
         def first() -> Recording:
@@ -113,20 +118,35 @@ class AudioDecoders:
             return self._decoders.submit(self._decode, data, None, row)
         known = row["audio_id"]  # of the whole file and the fragment: the bytes of the segment do not tell it
         if known == UNKNOWN_AUDIO and not isinstance(data, Exception):
-            known = audio_id(bytes.fromhex(file_sha256(Path(path))), fragment)
+            known = self._own_id(row, audio_id(bytes.fromhex(file_sha256(Path(path))), fragment))
         return self._decoders.submit(self._decode, data, known, row)
+
+    def _own_id(self, row: dict[str, Any], recording: bytes) -> bytes:
+        """Return the audio id of a row whose recording has the audio id ``recording``."""
+        return variant_id(recording, split_key(row["key"])[1], self._variants.recipe)
 
     def _decode(self, data: bytes | Exception, known: bytes | None, row: dict[str, Any]) -> Decoded:
         if isinstance(data, Exception):
             return UNKNOWN_AUDIO, UtteranceFailure("read", short_reason(data))
         with self._stage_times.timed("decode"):
-            digest = hashlib.sha256(data).digest() if known is None else known
+            digest = self._own_id(row, hashlib.sha256(data).digest()) if known is None else known
+            change = draw_change(digest, self._variants) if split_key(row["key"])[1] else None
             try:
                 samples = decode(data, self._max_hours)
-                require_planned_length(len(samples), row["samples"])
+                planned = change if row["audio_id"] != UNKNOWN_AUDIO else None  # else it is the recording's length
+                length = len(samples) if planned is None else planned.num_samples(len(samples))
+                require_planned_length(length, row["samples"])
             except AudioError as error:
                 return digest, UtteranceFailure("decode", str(error))
-            return digest, samples
+            return digest, samples if change is None else apply_change(samples, change)
+
+
+def _read_once(source: Source, uris: Sequence[str]) -> AudioIterator:
+    """Yield what ``source.read`` yields; a URI that follows itself is read once."""
+    different = [uri for uri, _ in groupby(uris)]
+    for (_, same), found in zip(groupby(uris), source.read(different), strict=False):
+        for _ in same:
+            yield found
 
 
 def require_planned_length(samples: int, planned: int) -> None:

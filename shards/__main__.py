@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     ls = _command(commands, "ls", "list utterances, one per line: key, frames, seconds, speaker, text", "--limit 20")
     ls.add_argument("--limit", type=_count, default=None, metavar="N", help="stop after N utterances")
     _add_selection(ls)
+    ls.add_argument("--variants", action="store_true", help="list the variants of utterances (KEY~1), too")
     head = _command(commands, "head", "show the first utterances with feature statistics", "--n 3")
     head.add_argument("--n", type=_count, default=5, metavar="N", help="number of utterances (default 5)")
     _add_selection(head)
@@ -211,7 +212,7 @@ def _find(args: argparse.Namespace) -> int:
 def _ls(args: argparse.Namespace) -> None:
     from shards.read.cache import Cache
 
-    cache = Cache.open(args.cache, args.labels, generation=args.generation)
+    cache = Cache.open(args.cache, args.labels, generation=args.generation, variants=args.variants)
     rate, shown = cache.spec.sampling_rate, 0
     columns = ["key", "frames", "samples", "speaker", "text"]
     for batch in cache.manifest.select(columns).slice(0, args.limit).to_batches(max_chunksize=4096):

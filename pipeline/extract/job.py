@@ -39,6 +39,7 @@ from pipeline.extract.plan import count_windows, estimate_bytes, find_new, make_
 from pipeline.extract.resources import count_gpus, first_device, num_decode_workers
 from pipeline.extract.reuse import Donor, Reuse, find_donors, open_extra
 from pipeline.extract.targets import LABEL_COLUMNS, LabelLookup, Target, failed_attempts, held_keys, planned_audio
+from pipeline.extract.variants import add_variants, beyond, require_same_recipe
 from pipeline.sources import Source, open_source
 from pipeline.weights.resolve import Weights, is_own, resolve_weights
 from shards.commit.claims import new_owner
@@ -47,6 +48,7 @@ from shards.errors import UserError
 from shards.format.codec import STORED_DTYPE
 from shards.format.layout import Plan
 from shards.format.spec import FeatureSpec
+from shards.format.variants import are_variants
 from shards.labels.store import SOURCE, LabelEntry
 from shards.remote.client import is_url
 
@@ -128,12 +130,14 @@ class Extraction:
 
     Attributes:
         listing: all utterances of the source.
-        audio_ids: 32 bytes for each of them; zeros where the audio is not known.
+        rows: the rows to plan: these utterances and their variants.
+        audio_ids: 32 bytes for each row; zeros where the audio is not known.
         index: the stat cache of audio ids.
         extra: the spec of each cache that ``reuse`` names.
         entries: the entry of the source's label set in each target.
         relabelled: for each target, whether this run wrote a new label set.
         changed_audio: number of utterances whose audio changed under an unchanged key.
+        notes: what the user should know about the caches, a sentence each.
     """
 
     config: ExtractConfig
@@ -142,17 +146,20 @@ class Extraction:
     weights: Weights
     targets: list[Target]
     listing: Listing
+    rows: pa.Table
     audio_ids: pa.FixedSizeBinaryArray
     index: AudioIndex
     extra: dict[str, FeatureSpec]
     entries: list[LabelEntry] = field(default_factory=list)
     relabelled: list[bool] = field(default_factory=list)
     changed_audio: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def learn_audio_ids(self, job: Job) -> None:
         """Add the ids of recordings that were hashed while they were encoded to the stat cache."""
         if not self.source.hash_ahead:
-            table = pq.read_table(job.targets[0].store.tables(job.generation)[0], columns=["audio", "audio_id"])
+            table = pq.read_table(job.targets[0].store.tables(job.generation)[0], columns=["key", "audio", "audio_id"])
+            table = table.filter(pa.array(~are_variants(table["key"])))
             record_audio_ids(self.source, self.listing, self.index, table["audio"], table["audio_id"])
 
     def jobs(
@@ -207,19 +214,20 @@ class Extraction:
             return
         if not grow:
             return
-        new, changed = find_new(self.listing.table["key"], self.audio_ids, planned_audio(target, len(generations)))
+        planned = planned_audio(target, len(generations))
+        new, changed = find_new(self.rows["key"], self.audio_ids, planned, self.config.augment.variants)
         self.changed_audio = max(self.changed_audio, changed)
         if retry_failed:
             failed = pa.array(sorted(failed_attempts(target, len(generations))), pa.string())
-            new |= pc.is_in(self.listing.table["key"], value_set=failed).to_numpy()
+            new |= pc.is_in(self.rows["key"], value_set=failed).to_numpy()
         if new.any():
             tables = self.make_plan(np.flatnonzero(new), sum(entry["shards"] for entry in generations))
             yield len(generations), target.store.write_plan(len(generations), tables)
 
     def make_plan(self, chosen: np.ndarray[Any, np.dtype[np.int64]], first_shard: int) -> Iterator[pa.Table]:
-        """Yield the plan of these rows of the listing, in parts."""
+        """Yield the plan of these rows, in parts."""
         return make_plan(
-            self.listing.table,
+            self.rows,
             chosen,
             self.audio_ids,
             shuffle=not self.source.sequential,
@@ -229,10 +237,15 @@ class Extraction:
             padded_frames=padded_frames(self.config, self.encoder),
             shard_mb=self.config.shard_mb,
             first_shard=first_shard,
+            variants=self.config.augment.variants,
         )
 
     def _check_pending(self, target: Target, plan: Plan) -> None:
         """Check that this source has the audio that an unfinished generation was planned from."""
+        bases = slice(None, None, self.config.augment.variants)
+        known = pa.table({"key": self.listing.table["key"], "audio_id": self.audio_ids[bases]})
+        path = f"{target.store.location}/plans/{plan.path.name}"
+        require_same_recipe(plan.columns("key", "audio_id"), known, self.config.augment, path)
         audio = plan.columns("audio")["audio"]
         listed = pc.is_in(audio, value_set=self.listing.table["audio"].combine_chunks())
         others = audio.filter(pc.invert(listed)).to_pylist()  # another limit or filter may have planned them
@@ -292,21 +305,29 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
     specs = [feature_spec(config, encoder, layer) for layer in layers]
     extra = open_extra(config.reuse, specs)
     state = state_folder(config.root)
-    listing = list_source(source, state if _is_writable(state) else Path(tempfile.gettempdir()))
+    spool_folder = state if _is_writable(state) else Path(tempfile.gettempdir())
+    listing = list_source(source, spool_folder)
     corpus = f"{config.root.rstrip('/') or '/'}/{source.name}"
     targets = []
     for layer, spec in zip(layers, specs, strict=True):
         tight = "-tight" if spec.window == "tight" else ""
         folder = f"{corpus}/{encoder.name}-L{layer}{tight}-{spec.codec}-{spec.feature_id[:8]}"
         targets.append(Target(layer, open_store(folder, config.scratch), spec))
-    known = np.full(len(listing.table), damaged)
+    known, notes = np.full(len(listing.table), damaged), list[str]()
     for target in () if damaged else targets:
         keys = held_keys(target, config, source, listing)
         if keys is not None:
             known |= pc.is_in(listing.table["key"], value_set=keys).to_numpy()
+            if others := beyond(keys, config.augment.variants):
+                notes.append(
+                    f"'{target.store.location}' also has {others:,} variants that augment no longer makes: set "
+                    f"variants={config.augment.variants} in training to leave them out"
+                )
     index = AudioIndex(state / f"{source.name}.parquet")
+    known |= config.augment.variants > 1  # the audio id of a variant determines its length
     ids = find_audio_ids(source, listing, index, rehash=rehash, hash_unknown=known)
-    extraction = Extraction(config, source, encoder, weights, targets, listing, ids, index, extra)
+    rows, ids = add_variants(listing.table, ids, config.augment, config.codec, spool_folder)
+    extraction = Extraction(config, source, encoder, weights, targets, listing, rows, ids, index, extra, notes=notes)
     if not relabel:
         return extraction
     table = listing.table.select(["key", *LABEL_COLUMNS])
@@ -395,9 +416,11 @@ def padded_frames(config: ExtractConfig, encoder: Encoder) -> int | None:
     return encoder.window_samples // encoder.hop if config.trim == "none" else None
 
 
-def estimate_job_bytes(job: Job, shards: Collection[int]) -> int:
-    """Estimate the bytes that the tars of ``shards`` will take in all targets together."""
-    wanted = np.isin(job.plan.shard, list(shards))
+def estimate_job_bytes(
+    job: Job, shards: Collection[int], rows: np.ndarray[Any, np.dtype[np.bool_]] | bool = True
+) -> int:
+    """Estimate the bytes that ``rows`` (bool [planned]) of ``shards`` will take in the tars of all targets together."""
+    wanted = np.isin(job.plan.shard, list(shards)) & rows
     frame_bytes = job.encoder.channels * STORED_DTYPE[job.config.codec].itemsize
     padded = padded_frames(job.config, job.encoder)
     sizes = estimate_bytes(job.plan.samples[wanted], job.encoder.hop, padded, frame_bytes)
@@ -471,6 +494,9 @@ def provenance(job: Job) -> dict[str, Any]:
 
     import shards
 
+    config = job.config.model_dump(mode="json")
+    if job.config.augment.variants == 1:
+        del config["augment"]
     return {
         "source": {
             "kind": job.config.source.kind,
@@ -486,7 +512,7 @@ def provenance(job: Job) -> dict[str, Any]:
             **_batches_and_card(job),
         },
         "copied": {location: count for reuse in job.reuse for location, count in reuse.sources.items()},
-        "config": job.config.model_dump(mode="json"),
+        "config": config,
         "earshard": shards.VERSION,
         "torch": metadata.version("torch"),
         "transformers": metadata.version("transformers"),

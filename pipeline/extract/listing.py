@@ -64,7 +64,7 @@ def list_source(source: Source, folder: Path) -> Listing:
         UserError: There is no utterance, a key repeats, a value cannot be stored, or the disk is full.
     """
     started = time.time_ns()
-    spooled = _spool(_batches(source), folder)
+    spooled = spool(_batches(source), folder, _SPOOL_SCHEMA)
     if not len(spooled):
         problems = f" ({'; '.join(source.problems)})" if source.problems else ""
         raise UserError(
@@ -78,7 +78,7 @@ def list_source(source: Source, folder: Path) -> Listing:
     return Listing(table, spooled["token"], started, source.problems)
 
 
-def _spool(batches: Iterator[pa.RecordBatch], folder: Path) -> pa.Table:
+def spool(batches: Iterator[pa.RecordBatch], folder: Path, schema: pa.Schema) -> pa.Table:
     """Write ``batches`` to an unnamed file in ``folder`` and return them as a table that is mapped from it."""
 
     def storing() -> AbstractContextManager[None]:  # not around the source, whose errors are about other files
@@ -89,7 +89,7 @@ def _spool(batches: Iterator[pa.RecordBatch], folder: Path) -> pa.Table:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closing must not hide the error of a full disk
     try:
         with storing():
-            writer = pa.ipc.new_file(file, _SPOOL_SCHEMA)
+            writer = pa.ipc.new_file(file, schema)
         for batch in batches:
             with storing():
                 writer.write_batch(batch)

@@ -77,25 +77,35 @@ def make_plan(
     padded_frames: int | None,
     shard_mb: float,
     first_shard: int = 0,
+    variants: int = 1,
 ) -> Iterator[pa.Table]:
     """Assign utterances to shards of about ``shard_mb`` MB each; yield the plan (PLAN_SCHEMA) in parts.
 
     Args:
-        listing: all utterances of the source (``pipeline/extract/listing.py``).
-        chosen: rows of the listing to plan.
+        listing: all utterances of the source (``pipeline/extract/variants.py``).
+        chosen: rows of the listing to plan, ascending.
         audio_ids: the audio id of each row of the listing; zeros where it is unknown.
         shuffle: False keeps the source's order.
         seed: seed of the shuffle.
         frame_bytes, hop, padded_frames: see :func:`estimate_bytes`.
         shard_mb: see :func:`plan_shards`.
         first_shard: number of the first shard.
+        variants: rows of each utterance, which are planned next to each other.
     """
     order = chosen
     if shuffle:  # by key first: the plan does not depend on the order in which the source lists its utterances
-        by_key = chosen[_sort_order(listing["key"], chosen)]
+        first = np.unique(chosen // variants) * variants if variants > 1 else chosen
+        by_key = first[_sort_order(listing["key"], first)]
         order = by_key[np.argsort(random_words(seed, 0, 0, 0, len(by_key)), kind="stable")]
+        if variants > 1:
+            rank = np.zeros(len(listing) // variants, dtype=np.int64)
+            rank[order // variants] = np.arange(len(order))
+            order = chosen[np.argsort(rank[chosen // variants], kind="stable")]
     samples = listing["samples"].to_numpy()[order]
-    shard = plan_shards(estimate_bytes(samples, hop, padded_frames, frame_bytes), shard_mb)
+    sizes = estimate_bytes(samples, hop, padded_frames, frame_bytes)
+    # a shard has all new variants of an utterance, so that a reader of one shard finds them, and a stream is read once
+    starts = np.flatnonzero(np.diff(order // variants, prepend=-1))
+    shard = np.repeat(plan_shards(np.add.reduceat(sizes, starts), shard_mb), np.diff(starts, append=len(order)))
     row = np.arange(len(shard)) - np.searchsorted(shard, shard)
     start = 0
     for block in blocks(listing.select(["key", "id", "audio", "samples"]), order):
@@ -118,7 +128,7 @@ def _sort_order(keys: pa.ChunkedArray, chosen: Ints) -> Ints:
 
 
 def find_new(
-    keys: pa.ChunkedArray, audio_ids: pa.FixedSizeBinaryArray, planned: pa.Table
+    keys: pa.ChunkedArray, audio_ids: pa.FixedSizeBinaryArray, planned: pa.Table, variants: int = 1
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """Find the utterances that a cache does not hold: other keys, and keys whose audio has changed.
 
@@ -126,9 +136,10 @@ def find_new(
         keys: keys of the listing.
         audio_ids: their audio ids; zeros where the audio cannot be read, which counts as unchanged.
         planned: ``key`` and ``audio_id`` of what the cache holds or has tried, one row per key.
+        variants: rows of each utterance, the first of which is its recording.
 
     Returns:
-        bool [listing]: whether an utterance is new; and how many of these have changed audio.
+        bool [listing]: whether an utterance is new; and of how many the recording has changed.
     """
     new = np.ones(len(keys), dtype=bool)
     if not len(planned):
@@ -140,7 +151,7 @@ def find_new(
         known, start = listed >= 0, start + len(chunk)
         mine, theirs = ids[listed[known]], id_words(chunk)[known]
         new[listed[known]] = np.any(mine != theirs, axis=1) & np.any(mine != 0, axis=1)
-        changed += int(new[listed[known]].sum())
+        changed += int((new[listed[known]] & (listed[known] % variants == 0)).sum())
     return new, changed
 
 

@@ -40,6 +40,7 @@ from shards.files import translate_os_errors
 from shards.format import codec
 from shards.format.codec import CodecError, Encoded
 from shards.format.schemas import UNKNOWN_AUDIO
+from shards.format.variants import split_key
 
 if TYPE_CHECKING:
     from pipeline.encoders.device import WindowOutput
@@ -225,7 +226,7 @@ def read_shard(
     num_samples = num_copied = 0
     layers = [target.layer for target in store.targets]
     rows = job.plan.shard_rows(store.shard)
-    labels = job.labels.find([row["key"] for row in rows])
+    labels = job.labels.find([split_key(row["key"])[0] for row in rows])
     copies = _Copies(job, store.shard, store.targets)
     audio = decoders.read([row for row, is_copied in zip(rows, copies.planned, strict=True) if not is_copied])
     for number, (row, texts, is_copied) in enumerate(zip(rows, labels, copies.planned, strict=True)):
@@ -320,7 +321,8 @@ def _decoded(utterance: PendingUtterance, digest: bytes, audio: Float32Array | U
     if isinstance(audio, UtteranceFailure):
         utterance.failure = audio
     elif planned != UNKNOWN_AUDIO and utterance.audio_id != planned:
-        utterance.failure = UtteranceFailure("read", "the audio changed after it was planned; rerun the extraction")
+        what = "the audio or augment" if split_key(utterance.row["key"])[1] else "the audio"
+        utterance.failure = UtteranceFailure("read", f"{what} changed after it was planned; rerun the extraction")
     else:
         utterance.num_samples = len(audio)
         utterance.spans = window_spans(len(audio), job.encoder, job.config.overlap)
@@ -354,4 +356,5 @@ def open_decoders(job: Job, stage_times: StageTimes) -> AudioDecoders:
     """Start the decoding threads of ``job``; they read far enough ahead to fill a batch."""
     ahead = job.encoder.batch_size if job.encoder.loaded else 0  # an encoder that is not loaded has nothing to encode
     prefetch = 2 * job.decode_workers + ahead
-    return AudioDecoders(job.source, job.decode_workers, prefetch, stage_times, job.config.source.max_hours)
+    max_hours, variants = job.config.source.max_hours, job.config.augment
+    return AudioDecoders(job.source, job.decode_workers, prefetch, stage_times, max_hours, variants)

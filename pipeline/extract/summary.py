@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.extract.job import Extraction, Job, estimate_job_bytes
 from pipeline.extract.stats import ExtractionStats
+from shards.format.variants import are_variants
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class JobSummary:
         todo: shards that are not committed or must be extracted again.
         copied: number of planned utterances that are copied, by the cache that holds them.
         estimated_bytes: approximate size of the tars of ``todo``.
+        variants: number of planned variants.
+        variant_hours: hours of audio of these.
+        variant_bytes: the part of ``estimated_bytes`` that they take.
     """
 
     source: str
@@ -44,6 +48,9 @@ class JobSummary:
     todo: list[int]
     copied: dict[str, int]
     estimated_bytes: int
+    variants: int = 0
+    variant_hours: float = 0.0
+    variant_bytes: int = 0
 
     @property
     def utterances(self) -> int:
@@ -52,20 +59,27 @@ class JobSummary:
     def headline(self) -> str:
         """Return one line that describes the work, printed before it starts."""
         noun = "utterance" if self.utterances == 1 else "utterances"
+        if self.variants:
+            noun = "rows"
         what = noun if self.generation == 0 else f"new {noun} (generation {self.generation})"
         copied = sum(self.copied.values()) // len(self.layers)
         reused = f", {copied} of them copied from {', '.join(sorted(self.copied))}" if copied else ""
+        varied = ""
+        if self.variants:
+            size = f"{self.variant_hours:.2f} h, about {self.variant_bytes / 1e9:.3f} GB on disk"
+            varied = f"; {self.variants} of the rows are variants ({size})"
         return (
             f"{self.utterances} {what} of {self.source} -> {self.encoder} "
             f"layer {', '.join(map(str, self.layers))} on {self.device} in {self.dtype}; "
             f"{len(self.todo)} of {len(self.shard_sizes)} shards to extract, about {self.estimated_bytes / 1e6:.0f} MB"
-            f"{reused}"
+            f"{reused}{varied}"
         )
 
 
 def summarize(job: Job) -> JobSummary:
     """Return the summary of a scheduled ``job``."""
     copied: Counter[str] = Counter()
+    varied = are_variants(job.plan.columns("key")["key"])
     for reuse in job.reuse:
         copied.update(reuse.sources)
     return JobSummary(
@@ -81,6 +95,9 @@ def summarize(job: Job) -> JobSummary:
         todo=job.todo,
         copied=dict(copied),
         estimated_bytes=estimate_job_bytes(job, job.todo),
+        variants=int(varied.sum()),
+        variant_hours=float(job.plan.samples[varied].sum()) / job.encoder.sampling_rate / 3600,
+        variant_bytes=estimate_job_bytes(job, job.todo, varied),
     )
 
 
@@ -120,7 +137,7 @@ class Outcome:
 
     Attributes:
         results: one per cache.
-        problems: problems of the source, one sentence each.
+        problems: problems of the source and notes about the caches, one sentence each.
         changed_audio: number of utterances whose audio changed under an unchanged key.
         summary: of the last job; None if there was nothing to extract.
         stats: counts of all jobs.
@@ -159,4 +176,4 @@ def open_outcome(extraction: Extraction) -> Outcome:
         info = target.store.info()
         last = len(info["generations"]) - 1 if info is not None else 0
         results.append(CacheResult(target.store.location, entry.id, entry.rows, relabelled, last))
-    return Outcome(results, list(extraction.listing.problems))
+    return Outcome(results, [*extraction.listing.problems, *extraction.notes])

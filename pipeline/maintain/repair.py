@@ -127,7 +127,7 @@ def _restore_plan(extraction: Extraction, layout: Layout, number: int, generatio
             keys.append(pa.chunked_array([pa.array([each["key"] for each in record["failures"]], pa.string())]))
         except (OSError, RecordError):
             continue
-    listed = extraction.listing.table["key"]
+    listed = extraction.rows["key"]
     known = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string()).combine_chunks()
     everything = np.arange(len(listed))
     partial = temporary_path(path, new_owner())
@@ -153,7 +153,7 @@ def _require_audio(extraction: Extraction, plan: Plan, shards: set[int]) -> None
     """Check that the source has the audio that ``shards`` were made from; UserError if it does not."""
     planned = plan.columns("key", "audio_id", "shard")
     planned = planned.filter(pc.is_in(planned["shard"], value_set=pa.array(sorted(shards), pa.int32())))
-    at = pc.index_in(planned["key"], value_set=extraction.listing.table["key"].combine_chunks())
+    at = pc.index_in(planned["key"], value_set=extraction.rows["key"].combine_chunks())
     found = id_words(extraction.audio_ids.take(at.combine_chunks().fill_null(0)))
     wanted = id_words(planned["audio_id"])
     other = ~at.is_valid().to_numpy() | (np.any(wanted != 0, axis=1) & np.any(wanted != found, axis=1))

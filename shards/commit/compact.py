@@ -48,6 +48,7 @@ from shards.format.records import CacheInfo, FileInfo, RecordError, unseal
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, read_parquet
 from shards.format.spec import FeatureSpec
 from shards.format.tar import BLOCK_SIZE
+from shards.format.variants import base_keys
 from shards.labels.store import INDEX, SOURCE, LabelEntry, LabelIndex, open_set, read_index, with_set
 
 OTHER_BYTES = 3 * BLOCK_SIZE  # of a row, about: headers and padding of its members, and its JSON
@@ -207,7 +208,7 @@ class _Old:
         named = np.zeros(len(keys), dtype=bool)
         for entry in self.sets:
             labels = open_set(self.layout.path, entry).table
-            named |= pc.is_in(keys, value_set=labels["key"]).to_numpy()
+            named |= pc.is_in(base_keys(keys), value_set=labels["key"]).to_numpy()
             if self._labels is None or entry.name == SOURCE:
                 self._labels = labels
         return pa.chunked_array([named])
@@ -216,6 +217,7 @@ class _Old:
         """Return for each key the labels for its JSON member: a row of the set of the source, or of the oldest set."""
         if self._labels is None:
             return [{}] * len(keys)
+        keys = base_keys(keys)
         table = self._labels.filter(pc.is_in(self._labels["key"], value_set=keys))
         found: dict[str, dict[str, Any]] = {}
         for row in table.to_pylist():

@@ -17,6 +17,7 @@ from shards.format.layout import Layout, Plan, current_rows, manifest_id, read_p
 from shards.format.records import CacheInfo, FileInfo, RecordError, seal, unseal
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, read_parquet, write_parquet
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
+from shards.format.variants import are_variants
 
 COUNTS = ("planned", "utterances", "failures", "shards", "frames", "samples", "bytes")
 
@@ -107,6 +108,8 @@ class Merger:
                 }
                 for name, value in found.items():
                     counts[name] += value
+                if variants := int(are_variants(table["key"]).sum()):  # without any, there is no count of them
+                    counts["variants"] = counts.get("variants", 0) + variants
                 seconds += record["timings"]["seconds"]
                 encode_seconds += record["timings"].get("encode_seconds", 0.0)
                 error_sum += pc.sum(table["error"]).as_py() or 0.0
@@ -137,19 +140,34 @@ class Merger:
             "generations": generations,
             "counts": {
                 **{name: sum(each["counts"][name] for each in generations) for name in COUNTS},
-                "superseded": self._superseded(paths),
+                **self._count_current(paths, counts),
             },
         }
 
-    def _superseded(self, paths: tuple[Path, Path]) -> int:
-        """Return the number of manifest rows whose key was planned again by a later generation."""
+    def _count_current(self, paths: tuple[Path, Path], counts: dict[str, int]) -> dict[str, int]:
+        """Return :func:`count_current` of all generations; ``counts`` are those of this one."""
         if not self.before:
-            return 0
+            return {**({"variants": counts["variants"]} if "variants" in counts else {}), "superseded": 0}
         numbers = range(self.generation)
         manifests = [*map(self.layout.manifest, numbers), paths[0]]
         failures = [*map(self.layout.failures, numbers), paths[1]]
         keys = [[_keys(path) for path in kind] for kind in (manifests, failures)]
-        return sum(int((~rows).sum()) for rows in current_rows(*keys))
+        return count_current(*keys)
+
+
+def count_current(manifests: Sequence[pa.ChunkedArray], failed: Sequence[pa.ChunkedArray]) -> dict[str, int]:
+    """Return the counts of a cache that are not sums: ``superseded`` rows and, if there are any, current ``variants``.
+
+    Args:
+        manifests, failed: see :func:`shards.format.layout.current_rows`.
+    """
+    current = current_rows(manifests, failed)
+    pairs = zip(manifests, current, strict=True)
+    variants = sum(int((are_variants(keys) & rows).sum()) for keys, rows in pairs)
+    return {
+        **({"variants": variants} if variants else {}),
+        "superseded": sum(int((~rows).sum()) for rows in current),
+    }
 
 
 def file_info(path: Path) -> FileInfo:

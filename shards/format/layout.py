@@ -25,6 +25,7 @@ from shards.files import file_sha256
 from shards.format.records import RecordError
 from shards.format.schemas import PLAN_SCHEMA, check_parquet, read_batches
 from shards.format.spec import canonical_json
+from shards.format.variants import base_keys
 
 __all__ = ["Layout", "Plan", "manifest_id", "read_plan", "shard_number"]
 
@@ -203,6 +204,8 @@ def manifest_id(feature_id: str, before: str, plan_id: str, tars: Sequence[str])
 def current_rows(manifests: Sequence[pa.ChunkedArray], failed: Sequence[pa.ChunkedArray]) -> list[NDArray[np.bool_]]:
     """Return for each generation which of its manifest rows are current: a key planned again later supersedes them.
 
+    An utterance that is planned again supersedes its variants, too: they were made from other audio.
+
     Args:
         manifests: the column ``key`` of the manifest of each generation.
         failed: the column ``key`` of the failures of each generation: they were planned again, too.
@@ -213,5 +216,6 @@ def current_rows(manifests: Sequence[pa.ChunkedArray], failed: Sequence[pa.Chunk
         if not len(planned):
             continue
         for earlier in range(later):
-            current[earlier] &= ~pc.is_in(manifests[earlier], value_set=planned.combine_chunks()).to_numpy()
+            for keys in {id(each): each for each in (manifests[earlier], base_keys(manifests[earlier]))}.values():
+                current[earlier] &= ~pc.is_in(keys, value_set=planned.combine_chunks()).to_numpy()
     return current

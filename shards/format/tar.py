@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from shards.format.variants import SUFFIX
+
 BLOCK_SIZE = 512
 RECORD = 20 * BLOCK_SIZE  # tar writes whole records of 20 blocks
 MAX_NAME = 100
 MAX_MEMBER = 1 << 33  # 8 GiB: the limit of USTAR's eleven octal digits
 
-_NAME = re.compile(rb"[A-Za-z0-9_-]{1,90}\.(npy|scale\.npy|json)")
+_NAME = re.compile(rb"[A-Za-z0-9_-]{1,90}" + SUFFIX.encode() + rb"\.(npy|scale\.npy|json)")
 _OCTAL = re.compile(rb"[0-7]{1,12}")
 _TAIL = b"ustar\x0000" + b"earshard".ljust(32, b"\0") + b"earshard".ljust(32, b"\0") + b"0000000\0" * 2 + b"\0" * 167
 

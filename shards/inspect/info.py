@@ -20,6 +20,7 @@ from shards.format.layout import Layout, read_plan
 from shards.format.records import CacheInfo, Generation, RecordError, ShardRecord, unseal
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, check_parquet, read_parquet
 from shards.format.spec import FeatureSpec
+from shards.format.variants import are_variants
 from shards.inspect.snapshot import snapshot
 from shards.labels.store import read_index
 from shards.remote.client import is_url
@@ -118,6 +119,8 @@ def _require_counts(info: CacheInfo, count: Callable[[int, Generation], dict[str
             raise ValueError(f"{info.counts.get(name)} {name}, the generations have {total}")
     if not 0 <= info.counts.get("superseded", 0) <= (info.counts["utterances"] if len(info.generations) > 1 else 0):
         raise ValueError(f"{info.counts['superseded']} superseded rows")
+    if not 0 <= info.counts.get("variants", 0) <= sum(each.counts.get("variants", 0) for each in info.generations):
+        raise ValueError(f"{info.counts['variants']} variants")
 
 
 def _count(layout: Layout, number: int, entry: Generation) -> dict[str, int]:
@@ -127,7 +130,11 @@ def _count(layout: Layout, number: int, entry: Generation) -> dict[str, int]:
     check_parquet(layout.plan(number), PLAN_SCHEMA)
     manifest = pq.read_table(layout.manifest(number), columns=columns)
     shards = range(entry.first_shard, entry.first_shard + entry.shards)
+    varied = {}
+    if "variants" in entry.counts:
+        varied["variants"] = int(are_variants(pq.read_table(layout.manifest(number), columns=["key"])["key"]).sum())
     return {
+        **varied,
         "planned": pq.read_metadata(layout.plan(number)).num_rows,
         "utterances": len(manifest),
         "failures": len(read_parquet(layout.failures(number), FAILURE_SCHEMA)),
@@ -212,6 +219,9 @@ def format_info(about: dict[str, Any]) -> Iterator[str]:
         f"  utterances    {counts['utterances']:,} of {counts['planned']:,} planned, {counts['failures']:,} failed"
         f"{superseded}, in {counts['shards']:,} shards"
     )
+    if counts.get("variants"):
+        utterances = counts["utterances"] - counts.get("superseded", 0) - counts["variants"]
+        yield f"  variants      {counts['variants']:,} of these are variants (KEY~1, …) of the other {utterances:,}"
     if len(about["generations"]) > 1:
         yield from map(_generation_line, about["generations"])
     if (part := about["unfinished"]) is not None:

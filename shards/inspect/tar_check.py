@@ -27,9 +27,10 @@ from shards.format.npy import NpyError, parse_npy_header
 from shards.format.records import utterance_json
 from shards.format.schemas import UNKNOWN_AUDIO
 from shards.format.spec import MAX_CHANNELS, FeatureSpec
+from shards.format.variants import SUFFIX
 
 LABELS_IN_TAR = ("text", "speaker", "split")  # as the source had them when the shard was extracted
-KEY_PATTERN = r"\A[A-Za-z0-9_-]{1,90}\z"
+KEY_PATTERN = rf"\A[A-Za-z0-9_-]{{1,90}}{SUFFIX}\z"
 
 
 def first_bad_utterance(plan: pa.Table, first_shard: int) -> str | None:

@@ -25,13 +25,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from shards.commit.finalize import COUNTS
+from shards.commit.finalize import COUNTS, count_current
 from shards.errors import UserError, first_validation_error
 from shards.files import is_full
-from shards.format.layout import Layout, current_rows, manifest_id, shard_number
+from shards.format.layout import Layout, manifest_id, shard_number
 from shards.format.records import CacheInfo, Generation, RecordError, ShardRecord
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, PLAN_SCHEMA, UNKNOWN_AUDIO, read_parquet
 from shards.format.spec import SCHEMA_VERSION, FeatureSpec
+from shards.format.variants import are_variants, base_keys
 from shards.inspect.findings import Findings, Problem, ProgressCallback
 from shards.inspect.label_check import check_label_sets
 from shards.inspect.snapshot import fetch_tar, snapshot
@@ -303,6 +304,8 @@ class _Audit:
             "bytes": sum(record.tar.bytes for record in records),
             "planned": None if part.plan is None else len(part.plan),
         }
+        if (keys := part.keys[0]) is not None:
+            found["variants"] = int(are_variants(keys).sum()) or (0 if "variants" in entry.counts else None)
         for name, value in found.items():
             if value is not None and entry.counts.get(name) != value:
                 counted = f"counts {entry.counts.get(name)} {name} in generation {part.number}"
@@ -318,11 +321,26 @@ class _Audit:
         found = {name: sum(entry.counts.get(name, 0) for entry in info.generations) for name in COUNTS}
         manifests, failed = ([part.keys[kind] for part in parts if part.keys[kind] is not None] for kind in (0, 1))
         if len(manifests) == len(failed) == len(info.generations):
-            found["superseded"] = sum(int((~rows).sum()) for rows in current_rows(manifests, failed))
+            found |= {"variants": 0, **count_current(manifests, failed)}
+            self._check_variants(manifests, failed)
         for name, value in found.items():
-            if info.counts.get(name) != value:
-                what = f"counts {info.counts.get(name)} {name}, the generations have {value}"
-                self.findings.report(None, path, what)
+            counted = info.counts.get(name, 0 if name == "variants" else None)
+            if counted != value:
+                self.findings.report(None, path, f"counts {counted} {name}, the generations have {value}")
+
+    def _check_variants(self, manifests: Sequence[pa.ChunkedArray], failed: Sequence[pa.ChunkedArray]) -> None:
+        """Report variants of utterances that neither their generation nor an earlier one planned."""
+        known: list[pa.Array] = []
+        for number, keys in enumerate(manifests):
+            known += [*keys.chunks, *failed[number].chunks]
+            if (variants := are_variants(keys)).any():
+                varied = keys.filter(pa.array(variants))
+                planned = pa.chunked_array(known, pa.string()).combine_chunks()
+                found = pc.is_in(base_keys(varied), value_set=planned)
+                if not pc.all(found).as_py():
+                    key = varied[pc.index(found, False).as_py()].as_py()
+                    what = "is a variant of an utterance that the cache does not have"
+                    self.findings.report(None, self.layout.manifest(number), what, key)
 
     def _check_unexpected_files(self, shards: Sequence[range], tables: Sequence[Path], generations: int) -> None:
         """Report tars and records outside of the plans: a plain WebDataset reader of ``shards/*.tar`` would read them.

@@ -2,7 +2,8 @@
 
 :class:`Cache` takes a cache folder (one with ``CACHE.json``) or its URL (``shards/remote/mirror.py``), and a label set.
 Its *items* are the rows of the label set that have features, ordered as the features are stored. Several rows of a
-label set may share the features of one recording, such as two tasks.
+label set may share the features of one recording, such as two tasks. An utterance may have variants, rows whose audio
+was changed: they have its labels, and are items of their own only if that is asked for.
 
 ```
 CACHE.json -> generations -> feature rows (shards/read/features.py)
@@ -48,6 +49,33 @@ class StoredUtterance(NamedTuple):
     text: str
 
 
+class ItemVariants(NamedTuple):
+    """The variants of items: item i has ``counts[i]`` of them, from ``starts[i]`` on in ``rows`` and ``numbers``.
+
+    Attributes:
+        starts, counts: int64 [items].
+        rows, numbers: int64, feature row and number of each variant, see :class:`shards.read.features.Variants`.
+    """
+
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+
+    def count_below(self, number: int) -> NDArray[np.int64]:
+        """Return how many variants of each item have a number below ``number``, int64 [items]."""
+        sums = np.concatenate([[0], np.cumsum(self.numbers < number)])
+        found: NDArray[np.int64] = sums[self.starts + self.counts] - sums[self.starts]
+        return found
+
+    def of(self, items: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return all variants of ``items``: the position of each one's item in ``items``, and its own in ``rows``."""
+        counts = self.counts[items]
+        owners = np.repeat(np.arange(len(items)), counts)
+        places = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return owners, self.starts[items][owners] + places
+
+
 class Cache:
     """A complete cache and a label set. Create it with :meth:`open`.
 
@@ -66,9 +94,18 @@ class Cache:
         feature_rows: int64 [items], the row of each item in the features.
         num_unlabeled: number of utterances with features, but without a row in the label set.
         num_missing: number of rows in the label set without features.
+        variants: the variants of each item; None if there are none, or they are items of their own.
+        variants_are_items: whether they are.
     """
 
-    def __init__(self, info: CacheInfo, features: FeatureRows, labels: LabelSet, joined: Joined | None = None) -> None:
+    def __init__(
+        self,
+        info: CacheInfo,
+        features: FeatureRows,
+        labels: LabelSet,
+        joined: Joined | None = None,
+        as_items: bool = False,
+    ) -> None:
         self.path, self.info, self.mirror = features.layout.path, info, features.mirror
         self.location = features.location
         self.features_table, self.labels = features, labels
@@ -80,6 +117,14 @@ class Cache:
         label_rows, found = joined or join(labels.table, keys)
         self._label_rows: NDArray[np.int64] = label_rows
         self.feature_rows: NDArray[np.int64] = found if current is None else current[found]
+        self.variants_are_items = as_items
+        self.variants: ItemVariants | None = None
+        if (variants := features.variants(keys)) is not None:
+            self.variants = ItemVariants(
+                variants.starts[found], np.diff(variants.starts)[found], variants.rows, variants.numbers
+            )
+        if as_items and self.variants is not None:
+            self._add_variants(self.variants)
         self.num_unlabeled = len(keys) - int(np.count_nonzero(np.diff(found, prepend=-1)))  # it is ascending
         self.num_missing = len(labels.table) - len(label_rows)
         self.frames: NDArray[np.int32] = features.frames[self.feature_rows]
@@ -97,6 +142,7 @@ class Cache:
         generation: int | None = None,
         verify: bool = True,
         max_label_problems: float = 0.01,
+        variants: bool = False,
     ) -> Cache:
         """Open the cache at ``path``, a folder or a URL.
 
@@ -108,17 +154,20 @@ class Cache:
             verify: whether to verify the checksum of each row when it is read first.
             max_label_problems: for a file: how many rows may have no features, no text or the key, task and prompt of
                 another row; below 1 a fraction of the rows.
+            variants: whether the variants of utterances (``KEY~1``, made by ``augment`` of an extraction) are items of
+                their own, with the labels of their utterance.
 
         Raises:
             UserError: there is no complete cache, it has another format, it is corrupt, a remote cache cannot be
                 reached, or there are no such labels.
         """
         info, features = open_features(path, generation=generation, verify=verify)
-        return cls(info, features, *open_labels(labels, features, max_label_problems))
+        return cls(info, features, *open_labels(labels, features, max_label_problems), as_items=variants)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process creates its own mappings.
-        return _reopen, (self.mirror or self.path, self.labels, self.generation, self.features_table.verify)
+        arguments = self.labels, self.generation, self.features_table.verify, self.variants_are_items
+        return _reopen, (self.mirror or self.path, *arguments)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -182,35 +231,78 @@ class Cache:
         stored = self._stored(index)
         return stored.payload if self.spec.codec == "f16" else decode(self.spec.codec, stored.payload, stored.scale)
 
-    def read_into(self, index: int, out: Array) -> None:
-        """Copy or decode item ``index`` into ``out`` [frames, channels], float16 or float32.
+    def read_into(self, index: int, out: Array, variant: int = 0) -> None:
+        """Copy or decode item ``index``, or the variant of this number, into ``out`` [frames, channels].
+
+        ``out`` is float16 or float32.
 
         Raises:
             ValueError: ``out`` has another shape.
+            KeyError: there is no such variant.
             UserError: as :meth:`features`.
         """
-        stored = self._stored(index)
+        stored = self._stored(index, variant)
         if out.shape != stored.payload.shape:
             raise ValueError(f"out has shape {out.shape}, but utterance {index} has shape {stored.payload.shape}")
         decode(self.spec.codec, stored.payload, stored.scale, out)
 
-    def read_stored(self, rows: NDArray[np.int64]) -> list[StoredUtterance]:
+    def version_rows(self, rows: NDArray[np.int64], versions: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        """Return the feature rows of items.
+
+        Args:
+            rows: int64 [n], the items.
+            versions: int64 [n]: 0 is the utterance itself, v its v-th variant that is there; None: all 0.
+        """
+        found = self.feature_rows[rows]
+        if versions is not None and self.variants is not None and versions.any():
+            changed = versions > 0
+            found[changed] = self.variants.rows[self.variants.starts[rows[changed]] + versions[changed] - 1]
+        return found
+
+    def num_versions(self, most: int | None = None) -> NDArray[np.int64]:
+        """Return the versions of each item, int64 [items]: itself, and its variants with numbers below ``most``."""
+        if self.variants is None:
+            return np.ones(len(self), dtype=np.int64)
+        return 1 + (self.variants.counts if most is None else self.variants.count_below(most))
+
+    def max_frames(self, most: int | None = None) -> NDArray[np.int32]:
+        """Return the frames of the longest version of each item, int32 [items]; ``most`` as :meth:`num_versions`."""
+        longest, counts = self.frames.copy(), self.num_versions(most)
+        for version in range(1, int(counts.max(initial=1))):
+            rows = np.flatnonzero(counts > version)
+            frames = self.features_table.frames[self.version_rows(rows, np.full(len(rows), version))]
+            longest[rows] = np.maximum(longest[rows], frames)
+        return longest
+
+    def read_stored(self, rows: NDArray[np.int64], versions: NDArray[np.int64] | None = None) -> list[StoredUtterance]:
         """Return the items at ``rows`` (int64, 0 … len - 1) as stored. Performance-critical: batches wait for it.
+
+        Args:
+            versions: which version of each, see :meth:`version_rows`.
 
         Raises:
             UserError: as :meth:`features`.
         """
         texts = self.strings("text", rows)
-        found = self.features_table.read(self.feature_rows[rows])
+        found = self.features_table.read(self.version_rows(rows, versions))
         return [StoredUtterance(*stored, text) for stored, text in zip(found, texts, strict=True)]
 
     def shard_of(self, index: int) -> int:
         """Return the number of the shard that holds item ``index``."""
         return int(self.item_shards[index])
 
-    def will_need(self, rows: NDArray[np.int64]) -> None:
+    def will_need(self, rows: NDArray[np.int64], versions: NDArray[np.int64] | None = None) -> None:
         """Ask the kernel to read the pages of ``rows`` from disk in the background."""
-        self.features_table.will_need(self.feature_rows[rows])
+        self.features_table.will_need(self.version_rows(rows, versions))
+
+    def _add_variants(self, variants: ItemVariants) -> None:
+        """Make each variant an item, with the row of the label set of its utterance."""
+        items, places = variants.of(np.arange(len(self.feature_rows)))
+        rows = np.concatenate([self.feature_rows, variants.rows[places]])
+        order = np.argsort(rows, kind="stable")
+        self.feature_rows = rows[order]
+        self._label_rows = np.concatenate([self._label_rows, self._label_rows[items]])[order]
+        self.variants = None
 
     def _column(self, name: str) -> Strings | None:
         if name not in self._strings:
@@ -223,12 +315,18 @@ class Cache:
             raise IndexError(f"utterance {index} is out of range for a cache of {len(self)} utterances")
         return place
 
-    def _stored(self, index: int) -> StoredUtterance:
-        return self.read_stored(np.array([self._place(index)]))[0]
+    def _stored(self, index: int, variant: int = 0) -> StoredUtterance:
+        rows, version = np.array([self._place(index)]), 0
+        if variant:
+            numbers = [] if self.variants is None else self.variants.numbers[self.variants.of(rows)[1]].tolist()
+            if variant not in numbers:
+                raise KeyError(f"utterance {index} has no variant {variant}")
+            version = 1 + numbers.index(variant)
+        return self.read_stored(rows, np.array([version]))[0]
 
 
-def _reopen(path: Path | Mirror, labels: LabelSet, generation: int, verify: bool) -> Cache:
-    return Cache.open(path, labels, generation=generation, verify=verify)
+def _reopen(path: Path | Mirror, labels: LabelSet, generation: int, verify: bool, variants: bool) -> Cache:
+    return Cache.open(path, labels, generation=generation, verify=verify, variants=variants)
 
 
 def open_features(

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -30,6 +31,7 @@ from shards.format.layout import Layout, current_rows
 from shards.format.records import CacheInfo, Generation, RecordError
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, read_batches, read_parquet
 from shards.format.spec import FeatureSpec
+from shards.format.variants import are_variants, base_keys, split_key
 from shards.read.index import ManifestIndex, RowGroup, check_file, corrupt_cache, read_frames, translate_manifest_errors
 from shards.read.mmap import MappedShard, MmapPool
 from shards.remote.mirror import Mirror
@@ -43,6 +45,20 @@ class StoredFeatures(NamedTuple):
     payload: Array  # [frames, channels] of the codec's dtype
     scale: Array | None  # float32 [channels] if the codec is scaled
     key: str
+
+
+class Variants(NamedTuple):
+    """The variants of utterances: those of utterance i are ``starts[i]:starts[i + 1]`` of the other arrays.
+
+    Attributes:
+        starts: int64 [utterances + 1].
+        rows: int64 [variants], their rows in the features.
+        numbers: int64 [variants], ascending from 1 for each utterance; failed ones are absent.
+    """
+
+    starts: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    numbers: NDArray[np.int64]
 
 
 class FeatureRows:
@@ -124,6 +140,40 @@ class FeatureRows:
         return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
     def current(self) -> tuple[NDArray[np.int64] | None, pa.ChunkedArray]:
+        """Return the rows of utterances that no later generation supersedes (None: all), and their keys.
+
+        Variants are not among them (:meth:`variants`).
+        """
+        rows, keys = self._current()
+        if not self.has_variants:
+            return rows, keys
+        kept = ~are_variants(keys)
+        return np.flatnonzero(kept) if rows is None else rows[kept], keys.filter(pa.array(kept))
+
+    def variants(self, keys: pa.ChunkedArray) -> Variants | None:
+        """Return the current variants of the utterances with these ``keys``; None if the cache has none.
+
+        Args:
+            keys: what :meth:`current` returned.
+        """
+        if not self.has_variants:
+            return None
+        rows, all_keys = self._current()
+        varied = are_variants(all_keys)
+        rows, own = np.flatnonzero(varied) if rows is None else rows[varied], all_keys.filter(pa.array(varied))
+        utterances = pc.index_in(base_keys(own), value_set=keys.combine_chunks()).fill_null(-1).to_numpy()
+        numbers = np.array([split_key(key)[1] for key in own.to_pylist()], dtype=np.int64)
+        order = np.lexsort((numbers, utterances))
+        order = order[utterances[order] >= 0]
+        starts = np.searchsorted(utterances[order], np.arange(len(keys) + 1))
+        return Variants(starts.astype(np.int64), rows[order].astype(np.int64), numbers[order])
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether there are rows of variants."""
+        return any(each.counts.get("variants", 0) for each in self.generations)
+
+    def _current(self) -> tuple[NDArray[np.int64] | None, pa.ChunkedArray]:
         """Return the rows that no later generation supersedes (None: all), and the keys of these rows."""
         keys = [self._column(number, "key") for number in range(len(self.generations))]
         joined = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())

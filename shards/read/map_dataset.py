@@ -38,13 +38,16 @@ class FeatureDataset(Dataset[dict[str, Any]]):
 
     Args:
         labels: name or id of a label set, or a file of labels, see :meth:`shards.Cache.open`.
+        variants: whether the variants of utterances (``KEY~1``) are items, too, with the labels of their utterance.
 
     Raises:
         UserError: ``cache`` is not a complete cache, or there are no such labels.
     """
 
-    def __init__(self, cache: str | Path | Cache, labels: str | Path | LabelSet | None = None) -> None:
-        self.cache = _open_cache(cache, labels)
+    def __init__(
+        self, cache: str | Path | Cache, labels: str | Path | LabelSet | None = None, *, variants: bool = False
+    ) -> None:
+        self.cache = _open_cache(cache, labels, variants)
         self._fields = [*SAMPLE_FIELDS, *(n for n in self.cache.labels.table.column_names if n not in SAMPLE_FIELDS)]
         self._process = os.getpid()
 
@@ -72,7 +75,11 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def as_webdataset(
-    cache: str | Path | Cache, *, labels: str | Path | LabelSet | None = None, seed: int | None = None
+    cache: str | Path | Cache,
+    *,
+    labels: str | Path | LabelSet | None = None,
+    seed: int | None = None,
+    variants: bool = False,
 ) -> Any:
     """Return a webdataset pipeline over a cache, its folder or its URL: one decoded sample per item.
 
@@ -85,6 +92,7 @@ def as_webdataset(
         labels: name or id of a label set, or a file of labels, see :meth:`shards.Cache.open`.
         seed: shuffles the order of shards, differently in each epoch and equally on every node; ``None`` keeps the
             stored order.
+        variants: whether the variants of utterances (``KEY~1``) are items, too, with the labels of their utterance.
 
     Raises:
         UserError: ``cache`` is not a complete cache, there are no such labels, or (while iterating) a sample is
@@ -95,7 +103,7 @@ def as_webdataset(
     class Pipeline(wds.DataPipeline, wds.FluidInterface):  # type: ignore[misc]  # webdataset has no types
         """A pipeline with the chaining methods of webdataset.WebDataset."""
 
-    source = _open_cache(cache, labels)
+    source = _open_cache(cache, labels, variants)
     numbers = sorted({source.shard_of(int(first)) for first in source.bounds[:-1]})
     return Pipeline(
         wds.SimpleShardList([str(number) for number in numbers]),
@@ -110,11 +118,12 @@ def as_webdataset(
     )
 
 
-def _open_cache(cache: str | Path | Cache, labels: str | Path | LabelSet | None) -> Cache:
+def _open_cache(cache: str | Path | Cache, labels: str | Path | LabelSet | None, variants: bool) -> Cache:
     if not isinstance(cache, Cache):
-        return Cache.open(cache, labels)
-    if labels is not None:
-        raise UserError(f"'{cache.location}' is already open: pass labels to Cache.open")
+        return Cache.open(cache, labels, variants=variants)
+    if labels is not None or variants:
+        name = "variants" if labels is None else "labels"
+        raise UserError(f"'{cache.location}' is already open: pass {name} to Cache.open")
     return cache
 
 
@@ -163,8 +172,11 @@ class _DecodeSamples:
             shards = self.cache.item_shards
             begin, end = np.searchsorted(shards, [shard, shard + 1]).tolist()
             self._shard, self._items = shard, {}
-            for row in self.cache.label_rows(np.arange(begin, end)).to_pylist():
-                self._items.setdefault(row["key"], []).append(row)
+            items = np.arange(begin, end)
+            for key, row in zip(
+                self.cache.strings("key", items), self.cache.label_rows(items).to_pylist(), strict=True
+            ):
+                self._items.setdefault(key, []).append(row | {"key": key})
         return self._items
 
 

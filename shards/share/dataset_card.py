@@ -122,7 +122,7 @@ Each utterance was encoded once with a frozen {spec["family"]} encoder. The feat
 |---|---|
 | utterances | {counts["utterances"]:,} of {counts["planned"]:,} planned ({counts["failures"]:,} failed) |
 | audio | {description["hours"]:.2f} hours |
-| frames | {counts["frames"]:,} |
+| frames | {counts["frames"]:,} |{_variants(counts)}
 | shards | {counts["shards"]:,}, {counts["bytes"] / 1e9:.3g} GB |
 | label sets | {_label_sets(description)} |
 | generations | {len(description["generations"])}{_superseded(counts)} |
@@ -134,6 +134,10 @@ Each utterance was encoded once with a frozen {spec["family"]} encoder. The feat
 def _label_sets(description: dict[str, Any]) -> str:
     current = [entry for entry in description["labels"] if entry["current"]]
     return ", ".join(f"`{entry['name']}` ({entry['rows']:,} rows)" for entry in current) or "none"
+
+
+def _variants(counts: dict[str, Any]) -> str:
+    return f"\n| of them variants with changed audio | {counts['variants']:,} |" if counts.get("variants") else ""
 
 
 def _superseded(counts: dict[str, Any]) -> str:

@@ -87,8 +87,8 @@ def _describe(path: str) -> Found:
         about = describe_cache(path)
     except UserError as error:
         return Found(path, problem=str(error))
+    counts = about["counts"]
     if not about["complete"]:
-        counts = about["counts"]
         return Found(path, problem=f"not finished: {counts['committed']} of {counts['shards']} shards")
     spec, provenance = about["spec"], about["provenance"]
     encoder, source = (part if isinstance(part, dict) else {} for part in map(provenance.get, ("encoder", "source")))
@@ -100,7 +100,7 @@ def _describe(path: str) -> Found:
         codec=spec["codec"],
         corpus=str(source.get("name", "")),
         feature_id=about["feature_id"],
-        utterances=about["counts"]["utterances"] - about["counts"].get("superseded", 0),
+        utterances=counts["utterances"] - counts.get("superseded", 0) - counts.get("variants", 0),
         hours=about["hours"],
         labels=sorted({entry["name"] for entry in about["labels"]}),
     )

@@ -21,13 +21,14 @@ class Batch:
             stream in the dtype of the codec. T is the number of frames of the longest utterance in this part, or in the
             global batch if this part is empty.
         lengths: int64 [B], number of frames of each utterance.
-        keys, texts: key and text of each utterance.
+        keys, texts: key and text of each utterance; of a variant, those of its utterance.
         prompts, tasks: its columns ``prompt`` and ``task`` of the label set; "" without them.
         rows: row of each utterance in the joined manifest.
         epoch: number of epochs completed before this batch.
         index: index of the global batch in the run, from 0.
         state: state of the stream after this batch; JSON-serializable.
         scales: float32 [B, C], by which codes in ``features`` are to be multiplied; None for features and float codes.
+        variants: the number of the variant of each utterance whose features these are, 0 for the utterance itself.
     """
 
     features: torch.Tensor
@@ -41,6 +42,7 @@ class Batch:
     index: int
     state: dict[str, Any] = field(repr=False)
     scales: torch.Tensor | None = None
+    variants: list[int] = field(default_factory=list)
 
     def mask(self) -> torch.Tensor:
         """Return bool [B, T], true on frames and false on padding."""

@@ -45,11 +45,36 @@ class ConcatCache:
         place = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return self.caches[place], row - int(self.offsets[place])
 
-    def read_stored(self, rows: Rows) -> list[StoredUtterance]:
+    @property
+    def has_variants(self) -> bool:
+        """Whether utterances of any cache have variants."""
+        return any(cache.variants is not None for cache in self.caches)
+
+    def num_versions(self, most: int | None) -> Rows:
+        """Return the versions of each row, int64 [rows]; see :meth:`shards.read.cache.Cache.num_versions`."""
+        return np.concatenate([cache.num_versions(most) for cache in self.caches])
+
+    def max_frames(self, most: int | None) -> NDArray[np.int32]:
+        """Return the frames of the longest version of each row, int32 [rows]."""
+        return np.concatenate([cache.max_frames(most) for cache in self.caches])
+
+    def version_frames(self, rows: Rows, versions: Rows) -> NDArray[np.int32]:
+        """Return the frames of versions of ``rows``, int32; see :meth:`shards.read.cache.Cache.version_rows`."""
+        frames = self.frames[rows]
+        for cache, places, own in self._split_by_cache(rows):
+            if cache.variants is not None:
+                frames[places] = cache.features_table.frames[cache.version_rows(own, versions[places])]
+        return frames
+
+    def read_stored(self, rows: Rows, versions: Rows | None = None) -> list[StoredUtterance]:
         """Return the stored utterances of ``rows``, in order; see :meth:`shards.read.cache.Cache.read_stored`."""
-        if len(self.caches) == 1:
-            return self.caches[0].read_stored(rows)
-        return self._gather(rows, Cache.read_stored)
+        found: dict[int, StoredUtterance] = {}
+        for cache, places, own in self._split_by_cache(rows):
+            stored = cache.read_stored(own, None if versions is None else versions[places])
+            if len(self.caches) == 1:
+                return stored
+            found.update(zip(places.tolist(), stored, strict=True))
+        return [found[place] for place in range(len(rows))]
 
     def strings(self, column: str, rows: ArrayLike) -> list[str]:
         """Return a string column of ``rows``, in order."""
@@ -75,11 +100,16 @@ class ConcatCache:
             found.update(zip(places.tolist(), read(cache, own), strict=True))
         return [found[place] for place in range(len(rows))]
 
-    def will_need(self, rows: Rows) -> None:
+    def will_need(self, rows: Rows, versions: Rows | None = None) -> None:
         """Ask the kernel for the pages of ``rows``. Skips remote caches, whose pages were just written to memory."""
-        for cache, _, own in self._split_by_cache(rows):
+        for cache, places, own in self._split_by_cache(rows):
             if cache.mirror is None:
-                cache.will_need(own)
+                cache.will_need(own, None if versions is None else versions[places])
+
+    def shards(self, rows: Rows, versions: Rows) -> Iterator[tuple[Cache, list[int]]]:
+        """Yield each cache that holds some of ``rows``, and the shards of these versions of them, ascending."""
+        for cache, places, own in self._split_by_cache(rows):
+            yield cache, np.unique(cache.features_table.shards[cache.version_rows(own, versions[places])]).tolist()
 
     def _split_by_cache(self, rows: Rows) -> Iterator[tuple[Cache, Rows, Rows]]:
         """Yield each cache that holds some of ``rows``, their positions in ``rows`` and their rows in that cache."""

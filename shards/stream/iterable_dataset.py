@@ -34,12 +34,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.errors import UserError
 from shards.format.codec import STORED_DTYPE, decode
+from shards.format.variants import split_key
 from shards.read.cache import Cache
 from shards.remote.mirror import Mirror, require_space
 from shards.stream.batch import Batch
 from shards.stream.concat import ConcatCache
 from shards.stream.prefetch import BufferPool, prefetch_batches
 from shards.stream.sampler import BatchSampler, Rows, SamplerConfig, SamplerState
+from shards.stream.versions import VersionDraw
 
 STATE_VERSION = 3  # changes with the order of batches and with what identifies a stream
 _TORCH_DTYPE = {"f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -64,6 +66,8 @@ class FeatureStream(IterableDataset[Batch]):
         threads: number of reader threads.
         pinned: use page-locked buffers, for batches that this process copies to a GPU.
         encoded: leave features as they are stored: float16, bfloat16, int8 or float8_e4m3fn, with ``batch.scales``.
+        variants: an epoch reads one version of each utterance: itself, or a variant (``augment`` of an extraction)
+            with a number below this. ``None``: any variant that is there; 1: none.
 
     Raises:
         UserError: the specs differ, no utterance is left, an utterance is longer than ``max_frames``, or the weights do
@@ -85,11 +89,14 @@ class FeatureStream(IterableDataset[Batch]):
         threads: int = 2,
         pinned: bool = False,
         encoded: bool = False,
+        variants: int | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is out of range for world_size {world_size}")
         if prefetch < 0 or threads < 1:
             raise ValueError(f"expected prefetch >= 0 and threads >= 1, got {prefetch} and {threads}")
+        if variants is not None and variants < 1:
+            raise ValueError(f"expected variants >= 1, got {variants}")
         self.concat_cache = ConcatCache(caches)
         self.caches = self.concat_cache.caches
         self.sampler, self.seed = sampler, seed
@@ -100,8 +107,10 @@ class FeatureStream(IterableDataset[Batch]):
             prefetch,
             threads,
         )
+        draws = self.concat_cache.has_variants and variants != 1
+        self._draw = VersionDraw(self.concat_cache, seed, variants) if draws else None
         self.batch_sampler = BatchSampler(
-            self.concat_cache.frames,
+            self.concat_cache.frames if self._draw is None else self.concat_cache.max_frames(variants),
             self.concat_cache.bounds,
             sampler,
             seed,
@@ -109,6 +118,7 @@ class FeatureStream(IterableDataset[Batch]):
             lambda row: "utterance '{}'".format(*self.concat_cache.strings("key", [row])),
             self._groups(rows),
             self.concat_cache.column("weight", 1.0).to_numpy() if self.concat_cache.has_column("weight") else None,
+            None if self._draw is None else self._draw.frames,
         )
         self._columns = [name for name in ("prompt", "task") if self.concat_cache.has_column(name)]
         chosen = (
@@ -116,6 +126,10 @@ class FeatureStream(IterableDataset[Batch]):
             if self.batch_sampler.rows is None
             else hashlib.sha256(self.batch_sampler.rows.tobytes()).hexdigest()[:16]
         )
+        if self._draw is not None:
+            chosen += f", one of {self._draw.most} versions of each"
+        elif any(cache.variants_are_items for cache in self.caches):
+            chosen += ", with variants"
         # 16 hex digits of each id keep the state at a few hundred bytes.
         self._identity: dict[str, Any] = {
             "version": STATE_VERSION,
@@ -248,6 +262,10 @@ class FeatureStream(IterableDataset[Batch]):
     def _remote_shards(self, epoch: int, window: int) -> dict[Mirror, list[int]]:
         """Return the shards of remote caches that a window reads, in reading order."""
         found: dict[Mirror, list[int]] = {}
+        if self._draw is not None:
+            rows = self.batch_sampler.rows_of(epoch, window)
+            shards = self.concat_cache.shards(rows, self._draw(epoch, rows))
+            return {cache.mirror: numbers for cache, numbers in shards if cache.mirror is not None}
         for cache, index in map(self.concat_cache.locate, self.batch_sampler.one_row_per_shard(epoch, window).tolist()):
             if cache.mirror is not None:
                 found.setdefault(cache.mirror, []).append(cache.shard_of(index))
@@ -256,17 +274,23 @@ class FeatureStream(IterableDataset[Batch]):
     def _rank_rows(self, rows: Rows) -> Rows:
         return rows[self.rank :: self.world_size]
 
+    def _versions(self, step: Step, rows: Rows) -> Rows | None:
+        """Return which version of each of ``rows`` the epoch of ``step`` reads; None if there are no variants."""
+        return None if self._draw is None else self._draw(step[1].epoch, rows)
+
     def _request_pages(self, step: Step) -> None:
-        self.concat_cache.will_need(self._rank_rows(step[0]))
+        rows = self._rank_rows(step[0])
+        self.concat_cache.will_need(rows, self._versions(step, rows))
 
     def _load_batch(self, step: Step) -> Batch:
         """Fill a buffer with this rank's part of a global batch, with one copy per row."""
         rows, here, after = step
         mine = self._rank_rows(rows)
         # Every row is checked against its file before memory is allocated for the batch.
-        stored = self.concat_cache.read_stored(mine)
-        frames = self.concat_cache.frames[mine]
-        longest = int((frames if len(mine) else self.concat_cache.frames[rows]).max())
+        versions = self._versions(step, mine)
+        stored = self.concat_cache.read_stored(mine, versions)
+        frames = self.batch_sampler.frames_of(here.epoch, mine)
+        longest = int((frames if len(mine) else self.batch_sampler.frames_of(here.epoch, rows)).max())
         codec, channels = self.concat_cache.spec.codec, self.concat_cache.spec.channels
         dtype = np.dtype(np.float16 if codec == "f16" else np.float32)
         features = self._pool.acquire((len(mine), longest, channels), STORED_DTYPE[codec] if self.encoded else dtype)
@@ -279,11 +303,12 @@ class FeatureStream(IterableDataset[Batch]):
                 slot[end:] = 0
         scales = [row.scale for row in stored if row.scale is not None] if self.encoded else []
         tensor = torch.from_numpy(features)
+        names = [split_key(row.key) for row in stored]
         columns = {name: self.concat_cache.strings(name, mine) for name in self._columns}
         return Batch(
             features=tensor.view(_TORCH_DTYPE[codec]) if self.encoded else tensor,
             lengths=torch.from_numpy(frames.astype(np.int64)),
-            keys=[row.key for row in stored],
+            keys=[key for key, _ in names],
             texts=[row.text for row in stored],
             prompts=columns.get("prompt") or [""] * len(mine),
             tasks=columns.get("task") or [""] * len(mine),
@@ -292,6 +317,7 @@ class FeatureStream(IterableDataset[Batch]):
             index=here.count,
             state=self._state(after),
             scales=torch.from_numpy(np.stack(scales)) if scales else None,
+            variants=[number for _, number in names],
         )
 
     def _state(self, at: SamplerState) -> dict[str, Any]:

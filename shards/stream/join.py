@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards.errors import UserError
@@ -65,8 +66,9 @@ class JoinedCaches:
         for cache, rows in zip(self.caches[1:], self.rows.T[1:], strict=True):
             dtype = np.float16 if cache.spec.codec == "f16" else np.float32
             out = np.zeros((*batch.features.shape[:2], cache.spec.channels), dtype)
-            for slot, place, frames in zip(out, chosen, batch.lengths.tolist(), strict=True):
-                cache.read_into(int(rows[place]), slot[:frames])
+            lengths = batch.lengths.tolist()
+            for slot, place, frames, variant in zip(out, chosen, lengths, batch.variants, strict=True):
+                cache.read_into(int(rows[place]), slot[:frames], variant)
             found.append(torch.from_numpy(out))
         return found
 
@@ -112,7 +114,21 @@ def join(caches: Sequence[Cache]) -> JoinedCaches:
                 f"'{columns[0]['key'][row]}' has {first.frames[row]} frames in '{first.path}' and "
                 f"{other.frames[mine[differ.argmax()]]} in '{other.path}': join caches of the same frame rate and trim"
             )
+        if first.variants is not None and _variant_ids(first, rows[:, 0]) != _variant_ids(other, mine):
+            raise UserError(
+                f"'{other.path}' has other variants than '{first.path}', and an epoch reads the same ones of both: "
+                "extract both with the same augment"
+            )
     return JoinedCaches(tuple(caches), rows, len(first) - len(rows))
+
+
+def _variant_ids(cache: Cache, items: NDArray[np.int64]) -> list[tuple[int, int, bytes]]:
+    """Return item, number and audio id of each variant of ``items``."""
+    if cache.variants is None:
+        return []
+    owners, places = cache.variants.of(items)
+    ids = cache.features_table.column("audio_id").take(pa.array(cache.variants.rows[places])).to_pylist()
+    return list(zip(owners.tolist(), cache.variants.numbers[places].tolist(), ids, strict=True))
 
 
 def _names(caches: Sequence[Cache]) -> str:

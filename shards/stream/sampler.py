@@ -35,7 +35,7 @@ MAX_WEIGHT = 1000
 Weight = Annotated[float, Field(gt=0, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 # Purpose of a range of Philox words: the highest word of the counter, so that ranges do not overlap.
-SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS, PHASES = range(7)
+SHARDS, ROWS, JITTER, BATCHES, DRAW, LENGTHS, PHASES, VERSIONS = range(8)
 # Rows are sorted by a length with a relative noise of up to 1/200. Neighbors then change between epochs, even in a
 # large window, at a cost of at most half a percent of padding (bench/padding.py).
 LENGTH_JITTER = 200
@@ -112,6 +112,8 @@ class BatchSampler:
         groups: int [rows], for ``config.weights``: the position of each row's weight in it. ``None`` means 0.
         row_weights: float64 [rows], 0 to 1000, multiplied with the weights of the groups. A row of weight 0 is never
             read.
+        frames_in: returns the frames of rows as an epoch reads them, if they differ between epochs; ``frames`` are then
+            the largest.
 
     Raises:
         UserError: no row is eligible, a row is longer than ``max_frames``, or a row's weight is out of range.
@@ -128,8 +130,10 @@ class BatchSampler:
         name: Callable[[int], str] = "row {}".format,
         groups: ArrayLike | None = None,
         row_weights: ArrayLike | None = None,
+        frames_in: Callable[[int, Rows], NDArray[np.int32]] | None = None,
     ) -> None:
         self.frames: NDArray[np.int32] = np.asarray(frames, dtype=np.int32)
+        self._frames_in = frames_in
         self.config, self.seed = config, seed
         edges: Rows = np.asarray(bounds, dtype=np.int64)
         total = len(self.frames)
@@ -216,18 +220,16 @@ class BatchSampler:
         """Return the global batches of one window of one epoch."""
         config = self.config
         mixed = config.shuffle in ("window", "global")
-        rows = self._rows_of(epoch, window)
+        rows = self.rows_of(epoch, window)
         if config.drop_last:
             if mixed:
                 rows = rows[self._shuffle(epoch, window, ROWS, len(rows))]
-            caps = self._max_batch_rows(self.frames[rows][self._by_length(self.frames[rows])])
+            frames = self.frames_of(epoch, rows)
+            caps = self._max_batch_rows(frames[self._by_length(frames)])
             rows = rows[: _greedy(caps, len(rows), whole=True)[1]]
-        rows = rows[
-            self._argsort_by_noisy_length(epoch, window, self.frames[rows])
-            if mixed
-            else self._by_length(self.frames[rows])
-        ]
-        frames = self.frames[rows]
+        frames = self.frames_of(epoch, rows)
+        order = self._argsort_by_noisy_length(epoch, window, frames) if mixed else self._by_length(frames)
+        rows, frames = rows[order], frames[order]
         starts = _cut(self._max_batch_rows(frames))
         count = len(starts) - 1
         sequence = self._shuffle(epoch, window, BATCHES, count) if mixed else np.arange(count)
@@ -263,7 +265,11 @@ class BatchSampler:
                 state = after
             state = end
 
-    def _rows_of(self, epoch: int, window: int) -> Rows:
+    def frames_of(self, epoch: int, rows: Rows) -> NDArray[np.int32]:
+        """Return the frames of ``rows`` as ``epoch`` reads them, int32."""
+        return self.frames[rows] if self._frames_in is None else self._frames_in(epoch, rows)
+
+    def rows_of(self, epoch: int, window: int) -> Rows:
         """Return the rows of the window's (permuted) shards, each shard in stored order."""
         places = np.concatenate([self._rows_at(epoch, visit) for visit in self._window_visits(epoch, window).tolist()])
         return places if self.rows is None else self.rows[places]

@@ -32,7 +32,7 @@ def config(tmp_path_factory) -> SourceConfig:
     return SourceConfig(kind="manifest", path=str(folder / "clips.csv"))
 
 
-ROWS = [{"audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO, "samples": 0} for i in range(6)]
+ROWS = [{"key": "a", "audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO, "samples": 0} for i in range(6)]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -68,7 +68,9 @@ class Counting:
 def test_one_thread_reads_at_most_prefetch_recordings_ahead_and_an_early_end_drops_the_rest():
     source: Any = Counting()
     with AudioDecoders(source, 2, 3, StageTimes()) as decoders:
-        found = decoders.read([{"audio": str(i), "audio_id": UNKNOWN_AUDIO, "samples": 0} for i in range(1000)])
+        found = decoders.read(
+            [{"key": "a", "audio": str(i), "audio_id": UNKNOWN_AUDIO, "samples": 0} for i in range(1000)]
+        )
         assert [next(found)[0]["audio"] for _ in range(2)] == ["0", "1"]
         found.close()
     assert 2 <= source.count <= 5  # the two that were yielded, and three ahead
@@ -105,7 +107,7 @@ def test_decoding_gets_a_share_of_the_cores_per_gpu():
 def test_a_recording_of_another_length_than_planned_is_a_failure_with_both_figures(tmp_path):
     write_corpus(tmp_path, 3, seconds=1.0)
     rows = [
-        {"audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO, "samples": samples}
+        {"key": "a", "audio": f"clip {i:02d}.flac", "audio_id": UNKNOWN_AUDIO, "samples": samples}
         for i, samples in enumerate((16_000 + 1600, 16_997 + 1601, 17_994 - 1601))
     ]
     source = open_source(SourceConfig(kind="manifest", path=str(tmp_path / "clips.csv")))

@@ -211,6 +211,9 @@ class TrainConfig(Config):
     noise_std: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise on features in training, relative to that of each channel."""
     augment: AugmentConfig = AugmentConfig()
+    variants: int | None = Field(default=None, ge=1)
+    """Versions of an utterance that an epoch reads one of, where a cache has variants (`augment` of an extraction).
+    null: all that are there; 1: the untouched recordings only. Held-out utterances are always untouched."""
 
     batch: BatchConfig = BatchConfig()
     gradient_accumulation_steps: int = Field(default=1, ge=1)

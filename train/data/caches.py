@@ -139,6 +139,7 @@ def open_data(config: TrainConfig, pins: Sequence[Pin] = (), val_pins: Sequence[
                 f"no training utterance of {_names(caches)} matches the filter '{config.filter}': relax filter"
             )
     notes = cache_notes(caches, config.cache_labels, bool(pins)) + held_out_notes
+    notes += _variant_notes(caches, config.variants)
     if config.val.caches:
         held_out = open_utterances(config.val.caches, labels=config.val.cache_labels, pins=val_pins, **options)
         require_same_layers(held_out, caches, layers)
@@ -198,6 +199,19 @@ def cache_notes(caches: Sequence[Cache], labels: Sequence[str | None], pinned: b
             notes.append(f"{empty:,} rows of '{cache.location}' have no text and are left out")
         grown = growth_note(cache, labels[index]) if pinned else None
         notes += [grown] if grown else []
+    return notes
+
+
+def _variant_notes(caches: Sequence[Cache], limit: int | None) -> list[str]:
+    """Return a note for each cache with variants: how many versions of an utterance an epoch draws from."""
+    notes = []
+    for cache in caches:
+        if cache.variants is not None:
+            most = int(cache.num_versions(limit).max(initial=1))
+            what = (
+                f"an epoch reads one of up to {most} versions of each utterance" if most > 1 else "no variants are read"
+            )
+            notes.append(f"{what} of '{cache.location}'")
     return notes
 
 

@@ -69,8 +69,8 @@ class LayeredCaches:
 
         out = np.zeros((*batch.features.shape[:2], self.count * self.channels), self._dtype)
         out[..., : self.channels] = batch.features.numpy()
-        for slot, row, frames in zip(out, batch.rows, batch.lengths.tolist(), strict=True):
-            self._read(row, 1, slot[:frames])
+        for slot, row, frames, variant in zip(out, batch.rows, batch.lengths.tolist(), batch.variants, strict=True):
+            self._read(row, 1, slot[:frames], variant)
         return replace(batch, features=torch.from_numpy(out))
 
     def identity(self) -> dict[str, Any]:
@@ -80,11 +80,12 @@ class LayeredCaches:
             "layers' manifest ids": [[cache.manifest_id for cache in joined.caches] for joined in self.joined],
         }
 
-    def _read(self, row: int, start: int, out: npt.NDArray[Any]) -> None:
+    def _read(self, row: int, start: int, out: npt.NDArray[Any], variant: int = 0) -> None:
         """Read the layers from index ``start`` on into their channels of ``out`` [frames, layers · channels]."""
         caches, rows = self._caches(row), self._rows[row].tolist()
         for layer in range(start, self.count):
-            caches[layer].read_into(rows[layer], out[:, layer * self.channels : (layer + 1) * self.channels])
+            channels = slice(layer * self.channels, (layer + 1) * self.channels)
+            caches[layer].read_into(rows[layer], out[:, channels], variant)
 
     def _caches(self, row: int) -> tuple[Cache, ...]:
         corpus = int(np.searchsorted(self._offsets, row, side="right")) - 1

@@ -89,6 +89,7 @@ def open_stream(config: TrainConfig, data: TrainData, group: ProcessGroup) -> St
         world_size=group.world_size,
         pinned=on_gpu,
         encoded=on_gpu and not _changes_anything(*changes),
+        variants=config.variants,
     )
     return stream if data.layers is None else LayeredStream(stream, data.layers)
 

@@ -46,6 +46,7 @@ def cache_record(cache: Cache, layers: Sequence[Cache] = ()) -> dict[str, Any]:
         "generation": cache.generation,
         "labels": {"name": cache.labels.name, "id": cache.labels.id},
         "utterances": len(cache),
+        **({} if cache.variants is None else {"variants": int(cache.variants.counts.sum())}),
         **({"layer_generations": [layer.generation for layer in layers]} if layers else {}),
     }
 

@@ -52,8 +52,9 @@ def require_positions(model: AudioLM, utterances: Utterances, config: TrainConfi
     limit = model.lm.max_positions
     if limit is None or (config.lm.exceed_context and not model.lm.learned_positions):
         return
-    columns = utterances.columns("frames", "text")
-    unique, inverse = np.unique(np.array(columns["frames"]), return_inverse=True)
+    columns = utterances.columns("text")
+    frames = np.concatenate([cache.max_frames(config.variants) for cache in utterances.caches])[utterances.rows]
+    unique, inverse = np.unique(frames, return_inverse=True)
     soft = np.array([model.projector.soft_frames(int(frames)) for frames in unique])[inverse]
     size = soft + np.array([len(text.encode()) for text in columns["text"]])
     longest = np.argsort(-size, kind="stable")[:MAX_ROWS]

@@ -281,7 +281,9 @@ def identity(cache_info: dict[str, Any], metrics: Metrics) -> dict[str, str]:
         "language model": str(metrics.get("language_model", "–")),
     }
     for number, cache in enumerate(cache_info.get("caches", []), 1):
-        rows[f"cache {number}"] = f"{cache['path']} · {cache['utterances']:,} utterances · {cache['manifest_id']}"
+        variants = f" and {cache['variants']:,} variants of them" if cache.get("variants") else ""
+        size = f"{cache['utterances']:,} utterances{variants}"
+        rows[f"cache {number}"] = f"{cache['path']} · {size} · {cache['manifest_id']}"
         if labels := cache.get("labels"):
             rows[f"labels {number}"] = f"{labels['name']} · {labels['id']} · generation {cache.get('generation')}"
     return rows

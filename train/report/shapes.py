@@ -171,6 +171,7 @@ class CacheRecord(Shape):
 
     path: str
     utterances: Count
+    variants: Count = 0
     manifest_id: str
     labels: Labels | None = None
     generation: Any = None

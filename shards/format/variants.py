@@ -1,0 +1,40 @@
+"""Variants of an utterance: rows whose audio was changed before it was encoded (``augment`` of an extraction).
+
+The key of variant 2 of the utterance ``KEY`` is ``KEY~2``. No source makes a key with ``~``, so that the key alone
+tells what a row is, in every table and tar. Labels name utterances, and hold for their variants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+SEPARATOR = "~"
+MAX_VARIANTS = 100  # rows of an utterance, so that numbers have one or two digits
+SUFFIX = r"(~[1-9][0-9]?)?"  # what may follow the key of an utterance, as a regular expression
+
+
+def variant_key(base: str, number: int) -> str:
+    """Return the key of variant ``number`` of the utterance ``base``; 0 is the utterance itself."""
+    return f"{base}{SEPARATOR}{number}" if number else base
+
+
+def split_key(key: str) -> tuple[str, int]:
+    """Return the key of the utterance and the number of the variant, 0 for the utterance itself."""
+    base, _, number = key.partition(SEPARATOR)
+    return base, int(number or 0)
+
+
+def are_variants(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Return which keys are those of variants, bool [keys]."""
+    found: Any = pc.match_substring(keys, SEPARATOR)
+    return np.asarray(found.to_numpy() if isinstance(found, pa.ChunkedArray) else found.to_numpy(zero_copy_only=False))
+
+
+def base_keys(keys: pa.Array | pa.ChunkedArray) -> Any:
+    """Return the key of the utterance of each key; ``keys`` itself if none is that of a variant."""
+    return pc.replace_substring_regex(keys, f"{SEPARATOR}.*", "") if are_variants(keys).any() else keys
