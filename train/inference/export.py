@@ -13,7 +13,8 @@ The package ``projector`` in the folder loads the export with only torch and saf
 import load``. :func:`load_projector` does the same with earshard's code and runs no code from the folder.
 
 ``modeling_earshard.py`` and the files that it imports are the code of ``transcribe``, with which transformers loads the
-export: ``AutoModel.from_pretrained("exported/demo", trust_remote_code=True).transcribe("speech.wav")``. They are left
+export: ``AutoModel.from_pretrained("exported/demo", trust_remote_code=True).transcribe("speech.wav")``, or
+``pipeline("automatic-speech-recognition", model="exported/demo", trust_remote_code=True)("speech.wav")``. They are left
 out where :func:`not_runnable` says why.
 """
 
@@ -59,6 +60,7 @@ PACKAGE = "projector"
 SCRATCH = ".earshard-export-"  # how the name of a folder begins in which an export is written
 RECEIVER = "train.inference.receiver"
 HUBS = ("hf:", "modelscope:")
+TASK = "automatic-speech-recognition"  # of transformers
 CUSTOM_MODULE = "own"  # module name of a custom projector in the package
 IMPORT_CHECK = """
 import sys
@@ -101,10 +103,11 @@ class ExportConfig(Config):
     manifest_ids: list[str]
     encoder: str | None  # encoder reference recorded by the run
     tokens: list[int] = Field(default_factory=list, max_length=MAX_TOKENS)  # ids of the tokens of its CTC head
-    inference: InferenceConfig | None = None  # None, and the next three empty: transformers does not load the export
+    inference: InferenceConfig | None = None  # None, and the next four empty: transformers does not load the export
     model_type: str = ""
     architectures: list[str] = Field(default_factory=list)
     auto_map: dict[str, str] = Field(default_factory=dict)
+    custom_pipelines: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 def export(run: Path, folder: Path, kind: str | None = None) -> Path:
@@ -190,6 +193,7 @@ def _transformers_keys(config: TrainConfig) -> dict[str, Any]:
             "AutoConfig": "modeling_earshard.EarshardConfig",
             "AutoModel": "modeling_earshard.EarshardModel",
         },
+        "custom_pipelines": {TASK: {"impl": "modeling_earshard.EarshardPipeline", "pt": ["AutoModel"]}},
     }
 
 
@@ -388,6 +392,8 @@ def _how_to_run(settings: ExportConfig, name: str, problem: str, has_lm: bool) -
     given = {"encoder": settings.encoder or "", "lm": settings.lm.model}
     missing = [key for key, reference in given.items() if not reference.startswith(HUBS)]
     arguments = "".join(f', {key}="{key.upper()}"' for key in missing)
+    named = ", ".join(f'"{key}": "{key.upper()}"' for key in missing)
+    model_kwargs = f", model_kwargs={{{named}}}" if missing else ""
     needs = "torch, transformers, safetensors, soundfile and soxr (and av for MP3 and MP4)"
     packages = f"{needs}, and peft" if has_lm and settings.lm.lora else needs
     own = "".join(
@@ -403,6 +409,15 @@ the training is refused.
 from transformers import AutoModel
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True{arguments})
 print(model.transcribe("speech.wav"))
+```
+
+Or as a pipeline of transformers, which takes file names, bytes of files, samples at 16 kHz,
+`{{"raw": samples, "sampling_rate": 44100}}`, and lists of these:
+
+```python
+from transformers import pipeline
+asr = pipeline("{TASK}", model="{name}", trust_remote_code=True{model_kwargs})
+print(asr("speech.wav")["text"])
 ```
 
 The text is that of `python -m train transcribe`, and on the same processor and libraries the soft tokens have the same
@@ -470,7 +485,7 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
         *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    keys = "" if problem else "\npipeline_tag: automatic-speech-recognition"
+    keys = "" if problem else f"\npipeline_tag: {TASK}"
     return f"""\
 ---
 library_name: {"earshard" if problem else "transformers"}{keys}
