@@ -173,7 +173,7 @@ def not_runnable(settings: ExportConfig, config: TrainConfig, lm: LanguageModel)
     except UserError:
         return "it reads features of several encoders"
     if config.decode.ctc_weight and settings.projector.kind != "posterior":
-        return "it decodes with a CTC head that is not part of the projector"
+        return f"its text is decoded {config.decode.description}, and that head (`ctc.weight`) is not in the projector"
     return ""
 
 
@@ -385,8 +385,10 @@ def read_settings(folder: Path) -> ExportConfig:
     return validate_config(ExportConfig, tree, f"'{path}'")
 
 
-def _how_to_run(settings: ExportConfig, name: str, problem: str, has_lm: bool) -> str:
+def _how_to_run(settings: ExportConfig, name: str, problem: str) -> str:
     """Return the section of the model card about transformers."""
+    from train.lms.hf.adapters import PACKAGES
+
     if problem:
         return f"transformers does not load this export, because {problem}.\n"
     given = {"encoder": settings.encoder or "", "lm": settings.lm.model}
@@ -395,7 +397,8 @@ def _how_to_run(settings: ExportConfig, name: str, problem: str, has_lm: bool) -
     named = ", ".join(f'"{key}": "{key.upper()}"' for key in missing)
     model_kwargs = f", model_kwargs={{{named}}}" if missing else ""
     needs = "torch, transformers, safetensors, soundfile and soxr (and av for MP3 and MP4)"
-    packages = f"{needs}, and peft" if has_lm and settings.lm.lora else needs
+    extra = [name for key, names in PACKAGES.items() if getattr(settings.lm, key) for name in names]
+    packages = ", and ".join([needs, *extra])
     own = "".join(
         f" `{key.upper()}` is the folder or the name on the hub of the {what} (recorded: `{given[key] or None}`)."
         for key, what in (("encoder", "encoder"), ("lm", "language model"))
@@ -474,13 +477,14 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
         ("sha256 of the encoder's tensors", f"`{spec['tensors']}`"),
         ("feature id", ", ".join(f"`{each}`" for each in settings.feature_ids)),
         ("trained on caches (manifest id)", ", ".join(f"`{each}`" for each in settings.manifest_ids)),
-        ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {'trained' if has_lm else 'frozen'}"),
+        ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {_trained_part(settings, has_lm)}"),
         ("projector", f"`{settings.projector.kind}`, {channels} channels to width {settings.width}"),
         ("prompt", f"`{settings.prompt.template}`: {settings.prompt.instruction}"),
         *(
             (f"instructions{f' of {task}' if task else ''}, one of", " / ".join(listed))
             for task, listed in settings.instructions.items()
         ),
+        *([("text", f"decoded {settings.inference.decode.description}")] if settings.inference else []),
         ("steps", str(summary.get("steps", "–"))),
         *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
     ]
@@ -505,7 +509,7 @@ The projector works only with features of this encoder, layer, window and codec:
 
 ## Use
 
-{_how_to_run(settings, name, problem, has_lm)}
+{_how_to_run(settings, name, problem)}
 ### The projector alone
 
 `features` are float32 [B, frames, {channels}]; `mask` is bool [B, frames], True for valid frames. The result is
@@ -525,6 +529,12 @@ training: `prefix` before the soft tokens, `suffix` after them, and `ends`, whic
 The `.py` files are source code at the time of export. They are part of earshard (MIT license){exception}.
 With earshard installed, `train.load_projector("{name}")` loads the projector without running code from this folder.
 """
+
+
+def _trained_part(settings: ExportConfig, has_lm: bool) -> str:
+    if settings.lm.lora is None:
+        return "trained" if has_lm else "frozen"
+    return f"frozen, with trained LoRA adapters of rank {settings.lm.lora.rank}, which are in `{LM_WEIGHTS}`"
 
 
 _CARD_METRICS = (

@@ -59,9 +59,10 @@ class Mine(Projector):
 """
 
 RECEIVER = """
-import json, sys
+import json, os, sys
 import soundfile
-sys.modules.update(dict.fromkeys(("train", "pipeline", "shards", "pydantic", "pyarrow", "webdataset", "jiwer")))
+hidden = ["train", "pipeline", "shards", "pydantic", "pyarrow", "webdataset", "jiwer"]
+sys.modules.update(dict.fromkeys([*hidden, *os.environ.get("HIDDEN", "").split()]))
 from safetensors.torch import save_file
 results = {}
 for name, code in json.loads(sys.argv[1]).items():
@@ -215,6 +216,21 @@ def test_a_trained_lm_mixed_layers_and_a_ctc_head_in_decoding_are_received_alike
     world = make_world(tmp_path, whisper, kinds, window="tight", margin=1)
     for name in kinds:
         assert_same(world, name)
+    card = (tmp_path / "export-head" / "README.md").read_text()
+    assert "| text | decoded by the CTC head and the LM together (weights 0.5 and 0.5, 2 hypotheses)" in card
+
+
+@pytest.mark.slow
+def test_adapters_of_the_lm_are_received_alike_and_their_package_is_named_where_it_is_missing(tmp_path):
+    pytest.importorskip("peft")
+    whisper = write_tiny_whisper(tmp_path / "encoder")
+    world = make_world(tmp_path, whisper, {"lora": {"lm": {"lora": {"rank": 2}}, "lr": 0.1, "steps": 4}})
+    assert_same(world, "lora")
+    card = (tmp_path / "export-lora" / "README.md").read_text()
+    assert "and peft. It runs the code" in card
+    assert "frozen, with trained LoRA adapters of rank 2, which are in `lm.safetensors`" in card
+    without, _ = receive(tmp_path, {"lora": card_lines(tmp_path / "export-lora")}, HIDDEN="peft")
+    assert without["lora"] == "the language model of this export needs peft: install it with pip"
 
 
 @pytest.mark.slow
@@ -242,6 +258,21 @@ def test_the_card_has_three_lines_and_earshard_reads_the_same_folder(world):
 def test_an_encoder_or_a_language_model_that_is_not_that_of_the_training_is_refused(world, name, reason):
     assert isinstance(world[2][name], str)
     assert re.search(reason, world[2][name])
+
+
+def test_a_run_that_decodes_with_a_head_outside_of_the_projector_is_exported_without_code_and_its_card_says_why(world):
+    folder, runs, _, _ = world
+    decoding = {"ctc": {"weight": 0.5}, "decode": {"ctc_weight": 0.5}}
+    lm, caches = runs["plain"][1].lm.model_dump(), runs["plain"][1].caches
+    config = make_config(folder, caches[0], "", **decoding, lm=lm, steps=1, val={"caches": caches}, name="outside")
+    target = export(fit(config), folder / "export-outside")
+    assert not (target / "modeling_earshard.py").exists()
+    assert json.loads((target / "config.json").read_text())["custom_pipelines"] == {}
+    assert (
+        "transformers does not load this export, because its text is decoded by the CTC head and the LM together "
+        "(weights 0.5 and 0.5, 6 hypotheses); the LM reads the prompt and the soft tokens, and that head "
+        "(`ctc.weight`) is not in the projector."
+    ) in (target / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from datetime import datetime
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ from train.data.live import encode_features
 from train.data.padding import pad
 from train.distributed.device import choose_device, choose_dtype
 from train.inference.receiver.projector_class import ProjectorClass
+from train.lms.hf.adapters import PACKAGES
 from train.lms.hf.model import HfLanguageModel, hash_weights, load_hf
 from train.model.audio_lm import AudioLM
 from train.model.prompt import Prompt, PromptRow
@@ -262,6 +264,9 @@ def _load_audio_lm(
     folder: Path, settings: dict[str, Any], lm: str | Path | None, device: torch.device, dtype: torch.dtype
 ) -> AudioLM:
     config, inference = settings["lm"], settings["inference"]
+    missing = [name for key, needed in PACKAGES.items() if config[key] for name in needed if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the language model of this export needs {' '.join(missing)}: install it with pip")
     reference = _reference(lm, config["model"], "lm")
     lm_folder = resolve_weights(reference, role="lm").folder
     require_same_lm(folder, lm_folder)
