@@ -85,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
     push = _command(
         commands, "push", "upload a complete cache to a hub or a bucket", "hf://datasets/OWNER/NAME --licence cc-by-4.0"
     )
-    push.add_argument("url", metavar="URL", help="hf://datasets/OWNER/NAME[/FOLDER], s3://BUCKET/FOLDER, …")
+    push.add_argument(
+        "url", metavar="URL", help="hf://datasets/OWNER/NAME[/FOLDER], modelscope://datasets/…, s3://BUCKET/…"
+    )
     push.add_argument(
         "--licence", metavar="ID", help="license named in the dataset card, such as cc-by-4.0 (required by a hub)"
     )
@@ -338,7 +340,7 @@ def _compact(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     from shards.errors import UserError
     from shards.share.hub import parse_dataset_url
-    from shards.share.publish import is_agreed
+    from shards.share.publish import HUBS, is_agreed
     from shards.share.transfer import describe_push, push
 
     if is_url(args.cache):
@@ -347,7 +349,7 @@ def _push(args: argparse.Namespace) -> None:
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    if args.url.startswith("hf://") and not args.dry_run:
+    if args.url.startswith(HUBS) and not args.dry_run:
         parse_dataset_url(args.url, args.licence)
     if not is_agreed(args, args.url, describe_push(args.cache)):
         return

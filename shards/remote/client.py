@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from shards.errors import UserError, missing_package, without_secrets
 from shards.files import create_file, rename_durably
@@ -33,6 +34,9 @@ EXTRAS = {  # scheme -> package, extra
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), ("adlfs", "azure")),
 }
 TIMEOUT = 30.0  # seconds without a byte after which an HTTP transfer fails
+DATASET_URL = re.compile(
+    r"(?P<hub>hf|modelscope)://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?"
+)
 
 
 def is_url(path: str | Path) -> bool:
@@ -164,7 +168,8 @@ class Remote:
     def _connection(self) -> Any:
         # Without the lock of functools.cached_property: a process forked meanwhile would inherit it locked.
         if self._opened is None:
-            self._opened = (_Http if self.url.startswith(("http://", "https://")) else _Filesystem)(self.url)
+            kinds = {"http": _Http, "https": _Http, "modelscope": _ModelScope}
+            self._opened = kinds.get(self.url.partition("://")[0], _Filesystem)(self.url)
         return self._opened
 
     def _unless_absent(self, name: str, attempt: Callable[[], T]) -> T | None:
@@ -249,6 +254,10 @@ class _Http:
 
         self.url = quote(url, safe="%/:?&=@+,;~!$'()*[]")  # keeps what is already quoted
         self.open = build_opener(KeepsScheme).open
+        self.secrets: dict[str, str] = {}  # headers that are not sent to where an answer redirects
+
+    def address(self, name: str) -> str:
+        return f"{self.url}/{quote(name)}"
 
     def stream(self, name: str, start: int, end: int) -> Iterator[bytes]:
         headers = {"Range": f"bytes={start}-{end - 1}"} if start else {}
@@ -275,7 +284,9 @@ class _Http:
         from urllib.request import Request
 
         headers = {"User-Agent": "earshard", "Accept-Encoding": "identity", **headers}
-        request = Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
+        request = Request(self.address(name), headers=headers, method=method)
+        for key, value in self.secrets.items():
+            request.add_unredirected_header(key, value)
         try:
             with self.open(request, timeout=TIMEOUT) as answer:
                 yield answer
@@ -286,6 +297,45 @@ class _Http:
             if error.code in (401, 403):
                 raise PermissionError(f"HTTP {error.code}") from None
             raise TransientError(f"HTTP {error.code} {error.reason}") from None
+
+
+class _ModelScope(_Http):
+    """A dataset on ModelScope: the address from which the hub's own library downloads a file, with its token."""
+
+    def __init__(self, url: str) -> None:
+        match = DATASET_URL.fullmatch(url)
+        if match is None:
+            raise UserError(f"'{url}' is not a dataset URL: write modelscope://datasets/OWNER/NAME, or …/NAME/FOLDER")
+        try:
+            from modelscope_hub.config import get_default_config
+        except ImportError:
+            raise missing_modelscope() from None
+        config = get_default_config()
+        super().__init__(f"{config.endpoint}/api/v1/datasets/{match['repo']}/repo")
+        self.revision, self.folder = match["revision"] or "master", match["folder"]
+        if config.token:
+            self.secrets = {"Authorization": f"Bearer {config.token}", "Cookie": f"m_session_id={config.token}"}
+
+    def address(self, name: str) -> str:
+        path = f"{self.folder}/{name}" if self.folder else name
+        return f"{self.url}?{urlencode({'Revision': self.revision, 'FilePath': path})}"
+
+    @_transient_errors()
+    def size(self, name: str) -> int:
+        with self._answer(name, "GET", {"Range": "bytes=0-0"}) as answer:  # the store behind it may refuse HEAD
+            span = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            length = span if answer.status == 206 else answer.headers.get("Content-Length", "")
+        if not length.isdigit():
+            raise TransientError("the server did not send its length")
+        return int(length)
+
+    def put(self, path: Path, name: str) -> None:
+        raise UserError("single files are not written to ModelScope: use `python -m shards push`")
+
+
+def missing_modelscope() -> UserError:
+    """Return the error to raise where ModelScope's library is not installed."""
+    return UserError("modelscope:// needs the package modelscope_hub: run `python -m pip install modelscope-hub`")
 
 
 class _Filesystem:

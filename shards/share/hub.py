@@ -12,7 +12,7 @@ a card that somebody else wrote is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +22,13 @@ from shards.format.layout import Layout
 from shards.format.records import MAX_JSON, CacheInfo
 from shards.inspect.info import describe_cache
 from shards.labels.store import INDEX
-from shards.remote.client import Remote
+from shards.remote.client import DATASET_URL, Remote
 from shards.remote.mirror import fetch_info
 from shards.share.dataset_card import LIST_MARK, dataset_card, list_card
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-DATASET_URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
 MODEL_URL = re.compile(r"hf://(?!datasets/|spaces/|models/)(?P<repo>[^/@]+/[^/@]+)")
 COMMIT_PATTERNS = (
     ["plans/*.parquet", "shards/*.tar", "shards/*.parquet"],
@@ -45,7 +44,8 @@ def parse_dataset_url(url: str, license_id: str | None) -> re.Match[str]:
     """
     match = DATASET_URL.fullmatch(url)
     if match is None:
-        raise UserError(f"'{url}' is not a dataset URL: write hf://datasets/OWNER/NAME, or …/NAME/FOLDER")
+        hub = "modelscope" if url.startswith("modelscope:") else "hf"
+        raise UserError(f"'{url}' is not a dataset URL: write {hub}://datasets/OWNER/NAME, or …/NAME/FOLDER")
     if license_id is None:
         raise UserError("a published dataset needs a license: add --licence with an identifier such as cc-by-4.0")
     return match
@@ -94,19 +94,11 @@ def push_to_hub(
                 commit_message=", ".join(patterns),
             )
         check()
-        last = [
-            (f"{folder}/{name}".lstrip("/"), data)
-            for name, data in (
-                (f"labels/{INDEX}", labels),
-                ("CACHE.json", layout.cache.read_bytes()),
-                ("README.md", text.encode()),
-            )
-        ]
-        if folder and (listed := _root_card(api, match, layout, license_id)):
-            last.append(("README.md", listed))
+        there = api.list_repo_files(repo, repo_type="dataset", revision=revision)
+        last = last_commit(match, layout, license_id, labels, text, there)
         api.create_commit(
             repo,
-            [CommitOperationAdd(name, data) for name, data in last],
+            [CommitOperationAdd(name, data) for name, data in last.items()],
             commit_message="CACHE.json",
             repo_type="dataset",
             revision=revision,
@@ -139,12 +131,29 @@ def _open_repository(api: HfApi, repo: str, kind: str, private: bool, url: str) 
         raise UserError(f"'{url}' is already public: make it private on the hub, or push without --private")
 
 
-def _root_card(api: HfApi, match: re.Match[str], layout: Layout, license_id: str) -> bytes | None:
+def last_commit(
+    match: re.Match[str], layout: Layout, license_id: str, labels: bytes, card: str, there: Collection[str]
+) -> dict[str, bytes]:
+    """Return the files of the last commit of a push, by their paths in the repository.
+
+    Args:
+        match: of the URL.
+        labels: content of ``LABELS.json``.
+        card: text of the cache's card.
+        there: paths of the files in the repository.
+    """
+    files = {f"labels/{INDEX}": labels, "CACHE.json": layout.cache.read_bytes(), "README.md": card.encode()}
+    found = {f"{match['folder'] or ''}/{name}".lstrip("/"): data for name, data in files.items()}
+    if match["folder"] and (listed := _root_card(there, match, layout, license_id)):
+        found["README.md"] = listed
+    return found
+
+
+def _root_card(files: Collection[str], match: re.Match[str], layout: Layout, license_id: str) -> bytes | None:
     """Return the card that lists the caches of a repository; None if somebody else wrote the one that is there."""
     revision = match["revision"]
-    root = f"hf://datasets/{match['repo']}" + (f"@{revision}" if revision else "")
+    root = f"{match['hub']}://datasets/{match['repo']}" + (f"@{revision}" if revision else "")
     before = Remote(root).read_if_exists("README.md", MAX_JSON)
-    files = api.list_repo_files(match["repo"], repo_type="dataset", revision=revision)
     folders = {name.removesuffix("/CACHE.json") for name in files if name.endswith("/CACHE.json")} - {match["folder"]}
     if "CACHE.json" in files or (before is not None and LIST_MARK.encode() not in before):
         return None

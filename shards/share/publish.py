@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shards.errors import UserError, printable
 
-HUB = "hf://"
+HUBS = ("hf://", "modelscope://")
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def is_agreed(args: argparse.Namespace, url: str, publication: Publication) -> b
         UserError: it would become public, and nobody can be asked, or the answer is no; or ``--private`` is given for
             a place that is not a hub.
     """
-    if args.private and not url.startswith(HUB):
+    if args.private and not url.startswith(HUBS):
         raise UserError(f"--private is for repositories of a hub, and '{url}' is none: set the permissions there")
-    visible = "a private repository" if args.private else "a public repository" if url.startswith(HUB) else "a store"
+    visible = "a private repository" if args.private else "a public repository" if url.startswith(HUBS) else "a store"
     told = [f"{'would push' if args.dry_run else 'pushing'} to {url}, {visible}:", *publication.lines()]
     if args.dry_run:
         print("\n".join(told))
         return False
-    if args.private or args.yes or not url.startswith(HUB):
+    if args.private or args.yes or not url.startswith(HUBS):
         return True
     if not sys.stdin.isatty():
         raise UserError(

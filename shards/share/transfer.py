@@ -1,6 +1,7 @@
 """Uploads a whole cache to a hub or a bucket, or downloads one, and verifies the result.
 
     python -m shards push caches/… hf://datasets/OWNER/NAME --licence cc-by-4.0
+    python -m shards push caches/… modelscope://datasets/OWNER/NAME --licence cc-by-4.0
     python -m shards push caches/… s3://bucket/caches/name
     python -m shards pull hf://datasets/OWNER/NAME caches/name
 
@@ -56,7 +57,8 @@ from shards.remote.mirror import extends, fetch_info, fetch_record
 from shards.remote.object_store import SCHEMES
 from shards.share.hub import ProgressCallback, parse_dataset_url, push_to_hub
 from shards.share.merge import index_bytes, merge_labels
-from shards.share.publish import Publication
+from shards.share.modelscope import push_to_modelscope
+from shards.share.publish import HUBS, Publication
 
 TRANSFERS = 4  # concurrent shard transfers
 PULL = "pull-"  # begins the owner tag of a pull
@@ -103,7 +105,7 @@ def push(
     url = url.rstrip("/")
     if url.startswith(("http://", "https://")):
         raise UserError(f"'{url}' is not writable: use hf://datasets/OWNER/NAME, or a bucket such as s3://…")
-    if url.startswith("hf://"):
+    if url.startswith(HUBS):
         parse_dataset_url(url, license_id)
     layout, remote = Layout(path), Remote(url)
     if not layout.cache.exists():
@@ -114,8 +116,9 @@ def push(
     if paths:
         log(f"note: the cache contains paths of this machine, which will be published: {paths}")
     found = _inspect(layout, info, labels, remote)
-    if license_id is not None and url.startswith("hf://"):
-        push_to_hub(layout, url, license_id, *_new_labels(labels, found), lambda: _require_same(remote, found), private)
+    if license_id is not None and url.startswith(HUBS):
+        upload = push_to_hub if url.startswith("hf://") else push_to_modelscope
+        upload(layout, url, license_id, *_new_labels(labels, found), lambda: _require_same(remote, found), private)
     else:
         _push_files(layout, info, labels, remote, found, progress)
     _require_valid(verify(url), url)

@@ -13,7 +13,8 @@ The package ``projector`` in the folder loads the export with only torch and saf
 import load``. :func:`load_projector` does the same with earshard's code and runs no code from the folder.
 
 ``modeling_earshard.py`` and the files that it imports are the code of ``transcribe``, with which transformers loads the
-export: ``AutoModel.from_pretrained("exported/demo", trust_remote_code=True).transcribe("speech.wav")``. They are left
+export: ``AutoModel.from_pretrained("exported/demo", trust_remote_code=True).transcribe("speech.wav")``, or
+``pipeline("automatic-speech-recognition", model="exported/demo", trust_remote_code=True)("speech.wav")``. They are left
 out where :func:`not_runnable` says why.
 """
 
@@ -59,6 +60,7 @@ PACKAGE = "projector"
 SCRATCH = ".earshard-export-"  # how the name of a folder begins in which an export is written
 RECEIVER = "train.inference.receiver"
 HUBS = ("hf:", "modelscope:")
+TASK = "automatic-speech-recognition"  # of transformers
 CUSTOM_MODULE = "own"  # module name of a custom projector in the package
 IMPORT_CHECK = """
 import sys
@@ -101,10 +103,11 @@ class ExportConfig(Config):
     manifest_ids: list[str]
     encoder: str | None  # encoder reference recorded by the run
     tokens: list[int] = Field(default_factory=list, max_length=MAX_TOKENS)  # ids of the tokens of its CTC head
-    inference: InferenceConfig | None = None  # None, and the next three empty: transformers does not load the export
+    inference: InferenceConfig | None = None  # None, and the next four empty: transformers does not load the export
     model_type: str = ""
     architectures: list[str] = Field(default_factory=list)
     auto_map: dict[str, str] = Field(default_factory=dict)
+    custom_pipelines: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 def export(run: Path, folder: Path, kind: str | None = None) -> Path:
@@ -170,7 +173,7 @@ def not_runnable(settings: ExportConfig, config: TrainConfig, lm: LanguageModel)
     except UserError:
         return "it reads features of several encoders"
     if config.decode.ctc_weight and settings.projector.kind != "posterior":
-        return "it decodes with a CTC head that is not part of the projector"
+        return f"its text is decoded {config.decode.description}, and that head (`ctc.weight`) is not in the projector"
     return ""
 
 
@@ -190,6 +193,7 @@ def _transformers_keys(config: TrainConfig) -> dict[str, Any]:
             "AutoConfig": "modeling_earshard.EarshardConfig",
             "AutoModel": "modeling_earshard.EarshardModel",
         },
+        "custom_pipelines": {TASK: {"impl": "modeling_earshard.EarshardPipeline", "pt": ["AutoModel"]}},
     }
 
 
@@ -381,15 +385,20 @@ def read_settings(folder: Path) -> ExportConfig:
     return validate_config(ExportConfig, tree, f"'{path}'")
 
 
-def _how_to_run(settings: ExportConfig, name: str, problem: str, has_lm: bool) -> str:
+def _how_to_run(settings: ExportConfig, name: str, problem: str) -> str:
     """Return the section of the model card about transformers."""
+    from train.lms.hf.adapters import PACKAGES
+
     if problem:
         return f"transformers does not load this export, because {problem}.\n"
     given = {"encoder": settings.encoder or "", "lm": settings.lm.model}
     missing = [key for key, reference in given.items() if not reference.startswith(HUBS)]
     arguments = "".join(f', {key}="{key.upper()}"' for key in missing)
+    named = ", ".join(f'"{key}": "{key.upper()}"' for key in missing)
+    model_kwargs = f", model_kwargs={{{named}}}" if missing else ""
     needs = "torch, transformers, safetensors, soundfile and soxr (and av for MP3 and MP4)"
-    packages = f"{needs}, and peft" if has_lm and settings.lm.lora else needs
+    extra = [name for key, names in PACKAGES.items() if getattr(settings.lm, key) for name in names]
+    packages = ", and ".join([needs, *extra])
     own = "".join(
         f" `{key.upper()}` is the folder or the name on the hub of the {what} (recorded: `{given[key] or None}`)."
         for key, what in (("encoder", "encoder"), ("lm", "language model"))
@@ -403,6 +412,15 @@ the training is refused.
 from transformers import AutoModel
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True{arguments})
 print(model.transcribe("speech.wav"))
+```
+
+Or as a pipeline of transformers, which takes file names, bytes of files, samples at 16 kHz,
+`{{"raw": samples, "sampling_rate": 44100}}`, and lists of these:
+
+```python
+from transformers import pipeline
+asr = pipeline("{TASK}", model="{name}", trust_remote_code=True{model_kwargs})
+print(asr("speech.wav")["text"])
 ```
 
 The text is that of `python -m train transcribe`, and on the same processor and libraries the soft tokens have the same
@@ -459,18 +477,19 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
         ("sha256 of the encoder's tensors", f"`{spec['tensors']}`"),
         ("feature id", ", ".join(f"`{each}`" for each in settings.feature_ids)),
         ("trained on caches (manifest id)", ", ".join(f"`{each}`" for each in settings.manifest_ids)),
-        ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {'trained' if has_lm else 'frozen'}"),
+        ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {_trained_part(settings, has_lm)}"),
         ("projector", f"`{settings.projector.kind}`, {channels} channels to width {settings.width}"),
         ("prompt", f"`{settings.prompt.template}`: {settings.prompt.instruction}"),
         *(
             (f"instructions{f' of {task}' if task else ''}, one of", " / ".join(listed))
             for task, listed in settings.instructions.items()
         ),
+        *([("text", f"decoded {settings.inference.decode.description}")] if settings.inference else []),
         ("steps", str(summary.get("steps", "–"))),
         *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    keys = "" if problem else "\npipeline_tag: automatic-speech-recognition"
+    keys = "" if problem else f"\npipeline_tag: {TASK}"
     return f"""\
 ---
 library_name: {"earshard" if problem else "transformers"}{keys}
@@ -490,7 +509,7 @@ The projector works only with features of this encoder, layer, window and codec:
 
 ## Use
 
-{_how_to_run(settings, name, problem, has_lm)}
+{_how_to_run(settings, name, problem)}
 ### The projector alone
 
 `features` are float32 [B, frames, {channels}]; `mask` is bool [B, frames], True for valid frames. The result is
@@ -510,6 +529,12 @@ training: `prefix` before the soft tokens, `suffix` after them, and `ends`, whic
 The `.py` files are source code at the time of export. They are part of earshard (MIT license){exception}.
 With earshard installed, `train.load_projector("{name}")` loads the projector without running code from this folder.
 """
+
+
+def _trained_part(settings: ExportConfig, has_lm: bool) -> str:
+    if settings.lm.lora is None:
+        return "trained" if has_lm else "frozen"
+    return f"frozen, with trained LoRA adapters of rank {settings.lm.lora.rank}, which are in `{LM_WEIGHTS}`"
 
 
 _CARD_METRICS = (

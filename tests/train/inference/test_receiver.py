@@ -59,8 +59,10 @@ class Mine(Projector):
 """
 
 RECEIVER = """
-import json, sys
-sys.modules.update(dict.fromkeys(("train", "pipeline", "shards", "pydantic", "pyarrow", "webdataset", "jiwer")))
+import json, os, sys
+import soundfile
+hidden = ["train", "pipeline", "shards", "pydantic", "pyarrow", "webdataset", "jiwer"]
+sys.modules.update(dict.fromkeys([*hidden, *os.environ.get("HIDDEN", "").split()]))
 from safetensors.torch import save_file
 results = {}
 for name, code in json.loads(sys.argv[1]).items():
@@ -68,6 +70,18 @@ for name, code in json.loads(sys.argv[1]).items():
         exec(code, space := {})
     except ValueError as error:
         results[name] = str(error)
+        continue
+    if "asr" in space:
+        samples, rate = soundfile.read("middle.wav", dtype="float32")
+        given = {"raw": samples, "sampling_rate": rate}
+        stereo = {"array": [samples, samples], "sampling_rate": rate}
+        same = ["middle.wav", given, open("middle.wav", "rb").read(), stereo]
+        results[name] = {
+            "list": [each["text"] for each in space["asr"]([f"{key}.wav" for key in sys.argv[2:]])],
+            "one by one": [space["asr"](each)["text"] for each in same],
+            "generator": [each["text"] for each in space["asr"]((each for each in same), batch_size=1)],
+            "shorter": space["asr"]("middle.wav", generate_kwargs={"max_new_tokens": 1})["text"],
+        }
         continue
     save_file({key: space["model"].soft_tokens(f"{key}.wav").contiguous() for key in sys.argv[2:]}, f"{name}.soft")
     results[name] = space["model"].transcribe([f"{key}.wav" for key in sys.argv[2:]])
@@ -96,9 +110,10 @@ def receive(folder: Path, codes: dict[str, str], **variables: str) -> tuple[dict
     return json.loads(last), "\n".join(printed)
 
 
-def card_lines(folder: Path) -> str:
-    """Return the first block of code of the model card."""
-    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)[0]
+def card_lines(folder: Path, block: int = 0) -> str:
+    """Return a block of code of the model card, with the names of the files of these tests."""
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)[block]
+    return code.replace('"ENCODER"', '"encoder"').replace('"LM"', '"lm"').replace("speech.wav", "short.wav")
 
 
 def make_world(folder: Path, encoder: Path, kinds: dict[str, dict[str, Any]], **extraction: Any) -> tuple[Any, ...]:
@@ -129,13 +144,16 @@ def make_world(folder: Path, encoder: Path, kinds: dict[str, dict[str, Any]], **
         config = make_config(folder, one, "", **keys)
         runs[name] = fit(config), config
         kind = config.projector.kind if name == "own" else None
-        code = card_lines(export(runs[name][0], folder / f"export-{name}", kind))
-        codes[name] = code.replace("ENCODER", "encoder").replace('"LM"', '"lm"').replace("speech.wav", "short.wav")
+        codes[name] = card_lines(export(runs[name][0], folder / f"export-{name}", kind))
     if (folder / "lm-other").exists():
         first = codes["plain"]
         codes["encoder"] = first.replace('encoder="encoder"', 'encoder="encoder-other"')
         codes["lm"] = first.replace('"lm"', '"lm-other"')
         codes["nothing"] = first.replace(', encoder="encoder"', "")
+        codes["pipeline"] = second = card_lines(folder / "export-plain", 1)
+        codes["pipeline, lm"] = second.replace('"lm": "lm"', '"lm": "lm-other"')
+        codes["pipeline, device"] = second.replace("model_kwargs", 'device="meta", model_kwargs')
+        codes["no place"] = card_lines(folder / "export-own").replace('"short.wav"', '"short.wav", "Translate."')
     return folder, runs, *receive(folder, codes)
 
 
@@ -179,6 +197,16 @@ def test_three_lines_of_the_card_compute_the_soft_tokens_and_texts_of_transcribe
     assert any(world[2][name])
 
 
+def test_three_lines_of_the_card_make_a_pipeline_of_transformers_whose_texts_are_those_of_transcribe(world):
+    found = world[2]["pipeline"]
+    assert found["list"] == world[2]["plain"]
+    single = found["one by one"][0]
+    assert single
+    assert found["one by one"] == found["generator"] == [single] * 4
+    assert len(found["shorter"]) < len(single)
+    assert len(card_lines(world[0] / "export-plain", 1).splitlines()) == 3
+
+
 @pytest.mark.slow
 def test_a_trained_lm_mixed_layers_and_a_ctc_head_in_decoding_are_received_alike(tmp_path):
     mixed = {"caches": [["{one}", "{two}"]], "val": {"caches": [["{one}", "{two}"]]}}
@@ -188,6 +216,21 @@ def test_a_trained_lm_mixed_layers_and_a_ctc_head_in_decoding_are_received_alike
     world = make_world(tmp_path, whisper, kinds, window="tight", margin=1)
     for name in kinds:
         assert_same(world, name)
+    card = (tmp_path / "export-head" / "README.md").read_text()
+    assert "| text | decoded by the CTC head and the LM together (weights 0.5 and 0.5, 2 hypotheses)" in card
+
+
+@pytest.mark.slow
+def test_adapters_of_the_lm_are_received_alike_and_their_package_is_named_where_it_is_missing(tmp_path):
+    pytest.importorskip("peft")
+    whisper = write_tiny_whisper(tmp_path / "encoder")
+    world = make_world(tmp_path, whisper, {"lora": {"lm": {"lora": {"rank": 2}}, "lr": 0.1, "steps": 4}})
+    assert_same(world, "lora")
+    card = (tmp_path / "export-lora" / "README.md").read_text()
+    assert "and peft. It runs the code" in card
+    assert "frozen, with trained LoRA adapters of rank 2, which are in `lm.safetensors`" in card
+    without, _ = receive(tmp_path, {"lora": card_lines(tmp_path / "export-lora")}, HIDDEN="peft")
+    assert without["lora"] == "the language model of this export needs peft: install it with pip"
 
 
 @pytest.mark.slow
@@ -209,11 +252,38 @@ def test_the_card_has_three_lines_and_earshard_reads_the_same_folder(world):
         ("encoder", r"did not make these features .*sha256.*: name the same encoder as encoder="),
         ("lm", r"the weights in '.*lm-other' are not those with which .* was trained"),
         ("nothing", r"the encoder of this export is on no hub .*: pass encoder= its folder"),
+        ("pipeline, lm", r"the weights in '.*lm-other' are not those with which .* was trained"),
     ],
 )
 def test_an_encoder_or_a_language_model_that_is_not_that_of_the_training_is_refused(world, name, reason):
     assert isinstance(world[2][name], str)
     assert re.search(reason, world[2][name])
+
+
+def test_a_run_that_decodes_with_a_head_outside_of_the_projector_is_exported_without_code_and_its_card_says_why(world):
+    folder, runs, _, _ = world
+    decoding = {"ctc": {"weight": 0.5}, "decode": {"ctc_weight": 0.5}}
+    lm, caches = runs["plain"][1].lm.model_dump(), runs["plain"][1].caches
+    config = make_config(folder, caches[0], "", **decoding, lm=lm, steps=1, val={"caches": caches}, name="outside")
+    target = export(fit(config), folder / "export-outside")
+    assert not (target / "modeling_earshard.py").exists()
+    assert json.loads((target / "config.json").read_text())["custom_pipelines"] == {}
+    assert (
+        "transformers does not load this export, because its text is decoded by the CTC head and the LM together "
+        "(weights 0.5 and 0.5, 6 hypotheses); the LM reads the prompt and the soft tokens, and that head "
+        "(`ctc.weight`) is not in the projector."
+    ) in (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pipeline, device", "in place of device=, pass model_kwargs={'device': 'meta'}"),
+        ("no place", "the prompt of this export has no place for an instruction: leave out instruction="),
+    ],
+)
+def test_a_device_that_the_encoder_is_not_on_and_an_instruction_that_nobody_would_read_are_refused(world, name, reason):
+    assert reason in world[2][name]
 
 
 @pytest.mark.slow
@@ -233,8 +303,6 @@ def test_an_export_is_pushed_to_a_hub_and_loaded_by_its_name(world, tmp_path, ca
         assert subprocess.run(words, env={**os.environ, **environment}, cwd=ROOT, check=False).returncode == 0
         assert hub.private
         assert set(hub.files) == {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-        code = (
-            card_lines(target).replace("ENCODER", "encoder").replace('"LM"', '"lm"').replace("speech.wav", "short.wav")
-        )
-        found, _ = receive(folder, {"hub": code.replace('"export-plain"', '"someone/demo"')}, **environment)
-    assert found["hub"] == results["plain"]
+        codes = [card_lines(target, block).replace('"export-plain"', '"someone/demo"') for block in (0, 1)]
+        found, _ = receive(folder, {"hub": codes[0], "pipeline": codes[1]}, **environment)
+    assert found["hub"] == results["plain"] == found["pipeline"]["list"]

@@ -4,6 +4,11 @@
     model = AutoModel.from_pretrained("EXPORT", trust_remote_code=True)
     print(model.transcribe("speech.wav"))
 
+or, as a pipeline of transformers,
+
+    asr = pipeline("automatic-speech-recognition", model="EXPORT", trust_remote_code=True)
+    print(asr("speech.wav")["text"])
+
 This is the code that ``python -m train transcribe`` runs, so on the same CPU and libraries it computes the same bits.
 Encoder and language model are not part of the export: they are loaded from the references that it names, if these are
 on a hub, or from ``encoder=`` and ``lm=``. Others than those of the training are refused. What ``config.json`` names is
@@ -13,8 +18,10 @@ never a path: a folder is read only if the caller passes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from datetime import datetime
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +31,19 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Pipeline, PreTrainedConfig, PreTrainedModel
 
-from pipeline.audio import decode
+from pipeline.audio import decode, to_mono_16k
 from pipeline.encoders.recording import open_encoder
 from pipeline.weights.resolve import resolve_weights
 from shards.errors import UserError
+from train.config.model import INSTRUCTION
 from train.data.instructions import Instructions
 from train.data.live import encode_features
 from train.data.padding import pad
 from train.distributed.device import choose_device, choose_dtype
 from train.inference.receiver.projector_class import ProjectorClass
+from train.lms.hf.adapters import PACKAGES
 from train.lms.hf.model import HfLanguageModel, hash_weights, load_hf
 from train.model.audio_lm import AudioLM
 from train.model.prompt import Prompt, PromptRow
@@ -51,7 +60,7 @@ class EarshardConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     model_type = "earshard"
 
     def __init__(self, **keys: Any) -> None:
-        own = ("architectures", "auto_map", "_name_or_path", "_commit_hash")
+        own = ("architectures", "auto_map", "custom_pipelines", "_name_or_path", "_commit_hash")
         super().__init__(**{key: value for key, value in keys.items() if key in own})
 
 
@@ -126,6 +135,9 @@ class EarshardModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             instruction: replaces the instruction of the prompt; "": as in an evaluation of the run.
             max_new_tokens: None: that of the run.
         """
+        template = self.settings["prompt"]["template"]
+        if instruction and not (template in ("slam", "chat") or INSTRUCTION in template):
+            raise ValueError("the prompt of this export has no place for an instruction: leave out instruction=")
         single = isinstance(audio, str | Path | np.ndarray)
         clips: list[Audio] = [audio] if single else list(audio)  # type: ignore[list-item, arg-type]
         features, mask = pad([self._features(each) for each in clips])
@@ -139,6 +151,85 @@ class EarshardModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         samples = audio if isinstance(audio, np.ndarray) else decode(Path(audio).read_bytes())
         specs: Any = self.specs
         return encode_features(samples, self.encoder, specs)
+
+
+class EarshardPipeline(Pipeline):
+    """The pipeline "automatic-speech-recognition" of an export: audio to ``{"text": text}``.
+
+    Audio is a path, the bytes of an audio file, samples at 16 kHz, or ``{"raw": samples, "sampling_rate": Hz}``, for
+    which ``datasets`` writes ``array``. Samples are floats in [-1, 1], [T] or [channels, T]. A list gives a list, a
+    dataset or a generator an iterator. ``batch_size`` is 8, that of ``transcribe``.
+    """
+
+    model: Any
+    _load_processor: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
+
+    def __init__(self, model: EarshardModel, *, device: Any = None, batch_size: int = 8, **options: Any) -> None:
+        place = model.device
+        super().__init__(model, device=place if device is None else device, batch_size=batch_size, **options)
+        if (self.device.type, self.device.index or 0) != (place.type, place.index or 0):
+            raise ValueError(
+                f"the encoder of this export was loaded on {place}, and its dtype was chosen for that device: in place "
+                f"of device=, pass model_kwargs={{'device': '{self.device}'}}"
+            )
+
+    def _sanitize_parameters(  # type: ignore[override]
+        self,
+        instruction: str = "",
+        max_new_tokens: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        given = {"instruction": instruction, "max_new_tokens": max_new_tokens}
+        if generate_kwargs:
+            return self._sanitize_parameters(**{**given, **generate_kwargs})
+        return {}, {name: value for name, value in given.items() if value}, {}
+
+    def get_iterator(
+        self,
+        inputs: Iterable[Any],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[dict[str, str]]:
+        """Yield the results of ``inputs``; a batch is padded as ``transcribe`` pads it."""
+        indexed: Any = inputs
+        clips = iter(indexed[i] for i in range(len(indexed))) if isinstance(inputs, Sized) else iter(inputs)
+        while batch := list(islice(clips, batch_size)):
+            for text in self.model.transcribe([self.preprocess(each) for each in batch], **forward_params):
+                yield {"text": text}
+
+    def preprocess(self, input_: Any, **_: Any) -> Any:
+        """Return what :meth:`EarshardModel.transcribe` takes: a path, or float32 [samples] at 16 kHz."""
+        if isinstance(input_, str | Path):
+            return input_
+        if isinstance(input_, bytes):
+            return decode(input_)
+        rate, samples = 16_000, input_
+        if isinstance(input_, dict):
+            samples = input_.get("raw", input_.get("array"))
+            if samples is None or "sampling_rate" not in input_:
+                raise ValueError('a dict must have "raw" or "array", and "sampling_rate"')
+            rate = int(input_["sampling_rate"])
+        samples = np.asarray(samples)
+        if samples.dtype.kind != "f" or samples.ndim not in (1, 2) or (samples.ndim == 2 and len(samples) > 2):
+            raise ValueError(
+                f"expected floats in [-1, 1], [samples] or [channels, samples] with one or two channels, got "
+                f"{samples.dtype} {list(samples.shape)}"
+            )
+        return to_mono_16k(np.atleast_2d(samples.astype(np.float32)).T, rate)
+
+    def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
+        return self.model.transcribe(input_tensors, **forward_parameters)
+
+    def postprocess(self, model_outputs: Any, **_: Any) -> dict[str, str]:
+        """Return the text as other speech pipelines do."""
+        return {"text": model_outputs}
 
 
 def _export_folder(name: str, commit: str | None, options: dict[str, Any]) -> Path:
@@ -173,6 +264,9 @@ def _load_audio_lm(
     folder: Path, settings: dict[str, Any], lm: str | Path | None, device: torch.device, dtype: torch.dtype
 ) -> AudioLM:
     config, inference = settings["lm"], settings["inference"]
+    missing = [name for key, needed in PACKAGES.items() if config[key] for name in needed if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the language model of this export needs {' '.join(missing)}: install it with pip")
     reference = _reference(lm, config["model"], "lm")
     lm_folder = resolve_weights(reference, role="lm").folder
     require_same_lm(folder, lm_folder)

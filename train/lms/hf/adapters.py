@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from shards.errors import UserError, missing_package
 from train.config.model import LoraConfig
 
+PACKAGES = {"lora": ("peft",), "bits": ("bitsandbytes", "accelerate")}  # that a setting of ``lm`` needs
+
 
 def quantization_config(bits: int, dtype: torch.dtype) -> Any:
     """Return transformers' configuration for matrices of 8 bits (LLM.int8, arXiv 2208.07339) or 4 (NF4, 2305.14314).
