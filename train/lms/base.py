@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,7 @@ class LanguageModel(nn.Module):
     trainable: bool = False
     max_positions: int | None = None  # that the model was made for; None: unknown, or any number
     learned_positions: bool = False  # whether there are no embeddings of further positions
+    padding_free: bool = False  # whether losses are computed of joined rows
 
     @property
     def soft_width(self) -> int:
@@ -136,6 +137,7 @@ class LanguageModel(nn.Module):
     def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
         """Return the hidden states before the head, [B, T, D], for ``packed`` with ``soft_ND`` in its soft positions.
 
+        Of joined rows, [1, T, D].
         ``soft_ND`` is [valid soft tokens of the batch, D].
         """
         raise NotImplementedError
@@ -167,9 +169,14 @@ class LanguageModel(nn.Module):
         Returns:
             nats, float32 [B].
         """
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets, device=soft.device)
+        packed = self.pack(soft_mask, prefix, suffix, targets)
         hidden_BTD = self.hidden(packed, valid_soft(soft, soft_mask))
         return packed.sum_by_row(self._token_nll(packed.at_targets(hidden_BTD), packed.targets))
+
+    def pack(self, soft_mask: Tensor, prefix: Ids, suffix: Ids, targets: Ids) -> PackedInputs:
+        """Return the inputs of a loss; arguments are those of :meth:`target_nll`."""
+        pad: Literal["right", "none"] = "none" if self.padding_free else "right"
+        return pack_inputs(soft_mask.sum(1), prefix, suffix, targets, pad, self.device)
 
     def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
         """Return ``target_nll`` of each of ``candidates`` after the same soft tokens [S, D] and prompt.

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import train.lms.base
 from train.lms.base import LanguageModel
-from train.lms.packing import Ids, pack_inputs, valid_soft
+from train.lms.packing import Ids, valid_soft
 
 TABLES = 4  # tensors [targets, V] in memory for a piece: logits and log-probabilities of both
 
@@ -51,7 +51,7 @@ def distillation_losses(
     Returns:
         (cross-entropy, KL divergence) in nats, float32 [B] each, summed over the targets of a row.
     """
-    packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets, device=soft.device)
+    packed = lm.pack(soft_mask, prefix, suffix, targets)
     student_ND = packed.at_targets(lm.hidden(packed, valid_soft(soft, soft_mask)))
     with torch.no_grad():
         teacher_ND = _teacher_hidden(lm, prefix, suffix, targets, soft)
@@ -83,5 +83,5 @@ def _teacher_hidden(lm: LanguageModel, prefix: Ids, suffix: Ids, targets: Ids, s
         [*b, *ids[:-1]] if b or a or len(ids) > 1 else placeholder
         for b, a, ids in zip(prefix, suffix, targets, strict=True)
     ]
-    packed = pack_inputs(torch.zeros(len(texts), dtype=torch.int64), texts, suffix, targets, device=soft.device)
+    packed = lm.pack(torch.zeros(len(texts), 0, dtype=torch.bool), texts, suffix, targets)
     return packed.at_targets(lm.hidden(packed, soft.new_zeros(0, soft.shape[-1])))
