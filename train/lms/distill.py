@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-import train.lms.base
 from train.lms.base import LanguageModel
 from train.lms.packing import Ids, valid_soft
 
@@ -37,7 +36,7 @@ def distillation_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy and the divergence from the teacher, differentiable in ``soft``.
 
-    Logits are computed only at target positions, with at most ``train.lms.base.MAX_LOGITS`` values in memory at a time.
+    Logits are computed only at target positions, with at most ``lm.max_logits`` values in memory at a time.
 
     Args:
         lm: the language model, as student and teacher.
@@ -64,7 +63,7 @@ def distillation_losses(
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
         return F.cross_entropy(logits, ids, reduction="none"), divergence
 
-    rows = max(1, train.lms.base.MAX_LOGITS // (TABLES * lm.vocab_size))
+    rows = max(1, lm.max_logits // (TABLES * lm.vocab_size))
     split = [torch.split(each, rows) for each in (student_ND, teacher_ND, packed.targets)]
     pieces = list(zip(*split, strict=True))
     if len(pieces) == 1:
