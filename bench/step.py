@@ -2,6 +2,7 @@
 
     python bench/step.py                            # SmolLM2-135M, batch 8: the demo's shape and LibriSpeech's; minutes
     python bench/step.py --steps 3 --json step.json
+    python bench/step.py --padding-free --shortest 0.2   # lengths as in random order, also without padding
 
 Both loops train the same projector (two linear layers over 5 frames) in front of the same frozen language model on the
 same batch in memory, in one dtype, and their first losses must agree. The plain loop is the one that transformers
@@ -86,10 +87,10 @@ SHAPES = {
 }
 
 
-def make_batch(shape: Shape, size: int) -> Batch:
-    """Return a batch of random frames at 50 a second, as batches grouped by length are: of similar lengths."""
+def make_batch(shape: Shape, size: int, shortest: float) -> Batch:
+    """Return a batch of random frames at 50 a second; its shortest utterance has ``shortest`` of the longest's."""
     rng = np.random.default_rng(0)
-    frames = [int(50 * shape.seconds * rng.uniform(0.9, 1)) for _ in range(size)]
+    frames = [int(50 * shape.seconds * rng.uniform(shortest, 1)) for _ in range(size)]
     features = [torch.from_numpy(rng.standard_normal((n, CHANNELS), np.float32)).half() for n in frames]
     texts = [" ".join(rng.choice(WORDS, max(1, int(n / 50 * shape.words_per_second)))) for n in frames]
     padded, blank = pad_sequence(features, batch_first=True), [""] * size
@@ -197,13 +198,16 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device, dtyp
     read = load_config(TrainConfig, shape.config, changed)
     tree = {**read.model_dump(mode="json"), "projector": {"kind": "linear", "stack": 5, "norm": "rms"}, "augment": {}}
     config = TrainConfig.model_validate(tree)
-    batch = make_batch(shape, arguments.batch)
+    batch = make_batch(shape, arguments.batch, arguments.shortest)
     models = [build_model(config, CHANNELS, device, dtype)]
     models.append(build_model(config, CHANNELS, device, dtype, models[0].lm))  # each loop trains its own projector
     loops = {"earshard": our_step(config, models[0]), "plain loop": plain_step(models[1], arguments.lm, dtype)}
-    first, second = (step(0, batch) for step in loops.values())
-    if abs(first - second) > 0.02 * second:
-        raise SystemExit(f"error: the loops do not compute the same loss: {first:.4f} and {second:.4f}")
+    if arguments.padding_free:
+        tree["lm"]["padding_free"] = True
+        loops["no padding"] = our_step(config, build_model(TrainConfig.model_validate(tree), CHANNELS, device, dtype))
+    first, second, *others = (step(0, batch) for step in loops.values())
+    if max(abs(loss - second) for loss in (first, *others)) > 0.02 * second:
+        raise SystemExit(f"error: the loops do not compute the same loss: {first:.4f}, {second:.4f}, {others}")
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(1, arguments.steps + 1):
         for loop, step in loops.items():
@@ -220,6 +224,8 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device, dtyp
         print(f"{label:12}{value:>10.3f}")
     of_bound, speedup = bound / medians["earshard"], medians["plain loop"] / medians["earshard"]
     print(f"{of_bound:.0%} of the bound; {speedup:.2f} x the plain loop")
+    if arguments.padding_free:
+        print(f"without padding {medians['no padding'] / medians['earshard']:.2f} x the time of our step with it")
     print("where our step goes: " + ", ".join(f"{kind} {share:.0%}" for kind, share in parts.items()))
     found = {"seconds": medians, "bound": bound, "of_bound": of_bound, "speedup": speedup}
     return {"shape": name, **found, "gflops": rate / 1e9, "shares": parts}
@@ -231,6 +237,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
+    parser.add_argument("--shortest", type=float, default=0.9, help="length of the shortest of the longest")
+    parser.add_argument("--padding-free", action="store_true", help="also measure our step with lm.padding_free")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_cache import make_cache
 from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config
@@ -44,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "augment": {"frame_mask_prob": 0.1, "noise_std": 0.1, "augment": {"speed": 0.1, "time_masks": 1}},
     "accumulate-ema": {"gradient_accumulation_steps": 2, "ema_decay": 0.9},
     "checkpointing": {"lm": {"checkpointing": True}},
+    "padding-free": {"lm": {"padding_free": True}},
     "lm-train": {"lm": {"train": True}},
     "lora": {"lm": {"lora": {"rank": 2}}},
     "nanochat": {"lm": {"model": "nanochat:d2"}},
@@ -115,6 +117,31 @@ def test_a_run_has_the_losses_of_the_cpu_and_its_step_the_waits_of_the_list(trai
     found = trained(name)
     assert found["losses"] == pytest.approx(expected, rel=0.01 if name == "bfloat16" else 1e-5)
     assert found["waits"] == WAITS.get(name, ONE_WAIT)
+
+
+def test_recomputed_layers_and_joined_rows_change_neither_losses_nor_gradients_nor_waits(pretended_cuda, inputs):
+    changes = {"recomputed": {"gradient_checkpointing": True}, "joined": {"padding_free": True}}
+    cases = {"plain": {}, **changes, "both": changes["recomputed"] | changes["joined"]}
+    found = pretended_cuda("cuda_training:gradients", {"lm": inputs[0], "cases": cases})
+    plain = found["cpu: plain"]
+    for name in cases:
+        torch.testing.assert_close(torch.tensor(found[name]["nats"]), torch.tensor(plain["nats"]))
+        torch.testing.assert_close(torch.tensor(found[name]["grad"]), torch.tensor(plain["grad"]))
+        assert found[name]["waits"] == found["plain"]["waits"]
+    assert found["recomputed"]["grad"] == found["plain"]["grad"]
+    assert found["both"]["grad"] == found["joined"]["grad"]
+
+
+def test_joined_rows_in_bfloat16_take_one_call_of_the_kernel_a_layer_without_a_wait(pretended_cuda, inputs):
+    cases = {"plain": {}, "joined": {"padding_free": True}}
+    found = pretended_cuda("cuda_training:gradients", {"lm": inputs[0], "cases": cases, "dtype": "bfloat16"})
+    joined, plain = found["joined"], found["cpu: plain"]
+    assert joined["kernel calls"] == [4, 4]  # two layers, four rows
+    assert found["plain"]["kernel calls"] == []
+    assert joined["waits"] == found["plain"]["waits"] == {}
+    assert joined["nats"] == pytest.approx(plain["nats"], rel=0.02)
+    grads = torch.tensor(joined["grad"]).flatten(), torch.tensor(plain["grad"]).flatten()
+    assert torch.cosine_similarity(*grads, 0) > 0.999
 
 
 def test_a_resumed_run_has_the_losses_of_one_without_a_break_and_an_evaluation_the_waits_of_the_list(

@@ -65,6 +65,40 @@ def train_each(device: Any, root: str, lm: str, cache: str, cases: dict[str, dic
     return found
 
 
+def gradients(device: Any, lm: str, cases: dict[str, dict[str, Any]], dtype: str = "float32") -> dict[str, Any]:
+    """Return the losses and the gradients of a projector with a model of each of ``cases``, options by name.
+
+    On the device, and under "cpu: NAME" on the CPU.
+    """
+    import cuda_flash
+    import torch
+
+    from train.config.model import LmConfig
+    from train.lms.load import load_lm
+
+    cuda_flash.install()
+    features = torch.randn(4, 7, 8, generator=torch.Generator().manual_seed(0))
+    weight = 0.1 * torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(7) < torch.tensor([[3], [7], [1], [0]])
+    rows = [[5, 6], [7], [], [9]], [[8], [], [6], []], [[20, 21, 2], [22], [5, 2], [2, 2, 2, 2]]
+    found: dict[str, Any] = {}
+    for place in ("cuda", "cpu"):
+        for name, options in cases.items():
+            own = load_lm(lm, device=place, dtype=getattr(torch, dtype), options=LmConfig(**options))
+            projector = weight.clone().to(place).requires_grad_()
+            placed = features.to(place)
+            before = len(device.waits)
+            cuda_flash.calls.clear()
+            nats = own.target_nll((placed @ projector.T).to(own.dtype), mask, *rows)
+            nats.sum().backward()
+            waits = counts(device.waits[before:])
+            assert projector.grad is not None
+            grad = projector.grad.cpu().tolist()
+            result = {"nats": nats.tolist(), "grad": grad, "waits": waits, "kernel calls": list(cuda_flash.calls)}
+            found[name if place == "cuda" else f"cpu: {name}"] = result
+    return found
+
+
 def sweep(device: Any, root: str, lm: str, cache: str, keys: list[dict[str, Any]]) -> dict[str, Any]:
     """Train experiments in lockstep; return the losses of each and the waits of the second to last step of all."""
     import train.sweeps.group as group

@@ -427,6 +427,9 @@ class LmConfig(Config):
     W1 of nanochat-omni trained with id0."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass. Takes a third more time and much less memory."""
+    padding_free: bool = False
+    """Compute losses of rows that lie one after another instead of padded rows (Hugging Face models with full attention
+    only). Saves the time of the padding, of which there is little in batches of similar lengths."""
     compile: bool = False
     """Compile the forward pass of training and evaluation with torch.compile. The first step takes minutes."""
     lora: LoraConfig | None = None
@@ -440,6 +443,8 @@ class LmConfig(Config):
     def _frozen(self) -> LmConfig:
         if self.train and (self.lora or self.bits):
             raise ValueError("train=true trains all weights of the LM: set either train or lora and bits, not both")
+        if self.padding_free and self.compile:
+            raise ValueError("padding_free=true joins rows of other lengths in every batch: set compile=false")
         return self
 
 

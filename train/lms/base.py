@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,18 @@ from torch.utils.checkpoint import checkpoint as recompute  # this package has a
 
 from train.lms.packing import Ids, PackedInputs, pack_inputs, valid_soft
 
-MAX_LOGITS = 2**25  # float32 values in memory at a time: 128 MiB, and as much again for their gradient
+# Logits in memory at a time: of float32 128 MiB to 1 GiB, and three times as much for what is computed from them.
+MIN_LOGITS, MAX_LOGITS = 2**25, 2**28
+_LOGITS_SHARE = 16  # of the free memory of a GPU, one part
+
+
+def choose_max_logits(device: torch.device) -> int:
+    """Return how many logits may be in memory at a time: on a GPU a share of what is free now, as a power of two."""
+    if device.type != "cuda":
+        return MIN_LOGITS
+    free: int = torch.cuda.mem_get_info(device)[0]
+    bits = (free // (4 * _LOGITS_SHARE)).bit_length()
+    return max(MIN_LOGITS, min(MAX_LOGITS, 1 << max(0, bits - 1)))
 
 
 class Tokenizer(Protocol):
@@ -112,6 +123,8 @@ class LanguageModel(nn.Module):
     trainable: bool = False
     max_positions: int | None = None  # that the model was made for; None: unknown, or any number
     learned_positions: bool = False  # whether there are no embeddings of further positions
+    padding_free: bool = False  # whether losses are computed of joined rows
+    max_logits: int = MIN_LOGITS  # at a time; chosen once for a run, because its losses are rounded differently
 
     @property
     def soft_width(self) -> int:
@@ -136,6 +149,7 @@ class LanguageModel(nn.Module):
     def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
         """Return the hidden states before the head, [B, T, D], for ``packed`` with ``soft_ND`` in its soft positions.
 
+        Of joined rows, [1, T, D].
         ``soft_ND`` is [valid soft tokens of the batch, D].
         """
         raise NotImplementedError
@@ -155,7 +169,7 @@ class LanguageModel(nn.Module):
     def target_nll(self, soft: Tensor, soft_mask: Tensor, prefix: Ids, suffix: Ids, targets: Ids) -> Tensor:
         """Return the negative log-likelihood of the targets, summed over each row; differentiable in ``soft``.
 
-        Logits are computed only at target positions, and at most ``MAX_LOGITS`` values at a time.
+        Logits are computed only at target positions, and at most ``max_logits`` values at a time.
 
         Args:
             soft: [B, S, D].
@@ -167,9 +181,14 @@ class LanguageModel(nn.Module):
         Returns:
             nats, float32 [B].
         """
-        packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets, device=soft.device)
+        packed = self.pack(soft_mask, prefix, suffix, targets)
         hidden_BTD = self.hidden(packed, valid_soft(soft, soft_mask))
         return packed.sum_by_row(self._token_nll(packed.at_targets(hidden_BTD), packed.targets))
+
+    def pack(self, soft_mask: Tensor, prefix: Ids, suffix: Ids, targets: Ids) -> PackedInputs:
+        """Return the inputs of a loss; arguments are those of :meth:`target_nll`."""
+        pad: Literal["right", "none"] = "none" if self.padding_free else "right"
+        return pack_inputs(soft_mask.sum(1), prefix, suffix, targets, pad, self.device)
 
     def candidate_nll(self, soft_SD: Tensor, prefix: Sequence[int], suffix: Sequence[int], candidates: Ids) -> Tensor:
         """Return ``target_nll`` of each of ``candidates`` after the same soft tokens [S, D] and prompt.
@@ -186,13 +205,13 @@ class LanguageModel(nn.Module):
     def _token_nll(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Map [N, D], [N] to the loss of each token in nats [N].
 
-        If the logits exceed ``MAX_LOGITS``, they are computed in pieces and recomputed in the backward pass.
+        If the logits exceed ``max_logits``, they are computed in pieces and recomputed in the backward pass.
         """
 
         def nll(hidden: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(hidden), targets, reduction="none")
 
-        rows = max(1, MAX_LOGITS // self.vocab_size)
+        rows = max(1, self.max_logits // self.vocab_size)
         if len(targets_N) <= rows:
             return nll(hidden_ND, targets_N)
         starts = range(0, len(targets_N), rows)

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-import train.lms.base
 from train.lms.base import LanguageModel
-from train.lms.packing import Ids, pack_inputs, valid_soft
+from train.lms.packing import Ids, valid_soft
 
 TABLES = 4  # tensors [targets, V] in memory for a piece: logits and log-probabilities of both
 
@@ -37,7 +36,7 @@ def distillation_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy and the divergence from the teacher, differentiable in ``soft``.
 
-    Logits are computed only at target positions, with at most ``train.lms.base.MAX_LOGITS`` values in memory at a time.
+    Logits are computed only at target positions, with at most ``lm.max_logits`` values in memory at a time.
 
     Args:
         lm: the language model, as student and teacher.
@@ -51,7 +50,7 @@ def distillation_losses(
     Returns:
         (cross-entropy, KL divergence) in nats, float32 [B] each, summed over the targets of a row.
     """
-    packed = pack_inputs(soft_mask.sum(1), prefix, suffix, targets, device=soft.device)
+    packed = lm.pack(soft_mask, prefix, suffix, targets)
     student_ND = packed.at_targets(lm.hidden(packed, valid_soft(soft, soft_mask)))
     with torch.no_grad():
         teacher_ND = _teacher_hidden(lm, prefix, suffix, targets, soft)
@@ -64,7 +63,7 @@ def distillation_losses(
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
         return F.cross_entropy(logits, ids, reduction="none"), divergence
 
-    rows = max(1, train.lms.base.MAX_LOGITS // (TABLES * lm.vocab_size))
+    rows = max(1, lm.max_logits // (TABLES * lm.vocab_size))
     split = [torch.split(each, rows) for each in (student_ND, teacher_ND, packed.targets)]
     pieces = list(zip(*split, strict=True))
     if len(pieces) == 1:
@@ -83,5 +82,5 @@ def _teacher_hidden(lm: LanguageModel, prefix: Ids, suffix: Ids, targets: Ids, s
         [*b, *ids[:-1]] if b or a or len(ids) > 1 else placeholder
         for b, a, ids in zip(prefix, suffix, targets, strict=True)
     ]
-    packed = pack_inputs(torch.zeros(len(texts), dtype=torch.int64), texts, suffix, targets, device=soft.device)
+    packed = lm.pack(torch.zeros(len(texts), 0, dtype=torch.bool), texts, suffix, targets)
     return packed.at_targets(lm.hidden(packed, soft.new_zeros(0, soft.shape[-1])))

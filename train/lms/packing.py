@@ -1,10 +1,10 @@
 """Packing of the language model's inputs: rows [prefix | soft tokens | suffix | targets], one per utterance.
 
 :func:`pack_inputs` takes the number of soft tokens and the token ids of each row, and returns :class:`PackedInputs`:
-ids, masks and indices of rows without gaps, padded on one side. They are made on the CPU, where all sizes are known,
-and cross to a GPU in one copy for which the host does not wait; the model then selects and writes positions by their
-indices, because a mask would make the host wait for its number of True values. The number of tensor operations does
-not depend on the number of rows.
+ids, masks and indices of rows without gaps, padded on one side or joined to one row. They are made on the CPU, where
+all sizes are known, and cross to a GPU in one copy for which the host does not wait; the model then selects and writes
+positions by their indices, because a mask would make the host wait for its number of True values. The number of tensor
+operations does not depend on the number of rows.
 
 Letters: B rows, S soft tokens, T positions, N target tokens of the whole batch, D the LM's width.
 """
@@ -25,8 +25,20 @@ Ids = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
+class JoinedRows:
+    """Rows that lie one after another in one row of ``sum(lengths)`` positions."""
+
+    lengths: tuple[int, ...]  # [B]
+    position_ids: Tensor  # [1, sum of lengths] int64: 0 at the first position of each row
+    bounds: Tensor  # [B + 1] int32: 0 and where each row ends
+
+
+@dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """The positions of one batch: masks on the CPU, the rest on the LM's device. Positions are in row-major order."""
+    """The positions of one batch: masks on the CPU, the rest on the LM's device. Positions are in row-major order.
+
+    If the rows are joined, ``ids`` is [1, sum of lengths], and indices and ``last_positions`` count in that row.
+    """
 
     is_text: Tensor  # [B, T] bool, on the CPU
     is_soft: Tensor  # [B, T] bool, on the CPU
@@ -38,6 +50,7 @@ class PackedInputs:
     soft_index: Tensor  # int64, of ``is_soft``
     target_index: Tensor  # [N] int64, of ``predicts_target``
     target_slots: Tensor  # [N] int64: flat places in [B, most targets of a row]
+    joined: JoinedRows | None = None  # None: the rows are padded
 
     @property
     def valid(self) -> Tensor:
@@ -60,7 +73,7 @@ def pack_inputs(
     prefix: Ids,
     suffix: Ids,
     targets: Ids | None = None,
-    pad: Literal["left", "right"] = "right",
+    pad: Literal["left", "right", "none"] = "right",
     device: torch.device | None = None,
 ) -> PackedInputs:
     """Lay out ``soft_lengths`` [B] int64 soft tokens between ``prefix`` and ``suffix``, followed by ``targets``.
@@ -68,6 +81,7 @@ def pack_inputs(
     The last target is predicted but is not an input. Without ``targets``, a row ends with ``suffix``.
 
     Args:
+        pad: the side of the padding; none: the rows are joined, see :class:`JoinedRows`.
         device: of the result; by default that of ``soft_lengths``, which should be on the CPU.
 
     Raises:
@@ -76,7 +90,7 @@ def pack_inputs(
     device, soft_lengths, batch = device or soft_lengths.device, soft_lengths.cpu(), len(prefix)
     wanted = targets if targets is not None else [[] for _ in range(batch)]
     parts = list(zip(prefix, suffix, wanted, strict=True))
-    text = chain.from_iterable([*b, *a, *t[:-1]] for b, a, t in parts)
+    text_ids = chain.from_iterable([*b, *a, *t[:-1]] for b, a, t in parts)
     n_prefix, n_suffix, n_targets = torch.tensor([[len(b), len(a), len(t)] for b, a, t in parts]).unbind(1)
     prompt_lengths = n_prefix + soft_lengths + n_suffix
     lengths = prompt_lengths + (n_targets - 1).clamp(min=0)
@@ -92,18 +106,27 @@ def pack_inputs(
     is_soft = between(n_prefix, n_prefix + soft_lengths)
     is_text = between(torch.zeros_like(lengths), lengths) & ~is_soft
     predicts_target = between(prompt_lengths - 1, prompt_lengths - 1 + n_targets)
-    flat = torch.tensor(list(text), dtype=torch.int64)
-    on_device = all_to_device(
+    flat = torch.tensor(list(text_ids), dtype=torch.int64)
+    index = [places(mask) for mask in (is_text, is_soft, predicts_target)]
+    shape, last = (batch, width), start + lengths - 1
+    if pad == "none":
+        rank = (is_text | is_soft).flatten().cumsum(0) - 1  # of a valid position among the valid ones
+        index, shape, last = [rank[each] for each in index], (1, int(lengths.sum())), lengths.cumsum(0) - 1
+    ids, wanted_ids, last, text, soft, target, slots, position_ids, bounds = all_to_device(
         [
-            torch.zeros(batch, width, dtype=torch.int64).masked_scatter(is_text, flat),
+            torch.zeros(shape, dtype=torch.int64).flatten().index_copy(0, index[0], flat).view(shape),
             torch.tensor(list(chain.from_iterable(wanted)), dtype=torch.int64),
-            start + lengths - 1,
-            *map(places, (is_text, is_soft, predicts_target)),
+            last,
+            *index,
             places(torch.arange(int(n_targets.max())) < n_targets[:, None]),
+            position[is_text | is_soft][None],
+            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         ],
         device,
     )
-    return PackedInputs(is_text, is_soft, predicts_target, *on_device)
+    joined = JoinedRows(tuple(lengths.tolist()), position_ids, bounds.int()) if pad == "none" else None
+    masks = is_text, is_soft, predicts_target
+    return PackedInputs(*masks, ids, wanted_ids, last, text, soft, target, slots, joined)
 
 
 def places(mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.data.instructions import Instructions, read_instructions
-from train.model.replay import replay_date, require_same_ids
+from train.model.replay import replay_lm, require_same_ids
 from train.runs.folder import read_cache_info, read_run_instructions
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def build_model(
         projector = ScoringProjector(projector, head_tokens)
     if instructions is None and config.prompt.prompts is not None:
         instructions = read_instructions(config.prompt.prompts)
-    record = None if run is None else replay_date(lm, run)
+    record = None if run is None else replay_lm(lm, run)
     end = lm.tokenizer.eos if run is not None and record is None else None  # what older runs were taught
     prompt = Prompt(config.prompt, lm.tokenizer, instructions, config.order_seed, config.val.seed, end)
     if run is not None and record is not None:

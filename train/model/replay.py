@@ -1,7 +1,8 @@
 """What makes a language model's ids besides its weights: ``lm.json`` in a run folder and in an export.
 
 The ids of a prompt and of a text depend on the tokenizer's files, on the model's configs, on the version of the
-library, and with a chat template that shows the date on the day. A run records all of that before its first step.
+library, and with a chat template that shows the date on the day. A run records all of that before its first step, and
+how many logits it computes at a time, which depends on the memory that was free and rounds its losses.
 Whoever uses the run later replays the day, and is refused, naming the file, when something else differs. A run from
 before this record is used as it was trained: its targets end with the tokenizer's end-of-sequence token.
 """
@@ -35,6 +36,7 @@ def lm_record(lm: LanguageModel, prompt: Prompt) -> dict[str, Any]:
         "suffix": list(prompt.suffix),
         "end": prompt.end,
         "ends": sorted(prompt.ends),
+        "max_logits": lm.max_logits,
     }
 
 
@@ -51,6 +53,7 @@ def read_lm_record(run: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is corrupt.
     """
+    from train.lms.base import MAX_LOGITS, MIN_LOGITS
     from train.runs.folder import read_json
 
     path = run / LM_RECORD
@@ -59,18 +62,26 @@ def read_lm_record(run: Path) -> dict[str, Any] | None:
     record = read_json(path)
     kinds = {"files": dict, "date": str, "probe": list, "prefix": list, "suffix": list, "end": int, "ends": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+    if record.get("max_logits", MIN_LOGITS) not in range(MIN_LOGITS, MAX_LOGITS + 1):
+        wrong.append("max_logits")
     if wrong:
         raise UserError(f"'{path}' has no valid '{wrong[0]}': copy the run again, or train it again")
     return record
 
 
-def replay_date(lm: LanguageModel, run: Path) -> dict[str, Any] | None:
-    """Make chat templates of ``lm`` show the day on which ``run`` was created; return the run's record, if any.
+def replay_lm(lm: LanguageModel, run: Path) -> dict[str, Any] | None:
+    """Make chat templates of ``lm`` show the day on which ``run`` was created, and compute its losses as ``run`` does.
+
+    Returns:
+        The run's record, if any.
 
     Raises:
         UserError: the record is corrupt.
     """
+    from train.lms.base import MIN_LOGITS
+
     record = read_lm_record(run)
+    lm.max_logits = (record or {}).get("max_logits", MIN_LOGITS)  # runs from before that number had this one
     if record is None:
         return None
     try:

@@ -30,7 +30,7 @@ from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
 from train.distributed.signals import StopRequest
 from train.evaluation.evaluate import Evaluation, Stopped
-from train.lms.base import LanguageModel, SeparatePasses
+from train.lms.base import LanguageModel, SeparatePasses, choose_max_logits
 from train.model.build import build_model, load_run_lm
 from train.model.checkpoint import checkpoints
 from train.model.ctc import (
@@ -41,7 +41,7 @@ from train.model.ctc import (
     uses_tokens,
 )
 from train.model.proof import prove
-from train.model.replay import replay_date
+from train.model.replay import replay_lm
 from train.runs import folder as runs
 from train.runs.metrics_log import format_losses, format_number
 from train.sweeps.lm_batching import LmBatcher
@@ -164,9 +164,10 @@ class LockstepTrainer:
         self.passes = self.batcher or SeparatePasses(lm)
         self.experiments: list[Experiment] = []
         print_notes(data.notes)
-        if first is not None:
-            replay_date(lm, first)
         device = choose_device(configs[0].device)
+        lm.max_logits = choose_max_logits(device)
+        if first is not None:
+            replay_lm(lm, first)
         dtype = choose_dtype(configs[0].dtype, device)
         self.stream: Any = None
         existing = []

@@ -19,6 +19,7 @@ from train.config.train import STAGE_ONE, TrainConfig
 from train.data.caches import TrainData, open_data, print_notes
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
+from train.lms.base import choose_max_logits
 from train.model.audio_lm import AudioLM
 from train.model.build import build_model
 from train.model.checkpoint import checkpoints
@@ -108,6 +109,8 @@ def _fit_stage_two(
     with group.raise_on_all_ranks():
         channels = data.caches[0].spec.channels
         model = build_model(config, channels, device, dtype, run=run if begun else None, tokens=tokens)
+    if not begun:
+        model.lm.max_logits = min(group.all_gather(choose_max_logits(device)))
     state = RunState(config, data, model, dtype, run, group)
     if config.is_pretrained and not begun:
         with group.raise_on_all_ranks():

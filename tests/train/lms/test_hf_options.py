@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_lm import save_tiny_lm
 
-import train.lms.base
 from shards.config.base import load_config
 from shards.errors import UserError
 from train.config.model import LmConfig, LoraConfig
+from train.lms.base import choose_max_logits
 from train.lms.load import load_lm
 
 BEFORE, AFTER, TARGETS = [[5, 6], [7]], [[8], []], [[20, 21, 22, 2], [22, 2]]
@@ -103,13 +103,20 @@ def test_logits_in_pieces_give_the_same_nats_and_gradients_with_less_memory(tiny
     nats, grad, _ = run(lm)
     sizes, logits = [], lm.logits
     monkeypatch.setattr(lm, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
-    monkeypatch.setattr(train.lms.base, "MAX_LOGITS", 2 * lm.vocab_size + 1)
+    lm.max_logits = 2 * lm.vocab_size + 1
     nats_pieces, grad_pieces, _ = run(lm)
     torch.testing.assert_close(nats_pieces, nats)
     torch.testing.assert_close(grad_pieces, grad)
     assert max(sizes) == 2
-    monkeypatch.setattr(train.lms.base, "MAX_LOGITS", 1)
+    lm.max_logits = 1
     torch.testing.assert_close(run(lm)[0], nats)
+
+
+@pytest.mark.parametrize(("free", "chosen"), [(0, 2**25), (2 * 2**30, 2**25), (5 * 2**30, 2**26), (78 * 2**30, 2**28)])
+def test_a_sixteenth_of_the_free_memory_holds_logits_within_a_floor_and_a_cap(monkeypatch, free, chosen):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    assert choose_max_logits(torch.device("cuda")) == chosen
+    assert choose_max_logits(torch.device("cpu")) == 2**25
 
 
 @pytest.mark.slow

@@ -14,14 +14,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_cache import make_cache
 from tiny_lm import CHAT, save_tiny_lm
-from tiny_run import make_config
+from tiny_run import forget_after, losses, make_config
 from tiny_sweep import make_sweep
 
 import train.lms.hf.model
+import train.trainer.fit
 from shards.errors import UserError
 from train import Projector
 from train.evaluation.run import evaluate_run
 from train.inference.export import export, load_projector
+from train.lms.base import LanguageModel
 from train.model.build import build_model, load_model
 from train.model.prompt import PromptRow
 from train.model.replay import LM_RECORD, read_lm_record
@@ -191,3 +193,24 @@ def test_a_sweep_records_the_ids_of_each_experiment(world, tmp_path, monkeypatch
         model = load_model(run, run_config(run), CPU, torch.float32)
         assert list(model.prompt.suffix) == read_lm_record(run)["suffix"]
         assert "2031" not in model.prompt.text
+
+
+def test_a_run_keeps_how_many_logits_it_computes_at_a_time(tmp_path, monkeypatch):
+    lm, cache = save_tiny_lm(tmp_path / "lm"), make_cache(tmp_path / "cache", n=24, channels=8, val_every=4)
+    keys = {"steps": 4, "checkpoint_every": 2, "eval_every": 0}
+    used, own = [], LanguageModel._token_nll
+    monkeypatch.setattr(LanguageModel, "_token_nll", lambda lm, *args: used.append(lm.max_logits) or own(lm, *args))
+    monkeypatch.setattr(train.trainer.fit, "choose_max_logits", lambda device: 2**26)
+    config = make_config(tmp_path, cache, f"path:{lm}", **keys)
+    run = fit(config)
+    found = losses(run)
+    monkeypatch.setattr(train.trainer.fit, "choose_max_logits", lambda device: 2**28)  # another process used the memory
+    forget_after(run, 2)
+    fit(config, resume=run)
+    assert losses(run) == found
+    assert read_lm_record(run)["max_logits"] == 2**26
+    assert set(used) == {2**26}
+    path = run / LM_RECORD
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_logits": 2**60}))
+    with pytest.raises(UserError, match="no valid 'max_logits'"):
+        read_lm_record(run)

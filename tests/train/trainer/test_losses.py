@@ -14,7 +14,6 @@ from tiny_lm import save_tiny_lm
 from tiny_run import losses, make_config, write_config
 from tiny_step import one_step
 
-import train.lms.base
 from train.config.model import ContrastiveConfig, DistillConfig, MlpConfig, PromptConfig
 from train.config.train import TrainConfig
 from train.distributed.group import ProcessGroup
@@ -90,7 +89,7 @@ def test_in_pieces_no_more_logits_exist_than_the_limit_and_the_results_stay(lm, 
 
     whole, sizes, logits = costs(), [], lm.logits
     monkeypatch.setattr(lm, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
-    monkeypatch.setattr(train.lms.base, "MAX_LOGITS", 4 * 2 * lm.vocab_size)
+    monkeypatch.setattr(lm, "max_logits", 4 * 2 * lm.vocab_size)
     for ours, theirs in zip(costs(), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert max(sizes) == 2

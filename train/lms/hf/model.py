@@ -2,7 +2,8 @@
 
 The folder holds config, safetensors and tokenizer in the format of transformers; this module does not access a hub.
 Rows are padded on the right for losses: causal attention never reads what follows a row, so no mask and no position ids
-are needed. Generation pads on the left, with a mask and position ids, and uses a KV cache.
+are needed. With ``padding_free`` they are joined to one row instead (``padding_free.py``). Generation pads on the left,
+with a mask and position ids, and uses a KV cache.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from train.distributed.device import all_to_device
 from train.lms.base import Decoding, LanguageModel
 from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
 from train.lms.hf.masks import one_sequence_a_row
+from train.lms.hf.padding_free import enable_padding_free
 from train.lms.hf.scales import Scales, decoder, find_scales
 from train.lms.packing import Ids, PackedInputs, pack_inputs, places, valid_soft
 
 _ANSWER = "earshard answer"  # marks the end of an answer in a rendered chat
 _CONFIG_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab"}
+_F32_TOLERANCE, _BF16_TOLERANCE = 1e-3, 0.02  # of hidden states, relative to the largest
 _EMBEDDING_ROWS = 8192  # rows embedded at a time to compute their RMS: bounds memory for a vocabulary of 150,000
 
 
@@ -155,9 +158,11 @@ class HfLanguageModel(LanguageModel):
         self.embedding_rms = self._embedding_rms()
 
     def hidden(self, packed: PackedInputs, soft_ND: Tensor) -> Tensor:
+        joined = packed.joined
+        keys = {} if joined is None else {"joined": joined, "position_ids": joined.position_ids}
         with self._autocast(), one_sequence_a_row():
             out = (self._compiled or decoder(self.model))(
-                inputs_embeds=self._embed_inputs(packed, soft_ND), use_cache=False
+                inputs_embeds=self._embed_inputs(packed, soft_ND), use_cache=False, **keys
             )
         hidden: Tensor = out.last_hidden_state
         return hidden
@@ -209,6 +214,33 @@ class HfLanguageModel(LanguageModel):
     def compile_forward(self) -> None:
         """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
         self._compiled = torch.compile(decoder(self.model).__call__, dynamic=True)
+
+    @torch.no_grad()
+    def enable_padding_free(self) -> None:
+        """Compute losses without padding.
+
+        Raises:
+            UserError: the attention of the model does not keep joined rows apart.
+        """
+        ids = [[5, 6, 7, 8, 9], [6], [8, 5, 6]]
+        rows: tuple[Tensor, Ids, Ids] = torch.zeros(len(ids), dtype=torch.int64), ids, [[]] * len(ids)
+        soft = torch.empty(0, self.width, device=self.device, dtype=self.dtype)
+        padded = pack_inputs(*rows, device=self.device)
+        apart = self.hidden(padded, soft).flatten(0, 1).index_select(0, padded.text_index).float()
+        reason = "its other layers, or their positions, do not keep rows apart"
+        try:
+            enable_padding_free(self.model)
+            joined = self.hidden(pack_inputs(*rows, pad="none", device=self.device), soft)[0].float()
+            tolerance = _BF16_TOLERANCE if self.dtype == torch.bfloat16 else _F32_TOLERANCE
+            same = bool((joined - apart).abs().max() <= tolerance * apart.abs().max())
+        except (ValueError, TypeError, RuntimeError) as error:
+            same, reason = False, " ".join(str(error).split())[:200]
+        if not same:
+            raise UserError(
+                f"lm.padding_free=true: '{self.reference}' cannot attend to rows without padding ({reason}): set "
+                "lm.padding_free=false"
+            )
+        self.padding_free = True
 
     def _embed_ids(self, ids: Tensor) -> Tensor:
         """Map ids of any shape to their rows of ``inputs_embeds`` [..., D]."""
@@ -415,11 +447,12 @@ def load_hf(
         dtype: dtype of activations and frozen weights.
         train: train all weights, which are then float32; otherwise they are frozen.
         seed: seed of the initial weights of LoRA adapters.
-        options: ``compile``, ``bits``, ``lora`` and ``gradient_checkpointing`` are read; see ``adapters.py``.
+        options: ``compile``, ``bits``, ``lora``, ``gradient_checkpointing`` and ``padding_free`` are read; see
+            ``adapters.py`` and ``padding_free.py``.
 
     Raises:
         UserError: the folder holds no causal LM, its tokenizer has no end-of-sequence token, the model computes its
-            logits in an unsupported way, or a package that ``options`` needs is not installed.
+            logits in an unsupported way or does not support ``options``, or a package that these need is not installed.
     """
     options = options or LmConfig()
     loading: dict[str, Any] = {"dtype": torch.float32 if train else dtype}
@@ -447,6 +480,8 @@ def load_hf(
     lm = HfLanguageModel(model, HfTokenizer(tokenizer, reference, generation_ends(model)), reference, identity, dtype)
     lm.files = hash_configs(folder)
     lm.train(train)
+    if options.padding_free:
+        lm.enable_padding_free()
     if options.compile:
         lm.compile_forward()
     return lm

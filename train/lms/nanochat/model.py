@@ -111,8 +111,10 @@ def load_nanochat(
             what only Hugging Face models support.
     """
     options = options or LmConfig()
-    if options.lora or options.bits or options.compile:
-        raise UserError(f"'{reference}': lm.lora, lm.bits and lm.compile are only for Hugging Face models")
+    if options.lora or options.bits or options.compile or options.padding_free:
+        raise UserError(
+            f"'{reference}': lm.lora, lm.bits, lm.compile and lm.padding_free are only for Hugging Face models"
+        )
     match = _REFERENCE.fullmatch(reference)
     place = Path(reference.removeprefix("nanochat:")).expanduser()
     tokenizer: ByteTokenizer | TiktokenTokenizer
