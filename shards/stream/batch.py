@@ -5,11 +5,17 @@ A batch carries the state of the stream, which checkpoints store.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+
+from shards.format.codec import STORED_DTYPE
+from shards.read.cache import StoredUtterance
+
+TORCH_DTYPE = {"f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass
@@ -64,7 +70,24 @@ class Batch:
 
     def decoded(self) -> Batch:
         """Return the batch with codes replaced by the features that they stand for, float32; float16 stays."""
-        if self.features.dtype in (torch.float16, torch.float32):
-            return self
-        features = self.features.float()
-        return replace(self, features=features if self.scales is None else features * self.scales[:, None], scales=None)
+        return replace(self, features=decode_stored(self.features, self.scales), scales=None)
+
+
+def pad_stored(rows: Sequence[StoredUtterance], codec: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return ``rows`` as they are stored, padded with zeros to [B, T, C], and their scales, float32 [B, C] or None."""
+    payloads = [row.payload for row in rows]
+    padded = np.zeros((len(rows), max(map(len, payloads)), payloads[0].shape[1]), STORED_DTYPE[codec])
+    for slot, payload in zip(padded, payloads, strict=True):
+        slot[: len(payload)] = payload
+    scales = [row.scale for row in rows if row.scale is not None]
+    return torch.from_numpy(padded).view(TORCH_DTYPE[codec]), torch.from_numpy(np.stack(scales)) if scales else None
+
+
+def decode_stored(features: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Return the features that codes [B, T, C] with ``scales`` [B, C] stand for, float32; float16 and float32 stay.
+
+    The values have the bits of ``shards.format.codec.decode``, on any device.
+    """
+    if features.dtype in (torch.float16, torch.float32):
+        return features
+    return features.float() if scales is None else features.float() * scales[:, None]

@@ -37,14 +37,13 @@ from shards.format.codec import STORED_DTYPE, decode
 from shards.format.variants import split_key
 from shards.read.cache import Cache
 from shards.remote.mirror import Mirror, require_space
-from shards.stream.batch import Batch
+from shards.stream.batch import TORCH_DTYPE, Batch
 from shards.stream.concat import ConcatCache
 from shards.stream.prefetch import BufferPool, prefetch_batches
 from shards.stream.sampler import BatchSampler, Rows, SamplerConfig, SamplerState
 from shards.stream.versions import VersionDraw
 
 STATE_VERSION = 3  # changes with the order of batches and with what identifies a stream
-_TORCH_DTYPE = {"f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 Step = tuple[Rows, SamplerState, SamplerState]  # rows of a batch, its state, the next state
 
 
@@ -306,7 +305,7 @@ class FeatureStream(IterableDataset[Batch]):
         names = [split_key(row.key) for row in stored]
         columns = {name: self.concat_cache.strings(name, mine) for name in self._columns}
         return Batch(
-            features=tensor.view(_TORCH_DTYPE[codec]) if self.encoded else tensor,
+            features=tensor.view(TORCH_DTYPE[codec]) if self.encoded else tensor,
             lengths=torch.from_numpy(frames.astype(np.int64)),
             keys=[key for key, _ in names],
             texts=[row.text for row in stored],

@@ -159,6 +159,21 @@ def test_a_resumed_run_has_the_losses_of_one_without_a_break_and_an_evaluation_t
     assert found["evaluation"] == WAITS["evaluation"], json.dumps(found["evaluation"], indent=1)
 
 
+def test_an_evaluation_sends_what_is_stored_and_decodes_it_on_the_device_to_the_bits_of_the_host(
+    pretended_cuda, inputs
+):
+    crossed = {
+        "f16": ["float16"],
+        "bf16": ["bfloat16"],
+        "int8": ["float32", "int8"],
+        "fp8": ["float32", "float8_e4m3fn"],
+    }
+    caches = [str(Path(inputs[1]).with_name(codec)) for codec in crossed]
+    found = pretended_cuda("cuda_training:evaluation_batches", {"caches": caches})
+    for each, wanted in zip(found, crossed.values(), strict=True):
+        assert each == {"waits": {}, "bits": True, "on": ["cuda", "cpu"], "crossed": wanted}
+
+
 @pytest.mark.slow
 def test_experiments_in_lockstep_train_as_on_the_cpu_with_one_wait_each(pretended_cuda, inputs, tmp_path):
     lm, cache = inputs

@@ -99,6 +99,35 @@ def gradients(device: Any, lm: str, cases: dict[str, dict[str, Any]], dtype: str
     return found
 
 
+def evaluation_batches(device: Any, caches: list[str]) -> list[dict[str, Any]]:
+    """Read the held-out rows of each cache for a model on the device; return what crossed and what arrived."""
+    import torch
+
+    import train.evaluation.batches as batches
+    from train.data.caches import open_utterances
+    from train.data.padding import pad
+    from train.data.text import AS_STORED
+    from train.distributed.group import ProcessGroup
+
+    plain, found = batches.to_device, []
+    for cache in caches:
+        crossed: list[torch.Tensor] = []
+        batches.to_device = lambda tensor, where, crossed=crossed: plain((crossed.append(tensor), tensor)[1], where)
+        utterances = open_utterances([cache])
+        arguments: list[Any] = [utterances, 4, None, lambda: False, ProcessGroup(), AS_STORED, None]
+        reader = batches.UtteranceReader(*arguments, torch.device("cuda"))
+        device.waits.clear()
+        features, mask = reader.read([5, 0, 11])
+        waits = counts(device.waits)
+        wanted, wanted_mask = pad([utterances.features(index) for index in (5, 0, 11)])
+        same = torch.equal(features.cpu(), wanted) and features.dtype == wanted.dtype and torch.equal(mask, wanted_mask)
+        where = [features.device.type, mask.device.type]
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in crossed]
+        found.append({"waits": waits, "bits": same, "on": where, "crossed": dtypes})
+    batches.to_device = plain
+    return found
+
+
 def sweep(device: Any, root: str, lm: str, cache: str, keys: list[dict[str, Any]]) -> dict[str, Any]:
     """Train experiments in lockstep; return the losses of each and the waits of the second to last step of all."""
     import train.sweeps.group as group

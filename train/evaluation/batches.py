@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shards.stream.batch import decode_stored, pad_stored
+from shards.stream.concat import ConcatCache
 from train.config.model import TextConfig
 from train.data.caches import Utterances
 from train.data.padding import pad
 from train.data.text import AS_STORED, apply_text_rules
+from train.distributed.device import to_device
 from train.distributed.group import ProcessGroup
 from train.evaluation.languages import text_languages
 from train.evaluation.utterance_table import cache_ids
@@ -27,6 +31,7 @@ from train.model.prompt import PromptRow
 
 Features = npt.NDArray[Any]
 BatchFunction = Callable[[list[int], Tensor, Tensor], Any]
+CPU = torch.device("cpu")
 
 
 class Stopped(Exception):
@@ -34,7 +39,7 @@ class Stopped(Exception):
 
 
 class UtteranceReader:
-    """Reads a set of utterances in batches.
+    """Reads a set of utterances in batches, for a model on ``device``.
 
     ``keys``, ``texts``, ``tasks``, ``languages`` (codes), ``frames`` (counts) and ``rows`` (what selects the
     instructions) hold one entry per utterance, in the order of ``utterances``.
@@ -49,6 +54,7 @@ class UtteranceReader:
         group: ProcessGroup,
         text: TextConfig = AS_STORED,
         language: str | None = None,
+        device: torch.device = CPU,
     ) -> None:
         columns = utterances.columns("key", "text", "frames", "task", "prompt", "language")
         self.keys, self.frames, self.tasks = columns["key"], columns["frames"], columns["task"]
@@ -57,10 +63,25 @@ class UtteranceReader:
         self.languages = text_languages(columns["language"], self.texts, language)
         self.index_of_row = {int(row): index for index, row in enumerate(utterances.rows)}
         self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
-        self.stop, self.group = stop, group
+        self.stop, self.group, self.device = stop, group, device
+        self._stored = None if utterances.layers is not None or device.type == "cpu" else ConcatCache(utterances.caches)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the features of utterances, padded to [B, T, C], and their mask, bool [B, T] on the CPU.
+
+        For a GPU, features of one layer travel as they are stored, are decoded there and stay there.
+        """
+        if self._stored is None:
+            return pad([self.utterances.features(index) for index in indices])
+        rows = self._stored.read_stored(self.utterances.rows[list(indices)])
+        codes, scales = pad_stored(rows, self._stored.spec.codec)
+        lengths = torch.tensor([len(row.payload) for row in rows])
+        mask = torch.arange(codes.shape[1]) < lengths[:, None]
+        scales = None if scales is None else to_device(scales, self.device)
+        return decode_stored(to_device(codes, self.device), scales), mask
 
     def map_batches(
         self,
@@ -86,10 +107,11 @@ class UtteranceReader:
         Raises:
             Stopped: ``stop()`` returned True on any rank.
         """
-        read = get_features or self.utterances.features
 
         def run_batch(batch: list[int]) -> Any:
-            return function([text_indices[i] for i in batch], *pad([read(audio_indices[i]) for i in batch]))
+            audio = [audio_indices[i] for i in batch]
+            padded = self.read(audio) if get_features is None else pad([get_features(index) for index in audio])
+            return function([text_indices[i] for i in batch], *padded)
 
         return self.map_items(self._batches(audio_indices), run_batch, what)
 

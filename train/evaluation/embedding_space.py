@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.files import atomic_write, translate_os_errors
-from train.data.padding import pad
 from train.distributed.device import to_device
 from train.evaluation.batches import UtteranceReader
 from train.lms.packing import valid_soft
@@ -83,7 +82,7 @@ def write_embedding_space(folder: Path, tree: dict[str, Any]) -> None:
 
 def _soft_tokens(model: AudioLM, reader: UtteranceReader, index: int) -> Tensor:
     """Soft tokens [S, D] of one utterance, as input embeddings of the LM."""
-    soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
+    soft, mask = model.soft_tokens(*reader.read([index]))
     return model.lm.to_input_embeddings(valid_soft(soft, mask))
 
 

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.data.padding import pad
 from train.distributed.device import to_device
 from train.evaluation.batches import UtteranceReader
 from train.evaluation.bootstrap import Interval, ratio
@@ -100,7 +99,7 @@ def _of_one_task(reader: UtteranceReader, chosen: Sequence[int]) -> list[int]:
 
 def _text_nll(model: AudioLM, reader: UtteranceReader, index: int, group: Sequence[int]) -> list[float]:
     """Loss in nats of each text of ``group`` with the audio of utterance ``index``."""
-    features, mask = pad([reader.utterances.features(index)])
+    features, mask = reader.read([index])
     most = len(group) if reader.max_frames is None else max(1, reader.max_frames // features.shape[1])
     nll: list[float] = []
     for start in range(0, len(group), most):
@@ -113,7 +112,7 @@ def _mean_embeddings(model: AudioLM, reader: UtteranceReader, chosen: Sequence[i
     """Mean soft tokens and mean text embeddings of ``chosen``, centered, unit length: two [n, D] float32 on the CPU."""
     audio, text = [], []
     for index in chosen:
-        soft, mask = model.soft_tokens(*pad([reader.utterances.features(index)]))
+        soft, mask = model.soft_tokens(*reader.read([index]))
         audio.append(valid_soft(soft, mask).float().mean(0))
         ids = torch.tensor(model.prompt.target_ids(reader.texts[index])[:-1] or [model.prompt.end])
         text.append(model.lm.embed(to_device(ids, model.lm.device)).float().mean(0))

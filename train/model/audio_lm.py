@@ -77,7 +77,9 @@ class AudioLM(nn.Module):
         self.decode = decode or DecodeConfig()
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features [B, T, C] of any float dtype and mask [B, T] bool, both on the CPU, to soft tokens.
+        """Map features [B, T, C] of any float dtype, on the CPU or the LM's device, to soft tokens.
+
+        ``mask`` is bool [B, T] on the CPU.
 
         Returns:
             soft [B, S, D] in the LM's dtype on the LM's device, and soft_mask [B, S] bool on the CPU.

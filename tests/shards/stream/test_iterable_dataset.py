@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from shards.errors import UserError
 from shards.read.cache import Cache
 from shards.stream import prefetch as ahead
-from shards.stream.batch import Batch
+from shards.stream.batch import Batch, decode_stored, pad_stored
 from shards.stream.iterable_dataset import STATE_VERSION, FeatureStream
 from shards.stream.prefetch import BufferPool
 from shards.stream.sampler import SamplerConfig
@@ -99,6 +99,17 @@ def test_an_encoded_batch_holds_what_is_stored_and_decodes_to_the_features_of_a_
         assert (batch.scales is None) == (codec in ("f16", "bf16"))
         assert torch.equal(batch.decoded().features, plain.features)
         assert batch.decoded().scales is None
+
+
+@pytest.mark.parametrize("codec", ["f16", "bf16", "int8", "fp8"])
+def test_stored_rows_are_padded_and_decode_to_the_bits_of_the_features(tmp_path, codec):
+    cache = Cache.open(make_cache(tmp_path, codec=codec))
+    decoded = decode_stored(*pad_stored(cache.read_stored(np.array([3, 0, 7])), codec))
+    assert decoded.shape[1] == cache.frames[[3, 0, 7]].max()
+    for row, index in zip(decoded, (3, 0, 7), strict=True):
+        features = cache.features(index)
+        assert row[: len(features)].numpy().tobytes() == features.tobytes()
+        assert not row[len(features) :].any()
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "fp8"])
