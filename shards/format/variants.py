@@ -6,6 +6,7 @@ tells what a row is, in every table and tar. Labels name utterances, and hold fo
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 SEPARATOR = "~"
 MAX_VARIANTS = 100  # rows of an utterance, so that numbers have one or two digits
 SUFFIX = r"(~[1-9][0-9]?)?"  # what may follow the key of an utterance, as a regular expression
+_NUMBER = re.compile("[1-9][0-9]?")
 
 
 def variant_key(base: str, number: int) -> str:
@@ -24,9 +26,12 @@ def variant_key(base: str, number: int) -> str:
 
 
 def split_key(key: str) -> tuple[str, int]:
-    """Return the key of the utterance and the number of the variant, 0 for the utterance itself."""
+    """Return the key of the utterance and the number of the variant, 0 for the utterance itself.
+
+    A key with anything else behind the ``~``, which only a corrupt cache has, is returned as it is.
+    """
     base, _, number = key.partition(SEPARATOR)
-    return base, int(number or 0)
+    return (base, int(number)) if _NUMBER.fullmatch(number) else (key, 0)
 
 
 def are_variants(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:

@@ -155,6 +155,9 @@ class FeatureRows:
 
         Args:
             keys: what :meth:`current` returned.
+
+        Raises:
+            UserError: a key is neither that of an utterance nor that of a variant.
         """
         if not self.has_variants:
             return None
@@ -163,6 +166,9 @@ class FeatureRows:
         rows, own = np.flatnonzero(varied) if rows is None else rows[varied], all_keys.filter(pa.array(varied))
         utterances = pc.index_in(base_keys(own), value_set=keys.combine_chunks()).fill_null(-1).to_numpy()
         numbers = np.array([split_key(key)[1] for key in own.to_pylist()], dtype=np.int64)
+        if (numbers == 0).any():
+            key = own[int((numbers == 0).argmax())].as_py()
+            raise corrupt_cache(self.layout.path, f"a manifest has the key {key!r:.100}")
         order = np.lexsort((numbers, utterances))
         order = order[utterances[order] >= 0]
         starts = np.searchsorted(utterances[order], np.arange(len(keys) + 1))

@@ -17,6 +17,7 @@ from extraction import Kill, run, snapshot, words, write_corpus
 from pipeline.config import ExtractConfig
 from pipeline.decode import _read_once
 from pipeline.extract import job as job_module
+from pipeline.extract.summary import JobSummary
 from pipeline.extract.variants import add_variants
 from pipeline.maintain.repair import repair
 from pipeline.sources.base import encode_key
@@ -111,7 +112,9 @@ def test_every_utterance_has_its_variants_beside_it_and_the_plan_declares_their_
 
 def test_the_announcement_says_what_the_variants_need(varied):
     assert f"{3 * CLIPS} rows of clips" in varied.log
-    assert f"; {2 * CLIPS} of the rows are variants (0.00 h, about 0.000 GB on disk)" in varied.log
+    assert f"; {2 * CLIPS} of the rows are variants (0.00 h, about 0.0 MB on disk)" in varied.log
+    many = JobSummary("clips", "e", [6], "cpu", "float32", 1, [], 0, {0: 9}, [0], {}, 10, 6, 12.5, 3_210_000_000)
+    assert many.headline().endswith("; 6 of the rows are variants (12.50 h, about 3.2 GB on disk)")
 
 
 @pytest.mark.slow
