@@ -40,6 +40,14 @@ def are_variants(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
     return np.asarray(found.to_numpy() if isinstance(found, pa.ChunkedArray) else found.to_numpy(zero_copy_only=False))
 
 
+def variant_numbers(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return the number of the variant of each key of a variant, int64 [keys]; 0 if the key has no legal number."""
+    numbers = pc.replace_substring_regex(keys, f"[^{SEPARATOR}]*{SEPARATOR}", "", max_replacements=1)
+    legal = pc.match_substring_regex(numbers, r"\A[1-9][0-9]?\z")
+    found = pc.cast(pc.if_else(legal, numbers, "0"), pa.int64())
+    return np.asarray(found.to_numpy() if isinstance(found, pa.ChunkedArray) else found.to_numpy(zero_copy_only=False))
+
+
 def base_keys(keys: pa.Array | pa.ChunkedArray) -> Any:
     """Return the key of the utterance of each key; ``keys`` itself if none is that of a variant."""
     return pc.replace_substring_regex(keys, f"{SEPARATOR}.*", "") if are_variants(keys).any() else keys

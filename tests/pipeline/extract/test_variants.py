@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +109,16 @@ def test_every_utterance_has_its_variants_beside_it_and_the_plan_declares_their_
         assert {round(base["samples"] / each["samples"], 2) for each in (one, two)} != {1.0}
     assert {row["split"] for row in rows} == {"train", "val"}
     assert len({row["audio_id"] for row in rows}) == 3 * CLIPS
+
+
+def test_a_reader_of_the_tars_finds_the_texts_of_variants_too(varied):
+    texts = {row["key"]: row["text"] for row in varied.cache(variants=True).manifest.to_pylist()}
+    for path in varied.path().glob("shards/*.tar"):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith(".json"):
+                    assert json.loads(tar.extractfile(name).read())["text"] == texts.pop(name.removesuffix(".json"))
+    assert not texts
 
 
 def test_the_announcement_says_what_the_variants_need(varied):

@@ -21,7 +21,7 @@ from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.format.records import seal, unseal
 from shards.format.schemas import MANIFEST_SCHEMA, parquet_bytes, read_parquet
-from shards.format.variants import base_keys, split_key, variant_key
+from shards.format.variants import base_keys, split_key, variant_key, variant_numbers
 from shards.inspect.info import describe_cache, format_info
 from shards.inspect.verify import verify
 from shards.read.cache import Cache
@@ -204,3 +204,7 @@ def tar_member(cache: Cache, index: int) -> bytes:
 def test_base_keys_of_columns():
     keys = pa.chunked_array([["a", "b~1"], ["c-x7E-2~10"]])
     assert base_keys(keys).to_pylist() == ["a", "b", "c-x7E-2"]
+    assert variant_numbers(keys.slice(1)).tolist() == [1, 10]
+    wrong = ["a~", "a~0", "a~01", "a~100", "a~1~2", "~x", f"a~{'9' * 5000}"]
+    assert variant_numbers(pa.array(wrong)).tolist() == [0] * 7
+    assert [split_key(key) for key in wrong] == [(key, 0) for key in wrong]
