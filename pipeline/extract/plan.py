@@ -103,9 +103,11 @@ def make_plan(
             order = chosen[np.argsort(rank[chosen // variants], kind="stable")]
     samples = listing["samples"].to_numpy()[order]
     sizes = estimate_bytes(samples, hop, padded_frames, frame_bytes)
-    # a shard has all new variants of an utterance, so that a reader of one shard finds them, and a stream is read once
-    starts = np.flatnonzero(np.diff(order // variants, prepend=-1))
-    shard = np.repeat(plan_shards(np.add.reduceat(sizes, starts), shard_mb), np.diff(starts, append=len(order)))
+    if variants == 1:
+        shard = plan_shards(sizes, shard_mb)
+    else:  # a shard has all new variants of an utterance: they are read together, and a stream is not read again
+        starts = np.flatnonzero(np.diff(order // variants, prepend=-1))
+        shard = np.repeat(plan_shards(np.add.reduceat(sizes, starts), shard_mb), np.diff(starts, append=len(order)))
     row = np.arange(len(shard)) - np.searchsorted(shard, shard)
     start = 0
     for block in blocks(listing.select(["key", "id", "audio", "samples"]), order):

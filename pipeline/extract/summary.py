@@ -33,7 +33,7 @@ class JobSummary:
         estimated_bytes: approximate size of the tars of ``todo``.
         variants: number of planned variants.
         variant_hours: hours of audio of these.
-        variant_bytes: the part of ``estimated_bytes`` that they take.
+        variant_bytes: approximate size of these in the tars.
     """
 
     source: str
@@ -66,8 +66,10 @@ class JobSummary:
         reused = f", {copied} of them copied from {', '.join(sorted(self.copied))}" if copied else ""
         varied = ""
         if self.variants:
-            size = f"{self.variant_hours:.2f} h, about {self.variant_bytes / 1e9:.3f} GB on disk"
-            varied = f"; {self.variants} of the rows are variants ({size})"
+            size = f"{self.variant_bytes / 1e9:.1f} GB"
+            if self.variant_bytes < 1e9:
+                size = f"{self.variant_bytes / 1e6:.1f} MB"
+            varied = f"; {self.variants} of the rows are variants ({self.variant_hours:.2f} h, about {size} on disk)"
         return (
             f"{self.utterances} {what} of {self.source} -> {self.encoder} "
             f"layer {', '.join(map(str, self.layers))} on {self.device} in {self.dtype}; "
@@ -97,7 +99,7 @@ def summarize(job: Job) -> JobSummary:
         estimated_bytes=estimate_job_bytes(job, job.todo),
         variants=int(varied.sum()),
         variant_hours=float(job.plan.samples[varied].sum()) / job.encoder.sampling_rate / 3600,
-        variant_bytes=estimate_job_bytes(job, job.todo, varied),
+        variant_bytes=estimate_job_bytes(job, job.plan.shards, varied),
     )
 
 

@@ -16,7 +16,7 @@ from shards.format.audio_id import AUDIO_ID_BYTES, UNKNOWN_AUDIO, variant_id
 from shards.format.codec import SCALED
 from shards.format.schemas import PLAN_SCHEMA
 from shards.format.tar import MAX_NAME
-from shards.format.variants import are_variants, split_key, variant_key
+from shards.format.variants import are_variants, split_key, variant_key, variant_numbers
 
 COLUMNS = ["key", "id", "audio", "samples", "audio_id"]
 _SCHEMA = pa.schema([PLAN_SCHEMA.field(name) for name in COLUMNS])
@@ -101,4 +101,4 @@ def require_same_recipe(planned: pa.Table, bases: pa.Table, config: VariantsConf
 
 def beyond(keys: pa.Array, variants: int) -> int:
     """Return how many ``keys`` are those of a variant that a configuration with ``variants`` does not make."""
-    return sum(split_key(key)[1] >= variants for key in keys.filter(pa.array(are_variants(keys))).to_pylist())
+    return int((variant_numbers(keys.filter(pa.array(are_variants(keys)))) >= variants).sum())

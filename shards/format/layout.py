@@ -211,11 +211,14 @@ def current_rows(manifests: Sequence[pa.ChunkedArray], failed: Sequence[pa.Chunk
         failed: the column ``key`` of the failures of each generation: they were planned again, too.
     """
     current = [np.ones(len(keys), dtype=bool) for keys in manifests]
+    utterances = [base_keys(keys) for keys in manifests[:-1]]
     for later in range(1, len(manifests)):
         planned = pa.chunked_array([*manifests[later].chunks, *failed[later].chunks], pa.string())
         if not len(planned):
             continue
         for earlier in range(later):
-            for keys in {id(each): each for each in (manifests[earlier], base_keys(manifests[earlier]))}.values():
-                current[earlier] &= ~pc.is_in(keys, value_set=planned.combine_chunks()).to_numpy()
+            keys, value_set = manifests[earlier], planned.combine_chunks()
+            current[earlier] &= ~pc.is_in(keys, value_set=value_set).to_numpy()
+            if utterances[earlier] is not keys:
+                current[earlier] &= ~pc.is_in(utterances[earlier], value_set=value_set).to_numpy()
     return current

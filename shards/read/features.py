@@ -31,7 +31,7 @@ from shards.format.layout import Layout, current_rows
 from shards.format.records import CacheInfo, Generation, RecordError
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, read_batches, read_parquet
 from shards.format.spec import FeatureSpec
-from shards.format.variants import are_variants, base_keys, split_key
+from shards.format.variants import are_variants, base_keys, variant_numbers
 from shards.read.index import ManifestIndex, RowGroup, check_file, corrupt_cache, read_frames, translate_manifest_errors
 from shards.read.mmap import MappedShard, MmapPool
 from shards.remote.mirror import Mirror
@@ -155,6 +155,9 @@ class FeatureRows:
 
         Args:
             keys: what :meth:`current` returned.
+
+        Raises:
+            UserError: a key is neither that of an utterance nor that of a variant.
         """
         if not self.has_variants:
             return None
@@ -162,7 +165,10 @@ class FeatureRows:
         varied = are_variants(all_keys)
         rows, own = np.flatnonzero(varied) if rows is None else rows[varied], all_keys.filter(pa.array(varied))
         utterances = pc.index_in(base_keys(own), value_set=keys.combine_chunks()).fill_null(-1).to_numpy()
-        numbers = np.array([split_key(key)[1] for key in own.to_pylist()], dtype=np.int64)
+        numbers = variant_numbers(own)
+        if (numbers == 0).any():
+            key = own[int((numbers == 0).argmax())].as_py()
+            raise corrupt_cache(self.layout.path, f"a manifest has the key {key!r:.100}")
         order = np.lexsort((numbers, utterances))
         order = order[utterances[order] >= 0]
         starts = np.searchsorted(utterances[order], np.arange(len(keys) + 1))

@@ -54,7 +54,9 @@ DROPPED = "dropped.json"  # in the folder of an experiment that failed or was pr
 LOG_LINES = 10  # number of lines with all losses printed over a whole group
 LockstepMode = Literal["batched", "separate", "none"]
 # Keys with equal values in a group, besides the language model. ``extract`` does not affect training.
-GROUP_KEYS = ("caches", "labels", "filter", "val", "batch", "gradient_accumulation_steps", "device", "dtype")
+GROUP_KEYS = (
+    *("caches", "labels", "filter", "val", "variants", "batch", "gradient_accumulation_steps", "device", "dtype"),
+)
 
 
 @dataclass

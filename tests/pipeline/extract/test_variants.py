@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,15 @@ import pytest
 import soundfile
 from extraction import Kill, run, snapshot, words, write_corpus
 
+from pipeline.config import ExtractConfig
 from pipeline.decode import _read_once
+from pipeline.extract import job as job_module
+from pipeline.extract.summary import JobSummary
 from pipeline.extract.variants import add_variants
+from pipeline.maintain.repair import repair
 from pipeline.sources.base import encode_key
 from pipeline.variants import VariantsConfig
+from shards.config.base import load_config
 from shards.errors import UserError
 from shards.format.variants import split_key
 from shards.inspect.verify import verify
@@ -104,9 +111,21 @@ def test_every_utterance_has_its_variants_beside_it_and_the_plan_declares_their_
     assert len({row["audio_id"] for row in rows}) == 3 * CLIPS
 
 
+def test_a_reader_of_the_tars_finds_the_texts_of_variants_too(varied):
+    texts = {row["key"]: row["text"] for row in varied.cache(variants=True).manifest.to_pylist()}
+    for path in varied.path().glob("shards/*.tar"):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith(".json"):
+                    assert json.loads(tar.extractfile(name).read())["text"] == texts.pop(name.removesuffix(".json"))
+    assert not texts
+
+
 def test_the_announcement_says_what_the_variants_need(varied):
     assert f"{3 * CLIPS} rows of clips" in varied.log
-    assert f"; {2 * CLIPS} of the rows are variants (0.00 h, about 0.000 GB on disk)" in varied.log
+    assert f"; {2 * CLIPS} of the rows are variants (0.00 h, about 0.0 MB on disk)" in varied.log
+    many = JobSummary("clips", "e", [6], "cpu", "float32", 1, [], 0, {0: 9}, [0], {}, 10, 6, 12.5, 3_210_000_000)
+    assert many.headline().endswith("; 6 of the rows are variants (12.50 h, about 3.2 GB on disk)")
 
 
 @pytest.mark.slow
@@ -183,6 +202,44 @@ def test_an_unfinished_generation_is_not_finished_with_another_augment(world, va
     world.extract(other, code=2)
     assert "is unfinished and has variants of another augment: finish it with the configuration" in world.log
     assert world.extract(AUGMENT)["encoded"] > 0
+
+
+def test_audio_that_is_hashed_while_it_is_encoded_keeps_its_ids(tmp_path, whisper):
+    """The ids of variants must not be remembered as those of their recordings."""
+    settings = ["source.kind=tones", f"encoder.model=path:{whisper}", "encoder.dtype=float32", AUGMENT]
+    argv = ["extract", f"root={tmp_path / 'root'}", *settings, "--json", str(tmp_path / "result")]
+    found = []
+    for _ in range(2):
+        assert run(argv, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        found.append(counts(json.loads((tmp_path / "result").read_text())))
+    assert found == [(0, 15, 0), (0, 0, 0)]
+    (path,) = tmp_path.glob("root/tones*/*")
+    samples = [pa.parquet.read_table(path / name / "000.parquet")["samples"] for name in ("plans", "manifests")]
+    assert samples[0].equals(samples[1])
+
+
+def test_a_disk_without_room_for_the_variants_is_refused_before_the_first_is_encoded(world, monkeypatch):
+    def plan(root: str, free: float, *more: str) -> int:
+        monkeypatch.setattr(job_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        argv = words(world.folder / root, world.corpus, world.whisper, *more)
+        (job,) = job_module.prepare(load_config(ExtractConfig, None, argv[1:])).jobs()
+        return job_module.estimate_job_bytes(job, job.todo)
+
+    without, needed = plan("a", 1e12), plan("b", 1e12, AUGMENT)
+    assert needed == pytest.approx(3 * without, rel=0.1)
+    plan("c", needed - 1)
+    with pytest.raises(UserError, match="GB free: choose another root"):
+        plan("d", needed - 1, AUGMENT)
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_with_variants_is_repaired_as_it_was(copy, varied):
+    path = copy.path()
+    (path / "plans" / "000.parquet").unlink()
+    tar = path / "shards" / "000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert repair(path)
+    assert snapshot(path) == snapshot(varied.path())
 
 
 def test_a_source_key_cannot_look_like_a_variant():

@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tiny_cache import append, make_cache, make_spec, plan_row
 from tiny_server import serve
@@ -15,10 +16,12 @@ from tiny_variants import make_varied, varied_features
 import shards
 from shards.__main__ import main
 from shards.commit.compact import compact
+from shards.commit.finalize import file_info
 from shards.errors import UserError
 from shards.format.layout import Layout
 from shards.format.records import seal, unseal
-from shards.format.variants import base_keys, split_key, variant_key
+from shards.format.schemas import MANIFEST_SCHEMA, parquet_bytes, read_parquet
+from shards.format.variants import base_keys, split_key, variant_key, variant_numbers
 from shards.inspect.info import describe_cache, format_info
 from shards.inspect.verify import verify
 from shards.read.cache import Cache
@@ -146,6 +149,19 @@ def test_a_key_with_another_number_is_no_key_of_a_shard(tmp_path, key):
         append(tmp_path, make_spec(), [plan_row(key, 1600, 0, 0)], [{"key": "a", "text": ""}], lambda k, n: zeros(n))
 
 
+def test_a_strangers_cache_with_such_a_key_is_refused(tmp_path):
+    layout = Layout(make_varied(tmp_path / "cache", 4, 2))
+    manifest = layout.manifest(0)
+    table = read_parquet(manifest, MANIFEST_SCHEMA)
+    keys = [key.replace("utt-00001~1", f"utt-00001~{'9' * 5000}") for key in table["key"].to_pylist()]
+    manifest.write_bytes(parquet_bytes(table.set_column(0, "key", pa.array(keys))))
+    info = unseal(layout.cache)
+    info["generations"][0]["files"]["manifest"] = file_info(manifest).model_dump()
+    layout.cache.write_bytes(seal(info))
+    with pytest.raises(UserError, match="is corrupt: a manifest has the key 'utt-00001~9999"):
+        Cache.open(layout.path)
+
+
 def zeros(frames: int) -> np.ndarray:
     return np.zeros((frames, 8), np.float32)
 
@@ -186,7 +202,9 @@ def tar_member(cache: Cache, index: int) -> bytes:
 
 
 def test_base_keys_of_columns():
-    import pyarrow as pa
-
     keys = pa.chunked_array([["a", "b~1"], ["c-x7E-2~10"]])
     assert base_keys(keys).to_pylist() == ["a", "b", "c-x7E-2"]
+    assert variant_numbers(keys.slice(1)).tolist() == [1, 10]
+    wrong = ["a~", "a~0", "a~01", "a~100", "a~1~2", "~x", f"a~{'9' * 5000}"]
+    assert variant_numbers(pa.array(wrong)).tolist() == [0] * 7
+    assert [split_key(key) for key in wrong] == [(key, 0) for key in wrong]

@@ -18,6 +18,7 @@ from train.data.caches import open_data
 from train.data.layers import LayeredCaches
 from train.data.loader import LayeredStream, open_stream
 from train.distributed.group import ProcessGroup
+from train.sweeps.group import group_key
 from train.trainer.fit import fit
 
 
@@ -67,6 +68,12 @@ def test_a_run_is_not_resumed_with_other_variants(folder, tmp_path):
     forget_after(run, 4)
     with pytest.raises(UserError, match=r"variants|versions"):
         fit(config.model_copy(update={"variants": 2}), run)
+
+
+def test_experiments_that_read_other_variants_do_not_share_their_batches(folder, tmp_path):
+    config = make_config(tmp_path, folder / "L2", "nanochat:d1")
+    assert group_key(config) == group_key(config.model_copy(update={"lr": 1.0}))
+    assert group_key(config) != group_key(config.model_copy(update={"variants": 1}))
 
 
 def test_all_layers_of_a_batch_are_of_the_same_variant(folder):
