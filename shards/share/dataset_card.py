@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Set
 from typing import Any
 from urllib.parse import quote
 
@@ -16,6 +17,10 @@ import yaml
 from shards.format.records import CacheInfo
 
 LIST_MARK = "<!-- list of caches, written by earshard -->"
+LIST_END = "<!-- end of the list -->"
+CACHE_MARK = "Extracted with earshard; the audio itself is not included."  # in the card of a cache
+_LIST = re.compile(rf"\n*{LIST_MARK}.*?{LIST_END}\n*", re.DOTALL)
+_CARD = re.compile(r"---\n(.*?)\n---\n(.*)", re.DOTALL)
 
 
 def dataset_card(description: dict[str, Any], url: str, license_id: str, folder: str, base_url: str) -> str:
@@ -66,15 +71,9 @@ def list_card(caches: dict[str, CacheInfo], url: str, license_id: str) -> str:
 
     Arguments as in :func:`dataset_card`; the license is that of the newest cache.
     """
-    configs = [{"config_name": _config_name(folder), "data_files": f"{folder}/shards/*.tar"} for folder in caches]
-    rows = "\n".join(
-        f"| [`{folder}`]({quote(folder)}/README.md) | {info.spec['family']}, layer {info.spec['layer']}, "
-        f"{info.spec['codec']} | {info.counts['utterances']:,} | `{info.feature_id[:16]}` |"
-        for folder, info in caches.items()
-    )
     name = url.rpartition("/")[2].partition("@")[0]
     return f"""---
-{_header(name, license_id, configs)}
+{_header(name, license_id, _configs(caches))}
 ---
 {LIST_MARK}
 
@@ -83,9 +82,7 @@ def list_card(caches: dict[str, CacheInfo], url: str, license_id: str) -> str:
 Speech features and transcripts, ready for training an audio projector or any other model. Each folder is one cache,
 with a card of its own:
 
-| cache | features | utterances | feature id |
-|---|---|---|---|
-{rows}
+{_rows(caches)}
 
 ```python
 import shards
@@ -95,8 +92,52 @@ data = shards.open("{url}/{next(iter(caches))}")
 """
 
 
-def _config_name(folder: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", folder)
+def with_list(card: str, caches: dict[str, CacheInfo]) -> str | None:
+    """Return the card of the cache at the root of a repository with a list of the caches in its folders.
+
+    The rest of the card stays as it is, except for the formatting of its header.
+
+    Args:
+        card: text of the card, with or without an earlier list.
+        caches: as in :func:`list_card`.
+
+    Returns:
+        None if ``card`` has no header that can be read.
+    """
+    found = _CARD.fullmatch(card)
+    try:
+        header = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError):  # such as a date that does not exist
+        header = None
+    if found is None or not isinstance(header, dict):
+        return None
+    before = header.get("configs")
+    own = [each for each in before if isinstance(each, dict)] if isinstance(before, list) else []
+    kept = [each for each in own if not str(each.get("data_files")).endswith("/shards/*.tar")]
+    header["configs"] = [*kept, *_configs(caches, {str(each.get("config_name")) for each in kept})]
+    body = _LIST.sub("\n", found[2]).rstrip()
+    what = f"## Caches in folders of this repository\n\nEach has a card of its own.\n\n{_rows(caches)}"
+    return f"---\n{_yaml(header)}\n---\n{body}\n\n{LIST_MARK}\n\n{what}\n\n{LIST_END}\n"
+
+
+def _configs(caches: dict[str, CacheInfo], taken: Set[str] = frozenset()) -> list[dict[str, str]]:
+    """Return a subset of the hub's viewer for each of ``caches``, with names that differ from each other."""
+    found: dict[str, str] = {}
+    for folder in caches:
+        name = re.sub(r"[^\w.-]+", "-", folder)
+        while name in taken or name in found:
+            name += "-"
+        found[name] = f"{folder}/shards/*.tar"
+    return [{"config_name": name, "data_files": tars} for name, tars in found.items()]
+
+
+def _rows(caches: dict[str, CacheInfo]) -> str:
+    rows = "\n".join(
+        f"| [`{folder}`]({quote(folder)}/README.md) | {info.spec['family']}, layer {info.spec['layer']}, "
+        f"{info.spec['codec']} | {info.counts['utterances']:,} | `{info.feature_id[:16]}` |"
+        for folder, info in caches.items()
+    )
+    return f"| cache | features | utterances | feature id |\n|---|---|---|---|\n{rows}"
 
 
 def _header(title: str, license_id: str, configs: list[dict[str, str]]) -> str:
@@ -108,6 +149,10 @@ def _header(title: str, license_id: str, configs: list[dict[str, str]]) -> str:
         "tags": ["audio", "speech", "webdataset", "earshard"],
         "configs": configs,
     }
+    return _yaml(tree)
+
+
+def _yaml(tree: dict[str, Any]) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()
 
 
@@ -116,7 +161,7 @@ def _what(description: dict[str, Any]) -> str:
     return f"""Speech features and transcripts, ready for training an audio projector or any other model.
 Each utterance was encoded once with a frozen {spec["family"]} encoder. The features are the output of layer
 {spec["layer"]}: {spec["channels"]} channels, {spec["sampling_rate"] / spec["hop"]:g} frames per second, stored as
-`{spec["codec"]}`. Extracted with earshard; the audio itself is not included.
+`{spec["codec"]}`. {CACHE_MARK}
 
 | | |
 |---|---|

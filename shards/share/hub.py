@@ -5,8 +5,8 @@ exist. Records are committed after their files; ``CACHE.json``, ``LABELS.json`` 
 that are already there with the same content are not sent again, so an interrupted push resumes. Uses the token of
 huggingface_hub (``hf auth login``).
 
-The hub reads the card at the root of a repository. If the caches of a repository are in folders, that card lists them;
-a card that somebody else wrote is left alone.
+The hub reads the card at the root of a repository, which lists the caches in folders, below the card of a cache that is
+at the root itself. A card at the root that somebody else wrote is left alone by a push into a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shards.inspect.info import describe_cache
 from shards.labels.store import INDEX
 from shards.remote.client import DATASET_URL, Remote
 from shards.remote.mirror import fetch_info
-from shards.share.dataset_card import LIST_MARK, dataset_card, list_card
+from shards.share.dataset_card import CACHE_MARK, LIST_MARK, dataset_card, list_card, with_list
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -144,22 +144,29 @@ def last_commit(
     """
     files = {f"labels/{INDEX}": labels, "CACHE.json": layout.cache.read_bytes(), "README.md": card.encode()}
     found = {f"{match['folder'] or ''}/{name}".lstrip("/"): data for name, data in files.items()}
-    if match["folder"] and (listed := _root_card(there, match, layout, license_id)):
-        found["README.md"] = listed
+    if listed := _root_card(there, match, layout, license_id, card):
+        found["README.md"] = listed.encode()
     return found
 
 
-def _root_card(files: Collection[str], match: re.Match[str], layout: Layout, license_id: str) -> bytes | None:
-    """Return the card that lists the caches of a repository; None if somebody else wrote the one that is there."""
-    revision = match["revision"]
+def _root_card(files: Collection[str], match: re.Match[str], layout: Layout, license_id: str, card: str) -> str | None:
+    """Return the card at the root, with the caches of all folders; None if it is to stay as it is.
+
+    ``card`` is that of the cache to be pushed, which may be the cache at the root.
+    """
+    revision, folder = match["revision"], match["folder"] or ""
     root = f"{match['hub']}://datasets/{match['repo']}" + (f"@{revision}" if revision else "")
-    before = Remote(root).read_if_exists("README.md", MAX_JSON)
-    folders = {name.removesuffix("/CACHE.json") for name in files if name.endswith("/CACHE.json")} - {match["folder"]}
-    if "CACHE.json" in files or (before is not None and LIST_MARK.encode() not in before):
-        return None
-    caches = {folder: fetch_info(Remote(f"{root}/{folder}"))[1] for folder in sorted(folders)}
-    caches[match["folder"]] = CacheInfo.model_validate_json(layout.cache.read_bytes())
-    return list_card(dict(sorted(caches.items())), root, license_id).encode()
+    folders = {name.removesuffix("/CACHE.json") for name in files if name.endswith("/CACHE.json")} - {folder}
+    caches = {each: fetch_info(Remote(f"{root}/{each}"))[1] for each in folders}
+    if not folder:
+        return with_list(card, dict(sorted(caches.items()))) if caches else None
+    caches[folder] = CacheInfo.model_validate_json(layout.cache.read_bytes())
+    caches = dict(sorted(caches.items()))
+    data = Remote(root).read_if_exists("README.md", MAX_JSON)
+    before = None if data is None else data.decode(errors="replace")
+    if "CACHE.json" in files:
+        return with_list(before, caches) if before is not None and CACHE_MARK in before else None
+    return list_card(caches, root, license_id) if before is None or LIST_MARK in before else None
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -36,6 +36,7 @@ from shards.labels.store import read_index
 from shards.read.cache import Cache
 from shards.remote import client as storage
 from shards.share import transfer
+from shards.share.dataset_card import LIST_MARK
 from shards.share.publish import is_agreed
 from shards.share.transfer import describe_push, pull, push
 
@@ -248,6 +249,37 @@ def test_the_card_at_the_root_lists_the_caches_of_all_folders_unless_somebody_wr
         hub.files["README.md"] = b"# written by hand"
         assert client(hub.url, tmp_path, pushes[0])[0] == [0]
         assert hub.files["README.md"] == b"# written by hand"
+
+
+def test_the_card_of_a_cache_at_the_root_also_lists_the_caches_in_folders_whichever_was_first(near, tmp_path):
+    other = make_cache(tmp_path / "other", n=4, shards=1, seed=9)
+    root, below = ["push", str(near), URL, *LICENCE], ["push", str(other), f"{URL}/default", *LICENCE]
+
+    def sections(hub) -> tuple[dict, str, str]:
+        _, header, text = hub.files["README.md"].decode().split("---\n", 2)
+        return yaml.safe_load(header), *text.split(LIST_MARK)
+
+    with serve_hub(NAME, {}) as hub:
+        statuses, told = client(hub.url, tmp_path, root, below)
+        assert statuses == [0, 0], told
+        header, of_root, listed = sections(hub)
+        assert header["configs"] == [
+            {"config_name": "default", "data_files": "shards/*.tar"},
+            {"config_name": "default-", "data_files": "default/shards/*.tar"},
+        ]
+        assert "| utterances | 12 of 12 planned (0 failed) |" in of_root
+        assert "| [`default`](default/README.md) |" in listed
+        edited = hub.files["README.md"].replace(b"## License", b"## Thanks\n\n## License")
+        hub.files["README.md"] = edited
+        assert client(hub.url, tmp_path, below)[0] == [0]
+        assert hub.files["README.md"] == edited  # listed once, and what a person added stays
+        hub.files["README.md"] = b"# written by hand"
+        assert client(hub.url, tmp_path, below)[0] == [0]
+        assert hub.files["README.md"] == b"# written by hand"
+    with serve_hub(NAME, {}) as hub:
+        statuses, told = client(hub.url, tmp_path / "again", below, root)
+        assert statuses == [0, 0], told
+        assert sections(hub) == (header, of_root, listed)
 
 
 def test_a_cache_is_pulled_from_a_folder(near, tmp_path, capsys):
