@@ -176,6 +176,8 @@ class Cache:
     def features(self, index: int) -> Array:
         """Return item ``index`` [frames, channels]: codec f16 as a read-only float16 view, others as float32.
 
+        Codes, codec u16, are returned as int32 [frames, codebooks].
+
         Raises:
             UserError: the shard is missing or truncated, or the checksum of the row does not match.
         """
@@ -183,10 +185,10 @@ class Cache:
         return stored.payload if self.spec.codec == "f16" else decode(self.spec.codec, stored.payload, stored.scale)
 
     def read_into(self, index: int, out: Array) -> None:
-        """Copy or decode item ``index`` into ``out`` [frames, channels], float16 or float32.
+        """Copy or decode item ``index`` into ``out`` [frames, channels], float16 or float32; for codes int32 or int64.
 
         Raises:
-            ValueError: ``out`` has another shape.
+            ValueError: ``out`` has another shape, or is for floats where the cache holds codes.
             UserError: as :meth:`features`.
         """
         stored = self._stored(index)

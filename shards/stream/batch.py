@@ -17,9 +17,9 @@ class Batch:
     """This rank's part of one global batch. It is empty (B = 0) if the global batch has too few rows for this rank.
 
     Attributes:
-        features: [B, T, C] float16 (codec f16) or float32 (other codecs), padded with zeros; from an ``encoded``
-            stream in the dtype of the codec. T is the number of frames of the longest utterance in this part, or in the
-            global batch if this part is empty.
+        features: [B, T, C] float16 (codec f16), int32 (codes, codec u16) or float32 (other codecs), padded with zeros;
+            from an ``encoded`` stream in the dtype of the codec. 0 is also a code: ``mask`` tells padding apart. T
+            is the number of frames of the longest utterance in this part, or in the global batch if this part is empty.
         lengths: int64 [B], number of frames of each utterance.
         keys, texts: key and text of each utterance.
         prompts, tasks: its columns ``prompt`` and ``task`` of the label set; "" without them.
@@ -61,8 +61,8 @@ class Batch:
         return replace(self, features=function(self.features), lengths=function(self.lengths), scales=scales)
 
     def decoded(self) -> Batch:
-        """Return the batch with codes replaced by the features that they stand for, float32; float16 stays."""
-        if self.features.dtype in (torch.float16, torch.float32):
+        """Return the batch with encoded features as float32; float16 and the codes of a neural codec, int32, stay."""
+        if self.features.dtype in (torch.float16, torch.float32, torch.int32):
             return self
         features = self.features.float()
         return replace(self, features=features if self.scales is None else features * self.scales[:, None], scales=None)
