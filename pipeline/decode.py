@@ -55,6 +55,7 @@ class AudioDecoders:
         prefetch: recordings that may be read ahead of the caller.
         stage_times: receives the time spent in ``read`` and ``decode``.
         max_hours: longer recordings are failures.
+        rate: sampling rate of the samples, in Hz.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class AudioDecoders:
         prefetch: int,
         stage_times: StageTimes,
         max_hours: float = MAX_HOURS,
+        rate: int = SAMPLING_RATE,
     ) -> None:
         self._source, self._prefetch, self._stage_times = source, prefetch, stage_times
-        self._max_hours = max_hours
+        self._max_hours, self._rate = max_hours, rate
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
@@ -82,7 +84,7 @@ class AudioDecoders:
     def read(self, rows: Sequence[dict[str, Any]]) -> Generator[Recording, None, None]:
         """Yield the plan row, its audio id, and its samples or failure, in the order of ``rows``.
 
-        Samples are float32 of shape [num_samples], mono at 16 kHz. The audio id is 32 bytes, zeros if the audio could
+        Samples are float32 of shape [num_samples], mono. The audio id is 32 bytes, zeros if the audio could
         not be read.
         """
         audio = self._source.read([row["audio"] for row in rows])
@@ -122,24 +124,24 @@ class AudioDecoders:
         with self._stage_times.timed("decode"):
             digest = hashlib.sha256(data).digest() if known is None else known
             try:
-                samples = decode(data, self._max_hours)
-                require_planned_length(len(samples), row["samples"])
+                samples = decode(data, self._max_hours, self._rate)
+                require_planned_length(len(samples), row["samples"], self._rate)
             except AudioError as error:
                 return digest, UtteranceFailure("decode", str(error))
             return digest, samples
 
 
-def require_planned_length(samples: int, planned: int) -> None:
+def require_planned_length(samples: int, planned: int, rate: int = SAMPLING_RATE) -> None:
     """Raise AudioError unless a recording has the length that its manifest or its header declares, up to 0.1 s.
 
     Args:
-        samples: Its samples at 16 kHz.
+        samples: Its samples.
         planned: Those of the plan; 0: unknown.
+        rate: Sampling rate of both.
     """
-    if planned and abs(samples - planned) > TOLERANCE * SAMPLING_RATE:
+    if planned and abs(samples - planned) > TOLERANCE * rate:
         raise AudioError(
-            f"{samples / SAMPLING_RATE:.2f} s of audio, but the manifest or the header declares "
-            f"{planned / SAMPLING_RATE:.2f} s"
+            f"{samples / rate:.2f} s of audio, but the manifest or the header declares {planned / rate:.2f} s"
         )
 
 

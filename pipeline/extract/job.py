@@ -35,16 +35,16 @@ from pipeline.encoders.load import compile_encoder, describe_gpu, fit_batch, loa
 from pipeline.extract.audio_ids import AudioIndex, find_audio_ids
 from pipeline.extract.audio_ids import record as record_audio_ids
 from pipeline.extract.listing import Listing, list_source
-from pipeline.extract.plan import count_windows, estimate_bytes, find_new, make_plan
+from pipeline.extract.plan import at_rate, count_windows, estimate_bytes, find_new, make_plan
 from pipeline.extract.resources import count_gpus, first_device, num_decode_workers
 from pipeline.extract.reuse import Donor, Reuse, find_donors, open_extra
 from pipeline.extract.targets import LABEL_COLUMNS, LabelLookup, Target, failed_attempts, held_keys, planned_audio
 from pipeline.sources import Source, open_source
-from pipeline.weights.resolve import Weights, is_own, resolve_weights
+from pipeline.weights.resolve import CODECS, Weights, is_own, resolve_weights
 from shards.commit.claims import new_owner
 from shards.commit.store import open_store
 from shards.errors import UserError
-from shards.format.codec import STORED_DTYPE
+from shards.format.codec import CODES, STORED_DTYPE
 from shards.format.layout import Plan
 from shards.format.spec import FeatureSpec
 from shards.labels.store import SOURCE, LabelEntry
@@ -219,7 +219,7 @@ class Extraction:
     def make_plan(self, chosen: np.ndarray[Any, np.dtype[np.int64]], first_shard: int) -> Iterator[pa.Table]:
         """Yield the plan of these rows of the listing, in parts."""
         return make_plan(
-            self.listing.table,
+            at_rate(self.listing.table, self.encoder.sampling_rate),
             chosen,
             self.audio_ids,
             shuffle=not self.source.sequential,
@@ -286,6 +286,7 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
         )
     if config.overlap * encoder.sampling_rate >= encoder.window_samples:
         raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window: set a smaller overlap")
+    require_codec(config, encoder)
     layers = resolve_layers(config.encoder.layers, encoder.n_layers)
     limits = [n for n in (config.limit, config.source.limit) if n is not None]
     source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
@@ -342,6 +343,7 @@ def open_configured_encoder(config: ExtractConfig, device: str | None = None) ->
             batch_size=config.encoder.batch_size,
             window=config.window,
             margin=margin,
+            codebooks=config.encoder.codebooks,
         )
 
     return weights, open_encoder_lazily(
@@ -352,7 +354,15 @@ def open_configured_encoder(config: ExtractConfig, device: str | None = None) ->
         window=config.window,
         margin=margin,
         memo=None if is_own(weights.reference) else state_folder(config.root) / "encoders",
+        codebooks=config.encoder.codebooks,
     )
+
+
+def require_codec(config: ExtractConfig, encoder: Encoder) -> None:
+    """Raise UserError unless ``config.codec`` stores what ``encoder`` makes: floats, or the codes of a codec."""
+    if (encoder.family in CODECS) != (config.codec == CODES):
+        makes, fix = ("integer codes", CODES) if encoder.family in CODECS else ("floats", "f16")
+        raise UserError(f"codec={config.codec} does not store what {encoder.name} makes, {makes}: set codec={fix}")
 
 
 def resolve_layers(layers: list[int] | None, n_layers: int) -> list[int]:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.audio import decode
+from pipeline.audio import SAMPLING_RATE, decode, resample
 from pipeline.encoders.recording import open_encoder
 from pipeline.weights.resolve import resolve_weights
 from shards.errors import UserError
@@ -136,7 +136,11 @@ class EarshardModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return texts[0] if single else texts
 
     def _features(self, audio: Audio) -> npt.NDArray[Any]:
-        samples = audio if isinstance(audio, np.ndarray) else decode(Path(audio).read_bytes())
+        rate = self.encoder.sampling_rate
+        if isinstance(audio, np.ndarray):
+            samples = audio if rate == SAMPLING_RATE else resample(audio, SAMPLING_RATE, rate)
+        else:
+            samples = decode(Path(audio).read_bytes(), rate=rate)
         specs: Any = self.specs
         return encode_features(samples, self.encoder, specs)
 
