@@ -32,7 +32,7 @@ from pipeline.extract.loop import finish_caches
 from shards.commit.writer import ShardWriter
 from shards.config.base import load_config
 from shards.errors import run_command
-from shards.format.codec import STORED_DTYPE
+from shards.format.codec import FLOAT_CODECS
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def command(argv: Sequence[str]) -> int:
     parser.add_argument("--train", default="configs/train/demo.yaml")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--codecs", nargs="+", default=list(STORED_DTYPE), choices=list(STORED_DTYPE))
+    parser.add_argument("--codecs", nargs="+", default=list(FLOAT_CODECS), choices=list(FLOAT_CODECS))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the extraction")
     args = parser.parse_args(argv)
 

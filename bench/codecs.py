@@ -24,7 +24,7 @@ from pipeline.encoders.load import load_encoder
 from pipeline.encoders.recording import encode_recording
 from pipeline.weights.resolve import resolve_weights
 from shards.format import codec as codecs
-from shards.format.codec import STORED_DTYPE, relative_rms
+from shards.format.codec import FLOAT_CODECS, relative_rms
 
 LIMIT = 0.05  # fraction of the extraction time without a codec
 
@@ -62,7 +62,7 @@ def main() -> None:
         f"{'decode MB/s':>12} {'× FLAC':>7} {'of extraction':>14}"
     )
     slow = []
-    for codec in STORED_DTYPE:
+    for codec in FLOAT_CODECS:
         encode_seconds, encoded = best(lambda codec=codec: [codecs.encode(codec, x) for x in features])
         out = [np.empty(x.shape, np.float16 if codec == "f16" else np.float32) for x in features]
 

@@ -1,4 +1,4 @@
-"""Decode audio to 16 kHz mono float32, and split long recordings into windows and stitch their frames.
+"""Decode audio to mono float32 at 16 kHz or an encoder's own rate; split long recordings and stitch their frames.
 
 Takes the bytes of any file that ``containers.py`` reads. Audio that cannot be used raises :class:`AudioError`, whose
 message is one short phrase, stored as ``error`` in the failure row. :func:`split_into_windows` and :func:`stitch`
@@ -39,8 +39,8 @@ MAX_HOURS = 2.0  # of one recording; 0.46 GB of samples
 _MAX_DECLARED = 2**40  # samples; a length that no recording has counts as unknown
 
 
-def decode(data: bytes, max_hours: float = MAX_HOURS) -> np.ndarray:
-    """Decode an audio file to mono float32 [samples] at 16 kHz: the mean of its channels, resampled by soxr (HQ).
+def decode(data: bytes, max_hours: float = MAX_HOURS, rate: int = SAMPLING_RATE) -> np.ndarray:
+    """Decode an audio file to mono float32 [samples] at ``rate`` Hz: the mean of its channels, resampled by soxr (HQ).
 
     All of the audio that the file declares is returned, or none. Blocks are mixed as they are decoded, so that memory
     is that of ``max_hours`` of mono at most.
@@ -48,6 +48,7 @@ def decode(data: bytes, max_hours: float = MAX_HOURS) -> np.ndarray:
     Args:
         data: The bytes of the file.
         max_hours: A longer recording is an error.
+        rate: Sampling rate of the result; the audio is resampled once, from that of the file.
 
     Raises:
         AudioError: The file is empty, unreadable, truncated or too long, or has no samples, NaN or Inf. No other
@@ -55,16 +56,16 @@ def decode(data: bytes, max_hours: float = MAX_HOURS) -> np.ndarray:
     """
     with own_errors():
         plain = read_at_once(data, max_hours)
-        return _to_16k(*_mixed(read_blocks(data, max_hours) if plain is None else [plain]))
+        return resample(*_mixed(read_blocks(data, max_hours) if plain is None else [plain]), rate)
 
 
-def to_mono_16k(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """Convert float32 [samples, channels] at ``sampling_rate`` Hz to mono float32 [samples] at 16 kHz.
+def to_mono(samples: np.ndarray, sampling_rate: int, rate: int = SAMPLING_RATE) -> np.ndarray:
+    """Convert float32 [samples, channels] at ``sampling_rate`` Hz to mono float32 [samples] at ``rate`` Hz.
 
     Raises:
         AudioError: There are no samples, or some are NaN or Inf.
     """
-    return _to_16k(*_mixed([(sampling_rate, samples)]))
+    return resample(*_mixed([(sampling_rate, samples)]), rate)
 
 
 def _mixed(blocks: Iterable[Block], channel: int | None = None) -> tuple[np.ndarray, int]:
@@ -85,15 +86,20 @@ def _mixed(blocks: Iterable[Block], channel: int | None = None) -> tuple[np.ndar
     return parts[0] if len(parts) == 1 else np.concatenate(parts), rate
 
 
-def _to_16k(mono: np.ndarray, sampling_rate: int) -> np.ndarray:
+def resample(mono: np.ndarray, sampling_rate: int, rate: int) -> np.ndarray:
+    """Resample float32 [samples] from ``sampling_rate`` to ``rate`` Hz with soxr (HQ), which is deterministic.
+
+    Raises:
+        AudioError: There are no samples, or some are NaN or Inf.
+    """
     if not len(mono):
         raise AudioError("no samples")
     if not np.isfinite(mono).all():
         raise AudioError("NaN or Inf in the samples")
-    if sampling_rate != SAMPLING_RATE:
+    if sampling_rate != rate:
         import soxr
 
-        mono = soxr.resample(mono, sampling_rate, SAMPLING_RATE, quality="HQ")
+        mono = soxr.resample(mono, sampling_rate, rate, quality="HQ")
         if not len(mono):
             raise AudioError("no samples")
     return np.ascontiguousarray(mono, dtype=np.float32)
@@ -231,7 +237,7 @@ def _span(data: bytes, start: float, stop: float | None, max_hours: float) -> It
     require_inside(first, last, done, rate)
 
 
-def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
+def split_into_windows(samples: int, window: int, overlap: int, hop: int = HOP) -> list[tuple[int, int]]:
     """Return spans (start, stop) in samples that cover a recording, in order; neighbors share ``overlap`` samples.
 
     Starts are multiples of ``window - overlap``. All windows are full except possibly the last, which has more than
@@ -241,15 +247,16 @@ def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[in
         samples: Length of the recording.
         window: Length of a window, in samples.
         overlap: Overlap of neighboring windows, in samples.
+        hop: Samples per frame.
 
     Raises:
-        ValueError: ``samples`` < 1, or ``window`` and ``overlap`` are not multiples of 320 with 0 <= overlap < window.
+        ValueError: ``samples`` < 1, or ``window`` and ``overlap`` are not multiples of hop with 0 <= overlap < window.
     """
     if samples < 1:
         raise ValueError(f"expected at least 1 sample, got {samples}")
-    if window % HOP or overlap % HOP or not 0 <= overlap < window:
+    if window % hop or overlap % hop or not 0 <= overlap < window:
         raise ValueError(
-            f"expected window and overlap to be multiples of {HOP} with 0 <= overlap < window, got {window}, {overlap}"
+            f"expected window and overlap to be multiples of {hop} with 0 <= overlap < window, got {window}, {overlap}"
         )
     spans = [(0, min(window, samples))]
     while spans[-1][1] < samples:

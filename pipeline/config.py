@@ -28,6 +28,9 @@ class EncoderConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype of the encoder. It is part of the feature id. auto depends on the device; set a dtype to get the
     same features on every machine."""
+    codebooks: int | None = Field(default=None, ge=1)
+    """Codebooks of a codec (Mimi, EnCodec, DAC) whose codes are stored: the first ones. It is part of the feature id.
+    null: all, and of EnCodec those of its lowest bandwidth."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1` … auto: a GPU if one is available."""
     batch_size: int | None = Field(default=None, ge=1)
@@ -64,7 +67,8 @@ class ExtractConfig(Config):
     trim: Literal["valid", "none"] = "valid"
     """valid: store only the frames of the audio. none: store the whole padded window."""
     codec: Codec = "f16"
-    """Storage format of the features (`docs/format.md`). int8 needs half the disk space of f16."""
+    """Storage format of the features (`docs/format.md`). int8 needs half the disk space of f16. u16 is for the
+    codes of a codec (Mimi, EnCodec, DAC), and only for these."""
     augment: VariantsConfig = VariantsConfig()
     shard_mb: float = Field(default=256, gt=0)
     """Target size of a shard, in megabytes."""

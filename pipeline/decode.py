@@ -59,6 +59,7 @@ class AudioDecoders:
         stage_times: receives the time spent in ``read`` and ``decode``.
         max_hours: longer recordings are failures.
         variants: how the variants among the rows are made.
+        rate: sampling rate of the samples, in Hz.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class AudioDecoders:
         prefetch: int,
         stage_times: StageTimes,
         max_hours: float = MAX_HOURS,
+        rate: int = SAMPLING_RATE,
         variants: VariantsConfig | None = None,
     ) -> None:
         self._source, self._prefetch, self._stage_times = source, prefetch, stage_times
-        self._max_hours, self._variants = max_hours, variants or VariantsConfig()
+        self._max_hours, self._rate, self._variants = max_hours, rate, variants or VariantsConfig()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
@@ -87,7 +89,7 @@ class AudioDecoders:
     def read(self, rows: Sequence[dict[str, Any]]) -> Generator[Recording, None, None]:
         """Yield the plan row, its audio id, and its samples or failure, in the order of ``rows``.
 
-        Samples are float32 of shape [num_samples], mono at 16 kHz. The audio id is 32 bytes, zeros if the audio could
+        Samples are float32 of shape [num_samples], mono. The audio id is 32 bytes, zeros if the audio could
         not be read.
         """
         audio = _read_once(self._source, [row["audio"] for row in rows])
@@ -132,10 +134,10 @@ class AudioDecoders:
             digest = self._own_id(row, hashlib.sha256(data).digest()) if known is None else known
             change = draw_change(digest, self._variants) if split_key(row["key"])[1] else None
             try:
-                samples = decode(data, self._max_hours)
+                samples = decode(data, self._max_hours, self._rate)
                 planned = change if row["audio_id"] != UNKNOWN_AUDIO else None  # else it is the recording's length
                 length = len(samples) if planned is None else planned.num_samples(len(samples))
-                require_planned_length(length, row["samples"])
+                require_planned_length(length, row["samples"], self._rate)
             except AudioError as error:
                 return digest, UtteranceFailure("decode", str(error))
             return digest, samples if change is None else apply_change(samples, change)
@@ -149,17 +151,17 @@ def _read_once(source: Source, uris: Sequence[str]) -> AudioIterator:
             yield found
 
 
-def require_planned_length(samples: int, planned: int) -> None:
+def require_planned_length(samples: int, planned: int, rate: int = SAMPLING_RATE) -> None:
     """Raise AudioError unless a recording has the length that its manifest or its header declares, up to 0.1 s.
 
     Args:
-        samples: Its samples at 16 kHz.
+        samples: Its samples.
         planned: Those of the plan; 0: unknown.
+        rate: Sampling rate of both.
     """
-    if planned and abs(samples - planned) > TOLERANCE * SAMPLING_RATE:
+    if planned and abs(samples - planned) > TOLERANCE * rate:
         raise AudioError(
-            f"{samples / SAMPLING_RATE:.2f} s of audio, but the manifest or the header declares "
-            f"{planned / SAMPLING_RATE:.2f} s"
+            f"{samples / rate:.2f} s of audio, but the manifest or the header declares {planned / rate:.2f} s"
         )
 
 

@@ -73,7 +73,8 @@ class Change:
     """What is done to a recording.
 
     Attributes:
-        rate: the recording is played as if it had this sampling rate (Hz) instead of 16 kHz.
+        rate: the recording is played as if it had this sampling rate (Hz) instead of 16 kHz; at another rate, of
+            the same ratio to it.
         snr: signal-to-noise ratio in dB; None: no noise is added.
         pink: whether the noise is pink; otherwise it is white.
         gain: change of the level in dB.
@@ -106,7 +107,7 @@ def draw_change(variant_id: bytes, config: VariantsConfig) -> Change:
 
 
 def apply_change(samples: Samples, change: Change) -> Samples:
-    """Return the variant of mono float32 [samples] at 16 kHz, float32 [``change.num_samples(len(samples))``].
+    """Return the variant of mono float32 [samples], float32 [``change.num_samples(len(samples))``].
 
     Silence gets no noise. The samples do not exceed the larger of 1 and the peak of the recording.
     """

@@ -238,6 +238,10 @@ def _head(args: argparse.Namespace) -> None:
         print(
             f"{row['key']}  {row['frames']} frames × {cache.spec.channels}  {seconds:.2f} s  {_printable(row['text'])}"
         )
+        if cache.spec.codebook_size:
+            values = f"{len(np.unique(x)):,} of {cache.spec.codebook_size:,} values"
+            print(f"  codes {int(x.min())} to {int(x.max())}, {values}")
+            continue
         print(
             f"  mean {x.mean():+.4f}  std {x.std():.4f}  min {x.min():+.4f}  max {x.max():+.4f}  "
             f"RMS {np.sqrt(np.mean(x * x)):.4f}  codec error {row['error']:.2e}"

@@ -126,6 +126,7 @@ def open_encoder_lazily(
     window: WindowMode | None,
     margin: float,
     memo: Path | None,
+    codebooks: int | None = None,
 ) -> LazyEncoder:
     """Return the encoder that ``load`` loads: unloaded if a memo describes it, else loaded, with a new memo.
 
@@ -138,11 +139,14 @@ def open_encoder_lazily(
         margin: As passed to ``load_encoder``.
         memo: Folder of the memos, created if necessary. None: load the encoder. A folder that cannot be written to is
             no error.
+        codebooks: As configured.
 
     Raises:
         UserError: The encoder cannot be loaded.
     """
     settings = _settings(device, dtype, window, margin) if memo is not None else None
+    if settings is not None:
+        settings["codebooks"] = codebooks
     key = settings and _key(weights, settings)
     if memo is None or settings is None or key is None:
         encoder = load()

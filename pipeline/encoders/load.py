@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pipeline.encoders.base import DTYPES, DeviceEncoder, Encoder
 from pipeline.encoders.compile import CompiledForward, has_compiler, should_compile
-from pipeline.weights.resolve import SELF_SUPERVISED, TOWERS, Weights, is_own, read_model_json
+from pipeline.weights.resolve import CODECS, SELF_SUPERVISED, TOWERS, Weights, is_own, read_model_json
 from shards.errors import UserError
 from shards.format.spec import WindowMode
 
@@ -27,6 +27,7 @@ def load_encoder(
     batch_size: int | None = None,
     window: WindowMode | None = None,
     margin: float = 0.0,
+    codebooks: int | None = None,
 ) -> Encoder:
     """Load the encoder in ``weights`` onto ``device``.
 
@@ -39,6 +40,7 @@ def load_encoder(
         window: See :class:`Encoder`. None: ``full30`` for Whisper encoders and towers that know 30 s only,
             ``clip`` for others.
         margin: See :class:`Encoder`.
+        codebooks: Of a codec, see ``pipeline/encoders/codecs.py``.
 
     Raises:
         UserError: The model is not a supported encoder, the folder is corrupt, or the device, dtype or window is not
@@ -56,11 +58,13 @@ def load_encoder(
         raise UserError(
             f"encoder.device '{device}' is not available on this machine: set encoder.device=auto or cpu"
         ) from None
+    asked = dtype
     if dtype == "auto":
         dtype = auto_dtype(device)
     if dtype not in DTYPES:
         raise UserError(f"expected encoder.dtype auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got '{dtype}'")
     if is_own(weights.reference):
+        _require_no_codebooks(codebooks, weights.reference)
         from pipeline.encoders.own import load_own
 
         if window not in (None, "clip"):
@@ -69,6 +73,16 @@ def load_encoder(
             )
         return load_own(weights.reference, device=device, dtype=dtype, batch_size=batch_size)
     family = read_model_json(weights.folder / "config.json").get("model_type")
+    if family in CODECS:
+        from pipeline.encoders.codecs import CodecEncoder
+
+        if window not in (None, "clip") or asked not in ("auto", "float32"):
+            raise UserError(
+                f"{family} is a codec, which is not padded and computes in float32, because rounding changes codes: "
+                "set window=clip and encoder.dtype=float32, or leave them out"
+            )
+        return CodecEncoder(weights, family, device=device, batch_size=batch_size, codebooks=codebooks)
+    _require_no_codebooks(codebooks, weights.reference)
     if family in SELF_SUPERVISED:
         from pipeline.encoders.self_supervised import SelfSupervisedEncoder
 
@@ -90,6 +104,11 @@ def load_encoder(
     return WhisperEncoder(
         weights, device=device, dtype=dtype, batch_size=batch_size, window=window or "full30", margin=margin
     )
+
+
+def _require_no_codebooks(codebooks: int | None, reference: str) -> None:
+    if codebooks is not None:
+        raise UserError(f"encoder.codebooks is for codecs, and {reference} is none: leave it out, or name a codec")
 
 
 def may_have_gpu() -> bool:

@@ -1,7 +1,8 @@
 """Encode whole recordings: split into windows, encode, stitch. Shared by extraction, check and transcription.
 
-Maps float32 mono samples at the encoder's sampling rate to float32 [frames, channels] per layer. Audio longer than the
-encoder's window is encoded in overlapping windows, which are joined in the middle of each overlap; nothing is cut off.
+Maps float32 mono samples at the encoder's sampling rate to float32 [frames, channels] per layer, or to integer codes.
+Audio longer than the encoder's window is encoded in overlapping windows, which are joined in the middle of each
+overlap; nothing is cut off.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pipeline.encoders.batching import encode_in_batches
 from pipeline.encoders.load import load_encoder
 from pipeline.weights.resolve import resolve_weights
 from shards.errors import UserError
+from shards.format.codec import CODES
 from shards.format.spec import FeatureSpec
 
 Array = npt.NDArray[Any]
@@ -31,7 +33,7 @@ class NonFiniteFeaturesError(ValueError):
 def window_spans(samples: int, encoder: Encoder, overlap: float) -> Spans:
     """Return (start, stop) of each window in samples; ``overlap``, in seconds, is rounded to whole frames."""
     return split_into_windows(
-        samples, encoder.window_samples, round(overlap * encoder.sampling_rate / encoder.hop) * encoder.hop
+        samples, encoder.window_samples, round(overlap * encoder.sampling_rate / encoder.hop) * encoder.hop, encoder.hop
     )
 
 
@@ -68,7 +70,7 @@ def encode_recording(
         trim: See :meth:`Encoder.encode`.
 
     Returns:
-        Layer -> float32 [frames, channels].
+        Layer -> float32 [frames, channels], or codes of an integer dtype [frames, codebooks].
 
     Raises:
         NonFiniteFeaturesError: A value is NaN or infinite.
@@ -100,6 +102,7 @@ def open_encoder(spec: FeatureSpec, recorded: str | None, device: str = "auto", 
         dtype=spec.dtype,
         window=spec.window,
         margin=spec.margin,
+        codebooks=spec.channels if spec.codec == CODES else None,
     )
     for name, expected, actual in (
         ("architecture", spec.family, encoder.family),
@@ -107,6 +110,7 @@ def open_encoder(spec: FeatureSpec, recorded: str | None, device: str = "auto", 
         ("spectrogram settings", spec.frontend, encoder.frontend),
         ("channels", spec.channels, encoder.channels),
         ("samples per frame", spec.hop, encoder.hop),
+        ("sampling rate", spec.sampling_rate, encoder.sampling_rate),
         ("layer", spec.layer, min(spec.layer, encoder.n_layers)),
     ):
         if expected != actual:

@@ -55,10 +55,19 @@ def clip_to_check(encoder: Encoder, clips: Sequence[np.ndarray]) -> np.ndarray |
 def check_features(encoder: Encoder, features: Mapping[int, np.ndarray]) -> None:
     """Check the features of a clip, float32 [frames, channels] of every layer; ``encoder`` then counts as checked.
 
+    Of codes, integers, it is checked that they change over the clip.
+
     Raises:
         UserError: a layer's values are not finite, have an implausible RMS, or do not change over the clip.
     """
     for layer, frames in features.items():
+        if np.issubdtype(frames.dtype, np.integer):
+            if (frames == frames[0]).all():
+                raise UserError(
+                    f"the codes of '{encoder.name}' do not depend on the audio, so its weights are not those of a "
+                    "trained codec: copy them again or name another model"
+                )
+            continue
         rms = _rms(frames)
         if not math.isfinite(rms):
             raise UserError(

@@ -35,17 +35,17 @@ from pipeline.encoders.load import compile_encoder, describe_gpu, fit_batch, loa
 from pipeline.extract.audio_ids import AudioIndex, find_audio_ids
 from pipeline.extract.audio_ids import record as record_audio_ids
 from pipeline.extract.listing import Listing, list_source
-from pipeline.extract.plan import count_windows, estimate_bytes, find_new, make_plan
+from pipeline.extract.plan import at_rate, count_windows, estimate_bytes, find_new, make_plan
 from pipeline.extract.resources import count_gpus, first_device, num_decode_workers
 from pipeline.extract.reuse import Donor, Reuse, find_donors, open_extra
 from pipeline.extract.targets import LABEL_COLUMNS, LabelLookup, Target, failed_attempts, held_keys, planned_audio
 from pipeline.extract.variants import add_variants, beyond, require_same_recipe
 from pipeline.sources import Source, open_source
-from pipeline.weights.resolve import Weights, is_own, resolve_weights
+from pipeline.weights.resolve import CODECS, Weights, is_own, resolve_weights
 from shards.commit.claims import new_owner
 from shards.commit.store import open_store
 from shards.errors import UserError
-from shards.format.codec import STORED_DTYPE
+from shards.format.codec import CODES, STORED_DTYPE
 from shards.format.layout import Plan
 from shards.format.spec import FeatureSpec
 from shards.format.variants import are_variants
@@ -299,6 +299,7 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
         )
     if config.overlap * encoder.sampling_rate >= encoder.window_samples:
         raise UserError(f"overlap={config.overlap} is not shorter than the encoder's window: set a smaller overlap")
+    require_codec(config, encoder)
     layers = resolve_layers(config.encoder.layers, encoder.n_layers)
     limits = [n for n in (config.limit, config.source.limit) if n is not None]
     source = open_source(config.source.model_copy(update={"limit": min(limits, default=None)}))
@@ -326,7 +327,9 @@ def prepare(config: ExtractConfig, *, rehash: bool = False, relabel: bool = True
     index = AudioIndex(state / f"{source.name}.parquet")
     known |= config.augment.variants > 1  # the audio id of a variant determines its length
     ids = find_audio_ids(source, listing, index, rehash=rehash, hash_unknown=known)
-    rows, ids = add_variants(listing.table, ids, config.augment, config.codec, spool_folder)
+    rows, ids = add_variants(
+        at_rate(listing.table, encoder.sampling_rate), ids, config.augment, config.codec, spool_folder
+    )
     extraction = Extraction(config, source, encoder, weights, targets, listing, rows, ids, index, extra, notes=notes)
     if not relabel:
         return extraction
@@ -363,6 +366,7 @@ def open_configured_encoder(config: ExtractConfig, device: str | None = None) ->
             batch_size=config.encoder.batch_size,
             window=config.window,
             margin=margin,
+            codebooks=config.encoder.codebooks,
         )
 
     return weights, open_encoder_lazily(
@@ -373,7 +377,15 @@ def open_configured_encoder(config: ExtractConfig, device: str | None = None) ->
         window=config.window,
         margin=margin,
         memo=None if is_own(weights.reference) else state_folder(config.root) / "encoders",
+        codebooks=config.encoder.codebooks,
     )
+
+
+def require_codec(config: ExtractConfig, encoder: Encoder) -> None:
+    """Raise UserError unless ``config.codec`` stores what ``encoder`` makes: floats, or the codes of a codec."""
+    if (encoder.family in CODECS) != (config.codec == CODES):
+        makes, fix = ("integer codes", CODES) if encoder.family in CODECS else ("floats", "f16")
+        raise UserError(f"codec={config.codec} does not store what {encoder.name} makes, {makes}: set codec={fix}")
 
 
 def resolve_layers(layers: list[int] | None, n_layers: int) -> list[int]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.audio import SAMPLING_RATE
 from pipeline.encoders.base import Encoder
 from shards.format.schemas import PLAN_SCHEMA
 from shards.labels.table import blocks
@@ -63,6 +64,15 @@ def plan_shards(sizes: Ints, shard_mb: float) -> npt.NDArray[np.int32]:
     middle = np.cumsum(sizes) - sizes / 2
     shard = np.minimum((middle * shards / max(total, 1)).astype(np.int64), shards - 1)
     return np.unique(shard, return_inverse=True)[1].astype(np.int32)  # one large utterance can leave a shard empty
+
+
+def at_rate(listing: pa.Table, rate: int) -> pa.Table:
+    """Return ``listing``, whose column ``samples`` counts at 16 kHz, with samples at ``rate`` Hz."""
+    if rate == SAMPLING_RATE:
+        return listing
+    samples = listing["samples"].to_numpy()
+    scaled = pa.array((2 * samples * rate + SAMPLING_RATE) // (2 * SAMPLING_RATE))
+    return listing.set_column(listing.schema.get_field_index("samples"), "samples", scaled)
 
 
 def make_plan(

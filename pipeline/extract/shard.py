@@ -356,5 +356,5 @@ def open_decoders(job: Job, stage_times: StageTimes) -> AudioDecoders:
     """Start the decoding threads of ``job``; they read far enough ahead to fill a batch."""
     ahead = job.encoder.batch_size if job.encoder.loaded else 0  # an encoder that is not loaded has nothing to encode
     prefetch = 2 * job.decode_workers + ahead
-    max_hours, variants = job.config.source.max_hours, job.config.augment
-    return AudioDecoders(job.source, job.decode_workers, prefetch, stage_times, max_hours, variants)
+    hours, rate, variants = job.config.source.max_hours, job.encoder.sampling_rate, job.config.augment
+    return AudioDecoders(job.source, job.decode_workers, prefetch, stage_times, hours, rate, variants)

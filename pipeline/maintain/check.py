@@ -3,7 +3,8 @@
     python -m pipeline check CACHE --n 32
 
 For each of n random utterances, reports the relative RMS error and the cosine similarity of the stored and the new
-features. An utterance whose error exceeds the tolerance of the spec's dtype and codec fails the check.
+features. An utterance whose error exceeds the tolerance of the spec's dtype and codec fails the check. The error of
+codes is the share of them that differ, and their cosine similarity the share that are equal.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from pipeline.encoders.recording import encode_recording, open_encoder
 from pipeline.sources import open_source
 from shards.config.base import validate_config
 from shards.errors import UserError
-from shards.format.codec import relative_rms
+from shards.format.codec import CODES, decoded_dtype, relative_rms
 from shards.read.cache import Cache
 
 # Relative RMS error allowed for arithmetic differences between two machines, and for the codec (measured on real
 # whisper-base features with bench/codecs.py).
 DTYPE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.035, "float16": 5e-3}
-CODEC_TOLERANCE = {"f16": 1e-3, "bf16": 4e-3, "int8": 0.02, "fp8": 0.05}
+CODEC_TOLERANCE = {"f16": 1e-3, "bf16": 4e-3, "int8": 0.02, "fp8": 0.05, "u16": 0.02}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +75,22 @@ def check(
             yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"no audio: {data}")
             continue
         try:
-            samples = decode(data, config.source.max_hours)
+            samples = decode(data, config.source.max_hours, cache.spec.sampling_rate)
         except AudioError as reason:
             yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"audio changed: {reason}")
             continue
         spec = cache.spec
         fresh = encode_recording(samples, model, [spec.layer], overlap=spec.overlap, trim=spec.trim)[spec.layer]
-        stored = np.empty(fresh.shape, np.float32)
+        stored = np.empty(fresh.shape, decoded_dtype(spec.codec))
         if len(fresh) != row["frames"]:
             yield Comparison(row["key"], row["frames"], float("nan"), float("nan"), f"{len(fresh)} frames now")
             continue
         cache.read_into(index, stored)
-        error, cosine = relative_rms(stored, fresh), _cosine(stored, fresh)
+        if spec.codec == CODES:
+            cosine = float(np.mean(stored == fresh))
+            error = 1 - cosine
+        else:
+            error, cosine = relative_rms(stored, fresh), _cosine(stored, fresh)
         problem = "" if error <= limit else f"relative error above {limit:.3g}"
         yield Comparison(row["key"], row["frames"], error, cosine, problem)
 

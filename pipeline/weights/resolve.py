@@ -33,7 +33,8 @@ TOWERS = (  # models with an audio encoder inside
     *("qwen2_audio", "voxtral", "audioflamingo3", "glmasr", "moonshine"),
     *("parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"),
 )
-ENCODERS = ("whisper", *SELF_SUPERVISED, *TOWERS)
+CODECS = ("mimi", "encodec", "dac")  # neural codecs, whose features are integer codes
+ENCODERS = ("whisper", *SELF_SUPERVISED, *TOWERS, *CODECS)
 _SHARD = re.compile(r"\w[\w.+-]{0,199}")  # a name without a path: a folder's index comes from a stranger
 SCHEMES = ("path", "hf", "modelscope", "wheel")
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

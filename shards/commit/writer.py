@@ -33,7 +33,7 @@ from shards.files import (
     write_all,
 )
 from shards.format import tar
-from shards.format.codec import SCALE_DTYPE, SCALED, STORED_DTYPE, Array, CodecError, Encoded, encode
+from shards.format.codec import SCALE_DTYPE, SCALED, STORED_DTYPE, Array, CodecError, Encoded, check_codes, encode
 from shards.format.layout import Layout
 from shards.format.npy import NpyError, parse_npy_header
 from shards.format.records import seal, utterance_json
@@ -76,6 +76,9 @@ class StoredMembers:
             raise CodecError(f"a copied member {error}") from None
         if found != wanted:
             raise CodecError(f"the copied features are {found}, not {wanted}")
+        if spec.codebook_size:
+            start = len(self.payload) - self.frames * spec.channels * STORED_DTYPE[spec.codec].itemsize
+            check_codes(np.frombuffer(self.payload[start:], STORED_DTYPE[spec.codec]), spec.codebook_size)
 
 
 class CommitError(RuntimeError):
@@ -117,7 +120,7 @@ class ShardWriter:
 
         Args:
             utterance: its row in the plan (``PLAN_SCHEMA``).
-            features: float32 [frames, channels], frames ≥ 1.
+            features: float32 [frames, channels], or codes of any integer dtype [frames, codebooks]; frames ≥ 1.
             samples: length of the decoded audio at the spec's sampling rate.
             audio_id: 32 bytes, as in the manifest row (``docs/format.md``).
             labels: ``text``, ``speaker`` and ``split`` for the ``.json`` member.
@@ -142,6 +145,8 @@ class ShardWriter:
         labels: Mapping[str, Any] = NO_LABELS,
     ) -> None:
         """Like :meth:`add`, for features that are already encoded with the spec's codec."""
+        if self.spec.codebook_size:
+            check_codes(encoded.payload, self.spec.codebook_size)
         payload = npy_parts(encoded.payload)
         scale = None if encoded.scale is None else npy_parts(encoded.scale)
         row = {**utterance, "samples": samples, "audio_id": audio_id, "frames": len(encoded.payload)}

@@ -2,7 +2,7 @@
 
 Encodes float32 [frames, channels] as a NumPy array that ``.npy`` can store (bfloat16 and fp8 have no NumPy type and are
 stored as uint16 and uint8), with float32 scales [channels] for scaled codecs, and measures the relative RMS error of
-the round trip.
+the round trip. The codes of a neural codec, integers [frames, codebooks], are stored as they are.
 
 | codec | bits/value | scale | stored as |
 |-------|------------|-------|-----------|
@@ -10,6 +10,7 @@ the round trip.
 | bf16  | 16 | none                        | uint16  |
 | int8  |  8 | absmax / 127 of each channel | int8    |
 | fp8   |  8 | absmax / 448 of each channel | uint8, e4m3 without infinities (OCP 8-bit floating point, 2023) |
+| u16   | 16 | none                        | uint16; codes, not floats |
 
 Encoder features have outlier channels, so scales are per channel (and per utterance), not per frame.
 """
@@ -33,7 +34,11 @@ STORED_DTYPE: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype("<u2"),
     "int8": np.dtype("i1"),
     "fp8": np.dtype("u1"),
+    "u16": np.dtype("<u2"),
 }
+CODES = "u16"  # the codec of integer codes
+FLOAT_CODECS = tuple(name for name in STORED_DTYPE if name != CODES)
+CODE_DTYPE: np.dtype[Any] = np.dtype(np.int32)  # codes as they are read
 SCALED = frozenset({"int8", "fp8"})
 SCALE_DTYPE: np.dtype[Any] = np.dtype("<f4")
 FP8_MAX = 448.0
@@ -48,7 +53,7 @@ class CodecError(ValueError):
 class Encoded:
     """Payload [frames, channels] in the codec's stored dtype, scale float32 [channels] or None, relative RMS error.
 
-    ``peak`` is the largest magnitude of the features, NaN or infinite if a value is.
+    ``peak`` is the largest magnitude of the features, NaN or infinite if a value is; of codes the largest.
     """
 
     payload: Array
@@ -58,11 +63,19 @@ class Encoded:
 
 
 def encode(codec: str, features: Array) -> Encoded:
-    """Encode float32 ``features`` [frames, channels].
+    """Encode float32 ``features`` [frames, channels], or with codec ``u16`` integer codes [frames, codebooks].
 
     Raises:
-        CodecError: a value is NaN or infinite, or exceeds the range of the codec (65504 for float16).
+        CodecError: a value is NaN or infinite, or exceeds the range of the codec (65504 for float16); or these are
+            codes and the codec is for floats, or the other way round.
     """
+    if (codec == CODES) != np.issubdtype(features.dtype, np.integer):
+        raise CodecError(
+            f"codec {codec} is for {'integer codes' if codec == CODES else 'floats'}, got {features.dtype}"
+        )
+    if codec == CODES:
+        check_codes(features, 1 << 16)
+        return Encoded(features.astype(STORED_DTYPE[CODES], order="C"), None, 0.0, float(features.max(initial=0)))
     features = np.ascontiguousarray(features, dtype=np.float32)
     peak = float(np.maximum(features.max(initial=0.0), -features.min(initial=0.0)))  # NaN stays NaN
     check_peak(codec, peak)
@@ -98,6 +111,13 @@ def _encode_block(codec: str, features: Array, scale: Array | None, payload: Arr
             np.take(_fp8_codes(), half.view(np.uint16), out=payload)
 
 
+def check_codes(codes: Array, codebook_size: int) -> None:
+    """Raise CodecError unless all ``codes``, integers of any shape, are at least 0 and less than ``codebook_size``."""
+    low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    if low < 0 or high >= codebook_size:
+        raise CodecError(f"a code is {low if low < 0 else high}, but the codebooks have {codebook_size} entries")
+
+
 def check_peak(codec: str, peak: float) -> None:
     """Raise CodecError if features whose largest magnitude is ``peak`` cannot be stored with ``codec``."""
     if not math.isfinite(peak):
@@ -111,14 +131,21 @@ def check_peak(codec: str, peak: float) -> None:
 def decode(codec: str, payload: Array, scale: Array | None = None, out: Array | None = None) -> Array:
     """Decode a stored array to float32 [frames, channels], or into ``out`` (float32 or float16).
 
+    Codes are returned as int32, and ``out`` is then of int32 or int64.
+
     Raises:
-        CodecError: the codec is unknown, or ``scale`` is missing or superfluous.
+        CodecError: the codec is unknown, ``scale`` is missing or superfluous, or ``out`` is for floats and these are
+            codes.
     """
     if (codec in SCALED) != (scale is not None):
         raise CodecError(f"codec {codec} is stored {'with' if codec in SCALED else 'without'} a scale")
     if out is None:
-        out = np.empty(payload.shape, dtype=np.float32)
-    if codec == "f16":
+        out = np.empty(payload.shape, dtype=decoded_dtype(codec))
+    if codec == CODES:
+        if out.dtype not in (np.int32, np.int64):
+            raise CodecError(f"codes cannot be read as {out.dtype}: read them as int32")
+        np.copyto(out, payload)
+    elif codec == "f16":
         _convert(out, payload)
     elif codec == "bf16":
         wide = payload.astype(np.uint32)
@@ -131,6 +158,13 @@ def decode(codec: str, payload: Array, scale: Array | None = None, out: Array | 
     else:
         raise CodecError(f"unknown codec '{codec}'")
     return out
+
+
+def decoded_dtype(codec: str, half: bool = False) -> np.dtype[Any]:
+    """Return the dtype that ``codec`` is decoded to: float32, with ``half`` float16 for codec f16; int32 for codes."""
+    if codec == CODES:
+        return CODE_DTYPE
+    return np.dtype(np.float16 if half and codec == "f16" else np.float32)
 
 
 def relative_rms(measured: Array, reference: Array) -> float:

@@ -25,9 +25,10 @@ from shards.errors import UserError, first_validation_error
 
 SCHEMA_VERSION = 2
 MAX_CHANNELS = 65_536
+MAX_CODEBOOK = 65_536  # entries: a code is stored as uint16
 
 WindowMode = Literal["full30", "tight", "clip"]
-Codec = Literal["f16", "bf16", "int8", "fp8"]
+Codec = Literal["f16", "bf16", "int8", "fp8", "u16"]
 
 
 class FeatureSpec(BaseModel):
@@ -37,9 +38,10 @@ class FeatureSpec(BaseModel):
         schema_version: version of the cache format (``docs/format.md``).
         family: encoder architecture, such as ``whisper``.
         tensors: sha256 over names, shapes and float32 values of the encoder's tensors.
-        frontend: settings that turn samples into encoder input (for Whisper, the log-mel settings).
+        frontend: settings that turn samples into encoder input (for Whisper, the log-mel settings); with codec ``u16``
+            also ``codebook_size``.
         layer: 0 … n; n is the encoder's output after its final norm.
-        channels: values per frame.
+        channels: values per frame; with codec ``u16`` the number of codebooks.
         hop: audio samples per frame (Whisper: 320, 20 ms at 16 kHz).
         sampling_rate: Hz.
         window: ``full30`` pads each window to 30 s; ``tight`` limits the context to the utterance plus ``margin``,
@@ -74,6 +76,18 @@ class FeatureSpec(BaseModel):
         if self.margin and self.window != "tight":
             raise ValueError("margin is only supported with window tight")
         return self
+
+    @model_validator(mode="after")
+    def _codes_have_a_range(self) -> FeatureSpec:
+        size = self.frontend.get("codebook_size")
+        if self.codec == "u16" and (type(size) is not int or not 1 <= size <= MAX_CODEBOOK):
+            raise ValueError(f"codec u16 needs frontend.codebook_size, an integer from 1 to {MAX_CODEBOOK}")
+        return self
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of values that a code can have; 0: the features are floats."""
+        return int(self.frontend["codebook_size"] or 0) if self.codec == "u16" else 0
 
     @model_serializer(mode="wrap")
     def _without_margin_of_zero(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -202,7 +202,10 @@ def format_info(about: dict[str, Any]) -> Iterator[str]:
     ]  # free form: any field may be missing or of any type
     source, encoder = (part if isinstance(part, dict) else {} for part in parts)
     window = f"{spec['window']} with {spec['margin']} s of margin" if "margin" in spec else spec["window"]
-    yield f"  features      {spec['family']} layer {spec['layer']}, {spec['channels']} channels, codec {spec['codec']}"
+    width = f"{spec['channels']} channels"
+    if codes := spec["codec"] == "u16":
+        width = f"codes of {spec['channels']} codebooks of {spec['frontend']['codebook_size']:,} entries"
+    yield f"  features      {spec['family']} layer {spec['layer']}, {width}, codec {spec['codec']}"
     yield (
         f"  computed      {spec['dtype']}, window {window}, overlap {spec['overlap']} s, trim {spec['trim']}, "
         f"{spec['sampling_rate'] / spec['hop']:g} frames per second"
@@ -232,7 +235,10 @@ def format_info(about: dict[str, Any]) -> Iterator[str]:
         yield f"  labels        {entry['name']} {entry['id'][:8]}, {entry['rows']:,} rows{mark}"
     yield f"  audio         {about['hours']:.3f} h, {counts['frames']:,} frames"
     yield f"  bits/value    {about['bits_per_value']:.2f} including tar headers and texts"
-    yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
+    if codes:
+        yield "  codec error   none: codes are stored as they are"
+    else:
+        yield f"  codec error   mean {error['mean']:.2e}, worst {error['max']:.2e} (relative RMS)"
     yield from format_cost(about)
 
 

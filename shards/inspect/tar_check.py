@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from shards.files import open_file
 from shards.format import tar
-from shards.format.codec import SCALED, STORED_DTYPE
+from shards.format.codec import SCALED, STORED_DTYPE, CodecError, check_codes
 from shards.format.npy import NpyError, parse_npy_header
 from shards.format.records import utterance_json
 from shards.format.schemas import UNKNOWN_AUDIO
@@ -159,6 +159,14 @@ class TarFile:
         known = dtype == STORED_DTYPE[spec.codec] if spec else dtype in STORED_DTYPE.values()
         if not known or shape != (row["frames"], channels) or channels > MAX_CHANNELS:
             return f"contains {dtype} {shape}, not {row['frames']} frames of {spec.codec if spec else 'a codec'}"
+        if spec is not None and spec.codebook_size:
+            end = row["offset"] + row["length"]
+            try:
+                check_codes(
+                    np.frombuffer(self.data[end - 2 * row["frames"] * channels : end], dtype), spec.codebook_size
+                )
+            except CodecError as error:
+                return f"is no codes: {error}"
         if scale and scale != [(np.dtype("<f4"), (channels,))]:
             return "has a scale whose shape does not match its channels"
         found = members.get(f"{row['key']}.json")

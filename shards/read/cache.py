@@ -225,6 +225,8 @@ class Cache:
     def features(self, index: int) -> Array:
         """Return item ``index`` [frames, channels]: codec f16 as a read-only float16 view, others as float32.
 
+        Codes, codec u16, are returned as int32 [frames, codebooks].
+
         Raises:
             UserError: the shard is missing or truncated, or the checksum of the row does not match.
         """
@@ -234,10 +236,10 @@ class Cache:
     def read_into(self, index: int, out: Array, variant: int = 0) -> None:
         """Copy or decode item ``index``, or the variant of this number, into ``out`` [frames, channels].
 
-        ``out`` is float16 or float32.
+        ``out`` is float16 or float32; for codes int32 or int64.
 
         Raises:
-            ValueError: ``out`` has another shape.
+            ValueError: ``out`` has another shape, or is for floats where the cache holds codes.
             KeyError: there is no such variant.
             UserError: as :meth:`features`.
         """

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.format.codec import SCALE_DTYPE, SCALED, STORED_DTYPE, Array
+from shards.format.codec import SCALE_DTYPE, SCALED, STORED_DTYPE, Array, CodecError, check_codes
 from shards.format.layout import Layout, current_rows
 from shards.format.records import CacheInfo, Generation, RecordError
 from shards.format.schemas import FAILURE_SCHEMA, MANIFEST_SCHEMA, read_batches, read_parquet
@@ -200,9 +200,11 @@ class FeatureRows:
         """Return ``rows`` (int64, 0 … len - 1) as stored. Performance-critical: batches wait for it.
 
         Raises:
-            UserError: the shard is missing or truncated, or the checksum of a row does not match.
+            UserError: the shard is missing or truncated, the checksum of a row does not match, or a code is not in its
+                codebook.
         """
         dtype, channels, scaled = self._dtype, self.spec.channels, self.spec.codec in SCALED
+        size = self.spec.codebook_size
         places = self._index.locate(rows)
         shards = self.shards[rows].tolist()
         maps = self._maps(shards)
@@ -217,6 +219,11 @@ class FeatureRows:
                 self._verify_checksum(data, row, group, at)
             payload: Array = np.ndarray((frames, channels), dtype, data, group.payload_start.item(at))
             scale = np.ndarray((channels,), SCALE_DTYPE, data, group.scale_start.item(at)) if scaled else None
+            if size:  # also without checksums: a lookup by a code that does not exist ends a process on a GPU
+                try:
+                    check_codes(payload, size)
+                except CodecError as error:
+                    raise self._corrupt_row(row, f"is no codes: {error}") from None
             found.append(StoredFeatures(payload, scale, group.key[at]))
         return found
 

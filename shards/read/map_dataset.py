@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from shards.errors import UserError
 from shards.files import open_file
-from shards.format.codec import decode
+from shards.format.codec import check_codes, decode, decoded_dtype
 from shards.format.layout import Layout
 from shards.format.npy import parse_npy_header
 from shards.labels.table import LabelSet
@@ -32,8 +32,9 @@ FIRST_LABELS = dict.fromkeys(("text", "speaker", "split"), "")  # a shard's JSON
 class FeatureDataset(Dataset[dict[str, Any]]):
     """A map-style torch dataset over a cache, its folder or its URL; ``shards.open`` is this class.
 
-    Item i is a dictionary: ``features`` is a float32 tensor [frames, channels] that owns its memory; ``key``, ``id``,
-    ``frames``, ``duration`` (seconds) and the columns of the label set, such as ``text``, ``speaker`` and ``split``.
+    Item i is a dictionary: ``features`` is a float32 tensor [frames, channels], or for codes an int32 tensor
+    [frames, codebooks], that owns its memory; ``key``, ``id``, ``frames``, ``duration`` (seconds) and the columns of
+    the label set, such as ``text``, ``speaker`` and ``split``.
     :func:`collate` pads a list of items.
 
     Args:
@@ -59,7 +60,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             self.cache.detach()
             self._process = os.getpid()
         row = self.cache.row(index)
-        features = np.empty((row["frames"], self.cache.spec.channels), dtype=np.float32)
+        features = np.empty((row["frames"], self.cache.spec.channels), decoded_dtype(self.cache.spec.codec))
         self.cache.read_into(index, features)
         metadata = {name: row[name] for name in self._fields}
         duration = row["samples"] / self.cache.spec.sampling_rate
@@ -67,7 +68,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pad items to ``features`` float32 [B, T, C] (zero-padded), ``lengths`` int64 [B] and lists of other fields."""
+    """Pad items to ``features`` [B, T, C] (zero-padded), ``lengths`` int64 [B] and lists of other fields."""
     features = torch.nn.utils.rnn.pad_sequence([sample["features"] for sample in samples], batch_first=True)
     lengths = torch.tensor([len(sample["features"]) for sample in samples])
     others = {name: [sample[name] for sample in samples] for name in samples[0] if name != "features"}
@@ -84,9 +85,10 @@ def as_webdataset(
     """Return a webdataset pipeline over a cache, its folder or its URL: one decoded sample per item.
 
     Shards are split by node, then by DataLoader worker; every item occurs once per epoch. A sample holds
-    ``__key__``, ``features`` (float32 tensor [frames, channels]), the fields of the shard's JSON such as ``duration``,
-    and the columns of the label set; ``text``, ``speaker`` and ``split`` are "" if it does not have them. The result
-    chains like any webdataset pipeline: ``.shuffle(1000)``, ``.batched(8, collation_fn=shards.collate)``.
+    ``__key__``, ``features`` (float32 tensor [frames, channels]; int32 for codes), the fields of the shard's JSON
+    such as ``duration``, and the columns of the label set; ``text``, ``speaker`` and ``split`` are "" if it does not
+    have them. The result chains like any webdataset pipeline: ``.shuffle(1000)``,
+    ``.batched(8, collation_fn=shards.collate)``.
 
     Args:
         labels: name or id of a label set, or a file of labels, see :meth:`shards.Cache.open`.
@@ -157,7 +159,10 @@ class _DecodeSamples:
                 if labels is None:
                     continue
                 scale = _array(sample["scale.npy"]) if "scale.npy" in sample else None
-                features = decode(self.cache.spec.codec, _array(sample["npy"]), scale)
+                stored, size = _array(sample["npy"]), self.cache.spec.codebook_size
+                if size:
+                    check_codes(stored, size)
+                features = decode(self.cache.spec.codec, stored, scale)
                 metadata = json.loads(sample["json"])
             except (KeyError, ValueError) as error:
                 name = f"'{sample.get('__key__')}' in '{sample.get('__url__')}'"

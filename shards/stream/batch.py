@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards.format.codec import STORED_DTYPE
+from shards.format.codec import CODES, STORED_DTYPE
 from shards.read.cache import StoredUtterance
 
-TORCH_DTYPE = {"f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+TORCH_DTYPE = {
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    CODES: torch.int32,  # torch computes little with uint16
+}
 
 
 @dataclass
@@ -23,9 +29,9 @@ class Batch:
     """This rank's part of one global batch. It is empty (B = 0) if the global batch has too few rows for this rank.
 
     Attributes:
-        features: [B, T, C] float16 (codec f16) or float32 (other codecs), padded with zeros; from an ``encoded``
-            stream in the dtype of the codec. T is the number of frames of the longest utterance in this part, or in the
-            global batch if this part is empty.
+        features: [B, T, C] float16 (codec f16), int32 (codes, codec u16) or float32 (other codecs), padded with zeros;
+            from an ``encoded`` stream in the dtype of the codec. 0 is also a code: ``mask`` tells padding apart. T
+            is the number of frames of the longest utterance in this part, or in the global batch if this part is empty.
         lengths: int64 [B], number of frames of each utterance.
         keys, texts: key and text of each utterance; of a variant, those of its utterance.
         prompts, tasks: its columns ``prompt`` and ``task`` of the label set; "" without them.
@@ -69,14 +75,15 @@ class Batch:
         return replace(self, features=function(self.features), lengths=function(self.lengths), scales=scales)
 
     def decoded(self) -> Batch:
-        """Return the batch with codes replaced by the features that they stand for, float32; float16 stays."""
+        """Return the batch with encoded features as float32; float16 and the codes of a neural codec, int32, stay."""
         return replace(self, features=decode_stored(self.features, self.scales), scales=None)
 
 
 def pad_stored(rows: Sequence[StoredUtterance], codec: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return ``rows`` as they are stored, padded with zeros to [B, T, C], and their scales, float32 [B, C] or None."""
     payloads = [row.payload for row in rows]
-    padded = np.zeros((len(rows), max(map(len, payloads)), payloads[0].shape[1]), STORED_DTYPE[codec])
+    dtype = np.dtype(np.int32) if codec == CODES else STORED_DTYPE[codec]
+    padded = np.zeros((len(rows), max(map(len, payloads)), payloads[0].shape[1]), dtype)
     for slot, payload in zip(padded, payloads, strict=True):
         slot[: len(payload)] = payload
     scales = [row.scale for row in rows if row.scale is not None]
@@ -84,10 +91,12 @@ def pad_stored(rows: Sequence[StoredUtterance], codec: str) -> tuple[torch.Tenso
 
 
 def decode_stored(features: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """Return the features that codes [B, T, C] with ``scales`` [B, C] stand for, float32; float16 and float32 stay.
+    """Return the features that encoded ones [B, T, C] with ``scales`` [B, C] stand for, float32.
+
+    float16, float32, and the codes of a neural codec, int32, stay.
 
     The values have the bits of ``shards.format.codec.decode``, on any device.
     """
-    if features.dtype in (torch.float16, torch.float32):
+    if features.dtype in (torch.float16, torch.float32, torch.int32):
         return features
     return features.float() if scales is None else features.float() * scales[:, None]

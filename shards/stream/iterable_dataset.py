@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.errors import UserError
-from shards.format.codec import STORED_DTYPE, decode
+from shards.format.codec import CODES, STORED_DTYPE, decode, decoded_dtype
 from shards.format.variants import split_key
 from shards.read.cache import Cache
 from shards.remote.mirror import Mirror, require_space
@@ -65,6 +65,7 @@ class FeatureStream(IterableDataset[Batch]):
         threads: number of reader threads.
         pinned: use page-locked buffers, for batches that this process copies to a GPU.
         encoded: leave features as they are stored: float16, bfloat16, int8 or float8_e4m3fn, with ``batch.scales``.
+            Codes (codec u16) are int32 with and without it.
         variants: an epoch reads one version of each utterance: itself, or a variant (``augment`` of an extraction)
             with a number below this. ``None``: any variant that is there; 1: none.
 
@@ -291,21 +292,22 @@ class FeatureStream(IterableDataset[Batch]):
         frames = self.batch_sampler.frames_of(here.epoch, mine)
         longest = int((frames if len(mine) else self.batch_sampler.frames_of(here.epoch, rows)).max())
         codec, channels = self.concat_cache.spec.codec, self.concat_cache.spec.channels
-        dtype = np.dtype(np.float16 if codec == "f16" else np.float32)
-        features = self._pool.acquire((len(mine), longest, channels), STORED_DTYPE[codec] if self.encoded else dtype)
+        encoded = self.encoded and codec != CODES  # torch computes little with uint16
+        dtype = STORED_DTYPE[codec] if encoded else decoded_dtype(codec, half=True)
+        features = self._pool.acquire((len(mine), longest, channels), dtype)
         for slot, row, end in zip(features, stored, frames.tolist(), strict=True):
-            if self.encoded:
+            if encoded:
                 slot[:end] = row.payload
             else:
                 decode(codec, row.payload, row.scale, slot[:end])
             if end < longest:
                 slot[end:] = 0
-        scales = [row.scale for row in stored if row.scale is not None] if self.encoded else []
+        scales = [row.scale for row in stored if row.scale is not None] if encoded else []
         tensor = torch.from_numpy(features)
         names = [split_key(row.key) for row in stored]
         columns = {name: self.concat_cache.strings(name, mine) for name in self._columns}
         return Batch(
-            features=tensor.view(TORCH_DTYPE[codec]) if self.encoded else tensor,
+            features=tensor.view(TORCH_DTYPE[codec]) if encoded else tensor,
             lengths=torch.from_numpy(frames.astype(np.int64)),
             keys=[key for key, _ in names],
             texts=[row.text for row in stored],

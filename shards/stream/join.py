@@ -24,7 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.format.codec import Array
+from shards.format.codec import Array, decoded_dtype
 from shards.read.cache import Cache
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class JoinedCaches:
     def layers(self, batch: Batch) -> list[torch.Tensor]:
         """Return the features of a batch of the first cache from every cache: [B, T, channels] each, zero-padded.
 
-        The tensors are float16 for codec f16, otherwise float32. The first is ``batch.features``.
+        The tensors are float16 for codec f16, int32 for codes, otherwise float32. The first is ``batch.features``.
 
         Raises:
             KeyError: the batch contains an utterance that is not joined. Pass ``rows=joined.rows[:, 0]`` to the stream.
@@ -64,7 +64,7 @@ class JoinedCaches:
         chosen = [self._index_of_row[row] for row in batch.rows]
         found = [batch.features]
         for cache, rows in zip(self.caches[1:], self.rows.T[1:], strict=True):
-            dtype = np.float16 if cache.spec.codec == "f16" else np.float32
+            dtype = decoded_dtype(cache.spec.codec, half=True)
             out = np.zeros((*batch.features.shape[:2], cache.spec.channels), dtype)
             lengths = batch.lengths.tolist()
             for slot, place, frames, variant in zip(out, chosen, lengths, batch.variants, strict=True):

@@ -19,6 +19,7 @@ from shards.format.schemas import PLAN_SCHEMA
 from shards.format.spec import FeatureSpec
 from shards.read.cache import Cache
 
+CODEBOOK_SIZE = 300  # of codec u16: more than 8 bits
 WORDS = ["red", "green", "blue", "one", "two", "three", "turn", "stop", "left", "right"]
 
 
@@ -26,7 +27,7 @@ def make_spec(channels: int = 8, codec: str = "f16", layer: int = 2, tensors: st
     return FeatureSpec(
         family="whisper",
         tensors=hashlib.sha256(tensors.encode()).hexdigest(),
-        frontend={"n_mels": 80},
+        frontend={"n_mels": 80} if codec != "u16" else {"type": "codes", "codebook_size": CODEBOOK_SIZE},
         layer=layer,
         channels=channels,
         hop=320,
@@ -74,7 +75,8 @@ def make_cache(
     spec = make_spec(channels, codec, layer, tensors)
 
     def features(key: str, count: int) -> np.ndarray:
-        return original(seed, int(key[-5:]), count, channels)
+        values = original(seed, int(key[-5:]), count, channels)
+        return values if codec != "u16" else original_codes(values)
 
     append(Path(folder), spec, rows, labels, features, provenance={"source": {"name": prefix}})
     return Path(folder)
@@ -169,6 +171,11 @@ def without(path: Path, key: str) -> Cache:
 def original(seed: int, i: int, frames: int, channels: int = 8) -> np.ndarray:
     """Return the features of utterance ``i`` from ``make_cache``, before the codec."""
     return np.random.default_rng([seed, i]).standard_normal((frames, channels), dtype=np.float32)
+
+
+def original_codes(values: np.ndarray) -> np.ndarray:
+    """Return the codes that ``make_cache`` makes of features with codec u16: int32, below ``CODEBOOK_SIZE``."""
+    return (np.abs(values) * 1000).astype(np.int32) % CODEBOOK_SIZE
 
 
 def flip(path: Path, at: int) -> None:

@@ -178,6 +178,8 @@ class TrainConfig(Config):
     projector: ProjectorConfig = MlpConfig()
     normalise_layers: bool = False
     """Scale each layer to mean 0 and variance 1 before the layers are mixed."""
+    code_dim: int = Field(default=512, ge=1)
+    """Width of the learned embeddings in front of the projector, for caches of codes (Mimi, EnCodec, DAC)."""
     lm: LmConfig = LmConfig()
     prompt: PromptConfig = PromptConfig()
     text: TextConfig = TextConfig()

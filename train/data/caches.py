@@ -66,7 +66,7 @@ class Utterances:
     def features(self, index: int) -> npt.NDArray[Any]:
         """Return the features of the ``index``-th selected utterance: [frames, channels], float16 or float32.
 
-        With several layers, [frames, layers · channels].
+        With several layers, [frames, layers · channels]. Codes are int32.
 
         Raises:
             IndexError: ``index`` is out of range.
@@ -122,6 +122,7 @@ def open_data(config: TrainConfig, pins: Sequence[Pin] = (), val_pins: Sequence[
     """
     options: dict[str, Any] = {"extract": config.extract, "max_label_problems": config.max_label_problems}
     caches, layers = open_corpora(config.caches, labels=config.cache_labels, pins=pins, **options)
+    require_changes_fit(config, caches[0].spec)
     known = usable_rows(caches, layers)
     masks = np.split(known, np.cumsum(list(map(len, caches)))[:-1])
     held = np.concatenate([held_out_mask(cache, config.val, own) for cache, own in zip(caches, masks, strict=True)])
@@ -154,6 +155,24 @@ def open_data(config: TrainConfig, pins: Sequence[Pin] = (), val_pins: Sequence[
     held_out = held_out.subset(config.val.limit)
     tasks = sorted(require_prompts(config.prompt, caches, train_rows) | require_prompts(config.prompt, *_of(held_out)))
     return TrainData(caches, train_rows, held_out, layers, tuple(dict.fromkeys(notes)), tuple(tasks))
+
+
+def require_changes_fit(config: TrainConfig, spec: FeatureSpec) -> None:
+    """Raise UserError if the run would change codes in ways that only floats can be changed.
+
+    Masks of frames and ``augment.silence`` are for both.
+    """
+    changes = {
+        "noise_std": config.noise_std,
+        "augment.speed": config.augment.speed,
+        "augment.channel_masks": config.augment.channel_masks,
+    }
+    for name, value in changes.items():
+        if spec.codebook_size and value:
+            raise UserError(
+                f"{name}={value} changes values of features, and the caches hold the integer codes of {spec.family}: "
+                f"set {name}=0 (augment.time_masks, augment.silence and frame_mask_prob are for codes too)"
+            )
 
 
 def print_notes(notes: Sequence[str]) -> None:

@@ -33,12 +33,14 @@ class LayeredCaches:
         in_all_layers: bool [rows], whether all caches of the corpus contain the utterance.
 
     Raises:
-        UserError: the caches of a corpus cannot be joined (``shards/stream/join.py``), its layers differ in channels,
-            or two corpora differ in a layer.
+        UserError: a cache holds codes, the caches of a corpus cannot be joined (``shards/stream/join.py``), its layers
+            differ in channels, or two corpora differ in a layer.
     """
 
     def __init__(self, corpora: Sequence[Sequence[Cache]]) -> None:
         for caches in corpora:
+            for cache in caches:
+                require_floats(cache, "mixed as a layer")
             _require_compatible(caches, corpora[0])
         self.joined: list[JoinedCaches] = [join(caches) for caches in corpora]
         self.count = len(corpora[0])
@@ -92,6 +94,15 @@ class LayeredCaches:
         if not 0 <= row < len(self._rows) or not self.in_all_layers[row]:
             raise IndexError(f"row {row} is missing from at least one layer")
         return self.joined[corpus].caches
+
+
+def require_floats(cache: Cache, use: str) -> None:
+    """Raise UserError if ``cache`` holds the integer codes of a codec; ``use`` says what floats were wanted for."""
+    if cache.spec.codebook_size:
+        raise UserError(
+            f"'{cache.location}' holds the integer codes of {cache.spec.family}, which cannot be {use}: name a cache "
+            "of float features"
+        )
 
 
 def _require_compatible(caches: Sequence[Cache], wanted: Sequence[Cache]) -> None:

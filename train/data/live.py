@@ -38,10 +38,11 @@ def require_one_encoder(specs: Sequence[FeatureSpec]) -> None:
 
 
 def encode_features(audio: npt.NDArray[np.float32], encoder: Encoder, specs: Sequence[FeatureSpec]) -> Features:
-    """Encode ``audio``, float32 [samples] at 16 kHz, in one pass to the frames that a cache would return.
+    """Encode ``audio``, float32 [samples] at the encoder's rate, in one pass to the frames that a cache would return.
 
     Returns:
-        [frames, channels] for one spec, [frames, layers · channels] for several, in the dtype of the codec.
+        [frames, channels] for one spec, [frames, layers · channels] for several, in the dtype of the codec; codes are
+        int32 [frames, codebooks].
     """
     spec = specs[0]
     frames = encode_recording(audio, encoder, [each.layer for each in specs], overlap=spec.overlap, trim=spec.trim)

@@ -29,6 +29,7 @@ from train.distributed.group import ProcessGroup
 
 UNCHANGED = AugmentConfig()
 EDGE_FRAMES = 5  # at each end of an utterance, 0.1 s of Whisper: before the first sound and after the last
+NO_CODE = -1  # in place of a code; adds no embedding (train/projectors/codes.py)
 PREFETCH = 2  # batches whose other layers are read while the training loop runs
 
 
@@ -99,6 +100,8 @@ def augment(
 ) -> Batch:
     """Return ``batch`` with the changes of a training step; ``batch`` itself does not change.
 
+    Of integer codes, masked frames become -1, no code, and the values themselves do not change.
+
     In this order: a share ``changes.silence`` of the utterances become frames in random order with an empty text, the
     time axis of each utterance is stretched (``changes.speed``), Gaussian noise is added, spans of frames and bands of
     channels become the mean of their channel over the utterance, and each frame becomes zero with probability
@@ -111,6 +114,7 @@ def augment(
     if not _changes_anything(frame_mask_prob, noise_std, changes):
         return batch
     batch = batch.decoded()
+    masked = 0 if batch.features.is_floating_point() else NO_CODE
     utterances, texts = [], list(batch.texts)
     for i, (features, frames, row) in enumerate(zip(batch.features, batch.lengths.tolist(), batch.rows, strict=True)):
         generator = torch.Generator().manual_seed(_seed(seed, batch.index, row))
@@ -123,7 +127,7 @@ def augment(
             valid += (noise_std * valid.float().std(0, unbiased=False) * noise).to(valid.dtype)
         _mask(valid, changes, generator)
         if frame_mask_prob:
-            valid[torch.rand(len(valid), generator=generator) < frame_mask_prob] = 0
+            valid[torch.rand(len(valid), generator=generator) < frame_mask_prob] = masked
         utterances.append(valid)
     if not utterances:
         return batch
@@ -159,7 +163,8 @@ def _mask(features: Tensor, changes: AugmentConfig, generator: torch.Generator) 
     frames, channels = features.shape
     if not (changes.time_masks or changes.channel_masks):
         return
-    mean = features.float().mean(0).to(features.dtype)
+    floats = features.is_floating_point()
+    mean = features.float().mean(0).to(features.dtype) if floats else torch.full((channels,), NO_CODE).to(features)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, max(low, high) + 1, (), generator=generator))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.format.codec import CodecError
+from shards.format.codec import CODE_DTYPE, CODES, CodecError, decoded_dtype
 from train.data.caches import Utterances
 from train.distributed.group import ProcessGroup
 from train.evaluation.batches import Features, UtteranceReader
@@ -39,7 +39,7 @@ ENCODED = "digital silence through the encoder"
 
 @dataclass(frozen=True)
 class Silence:
-    """Features of silence [frames, channels], float32; ``source`` describes their origin for people."""
+    """Features of silence [frames, channels], float32, or int32 codes; ``source`` describes their origin for people."""
 
     features: Features
     source: str
@@ -51,7 +51,7 @@ class Silence:
 
 def encode_silence(utterances: Utterances, device: str, group: ProcessGroup) -> Silence:
     """Encode silence with the encoder of the caches; rank 0 encodes it for all ranks."""
-    features, source = np.zeros((1, 0), np.float32), ""
+    features, source = np.zeros((1, 0), decoded_dtype(utterances.specs[0].codec)), ""
     if group.is_main_process:
         features, source = _encode_or_zeros(utterances, device)
     source = group.broadcast(source)
@@ -59,7 +59,7 @@ def encode_silence(utterances: Utterances, device: str, group: ProcessGroup) -> 
 
 
 def _encode_or_zeros(utterances: Utterances, device: str) -> tuple[Features, str]:
-    """(features [frames, channels] float32, their source); one frame of zeros if the encoder is not available."""
+    """(features [frames, channels], their source); one frame of zeros, or of no codes, without the encoder."""
     specs = utterances.specs
     from pipeline.encoders.recording import NonFiniteFeaturesError
 
@@ -68,18 +68,21 @@ def _encode_or_zeros(utterances: Utterances, device: str) -> tuple[Features, str
     try:
         return _encode(utterances.caches[0], specs, samples, device), ENCODED
     except (UserError, NonFiniteFeaturesError, CodecError) as error:
-        return np.zeros((1, sum(spec.channels for spec in specs)), np.float32), f"zeros: {error}"
+        channels = sum(spec.channels for spec in specs)
+        if specs[0].codec == CODES:
+            return np.full((1, channels), -1, CODE_DTYPE), f"no codes: {error}"
+        return np.zeros((1, channels), np.float32), f"zeros: {error}"
 
 
 def _encode(cache: Cache, specs: list[FeatureSpec], samples: int, device: str) -> Features:
-    """Features of zero samples, [frames, channels of all layers] float32; UserError if the encoder is not available."""
+    """Features of zero samples, [frames, channels of all layers]; UserError if the encoder is not available."""
     from pipeline.encoders.recording import open_encoder
     from train.data.live import encode_features, require_one_encoder
 
     require_one_encoder(specs)
     recorded = (cache.provenance.get("encoder") or {}).get("reference")
     encoder = open_encoder(specs[0], _on_this_machine(recorded), device)
-    return encode_features(np.zeros(samples, np.float32), encoder, specs).astype(np.float32)
+    return encode_features(np.zeros(samples, np.float32), encoder, specs).astype(decoded_dtype(specs[0].codec))
 
 
 def _on_this_machine(reference: str | None) -> str | None:

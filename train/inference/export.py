@@ -89,7 +89,8 @@ class ExportConfig(Config):
     source: str = ""  # module:Class in the package; exports of earlier versions have no package
     layers: int
     normalise_layers: bool
-    channels: int  # per layer
+    channels: int  # per layer; of codes, the number of codebooks
+    code_dim: int = 0  # width of the embeddings of codes; 0: the features are floats
     width: int  # of a soft token
     embedding_rms: float = 1.0  # RMS of the LM's embeddings
     lm: LmConfig
@@ -242,10 +243,12 @@ def make_settings(
 ) -> ExportConfig:
     """Return ``config.json`` of an export of a run with these settings, ``caches.json``, LM and trained projector."""
     from shards.format.spec import FeatureSpec
-    from train.projectors import MixedProjector
+    from train.projectors import CodesProjector, MixedProjector
 
     specs = cache_info.get("layers") or [cache_info["spec"].model_dump()]
-    kind = type(projector.projector if isinstance(projector, MixedProjector) else projector)
+    while isinstance(projector, CodesProjector | MixedProjector):
+        projector = projector.projector
+    kind = type(projector)
     module = CUSTOM_MODULE if isinstance(config.projector, CustomConfig) else kind.__module__.rpartition(".")[2]
     return ExportConfig(
         format=FORMAT,
@@ -254,6 +257,7 @@ def make_settings(
         layers=config.layers,
         normalise_layers=config.normalise_layers,
         channels=cache_info["spec"].channels,
+        code_dim=config.code_dim if cache_info["spec"].codebook_size else 0,
         width=lm.width,
         embedding_rms=lm.embedding_rms,
         lm=config.lm,
@@ -342,7 +346,8 @@ def load_projector(folder: str | Path, kind: str | None = None, lm: str | Path |
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from train.projectors import LayerMixer, MixedProjector, build_projector
+    from shards.format.spec import FeatureSpec
+    from train.projectors import LayerMixer, MixedProjector, build_projector, embed_codes
     from train.projectors.ctc import HeadTokens
     from train.projectors.standalone import require_same_lm
 
@@ -362,9 +367,13 @@ def load_projector(folder: str | Path, kind: str | None = None, lm: str | Path |
             )
         config = validate_config(CustomConfig, {"kind": kind, "settings": config.settings}, "kind")
     tokens = HeadTokens.placeholder(len(settings.tokens), settings.width)
-    projector = build_projector(config, settings.channels, settings.width, settings.embedding_rms, head_tokens=tokens)
+    channels = settings.code_dim or settings.channels
+    projector = build_projector(config, channels, settings.width, settings.embedding_rms, head_tokens=tokens)
     if settings.layers > 1:
         projector = MixedProjector(LayerMixer(settings.layers, settings.normalise_layers), projector)
+    if settings.code_dim:
+        spec = FeatureSpec.parse(settings.specs[0], f"'{folder}'")
+        projector = embed_codes(projector, settings.channels, spec.codebook_size, settings.code_dim)
     weights = Path(folder) / WEIGHTS
     try:
         projector.load_state_dict(load_file(weights))
@@ -468,6 +477,8 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
     spec = settings.specs[0]
     channels = settings.layers * settings.channels
     source = f"`{settings.encoder}`" if settings.encoder else "an encoder whose reference was not recorded"
+    codes = f"codes of {channels} codebooks, embedded in {settings.code_dim} channels," if settings.code_dim else ""
+    values = "integer codes" if settings.code_dim else "float32"
     is_custom = isinstance(settings.projector, CustomConfig)
     requirements = ", and what `projector/own.py` imports" if is_custom else ""
     exception = ", except for `own.py`, which belongs to its author" if is_custom else ""
@@ -478,7 +489,7 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
         ("feature id", ", ".join(f"`{each}`" for each in settings.feature_ids)),
         ("trained on caches (manifest id)", ", ".join(f"`{each}`" for each in settings.manifest_ids)),
         ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {_trained_part(settings, has_lm)}"),
-        ("projector", f"`{settings.projector.kind}`, {channels} channels to width {settings.width}"),
+        ("projector", f"`{settings.projector.kind}`, {codes or f'{channels} channels'} to width {settings.width}"),
         ("prompt", f"`{settings.prompt.template}`: {settings.prompt.instruction}"),
         *(
             (f"instructions{f' of {task}' if task else ''}, one of", " / ".join(listed))
@@ -512,7 +523,7 @@ The projector works only with features of this encoder, layer, window and codec:
 {_how_to_run(settings, name, problem)}
 ### The projector alone
 
-`features` are float32 [B, frames, {channels}]; `mask` is bool [B, frames], True for valid frames. The result is
+`features` are {values} [B, frames, {channels}]; `mask` is bool [B, frames], True for valid frames. The result is
 `soft` [B, soft tokens, {settings.width}] and its mask. The valid soft tokens replace `<|audio|>` in the prompt. This
 code requires torch and safetensors{requirements}:
 

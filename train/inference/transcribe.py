@@ -1,7 +1,7 @@
 """Transcription of audio with the encoder and the trained model of a run.
 
 ```
-file -> 16 kHz -> windows -> encoder of the run's feature spec -> stitched frames -> codec -> projector -> LM -> text
+file -> samples -> windows -> encoder of the run's feature spec -> stitched frames -> codec -> projector -> LM -> text
 ```
 
 Audio is processed exactly as in extraction, including the codec. An encoder whose tensors differ from those of the
@@ -24,7 +24,7 @@ from typing import TextIO
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.audio import AudioError, decode, to_mono_16k
+from pipeline.audio import AudioError, decode, to_mono
 from pipeline.encoders.recording import NonFiniteFeaturesError, open_encoder
 from shards.errors import UserError
 from shards.format import codec
@@ -51,8 +51,8 @@ class Recording:
     name: str
     raw_rate: int | None = None
 
-    def samples(self) -> npt.NDArray[np.float32]:
-        """Read and decode the recording: float32 [samples], mono, 16 kHz.
+    def samples(self, rate: int) -> npt.NDArray[np.float32]:
+        """Read and decode the recording: float32 [samples], mono at ``rate`` Hz.
 
         Raises:
             AudioError: the data cannot be decoded as audio.
@@ -60,10 +60,10 @@ class Recording:
         """
         data = sys.stdin.buffer.read() if self.name == STDIN else Path(self.name).read_bytes()
         if self.raw_rate is None:
-            return decode(data)
+            return decode(data, rate=rate)
         if len(data) % 2 or not data:
             raise AudioError(f"expected 16-bit samples, got {len(data)} bytes")
-        return to_mono_16k(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw_rate)
+        return to_mono(np.frombuffer(data, "<i2").astype(np.float32)[:, None] / 32768, self.raw_rate, rate)
 
 
 def find_recordings(paths: Sequence[str], raw_rate: int | None = None) -> list[Recording]:
@@ -128,7 +128,8 @@ def transcribe(
         encoded: list[tuple[str, Features]] = []
         for recording in recordings[start : start + size]:
             try:
-                encoded.append((recording.name, encode_features(recording.samples(), speech_encoder, specs)))
+                samples = recording.samples(speech_encoder.sampling_rate)
+                encoded.append((recording.name, encode_features(samples, speech_encoder, specs)))
             except (AudioError, OSError, NonFiniteFeaturesError, codec.CodecError) as error:
                 failures.append(f"'{recording.name}' ({error})")
         if encoded:

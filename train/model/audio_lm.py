@@ -20,6 +20,7 @@ from train.lms.packing import valid_soft
 from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
 from train.model.prompt import Prompt, PromptRow
 from train.projectors.base import Projector
+from train.projectors.codes import CodeEmbedding
 from train.projectors.ctc import ctc_nll
 
 Scores = dict[str, tuple[Tensor, Tensor]]  # see ``Projector.take_scores``
@@ -52,6 +53,11 @@ def batch_loss(request: LmRequest, nll: Tensor, auxiliary: dict[str, Tensor] | N
     return BatchLoss(nll, tokens, soft_rms, auxiliary or {})
 
 
+def projector_input(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``features`` in ``dtype``; integer codes as they are, because floats of 16 bits do not hold them."""
+    return features.to(dtype) if features.is_floating_point() else features
+
+
 class AudioLM(nn.Module):
     """A projector, a language model and a prompt. Use ``nll`` to train and evaluate, ``generate`` to decode."""
 
@@ -72,12 +78,15 @@ class AudioLM(nn.Module):
             decode: whether the head takes part in decoding.
         """
         super().__init__()
+        for module in projector.modules():
+            if isinstance(module, CodeEmbedding):
+                module.dtype = lm.dtype
         self.projector, self.lm, self.prompt = projector, lm, prompt
         self.ctc_head, self.ctc_tokenizer = ctc_head, ctc_tokenizer
         self.decode = decode or DecodeConfig()
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features [B, T, C] of any float dtype, on the CPU or the LM's device, to soft tokens.
+        """Map features [B, T, C] of any float dtype, or codes, on the CPU or the LM's device, to soft tokens.
 
         ``mask`` is bool [B, T] on the CPU.
 
@@ -85,7 +94,7 @@ class AudioLM(nn.Module):
             soft [B, S, D] in the LM's dtype on the LM's device, and soft_mask [B, S] bool on the CPU.
         """
         device, dtype = self.lm.device, self.lm.dtype
-        features = to_device(features, device).to(dtype)  # in this order: the device casts faster than the CPU
+        features = projector_input(to_device(features, device), dtype)  # the device casts faster than the CPU
         soft, soft_mask = self.projector(features, to_device(mask, device))
         if device.type != "cpu":
             soft_mask = soft_mask.cpu() if self.projector.content_decides else self._soft_mask(mask, soft.shape[1])

@@ -49,6 +49,7 @@ def build_model(
     instructions: Instructions | None = None,
     run: Path | None = None,
     tokens: Sequence[int] | None = None,
+    codebook_size: int = 0,
 ) -> AudioLM:
     """Build the model of ``config`` with its initial weights on ``device``.
 
@@ -60,6 +61,7 @@ def build_model(
         lm: the language model of ``config.lm``, if it is already loaded.
         instructions: the content of the file ``config.prompt.prompts``, if it is already read.
         run: an existing run of ``config``, whose ids are replayed.
+        codebook_size: number of values of a code, for features that are integer codes; 0: they are floats.
         tokens: ids of the tokens of a CTC head; None: those of ``run``, if the model has a head.
 
     Raises:
@@ -70,7 +72,7 @@ def build_model(
     from train.model.audio_lm import AudioLM
     from train.model.ctc import CtcTokenizer, ScoringProjector, ctc_head, find_head_tokens, read_tokens, uses_tokens
     from train.model.prompt import Prompt
-    from train.projectors import LayerMixer, MixedProjector, build_projector
+    from train.projectors import LayerMixer, MixedProjector, build_projector, embed_codes
 
     torch.manual_seed(config.seed)  # dropout draws from the global generator
     if tokens is None and run is not None and uses_tokens(config):
@@ -79,9 +81,12 @@ def build_model(
         lm = load_run_lm(config, device, dtype, tokens)
     head_tokens = None if tokens is None else find_head_tokens(lm, tokens)
     width, rms = lm.soft_width, lm.soft_rms
-    projector = build_projector(config.projector, channels, width, rms, seed=config.seed, head_tokens=head_tokens)
+    inner = config.code_dim if codebook_size else channels
+    projector = build_projector(config.projector, inner, width, rms, seed=config.seed, head_tokens=head_tokens)
     if config.layers > 1:
         projector = MixedProjector(LayerMixer(config.layers, config.normalise_layers), projector)
+    if codebook_size:
+        projector = embed_codes(projector, channels, codebook_size, config.code_dim, seed=config.seed)
     has_head = config.ctc.weight or config.decode.ctc_weight
     head = ctc_head(projector, head_tokens) if head_tokens is not None and has_head else None
     if config.is_stage_one and head_tokens is not None:
@@ -111,8 +116,10 @@ def load_model(run: Path, config: TrainConfig, device: torch.device, dtype: torc
     weights = run / "projector.safetensors"
     if not weights.is_file():
         raise UserError(f"'{run}' has no trained projector yet: finish it with python -m train fit --resume {run}")
-    channels = read_cache_info(run)["spec"].channels
-    model = build_model(config, channels, device, dtype, instructions=read_run_instructions(run), run=run)
+    spec, given = read_cache_info(run)["spec"], read_run_instructions(run)
+    model = build_model(
+        config, spec.channels, device, dtype, instructions=given, run=run, codebook_size=spec.codebook_size
+    )
     try:
         restore_parameters(model, load_file(weights), str(weights))
     except (SafetensorError, OSError) as error:

@@ -20,7 +20,7 @@ from train.data.caches import TrainData, Utterances
 from train.data.padding import pad
 from train.data.text import apply_text_rules
 from train.lms.base import Tokenizer
-from train.model.audio_lm import AudioLM
+from train.model.audio_lm import AudioLM, projector_input
 from train.model.prompt import PromptRow
 
 MAX_TEXTS = 10_000  # texts that are encoded and decoded, evenly spaced over the training rows
@@ -146,7 +146,7 @@ def require_soft_frames(model: AudioLM, features: torch.Tensor, mask: torch.Tens
         UserError: it is another, and the projector does not say that the content decides.
     """
     projector, device = model.projector, model.lm.device
-    _, soft_mask = projector(features.to(device).to(model.lm.dtype), mask.to(device))
+    _, soft_mask = projector(projector_input(features.to(device), model.lm.dtype), mask.to(device))
     frames, found = features.shape[1], int(soft_mask.sum())
     if not projector.content_decides and found != projector.soft_frames(frames):
         raise UserError(

@@ -17,6 +17,7 @@ from shards.errors import UserError
 from shards.read.cache import Cache
 from shards.stream.join import JoinedCaches, join
 from train.data.caches import find_cache
+from train.data.layers import require_floats
 from train.probes.linear import FOLDS, Floats, Ints
 
 MIN_PER_CLASS = FOLDS  # rarer classes are left out: a fold could not hold one of each
@@ -69,7 +70,7 @@ def open_layers(patterns: Sequence[str], labels: str | None, limit: int, seed: i
     """Open the caches and join them by key; at most ``limit`` utterances, those with the lowest hashes of their keys.
 
     Raises:
-        UserError: a cache is missing, or they cannot be joined (``shards/stream/join.py``).
+        UserError: a cache is missing or holds codes, or they cannot be joined (``shards/stream/join.py``).
     """
     caches: list[Cache] = []
     for pattern in patterns:
@@ -77,6 +78,7 @@ def open_layers(patterns: Sequence[str], labels: str | None, limit: int, seed: i
         if path is None:
             raise UserError(f"there is no complete cache at '{pattern}': correct the path, or extract it")
         caches.append(Cache.open(path, caches[0].labels if caches else labels))
+        require_floats(caches[-1], "probed")
     joined: JoinedCaches = join(caches)
     keys = caches[0].strings("key", joined.rows[:, 0])
     first = sorted({key: row for row, key in reversed(list(enumerate(keys)))}.values())

@@ -2,7 +2,8 @@
 
 A projector takes features [B, T, C] in the run's dtype and their mask [B, T], and returns soft tokens [B, S, D] in the
 same dtype and their mask [B, S]. Weights are float32 and cast to the input's dtype in ``forward``. ``base.py`` defines
-the interface and shows how to write a projector of your own; ``mixer.py`` mixes several layers in front of a projector.
+the interface and shows how to write a projector of your own; ``mixer.py`` mixes several layers in front of a projector,
+``codes.py`` embeds the integer codes of a codec.
 An export contains copies of the files of its projector, so these import only torch and, relatively, each other;
 ``standalone.py`` loads them there.
 
@@ -21,6 +22,7 @@ import torch
 from shards.errors import UserError
 from train.config.model import CustomConfig, ProjectorConfig
 from train.projectors.base import Projector, init_linear_layers, under_autocast
+from train.projectors.codes import CodeEmbedding, CodesProjector
 from train.projectors.conv import ConvProjector
 from train.projectors.ctc import HeadTokens
 from train.projectors.mixer import LayerMixer, MixedProjector
@@ -30,7 +32,15 @@ from train.projectors.posterior import PosteriorProjector
 from train.projectors.qformer import QformerProjector
 from train.projectors.transformer import TransformerProjector
 
-__all__ = ["REGISTRY", "LayerMixer", "MixedProjector", "Projector", "build_projector"]
+__all__ = [
+    "REGISTRY",
+    "CodesProjector",
+    "LayerMixer",
+    "MixedProjector",
+    "Projector",
+    "build_projector",
+    "embed_codes",
+]
 
 # arguments of each: its configuration model, C, D and the RMS of the LM's embeddings
 REGISTRY: dict[str, Callable[..., Projector]] = {
@@ -89,6 +99,13 @@ def build_projector(
     if config.init != "source":
         init_linear_layers(projector, config.init, generator)
     return projector
+
+
+def embed_codes(projector: Projector, codebooks: int, size: int, dim: int, *, seed: int = 0) -> CodesProjector:
+    """Return ``projector``, of ``dim`` channels, behind initial embeddings of codes [B, T, ``codebooks``]."""
+    embedding = CodeEmbedding(codebooks, size, dim)
+    embedding.init_weights(torch.Generator().manual_seed(seed))
+    return CodesProjector(embedding, projector)
 
 
 def _build_custom(config: CustomConfig, channels: int, width: int, embedding_rms: float, seed: int) -> Projector:

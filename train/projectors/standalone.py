@@ -1,7 +1,7 @@
 """Loads an exported projector with only PyTorch and safetensors. An export contains a copy of this file.
 
-The projector maps features float32 [B, T, C] and their mask [B, T] (True at frames) to soft tokens [B, S, D] and their
-mask [B, S].
+The projector maps features float32 [B, T, C], or integer codes [B, T, codebooks], and their mask [B, T] (True at
+frames) to soft tokens [B, S, D] and their mask [B, S].
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from .base import Projector, under_autocast
+from .codes import CodeEmbedding, CodesProjector
 from .ctc import HeadTokens
 from .mixer import LayerMixer, MixedProjector
 
@@ -39,7 +40,8 @@ def load(folder: str | Path, lm: str | Path | None = None, projector_class: Any 
     module, name = config["source"].split(":")
     if projector_class is None:
         projector_class = getattr(import_module(f".{module}", __package__), name)
-    sizes = config["channels"], config["width"], config["embedding_rms"]
+    dim = config.get("code_dim", 0)  # 0: the features are floats
+    sizes = dim or config["channels"], config["width"], config["embedding_rms"]
     if module == "own":
         projector = under_autocast(projector_class)(*sizes, **config["projector"]["settings"])
     else:
@@ -48,6 +50,9 @@ def load(folder: str | Path, lm: str | Path | None = None, projector_class: Any 
         projector = projector_class(SimpleNamespace(**config["projector"]), *sizes, *own)
     if config["layers"] > 1:
         projector = MixedProjector(LayerMixer(config["layers"], config["normalise_layers"]), projector)
+    if dim:
+        size = config["specs"][0]["frontend"]["codebook_size"]
+        projector = CodesProjector(CodeEmbedding(config["channels"], size, dim), projector)
     projector.load_state_dict(load_file(Path(folder) / "projector.safetensors"))
     return projector.eval()
 

@@ -25,7 +25,7 @@ import torch
 from shards.errors import WorkFailed
 from shards.stream.batch import Batch
 from train.config.train import STAGE_ONE, TrainConfig
-from train.data.caches import open_data, print_notes
+from train.data.caches import open_data, print_notes, require_changes_fit
 from train.distributed.device import choose_device, choose_dtype
 from train.distributed.group import ProcessGroup
 from train.distributed.signals import StopRequest
@@ -173,13 +173,16 @@ class LockstepTrainer:
         dtype = choose_dtype(configs[0].dtype, device)
         self.stream: Any = None
         existing = []
+        spec = data.caches[0].spec
+        for config in configs:
+            require_changes_fit(config, spec)
         for config, run, own in zip(configs, folders, tokens, strict=True):
             if (run / "config.yaml").is_file():
                 require_resumable(config, run)
                 existing.append(run)
             model = build_model(
-                config, data.caches[0].spec.channels, device, dtype, lm,
-                run=run if run in existing else None, tokens=own,
+                config, spec.channels, device, dtype, lm,
+                run=run if run in existing else None, tokens=own, codebook_size=spec.codebook_size,
             )  # fmt: skip
             state = RunState(config, data, model, dtype, run, ProcessGroup(), self.stream)
             if config.is_pretrained and not checkpoints(run / "checkpoints"):

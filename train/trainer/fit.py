@@ -107,8 +107,10 @@ def _fit_stage_two(
 ) -> None:
     """Train with the language model, from the checkpoint of a run that has ``begun``."""
     with group.raise_on_all_ranks():
-        channels = data.caches[0].spec.channels
-        model = build_model(config, channels, device, dtype, run=run if begun else None, tokens=tokens)
+        spec, size = data.caches[0].spec, data.caches[0].spec.codebook_size
+        model = build_model(
+            config, spec.channels, device, dtype, run=run if begun else None, tokens=tokens, codebook_size=size
+        )
     if not begun:
         model.lm.max_logits = min(group.all_gather(choose_max_logits(device)))
     state = RunState(config, data, model, dtype, run, group)
@@ -168,7 +170,8 @@ def _fit_stage_one(
         return
     begun, dtype = group.broadcast(bool(checkpoints(folder / "checkpoints"))), torch.float32
     with group.raise_on_all_ranks():
-        model = build_model(stage, data.caches[0].spec.channels, device, dtype, tokens=tokens)
+        spec = data.caches[0].spec
+        model = build_model(stage, spec.channels, device, dtype, tokens=tokens, codebook_size=spec.codebook_size)
     state = RunState(stage, data, model, dtype, folder, group)
     group.assert_same({"tokens": tokens} | state.identity())
     if begun:

@@ -71,7 +71,8 @@ def lr_range(config: TrainConfig, low: float, high: float, steps: int) -> list[L
     data, group = open_data(config), ProcessGroup()
     print_notes(data.notes)
     tokens = run_tokens(config, data) if uses_tokens(config) else None
-    model = build_model(config, data.caches[0].spec.channels, device, dtype, tokens=tokens)
+    spec = data.caches[0].spec
+    model = build_model(config, spec.channels, device, dtype, tokens=tokens, codebook_size=spec.codebook_size)
     if config.pretrain.start is not None:
         start_from_stage_one(model, stage_one_folder(config, Path(config.runs)))
     state = RunState(config, data, model, dtype, Path(config.runs), group)  # writes nothing until `save`

@@ -119,7 +119,7 @@ def test_every_kind_computes_the_same_bits_with_torch_alone(tmp_path):
         projectors[folder] = build_projector(config, 12, 16, 0.136)
         write(folder, config, projectors[folder])
         assert {path.name for path in (folder / "projector").iterdir()} <= {
-            "__init__.py", "base.py", "ctc.py", "mixer.py", "conv.py", "mlp.py", "moe.py", "qformer.py",
+            "__init__.py", "base.py", "codes.py", "ctc.py", "mixer.py", "conv.py", "mlp.py", "moe.py", "qformer.py",
             "transformer.py",
         }  # fmt: skip
     for normalise in (False, True):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from itertools import islice
@@ -33,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Pipeline, PreTrainedConfig, PreTrainedModel
 
-from pipeline.audio import decode, to_mono_16k
+from pipeline.audio import SAMPLING_RATE, decode, resample, to_mono
 from pipeline.encoders.recording import open_encoder
 from pipeline.weights.resolve import resolve_weights
 from shards.errors import UserError
@@ -51,7 +52,17 @@ from train.model.replay import require_same_ids
 from train.projectors.standalone import load, require_same_lm
 
 HUBS = ("hf:", "modelscope:")
-Audio = str | Path | npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recording:  # transformers would make a plain tuple of a named one
+    """Mono float32 [samples] and their sampling rate in Hz."""
+
+    samples: npt.NDArray[np.float32]
+    sampling_rate: int
+
+
+Audio = str | Path | bytes | npt.NDArray[np.float32] | Recording
 
 
 class EarshardConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -131,24 +142,33 @@ class EarshardModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Return the text of ``audio`` as one line, or a list of texts for a list.
 
         Args:
-            audio: path of an audio file, or float32 [samples], mono at 16 kHz; or a list of these, as one batch.
+            audio: path or bytes of an audio file, float32 [samples], mono at 16 kHz, or a :class:`Recording`; or a list
+                of these, as one batch.
             instruction: replaces the instruction of the prompt; "": as in an evaluation of the run.
             max_new_tokens: None: that of the run.
         """
         template = self.settings["prompt"]["template"]
         if instruction and not (template in ("slam", "chat") or INSTRUCTION in template):
             raise ValueError("the prompt of this export has no place for an instruction: leave out instruction=")
-        single = isinstance(audio, str | Path | np.ndarray)
+        single = isinstance(audio, str | Path | bytes | np.ndarray | Recording)
         clips: list[Audio] = [audio] if single else list(audio)  # type: ignore[list-item, arg-type]
         features, mask = pad([self._features(each) for each in clips])
-        names = ["" if isinstance(each, np.ndarray) else str(each) for each in clips]
+        names = [str(each) if isinstance(each, str | Path) else "" for each in clips]
         rows = [PromptRow(name, prompt=instruction) for name in names]
         count = max_new_tokens or self.settings["inference"]["max_new_tokens"]
         texts = [" ".join(text.split()) for text in self.audio_lm.generate(features, mask, count, rows=rows)]
         return texts[0] if single else texts
 
     def _features(self, audio: Audio) -> npt.NDArray[Any]:
-        samples = audio if isinstance(audio, np.ndarray) else decode(Path(audio).read_bytes())
+        rate = self.encoder.sampling_rate
+        if isinstance(audio, np.ndarray):
+            audio = Recording(audio, SAMPLING_RATE)
+        if isinstance(audio, Recording):
+            samples = (
+                audio.samples if audio.sampling_rate == rate else resample(audio.samples, audio.sampling_rate, rate)
+            )
+        else:
+            samples = decode(audio if isinstance(audio, bytes) else Path(audio).read_bytes(), rate=rate)
         specs: Any = self.specs
         return encode_features(samples, self.encoder, specs)
 
@@ -205,11 +225,9 @@ class EarshardPipeline(Pipeline):
                 yield {"text": text}
 
     def preprocess(self, input_: Any, **_: Any) -> Any:
-        """Return what :meth:`EarshardModel.transcribe` takes: a path, or float32 [samples] at 16 kHz."""
-        if isinstance(input_, str | Path):
+        """Return what :meth:`EarshardModel.transcribe` takes."""
+        if isinstance(input_, str | Path | bytes):
             return input_
-        if isinstance(input_, bytes):
-            return decode(input_)
         rate, samples = 16_000, input_
         if isinstance(input_, dict):
             samples = input_.get("raw", input_.get("array"))
@@ -222,7 +240,8 @@ class EarshardPipeline(Pipeline):
                 f"expected floats in [-1, 1], [samples] or [channels, samples] with one or two channels, got "
                 f"{samples.dtype} {list(samples.shape)}"
             )
-        return to_mono_16k(np.atleast_2d(samples.astype(np.float32)).T, rate)
+        own = self.model.encoder.sampling_rate  # what it is resampled to, once
+        return Recording(to_mono(np.atleast_2d(samples.astype(np.float32)).T, rate, own), own)
 
     def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
         return self.model.transcribe(input_tensors, **forward_parameters)
