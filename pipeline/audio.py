@@ -231,7 +231,7 @@ def _span(data: bytes, start: float, stop: float | None, max_hours: float) -> It
     require_inside(first, last, done, rate)
 
 
-def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
+def split_into_windows(samples: int, window: int, overlap: int, hop: int = HOP) -> list[tuple[int, int]]:
     """Return spans (start, stop) in samples that cover a recording, in order; neighbors share ``overlap`` samples.
 
     Starts are multiples of ``window - overlap``. All windows are full except possibly the last, which has more than
@@ -241,15 +241,16 @@ def split_into_windows(samples: int, window: int, overlap: int) -> list[tuple[in
         samples: Length of the recording.
         window: Length of a window, in samples.
         overlap: Overlap of neighboring windows, in samples.
+        hop: Samples per encoder frame.
 
     Raises:
-        ValueError: ``samples`` < 1, or ``window`` and ``overlap`` are not multiples of 320 with 0 <= overlap < window.
+        ValueError: ``samples`` < 1, or ``window`` and ``overlap`` are not multiples of ``hop``, 0 <= overlap < window.
     """
     if samples < 1:
         raise ValueError(f"expected at least 1 sample, got {samples}")
-    if window % HOP or overlap % HOP or not 0 <= overlap < window:
+    if window % hop or overlap % hop or not 0 <= overlap < window:
         raise ValueError(
-            f"expected window and overlap to be multiples of {HOP} with 0 <= overlap < window, got {window}, {overlap}"
+            f"expected window and overlap to be multiples of {hop} with 0 <= overlap < window, got {window}, {overlap}"
         )
     spans = [(0, min(window, samples))]
     while spans[-1][1] < samples:

@@ -13,6 +13,7 @@ from tiny_encoders import load, noise
 from tiny_towers import CLASSES, FAMILIES, write_tiny_tower
 
 from pipeline.__main__ import command
+from pipeline.encoders.recording import encode_recording
 from pipeline.encoders.towers import FAMILIES as TABLE
 from pipeline.weights.resolve import TOWERS, check_weights_folder
 from shards.errors import UserError, run_command
@@ -102,6 +103,13 @@ def test_a_clip_has_the_same_bytes_in_any_batch_and_choice_of_layers(tiny):
     for clip, found in zip(clips, encoder.encode(clips, [1, 2]), strict=True):
         for layer in (1, 2):
             assert encoder.encode([clip], [layer])[0][layer].tobytes() == found[layer].tobytes()
+
+
+def test_the_windows_of_long_audio_begin_with_a_frame_at_any_hop(tiny):
+    encoder = load(tiny[1])
+    (clip,) = noise(40 * 16_000)
+    found = encode_recording(clip, encoder, [2], overlap=4.0, trim="valid")
+    assert len(found[2]) == -(-len(clip) // encoder.hop)
 
 
 def test_bfloat16_stays_near_float32(tiny):
