@@ -247,10 +247,10 @@ def split_into_windows(samples: int, window: int, overlap: int, hop: int = HOP) 
         samples: Length of the recording.
         window: Length of a window, in samples.
         overlap: Overlap of neighboring windows, in samples.
-        hop: Samples per frame.
+        hop: Samples per encoder frame.
 
     Raises:
-        ValueError: ``samples`` < 1, or ``window`` and ``overlap`` are not multiples of hop with 0 <= overlap < window.
+        ValueError: ``samples`` < 1, or ``window`` and ``overlap`` are not multiples of ``hop``, 0 <= overlap < window.
     """
     if samples < 1:
         raise ValueError(f"expected at least 1 sample, got {samples}")

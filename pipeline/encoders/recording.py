@@ -32,9 +32,8 @@ class NonFiniteFeaturesError(ValueError):
 
 def window_spans(samples: int, encoder: Encoder, overlap: float) -> Spans:
     """Return (start, stop) of each window in samples; ``overlap``, in seconds, is rounded to whole frames."""
-    return split_into_windows(
-        samples, encoder.window_samples, round(overlap * encoder.sampling_rate / encoder.hop) * encoder.hop, encoder.hop
-    )
+    hop = encoder.hop
+    return split_into_windows(samples, encoder.window_samples, round(overlap * encoder.sampling_rate / hop) * hop, hop)
 
 
 def join_windows(

@@ -2,7 +2,8 @@
 
 Maps float32 clips at 16 kHz to the hidden states of the requested layers, float32 [frames, channels] per clip and
 layer, with the modules of transformers and each family's own preprocessing. Only the tensors of the encoder, those
-under its prefix, are read from the checkpoint. Each clip is encoded alone, also on a GPU, where it is waited for.
+under its prefix, are read from the checkpoint. On a CPU each clip is encoded alone; on a GPU together with others: with
+any, where all are padded to 30 s, otherwise with those of equal length.
 
 Qwen2-Audio and Audio Flamingo 3 average two frames before the last norm; their inner layers are averaged alike, so that
 all layers have one rate. Attention does not see the padding in these two, as in their models. Zeros are appended where
@@ -12,6 +13,7 @@ the last frame would lack samples, so that a clip has ceil(samples / hop) frames
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,9 @@ import numpy as np
 
 from pipeline.encoders.base import check_encode_args, encoder_name, tensors_hash
 from pipeline.encoders.capture import LayerCapture
-from pipeline.encoders.device import real_float32
+from pipeline.encoders.device import Batch, DeviceBatches, Window, WindowOutput, real_float32
 from pipeline.encoders.logmel import MelSettings
-from pipeline.encoders.self_supervised import receptive_field
+from pipeline.encoders.self_supervised import FRONTEND_THREADS, receptive_field
 from pipeline.encoders.selfcheck import refuse_corrupt_values
 from pipeline.threads import ThreadPool
 from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
@@ -112,6 +114,43 @@ class TowerEncoder:
         self._capture = LayerCapture(self._model, self._model.layers)
         self._pool = ThreadPool(torch.get_num_threads()) if device == "cpu" else None
         self.batch_size = max(batch_size or 8, 4 * self._pool.num_threads if self._pool else 0)
+        self._frontend: ThreadPoolExecutor | None = None
+        self.batches = DeviceBatches(self._torch_device, dtype) if self._torch_device.type == "cuda" else None
+
+    def prepare(self, clip: np.ndarray) -> Window:
+        """See :meth:`pipeline.encoders.base.DeviceEncoder.prepare`."""
+        if self._frontend is None:
+            self._frontend = ThreadPoolExecutor(FRONTEND_THREADS, thread_name_prefix="frontend")
+        return Window(len(clip), self._frontend.submit(self._values, clip))
+
+    def group(self, samples: int) -> int:
+        """Return a number that is equal for clips whose inputs have the same length."""
+        if self.window == "full30":
+            return 0
+        return self._length(samples)
+
+    def launch(
+        self, windows: Sequence[Window], layers: Sequence[int], trim: str, codec: str | None
+    ) -> Future[list[WindowOutput]]:
+        """See :meth:`pipeline.encoders.base.DeviceEncoder.launch`.
+
+        A batch of windows of 30 s has ``batch_size`` rows in any case, so that the same kernels run for each window.
+        """
+        assert self.batches is not None
+        values, wanted, padded = [window.result() for window in windows], sorted(set(layers)), self.window == "full30"
+        counts = [self._frames(window.samples, trim) for window in windows]
+        frames = self.window_samples // self.hop if padded else counts[0]
+
+        def fill(rows: np.ndarray) -> None:
+            for row, value in zip(rows, values, strict=False):
+                row[:] = value
+            rows[len(values) :] = values[0]  # a mask must not be empty
+
+        def forward(rows: torch.Tensor) -> dict[int, torch.Tensor]:
+            return self._forward(rows, set(wanted), frames)
+
+        shape = (self.batch_size if padded else len(values), *values[0].shape)
+        return self.batches.launch(Batch(shape, fill, forward, frames, counts, self.channels, wanted, codec))
 
     def encode(
         self, clips: Sequence[np.ndarray], layers: Sequence[int], trim: str = "valid"
@@ -133,49 +172,83 @@ class TowerEncoder:
 
     def _encode(self, clip: np.ndarray, layers: set[int], trim: str) -> dict[int, np.ndarray]:
         import torch
-        import torch.nn.functional as F
 
-        padded = self.window == "full30" and trim == "none"
-        frames = self.window_samples // self.hop if padded else -(-len(clip) // self.hop)
+        frames = self._frames(len(clip), trim)
         if not frames:
             return {layer: np.zeros((0, self.channels), np.float32) for layer in layers}
         with torch.inference_mode(), real_float32(self.dtype if self._pool is None else ""):
-            found = {}
-            for layer, x_1TC in self._capture.run(layers, **self._inputs(clip)).items():
-                if self._tower.pools and layer < self.n_layers:
-                    x_1TC = F.avg_pool1d(x_1TC.transpose(1, 2), 2).transpose(1, 2)
-                found[layer] = x_1TC[0, :frames].to("cpu", torch.float32).numpy().copy()
+            rows = torch.from_numpy(self._values(clip)[None]).to(self._torch_device)
+            found = self._forward(rows, layers, frames)
+        return {layer: x_1TC[0].to("cpu", torch.float32).numpy().copy() for layer, x_1TC in found.items()}
+
+    def _frames(self, samples: int, trim: str) -> int:
+        padded = self.window == "full30" and trim == "none"
+        return self.window_samples // self.hop if padded else -(-samples // self.hop)
+
+    def _forward(self, rows: torch.Tensor, layers: set[int], frames: int) -> dict[int, torch.Tensor]:
+        """Map inputs as of :meth:`_values`, float32 [B, …] on the device, to layer -> [B, ``frames``, channels]."""
+        import torch.nn.functional as F
+
+        found = {}
+        for layer, x_BTC in self._capture.run(layers, **self._inputs(rows)).items():
+            if self._tower.pools and layer < self.n_layers:
+                x_BTC = F.avg_pool1d(x_BTC.transpose(1, 2), 2).transpose(1, 2)
+            found[layer] = x_BTC[:, :frames]
         return found
 
-    def _inputs(self, clip: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return the arguments of the model's ``forward`` for one clip, on the device."""
+    def _length(self, samples: int) -> int:
+        """Return the number of samples that a clip is padded to, if that is not the whole window."""
+        hops = -(-samples // self.hop)
+        if self._tower.frontend == "waveform":
+            return (hops - 1) * self.hop + receptive_field(*MOONSHINE_CONVOLUTIONS)
+        if self._tower.frontend == "parakeet":  # its variance is over at least two spectra
+            return max(320, -(-samples // 160) * 160)
+        return hops * self.hop
+
+    def _values(self, clip: np.ndarray) -> np.ndarray:
+        """Return the encoder's input for one clip, float32: [samples], [n_mels, T], or for Parakeet [T, n_mels].
+
+        For a tower that is told what is padding, one more channel holds 1 where there is audio, and 0 elsewhere.
+        """
+        tower = self._tower
+        options: dict[str, Any] = {"padding": "max_length", "return_attention_mask": True}
+        if self.window == "clip":
+            clip = np.pad(clip, (0, self._length(len(clip)) - len(clip)))
+            options = {} if tower.frontend == "parakeet" else {"padding": "longest"}
+        if tower.frontend == "waveform":
+            return clip
+        found = self._extractor(clip, sampling_rate=self.sampling_rate, return_tensors="pt", **options)
+        values = np.asarray(found["input_features"][0], np.float32)
+        if not tower.mask:
+            return values
+        mask = np.asarray(found["attention_mask"][0], np.float32)
+        axis = self._channel_axis
+        return np.concatenate([values, np.expand_dims(mask, axis)], axis)
+
+    @property
+    def _channel_axis(self) -> int:
+        return 1 if self._tower.frontend == "parakeet" else 0
+
+    def _inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the arguments of the model's ``forward`` for the inputs ``rows``; the host waits for nothing."""
         import torch
 
-        dtype, device, tower = getattr(torch, self.dtype), self._torch_device, self._tower
+        dtype, tower, axis = getattr(torch, self.dtype), self._tower, self._channel_axis + 1
         if tower.frontend == "waveform":
-            length = (-(-len(clip) // self.hop) - 1) * self.hop + receptive_field(*MOONSHINE_CONVOLUTIONS)
-            values = torch.from_numpy(np.pad(clip, (0, length - len(clip))))[None]
-            return {"input_values": values.to(device, dtype)}
-        options: dict[str, Any] = {}
-        if tower.frontend == "parakeet":  # its variance is over at least two spectra
-            length = max(320, -(-len(clip) // 160) * 160)
-        elif self.window == "clip":
-            length, options = -(-len(clip) // self.hop) * self.hop, {"padding": "longest"}
+            return {"input_values": rows.to(dtype)}
+        if not tower.mask:
+            return {"input_features": rows.to(dtype)}
+        values, mask = rows.narrow(axis, 0, rows.shape[axis] - 1), rows.select(axis, -1)
+        inputs = {"input_features": values.to(dtype).contiguous()}
+        if tower.frontend == "parakeet":
+            inputs["attention_mask"] = mask.bool()
+        elif tower.mask == "mel":
+            inputs["input_features_mask"] = mask.int()
         else:
-            length, options = len(clip), {"padding": "max_length", "return_attention_mask": True}
-        padded = np.pad(clip, (0, length - len(clip)))
-        found = self._extractor(padded, sampling_rate=self.sampling_rate, return_tensors="pt", **options)
-        inputs = {"input_features": found["input_features"].to(device, dtype)}
-        if tower.mask == "mel":
-            name = "attention_mask" if tower.frontend == "parakeet" else "input_features_mask"
-            inputs[name] = found["attention_mask"].to(device)
-        elif tower.mask == "qwen":
-            spectra = int(found["attention_mask"].sum())
-            positions = torch.arange(self._model.config.max_source_positions, device=device)
-            seen = positions < (spectra - 1) // 2 + 1
-            inputs["attention_mask"] = torch.zeros_like(positions, dtype=dtype).masked_fill(
-                ~seen, torch.finfo(dtype).min
-            )[None, None, None]
+            positions = torch.arange(self._model.config.max_source_positions, device=rows.device)
+            seen = positions < ((mask.sum(1, keepdim=True).int() - 1) // 2 + 1)
+            unseen = torch.zeros(seen.shape, dtype=dtype, device=rows.device).masked_fill(~seen, torch.finfo(dtype).min)
+            inputs["attention_mask"] = unseen[:, None, None]
         return inputs
 
     def _make_extractor(self, folder: Path, n_mels: int) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from extraction import only_cache, snapshot, write_corpus
 from tiny_encoders import write_tiny
+from tiny_towers import write_tiny_tower
 
 from shards.format.codec import relative_rms
 from shards.format.layout import Layout, read_plan
@@ -19,6 +20,7 @@ from shards.format.records import unseal
 from shards.read.cache import Cache
 
 FAMILIES = ["whisper", "hubert", "wavlm", "wav2vec2-bert"]
+TOWERS = ["qwen2_audio", "audioflamingo3", "moonshine", "parakeet_ctc"]
 WAITS = json.loads(Path(__file__).with_name("waits.json").read_text())  # of a batch of 4 windows and 3 layers
 # relative RMS of the frames against f16 frames of the CPU in float32: a few values round to another float16
 ERROR = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.003}
@@ -28,7 +30,8 @@ CODEC_ERROR = {"f16": 3e-4, "bf16": 3e-3, "int8": 0.01, "fp8": 0.04}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, whisper) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {"whisper": whisper, **{name: write_tiny(folder / name, name) for name in FAMILIES[1:]}}
+    towers = {name: write_tiny_tower(folder / name, name) for name in TOWERS}
+    return {"whisper": whisper, **{name: write_tiny(folder / name, name) for name in FAMILIES[1:]}, **towers}
 
 
 def write_equal_clips(folder: Path, n: int, seconds: float = 0.5) -> None:
@@ -69,6 +72,14 @@ def test_the_waits_of_a_batch_are_those_of_the_list(extract, family):
     assert per_batch == WAITS[family], json.dumps(per_batch, indent=1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["audioflamingo3", "parakeet_ctc"])
+def test_a_batch_of_a_tower_waits_once(extract, family):
+    found = extract(family, "encoder.device=cuda", "encoder.dtype=bfloat16", "codec=int8", clips="equal")[1]
+    event = "event.synchronize | pipeline.encoders.device:DeviceBatches._collect"
+    assert found["waits"][event] == 4, found["waits"]  # 16 clips of equal length, 4 in a batch
+
+
 def frames(root: Path) -> list[np.ndarray]:
     cache = Cache.open(only_cache(root))
     return [np.asarray(cache.features(index), np.float32) for index in range(len(cache))]
@@ -81,6 +92,10 @@ def frames(root: Path) -> list[np.ndarray]:
         *(("whisper", dtype, "f16", "tight") for dtype in ERROR),
         *((family, "float32", "int8", "clip") for family in FAMILIES[1:]),
         *((family, "bfloat16", "f16", "clip") for family in FAMILIES[1:]),
+        *(
+            pytest.param(family, "float32", "int8", "clip", marks=pytest.mark.slow)
+            for family in ("qwen2_audio", "moonshine")
+        ),
     ],
 )
 def test_the_features_are_those_of_the_cpu(extract, family, dtype, codec, window):

@@ -34,19 +34,28 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from shards import files as disk
-from shards.config.base import Config, validate_config
+from shards.config.base import validate_config
 from shards.errors import UserError
 from shards.files import atomic_write, fsync_folder, make_folder, scratch_folder, translate_os_errors
 from shards.share.publish import Publication
-from train.config.model import CustomConfig, DecodeConfig, LmConfig, ProjectorConfig, PromptConfig
+from train.config.model import CustomConfig
 from train.config.train import TrainConfig
 from train.data.instructions import Instructions
 from train.inference.flatten import flatten
+from train.inference.model_card import model_card
+from train.inference.settings import (
+    FORMAT,
+    LM_WEIGHTS,
+    MODEL_CARD,
+    SETTINGS,
+    TASK,
+    WEIGHTS,
+    ExportConfig,
+    InferenceConfig,
+    read_settings,
+)
 from train.model.build import load_model
-from train.model.ctc import MAX_TOKENS, read_tokens
+from train.model.ctc import read_tokens
 from train.model.replay import write_lm_record
 from train.runs.folder import read_cache_info, read_json, run_config
 
@@ -54,13 +63,9 @@ if TYPE_CHECKING:
     from train.lms.base import LanguageModel
     from train.projectors import Projector
 
-FORMAT = 1
-WEIGHTS, SETTINGS, MODEL_CARD, LM_WEIGHTS = "projector.safetensors", "config.json", "README.md", "lm.safetensors"
 PACKAGE = "projector"
 SCRATCH = ".earshard-export-"  # how the name of a folder begins in which an export is written
 RECEIVER = "train.inference.receiver"
-HUBS = ("hf:", "modelscope:")
-TASK = "automatic-speech-recognition"  # of transformers
 CUSTOM_MODULE = "own"  # module name of a custom projector in the package
 IMPORT_CHECK = """
 import sys
@@ -69,46 +74,6 @@ sys.path.insert(0, sys.argv[1])
 from projector import load
 load(sys.argv[1])
 """
-
-
-class InferenceConfig(Config):
-    """What ``transcribe`` needs of a run's settings besides those of the model."""
-
-    dtype: str
-    max_new_tokens: int
-    decode: DecodeConfig
-    order_seed: int
-    val_seed: int
-
-
-class ExportConfig(Config):
-    """``config.json`` of an export: everything that :func:`load_projector` or another program needs."""
-
-    format: int
-    projector: ProjectorConfig
-    source: str = ""  # module:Class in the package; exports of earlier versions have no package
-    layers: int
-    normalise_layers: bool
-    channels: int  # per layer; of codes, the number of codebooks
-    code_dim: int = 0  # width of the embeddings of codes; 0: the features are floats
-    width: int  # of a soft token
-    embedding_rms: float = 1.0  # RMS of the LM's embeddings
-    lm: LmConfig
-    lm_identity: str
-    prompt: PromptConfig
-    instructions: dict[str, list[str]] = Field(
-        default_factory=dict
-    )  # by task, the content of the file prompt.prompts; "": all tasks
-    specs: list[dict[str, Any]]  # feature specs, one per layer
-    feature_ids: list[str]
-    manifest_ids: list[str]
-    encoder: str | None  # encoder reference recorded by the run
-    tokens: list[int] = Field(default_factory=list, max_length=MAX_TOKENS)  # ids of the tokens of its CTC head
-    inference: InferenceConfig | None = None  # None, and the next four empty: transformers does not load the export
-    model_type: str = ""
-    architectures: list[str] = Field(default_factory=list)
-    auto_map: dict[str, str] = Field(default_factory=dict)
-    custom_pipelines: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 def export(run: Path, folder: Path, kind: str | None = None) -> Path:
@@ -383,60 +348,6 @@ def load_projector(folder: str | Path, kind: str | None = None, lm: str | Path |
     return projector.eval()
 
 
-def read_settings(folder: Path) -> ExportConfig:
-    """Read ``config.json`` of an export; raises UserError like :func:`load_projector`."""
-    path = folder / SETTINGS
-    if not path.exists():
-        raise UserError(f"'{folder}' is not an export: it has no {SETTINGS}; create one with `python -m train export`")
-    tree = disk.read_json(path, missing_hint="export the run again", corrupt_hint="export the run again")
-    if tree.get("format") != FORMAT:
-        raise UserError(f"'{path}' does not have export format {FORMAT}: update earshard, or export the run again")
-    return validate_config(ExportConfig, tree, f"'{path}'")
-
-
-def _how_to_run(settings: ExportConfig, name: str, problem: str) -> str:
-    """Return the section of the model card about transformers."""
-    from train.lms.hf.adapters import PACKAGES
-
-    if problem:
-        return f"transformers does not load this export, because {problem}.\n"
-    given = {"encoder": settings.encoder or "", "lm": settings.lm.model}
-    missing = [key for key, reference in given.items() if not reference.startswith(HUBS)]
-    arguments = "".join(f', {key}="{key.upper()}"' for key in missing)
-    named = ", ".join(f'"{key}": "{key.upper()}"' for key in missing)
-    model_kwargs = f", model_kwargs={{{named}}}" if missing else ""
-    needs = "torch, transformers, safetensors, soundfile and soxr (and av for MP3 and MP4)"
-    extra = [name for key, names in PACKAGES.items() if getattr(settings.lm, key) for name in names]
-    packages = ", and ".join([needs, *extra])
-    own = "".join(
-        f" `{key.upper()}` is the folder or the name on the hub of the {what} (recorded: `{given[key] or None}`)."
-        for key, what in (("encoder", "encoder"), ("lm", "language model"))
-        if key in missing
-    )
-    return f"""\
-This code requires {packages}. It runs the code of this folder.{own} An encoder or a language model other than those of
-the training is refused.
-
-```python
-from transformers import AutoModel
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True{arguments})
-print(model.transcribe("speech.wav"))
-```
-
-Or as a pipeline of transformers, which takes file names, bytes of files, samples at 16 kHz,
-`{{"raw": samples, "sampling_rate": 44100}}`, and lists of these:
-
-```python
-from transformers import pipeline
-asr = pipeline("{TASK}", model="{name}", trust_remote_code=True{model_kwargs})
-print(asr("speech.wav")["text"])
-```
-
-The text is that of `python -m train transcribe`, and on the same processor and libraries the soft tokens have the same
-bits.
-"""
-
-
 def describe_export(folder: Path) -> Publication:
     """Return what a push of the export in ``folder`` would publish.
 
@@ -462,96 +373,3 @@ def push_export(folder: Path, url: str, private: bool = False) -> None:
 
     read_settings(folder)
     push_model(folder, url, private)
-
-
-def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_lm: bool, problem: str = "") -> str:
-    """Return the text of ``README.md`` of an export.
-
-    Args:
-        settings: ``config.json``.
-        summary: ``summary.json`` of the run.
-        name: name of the export.
-        has_lm: whether the export includes the trained LM.
-        problem: why transformers cannot load it, see :func:`not_runnable`.
-    """
-    spec = settings.specs[0]
-    channels = settings.layers * settings.channels
-    source = f"`{settings.encoder}`" if settings.encoder else "an encoder whose reference was not recorded"
-    codes = f"codes of {channels} codebooks, embedded in {settings.code_dim} channels," if settings.code_dim else ""
-    values = "integer codes" if settings.code_dim else "float32"
-    is_custom = isinstance(settings.projector, CustomConfig)
-    requirements = ", and what `projector/own.py` imports" if is_custom else ""
-    exception = ", except for `own.py`, which belongs to its author" if is_custom else ""
-    layers = ", ".join(str(each["layer"]) for each in settings.specs)
-    rows = [
-        ("encoder", f"{source}, {spec['family']}, layer {layers}, window {spec['window']}, {spec['dtype']}"),
-        ("sha256 of the encoder's tensors", f"`{spec['tensors']}`"),
-        ("feature id", ", ".join(f"`{each}`" for each in settings.feature_ids)),
-        ("trained on caches (manifest id)", ", ".join(f"`{each}`" for each in settings.manifest_ids)),
-        ("language model", f"`{settings.lm.model}` ({settings.lm_identity}), {_trained_part(settings, has_lm)}"),
-        ("projector", f"`{settings.projector.kind}`, {codes or f'{channels} channels'} to width {settings.width}"),
-        ("prompt", f"`{settings.prompt.template}`: {settings.prompt.instruction}"),
-        *(
-            (f"instructions{f' of {task}' if task else ''}, one of", " / ".join(listed))
-            for task, listed in settings.instructions.items()
-        ),
-        *([("text", f"decoded {settings.inference.decode.description}")] if settings.inference else []),
-        ("steps", str(summary.get("steps", "–"))),
-        *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
-    ]
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    keys = "" if problem else f"\npipeline_tag: {TASK}"
-    return f"""\
----
-library_name: {"earshard" if problem else "transformers"}{keys}
-tags: [audio, speech, projector, earshard]
----
-
-# {name}
-
-A projector that maps features of a frozen speech encoder to input embeddings of a language model, trained with
-earshard.
-
-| | |
-|---|---|
-{table}
-
-The projector works only with features of this encoder, layer, window and codec: compare the feature id.
-
-## Use
-
-{_how_to_run(settings, name, problem)}
-### The projector alone
-
-`features` are {values} [B, frames, {channels}]; `mask` is bool [B, frames], True for valid frames. The result is
-`soft` [B, soft tokens, {settings.width}] and its mask. The valid soft tokens replace `<|audio|>` in the prompt. This
-code requires torch and safetensors{requirements}:
-
-```python
-import sys; sys.path.insert(0, "{name}")  # this folder
-from projector import load
-soft, soft_mask = load("{name}")(features, mask)
-```
-
-`lm.json` identifies the language model by hashes of its configs, its tokenizer's files and its weights. With
-`load("{name}", lm="FOLDER")`, a model in FOLDER that differs is refused. It also holds the ids of the prompt in
-training: `prefix` before the soft tokens, `suffix` after them, and `ends`, which end an answer.
-
-The `.py` files are source code at the time of export. They are part of earshard (MIT license){exception}.
-With earshard installed, `train.load_projector("{name}")` loads the projector without running code from this folder.
-"""
-
-
-def _trained_part(settings: ExportConfig, has_lm: bool) -> str:
-    if settings.lm.lora is None:
-        return "trained" if has_lm else "frozen"
-    return f"frozen, with trained LoRA adapters of rank {settings.lm.lora.rank}, which are in `{LM_WEIGHTS}`"
-
-
-_CARD_METRICS = (
-    ("held-out loss, nats per token", "val_loss"),
-    ("held-out loss with another utterance's audio", "val_loss_shuffled"),
-    ("audio gain, nats per token", "audio_gain"),
-    ("WER", "wer"),
-    ("CER", "cer"),
-)

@@ -160,11 +160,11 @@ def test_eval_language_decides_for_rows_without_one_and_may_change_after_trainin
 
 
 def test_an_older_run_without_languages_is_scored_and_the_summary_shows_cer_alone_where_there_is_no_wer(tmp_path):
-    from train.__main__ import _format_summary
+    from train.runs.summary import format_summary
 
     run = world(tmp_path, ["zh", "zh"])
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["wer"], "CER (no WER" in _format_summary(summary)) == (None, True)
+    assert (summary["wer"], "CER (no WER" in format_summary(summary)) == (None, True)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config.pop("eval")
     (run / "config.yaml").write_text(yaml.safe_dump(config))

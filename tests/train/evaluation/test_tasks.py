@@ -14,7 +14,6 @@ from tiny_run import forget_after, losses, make_config
 
 from shards.errors import UserError
 from shards.read.cache import Cache
-from train.__main__ import _format_summary
 from train.data.caches import open_data
 from train.data.padding import pad
 from train.distributed.group import ProcessGroup
@@ -29,6 +28,7 @@ from train.model.build import build_model, load_model
 from train.model.prompt import PromptRow
 from train.report import write_report
 from train.runs.folder import read_cache_info
+from train.runs.summary import format_summary
 from train.trainer.fit import fit
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_every_figure_is_given_for_each_task(config, run):
 
 def test_the_end_of_a_run_and_the_report_show_the_tasks(run):
     summary = json.loads((run / "summary.json").read_text())
-    line = next(line for line in _format_summary(summary).splitlines() if line.startswith("task count: loss"))
+    line = next(line for line in format_summary(summary).splitlines() if line.startswith("task count: loss"))
     assert line.split()[3] == f"{summary['tasks']['count']['val_loss']:.4f},"
     assert "accuracy" in line
     shown = Page(write_report(run).read_text()).shown
