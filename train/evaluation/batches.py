@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +24,7 @@ from train.data.text import AS_STORED, apply_text_rules
 from train.distributed.group import ProcessGroup
 from train.evaluation.languages import text_languages
 from train.evaluation.utterance_table import cache_ids
+from train.lms.base import LanguageModel
 from train.model.prompt import PromptRow
 
 Features = npt.NDArray[Any]
@@ -37,7 +39,8 @@ class UtteranceReader:
     """Reads a set of utterances in batches.
 
     ``keys``, ``texts``, ``tasks``, ``languages`` (codes), ``frames`` (counts) and ``rows`` (what selects the
-    instructions) hold one entry per utterance, in the order of ``utterances``.
+    instructions) hold one entry per utterance, in the order of ``utterances``. ``lm`` is the model that reads the
+    batches, if ranks may share it.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class UtteranceReader:
         group: ProcessGroup,
         text: TextConfig = AS_STORED,
         language: str | None = None,
+        lm: LanguageModel | None = None,
     ) -> None:
         columns = utterances.columns("key", "text", "frames", "task", "prompt", "language")
         self.keys, self.frames, self.tasks = columns["key"], columns["frames"], columns["task"]
@@ -57,7 +61,7 @@ class UtteranceReader:
         self.languages = text_languages(columns["language"], self.texts, language)
         self.index_of_row = {int(row): index for index, row in enumerate(utterances.rows)}
         self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
-        self.stop, self.group = stop, group
+        self.stop, self.group, self.lm = stop, group, lm
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -106,11 +110,13 @@ class UtteranceReader:
         done, stopped = [], False
         hidden = None if self.group.rank == 0 else True  # None: on a terminal only
         own = items[self.group.rank :: self.group.world_size]
-        for item in tqdm(own, f"evaluate: {what}", leave=False, delay=1, dynamic_ncols=True, disable=hidden):
-            stopped = self.stop()
-            if stopped:  # the other ranks learn of it in all_gather
-                break
-            done.append(function(item))
+        together = nullcontext() if self.lm is None else self.lm.passes_together(self.group)
+        with self.group.rank_loss_explains_errors(), together:
+            for item in tqdm(own, f"evaluate: {what}", leave=False, delay=1, dynamic_ncols=True, disable=hidden):
+                stopped = self.stop()
+                if stopped:  # the other ranks learn of it in all_gather
+                    break
+                done.append(function(item))
         shares = self.group.all_gather(None if stopped else done)
         if any(part is None for part in shares):
             raise Stopped
