@@ -9,6 +9,7 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def evaluation_batches(device: Any, caches: list[str]) -> list[dict[str, Any]]:
         batches.to_device = lambda tensor, where, crossed=crossed: plain((crossed.append(tensor), tensor)[1], where)
         utterances = open_utterances([cache])
         arguments: list[Any] = [utterances, 4, None, lambda: False, ProcessGroup(), AS_STORED, None]
-        reader = batches.UtteranceReader(*arguments, torch.device("cuda"))
+        reader = batches.UtteranceReader(*arguments, SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]
         device.waits.clear()
         features, mask = reader.read([5, 0, 11])
         waits = counts(device.waits)

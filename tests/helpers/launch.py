@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 
@@ -30,3 +31,24 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     return out, err
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Process id of each rank that a launcher started on this machine."""
+    found = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        rank = [int(word.split(b"=")[1]) for word in environment if word.startswith(b"RANK=")]
+        if rank:
+            found[rank[0]] = int(child)
+    return found
+
+
+def at_step(process: subprocess.Popen[str], step: int, of: int) -> None:
+    """Return when ``process`` has printed the line of ``step``."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if line.startswith(f"step {step:>6}/{of}"):
+            return
+    raise AssertionError(process.stderr.read())

@@ -436,6 +436,9 @@ class LmConfig(Config):
     """Train low-rank adapters (Hugging Face models only). null: off."""
     exceed_context: bool = False
     """Accept rows longer than the context that the LM was made for. Impossible for learned positions (GPT-2, OPT)."""
+    shard: bool = False
+    """Divide the layers of the frozen LM among the processes of the run, which gather one layer at a time (FSDP2,
+    Hugging Face models only). In one process nothing is divided."""
     bits: Literal[4, 8] | None = None
     """Quantize the frozen matrices to 4 or 8 bits with bitsandbytes. null: off."""
 
@@ -443,6 +446,8 @@ class LmConfig(Config):
     def _frozen(self) -> LmConfig:
         if self.train and (self.lora or self.bits):
             raise ValueError("train=true trains all weights of the LM: set either train or lora and bits, not both")
+        if self.shard and (self.train or self.lora or self.bits or self.compile):
+            raise ValueError("shard=true divides a frozen LM among processes: remove train, lora, bits and compile")
         if self.padding_free and self.compile:
             raise ValueError("padding_free=true joins rows of other lengths in every batch: set compile=false")
         return self

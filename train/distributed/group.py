@@ -83,6 +83,14 @@ class ProcessGroup:
         """Raise RankLost if a rank is known to have exited."""
 
     @contextmanager
+    def rank_loss_explains_errors(self) -> Iterator[None]:
+        """Context manager that turns a RuntimeError into RankLost if a rank has exited.
+
+        For code in which collective operations of torch itself may fail.
+        """
+        yield
+
+    @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
         """Context manager after which all ranks raise the UserError or WorkFailed that any rank raised inside.
 
@@ -200,6 +208,16 @@ class DistributedProcessGroup(ProcessGroup):
     def raise_if_rank_lost(self) -> None:
         if self._liveness_monitor is not None and self._liveness_monitor.lost is not None:
             self._raise_rank_lost(self._liveness_monitor.lost)
+
+    @contextmanager
+    def rank_loss_explains_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            lost = None if self._liveness_monitor is None else self._liveness_monitor.wait_for_loss(2.0)
+            if lost is None:
+                raise
+            self._raise_rank_lost(lost)
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:

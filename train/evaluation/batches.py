@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -27,6 +28,7 @@ from train.distributed.device import to_device
 from train.distributed.group import ProcessGroup
 from train.evaluation.languages import text_languages
 from train.evaluation.utterance_table import cache_ids
+from train.lms.base import LanguageModel
 from train.model.prompt import PromptRow
 
 Features = npt.NDArray[Any]
@@ -39,10 +41,11 @@ class Stopped(Exception):
 
 
 class UtteranceReader:
-    """Reads a set of utterances in batches, for a model on ``device``.
+    """Reads a set of utterances in batches.
 
     ``keys``, ``texts``, ``tasks``, ``languages`` (codes), ``frames`` (counts) and ``rows`` (what selects the
-    instructions) hold one entry per utterance, in the order of ``utterances``.
+    instructions) hold one entry per utterance, in the order of ``utterances``. ``lm`` is the model that reads the
+    batches: features arrive on its device, and ranks may share it. Without it they stay on the CPU.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class UtteranceReader:
         group: ProcessGroup,
         text: TextConfig = AS_STORED,
         language: str | None = None,
-        device: torch.device = CPU,
+        lm: LanguageModel | None = None,
     ) -> None:
         columns = utterances.columns("key", "text", "frames", "task", "prompt", "language")
         self.keys, self.frames, self.tasks = columns["key"], columns["frames"], columns["task"]
@@ -63,8 +66,10 @@ class UtteranceReader:
         self.languages = text_languages(columns["language"], self.texts, language)
         self.index_of_row = {int(row): index for index, row in enumerate(utterances.rows)}
         self.utterances, self.batch_size, self.max_frames = utterances, batch_size, max_frames
-        self.stop, self.group, self.device = stop, group, device
-        self._stored = None if utterances.layers is not None or device.type == "cpu" else ConcatCache(utterances.caches)
+        self.stop, self.group, self.lm = stop, group, lm
+        self.device = CPU if lm is None else lm.device
+        on_cpu = self.device.type == "cpu"
+        self._stored = None if utterances.layers is not None or on_cpu else ConcatCache(utterances.caches)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -128,11 +133,13 @@ class UtteranceReader:
         done, stopped = [], False
         hidden = None if self.group.rank == 0 else True  # None: on a terminal only
         own = items[self.group.rank :: self.group.world_size]
-        for item in tqdm(own, f"evaluate: {what}", leave=False, delay=1, dynamic_ncols=True, disable=hidden):
-            stopped = self.stop()
-            if stopped:  # the other ranks learn of it in all_gather
-                break
-            done.append(function(item))
+        together = nullcontext() if self.lm is None else self.lm.passes_together(self.group)
+        with self.group.rank_loss_explains_errors(), together:
+            for item in tqdm(own, f"evaluate: {what}", leave=False, delay=1, dynamic_ncols=True, disable=hidden):
+                stopped = self.stop()
+                if stopped:  # the other ranks learn of it in all_gather
+                    break
+                done.append(function(item))
         shares = self.group.all_gather(None if stopped else done)
         if any(part is None for part in shares):
             raise Stopped

@@ -209,7 +209,7 @@ def evaluate_models(
             group or ProcessGroup(),
             config.text,
             config.language,
-            models.models[0].lm.device,
+            models.models[0].lm,
         )
         matched = held_out_losses(models, reader, range(len(reader)))
         other = other_audio(reader)

@@ -10,6 +10,7 @@ Letters: B rows, S soft tokens, T positions, D the LM's width, N target tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute  # this package has a module of that name
 
+from train.distributed.group import ProcessGroup
 from train.lms.packing import Ids, PackedInputs, pack_inputs, valid_soft
 
 # Logits in memory at a time: of float32 128 MiB to 1 GiB, and three times as much for what is computed from them.
@@ -140,6 +142,14 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device
+
+    def passes_together(self, group: ProcessGroup) -> AbstractContextManager[None]:
+        """Context manager, entered by all ranks of ``group``, in which each may run any number of passes."""
+        return nullcontext()
+
+    def idle_request(self) -> LmRequest | None:
+        """Return what a rank without utterances computes in a training step: nothing, unless ranks share the model."""
+        return None
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Set the training mode as ``nn.Module.train`` does; a frozen model stays in ``eval()``."""

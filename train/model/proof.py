@@ -119,7 +119,7 @@ def decode_one(model: AudioLM, utterances: Utterances, config: TrainConfig) -> N
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: see train/lms/hf/sharding.py
             features, mask = pad([first.features(0)])
             require_soft_frames(model, features, mask)
             loss = float(model.nll(features, mask, text, row).nll.sum())

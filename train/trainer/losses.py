@@ -85,10 +85,7 @@ class Objectives:
         """
         auxiliary: dict[str, Tensor] = {}
         if nll is None:
-            nll, auxiliary[DISTILL] = distillation_losses(
-                model.lm, request.soft, request.soft_mask, request.prefix, request.suffix, request.targets,
-                temperature=self.distill.temperature,
-            )  # fmt: skip
+            nll, auxiliary[DISTILL] = self._distilled(model, request)
         scores = model.projector.take_scores()
         if self.ctc_weight:
             auxiliary[CTC_TERM] = model.ctc_nll(request, scores, texts)
@@ -99,6 +96,17 @@ class Objectives:
                 model, request.soft, request.soft_mask, texts, negatives, self.contrastive.temperature
             )
         return batch_loss(request, nll, auxiliary)
+
+    def idle_backward(self, model: AudioLM, request: LmRequest, nll: Tensor | None) -> None:
+        """Run the passes of the LM that the losses of a batch need, for a row that counts for nothing."""
+        nll = self._distilled(model, request)[0] if nll is None else nll
+        nll.sum().backward()  # type: ignore[no-untyped-call]
+
+    def _distilled(self, model: AudioLM, request: LmRequest) -> tuple[Tensor, Tensor]:
+        return distillation_losses(
+            model.lm, request.soft, request.soft_mask, request.prefix, request.suffix, request.targets,
+            temperature=self.distill.temperature,
+        )  # fmt: skip
 
     def step_loss(self, out: BatchLoss, tokens: float, utterances: float) -> Tensor:
         """Return the contribution of a batch to the loss of a step with ``tokens`` target tokens and ``utterances``."""

@@ -122,7 +122,8 @@ class TrainStep:
         batch = self.batches[index]
         self._request = None
         if not batch.texts:  # the global batch has fewer utterances than ranks
-            return None
+            self._request = self.model.lm.idle_request()
+            return None if DISTILL in self.objectives.names else self._request
         device = self.model.lm.device
         features = batch.map_tensors(lambda tensor: to_device(tensor, device)).decoded().features
         self._request = self.model.request(features, batch.mask(), batch.texts, prompt_rows(batch))
@@ -132,6 +133,9 @@ class TrainStep:
         """Add the gradient of batch ``index``; ``nll`` [B] in nats belongs to the rows returned by :meth:`forward`."""
         batch, request = self.batches[index], self._request
         if request is None:
+            return
+        if not batch.texts:
+            self.objectives.idle_backward(self.model, request, nll)
             return
         out = self.objectives.batch_loss(self.model, request, nll, batch.texts, self._negatives[index])
         loss = self.objectives.step_loss(out, self.tokens, self._utterances)

@@ -148,7 +148,8 @@ class Trainer:
             WorkFailed: the loss or the gradient is not finite; no weight was changed.
         """
         step = self.begin_step(batches, data_wait)
-        run_step([step], self.passes)
+        with self.group.rank_loss_explains_errors():
+            run_step([step], self.passes)
         if self._reads_late:
             self.state.advance()
             self.settle()

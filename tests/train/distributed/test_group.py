@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import SECONDS, finish, popen, torchrun
+from launch import SECONDS, at_step, finish, popen, ranks_of, torchrun
 from tiny_cache import make_cache
 from tiny_run import losses, make_config, write_config
 
@@ -44,27 +44,6 @@ def alone(tmp_path_factory, cache) -> Path:
     """The same run in this process."""
     folder = tmp_path_factory.mktemp("alone")
     return fit(make_config(folder, cache, "", **KEYS, eval_every=4))
-
-
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Process id of each rank that a launcher started on this machine."""
-    found = {}
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        rank = [int(word.split(b"=")[1]) for word in environment if word.startswith(b"RANK=")]
-        if rank:
-            found[rank[0]] = int(child)
-    return found
-
-
-def at_step(process: subprocess.Popen[str], step: int, of: int) -> None:
-    """Return when ``process`` has printed the line of ``step``."""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    for line in process.stdout:
-        if line.startswith(f"step {step:>6}/{of}"):
-            return
-    raise AssertionError(process.stderr.read())
 
 
 def test_two_processes_under_torchrun_give_the_run_of_one(tmp_path, cache, alone):

@@ -161,6 +161,7 @@ def test_a_run_without_padding_has_the_losses_of_one_with_it_and_resumes_exactly
     assert losses(run) == found
 
 
+@pytest.mark.slow
 def test_experiments_in_lockstep_without_padding_train_as_alone(families, cache, tmp_path):
     keys = [settings(families["Llama"], eval_every=0, name=f"run-{i}", lr=10.0 ** (-2 - i)) for i in range(2)]
     configs = [make_config(tmp_path, cache, "", **own) for own in keys]

@@ -24,11 +24,13 @@ from pipeline.weights.pretrained import forbid_hub_kernels, load_pretrained
 from shards.errors import UserError
 from train.config.model import LmConfig
 from train.distributed.device import all_to_device
-from train.lms.base import Decoding, LanguageModel
+from train.distributed.group import ProcessGroup
+from train.lms.base import Decoding, LanguageModel, LmRequest
 from train.lms.hf.adapters import add_lora, disable_bf16_packing, enable_gradient_checkpointing, quantization_config
 from train.lms.hf.masks import one_sequence_a_row
 from train.lms.hf.padding_free import enable_padding_free
 from train.lms.hf.scales import Scales, decoder, find_scales
+from train.lms.hf.sharding import Shards, can_shard
 from train.lms.packing import Ids, PackedInputs, pack_inputs, places, valid_soft
 
 _ANSWER = "earshard answer"  # marks the end of an answer in a rendered chat
@@ -152,6 +154,7 @@ class HfLanguageModel(LanguageModel):
         self.width = model.get_input_embeddings().embedding_dim
         self.vocab_size = model.get_output_embeddings().out_features
         self._compiled: Callable[..., Any] | None = None
+        self._shards: Shards | None = None
         self._scales = self._find_scales()
         self._has_cache = self._find_cache()
         self.max_positions, self.learned_positions = find_positions(model)
@@ -210,6 +213,16 @@ class HfLanguageModel(LanguageModel):
             return super().decoding(soft, soft_mask, prefix, suffix, max_new_tokens)
         packed = pack_inputs(soft_mask.sum(1), prefix, suffix, pad="left", device=self.device)
         return _CachedRows(self, packed, valid_soft(soft, soft_mask))
+
+    def shard(self, device: torch.device) -> None:
+        """Divide the layers among the processes of the run, and move the model to ``device``; see ``sharding.py``."""
+        self._shards = Shards(self.model, decoder(self.model), self._embed_ids, device)
+
+    def passes_together(self, group: ProcessGroup) -> AbstractContextManager[None]:
+        return super().passes_together(group) if self._shards is None else self._shards.passes_together(group)
+
+    def idle_request(self) -> LmRequest | None:
+        return None if self._shards is None else self._shards.idle_request(self.width, self.dtype)
 
     def compile_forward(self) -> None:
         """Compile the forward pass of ``hidden`` with torch.compile, for dynamic shapes; generation is not compiled."""
@@ -447,14 +460,16 @@ def load_hf(
         dtype: dtype of activations and frozen weights.
         train: train all weights, which are then float32; otherwise they are frozen.
         seed: seed of the initial weights of LoRA adapters.
-        options: ``compile``, ``bits``, ``lora``, ``gradient_checkpointing`` and ``padding_free`` are read; see
-            ``adapters.py`` and ``padding_free.py``.
+        options: ``compile``, ``bits``, ``lora``, ``gradient_checkpointing``, ``padding_free`` and ``shard`` are read;
+            see ``adapters.py``, ``padding_free.py`` and ``sharding.py``.
 
     Raises:
         UserError: the folder holds no causal LM, its tokenizer has no end-of-sequence token, the model computes its
             logits in an unsupported way or does not support ``options``, or a package that these need is not installed.
     """
     options = options or LmConfig()
+    target, divided = torch.device(device), options.shard and can_shard()
+    device = "cpu" if divided else device  # a GPU may not hold the whole model
     loading: dict[str, Any] = {"dtype": torch.float32 if train else dtype}
     if options.bits is not None:
         loading |= {"quantization_config": quantization_config(options.bits, dtype), "device_map": {"": str(device)}}
@@ -471,7 +486,7 @@ def load_hf(
         disable_bf16_packing(model)
     require_usable(model, tokenizer, reference)
     model.requires_grad_(train).eval()
-    if dtype == torch.bfloat16 and not train and model.device.type == "cpu":
+    if dtype == torch.bfloat16 and not train and target.type == "cpu":
         _attend_in_float32(model)
     if options.lora is not None:
         add_lora(model, options.lora, seed)
@@ -482,6 +497,8 @@ def load_hf(
     lm.train(train)
     if options.padding_free:
         lm.enable_padding_free()
+    if divided:
+        lm.shard(target)
     if options.compile:
         lm.compile_forward()
     return lm

@@ -111,10 +111,9 @@ def load_nanochat(
             what only Hugging Face models support.
     """
     options = options or LmConfig()
-    if options.lora or options.bits or options.compile or options.padding_free:
-        raise UserError(
-            f"'{reference}': lm.lora, lm.bits, lm.compile and lm.padding_free are only for Hugging Face models"
-        )
+    if options.lora or options.bits or options.compile or options.padding_free or options.shard:
+        only = "lm.lora, lm.bits, lm.compile, lm.padding_free and lm.shard are only for Hugging Face models"
+        raise UserError(f"'{reference}': {only}")
     match = _REFERENCE.fullmatch(reference)
     place = Path(reference.removeprefix("nanochat:")).expanduser()
     tokenizer: ByteTokenizer | TiktokenTokenizer
