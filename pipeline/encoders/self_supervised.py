@@ -1,10 +1,14 @@
-"""HuBERT, wav2vec 2.0, WavLM and w2v-BERT 2.0: encoders that take audio of any length.
+"""HuBERT, wav2vec 2.0, WavLM, w2v-BERT 2.0 and MERT: encoders that take audio of any length.
 
-Maps float32 clips at 16 kHz to the hidden states of the requested layers, float32 [frames, channels] per clip and
-layer, with the modules of transformers. Each clip is encoded at its own length (``window: clip``), on a CPU alone and
-on a GPU together with clips of equal length, because these encoders were not trained on padding and the older ones
-normalize over it. Zeros are appended until the receptive field of the last frame is full, so that a clip has
-ceil(samples / hop) frames and every sample contributes; the hop and the receptive field come from the model's config.
+Maps float32 clips at 16 kHz, for MERT at 24 kHz, to the hidden states of the requested layers, float32
+[frames, channels] per clip and layer, with the modules of transformers. Each clip is encoded at its own length
+(``window: clip``), on a CPU alone and on a GPU together with clips of equal length, because these encoders were not
+trained on padding and the older ones normalize over it. Zeros are appended until the receptive field of the last frame
+is full, so that a clip has ceil(samples / hop) frames and every sample contributes; the hop and the receptive field
+come from the model's config.
+
+MERT (arXiv 2306.00107) is a HuBERT for music at 24 kHz. Its hub's code is not run: without the options of
+``NOT_HUBERT``, which are refused, its network and its tensors are those of transformers' HubertModel.
 
 Layers above the highest requested one are not computed: a pre-hook of the next layer ends the forward pass.
 """
@@ -40,7 +44,11 @@ MODEL_CLASSES = {  # config.json's model_type -> transformers' class
     "wav2vec2": "Wav2Vec2Model",
     "wavlm": "WavLMModel",
     "wav2vec2-bert": "Wav2Vec2BertModel",
+    "mert_model": "HubertModel",
 }
+RATES = {"mert_model": 24_000}  # of clips, if not 16 kHz
+# MERT's options, and their values when they are off
+NOT_HUBERT = {"feature_extractor_cqt": False, "deepnorm": False, "attention_relax": -1.0}
 WINDOW_SECONDS = 30  # as in Whisper: the cost of attention grows with the square of the length
 # w2v-BERT's log-mel frames, in samples (SeamlessM4TFeatureExtractor)
 FILTERBANK_HOP, FILTERBANK_LENGTH = 160, 400
@@ -50,10 +58,10 @@ UNUSED_TENSOR_PREFIXES = ("masked_spec_embed", "adapter.", "intermediate_ffn.")
 
 
 class SelfSupervisedEncoder:
-    """A HuBERT, wav2vec 2.0, WavLM or w2v-BERT 2.0 encoder; see :class:`pipeline.encoders.base.Encoder`.
+    """A HuBERT, wav2vec 2.0, WavLM, w2v-BERT 2.0 or MERT encoder; see :class:`pipeline.encoders.base.Encoder`.
 
     Raises:
-        UserError: ``weights`` does not load as ``family``, has other tensors, or is not for 16 kHz audio.
+        UserError: ``weights`` does not load as ``family``, has other tensors, or is for another sampling rate.
     """
 
     def __init__(self, weights: Weights, family: str, *, device: str, dtype: str, batch_size: int | None) -> None:
@@ -61,16 +69,19 @@ class SelfSupervisedEncoder:
         import torch
         import transformers
 
-        preprocessor = weights.folder / "preprocessor_config.json"
+        preprocessor, rate = weights.folder / "preprocessor_config.json", RATES.get(family, 16_000)
         tree = read_model_json(preprocessor) if preprocessor.is_file() else {}
-        if tree.get("sampling_rate", 16000) != 16000:
+        if tree.get("sampling_rate", rate) != rate:
             raise UserError(
-                f"expected 16000 Hz in '{preprocessor}', got {tree['sampling_rate']} Hz: name an encoder for 16 kHz "
-                "audio"
+                f"expected {rate} Hz in '{preprocessor}', got {tree['sampling_rate']} Hz: name an encoder for "
+                f"{rate // 1000} kHz audio"
             )
+        if family == "mert_model":
+            _require_plain_mert(weights.folder)
         check_stored_tensors(weights.folder, family)
         try:
-            model = load_pretrained(getattr(transformers, MODEL_CLASSES[family]), weights.folder, dtype=torch.float32)
+            model_class, config = getattr(transformers, MODEL_CLASSES[family]), _config(weights.folder, family)
+            model = load_pretrained(model_class, weights.folder, dtype=torch.float32, config=config)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"cannot load '{weights.folder}' as a {family} model ({reason}): copy it again") from None
@@ -79,7 +90,7 @@ class SelfSupervisedEncoder:
         self.name = encoder_name(weights.reference)
         self.n_layers: int = model.config.num_hidden_layers
         self.channels: int = model.config.hidden_size
-        self.sampling_rate = 16000
+        self.sampling_rate = rate
         self.window_samples = WINDOW_SECONDS * self.sampling_rate
         self.window: WindowMode = "clip"
         self.margin = 0.0
@@ -232,12 +243,36 @@ def check_stored_tensors(folder: Path, family: str) -> None:
     refuse_quantized(folder, read_model_json(folder / "config.json"), own)
     try:
         with torch.device("meta"):
-            model = model_class(load_pretrained(model_class.config_class, folder))
+            model = model_class(_config(folder, family))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{folder / 'config.json'}' is not a config of {family} ({reason}): copy it again") from None
     expected = {name: tuple(each.shape) for name, each in _checkpoint_state_dict(model.state_dict()).items()}
     require_tensors(folder, own, expected, f"{family} model", prefix)
+
+
+def _config(folder: Path, family: str) -> Any:
+    """Return the config of ``folder``, an object of transformers; MERT's as that of a HuBERT."""
+    import transformers
+
+    kind = getattr(transformers, MODEL_CLASSES[family]).config_class
+    if family != "mert_model":
+        return load_pretrained(kind, folder)
+    tree = read_model_json(folder / "config.json")
+    return kind.from_dict({name: value for name, value in tree.items() if name not in ("model_type", "auto_map")})
+
+
+def _require_plain_mert(folder: Path) -> None:
+    """Raise UserError unless the network of a MERT is that of a HuBERT, for 24 kHz audio."""
+    tree = read_model_json(folder / "config.json")
+    for name, off in {**NOT_HUBERT, "sample_rate": 24_000}.items():
+        found = tree.get(name, off)
+        on = found != off if name != "attention_relax" else not isinstance(found, int | float) or found > 0
+        if on:
+            raise UserError(
+                f"'{folder / 'config.json'}' has {name}={found!r:.40}, which needs the code of its hub, and that is "
+                "not run: name m-a-p/MERT-v1-95M, or another encoder"
+            )
 
 
 def _checkpoint_state_dict(state: Mapping[str, T]) -> dict[str, T]:

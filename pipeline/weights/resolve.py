@@ -28,7 +28,7 @@ from typing import Any, Literal
 from shards.errors import UserError
 from shards.files import read_json
 
-SELF_SUPERVISED = ("hubert", "wav2vec2", "wavlm", "wav2vec2-bert")  # model_type in config.json
+SELF_SUPERVISED = ("hubert", "wav2vec2", "wavlm", "wav2vec2-bert", "mert_model")  # model_type in config.json
 TOWERS = (  # models with an audio encoder inside
     *("qwen2_audio", "voxtral", "audioflamingo3", "glmasr", "moonshine"),
     *("parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"),
