@@ -35,7 +35,7 @@ def test_its_code_runs_on_a_cpu_and_a_failing_step_does_not_lose_the_others(tmp_
     done = run(*argv, "--online", "-1")
     assert done.returncode == 0, done.stderr
     steps = {name: step["result"] for name, step in json.loads((tmp_path / "gpu.json").read_text())["steps"].items()}
-    assert "error" in steps.pop("training")
+    assert "error" in steps.pop("online")
     assert [name for name, result in steps.items() if isinstance(result, dict) and "error" in result] == []
     assert max(steps["fidelity"]["float32"]) < 1e-4
     assert all(steps["companions"].values())
