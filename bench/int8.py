@@ -4,7 +4,7 @@
 
 Weights are int8 per channel. fbgemm and oneDNN scale the inputs per tensor (torch's dynamic quantization); ``rows`` is
 the error, computed in float32, with a scale per row. Times are medians of alternating rounds. The error is the RMS
-of the difference from float32 over its RMS: of one product of normal inputs, then of the last layer for a spoken sentence.
+of the difference from float32 over its RMS: of one product of normal inputs, then of the last layer for a sentence.
 """
 
 import re
