@@ -251,6 +251,7 @@ def test_the_card_at_the_root_lists_the_caches_of_all_folders_unless_somebody_wr
         assert hub.files["README.md"] == b"# written by hand"
 
 
+@pytest.mark.slow
 def test_the_card_of_a_cache_at_the_root_also_lists_the_caches_in_folders_whichever_was_first(near, tmp_path):
     other = make_cache(tmp_path / "other", n=4, shards=1, seed=9)
     root, below = ["push", str(near), URL, *LICENCE], ["push", str(other), f"{URL}/default", *LICENCE]

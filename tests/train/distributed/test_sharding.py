@@ -65,6 +65,7 @@ def assert_same_run(found, expected):
     assert load_file(found / "projector.safetensors").keys() == load_file(expected / "projector.safetensors").keys()
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_a_model_give_the_run_of_one(inputs, tmp_path):
     lm = {"model": inputs[0], "shard": True}
     assert_same_run(trained(inputs, tmp_path / "two", 2, lm=lm), trained(inputs, tmp_path / "one", 1))
