@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=128)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps is {arguments.steps}: at least 1")
     with tempfile.TemporaryDirectory() as folder:
         words = [f"root={folder}", f"source.num_sentences={arguments.utterances}", "source.val_fraction=0"]
         words += [f"window={arguments.window}", f"encoder.device={arguments.device}"]
