@@ -201,6 +201,18 @@ def test_a_launched_process_trains_as_on_the_cpu_with_one_exchange_of_gradients_
     assert found["nccl"] == STEPS["steps"]
 
 
+def test_a_sum_that_a_lost_rank_leaves_unfinished_is_aborted_and_changes_no_weight(pretended_cuda, inputs, tmp_path):
+    lm, cache = inputs
+    keys = {"dtype": "float32", "steps": 5, "eval_every": 0, "checkpoint_every": 100}
+    expected = losses(fit(make_config(tmp_path / "cpu", cache, lm, **keys)))
+    call = {"root": str(tmp_path / "cuda"), "lm": lm, "cache": cache, "keys": keys, "step": 3}
+    found = pretended_cuda("cuda_training:lost_rank", call)
+    assert len(found["aborted"]) == 1
+    assert found["aborted"] != [found["main thread"]]  # that one waits for the GPU
+    assert "rank 1 of 1 exited before the run finished; step 2 of 5 is saved" in found["error"]
+    assert found["losses"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_step_that_is_not_finite_changes_no_weight_though_the_host_learns_of_it_later(
     pretended_cuda, inputs, tmp_path
 ):

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -186,3 +187,48 @@ def launched(device: Any, root: str, lm: str, cache: str, keys: dict[str, Any]) 
         run = fit.fit(make_config(Path(root), cache, lm, **{"device": "auto", **keys}), group=group)
     waits = counts(device.waits[steps[-4] : steps[-2]])
     return {"losses": losses(run), "waits": waits, "nccl": calls.count("cuda")}
+
+
+def lost_rank(device: Any, root: str, lm: str, cache: str, keys: dict[str, Any], step: int) -> dict[str, Any]:
+    """A run whose group loses a rank while the GPU waits for the sum of ``step``, and the same run resumed.
+
+    gloo stands for NCCL: the sum blocks until the monitor's thread has aborted it, and then holds other numbers.
+    """
+    import torch.distributed as dist
+
+    from train.distributed.group import RankLost, open_process_group
+    from train.trainer import fit, trainer
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    start, begin = dist.init_process_group, trainer.Trainer.__init__
+    backend: Any = dist.distributed_c10d.ProcessGroupGloo
+    found: dict[str, Any] = {"sums": 0, "aborted": []}
+
+    def all_reduce(tensor: Any, *_: Any, **__: Any) -> None:
+        if tensor.device.type == "cuda":
+            found["sums"] += 1
+            if found["sums"] == step:
+                lost = threading.Thread(target=group._liveness_monitor._handle_lost_rank, args=(1,))
+                lost.start()
+                lost.join()
+                tensor.fill_(3.0)
+        elif found["aborted"]:
+            raise RuntimeError("Connection closed by peer")
+
+    def as_one_of_many(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        self._reads_late = False
+
+    dist.init_process_group = lambda backend, **options: start("gloo", **options)
+    config = make_config(Path(root), cache, lm, **{"device": "cuda", **keys})
+    with open_process_group() as group, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", all_reduce)
+        patch.setattr(trainer.Trainer, "__init__", as_one_of_many)
+        patch.setattr(backend, "abort", lambda self: found["aborted"].append(threading.current_thread().name))
+        with pytest.raises(RankLost) as error:
+            fit.fit(config, group=group)
+    run = Path(root) / "runs" / "run"
+    found |= {"error": str(error.value), "main thread": threading.current_thread().name}
+    found["saved"] = max(path.stem for path in (run / "checkpoints").iterdir())
+    fit.fit(config, resume=run)
+    return {**found, "losses": losses(run)}

@@ -6,7 +6,8 @@ its argument, so that the training loop needs no special case. Importing this mo
 
 Gradients are summed on the run's device (NCCL on GPUs, gloo on CPUs). Everything else is a few numbers or JSON,
 exchanged between CPUs over a separate gloo group. Its operations may wait as long as an evaluation or a checkpoint
-takes; only the exit of a process (``train/distributed/liveness.py``) ends the wait.
+takes; only the exit of a process (``train/distributed/liveness.py``) ends the wait. An operation of NCCL does not end
+with a process that it waits for: it is aborted, and its step changes no weight (:meth:`_abort_nccl`).
 
     torchrun --nproc-per-node 4 -m train fit --config configs/train/demo.yaml
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -117,6 +119,10 @@ class DistributedProcessGroup(ProcessGroup):
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # otherwise torch ends this process when another is lost, before rank 0 has saved
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        self._spoil: torch.Tensor | None = None  # on a GPU: added to each sum of gradients, 0 until a rank is lost
+        self._abort_lock, self._aborted = threading.Lock(), False
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=_RENDEZVOUS_TIMEOUT)
             self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
@@ -127,7 +133,9 @@ class DistributedProcessGroup(ProcessGroup):
                 "start all processes with torchrun and the same address and port"
             ) from None
         self._liveness_monitor: LivenessMonitor | None = None
-        self._liveness_monitor = LivenessMonitor(self.rank, self.broadcast, self._rank_lost_message)
+        self._liveness_monitor = LivenessMonitor(
+            self.rank, self.broadcast, self._rank_lost_message, on_loss=self._abort_nccl
+        )
         unreachable = [
             str(rank)
             for rank, connected in enumerate(self.all_gather(self._liveness_monitor.connected))
@@ -198,12 +206,14 @@ class DistributedProcessGroup(ProcessGroup):
         anywhere = self.all_reduce_sum([float(p.grad is not None) for p in parameters])
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([*(part.flatten() for part in parts), loss.to(parts[0].dtype)[None]])
+        if flat.is_cuda and self._spoil is None:
+            self._spoil = torch.zeros((), dtype=flat.dtype, device=flat.device)
         with self._rank_loss_detected():
             dist.all_reduce(flat)
         *sums, loss = torch.split(flat, [*(p.numel() for p in parameters), 1])
         for parameter, gradient, ranks in zip(parameters, sums, anywhere, strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if ranks else None
-        return loss[0]
+        return loss[0] if self._spoil is None else loss[0] + self._spoil
 
     def raise_if_rank_lost(self) -> None:
         if self._liveness_monitor is not None and self._liveness_monitor.lost is not None:
@@ -252,6 +262,27 @@ class DistributedProcessGroup(ProcessGroup):
             self._liveness_monitor.wait_for_rank_0(_SHUTDOWN_TIMEOUT)
         raise SystemExit(exit_status)
 
+    def _abort_nccl(self) -> None:
+        """End the operation of NCCL that waits for a lost rank; the sum that it leaves has a loss that is not a number.
+
+        The host launches a step and does not wait for its sum, so an update is queued behind the operation. It checks
+        the loss on the GPU. May be called from any thread: the main thread may be waiting for the GPU.
+        """
+        import torch
+        import torch.distributed as dist
+
+        with self._abort_lock:
+            if self._spoil is None or self._aborted:  # no GPU, no step so far, or done
+                return
+            self._aborted = True
+            with torch.cuda.device(self._spoil.device):
+                other = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # the operation blocks the current one
+                with torch.cuda.stream(other):
+                    self._spoil.fill_(float("nan"))
+                other.synchronize()
+            assert dist.group.WORLD is not None
+            dist.group.WORLD._get_backend(self._spoil.device).abort()
+
     def shut_down(self) -> None:
         """Close the group after a run that finished normally."""
         import torch.distributed as dist
@@ -268,6 +299,7 @@ class DistributedProcessGroup(ProcessGroup):
         except RuntimeError as error:
             lost = None if self._liveness_monitor is None else self._liveness_monitor.wait_for_loss(2.0)
             if lost is None:
+                self._abort_nccl()
                 reason = " ".join(str(error).split())[:200]
                 raise RankLost(
                     f"rank {self.rank} of {self.world_size} lost connection to the other ranks ({reason})"

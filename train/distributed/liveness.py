@@ -35,16 +35,23 @@ class LivenessMonitor:
         lost: the first rank known to have exited without a goodbye, or None.
     """
 
-    def __init__(self, rank: int, broadcast: Callable[[Any], Any], message_for: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        broadcast: Callable[[Any], Any],
+        message_for: Callable[[int], str],
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         """Connect to rank 0, or listen on rank 0.
 
         Args:
             broadcast: returns the JSON value of rank 0 on every rank.
             message_for: returns the error message to print when the given rank was lost, or "" to print nothing.
+            on_loss: called once, in the monitor's thread, as the main thread may be blocked.
         """
         self.rank = rank
         self.lost: int | None = None
-        self._message_for, self._exit_handled = message_for, False
+        self._message_for, self._on_loss, self._exit_handled = message_for, on_loss, False
         self._rank_was_lost, self._rank_0_ended = threading.Event(), threading.Event()
         self._peers: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
@@ -135,6 +142,7 @@ class LivenessMonitor:
         timer = threading.Timer(EXIT_TIMEOUT, self._exit_process)
         timer.daemon = True
         timer.start()
+        self._on_loss()
 
     def _send_lost_rank(self, rank: int) -> None:
         with self._lock:

@@ -161,7 +161,12 @@ class TrainStep:
         self.optimizer.step()
         self._values.add("nll", self._nll)
         self._values.add("norm", norm)
+        self._values.add("finite", finite)
         self._values.send()
+
+    def changed_weights(self) -> bool:
+        """Wait for the step and return whether :meth:`update` changed the weights."""
+        return bool(self._values.read()["finite"][0])
 
     def metrics(self, since: float = 0.0) -> StepMetrics:
         """Wait for the step and return its metrics, over all ranks.

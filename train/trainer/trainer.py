@@ -154,8 +154,14 @@ class Trainer:
             self.state.advance()
             self.settle()
             self._unread = step
-        else:
-            self.end_step(step.metrics())
+            return
+        try:
+            metrics = step.metrics()
+        except RankLost:
+            if step.changed_weights():  # by the sums of all ranks, so the step is whole and is saved
+                self.state.advance()
+            raise
+        self.end_step(metrics)
 
     def settle(self) -> None:
         """Wait for the last step and log it, if that has not been done; raises the errors of :meth:`train_step`."""

@@ -21,7 +21,7 @@ from shards.errors import UserError, WorkFailed
 from train.config.train import TrainConfig
 from train.data.caches import open_data
 from train.data.padding import pad
-from train.distributed.group import ProcessGroup
+from train.distributed.group import ProcessGroup, RankLost
 from train.model.build import build_model
 from train.runs.folder import create_run_folder, new_run_folder
 from train.trainer.fit import fit
@@ -261,3 +261,33 @@ def test_a_linear_rate_falls_by_the_same_amount_each_step():
 def test_a_constant_rate_stays_after_warm_up():
     assert schedule(warmup=2, schedule="constant") == [0.5] + [1.0] * 99
     assert schedule(warmup=0, schedule="constant") == [1.0] * 100
+
+
+class LosesRank(ProcessGroup):
+    """A group whose other rank is lost in step 3, before the sums of gradients or after them."""
+
+    def __init__(self, before: bool) -> None:
+        self.before, self.steps, self.lost = before, 0, False
+
+    def all_reduce_gradients(self, parameters, loss):
+        self.steps += 1
+        self.lost = self.steps == 3
+        return loss * torch.nan if self.lost and self.before else loss
+
+    def all_reduce_sum(self, values):
+        if self.lost:
+            raise RankLost("rank 1 of 2 exited before the run finished")
+        return list(values)
+
+
+@pytest.mark.parametrize(("before", "saved"), [(True, 2), (False, 3)])
+def test_a_rank_that_is_lost_in_a_step_leaves_the_weights_and_the_number_of_the_same_step(
+    cache, lm, tmp_path, before, saved
+):
+    config = make_config(tmp_path, cache, lm, steps=6, eval_every=0, ema_decay=0.5)
+    whole = losses(fit(config))
+    with pytest.raises(RankLost, match=f"step {saved} of 6 is saved"):
+        fit(config.model_copy(update={"name": "lost"}), group=LosesRank(before))
+    run = fit(config, tmp_path / "runs" / "lost")
+    kept = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in kept if line["step"] > saved] == whole[saved:]
