@@ -52,7 +52,17 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from gpu_training import LLAMA_8B, TINY, one_rank, random_llama, require_smollm2, resumed, sync_warnings, training
+from gpu_training import (
+    LLAMA_8B,
+    TINY,
+    one_rank,
+    random_llama,
+    require_smollm2,
+    resumed,
+    run_whole,
+    sync_warnings,
+    training,
+)
 
 from pipeline.encoders.base import DTYPES
 from pipeline.encoders.compile import CompiledForward, has_compiler
@@ -316,7 +326,7 @@ def extraction(weights: Weights, device: str, manifest: Path, root: Path, *more:
 
 def extract(argv: list[str]) -> None:
     """Run an extraction; its error is what it printed."""
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = run_whole(argv)
     if done.returncode:
         raise RuntimeError(done.stderr[-800:])
 
@@ -383,10 +393,18 @@ def end_to_end(weights: Weights, device: str, manifest: Path, clips: int, folder
     return {"audio-s/s": slope, "seconds": walls, "audio s": audio, "busy": times["shares"]}
 
 
+def online(argv: list[str]) -> str:
+    """Return what ``bench/online.py`` prints; its error is the last that it printed."""
+    done = run_whole(argv)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-800:])
+    return done.stdout
+
+
 def marked_tests() -> dict[str, Any]:
     """Run the tests marked ``gpu``; return pytest's exit status, its last line and what failed."""
     argv = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-n", "0", "-rfE", "tests"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = run_whole(argv, cwd=Path(__file__).parent.parent)
     lines = done.stdout.strip().splitlines() or [done.stderr[-800:]]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {"status": done.returncode, "last line": lines[-1], "failed": failed}
@@ -469,7 +487,7 @@ def main() -> None:
     if args.online:
         script = str(Path(__file__).with_name("online.py"))
         argv = [sys.executable, script, "--steps", str(args.online), "--device", args.device]
-        report.step("online", lambda: subprocess.run(argv, check=True, capture_output=True, text=True).stdout, 120)
+        report.step("online", lambda: online(argv), 120)
 
 
 def extraction_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -48,6 +49,18 @@ def random_llama(sizes: dict[str, int], device: torch.device, dtype: torch.dtype
     with device:
         model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), dtype=dtype)
     return HfLanguageModel(model.requires_grad_(False).eval(), HfTokenizer(fast, "random"), "random", "random", dtype)
+
+
+def run_whole(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """As subprocess.run with captured output; ended early by a time limit, it leaves none of the command's children."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, start_new_session=True, **pipes, **options) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def require_smollm2() -> str:
@@ -168,7 +181,7 @@ def one_rank(folder: Path, cache: Path, device: str) -> dict[str, Any]:
         config = run_config(folder / name, cache, "auto" if device == "cuda" else device, "float32")
         (files / f"{name}.yaml").write_text(json.dumps(config.model_dump(mode="json")))
         argv = [sys.executable, "-m", "train", "fit", "--config", str(files / f"{name}.yaml")]
-        done = subprocess.run(argv, env={**os.environ, **more}, capture_output=True, text=True)
+        done = run_whole(argv, env={**os.environ, **more})
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-800:]}")
         losses.append(losses_of(folder / name / "run"))

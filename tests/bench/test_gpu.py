@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 SCRIPT = Path(__file__).parent.parent.parent / "bench/gpu.py"
 
@@ -17,6 +20,28 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *argv], capture_output=True, text=True, cwd=SCRIPT.parent.parent
     )
+
+
+def test_a_command_whose_time_is_over_leaves_no_child(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    gpu = load_script("bench/gpu_training.py")
+    pid = tmp_path / "pid"
+
+    def expire(*_):
+        raise TimeoutError("over")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(TimeoutError):
+            gpu.run_whole(["sh", "-c", f"sleep 1000 & echo $! > '{pid}'; wait"])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    status, until = Path(f"/proc/{pid.read_text().strip()}/status"), time.monotonic() + 10
+    while status.exists() and "(zombie)" not in status.read_text():
+        assert time.monotonic() < until, "the child still runs"
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
