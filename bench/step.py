@@ -3,11 +3,15 @@
     python bench/step.py                            # SmolLM2-135M, batch 8: the demo's shape and LibriSpeech's; minutes
     python bench/step.py --steps 3 --json step.json
     python bench/step.py --padding-free --shortest 0.2   # lengths as in random order, also without padding
+    python bench/step.py --slam-llm ../SLAM-LLM          # also the step of a checkout of SLAM-LLM, beside its packages
 
 Both loops train the same projector (two linear layers over 5 frames) in front of the same frozen language model on the
 same batch in memory, in one dtype, and their first losses must agree. The plain loop is the one that transformers
 documents: ``inputs_embeds``, an attention mask and ``labels`` per padded batch, the model's own loss, AdamW. Steps of
 both loops alternate; the median of each is reported.
+
+SLAM-LLM's step is that of its own model class and projector. Its encoder costs nothing here, and as its data set pads
+audio to 30 s, its language model reads 300 soft tokens of each utterance.
 
 The bound is the FLOP of the products and attentions of a step without padding, at the rate at which this machine
 multiplies two large matrices in the same dtype. The last table tells where the time of our step goes: a profile of one
@@ -20,6 +24,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -146,6 +151,64 @@ def plain_step(model: AudioLM, reference: str, dtype: torch.dtype) -> Callable[[
     return step
 
 
+class Settings(dict[str, Any]):
+    """A mapping whose keys are attributes, too."""
+
+    __getattr__ = dict.__getitem__
+
+
+class GivenFeatures(torch.nn.Module):
+    """Stands for SLAM-LLM's encoder, which costs nothing here: returns the features that it is given as log-mel."""
+
+    def extract_variable_length_features(self, mel: Tensor) -> Tensor:
+        return mel.permute(0, 2, 1)
+
+
+def slam_llm_step(folder: Path, model: AudioLM, reference: str, dtype: torch.dtype) -> Callable[[int, Batch], float]:
+    """Return a step of SLAM-LLM's model and projector with the prompt of ``model``, as its data set lays out a batch.
+
+    It pads audio to 30 s, so that each row has 300 soft tokens. ``folder`` is a checkout of SLAM-LLM.
+    """
+    sys.path.insert(0, str(folder / "src"))
+    from slam_llm.models.projector import EncoderProjectorConcat
+    from slam_llm.models.slam_model import slam_model
+    from transformers import AutoModelForCausalLM
+
+    prompt, device = model.prompt, model.lm.device
+    lm: Any = AutoModelForCausalLM.from_pretrained(resolve_lm(reference), dtype=dtype).to(device)
+    lm.requires_grad_(False).eval()
+    settings = Settings(
+        encoder_projector_ds_rate=5, encoder_dim=CHANNELS, llm_dim=lm.config.hidden_size, encoder_name="whisper",
+        encoder_projector="linear",
+    )  # fmt: skip
+    projector = EncoderProjectorConcat(settings).to(device, dtype)
+    whole = slam_model(GivenFeatures(), lm, projector, None, Settings(freeze_encoder=True), settings)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=LR)
+    frames, soft = 1500, 300
+
+    def step(number: int, batch: Batch) -> float:
+        before, answers = [*prompt.prefix, *prompt.suffix], [list(prompt.target_ids(text)) for text in batch.texts]
+        longest = max(map(len, answers))
+        features = torch.zeros(len(answers), frames, CHANNELS, dtype=dtype, device=device)
+        features[:, : batch.features.shape[1]] = batch.features.to(device, dtype)
+        rows = [[0] * soft + before + answer + [0] * (longest - len(answer)) for answer in answers]
+        ids = torch.tensor(rows, device=device)
+        start = soft + len(before)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids, dtype=torch.bool)
+        for row, answer in enumerate(answers):
+            labels[row, start : start + len(answer)] = ids[row, start : start + len(answer)]
+            mask[row, : start + len(answer)] = True
+        audio = torch.zeros_like(mask)
+        audio[:, :soft] = True
+        out, _ = whole(input_ids=ids, attention_mask=mask, labels=labels, audio_mel=features, modality_mask=audio)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(out.loss.detach())
+
+    return step
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
     """Return the FLOP a second of a product of two square matrices: the best of ten."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -206,6 +269,9 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device, dtyp
         tree["lm"]["padding_free"] = True
         loops["no padding"] = our_step(config, build_model(TrainConfig.model_validate(tree), CHANNELS, device, dtype))
     first, second, *others = (step(0, batch) for step in loops.values())
+    if arguments.slam_llm:
+        loops["SLAM-LLM"] = slam_llm_step(arguments.slam_llm, models[1], arguments.lm, dtype)
+        loops["SLAM-LLM"](0, batch)  # has a projector of its own, and therefore another loss
     if max(abs(loss - second) for loss in (first, *others)) > 0.02 * second:
         raise SystemExit(f"error: the loops do not compute the same loss: {first:.4f}, {second:.4f}, {others}")
     seconds: dict[str, list[float]] = {name: [] for name in loops}
@@ -224,6 +290,9 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device, dtyp
         print(f"{label:12}{value:>10.3f}")
     of_bound, speedup = bound / medians["earshard"], medians["plain loop"] / medians["earshard"]
     print(f"{of_bound:.0%} of the bound; {speedup:.2f} x the plain loop")
+    if arguments.slam_llm:
+        ratio = medians["SLAM-LLM"] / medians["earshard"]
+        print(f"{ratio:.2f} x as fast as the step of SLAM-LLM, whose encoder is not counted")
     if arguments.padding_free:
         print(f"without padding {medians['no padding'] / medians['earshard']:.2f} x the time of our step with it")
     print("where our step goes: " + ", ".join(f"{kind} {share:.0%}" for kind, share in parts.items()))
@@ -239,6 +308,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--shortest", type=float, default=0.9, help="length of the shortest of the longest")
     parser.add_argument("--padding-free", action="store_true", help="also measure our step with lm.padding_free")
+    parser.add_argument("--slam-llm", type=Path, metavar="FOLDER", help="a checkout of SLAM-LLM: also measure its step")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
