@@ -37,6 +37,7 @@ PROJECTORS: dict[str, dict[str, Any]] = {
     "pool": {"kind": "pool"},
     "transformer": {"kind": "transformer", "hidden": 32, "heads": 2, "dropout": 0},
     "posterior": {"kind": "posterior", "dropout": 0},
+    "posterior-spelling": {"kind": "posterior", "dropout": 0, "read_spelling": True},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "distill-contrastive": {"distill": {"weight": 0.5}, "contrastive": {"weight": 0.1}},

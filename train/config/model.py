@@ -8,7 +8,7 @@ This module does not import torch, so ``--help`` and errors about bad keys are f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -221,8 +221,17 @@ class PosteriorConfig(KindConfig):
     spelling: float = Field(default=0.5, ge=0)
     """Weight of a CTC loss over the bytes of the text after the first convolution, in stage 1 and with `ctc.weight` in
     stage 2. Few labels name a token often enough, and many name its letters. 0: off."""
+    read_spelling: bool = False
+    """Let the LM also read what those bytes spell: their likeliest path as text, in the LM's own tokens, in front of
+    the soft tokens. The two differ in their errors. Requires `spelling`; evaluation may change it."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the softmax: below 1, soft tokens are nearer to single embeddings. Evaluation may change it."""
+
+    @model_validator(mode="after")
+    def _spells(self) -> Self:
+        if self.read_spelling and not self.spelling:
+            raise ValueError("read_spelling=true needs bytes to read: set spelling above 0")
+        return self
 
 
 class CustomConfig(Config):

@@ -49,6 +49,7 @@ EVALUATION_KEYS = (
     "dtype",
     "eval.",
     "projector.temperature",
+    "projector.read_spelling",
 )  # may differ from training, like CHANGEABLE_KEYS
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from train.config.model import DecodeConfig
 from train.distributed.device import to_device
@@ -21,7 +22,7 @@ from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
 from train.model.prompt import Prompt, PromptRow
 from train.projectors.base import Projector
 from train.projectors.codes import CodeEmbedding
-from train.projectors.ctc import ctc_nll
+from train.projectors.ctc import best_path, ctc_nll
 
 Scores = dict[str, tuple[Tensor, Tensor]]  # see ``Projector.take_scores``
 
@@ -98,7 +99,31 @@ class AudioLM(nn.Module):
         soft, soft_mask = self.projector(features, to_device(mask, device))
         if device.type != "cpu":
             soft_mask = soft_mask.cpu() if self.projector.content_decides else self._soft_mask(mask, soft.shape[1])
+        if self.projector.read_spelling:
+            return self._after_spelling(soft.to(dtype), soft_mask)
         return soft.to(dtype), soft_mask
+
+    def most_soft_tokens(self, frames: int) -> int:
+        """Return the most soft tokens of an utterance of ``frames`` frames."""
+        spelled = (
+            -(-frames // 2) + 1 if self.projector.read_spelling else 0
+        )  # a byte a step of two frames, a line break
+        return self.projector.soft_frames(frames) + spelled
+
+    def _after_spelling(self, soft: Tensor, soft_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the tokens of what the projector's bytes spell, and a line break, in front of the soft tokens.
+
+        On a GPU the host waits for the likeliest path. The result has no gradient to the bytes.
+        """
+        paths = best_path(*self.projector.last_scores()["bytes"])
+        texts = [bytes(each - 1 for each in path).decode(errors="ignore").strip() for path in paths]
+        ids = [self.lm.tokenizer.encode(f"{text}\n") if text else [] for text in texts]
+        flat = to_device(torch.tensor([each for row in ids for each in row], dtype=torch.int64), soft.device)
+        spelled = torch.split(self.lm.embed(flat).to(soft.dtype), [len(row) for row in ids])
+        counts = soft_mask.sum(1).tolist()
+        rows = [torch.cat([own, row[:count]]) for own, row, count in zip(spelled, soft, counts, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        return pad_sequence(rows, batch_first=True), torch.arange(int(lengths.max())) < lengths[:, None]
 
     def _soft_mask(self, mask: Tensor, width: int) -> Tensor:
         """Return the mask of the soft tokens, bool [B, ``width``] on the CPU, from that of the frames."""

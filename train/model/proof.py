@@ -55,7 +55,7 @@ def require_positions(model: AudioLM, utterances: Utterances, config: TrainConfi
     columns = utterances.columns("text")
     frames = np.concatenate([cache.max_frames(config.variants) for cache in utterances.caches])[utterances.rows]
     unique, inverse = np.unique(frames, return_inverse=True)
-    soft = np.array([model.projector.soft_frames(int(frames)) for frames in unique])[inverse]
+    soft = np.array([model.most_soft_tokens(int(frames)) for frames in unique])[inverse]
     size = soft + np.array([len(text.encode()) for text in columns["text"]])
     longest = np.argsort(-size, kind="stable")[:MAX_ROWS]
     own = Utterances(utterances.caches, utterances.rows[longest]).columns("key", "task", "prompt", "text")

@@ -146,10 +146,12 @@ class Projector(nn.Module):
     A subclass implements ``forward`` and ``soft_frames`` and may set its initial weights in ``init_weights``. Weights
     are float32. ``formula`` is the parameter count in the letters above, followed in brackets by what options change.
     ``content_decides`` is True if the number of soft tokens depends on the frames and not only on how many there are.
+    ``read_spelling`` is True if the LM is to read the text of the scores ``bytes`` in front of the soft tokens.
     """
 
     formula: str = ""
     content_decides: bool = False
+    read_spelling: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,11 +205,15 @@ class Projector(nn.Module):
         losses, self._losses = self._losses, {}
         return losses
 
+    def last_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """As :meth:`take_scores`, which may still be called."""
+        return self._scores
+
     def take_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the scores of the projector's CTC heads in the last forward pass, once; empty for most.
 
-        ``tokens``: [B, S, 1 + V] and their mask [B, S], also for decoding; in training alone ``bytes``: [B, S, 257], of
-        the bytes of the text.
+        ``tokens``: [B, S, 1 + V] and their mask [B, S], also for decoding; ``bytes``: [B, S, 257], of the bytes of the
+        text, in training and with ``read_spelling``.
         """
         scores, self._scores = self._scores, {}
         return scores

@@ -61,7 +61,7 @@ class CodesProjector(Projector):
     def __init__(self, embedding: CodeEmbedding, projector: Projector) -> None:
         super().__init__()
         self.embedding, self.projector = embedding, projector
-        self.content_decides = projector.content_decides
+        self.content_decides, self.read_spelling = projector.content_decides, projector.read_spelling
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialize the embeddings and the projector."""
@@ -78,6 +78,10 @@ class CodesProjector(Projector):
     def token_vectors(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """As for the projector, of embedded codes."""
         return self.projector.token_vectors(self.embedding(features, mask), mask)
+
+    def last_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """As for the projector."""
+        return self.projector.last_scores()
 
     def take_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
         """As for the projector."""

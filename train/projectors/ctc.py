@@ -127,5 +127,5 @@ def needed_steps(classes: Sequence[int]) -> int:
 
 def best_path(scores: Tensor, mask: Tensor) -> list[list[int]]:
     """Return the classes of each row's likeliest path [B], repeats merged and blanks dropped."""
-    best = scores.argmax(-1).cpu().masked_fill(~mask.cpu(), BLANK)
+    best = scores.argmax(-1).masked_fill(~mask.to(scores.device), BLANK).cpu()
     return [[each for each in torch.unique_consecutive(row).tolist() if each != BLANK] for row in best]

@@ -60,7 +60,7 @@ class MixedProjector(Projector):
     def __init__(self, mixer: LayerMixer, projector: Projector) -> None:
         super().__init__()
         self.mixer, self.projector = mixer, projector
-        self.content_decides = projector.content_decides
+        self.content_decides, self.read_spelling = projector.content_decides, projector.read_spelling
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialize the projector; the mixer always starts at the mean."""
@@ -76,6 +76,10 @@ class MixedProjector(Projector):
     def token_vectors(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """As for the projector, of mixed features."""
         return self.projector.token_vectors(self._mixed(features), mask)
+
+    def last_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """As for the projector."""
+        return self.projector.last_scores()
 
     def take_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
         """As for the projector."""

@@ -47,6 +47,7 @@ class PosteriorProjector(Projector):
         super().__init__()
         hidden = config.hidden
         self.temperature, self.dropout = config.temperature, config.dropout
+        self.read_spelling = config.read_spelling
         self.input_norm = LayerNorm(channels)
         self.convs = nn.ModuleList(
             [
@@ -89,7 +90,7 @@ class PosteriorProjector(Projector):
             x = F.dropout(x.masked_fill(~mask[..., None], 0), self.dropout, self.training)
             x = F.gelu(conv(x))
             mask = mask[:, :: STRIDE if i < 2 else 1]
-            if i == 0 and self.spelling is not None and self.training:
+            if i == 0 and self.spelling is not None and (self.training or self.read_spelling):
                 self._scores["bytes"] = self.spelling(x).float(), mask
         return F.dropout(x, self.dropout, self.training), mask
 

@@ -217,7 +217,7 @@ class Trainer:
 
     def _log_shapes(self, features: torch.Tensor, tokens: int) -> None:
         batch, frames, channels = features.shape
-        soft = self.model.projector.soft_frames(frames)
+        soft = self.model.most_soft_tokens(frames)
         trained = sum(parameter.numel() for parameter in self.state.parameters)
         placement = f"{self.state.dtype} on {self.device}"
         if self.group.world_size > 1:

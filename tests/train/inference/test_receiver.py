@@ -210,7 +210,10 @@ def test_three_lines_of_the_card_make_a_pipeline_of_transformers_whose_texts_are
 @pytest.mark.slow
 def test_a_trained_lm_mixed_layers_and_a_ctc_head_in_decoding_are_received_alike(tmp_path):
     mixed = {"caches": [["{one}", "{two}"]], "val": {"caches": [["{one}", "{two}"]]}}
-    head = {"projector": {"kind": "posterior", "hidden": 12}, "decode": {"ctc_weight": 0.5, "beam_size": 2}}
+    head = {
+        "projector": {"kind": "posterior", "hidden": 12, "read_spelling": True},
+        "decode": {"ctc_weight": 0.5, "beam_size": 2},
+    }
     kinds = {"trained": {"lm": {"train": True}}, "mixed": mixed, "head": head}
     whisper = write_tiny_whisper(tmp_path / "encoder")
     world = make_world(tmp_path, whisper, kinds, window="tight", margin=1)

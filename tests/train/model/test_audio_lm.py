@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from tiny_lm import save_tiny_lm
 
-from train.config.model import MlpConfig, PromptConfig, ResidualConfig
+from train.config.model import MlpConfig, PosteriorConfig, PromptConfig, ResidualConfig
 from train.lms.hf.model import load_hf
 from train.lms.load import load_lm
 from train.model.audio_lm import AudioLM
+from train.model.ctc import find_head_tokens
 from train.model.prompt import Prompt
 from train.projectors import build_projector
 
@@ -139,3 +140,39 @@ def test_the_loss_falls_in_a_few_steps_of_training_the_projector(folder):
     swapped = model.nll(features.flip(0), mask, ["one", "two"]).nll.sum().item() / 8
     assert losses[-1] < losses[0] - 1.0
     assert swapped > losses[-1] + 0.5
+
+
+class Says(torch.nn.Module):
+    """Byte scores that spell a text, a letter a step, of as many steps as there are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.classes = torch.tensor([1 + byte for byte in text.encode()])
+
+    def forward(self, x):
+        return 9 * F.one_hot(self.classes[: x.shape[1]], 257).float().expand(len(x), -1, -1)
+
+
+def test_the_lm_reads_what_the_bytes_spell_and_a_line_break_in_front_of_the_soft_tokens(folder):
+    lm = load_hf(folder, reference="tiny", identity="tiny", device="cpu", dtype=torch.float32)
+    tokens = find_head_tokens(lm, list(range(3, 12)))
+    prompt = Prompt(PromptConfig(template="plain"), lm.tokenizer)
+    plain, spelled = (
+        AudioLM(
+            build_projector(PosteriorConfig(hidden=12, read_spelling=on), 6, lm.width, 1.0, head_tokens=tokens),
+            lm,
+            prompt,
+        )
+        for on in (False, True)
+    )
+    for model in (plain, spelled):
+        model.eval().projector.spelling = Says("six pm")
+    features, mask = audio()
+    (soft, soft_mask), (after, after_mask) = plain.soft_tokens(features, mask), spelled.soft_tokens(features, mask)
+    for i, text in enumerate(["six\n", "si\n", "six pm\n"]):  # a step is two frames
+        expected = torch.cat([lm.embed(torch.tensor(lm.tokenizer.encode(text))), soft[i][soft_mask[i]]])
+        assert torch.equal(after[i][after_mask[i]], expected)
+        assert len(expected) <= spelled.most_soft_tokens(LENGTHS[i])
+    spelled.projector.spelling = Says("\x00" * 9)  # the path of a silent utterance spells nothing
+    spelled.projector.spelling.classes.zero_()
+    assert torch.equal(spelled.soft_tokens(features, mask)[0], soft)
