@@ -338,6 +338,9 @@ class DecodeConfig(Config):
 
     ctc_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight of the CTC head's log-probability; that of the LM's is 1 - ctc_weight. 0: greedy decoding by the LM."""
+    spelling_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the log-probability of the text's bytes (`projector.spelling`), taken from the LM's. Requires
+    `ctc_weight`. 0: they have no part."""
     beam_size: int = Field(default=6, ge=1)
     """Hypotheses of each utterance."""
     context: str | None = Field(default=None, min_length=1)
@@ -351,14 +354,27 @@ class DecodeConfig(Config):
             raise ValueError("decode.context does not end with a line break, which ends a text: end it with one")
         return self
 
+    @model_validator(mode="after")
+    def _leaves_a_weight(self) -> DecodeConfig:
+        if self.spelling_weight and not self.ctc_weight:
+            raise ValueError("decode.spelling_weight has no effect without decode.ctc_weight: set both")
+        if self.ctc_weight + self.spelling_weight > 1:
+            raise ValueError(
+                f"decode.ctc_weight={self.ctc_weight:g} and decode.spelling_weight={self.spelling_weight:g} leave "
+                "less than nothing for the LM: lower them to a sum of at most 1"
+            )
+        return self
+
     @property
     def description(self) -> str:
         """How text is decoded, for people."""
         if not self.ctc_weight:
             return "greedily by the LM"
         reads = "the prompt and the soft tokens" if self.context is None else "decode.context, without the audio"
+        rest = 1 - self.ctc_weight - self.spelling_weight
+        spelled = f", with the bytes ({self.spelling_weight:g})" if self.spelling_weight else ""
         return (
-            f"by the CTC head and the LM together (weights {self.ctc_weight:g} and {1 - self.ctc_weight:g}, "
+            f"by the CTC head and the LM together (weights {self.ctc_weight:g} and {rest:g}{spelled}, "
             f"{self.beam_size} hypotheses); the LM reads {reads}"
         )
 

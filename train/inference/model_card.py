@@ -8,6 +8,9 @@ from train.config.model import CustomConfig
 from train.inference.settings import LM_WEIGHTS, TASK, ExportConfig
 
 HUBS = ("hf:", "modelscope:")
+_SPELLING = """
+In front of the soft tokens, the language model also read the text that the projector's byte scores spell
+(`read_spelling`). The projector alone does not give it."""
 _CARD_METRICS = (
     ("held-out loss, nats per token", "val_loss"),
     ("held-out loss with another utterance's audio", "val_loss_shuffled"),
@@ -53,6 +56,7 @@ def model_card(settings: ExportConfig, summary: dict[str, Any], name: str, has_l
         *((label, f"{summary[key]:.4g}") for label, key in _CARD_METRICS if isinstance(summary.get(key), int | float)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    spelling = _SPELLING if getattr(settings.projector, "read_spelling", False) else ""
     keys = "" if problem else f"\npipeline_tag: {TASK}"
     return f"""\
 ---
@@ -88,7 +92,7 @@ soft, soft_mask = load("{name}")(features, mask)
 
 `lm.json` identifies the language model by hashes of its configs, its tokenizer's files and its weights. With
 `load("{name}", lm="FOLDER")`, a model in FOLDER that differs is refused. It also holds the ids of the prompt in
-training: `prefix` before the soft tokens, `suffix` after them, and `ends`, which end an answer.
+training: `prefix` before the soft tokens, `suffix` after them, and `ends`, which end an answer.{spelling}
 
 The `.py` files are source code at the time of export. They are part of earshard (MIT license){exception}.
 With earshard installed, `train.load_projector("{name}")` loads the projector without running code from this folder.

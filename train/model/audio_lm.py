@@ -18,7 +18,7 @@ from train.config.model import DecodeConfig
 from train.distributed.device import to_device
 from train.lms.base import LanguageModel, LmRequest, SeparatePasses
 from train.lms.packing import valid_soft
-from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
+from train.model.joint_decoding import CtcPrefixes, SpelledPrefixes, joint_decode, max_utterances, token_bytes
 from train.model.prompt import Prompt, PromptRow
 from train.projectors.base import Projector
 from train.projectors.codes import CodeEmbedding
@@ -85,6 +85,7 @@ class AudioLM(nn.Module):
         self.projector, self.lm, self.prompt = projector, lm, prompt
         self.ctc_head, self.ctc_tokenizer = ctc_head, ctc_tokenizer
         self.decode = decode or DecodeConfig()
+        self._spellings: list[bytes] = []  # of the tokens of the head, once they are needed
 
     def soft_tokens(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map features [B, T, C] of any float dtype, or codes, on the CPU or the LM's device, to soft tokens.
@@ -225,7 +226,13 @@ class AudioLM(nn.Module):
         return [decode(ids) for ids in found]
 
     def _decode_jointly(self, request: LmRequest, max_new_tokens: int) -> list[str]:
-        scores, mask = self._ctc_scores(request, self.projector.take_scores())
+        own = self.projector.take_scores()
+        scores, mask = self._ctc_scores(request, own)
+        spellings: list[bytes] = []
+        if self.decode.spelling_weight:
+            spellings = self._spellings = self._spellings or token_bytes(
+                self.lm.tokenizer.decode, self._classes().tokens
+            )
         tokens, size = self._classes().tokens, max_utterances(self.decode, self.lm.device)
         ends = request.ends or self.lm.tokenizer.ends
         if self.decode.context is not None:
@@ -239,7 +246,11 @@ class AudioLM(nn.Module):
             prompt = request.prefix[part], request.suffix[part]
             decoding = self.lm.decoding(request.soft[part], request.soft_mask[part], *prompt, max_new_tokens)
             prefixes = CtcPrefixes(scores[part], mask[part])
-            found = joint_decode(decoding, prefixes, tokens, ends, self.decode, max_new_tokens)
+            spelled = None
+            if spellings:
+                of_bytes, of_steps = own["bytes"]
+                spelled = SpelledPrefixes(of_bytes[part], of_steps[part], spellings)
+            found = joint_decode(decoding, prefixes, tokens, ends, self.decode, max_new_tokens, spelled)
             texts += [self.lm.tokenizer.decode(ids) for ids in found]
         return texts
 

@@ -212,8 +212,7 @@ class Projector(nn.Module):
     def take_scores(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the scores of the projector's CTC heads in the last forward pass, once; empty for most.
 
-        ``tokens``: [B, S, 1 + V] and their mask [B, S], also for decoding; ``bytes``: [B, S, 257], of the bytes of the
-        text, in training and with ``read_spelling``.
+        ``tokens``: [B, S, 1 + V] and their mask [B, S]; ``bytes``: [B, S, 257], of the bytes of the text.
         """
         scores, self._scores = self._scores, {}
         return scores

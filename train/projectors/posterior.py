@@ -90,7 +90,7 @@ class PosteriorProjector(Projector):
             x = F.dropout(x.masked_fill(~mask[..., None], 0), self.dropout, self.training)
             x = F.gelu(conv(x))
             mask = mask[:, :: STRIDE if i < 2 else 1]
-            if i == 0 and self.spelling is not None and (self.training or self.read_spelling):
+            if i == 0 and self.spelling is not None:
                 self._scores["bytes"] = self.spelling(x).float(), mask
         return F.dropout(x, self.dropout, self.training), mask
 

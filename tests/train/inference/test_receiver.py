@@ -221,6 +221,7 @@ def test_a_trained_lm_mixed_layers_and_a_ctc_head_in_decoding_are_received_alike
         assert_same(world, name)
     card = (tmp_path / "export-head" / "README.md").read_text()
     assert "| text | decoded by the CTC head and the LM together (weights 0.5 and 0.5, 2 hypotheses)" in card
+    assert "(`read_spelling`)" in card
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from train.evaluation.run import evaluate_run
 from train.lms.load import load_lm
 from train.model.build import build_model
 from train.model.ctc import read_tokens
-from train.model.joint_decoding import CtcPrefixes, joint_decode, max_utterances
+from train.model.joint_decoding import CtcPrefixes, SpelledPrefixes, joint_decode, max_utterances, token_bytes
 from train.projectors.ctc import BLANK, best_path, ctc_nll
 from train.runs.folder import read_json
 from train.trainer.fit import fit
@@ -79,14 +79,64 @@ def test_prefixes_have_the_probability_of_all_paths_that_begin_so():
             ]
 
 
-@pytest.mark.parametrize("weight", [0.3, 0.7, 1.0])
-def test_a_beam_that_holds_everything_finds_the_best_of_all_texts(lm, weight):
+SPELLINGS = [b"\x00", b"\x01\x02", b"\x02\x02"]  # of the classes 1 to 3
+
+
+def test_spelled_prefixes_have_the_probability_of_all_paths_whose_bytes_begin_so():
+    scores, mask = ctc(2)
+    prefixes = SpelledPrefixes(scores, mask, SPELLINGS)
+    all_bytes = [probability_of_texts(own, steps) for own, steps in zip(scores, LENGTHS, strict=True)]
+    hypotheses = [[()] for _ in LENGTHS]
+    for parents, tokens in [
+        ([[0] * 3] * 3, [[0, 1, 2]] * 3),
+        ([[2, 0, 1, 1]] * 3, [[0, 0, 1, 2], [0, 1, 2, 0], [1, 1, 0, 0]]),
+    ]:
+        prefixes.spell(torch.tensor(parents), torch.tensor(tokens))
+        hypotheses = [
+            [(*own[p], *(1 + byte for byte in SPELLINGS[t])) for p, t in zip(ps, ts, strict=True)]
+            for own, ps, ts in zip(hypotheses, parents, tokens, strict=True)
+        ]
+        for b, own in enumerate(hypotheses):
+            for k, text in enumerate(own):
+                begun = sum(p for each, p in all_bytes[b].items() if each[: len(text)] == text)
+                assert float(prefixes.begun_so[b, k].exp()) == pytest.approx(begun, rel=1e-4, abs=1e-9)
+                assert float(prefixes.whole()[b, k].exp()) == pytest.approx(
+                    all_bytes[b].get(text, 0), rel=1e-4, abs=1e-9
+                )
+    prefixes.keep(torch.tensor([[3, 1]] * 3))
+    texts_kept = [[own[3], own[1]] for own in hypotheses]
+    for b, own in enumerate(texts_kept):
+        for k, text in enumerate(own):
+            assert float(prefixes.whole()[b, k].exp()) == pytest.approx(all_bytes[b].get(text, 0), rel=1e-4, abs=1e-9)
+
+
+def test_a_text_does_not_begin_with_the_space_of_its_first_token():
+    scores = torch.full((1, 4, 257), -20.0)
+    for step, byte in enumerate(b"a bc"):
+        scores[0, step, 1 + byte] = 20.0
+    prefixes = SpelledPrefixes(scores, torch.ones(1, 4, dtype=torch.bool), [b" a", b" bc"])
+    for token in (0, 1):
+        prefixes.spell(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[token]]))
+    assert float(prefixes.whole()) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_bytes_of_a_token_are_what_it_adds_to_a_text(lm):
+    tokens = lm.tokenizer.encode("six pm")
+    assert b"".join(token_bytes(lm.tokenizer.decode, tokens)) == b"six pm"
+    strips = {7: "a", 8: "the"}  # a tokenizer whose words bring their space, and lose it at the beginning
+    assert token_bytes(lambda ids: " ".join(strips[each] for each in ids), [7, 8]) == [b" a", b" the"]
+
+
+@pytest.mark.parametrize(("weight", "spelling"), [(0.3, 0.0), (0.7, 0.0), (1.0, 0.0), (0.3, 0.4), (0.5, 0.5)])
+def test_a_beam_that_holds_everything_finds_the_best_of_all_texts(lm, weight, spelling):
     soft, soft_mask = soft_batch()
     scores, mask = ctc(1)
-    config = DecodeConfig(ctc_weight=weight, beam_size=500)
+    of_bytes = ctc(3)[0]
+    config = DecodeConfig(ctc_weight=weight, spelling_weight=spelling, beam_size=500)
     with torch.no_grad():
         state = lm.decoding(soft, soft_mask, BEFORE, AFTER, 6)
-        found = joint_decode(state, CtcPrefixes(scores, mask), TOKENS, frozenset({2}), config, 6)
+        spelled = SpelledPrefixes(of_bytes, mask, SPELLINGS) if spelling else None
+        found = joint_decode(state, CtcPrefixes(scores, mask), TOKENS, frozenset({2}), config, 6, spelled)
         every = texts(max(LENGTHS))
         for b in range(3):
             ids = [[TOKENS[c - 1] for c in text] for text in every]
@@ -94,7 +144,11 @@ def test_a_beam_that_holds_everything_finds_the_best_of_all_texts(lm, weight):
             written = lm.candidate_nll(row, BEFORE[b], AFTER[b], [[*text, 2] for text in ids])
             heard = torch.stack([ctc_nll(scores[b : b + 1], mask[b : b + 1], [text])[0] for text in every])
             possible = heard > 0  # 0: the text does not fit its time steps
-            score = torch.where(possible, weight * heard + (1 - weight) * written, torch.inf)
+            letters = [[1 + byte for c in text for byte in SPELLINGS[c - 1]] for text in every]
+            spelt = torch.stack([ctc_nll(of_bytes[b : b + 1], mask[b : b + 1], [own])[0] for own in letters])
+            spelt = torch.where(spelt > 0, spelt, 1e30)
+            score = weight * heard + (1 - weight - spelling) * written + (spelling * spelt if spelling else 0)
+            score = torch.where(possible, score, torch.inf)
             assert found[b] == ids[int(score.argmin())]
 
 
@@ -174,3 +228,17 @@ def test_a_context_without_a_line_break_at_its_end_is_refused(tmp_path):
 def test_without_a_head_it_is_refused_with_what_mends_it(tmp_path):
     with pytest.raises(UserError, match=r"decode\.ctc_weight needs a CTC head: set ctc\.weight, or projector\.kind"):
         make_config(tmp_path, tmp_path, "nanochat:d2", decode={"ctc_weight": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"decode": {"spelling_weight": 0.2}}, "no effect without decode.ctc_weight: set both"),
+        ({"decode": {"ctc_weight": 0.8, "spelling_weight": 0.3}}, "lower them to a sum of at most 1"),
+        ({"decode": {"ctc_weight": 0.5, "spelling_weight": 0.2}, "ctc": {"weight": 1}}, "needs a head over bytes: set"),
+        ({"projector": {"kind": "posterior", "spelling": 0, "read_spelling": True}}, "set spelling above 0"),
+    ],
+)
+def test_letters_that_no_head_spells_are_refused_with_what_mends_it(tmp_path, keys, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_config(tmp_path, tmp_path, "nanochat:d2", **keys)
