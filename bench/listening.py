@@ -28,7 +28,7 @@ import torch
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"kind": "linear", "stack": 5, "norm": "rms"},
     "mlp": {"kind": "mlp", "stack": 5, "hidden": 1024, "norm": "rms"},
-    "posterior": {"kind": "posterior"},
+    "posterior": {"kind": "posterior", "read_spelling": True},
     "qformer": {"kind": "qformer", "layers": 1, "dropout": 0.0, "window": 10, "queries": 4, "norm": "rms"},
 }
 FORMS = ("plain", "contrastive", "stage 1")
@@ -41,7 +41,7 @@ def experiments(kind: str, seed: int, steps: int, forms: list[str]) -> list[dict
     changes: dict[str, dict[str, Any]] = {
         "plain": from_start,
         "contrastive": {**from_start, "contrastive": {"weight": 3.0}},
-        "stage 1": {},
+        "stage 1": {} if kind == "posterior" else {"decode": {"spelling_weight": 0.0}},  # others score no bytes
     }
     shared = {"projector": KINDS[kind], "seed": seed, "data_seed": seed}
     return [{"name": form.replace(" ", ""), **shared, **changes[form]} for form in forms]

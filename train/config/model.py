@@ -339,8 +339,8 @@ class DecodeConfig(Config):
     ctc_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight of the CTC head's log-probability; that of the LM's is 1 - ctc_weight. 0: greedy decoding by the LM."""
     spelling_weight: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the log-probability of the text's bytes (`projector.spelling`), taken from the LM's. Requires
-    `ctc_weight`. 0: they have no part."""
+    """Weight of the log-probability of the text's bytes (`projector.spelling`), taken from the LM's. With
+    `ctc_weight=0`, or 0: they have no part."""
     beam_size: int = Field(default=6, ge=1)
     """Hypotheses of each utterance."""
     context: str | None = Field(default=None, min_length=1)
@@ -356,8 +356,6 @@ class DecodeConfig(Config):
 
     @model_validator(mode="after")
     def _leaves_a_weight(self) -> DecodeConfig:
-        if self.spelling_weight and not self.ctc_weight:
-            raise ValueError("decode.spelling_weight has no effect without decode.ctc_weight: set both")
         if self.ctc_weight + self.spelling_weight > 1:
             raise ValueError(
                 f"decode.ctc_weight={self.ctc_weight:g} and decode.spelling_weight={self.spelling_weight:g} leave "

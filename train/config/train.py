@@ -268,10 +268,11 @@ class TrainConfig(Config):
             raise ValueError("patience counts evaluations during training: set eval_every to a number of steps")
         if self.decode.ctc_weight and not (self.ctc.weight or self.projector.kind == "posterior"):
             raise ValueError("decode.ctc_weight needs a CTC head: set ctc.weight, or projector.kind=posterior")
-        if self.decode.spelling_weight and not getattr(self.projector, "spelling", 0):
+        judged = self.decode.ctc_weight and self.decode.spelling_weight
+        if judged and not getattr(self.projector, "spelling", 0):
             raise ValueError(
-                "decode.spelling_weight needs a head over bytes: set projector.kind=posterior, with projector.spelling "
-                "above 0"
+                "decode.spelling_weight needs a head over bytes: set it to 0, or projector.kind=posterior, with "
+                "projector.spelling above 0"
             )
         layers = {1 if isinstance(entry, str) else len(entry) for entry in [*self.caches, *self.val.caches]}
         if len(layers) > 1:

@@ -233,7 +233,6 @@ def test_without_a_head_it_is_refused_with_what_mends_it(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"decode": {"spelling_weight": 0.2}}, "no effect without decode.ctc_weight: set both"),
         ({"decode": {"ctc_weight": 0.8, "spelling_weight": 0.3}}, "lower them to a sum of at most 1"),
         ({"decode": {"ctc_weight": 0.5, "spelling_weight": 0.2}, "ctc": {"weight": 1}}, "needs a head over bytes: set"),
         ({"projector": {"kind": "posterior", "spelling": 0, "read_spelling": True}}, "set spelling above 0"),
