@@ -41,7 +41,7 @@ def experiments(kind: str, seed: int, steps: int, forms: list[str]) -> list[dict
     changes: dict[str, dict[str, Any]] = {
         "plain": from_start,
         "contrastive": {**from_start, "contrastive": {"weight": 3.0}},
-        "stage 1": {} if kind == "posterior" else {"decode": {"spelling_weight": 0.0}},  # others score no bytes
+        "stage 1": {} if kind == "posterior" else {"decode.spelling_weight": 0.0},  # others score no bytes
     }
     shared = {"projector": KINDS[kind], "seed": seed, "data_seed": seed}
     return [{"name": form.replace(" ", ""), **shared, **changes[form]} for form in forms]
