@@ -178,18 +178,13 @@ def test_a_mixer_in_front_of_it_has_its_soft_tokens_its_head_and_gradients():
     assert mixed.take_scores().keys() == {"tokens", "bytes"}
 
 
-def test_scores_are_taken_once_and_those_of_bytes_kept_in_training_alone():
+def test_scores_of_tokens_and_bytes_are_looked_at_any_time_and_taken_once():
     projector = build()
-    features, mask = torch.randn(1, 8, 6), torch.ones(1, 8, dtype=torch.bool)
-    projector(features, mask)
-    assert projector.take_scores().keys() == {"tokens"}
-    projector.train()(features, mask)
-    kept = projector.take_scores()
-    assert {name: tuple(scores.shape) for name, (scores, _) in kept.items()} == {
-        "tokens": (1, 2, 6),
-        "bytes": (1, 4, 257),
-    }
-    assert projector.take_scores() == {}
+    projector(torch.randn(1, 8, 6), torch.ones(1, 8, dtype=torch.bool))
+    shapes = {name: tuple(scores.shape) for name, (scores, _) in projector.last_scores().items()}
+    assert shapes == {"tokens": (1, 2, 6), "bytes": (1, 4, 257)}
+    assert projector.take_scores().keys() == shapes.keys()
+    assert projector.take_scores() == projector.last_scores() == {}
 
 
 def test_a_sharper_temperature_concentrates_a_soft_token():
