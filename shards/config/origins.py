@@ -151,7 +151,8 @@ def _read(path: str | os.PathLike[str]) -> str:
             text = file.read(MAX_YAML + 1)
     except FileNotFoundError:
         raise UserError(
-            f"configuration file '{path}' does not exist: pass one with --config (examples are in configs/)"
+            f"configuration file '{path}' does not exist: pass a file with --config, or the name of a built-in one, "
+            "such as own (they are in configs/)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration file '{path}': {' '.join(str(error).split())}") from None
