@@ -324,18 +324,19 @@ def extraction(weights: Weights, device: str, manifest: Path, root: Path, *more:
     return [*argv, "processes=1", *more]
 
 
-def extract(argv: list[str]) -> None:
-    """Run an extraction; its error is what it printed."""
+def printed(argv: list[str]) -> str:
+    """Run a command and return its output; its error is the end of what it printed."""
     done = run_whole(argv)
     if done.returncode:
         raise RuntimeError(done.stderr[-800:])
+    return done.stdout
 
 
 def resume(weights: Weights, device: str, manifest: Path, clips: int, folder: Path) -> dict[str, Any]:
     """Kill an extraction after its first shard and resume it; return whether it has the tars of an undisturbed one."""
     whole, killed = folder / "whole", folder / "killed"
     small = ("shard_mb=4", "lease_seconds=3", f"source.limit={clips}")
-    extract(extraction(weights, device, manifest, whole, *small))
+    printed(extraction(weights, device, manifest, whole, *small))
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(extraction(weights, device, manifest, killed, *small), **quiet)
     try:
@@ -345,7 +346,7 @@ def resume(weights: Weights, device: str, manifest: Path, clips: int, folder: Pa
         process.kill()
         process.wait()
     before = len(list(killed.rglob("shards/*.json")))
-    extract(extraction(weights, device, manifest, killed, *small))
+    printed(extraction(weights, device, manifest, killed, *small))
     digests = [
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*.tar")}
         for root in (whole, killed)
@@ -373,7 +374,7 @@ def write_clips(folder: Path, clips: int) -> Path:
 
 def extract_cache(weights: Weights, device: str, manifest: Path, root: Path, *more: str) -> Path:
     """Extract the clips below ``root`` and return the folder of the cache."""
-    extract(extraction(weights, device, manifest, root, *more))
+    printed(extraction(weights, device, manifest, root, *more))
     (found,) = root.glob("*/*/CACHE.json")
     return found.parent
 
@@ -391,14 +392,6 @@ def end_to_end(weights: Weights, device: str, manifest: Path, clips: int, folder
         audio.append(sum(Cache.open(cache).column("samples").to_pylist()) / 16000)
     slope = (audio[1] - audio[0]) / max(walls[1] - walls[0], 1e-9)
     return {"audio-s/s": slope, "seconds": walls, "audio s": audio, "busy": times["shares"]}
-
-
-def online(argv: list[str]) -> str:
-    """Return what ``bench/online.py`` prints; its error is the last that it printed."""
-    done = run_whole(argv)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-800:])
-    return done.stdout
 
 
 def marked_tests() -> dict[str, Any]:
@@ -487,7 +480,7 @@ def main() -> None:
     if args.online:
         script = str(Path(__file__).with_name("online.py"))
         argv = [sys.executable, script, "--steps", str(args.online), "--device", args.device]
-        report.step("online", lambda: online(argv), 120)
+        report.step("online", lambda: printed(argv), 120)
 
 
 def extraction_steps(

@@ -31,7 +31,6 @@ from train.lms.base import Decoding
 from train.projectors.ctc import BLANK
 
 NOTHING = -1  # after the last class of a text
-SPACE = 1 + ord(" ")  # class of a space in a head over bytes
 IMPOSSIBLE = -1e30  # log-probability: finite, so that differences of it are no NaN
 SPELLED_PER_HYPOTHESIS = 3  # texts of which the bytes are scored, for each that is kept
 MAX_CPU_ROWS, MAX_GPU_ROWS = 36, 512  # hypotheses decoded together: the key-value cache is copied at each token
@@ -103,10 +102,9 @@ class SpelledPrefixes(CtcPrefixes):
 
     def __init__(self, scores: Tensor, mask: Tensor, spellings: Sequence[bytes]) -> None:
         super().__init__(scores, mask)
-        rows = [torch.tensor([1 + byte for byte in own], dtype=torch.int64) for own in spellings]
-        self._spellings = pad_sequence(rows, batch_first=True).to(scores.device)  # [V, L], 0 after the last byte
+        self._spellings = _byte_classes(spellings).to(scores.device)
         # the first token of a text may begin with a space that the text does not have
-        self._first = pad_sequence([row[int(row[:1] == SPACE) :] for row in rows], batch_first=True).to(scores.device)
+        self._first = _byte_classes([own.removeprefix(b" ") for own in spellings]).to(scores.device)
         self.begun_so = self._blank.new_zeros(len(scores), 1)  # log-probability of texts that begin so [B, K]
 
     def spell(self, parents: Tensor, tokens: Tensor) -> None:
@@ -134,6 +132,12 @@ class SpelledPrefixes(CtcPrefixes):
         """Let hypotheses be those at ``index`` [B, K]."""
         self._blank, self._token, self._last = self._select(index)
         self.begun_so = self.begun_so.gather(1, index)
+
+
+def _byte_classes(spellings: Sequence[bytes]) -> Tensor:
+    """Return the classes of the bytes, int64 [V, L], 0 after the last byte."""
+    rows = [torch.tensor([1 + byte for byte in own], dtype=torch.int64) for own in spellings]
+    return pad_sequence(rows, batch_first=True)
 
 
 def token_bytes(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> list[bytes]:

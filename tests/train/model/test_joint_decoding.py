@@ -114,8 +114,8 @@ def test_a_text_does_not_begin_with_the_space_of_its_first_token():
     scores = torch.full((1, 4, 257), -20.0)
     for step, byte in enumerate(b"a bc"):
         scores[0, step, 1 + byte] = 20.0
-    prefixes = SpelledPrefixes(scores, torch.ones(1, 4, dtype=torch.bool), [b" a", b" bc"])
-    for token in (0, 1):
+    prefixes = SpelledPrefixes(scores, torch.ones(1, 4, dtype=torch.bool), [b" a", b" bc", b""])
+    for token in (0, 1, 2):  # the last has no bytes
         prefixes.spell(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[token]]))
     assert float(prefixes.whole()) == pytest.approx(0, abs=1e-6)
 
