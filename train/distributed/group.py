@@ -15,11 +15,14 @@ with a process that it waits for: it is aborted, and its step changes no weight 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shards.errors import UserError, WorkFailed
@@ -136,6 +139,7 @@ class DistributedProcessGroup(ProcessGroup):
         self._liveness_monitor = LivenessMonitor(
             self.rank, self.broadcast, self._rank_lost_message, on_loss=self._abort_nccl
         )
+        self._handler_before = signal.signal(signal.SIGTERM, self._handle_sigterm)
         unreachable = [
             str(rank)
             for rank, connected in enumerate(self.all_gather(self._liveness_monitor.connected))
@@ -289,7 +293,21 @@ class DistributedProcessGroup(ProcessGroup):
 
         if self._liveness_monitor is not None:
             self._liveness_monitor.close()
+        signal.signal(signal.SIGTERM, self._handler_before)
         dist.destroy_process_group()
+
+    def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """Ignore the SIGTERM with which a launcher ends the other ranks of a lost one; any other ends this process.
+
+        The loss ends it with a sentence, which this signal would otherwise prevent at any moment up to its printing.
+        """
+        deadline = time.monotonic() + 2.0
+        while self._liveness_monitor is not None and time.monotonic() < deadline:
+            if self._liveness_monitor.lost is not None:  # not its event: the handler may have interrupted a wait for it
+                return
+            time.sleep(0.02)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     @contextmanager
     def _rank_loss_detected(self) -> Iterator[None]:

@@ -238,6 +238,29 @@ threading.Event().wait()"""
     assert err == f"failed: rank {killed} of 2 exited before the run finished\n"
 
 
+@pytest.mark.slow
+def test_the_sentence_about_a_lost_rank_comes_although_the_launcher_ends_this_one_meanwhile():
+    code = """if group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    group.all_gather(0)
+finally:
+    os.kill(os.getpid(), signal.SIGTERM)"""
+    processes = ranks_without_launcher(code)
+    _, err = processes[0].communicate(timeout=SECONDS)
+    processes[1].communicate(timeout=SECONDS)
+    assert (err, processes[0].returncode) == ("failed: rank 1 of 2 exited before the run finished\n", 1)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_rank_when_no_other_is_lost():
+    code = """if group.rank == 0: os.kill(os.getpid(), signal.SIGTERM)
+threading.Event().wait()"""
+    processes = ranks_without_launcher(code)
+    for process in processes:
+        process.communicate(timeout=SECONDS)
+    assert [process.returncode for process in processes] == [-signal.SIGTERM, 1]
+
+
 def test_without_a_launcher_a_run_is_a_group_of_one_that_loads_no_torch():
     code = """import sys
 from train.distributed.group import open_process_group
