@@ -3,7 +3,7 @@
     .venv/bench/bin/python bench/extract.py                                   # 64 spoken sentences, whisper-base
     .venv/bench/bin/python bench/extract.py --corpus /data/LibriSpeech        # the first 64 utterances of at most 30 s
     .venv/bench/bin/python bench/extract.py --clips 4 --rounds 1 --more 0     # a small run
-    .venv/bench/bin/python bench/extract.py --dtype float32                   # for a CPU without bfloat16 units
+    .venv/bench/bin/python bench/extract.py --dtype float32
 
 ``earshard`` is ``python -m pipeline extract`` in a separate process, with 30 s windows: reading, decoding, encoding,
 storing, hashing, fsync and the manifest; ``whole command`` adds the start of Python and loading the weights.

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from pipeline.cpu import CPU_INFO, has_bfloat16_units
 from pipeline.weights.hubs import one_sentence, redact
 from pipeline.weights.wheels import WHEELS, folder_name, installed_files, weights_home
 from shards.errors import UserError
@@ -30,7 +31,6 @@ from shards.errors import UserError
 MIN_PYTHON = (3, 11)
 LOCK_FILE = Path(__file__).resolve().parent.parent / "requirements.lock"  # in a checkout only
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as in pipeline/encoders/load.py
 MIN_FREE_BYTES = 5e9  # the demo takes half of this, including the environment
 HUBS = {
     "Hugging Face": ("HF_ENDPOINT", "https://huggingface.co"),
@@ -135,13 +135,13 @@ def _torch_version_file() -> tuple[str, str | None] | None:
     return (version.group(1) if version else "of unknown version", cuda.group(1) if cuda else None)
 
 
-def cpu(info: Path = Path("/proc/cpuinfo")) -> Finding:
+def cpu(info: Path = CPU_INFO) -> Finding:
     """Report the CPU, its usable cores and vector flags, and the dtype that ``encoder.dtype=auto`` stands for."""
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     words = set(re.findall(r"\w+", text))
     flags = ", ".join(flag for flag in CPU_FLAGS if flag in words) or "no known vector flags"
-    kind = "bfloat16" if words & BFLOAT16_FLAGS else "float32"
+    kind = "bfloat16" if has_bfloat16_units(info) else "float32"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = model.group(1).strip() if model else platform.processor() or platform.machine()
     return Finding("CPU", f"{name}, {cores} cores usable; {flags}; encoder.dtype=auto means {kind}")

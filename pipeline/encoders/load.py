@@ -10,6 +10,7 @@ from typing import cast
 
 from tqdm import tqdm
 
+from pipeline.cpu import has_bfloat16_units
 from pipeline.encoders.base import DTYPES, DeviceEncoder, Encoder
 from pipeline.encoders.compile import CompiledForward, has_compiler, should_compile
 from pipeline.weights.resolve import CODECS, SELF_SUPERVISED, TOWERS, Weights, is_own, read_model_json
@@ -159,11 +160,7 @@ def auto_dtype(device: str) -> str:
 
         with torch.cuda.device(device):
             return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    try:
-        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
-    except OSError:
-        return "float32"
-    return "bfloat16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "float32"
+    return "bfloat16" if has_bfloat16_units() else "float32"
 
 
 def compile_encoder(encoder: Encoder, setting: str, num_windows: int) -> None:

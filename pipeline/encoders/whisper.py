@@ -14,7 +14,6 @@ that the features of a clip do not depend on its companions (:meth:`WhisperEncod
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.cpu import has_bfloat16_units
 from pipeline.encoders.base import CONTEXT_STEP_SECONDS, check_encode_args, context_samples, encoder_name, tensors_hash
 from pipeline.encoders.batching import fitting_batch_size, output_bytes
 from pipeline.encoders.compile import Forward
@@ -97,7 +97,7 @@ class WhisperEncoder:
         self._torch_device = torch.device(device)
         self._log_mel = LogMel(mel, self._torch_device)
         inner = tensors["layers.0.fc1.weight"].shape[0]
-        self._emulated = device == "cpu" and dtype == "bfloat16" and not has_fast_bfloat16()
+        self._emulated = device == "cpu" and dtype == "bfloat16" and not has_bfloat16_units()
         self._weights = self._prepare_weights(tensors)
         self.forward: Forward = self._forward  # replaced by a compiled one in pipeline/encoders/load.py
         positions, channels = self.positions, self.channels
@@ -251,7 +251,7 @@ class WhisperEncoder:
 
         The large matrix products run in ``self.dtype``, everything else (first convolution, residual stream, norms) in
         float32. That costs 3 % of the time and makes the error of bfloat16 smaller than in a model cast as a whole.
-        On a CPU without fast bfloat16, operands and results are rounded to it and the products computed in float32.
+        On a CPU without units for bfloat16, operands and results are rounded to it, and the products are float32.
 
         Args:
             mel: float32 [B, n_mels, 2T].
@@ -349,18 +349,6 @@ def self_attention(qkv: torch.Tensor, n_heads: int, num_queries: int | None = No
                 torch.softmax(scores[:block], -1, out=probabilities[:block])
                 torch.mm(probabilities[:block], v[b, h], out=out[b, i : i + block, h])
     return out.view(B, R, -1)
-
-
-def has_fast_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 matrices at least about as fast as float32 ones.
-
-    Elsewhere torch falls back to loops that are up to 90 times as slow (AVX2 without AVX-512: 6.8 s against 0.08 s for
-    [1500, 512] × [512, 2048] on one thread).
-    """
-    import torch
-
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return platform.machine() not in ("x86_64", "AMD64") or supported is None or bool(supported())
 
 
 def _has_packed_linear() -> bool:
