@@ -38,7 +38,7 @@ from train.data.caches import (
 )
 from train.data.layers import LayeredCaches
 from train.data.pins import pins
-from train.distributed.device import choose_device, choose_dtype
+from train.distributed.device import choose_device, choose_dtype, flushed_denormals
 from train.distributed.group import ProcessGroup
 from train.evaluation.evaluate import EvalConfig, Evaluation, evaluate
 from train.model.build import load_model
@@ -53,6 +53,7 @@ EVALUATION_KEYS = (
 )  # may differ from training, like CHANGEABLE_KEYS
 
 
+@flushed_denormals()
 def evaluate_run(
     run: Path,
     config: TrainConfig,

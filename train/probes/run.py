@@ -18,6 +18,7 @@ import torch
 
 from shards.errors import UserError
 from shards.files import atomic_write, translate_os_errors
+from train.distributed.device import flushed_denormals
 from train.probes.data import Column, Layers, choose_columns, make_folds, open_layers
 from train.probes.linear import FOLDS, Floats, Ints, Score, classify, interval, regress
 from train.probes.words import character_errors
@@ -30,6 +31,7 @@ WORDS = "words"
 ACCURACY, R2, CORRECT = "accuracy", "R²", "1 − CER"
 
 
+@flushed_denormals()
 def probe(
     caches: Sequence[str],
     out: Path,

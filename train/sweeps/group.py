@@ -26,7 +26,7 @@ from shards.errors import WorkFailed
 from shards.stream.batch import Batch
 from train.config.train import STAGE_ONE, TrainConfig
 from train.data.caches import open_data, print_notes, require_changes_fit
-from train.distributed.device import choose_device, choose_dtype
+from train.distributed.device import choose_device, choose_dtype, flushed_denormals
 from train.distributed.group import ProcessGroup
 from train.distributed.signals import StopRequest
 from train.evaluation.evaluate import Evaluation, Stopped
@@ -315,6 +315,7 @@ class LockstepTrainer:
             raise Stopped
 
 
+@flushed_denormals()
 def train_group(
     configs: Sequence[TrainConfig],
     lm_cache: LmCache,

@@ -17,7 +17,7 @@ from shards.config.base import flatten
 from shards.errors import UserError
 from train.config.train import STAGE_ONE, TrainConfig
 from train.data.caches import TrainData, open_data, print_notes
-from train.distributed.device import choose_device, choose_dtype
+from train.distributed.device import choose_device, choose_dtype, flushed_denormals
 from train.distributed.group import ProcessGroup
 from train.lms.base import choose_max_logits
 from train.model.audio_lm import AudioLM
@@ -59,7 +59,7 @@ def fit(
         WorkFailed: the loss became NaN or infinite, or fell by less than ``min_loss_drop``, or another process exited.
         Interrupted: the process received SIGINT or SIGTERM; the run is saved.
     """
-    with ExitStack() as held:
+    with ExitStack() as held, flushed_denormals():
         return _fit(config, resume, group or ProcessGroup(), held, stage_one_only)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from shards.errors import UserError
 from train.config.train import TrainConfig
 from train.data.caches import open_data, print_notes
-from train.distributed.device import choose_device, choose_dtype
+from train.distributed.device import choose_device, choose_dtype, flushed_denormals
 from train.distributed.group import ProcessGroup
 from train.lms.base import SeparatePasses
 from train.model.build import build_model
@@ -52,6 +52,7 @@ class Suggestion:
     reason: str
 
 
+@flushed_denormals()
 def lr_range(config: TrainConfig, low: float, high: float, steps: int) -> list[LrPoint]:
     """Ramp the learning rate from ``low`` to ``high`` in ``steps`` steps, without warm-up or schedule.
 
