@@ -1,6 +1,6 @@
 """Stage 1 with and without numbers below 1.2e-38, on the CPU: milliseconds a step, and whether the losses differ.
 
-    python bench/denormals.py CACHE                                                    # 300 steps, a minute or ten
+    python bench/denormals.py CACHE                                                    # 300 steps, seven minutes
     python bench/denormals.py CACHE --config configs/train/librispeech.yaml pretrain.steps=700
 
 Trains the same stage 1 twice, each in a process of its own. ``kept`` leaves the CPU as it starts, ``flushed`` is what a
